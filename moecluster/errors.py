@@ -1,0 +1,82 @@
+"""The one exception tree.
+
+MoeClusterError
+├── UserError (also a ValueError)        the user can mend it: one line, exit code 2
+│   ├── ConfigError                      a wrong key, type or value in a configuration
+│   ├── CheckpointError                  a model directory that is missing, torn or of another shape
+│   ├── UnsupportedModelError            a model family that cannot be attached
+│   ├── DataError                        training text that is empty, binary or too short
+│   └── ResourceError                    too few slots, CPUs or GPUs, a port in use, no cluster there
+├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
+├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
+├── NotHosted                            the replica is not on this actor; carries the actor's generation
+├── StaleOrder                           an order of an older term, step or attempt: refused
+├── Unavailable                          the peer is gone or the stream broke; another replica may serve
+├── DeadlineExceeded                     no answer within the deadline
+├── AttemptAborted                       a training attempt cannot go on and must be run again
+└── StateLost                            training state is gone; go back to the last complete checkpoint
+"""
+
+
+class MoeClusterError(Exception):
+    """Root of every error that moecluster raises on purpose."""
+
+
+class UserError(MoeClusterError, ValueError):
+    """What was wrong and what would be right, in one line for a user."""
+
+
+class ConfigError(UserError):
+    """A configuration key, type or value is wrong."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint directory is missing, torn, or of another shape."""
+
+
+class UnsupportedModelError(UserError):
+    """The model is not a Mixture of Experts, or its experts cannot be attached."""
+
+
+class DataError(UserError):
+    """Training text is empty, binary, or too short."""
+
+
+class ResourceError(UserError):
+    """The cluster lacks slots, CPUs, GPUs or a free port, or is not there."""
+
+
+class InvalidMessage(MoeClusterError, ValueError):
+    """A message off the wire has a wrong shape, dtype, index or size. Names the field."""
+
+
+class Exhausted(MoeClusterError):
+    """A bounded queue is full; the caller may try again later."""
+
+
+class NotHosted(MoeClusterError):
+    """An expert of the message has no replica on the actor that was asked."""
+
+    def __init__(self, message: str, *, generation: int = 0) -> None:
+        super().__init__(message)
+        self.generation = generation
+
+
+class StaleOrder(MoeClusterError):
+    """An order of an older term, step or attempt than the receiver has seen."""
+
+
+class Unavailable(MoeClusterError):
+    """The peer is gone, or the stream to it broke."""
+
+
+class DeadlineExceeded(MoeClusterError):
+    """No answer came within the deadline."""
+
+
+class AttemptAborted(MoeClusterError):
+    """The running attempt of a training step cannot go on and must be run again."""
+
+
+class StateLost(MoeClusterError):
+    """Training state is gone from every participant; only a checkpoint has it."""

@@ -1,0 +1,1 @@
+"""The wire: codec, shared memory, streams, servicers and clients."""

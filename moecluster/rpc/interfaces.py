@@ -1,0 +1,116 @@
+"""The interfaces between roles, each with an implementation over gRPC and an in-process twin."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from moecluster.errors import MoeClusterError
+from moecluster.types import (
+    ComputeBatch,
+    ComputeResult,
+    ExpertActorStatus,
+    ExpertId,
+    MessageKey,
+    OptimizerSettings,
+    Placement,
+    ReduceResult,
+    StepTag,
+)
+
+Reply = Callable[[ComputeResult | MoeClusterError], None]
+
+
+class ComputeHandler(Protocol):
+    """What computes batches: the expert service behind a servicer or an in-process transport."""
+
+    incarnation: str
+
+    def submit(self, batch: ComputeBatch, reply: Reply) -> None:
+        """Queues a batch. reply is called exactly once, from any thread; batch tensors must stay valid until then."""
+
+
+class ExpertTransport(Protocol):
+    """A way to one expert actor."""
+
+    name: str  # inline | shm | in-process: the `transport` label of the metrics
+    incarnation: str  # of the peer, learned when the transport was opened
+
+    def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
+        """Sends a batch. The future holds the result or a MoeClusterError; it ends by the batch's deadline."""
+
+    def close(self) -> None:
+        """Ends the stream; what is in flight fails with Unavailable."""
+
+
+class Participant(Protocol):
+    """What takes part in a training step: an expert actor, or a rank's trunk. Orders of older terms raise StaleOrder."""
+
+    name: str
+
+    def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
+        """Sums the attempt's gradients. Raises AttemptAborted if they do not come from exactly the expected messages."""
+
+    def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
+        """Computes the new state beside the old one; returns the incarnation."""
+
+    def commit(self, tag: StepTag) -> str:
+        """Swaps the prepared state in; repeated is fine. Returns the incarnation."""
+
+    def abort(self, tag: StepTag) -> None:
+        """Forgets the attempt: gradients, kept activations, prepared state. Unknown attempts are fine."""
+
+    def status(self, training_term: int = 0) -> ExpertActorStatus:
+        """Fences with the term if it is not 0, then reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedTensor:
+    """One tensor of an expert's state, as it leaves the actor."""
+
+    expert: ExpertId
+    name: str  # a parameter's name, or optimizer/NAME/PARAMETER
+    value: torch.Tensor
+
+
+class ExpertControl(Participant, Protocol):
+    """All orders that an expert actor takes."""
+
+    def load(
+        self,
+        *,
+        term: int,
+        experts: Sequence[ExpertId],
+        checkpoint: str,
+        dtype: str = "",
+        weight_version: int = 0,
+        optimizer: OptimizerSettings | None = None,
+        replace: bool = False,
+        training_term: int = 0,
+        timeout_s: float = 60.0,
+    ) -> int:
+        """Loads experts, and their optimizer state where the checkpoint has it. Returns the bytes loaded."""
+
+    def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
+        """Drops experts; unknown ones are fine."""
+
+    def set_placement(self, *, term: int, generation: int) -> None:
+        """Tells the actor the number of the placement that now stands."""
+
+    def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
+        """Streams the experts' tensors."""
+
+
+class PlacementSource(Protocol):
+    """Where a router learns the placement: the controller's stream, or a fixed one."""
+
+    def current(self, timeout_s: float) -> Placement:
+        """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
+
+    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+        """Waits for a placement with a higher (term, generation); None after the timeout."""
+
+    def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
+        """Says that an actor did not answer. Never blocks, never raises."""

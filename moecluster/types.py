@@ -1,0 +1,197 @@
+"""Frozen records shared by every room.
+
+Shape letters, used as name suffixes everywhere: T tokens, D model width, F expert inner width, E experts of a layer,
+K experts per token, L layers, R replicas, A expert actors, N unique rows in one message, P (row, expert) pairs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+
+class Phase(Enum):
+    """What an expert actor is asked to do with a batch."""
+
+    FORWARD = "forward"
+    TRAIN_FORWARD = "train_forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class ExpertId:
+    """One logical expert of the model."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What a gate decided for T tokens.
+
+    ids_TK: int64 in [0, E); an index >= E means that the assignment is skipped (dropped).
+    weights_TK: float, multiplies the expert's output.
+    aux_losses: name -> scalar tensor, already multiplied by its coefficient.
+    stats: name -> detached tensor, for metrics (for example router_entropy).
+    """
+
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    aux_losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    stats: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One copy of an expert in one actor, and the share of the expert's tokens that it takes."""
+
+    expert: ExpertId
+    actor: str
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorAddress:
+    """Where an expert actor listens, and which life of it this is."""
+
+    actor: str
+    address: str  # host:port
+    incarnation: str  # a new one at each start of the process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which replicas stand where. Numbered by (term, generation), both growing."""
+
+    term: int
+    generation: int
+    actors: Mapping[str, ActorAddress]
+    replicas: tuple[Replica, ...]
+
+    @property
+    def number(self) -> tuple[int, int]:
+        return (self.term, self.generation)
+
+    def replicas_of(self, expert: ExpertId) -> tuple[Replica, ...]:
+        return tuple(r for r in self.replicas if r.expert == expert)
+
+    def experts_on(self, actor: str) -> tuple[ExpertId, ...]:
+        return tuple(sorted(r.expert for r in self.replicas if r.actor == actor))
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class StepTag:
+    """Names one attempt at one optimizer step; compared as (term, step, attempt)."""
+
+    term: int
+    step: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchTag:
+    """Names the place of a training message inside an attempt."""
+
+    step: StepTag
+    rank: int = 0
+    micro_batch: int = 0
+    pass_index: int = 0  # counts forward calls of one layer in one micro-batch (gradient checkpointing repeats them)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeBatch:
+    """One message of token rows to one expert actor.
+
+    Pairs are ordered by expert, and rows ascend within an expert: expert experts[g] owns the next pair_counts[g] pairs.
+    """
+
+    request_id: int
+    layer: int
+    phase: Phase
+    x_ND: torch.Tensor  # float32 | bfloat16 | float16
+    experts: tuple[int, ...]  # ascending, distinct
+    pair_counts: tuple[int, ...]  # as many; they sum to P
+    pair_rows_P: torch.Tensor  # int32 in [0, N)
+    pair_weights_P: torch.Tensor  # float32
+    deadline_s: float  # seconds from now
+    placement: tuple[int, int] = (0, 0)  # (term, generation) that the sender split by
+    weight_version: int = 0
+    train: MicroBatchTag | None = None  # of TRAIN_FORWARD and BACKWARD
+    incarnation: str = ""  # if given, only this life of the actor may answer
+    grad_ND: torch.Tensor | None = None  # of BACKWARD; [P, D] when unsummed
+    unsummed: bool = False  # reply with every pair by itself (batch-invariant mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeResult:
+    """What an expert actor returns for one ComputeBatch.
+
+    FORWARD, TRAIN_FORWARD: y_ND (weighted partial sums), or y_PD (unweighted, per pair) when unsummed.
+    BACKWARD: grad_x_ND and grad_w_P.
+    """
+
+    request_id: int
+    y_ND: torch.Tensor | None = None
+    y_PD: torch.Tensor | None = None
+    grad_x_ND: torch.Tensor | None = None
+    grad_w_P: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSnapshot:
+    """Assignments (token, expert) counted over one window."""
+
+    window_s: float
+    tokens: Mapping[ExpertId, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Which optimizer an expert or a trunk is trained with. The learning rate comes with each Prepare."""
+
+    name: str = "adamw"  # adamw | sgd
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class MessageKey:
+    """Names one backward message to one actor inside an attempt."""
+
+    rank: int
+    micro_batch: int
+    layer: int
+    pass_index: int
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceResult:
+    """A participant's answer to Reduce."""
+
+    incarnation: str
+    square_norm: float  # sum of squares of all gradients that the participant holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertActorStatus:
+    """What an expert actor says of itself."""
+
+    actor: str
+    incarnation: str
+    placement: tuple[int, int]
+    experts: tuple[ExpertId, ...]
+    hosted_bytes: int
+    weight_version: int
+    training_term: int
+    committed: StepTag | None
+    prepared: StepTag | None
+    rss_bytes: int
