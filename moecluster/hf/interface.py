@@ -1,0 +1,149 @@
+"""Our entry in transformers' experts registry, and attaching it to a model's experts modules.
+
+Every experts module of a family that uses the registry is a class decorated with `use_experts_implementation`; its
+forward looks up `config._experts_implementation`. Families that do not use it ignore the setting without a word, so
+attach counts.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moecluster.errors import UnsupportedModelError
+
+BACKEND_NAME = "moecluster"
+
+# Mixture-of-Experts families of transformers 5 that call their experts without the registry.
+UNATTACHABLE_FAMILIES = frozenset(
+    ("dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers")
+)
+
+# What the decorator sets on every module of its classes, and no other module has.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "config")
+
+
+class Backend(Protocol):
+    """What computes an MoE layer's experts for a trunk."""
+
+    def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Returns y_TD: each token's sum over k of weights_TK times its expert's output. An index >= E is skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeLayer:
+    """One MoE layer of a model, as its experts see it."""
+
+    layer: int
+    num_experts: int
+    hidden_size: int  # width of the rows that the experts map; not always the model's own (NemotronH has a latent one)
+    name: str  # qualified name of the experts module in the model
+
+
+def register_backend() -> None:
+    """Makes `experts_implementation="moecluster"` known to transformers. Repeated calls change nothing."""
+    if BACKEND_NAME not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, _call_backend)
+
+
+def _call_backend(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The registered function; its parameter names are the registry's."""
+    backend: Backend | None = module.__dict__.get("moecluster_backend")
+    if backend is None:
+        raise UnsupportedModelError(
+            f'{type(module).__name__} runs with experts_implementation="{BACKEND_NAME}" but is not attached: '
+            "load the model with moecluster.models.trunk.load_trunk"
+        )
+    y_TD: torch.Tensor = backend(module.__dict__["moecluster_layer"], hidden_states, top_k_index, top_k_weights)
+    return y_TD
+
+
+def find_experts(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    """All experts modules as (layer, qualified name, module), in the model's order.
+
+    The layer is the first number in the module's path (the decoder layer's own number, so dense layers leave gaps),
+    unless two experts modules share it (several decoders in one model): then layers are numbered as they come, from 0.
+    """
+    found = [(name, module) for name, module in model.named_modules() if all(m in vars(module) for m in _MARKS)]
+    numbers = [_first_number(name) for name, _ in found]
+    unique = None not in numbers and max(Counter(numbers).values(), default=1) == 1
+    layers = numbers if unique else range(len(found))
+    return [(int(layer or 0), name, module) for layer, (name, module) in zip(layers, found, strict=True)]
+
+
+def _first_number(name: str) -> int | None:
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
+
+
+def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
+    """The MoE layers of a model. Raises UnsupportedModelError if it has none that can be attached."""
+    found = find_experts(model)
+    if not found:
+        raise UnsupportedModelError(_why_nothing_found(model))
+    return tuple(
+        MoeLayer(layer=layer, num_experts=_num_experts(module), hidden_size=_row_width(module), name=name)
+        for layer, name, module in found
+    )
+
+
+def attach(model: nn.Module, backend: Backend) -> tuple[MoeLayer, ...]:
+    """Sends every experts module of the model to the backend; returns the layers in order.
+
+    Raises UnsupportedModelError if there is none: the family would go on with its own experts and say nothing.
+    """
+    register_backend()
+    layers = moe_layers(model)
+    for layer, _, module in find_experts(model):
+        # Not by setattr: a backend that is itself a module must not become a part of the model.
+        object.__setattr__(module, "moecluster_backend", backend)
+        object.__setattr__(module, "moecluster_layer", layer)
+        _config_of(module)._experts_implementation = BACKEND_NAME
+    return layers
+
+
+def _config_of(module: nn.Module):  # type: ignore[no-untyped-def]  # a PreTrainedConfig, untyped upstream
+    return module.__dict__["config"]
+
+
+def _num_experts(module: nn.Module) -> int:
+    return int(module.__dict__["num_experts"])
+
+
+def _row_width(module: nn.Module) -> int:
+    """Width of the rows that the experts take, from their shapes; a stripped module remembers it."""
+    width = module.__dict__.get("moecluster_width")
+    return int(width) if width is not None else row_width(module)
+
+
+def row_width(module: nn.Module) -> int:
+    """Width D of an experts module from its parameters, `[E, F, D]` or transposed `[E, D, F]`, or its `hidden_dim`."""
+    weight = dict(module.named_parameters(recurse=False)).get(first_projection(module))
+    if weight is None:  # our own family: a list of experts, each a module
+        return int(module.__dict__["hidden_dim"])
+    return int(weight.shape[1] if module.__dict__["is_transposed"] else weight.shape[2])
+
+
+def first_projection(module: nn.Module) -> str:
+    """Name of the parameter that the rows meet first."""
+    return "gate_up_proj" if module.__dict__["has_gate"] else "up_proj"
+
+
+def _why_nothing_found(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", None) or type(model).__name__
+    if family in UNATTACHABLE_FAMILIES:
+        return (
+            f"a {family} model cannot be attached: the family computes its experts without transformers' experts "
+            "interface; take one that uses it, such as mixtral, qwen3_moe, deepseek_v3, olmoe or gpt_oss"
+        )
+    return (
+        f"a {family} model cannot be attached: it has no Mixture-of-Experts layer that uses transformers' experts "
+        "interface; take an MoE model such as mixtral, qwen3_moe, deepseek_v3, olmoe or gpt_oss"
+    )

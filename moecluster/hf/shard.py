@@ -1,0 +1,66 @@
+"""One expert of a family's own experts module, by itself.
+
+The family's module gives the activation, the gating and the layout; the shard owns the expert's rows without the expert
+dimension, so that backward writes gradients of one expert's size and no select stands in the graph.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moecluster.errors import UnsupportedModelError
+from moecluster.hf.interface import first_projection
+
+RowFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ExpertShard(nn.Module):
+    """E_i(x) of a family that uses transformers' experts interface, without the gate weight.
+
+    Its parameters carry the names of the family's fused ones (`gate_up_proj` [2F, D] for `gate_up_proj` [E, 2F, D]).
+    """
+
+    def __init__(self, experts: nn.Module, rows: Mapping[str, torch.Tensor]) -> None:
+        """experts: the family's experts module, its parameters on any device or absent. rows: theirs at one expert."""
+        super().__init__()
+        for name, row in rows.items():
+            self.register_parameter(name, nn.Parameter(row))
+        # Bound methods of a copy without parameters: nothing of the family's module becomes a part of this one.
+        family = _without_parameters(experts)
+        self._up_name = first_projection(experts)
+        self._is_transposed = bool(family.is_transposed)
+        self._activate: RowFunction = family._apply_gate if family.has_gate else family.act_fn
+        self._post_norm: RowFunction | None = family.post_expert_norm if family.has_post_expert_norm else None
+
+    @classmethod
+    def of_module(cls, experts: nn.Module, index: int) -> Self:
+        """Expert `index` of an experts module that is in memory; its rows are copied."""
+        rows = {name: value.detach()[index].clone() for name, value in experts.named_parameters(recurse=False)}
+        return cls(experts, rows)
+
+    def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
+        """x_nD: rows in the parameters' dtype. Returns y_nD, not yet multiplied by the gate weight."""
+        weights = self._parameters
+        up, down = weights[self._up_name], weights["down_proj"]
+        up_bias, down_bias = weights.get(f"{self._up_name}_bias"), weights.get("down_proj_bias")
+        assert up is not None and down is not None
+        h_nF = self._activate(F.linear(x_nD, up.t() if self._is_transposed else up, up_bias))
+        y_nD = F.linear(h_nF, down.t() if self._is_transposed else down, down_bias)
+        return y_nD if self._post_norm is None else self._post_norm(y_nD)
+
+
+def _without_parameters(experts: nn.Module) -> Any:
+    """A shallow copy that shares the family's activation but owns no weight."""
+    family = copy.copy(experts)
+    family._parameters = {}
+    held = [name for name, _ in (*family.named_parameters(), *family.named_buffers())]
+    if held:
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} keeps {', '.join(held)} for all its experts together; "
+            "an expert of it cannot stand by itself"
+        )
+    return family
