@@ -9,7 +9,7 @@ MoeClusterError
 │   └── ResourceError                    too few slots, CPUs or GPUs, a port in use, no cluster there
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
-├── NotHosted                            the replica is not on this actor; carries the actor's generation
+├── NotHosted                            the replica is not on this actor; carries the number of the actor's placement
 ├── StaleOrder                           an order of an older term, step or attempt: refused
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
 ├── DeadlineExceeded                     no answer within the deadline
@@ -57,9 +57,9 @@ class Exhausted(MoeClusterError):
 class NotHosted(MoeClusterError):
     """An expert of the message has no replica on the actor that was asked."""
 
-    def __init__(self, message: str, *, generation: int = 0) -> None:
+    def __init__(self, message: str, *, placement: tuple[int, int] = (0, 0)) -> None:
         super().__init__(message)
-        self.generation = generation
+        self.placement = placement
 
 
 class StaleOrder(MoeClusterError):

@@ -38,12 +38,14 @@ class Routing:
     weights_TK: float, multiplies the expert's output.
     aux_losses: name -> scalar tensor, already multiplied by its coefficient.
     stats: name -> detached tensor, for metrics (for example router_entropy).
+    pool: name -> tensor with gradient, for losses that the gate takes over all layers together.
     """
 
     ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     aux_losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stats: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pool: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class ComputeBatch:
     weight_version: int = 0
     train: MicroBatchTag | None = None  # of TRAIN_FORWARD and BACKWARD
     incarnation: str = ""  # if given, only this life of the actor may answer
-    grad_ND: torch.Tensor | None = None  # of BACKWARD; [P, D] when unsummed
+    grad_ND: torch.Tensor | None = None  # of BACKWARD
     unsummed: bool = False  # reply with every pair by itself (batch-invariant mode)
 
 

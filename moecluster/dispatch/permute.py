@@ -1,0 +1,142 @@
+"""Dispatch and combine: an inverse pair.
+
+dispatch() says which rows and pairs go to which actor; a token goes once to an actor, however many of its experts live there.
+combine() adds what came back in the tokens' order. The frozen DispatchPart is all that they share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moecluster.dispatch.shares import LayerTable, choose_actors, content_keys
+from moecluster.types import ComputeResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchPart:
+    """What of a batch goes to one actor.
+
+    A pair's slot is its place t * K + k in the flattened [T, K] routing.
+    """
+
+    actor: str
+    rows_N: torch.Tensor  # int64: the tokens that go, ascending
+    every_row: bool  # rows_N is 0..T-1
+    experts: tuple[int, ...]
+    pair_counts: tuple[int, ...]
+    pair_rows_P: torch.Tensor  # int32 in [0, N)
+    pair_slots_P: torch.Tensor  # int64
+    pair_weights_P: torch.Tensor  # float32
+
+
+def kept_slots(ids_TK: torch.Tensor, num_experts: int) -> npt.NDArray[np.int64]:
+    """Slots of the assignments that were not dropped (an index >= E means: skip)."""
+    return np.flatnonzero(ids_TK.numpy().reshape(-1) < num_experts)
+
+
+def dispatch(
+    table: LayerTable,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    slots_P: npt.NDArray[np.int64] | None = None,
+    keys_T: npt.NDArray[np.uint64] | None = None,
+) -> tuple[DispatchPart, ...]:
+    """Splits a routing over the actors of a layer.
+
+    ids_TK is int64 and weights_TK float32, both on the CPU. slots_P restricts it to some assignments (those of an actor that
+    failed). keys_T names the tokens (shares.token_keys); without it they are named by their weights.
+    Raises NotHosted if an expert has no replica.
+    """
+    top_k = ids_TK.shape[1]
+    if slots_P is None:
+        slots_P = kept_slots(ids_TK, table.num_experts)
+    weights = weights_TK.numpy()
+    experts_P = ids_TK.numpy().reshape(-1)[slots_P]
+    tokens_P = slots_P // top_k
+    if table.replicated and keys_T is None:
+        keys_T = content_keys(np.ascontiguousarray(weights))
+    keys_P = keys_T[tokens_P] if keys_T is not None and table.replicated else np.empty(0, dtype=np.uint64)
+    actor_P = choose_actors(table, experts_P, keys_P)
+    weights_P = weights.reshape(-1)[slots_P]
+    # One sort for all: by actor, then expert; stable, so tokens ascend within an expert.
+    order_P = np.argsort(actor_P * table.num_experts + experts_P, kind="stable")
+    actor_P, experts_P, tokens_P = actor_P[order_P], experts_P[order_P], tokens_P[order_P]
+    slots_P, weights_P = slots_P[order_P], weights_P[order_P]
+    ends = np.flatnonzero(np.diff(actor_P, append=-1)) + 1 if len(actor_P) else []
+    parts = []
+    begin = 0
+    for end in ends:
+        part = slice(begin, int(end))
+        rows_N, pair_rows_P = np.unique(tokens_P[part], return_inverse=True)
+        experts, counts = np.unique(experts_P[part], return_counts=True)
+        parts.append(
+            DispatchPart(
+                actor=table.actors[actor_P[begin]],
+                rows_N=torch.from_numpy(rows_N),
+                every_row=len(rows_N) == len(ids_TK),
+                experts=tuple(experts.tolist()),
+                pair_counts=tuple(counts.tolist()),
+                pair_rows_P=torch.from_numpy(pair_rows_P.astype(np.int32)),
+                pair_slots_P=torch.from_numpy(slots_P[part]),
+                pair_weights_P=torch.from_numpy(weights_P[part]),
+            )
+        )
+        begin = int(end)
+    return tuple(parts)
+
+
+def rows_of(part: DispatchPart, x_TD: torch.Tensor) -> torch.Tensor:
+    """x_ND: the rows that go to the part's actor."""
+    return x_TD if part.every_row else x_TD.index_select(0, part.rows_N)
+
+
+def combine(answers: Sequence[tuple[DispatchPart, ComputeResult]], like_TD: torch.Tensor) -> torch.Tensor:
+    """y_TD in the dtype of like_TD: the weighted partial sums, added in float32. Tokens with no answer get zeros."""
+    if len(answers) == 1 and answers[0][0].every_row:
+        only = answers[0][1].y_ND
+        assert only is not None
+        return only.to(like_TD.dtype)
+    return _scatter_rows([(part, result.y_ND) for part, result in answers], like_TD)
+
+
+def combine_pairs(
+    answers: Sequence[tuple[DispatchPart, ComputeResult]], weights_TK: torch.Tensor, like_TD: torch.Tensor
+) -> torch.Tensor:
+    """y_TD from unweighted, unsummed pairs: added in float32 in the order of k, whatever the parts (batch-invariant mode)."""
+    num_tokens, top_k = weights_TK.shape
+    pairs_SD = torch.zeros(num_tokens * top_k, like_TD.shape[1], dtype=torch.float32)
+    for part, result in answers:
+        assert result.y_PD is not None
+        pairs_SD[part.pair_slots_P] = result.y_PD.float()
+    pairs_TKD = pairs_SD.view(num_tokens, top_k, -1)
+    y_TD = torch.zeros(like_TD.shape, dtype=torch.float32)
+    for k in range(top_k):
+        y_TD += pairs_TKD[:, k] * weights_TK[:, k, None].float()
+    return y_TD.to(like_TD.dtype)
+
+
+def combine_gradients(
+    answers: Sequence[tuple[DispatchPart, ComputeResult]], like_TD: torch.Tensor, weights_TK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grad_x_TD, grad_w_TK) from the actors' gradients of their rows and pairs; dropped assignments get 0."""
+    grad_x_TD = _scatter_rows([(part, result.grad_x_ND) for part, result in answers], like_TD)
+    grad_w_TK = torch.zeros(weights_TK.shape, dtype=torch.float32)
+    for part, result in answers:
+        assert result.grad_w_P is not None
+        grad_w_TK.view(-1)[part.pair_slots_P] = result.grad_w_P.float()
+    return grad_x_TD, grad_w_TK.to(weights_TK.dtype)
+
+
+def _scatter_rows(parts: Sequence[tuple[DispatchPart, torch.Tensor | None]], like_TD: torch.Tensor) -> torch.Tensor:
+    total_TD = torch.zeros(like_TD.shape, dtype=torch.float32)
+    for part, rows_ND in parts:
+        assert rows_ND is not None
+        if part.every_row:
+            total_TD += rows_ND
+        else:
+            total_TD.index_add_(0, part.rows_N, rows_ND.float())
+    return total_TD.to(like_TD.dtype)

@@ -1,0 +1,102 @@
+"""Splitting each expert's tokens over its replicas by share.
+
+A hash of (token key, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same replica
+whatever the batch, the router and the order of the tokens.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moecluster.errors import NotHosted
+from moecluster.types import Placement
+
+NO_ACTOR = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTable:
+    """Where the experts of one layer are, in the order of the placement's actors.
+
+    actor_of_ER: index into actors of each expert's r-th replica, NO_ACTOR beyond its last.
+    bound_ER: cumulative shares; the last replica's is 1.
+    """
+
+    layer: int
+    actors: tuple[str, ...]
+    actor_of_ER: npt.NDArray[np.int64]
+    bound_ER: npt.NDArray[np.float64]
+
+    @property
+    def num_experts(self) -> int:
+        return self.actor_of_ER.shape[0]
+
+    @property
+    def replicated(self) -> bool:
+        return self.actor_of_ER.shape[1] > 1
+
+
+def layer_table(placement: Placement, layer: int, num_experts: int, avoid: Collection[str] = ()) -> LayerTable:
+    """The layer's part of a placement, without the actors to avoid; the shares of those left are scaled to sum to 1."""
+    actors = tuple(sorted(placement.actors))
+    index_of = {actor: i for i, actor in enumerate(actors)}
+    replicas: list[list[tuple[int, float]]] = [[] for _ in range(num_experts)]
+    for replica in placement.replicas:
+        if replica.expert.layer == layer and replica.actor not in avoid and replica.actor in index_of:
+            replicas[replica.expert.index].append((index_of[replica.actor], replica.share))
+    most = max((len(r) for r in replicas), default=0) or 1
+    actor_of_ER = np.full((num_experts, most), NO_ACTOR, dtype=np.int64)
+    bound_ER = np.ones((num_experts, most), dtype=np.float64)
+    for expert, places in enumerate(replicas):
+        places.sort()
+        total = sum(share for _, share in places)
+        reached = 0.0
+        for r, (actor, share) in enumerate(places):
+            # Replicas that all have share 0 take equal parts: better served than refused.
+            reached += share / total if total > 0 else 1 / len(places)
+            actor_of_ER[expert, r] = actor
+            bound_ER[expert, r] = 1.0 if r == len(places) - 1 else reached
+    return LayerTable(layer=layer, actors=actors, actor_of_ER=actor_of_ER, bound_ER=bound_ER)
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of splitmix64: spreads every input bit over the whole word."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def token_keys(sequence_ids_T: npt.NDArray[np.uint64], positions_T: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One key a token, from the sequence that it belongs to and its position there."""
+    return _mix(_mix(sequence_ids_T) + positions_T)
+
+
+def content_keys(weights_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+    """Keys for tokens that came without a sequence: from the bits of their gate weights, equal for equal tokens."""
+    bits_TK = weights_TK.view(np.uint32).astype(np.uint64)
+    keys_T = np.zeros(len(bits_TK), dtype=np.uint64)
+    for k in range(bits_TK.shape[1]):
+        keys_T = _mix(keys_T + bits_TK[:, k] + np.uint64(k + 1))
+    return keys_T
+
+
+def choose_actors(
+    table: LayerTable, experts_P: npt.NDArray[np.int64], keys_P: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """The index of the actor that takes each (token, expert) pair.
+
+    Raises NotHosted if an expert of a pair has no replica in the table.
+    """
+    if not table.replicated:
+        actor_P = table.actor_of_ER[experts_P, 0]
+    else:
+        salt_P = experts_P.astype(np.uint64) + (np.uint64(table.layer + 1) << np.uint64(32))
+        point_P = (_mix(keys_P + _mix(salt_P)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        replica_P = (point_P[:, None] >= table.bound_ER[experts_P]).sum(axis=1)
+        actor_P = table.actor_of_ER[experts_P, replica_P]
+    if (actor_P == NO_ACTOR).any():
+        lost = sorted({int(e) for e in experts_P[actor_P == NO_ACTOR]})
+        raise NotHosted(f"layer {table.layer}: no replica of experts {lost}")
+    return actor_P

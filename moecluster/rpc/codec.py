@@ -1,0 +1,239 @@
+"""Tensors and batches to messages and back. What comes off the wire is checked here before it is used."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from moecluster.errors import InvalidMessage
+from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.rpc.shared_memory import PeerSegment, Region, Segment
+from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+MAX_ROWS = 2**20
+MAX_WIDTH = 2**17
+MAX_DEADLINE_S = 3600.0
+
+_DTYPES = {
+    tensor_pb2.FLOAT32: torch.float32,
+    tensor_pb2.BFLOAT16: torch.bfloat16,
+    tensor_pb2.FLOAT16: torch.float16,
+    tensor_pb2.INT32: torch.int32,
+    tensor_pb2.INT64: torch.int64,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_PHASES = {
+    expert_pb2.FORWARD: Phase.FORWARD,
+    expert_pb2.TRAIN_FORWARD: Phase.TRAIN_FORWARD,
+    expert_pb2.BACKWARD: Phase.BACKWARD,
+}
+_PHASE_CODES = {phase: code for code, phase in _PHASES.items()}
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_code(dtype: torch.dtype) -> tensor_pb2.DType:
+    """The wire's code of a dtype that it can carry."""
+    return _CODES[dtype]
+
+
+def tensor_bytes(value: torch.Tensor) -> bytes:
+    """A CPU tensor's elements, row-major and little-endian."""
+    return bytes(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def encode_tensor(value: torch.Tensor, segment: Segment | None = None) -> tensor_pb2.Tensor:
+    """A message of the tensor: through the segment if there is one and it has room, inline otherwise."""
+    value = value.detach()
+    region = segment.write(value) if segment is not None else None
+    if region is None:
+        return tensor_pb2.Tensor(dtype=_CODES[value.dtype], shape=value.shape, inline=tensor_bytes(value))
+    return tensor_pb2.Tensor(
+        dtype=_CODES[value.dtype],
+        shape=value.shape,
+        region=tensor_pb2.Region(
+            offset=region.offset, length_bytes=region.length_bytes, sequence=region.sequence
+        ),
+    )
+
+
+def region_of(message: tensor_pb2.Tensor) -> Region | None:
+    """Where in the sender's segment the tensor lies; None if it is inline."""
+    if message.WhichOneof("content") != "region":
+        return None
+    region = message.region
+    return Region(offset=region.offset, length_bytes=region.length_bytes, sequence=region.sequence)
+
+
+def decode_tensor(
+    message: tensor_pb2.Tensor,
+    field: str,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    peer: PeerSegment | None = None,
+) -> torch.Tensor:
+    """The message's tensor, in place where it lies: do not write to it, and do not keep it once its region is released.
+
+    shape says what each dimension must be; None allows any. Raises InvalidMessage, naming the field.
+    """
+    dtype = _DTYPES.get(message.dtype)
+    if dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise InvalidMessage(f"{field}.dtype: {tensor_pb2.DType.Name(message.dtype) if dtype else message.dtype}, not {wanted}")
+    assert dtype is not None
+    got = tuple(message.shape)
+    if len(got) != len(shape) or any(w is not None and w != g for w, g in zip(shape, got, strict=False)):
+        raise InvalidMessage(f"{field}.shape: {list(got)}, not {['any' if w is None else w for w in shape]}")
+    if any(size < 0 or size > limit for size, limit in zip(got, (MAX_ROWS, MAX_WIDTH), strict=False)):
+        raise InvalidMessage(f"{field}.shape: {list(got)} is out of range, at most {MAX_ROWS} rows of {MAX_WIDTH}")
+    length_bytes = math.prod(got) * dtype.itemsize
+    region = region_of(message)
+    if region is not None:
+        if peer is None:
+            raise InvalidMessage(f"{field}.region: no segment was agreed on")
+        if region.length_bytes != length_bytes:
+            raise InvalidMessage(f"{field}.region: {region.length_bytes} bytes, not {length_bytes}")
+        return peer.view(region, dtype, got)
+    if len(message.inline) != length_bytes:
+        raise InvalidMessage(f"{field}.inline: {len(message.inline)} bytes, not {length_bytes}")
+    if not length_bytes:
+        return torch.empty(got, dtype=dtype)
+    return torch.frombuffer(message.inline, dtype=dtype).view(got)
+
+
+def encode_batch(batch: ComputeBatch, segment: Segment | None = None) -> expert_pb2.Batch:
+    """The message of a batch."""
+    message = expert_pb2.Batch(
+        request_id=batch.request_id,
+        placement_term=batch.placement[0],
+        generation=batch.placement[1],
+        layer=batch.layer,
+        phase=_PHASE_CODES[batch.phase],
+        weight_version=batch.weight_version,
+        deadline_s=batch.deadline_s,
+        incarnation=batch.incarnation,
+        unsummed=batch.unsummed,
+        experts=batch.experts,
+        expert_pairs=batch.pair_counts,
+        x=encode_tensor(batch.x_ND, segment),
+        pair_rows=encode_tensor(batch.pair_rows_P),
+        pair_weights=encode_tensor(batch.pair_weights_P),
+    )
+    if batch.train is not None:
+        tag = batch.train
+        message.step.CopyFrom(encode_step(tag.step))
+        message.rank, message.micro_batch, message.pass_index = tag.rank, tag.micro_batch, tag.pass_index
+    if batch.grad_ND is not None:
+        message.grad.CopyFrom(encode_tensor(batch.grad_ND, segment))
+    return message
+
+
+def encode_step(tag: StepTag) -> expert_pb2.StepTag:
+    return expert_pb2.StepTag(term=tag.term, step=tag.step, attempt=tag.attempt)
+
+
+def decode_step(message: expert_pb2.StepTag) -> StepTag:
+    return StepTag(term=message.term, step=message.step, attempt=message.attempt)
+
+
+def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> ComputeBatch:
+    """The batch of a message, its tensors in place. Raises InvalidMessage, naming the field."""
+    phase = _PHASES.get(message.phase)
+    if phase is None:
+        raise InvalidMessage(f"phase: {message.phase} is none of FORWARD, TRAIN_FORWARD, BACKWARD")
+    if not 0 < message.deadline_s <= MAX_DEADLINE_S:  # false for NaN too
+        raise InvalidMessage(f"deadline_s: {message.deadline_s}, not within 0 and {MAX_DEADLINE_S:g}")
+    if message.layer < 0:
+        raise InvalidMessage(f"layer: {message.layer} is negative")
+    if message.sequence_offsets:
+        raise InvalidMessage("sequence_offsets: no expert of this actor sees sequences")
+    train = None
+    if phase is not Phase.FORWARD:
+        if not message.HasField("step"):
+            raise InvalidMessage(f"step: a {phase.value} message needs one")
+        if min(message.rank, message.micro_batch, message.pass_index) < 0:
+            raise InvalidMessage("rank, micro_batch, pass_index: negative")
+        train = MicroBatchTag(
+            step=decode_step(message.step),
+            rank=message.rank,
+            micro_batch=message.micro_batch,
+            pass_index=message.pass_index,
+        )
+    experts, counts = tuple(message.experts), tuple(message.expert_pairs)
+    if len(experts) != len(counts) or not experts:
+        raise InvalidMessage(f"expert_pairs: {len(counts)} counts for {len(experts)} experts")
+    if experts[0] < 0 or any(a >= b for a, b in zip(experts, experts[1:], strict=False)):
+        raise InvalidMessage("experts: not ascending from 0 on")
+    if min(counts) < 1:
+        raise InvalidMessage("expert_pairs: a count below 1")
+    num_pairs = sum(counts)
+    x_ND = decode_tensor(message.x, "x", dtypes=ROW_DTYPES, shape=(None, None), peer=peer)
+    pair_rows_P = decode_tensor(message.pair_rows, "pair_rows", dtypes=(torch.int32,), shape=(num_pairs,))
+    pair_weights_P = decode_tensor(message.pair_weights, "pair_weights", dtypes=(torch.float32,), shape=(num_pairs,))
+    rows = pair_rows_P.numpy()
+    if rows.min() < 0 or rows.max() >= len(x_ND):
+        raise InvalidMessage(f"pair_rows: an index outside the {len(x_ND)} rows of x")
+    grad_ND = None
+    if phase is Phase.BACKWARD:
+        grad_ND = decode_tensor(message.grad, "grad", dtypes=(x_ND.dtype,), shape=tuple(x_ND.shape), peer=peer)
+    return ComputeBatch(
+        request_id=message.request_id,
+        layer=message.layer,
+        phase=phase,
+        x_ND=x_ND,
+        experts=experts,
+        pair_counts=counts,
+        pair_rows_P=pair_rows_P,
+        pair_weights_P=pair_weights_P,
+        deadline_s=message.deadline_s,
+        placement=(message.placement_term, message.generation),
+        weight_version=message.weight_version,
+        train=train,
+        incarnation=message.incarnation,
+        grad_ND=grad_ND,
+        unsummed=message.unsummed,
+    )
+
+
+def encode_result(result: ComputeResult, segment: Segment | None = None) -> expert_pb2.BatchReply:
+    """The message of a result."""
+    message = expert_pb2.BatchReply(request_id=result.request_id, code=expert_pb2.OK)
+    y = result.y_ND if result.y_ND is not None else result.y_PD
+    if y is not None:
+        message.y.CopyFrom(encode_tensor(y, segment))
+    if result.grad_x_ND is not None and result.grad_w_P is not None:
+        message.grad_x.CopyFrom(encode_tensor(result.grad_x_ND, segment))
+        message.grad_w.CopyFrom(encode_tensor(result.grad_w_P))
+    return message
+
+
+def decode_result(
+    message: expert_pb2.BatchReply,
+    batch: ComputeBatch,
+    peer: PeerSegment | None = None,
+    release: Callable[[int], None] = lambda sequence: None,
+) -> ComputeResult:
+    """The result that answers a batch, copied out of the peer's segment, whose regions are then released."""
+
+    def take(tensor: tensor_pb2.Tensor, field: str, rows: int) -> torch.Tensor:
+        value = decode_tensor(tensor, field, dtypes=(batch.x_ND.dtype,), shape=(rows, batch.x_ND.shape[1]), peer=peer)
+        region = region_of(tensor)
+        if region is None:
+            return value
+        assert peer is not None
+        value = value.clone()
+        peer.check(region)
+        release(region.sequence)
+        return value
+
+    num_rows, num_pairs = len(batch.x_ND), len(batch.pair_rows_P)
+    if batch.phase is Phase.BACKWARD:
+        return ComputeResult(
+            request_id=batch.request_id,
+            grad_x_ND=take(message.grad_x, "grad_x", num_rows),
+            grad_w_P=decode_tensor(message.grad_w, "grad_w", dtypes=(torch.float32,), shape=(num_pairs,)),
+        )
+    if batch.unsummed:
+        return ComputeResult(request_id=batch.request_id, y_PD=take(message.y, "y", num_pairs))
+    return ComputeResult(request_id=batch.request_id, y_ND=take(message.y, "y", num_rows))

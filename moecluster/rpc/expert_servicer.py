@@ -1,0 +1,121 @@
+"""ExpertService at the server's edge: one session per router's stream; unary orders stand in expert_orders.py."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import grpc
+
+from moecluster.errors import InvalidMessage, MoeClusterError, StaleOrder
+from moecluster.proto import expert_pb2
+from moecluster.rpc import codec
+from moecluster.rpc.interfaces import ComputeHandler
+from moecluster.rpc.shared_memory import PeerSegment, Segment, SegmentUnavailable
+from moecluster.rpc.status_codes import abort_with, reply_code_of
+from moecluster.types import ComputeBatch, ComputeResult
+
+MAX_SEGMENT_BYTES = 2**32
+
+
+class ComputeSession:
+    """One router's stream: decodes batches, submits them, and sends replies as they are ready."""
+
+    def __init__(self, handler: ComputeHandler, requests: Iterator[expert_pb2.ComputeRequest]) -> None:
+        self._handler = handler
+        self._requests = requests
+        self._outbox: queue.SimpleQueue[expert_pb2.ComputeReply | None] = queue.SimpleQueue()
+        self._peer: PeerSegment | None = None
+        self._segment: Segment | None = None
+        self._segment_agreed = False
+
+    def replies(self, context: grpc.ServicerContext) -> Iterator[expert_pb2.ComputeReply]:
+        """The stream's replies, beginning with the answer to Hello."""
+        first = next(self._requests, None)
+        if first is None:
+            return
+        try:
+            yield expert_pb2.ComputeReply(hello=self._greet(first))
+        except InvalidMessage as exc:
+            abort_with(context, exc)
+        context.add_callback(self.end)
+        threading.Thread(target=self._read, name="compute-stream", daemon=True).start()
+        while (reply := self._outbox.get()) is not None:
+            yield reply
+        if self._segment is not None:
+            self._segment.close()
+
+    def end(self) -> None:
+        """Ends the stream of replies; what is still computed is thrown away."""
+        self._outbox.put(None)
+
+    def _greet(self, first: expert_pb2.ComputeRequest) -> expert_pb2.HelloReply:
+        if first.WhichOneof("kind") != "hello":
+            raise InvalidMessage("hello: the first message of a stream must be one")
+        reply = expert_pb2.HelloReply(incarnation=self._handler.incarnation)
+        offer = first.hello.segment
+        if not first.hello.HasField("segment"):
+            return reply
+        if offer.size_bytes > MAX_SEGMENT_BYTES:
+            raise InvalidMessage(f"hello.segment.size_bytes: {offer.size_bytes}, at most {MAX_SEGMENT_BYTES}")
+        try:
+            self._peer = PeerSegment(offer.pid, offer.fd, offer.size_bytes)
+            self._segment = Segment(offer.size_bytes)
+        except SegmentUnavailable:
+            self._peer = None
+            return reply  # without a nonce: rows travel inline
+        reply.nonce = self._peer.nonce
+        reply.segment.CopyFrom(self._segment.offer())
+        return reply
+
+    def _read(self) -> None:
+        try:
+            for request in self._requests:
+                if request.WhichOneof("kind") != "batch":
+                    raise InvalidMessage("batch: a second hello")
+                self._take(request.batch)
+        except (grpc.RpcError, InvalidMessage):
+            pass  # the router is gone, or does not keep to the protocol: either way the stream ends
+        finally:
+            self.end()
+
+    def _take(self, message: expert_pb2.Batch) -> None:
+        if self._segment is not None:
+            if message.segment_nonce:
+                self._segment_agreed = message.segment_nonce == self._segment.nonce
+            for sequence in message.released:
+                self._segment.release(sequence)
+        try:
+            batch = codec.decode_batch(message, self._peer)
+            if batch.incarnation and batch.incarnation != self._handler.incarnation:
+                raise StaleOrder(f"this is incarnation {self._handler.incarnation}, not {batch.incarnation}")
+        except MoeClusterError as exc:
+            self._send_error(message.request_id, exc)
+            return
+        regions = [r for r in (codec.region_of(message.x), codec.region_of(message.grad)) if r is not None]
+
+        def reply(outcome: ComputeResult | MoeClusterError) -> None:
+            try:
+                if self._peer is not None:
+                    for region in regions:
+                        self._peer.check(region)  # read whole before anyone wrote over it
+                if isinstance(outcome, MoeClusterError):
+                    self._send_error(message.request_id, outcome)
+                else:
+                    self._send_result(outcome, batch)
+            except InvalidMessage as exc:
+                self._send_error(message.request_id, exc)
+
+        self._handler.submit(batch, reply)
+
+    def _send_result(self, result: ComputeResult, batch: ComputeBatch) -> None:
+        segment = self._segment if self._segment_agreed else None
+        message = codec.encode_result(result, segment)
+        message.placement_term, message.generation = batch.placement
+        self._outbox.put(expert_pb2.ComputeReply(batch=message))
+
+    def _send_error(self, request_id: int, error: MoeClusterError) -> None:
+        message = expert_pb2.BatchReply(request_id=request_id, code=reply_code_of(error), detail=str(error))
+        placement = getattr(error, "placement", None)
+        if placement is not None:
+            message.placement_term, message.generation = placement
+        self._outbox.put(expert_pb2.ComputeReply(batch=message))

@@ -1,0 +1,173 @@
+"""The router's end of the Compute stream to one expert actor."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import grpc
+
+from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.proto import expert_pb2
+from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
+from moecluster.rpc import codec
+from moecluster.rpc.server import open_channel
+from moecluster.rpc.shared_memory import PeerSegment, Segment, SegmentUnavailable
+from moecluster.rpc.status_codes import error_of_reply, from_rpc_error
+from moecluster.types import ActorAddress, ComputeBatch, ComputeResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    batch: ComputeBatch
+    regions: tuple[int, ...]  # sequences in our segment, released by the reply
+    future: "Future[ComputeResult]"
+
+
+class GrpcExpertTransport:
+    """One long-lived stream; messages are matched by request id. Thread-safe."""
+
+    def __init__(
+        self,
+        address: ActorAddress,
+        *,
+        router: str,
+        shared_memory_bytes: int,
+        connect_timeout_s: float = 10.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Opens the stream and shakes hands. shared_memory_bytes 0: inline only.
+
+        Raises Unavailable if the actor does not answer in time, StaleOrder if another life of it does.
+        """
+        self.actor = address.actor
+        self.name = "inline"
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._released: list[int] = []
+        self._closed: MoeClusterError | None = None
+        self._outbox: queue.SimpleQueue[expert_pb2.ComputeRequest | None] = queue.SimpleQueue()
+        self._segment = self._make_segment(shared_memory_bytes)
+        self._use_segment = False
+        self._peer: PeerSegment | None = None
+        self._nonce = b""  # of the actor's segment, sent back once
+        self._channel = open_channel(address.address, credentials)
+        greeted: Future[expert_pb2.HelloReply] = Future()
+        hello = expert_pb2.Hello(router=router)
+        if self._segment is not None:
+            hello.segment.CopyFrom(self._segment.offer())
+        self._outbox.put(expert_pb2.ComputeRequest(hello=hello))
+        replies = ExpertServiceStub(self._channel).Compute(iter(self._outbox.get, None))
+        threading.Thread(
+            target=self._read, args=(replies, greeted), name=f"stream-{self.actor}", daemon=True
+        ).start()
+        try:
+            self._agree(greeted.result(timeout=connect_timeout_s))
+        except TimeoutError as exc:
+            self.close()
+            raise Unavailable(f"{self.actor} at {address.address} did not answer in {connect_timeout_s:g} s") from exc
+        except MoeClusterError:
+            self.close()
+            raise
+        if address.incarnation and address.incarnation != self.incarnation:
+            self.close()
+            raise StaleOrder(f"{self.actor} is incarnation {self.incarnation}, not {address.incarnation}")
+
+    @staticmethod
+    def _make_segment(size_bytes: int) -> Segment | None:
+        if not size_bytes:
+            return None
+        try:
+            return Segment(size_bytes)
+        except SegmentUnavailable:
+            return None
+
+    def _agree(self, reply: expert_pb2.HelloReply) -> None:
+        """Uses shared memory where each side has read the other's nonce, inline where not."""
+        self.incarnation = reply.incarnation
+        if self._segment is None or reply.nonce != self._segment.nonce:
+            return
+        self._use_segment = True
+        self.name = "shm"
+        try:
+            self._peer = PeerSegment(reply.segment.pid, reply.segment.fd, reply.segment.size_bytes)
+            self._nonce = self._peer.nonce
+        except SegmentUnavailable:
+            pass  # replies travel inline, requests need not
+
+    def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
+        """Sends a batch. The future holds the result or a MoeClusterError.
+
+        The caller bounds its wait; after a timeout it closes the transport, whose segment must not be used again.
+        """
+        future: Future[ComputeResult] = Future()
+        batch = replace(batch, request_id=next(self._ids))
+        message = codec.encode_batch(batch, self._segment if self._use_segment else None)
+        regions = (codec.region_of(message.x), codec.region_of(message.grad))
+        pending = _Pending(batch=batch, regions=tuple(r.sequence for r in regions if r is not None), future=future)
+        with self._lock:
+            if self._closed is not None:
+                future.set_exception(self._closed)
+                return future
+            self._pending[batch.request_id] = pending
+            message.released.extend(self._released)
+            self._released.clear()
+            message.segment_nonce, self._nonce = self._nonce, b""
+            self._outbox.put(expert_pb2.ComputeRequest(batch=message))
+        return future
+
+    def close(self) -> None:
+        """Ends the stream; what is in flight fails with Unavailable."""
+        self._fail(Unavailable(f"the stream to {self.actor} was closed"))
+        self._outbox.put(None)
+        self._channel.close()
+        if self._segment is not None:
+            self._segment.close()
+
+    def _read(
+        self, replies: Iterator[expert_pb2.ComputeReply], greeted: "Future[expert_pb2.HelloReply]"
+    ) -> None:
+        error: MoeClusterError = Unavailable(f"{self.actor} ended the stream")
+        try:
+            for reply in replies:
+                if reply.WhichOneof("kind") == "hello":
+                    greeted.set_result(reply.hello)
+                else:
+                    self._finish(reply.batch)
+        except grpc.RpcError as exc:
+            error = from_rpc_error(exc, self.actor)
+        if not greeted.done():
+            greeted.set_exception(error)
+        self._fail(error)
+
+    def _finish(self, message: expert_pb2.BatchReply) -> None:
+        with self._lock:
+            pending = self._pending.pop(message.request_id, None)
+        if pending is None:
+            return  # a late answer to a request that was given up
+        if self._segment is not None:
+            for sequence in pending.regions:
+                self._segment.release(sequence)
+        try:
+            if message.code != expert_pb2.OK:
+                raise error_of_reply(message)
+            result = codec.decode_result(message, pending.batch, self._peer, self._release)
+        except MoeClusterError as exc:
+            pending.future.set_exception(exc)
+            return
+        pending.future.set_result(result)
+
+    def _release(self, sequence: int) -> None:
+        with self._lock:
+            self._released.append(sequence)
+
+    def _fail(self, error: MoeClusterError) -> None:
+        with self._lock:
+            if self._closed is None:
+                self._closed = error
+            left, self._pending = self._pending, {}
+        for pending in left.values():
+            pending.future.set_exception(error)

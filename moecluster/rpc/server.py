@@ -1,0 +1,88 @@
+"""A gRPC server with the standard health and reflection services, and the channel options of both ends."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from moecluster.errors import ResourceError
+from moecluster.rpc.codec import MAX_MESSAGE_BYTES
+
+KEEPALIVE_S = 10.0
+KEEPALIVE_TIMEOUT_S = 5.0
+MAX_CALLS = 128  # running at once, streams included; each holds a thread
+
+_COMMON_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+CHANNEL_OPTIONS = [
+    *_COMMON_OPTIONS,
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A channel of our own: a shared subchannel would keep the backoff of a peer that has come back since.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+SERVER_OPTIONS = [
+    *_COMMON_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its calls
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+]
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+    """A channel to host:port with our limits and keepalive."""
+    if credentials is not None:
+        return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+class RunningServer:
+    """A started server. address is host:port."""
+
+    def __init__(self, server: grpc.Server, address: str, servicer: health.HealthServicer) -> None:
+        self._server = server
+        self._health = servicer
+        self.address = address
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        """Turns health to NOT_SERVING, lets running calls end within grace_s, then ends the rest."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_s).wait(grace_s + 5.0)
+
+
+def start_server(
+    add_services: Callable[[grpc.Server], list[str]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    credentials: grpc.ServerCredentials | None = None,
+    max_calls: int = MAX_CALLS,
+) -> RunningServer:
+    """Starts a server. add_services registers servicers and returns their full names; port 0 takes a free one.
+
+    Raises ResourceError if the port is in use.
+    """
+    pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
+    server = grpc.server(pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)
+    names = add_services(server)
+    servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for name in ("", *names):
+        servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    target = f"{host}:{port}"
+    try:
+        bound = server.add_secure_port(target, credentials) if credentials else server.add_insecure_port(target)
+    except RuntimeError as exc:
+        raise ResourceError(f"cannot listen on {target}: the port is in use or the address is not of this host") from exc
+    server.start()
+    return RunningServer(server, f"{host}:{bound}", servicer)

@@ -1,0 +1,164 @@
+"""Rows through memory that two processes of one host share.
+
+Each side writes only its own segment. A segment is a sealed memfd, which the peer opens through /proc/PID/fd/N: it has no name,
+so nothing is left behind when a process is killed, and its seals keep the peer from shrinking it under a reader. A region
+carries a sequence number in front of its payload and is used again only after the reader has released it.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moecluster.errors import InvalidMessage
+from moecluster.proto import tensor_pb2
+
+NAME = "moecluster-rows"
+NONCE_BYTES = 32
+ALIGNMENT_BYTES = 64
+HEADER = struct.Struct("<Q")
+REQUIRED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class SegmentUnavailable(Exception):
+    """The segment cannot be made or opened here; rows travel inline instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A written part of a segment: its payload starts ALIGNMENT_BYTES after offset."""
+
+    offset: int
+    length_bytes: int
+    sequence: int
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class Segment:
+    """Our own segment: we write, the peer reads. Thread-safe."""
+
+    def __init__(self, size_bytes: int) -> None:
+        """Takes the memory at once, so that a full machine refuses here and not with a SIGBUS later."""
+        self.size_bytes = _aligned(size_bytes)
+        try:
+            self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as exc:
+            raise SegmentUnavailable(str(exc)) from exc
+        try:
+            os.posix_fallocate(self.fd, 0, self.size_bytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, REQUIRED_SEALS | fcntl.F_SEAL_SEAL)
+            self._map = mmap.mmap(self.fd, self.size_bytes)
+        except OSError as exc:
+            os.close(self.fd)
+            raise SegmentUnavailable(str(exc)) from exc
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        self._map[:NONCE_BYTES] = self.nonce
+        self._lock = threading.Lock()
+        self._free = [(_aligned(NONCE_BYTES), self.size_bytes - _aligned(NONCE_BYTES))]  # (offset, bytes), ascending
+        self._used: dict[int, tuple[int, int]] = {}  # sequence -> (offset, bytes)
+        self._sequence = 0
+        self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def write(self, value: torch.Tensor) -> Region | None:
+        """Copies a tensor into a free region; None if there is no room now."""
+        length_bytes = value.numel() * value.element_size()
+        taken = self._take(ALIGNMENT_BYTES + _aligned(length_bytes))
+        if taken is None:
+            return None
+        sequence, offset = taken
+        HEADER.pack_into(self._map, offset, sequence)
+        start = offset + ALIGNMENT_BYTES
+        target = self._bytes_U[start : start + length_bytes].view(value.dtype).view(value.shape)
+        target.copy_(value)
+        return Region(offset=offset, length_bytes=length_bytes, sequence=sequence)
+
+    def _take(self, size_bytes: int) -> tuple[int, int] | None:
+        with self._lock:
+            for i, (offset, free_bytes) in enumerate(self._free):
+                if free_bytes >= size_bytes:
+                    rest = (offset + size_bytes, free_bytes - size_bytes)
+                    self._free[i : i + 1] = [rest] if rest[1] else []
+                    self._sequence += 1
+                    self._used[self._sequence] = (offset, size_bytes)
+                    return self._sequence, offset
+        return None
+
+    def release(self, sequence: int) -> None:
+        """The reader is done with a region. Unknown sequences are fine: a release may come twice."""
+        with self._lock:
+            used = self._used.pop(sequence, None)
+            if used is None:
+                return
+            merged: list[tuple[int, int]] = []
+            for offset, size_bytes in sorted([*self._free, used]):
+                if merged and sum(merged[-1]) == offset:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + size_bytes)
+                else:
+                    merged.append((offset, size_bytes))
+            self._free = merged
+
+    def offer(self) -> tensor_pb2.SegmentOffer:
+        """What the peer needs to open this segment."""
+        return tensor_pb2.SegmentOffer(pid=os.getpid(), fd=self.fd, size_bytes=self.size_bytes)
+
+    def close(self) -> None:
+        """Gives our descriptor back; the memory goes when the last mapping of it does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class PeerSegment:
+    """A peer's segment, mapped read-only."""
+
+    def __init__(self, pid: int, fd: int, size_bytes: int) -> None:
+        """Raises SegmentUnavailable if there is no such sealed segment of ours on this host."""
+        link = Path(f"/proc/{pid}/fd/{fd}")
+        try:
+            # Looked at before it is opened: a caller may name any descriptor of any process.
+            if os.readlink(link) != f"/memfd:{NAME} (deleted)":
+                raise SegmentUnavailable(f"descriptor {fd} of process {pid} is no segment")
+            opened = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            raise SegmentUnavailable(errno.errorcode.get(exc.errno or 0, "error")) from exc
+        try:
+            if fcntl.fcntl(opened, fcntl.F_GET_SEALS) & REQUIRED_SEALS != REQUIRED_SEALS:
+                raise SegmentUnavailable("the segment is not sealed")
+            if not NONCE_BYTES < size_bytes <= os.fstat(opened).st_size:
+                raise SegmentUnavailable("the segment is smaller than announced")
+            self._map = mmap.mmap(opened, size_bytes, prot=mmap.PROT_READ)
+        except OSError as exc:
+            raise SegmentUnavailable(str(exc)) from exc
+        finally:
+            os.close(opened)
+        self.size_bytes = size_bytes
+        self.nonce = self._map[:NONCE_BYTES]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns once of read-only memory: it is never written
+            self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def check(self, region: Region) -> None:
+        """Raises InvalidMessage if the region is not what its sequence says: call it before and after reading."""
+        end = region.offset + ALIGNMENT_BYTES + region.length_bytes
+        if region.offset < NONCE_BYTES or region.offset % ALIGNMENT_BYTES or end > self.size_bytes:
+            raise InvalidMessage(f"region: bytes {region.offset} to {end} lie outside the segment")
+        if HEADER.unpack_from(self._map, region.offset)[0] != region.sequence:
+            raise InvalidMessage(f"region: sequence {region.sequence} was overwritten")
+
+    def view(self, region: Region, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The region's payload in place, valid until the region is released. Never write to it."""
+        self.check(region)
+        start = region.offset + ALIGNMENT_BYTES
+        return self._bytes_U[start : start + region.length_bytes].view(dtype).view(shape)
+

@@ -1,0 +1,79 @@
+"""Our errors as gRPC status codes and back: mapped once, at the edge."""
+
+from typing import NoReturn
+
+import grpc
+
+from moecluster.errors import (
+    AttemptAborted,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    NotHosted,
+    StaleOrder,
+    StateLost,
+    Unavailable,
+    UserError,
+)
+from moecluster.proto import expert_pb2
+
+# The first class that an error is an instance of decides.
+_STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
+    (InvalidMessage, grpc.StatusCode.INVALID_ARGUMENT),
+    (UserError, grpc.StatusCode.FAILED_PRECONDITION),
+    (Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotHosted, grpc.StatusCode.NOT_FOUND),
+    (StaleOrder, grpc.StatusCode.OUT_OF_RANGE),
+    (AttemptAborted, grpc.StatusCode.ABORTED),
+    (StateLost, grpc.StatusCode.DATA_LOSS),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE),
+)
+_REPLY_CODES: tuple[tuple[type[MoeClusterError], "expert_pb2.ReplyCode"], ...] = (
+    (InvalidMessage, expert_pb2.INVALID_ARGUMENT),
+    (Exhausted, expert_pb2.RESOURCE_EXHAUSTED),
+    (NotHosted, expert_pb2.NOT_HOSTED),
+    (StaleOrder, expert_pb2.STALE),
+    (DeadlineExceeded, expert_pb2.DEADLINE_EXCEEDED),
+)
+
+
+def status_of(error: MoeClusterError) -> grpc.StatusCode:
+    """The status that a caller sees for an error."""
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoReturn:
+    """Ends an RPC with the error's status and its message as the detail."""
+    context.abort(status_of(error), str(error))
+    raise AssertionError("abort raises")
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
+    """The error of ours that a failed RPC stands for."""
+    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    detail = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
+    for kind, status in _STATUS:
+        if code == status and kind is not UserError:
+            return kind(detail)
+    if code == grpc.StatusCode.FAILED_PRECONDITION:
+        return UserError(detail)
+    if code == grpc.StatusCode.CANCELLED:
+        return Unavailable(f"{peer}: the call was cancelled")
+    return MoeClusterError(f"{peer}: {code.name}: {detail}")
+
+
+def reply_code_of(error: MoeClusterError) -> "expert_pb2.ReplyCode":
+    """The code in a stream's reply for an error of one batch."""
+    return next((code for kind, code in _REPLY_CODES if isinstance(error, kind)), expert_pb2.INTERNAL)
+
+
+def error_of_reply(message: expert_pb2.BatchReply) -> MoeClusterError:
+    """The error that a stream's reply stands for."""
+    for kind, code in _REPLY_CODES:
+        if message.code == code:
+            if kind is NotHosted:
+                return NotHosted(message.detail, placement=(message.placement_term, message.generation))
+            return kind(message.detail)
+    return MoeClusterError(message.detail or "the expert actor failed")
