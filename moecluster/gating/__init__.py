@@ -1,0 +1,1 @@
+"""Gates: hidden states -> Routing. One small file a family, a registry by name."""
