@@ -1,0 +1,1 @@
+"""Where experts stand: pure functions on numbers, knowing nothing of the cluster."""
