@@ -197,3 +197,27 @@ class ExpertActorStatus:
     committed: StepTag | None
     prepared: StepTag | None
     rss_bytes: int
+    checkpoint: str = ""  # as the last set_placement said
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorState:
+    """What the controller knows of one expert actor."""
+
+    actor: str
+    address: str  # host:port; empty while it has none
+    incarnation: str
+    phase: str  # serving | restarting | loading
+    experts: int
+    restarts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerStatus:
+    """What the controller says of the cluster."""
+
+    term: int
+    generation: int
+    actors: tuple[ActorState, ...]
+    checkpoint: str
+    routers: int  # with a lease

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from moecluster.proto import tensor_pb2 as moecluster_dot_proto_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!moecluster/proto/controller.proto\x12\rmoecluster.v1\x1a\x1dmoecluster/proto/tensor.proto\"P\n\x0cWatchRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x14\n\x0c\x61pplied_term\x18\x02 \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\x03 \x01(\x04\"C\n\x0c\x41\x63torAddress\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"Q\n\x07Replica\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"\x95\x01\n\tPlacement\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12+\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x1b.moecluster.v1.ActorAddress\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.moecluster.v1.Replica\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"U\n\rFailureReport\x12\x10\n\x08reporter\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"K\n\nExpertLoad\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\x13\n\x0b\x61ssignments\x18\x02 \x01(\x04\"X\n\nLoadReport\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12(\n\x05loads\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ExpertLoad\"\x11\n\x0fLoadReportReply\"\x19\n\x17\x43ontrollerStatusRequest\"s\n\nActorState\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\x05\x12\x10\n\x08restarts\x18\x06 \x01(\x04\"\x84\x01\n\x10\x43ontrollerStatus\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12)\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ActorState\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\x12\x0f\n\x07routers\x18\x05 \x01(\x05\x32\xc8\x02\n\x11\x43ontrollerService\x12K\n\x0eWatchPlacement\x12\x1b.moecluster.v1.WatchRequest\x1a\x18.moecluster.v1.Placement(\x01\x30\x01\x12J\n\rReportFailure\x12\x1c.moecluster.v1.FailureReport\x1a\x1b.moecluster.v1.FailureReply\x12G\n\nReportLoad\x12\x19.moecluster.v1.LoadReport\x1a\x1e.moecluster.v1.LoadReportReply\x12Q\n\x06Status\x12&.moecluster.v1.ControllerStatusRequest\x1a\x1f.moecluster.v1.ControllerStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!moecluster/proto/controller.proto\x12\rmoecluster.v1\x1a\x1dmoecluster/proto/tensor.proto\"P\n\x0cWatchRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x14\n\x0c\x61pplied_term\x18\x02 \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\x03 \x01(\x04\"C\n\x0c\x41\x63torAddress\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"Q\n\x07Replica\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"\x95\x01\n\tPlacement\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12+\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x1b.moecluster.v1.ActorAddress\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.moecluster.v1.Replica\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"U\n\rFailureReport\x12\x10\n\x08reporter\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"K\n\nExpertLoad\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\x13\n\x0b\x61ssignments\x18\x02 \x01(\x04\"X\n\nLoadReport\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12(\n\x05loads\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ExpertLoad\"\x11\n\x0fLoadReportReply\"*\n\x14SetCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\"\x14\n\x12SetCheckpointReply\"\x19\n\x17\x43ontrollerStatusRequest\"s\n\nActorState\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\x05\x12\x10\n\x08restarts\x18\x06 \x01(\x04\"\x84\x01\n\x10\x43ontrollerStatus\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12)\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ActorState\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\x12\x0f\n\x07routers\x18\x05 \x01(\x05\x32\xa1\x03\n\x11\x43ontrollerService\x12K\n\x0eWatchPlacement\x12\x1b.moecluster.v1.WatchRequest\x1a\x18.moecluster.v1.Placement(\x01\x30\x01\x12J\n\rReportFailure\x12\x1c.moecluster.v1.FailureReport\x1a\x1b.moecluster.v1.FailureReply\x12G\n\nReportLoad\x12\x19.moecluster.v1.LoadReport\x1a\x1e.moecluster.v1.LoadReportReply\x12W\n\rSetCheckpoint\x12#.moecluster.v1.SetCheckpointRequest\x1a!.moecluster.v1.SetCheckpointReply\x12Q\n\x06Status\x12&.moecluster.v1.ControllerStatusRequest\x1a\x1f.moecluster.v1.ControllerStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,12 +50,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADREPORT']._serialized_end=737
   _globals['_LOADREPORTREPLY']._serialized_start=739
   _globals['_LOADREPORTREPLY']._serialized_end=756
-  _globals['_CONTROLLERSTATUSREQUEST']._serialized_start=758
-  _globals['_CONTROLLERSTATUSREQUEST']._serialized_end=783
-  _globals['_ACTORSTATE']._serialized_start=785
-  _globals['_ACTORSTATE']._serialized_end=900
-  _globals['_CONTROLLERSTATUS']._serialized_start=903
-  _globals['_CONTROLLERSTATUS']._serialized_end=1035
-  _globals['_CONTROLLERSERVICE']._serialized_start=1038
-  _globals['_CONTROLLERSERVICE']._serialized_end=1366
+  _globals['_SETCHECKPOINTREQUEST']._serialized_start=758
+  _globals['_SETCHECKPOINTREQUEST']._serialized_end=800
+  _globals['_SETCHECKPOINTREPLY']._serialized_start=802
+  _globals['_SETCHECKPOINTREPLY']._serialized_end=822
+  _globals['_CONTROLLERSTATUSREQUEST']._serialized_start=824
+  _globals['_CONTROLLERSTATUSREQUEST']._serialized_end=849
+  _globals['_ACTORSTATE']._serialized_start=851
+  _globals['_ACTORSTATE']._serialized_end=966
+  _globals['_CONTROLLERSTATUS']._serialized_start=969
+  _globals['_CONTROLLERSTATUS']._serialized_end=1101
+  _globals['_CONTROLLERSERVICE']._serialized_start=1104
+  _globals['_CONTROLLERSERVICE']._serialized_end=1521
 # @@protoc_insertion_point(module_scope)

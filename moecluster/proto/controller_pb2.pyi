@@ -88,6 +88,16 @@ class LoadReportReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SetCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint",)
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    def __init__(self, checkpoint: _Optional[str] = ...) -> None: ...
+
+class SetCheckpointReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ControllerStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

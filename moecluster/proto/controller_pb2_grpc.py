@@ -49,6 +49,11 @@ class ControllerServiceStub(object):
                 request_serializer=moecluster_dot_proto_dot_controller__pb2.LoadReport.SerializeToString,
                 response_deserializer=moecluster_dot_proto_dot_controller__pb2.LoadReportReply.FromString,
                 _registered_method=True)
+        self.SetCheckpoint = channel.unary_unary(
+                '/moecluster.v1.ControllerService/SetCheckpoint',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.SetCheckpointRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.SetCheckpointReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/moecluster.v1.ControllerService/Status',
                 request_serializer=moecluster_dot_proto_dot_controller__pb2.ControllerStatusRequest.SerializeToString,
@@ -79,6 +84,13 @@ class ControllerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetCheckpoint(self, request, context):
+        """Training moved on: lost experts are loaded from this directory from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -102,6 +114,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.ReportLoad,
                     request_deserializer=moecluster_dot_proto_dot_controller__pb2.LoadReport.FromString,
                     response_serializer=moecluster_dot_proto_dot_controller__pb2.LoadReportReply.SerializeToString,
+            ),
+            'SetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCheckpoint,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.SetCheckpointRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.SetCheckpointReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -190,6 +207,33 @@ class ControllerService(object):
             '/moecluster.v1.ControllerService/ReportLoad',
             moecluster_dot_proto_dot_controller__pb2.LoadReport.SerializeToString,
             moecluster_dot_proto_dot_controller__pb2.LoadReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/SetCheckpoint',
+            moecluster_dot_proto_dot_controller__pb2.SetCheckpointRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.SetCheckpointReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,12 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.LoadReportReply,
     ]
 
+    SetCheckpoint: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.SetCheckpointRequest,
+        moecluster.proto.controller_pb2.SetCheckpointReply,
+    ]
+    """Training moved on: lost experts are loaded from this directory from now on."""
+
     Status: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ControllerStatusRequest,
         moecluster.proto.controller_pb2.ControllerStatus,
@@ -58,6 +64,12 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.LoadReport,
         moecluster.proto.controller_pb2.LoadReportReply,
     ]
+
+    SetCheckpoint: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.SetCheckpointRequest,
+        moecluster.proto.controller_pb2.SetCheckpointReply,
+    ]
+    """Training moved on: lost experts are loaded from this directory from now on."""
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ControllerStatusRequest,
@@ -87,6 +99,14 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.LoadReport,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.LoadReportReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.LoadReportReply]]: ...
+
+    @abc.abstractmethod
+    def SetCheckpoint(
+        self,
+        request: moecluster.proto.controller_pb2.SetCheckpointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.SetCheckpointReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.SetCheckpointReply]]:
+        """Training moved on: lost experts are loaded from this directory from now on."""
 
     @abc.abstractmethod
     def Status(

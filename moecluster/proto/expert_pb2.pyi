@@ -206,12 +206,14 @@ class UnloadReply(_message.Message):
     def __init__(self) -> None: ...
 
 class SetPlacementRequest(_message.Message):
-    __slots__ = ("term", "generation")
+    __slots__ = ("term", "generation", "checkpoint")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    checkpoint: str
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class SetPlacementReply(_message.Message):
     __slots__ = ()
@@ -320,7 +322,7 @@ class StatusRequest(_message.Message):
     def __init__(self, training_term: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes")
+    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
@@ -332,6 +334,7 @@ class StatusReply(_message.Message):
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     actor: str
     incarnation: str
     placement_term: int
@@ -343,4 +346,5 @@ class StatusReply(_message.Message):
     committed: StepTag
     prepared: StepTag
     rss_bytes: int
-    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ...) -> None: ...
+    checkpoint: str
+    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...

@@ -96,8 +96,8 @@ class ExpertControl(Participant, Protocol):
     def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
         """Drops experts; unknown ones are fine."""
 
-    def set_placement(self, *, term: int, generation: int) -> None:
-        """Tells the actor the number of the placement that now stands."""
+    def set_placement(self, *, term: int, generation: int, checkpoint: str = "") -> None:
+        """Tells the actor the placement that now stands, and what lost experts are loaded from; Status returns both."""
 
     def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
         """Streams the experts' tensors."""
