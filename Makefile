@@ -1,0 +1,81 @@
+# Every target sets up what it needs from nothing but Python >= 3.11 and make; a stamp file makes the second run fast.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS_VENV := .tools/protos
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# In the order in which they run; a layer without tests is left out.
+LAYERS := $(foreach layer,unit rpc cluster faults browser gpu,$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
+# The scripts that end within minutes.
+BENCHMARKS := $(wildcard benchmarks/layer.py)
+SOAK_DURATION_S ?= 3600
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types imports stale-protos bench protos soak clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.runtime  ## train a small model on a local cluster, generate from it, kill an expert meanwhile
+	$(BIN)/moecluster demo
+
+test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, cluster, faults, browser, gpu
+	$(BIN)/python -m pytest --durations=10 $(LAYERS)
+
+check: lint types imports stale-protos  ## style, types, import layers, generated code
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy .
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+stale-protos: $(PROTOS_VENV)/.installed
+	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
+
+bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
+	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+soak: $(VENV)/.dev  ## long runs: make soak SOAK_DURATION_S=3600
+	MOECLUSTER_SOAK_DURATION_S=$(SOAK_DURATION_S) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak
+
+clean:  ## remove environments, caches and what a build left
+	rm -rf $(VENV) .tools .peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find moecluster actors tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One line instead of a traceback from pip when Python is too old or lacks venv.
+define create_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "moecluster needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || \
+	{ echo "$(PYTHON) cannot create environments: install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+endef
+
+$(VENV)/.created:
+	$(call create_venv,$(VENV))
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[plots]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Only what the extra `protos` names: the project's own dependencies are newer than what the oldest generator takes.
+PROTOS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["protos"])
+
+$(PROTOS_VENV)/.installed: pyproject.toml
+	$(call create_venv,$(PROTOS_VENV))
+	$(PROTOS_VENV)/bin/python $(PIP_INSTALL) $$($(PROTOS_VENV)/bin/python -c '$(PROTOS_EXTRA)')
+	@touch $@

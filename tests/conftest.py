@@ -1,0 +1,91 @@
+"""Rules for every test.
+
+- A test carries the marker of its folder (tests/rpc -> rpc). Tests in tests/gpu are skipped where torch sees no CUDA.
+- One torch thread, no downloads, and the same random numbers at the start of every test.
+- Ray demands a token, which commands started by a test inherit with the environment. A test that starts a Ray with
+  another token takes RAY_AUTH_TOKEN out of that command's environment.
+- Processes that the tests started, at any depth, must be gone when the session ends. They are known by an environment
+  variable that every child inherits, so daemons that gave up their parent are found too.
+
+Real Ray comes from the fixtures `ray_session` and `ray_namespace` of tests/ray_session.py.
+"""
+
+import os
+import random
+import secrets
+import time
+import uuid
+from pathlib import Path
+
+SESSION_VARIABLE = "MOECLUSTER_TEST_SESSION"
+# Libraries read these when they are imported (Ray its RAY_AUTH_MODE, torch its OMP_NUM_THREADS): so they are set first.
+os.environ[SESSION_VARIABLE] = uuid.uuid4().hex
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import numpy as np
+import psutil
+import pytest
+import torch
+
+pytest_plugins = ["tests.ray_session"]
+
+TESTS = Path(__file__).parent
+PROCESS_EXIT_TIMEOUT_S = 15.0
+# Python's own helper for shared memory; it ends with the process that uses it.
+TOLERATED_COMMANDS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def pytest_configure() -> None:
+    os.environ.pop("RAY_ADDRESS", None)  # tests name their cluster
+    torch.set_num_threads(1)
+    hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("reproducible")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_cuda = pytest.mark.skip(reason="torch sees no CUDA device")
+    for item in items:
+        layer = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(layer)
+        if layer == "gpu" and not torch.cuda.is_available():
+            item.add_marker(without_cuda)
+
+
+@pytest.fixture(autouse=True)
+def seeded_random_numbers() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def processes_of_this_session() -> list[psutil.Process]:
+    """Living processes, other than this one, that inherited the session's variable."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            inherited = process.environ().get(SESSION_VARIABLE) == os.environ[SESSION_VARIABLE]
+            if inherited and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                tolerated = any(command in " ".join(process.cmdline()) for command in TOLERATED_COMMANDS)
+                found += [] if tolerated else [process]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone meanwhile, or another user's
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    deadline_s = time.monotonic() + PROCESS_EXIT_TIMEOUT_S
+    while (left := processes_of_this_session()) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    if not left:
+        return
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    for process in left:
+        print(f"\nleft behind by the tests: {process.pid} {' '.join(process.cmdline())[:160]}")
+        process.kill()
