@@ -1,0 +1,109 @@
+"""Model classes of transformers: built empty on the meta device, or with experts that never exist."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from moecluster.errors import CheckpointError, UnsupportedModelError
+from moecluster.hf.interface import BACKEND_NAME, find_experts, moe_layers, register_backend, row_width
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a model directory. Raises CheckpointError or UnsupportedModelError."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} has no readable config.json: give the directory of a model") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(f"config.json in {path} cannot be used: {_first_line(error)}") from error
+    return config
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class of a configuration. Raises UnsupportedModelError if the family has none."""
+    choice: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if choice is None:
+        raise UnsupportedModelError(
+            f"a {config.model_type} model cannot be attached: transformers has no causal language model of this family"
+        )
+    candidates: list[type[PreTrainedModel]] = list(choice) if isinstance(choice, (list, tuple)) else [choice]
+    named = [candidate for candidate in candidates if candidate.__name__ in (config.architectures or ())]
+    return (named or candidates)[0]
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The whole model on the meta device: shapes without memory."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            return model_class(config)(config)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"no {config.model_type} model can be built from this configuration: {_first_line(error)}"
+        ) from error
+
+
+def load_without_experts(config: PreTrainedConfig, path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model with its trunk's weights out of a directory, and transformers' loading report.
+
+    Its experts modules hold no parameters, so that no byte of theirs is read.
+    """
+    register_backend()
+    trunk_class = _without_experts(model_class(config))
+    loaded: Any = trunk_class.from_pretrained(
+        str(path),
+        config=config,
+        dtype=dtype,
+        experts_implementation=BACKEND_NAME,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported, so that the caller can name them in one line
+        output_loading_info=True,
+    )
+    model, report = loaded
+    return model, report
+
+
+def _without_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass whose experts are taken out as soon as it is built (on the meta device, under from_pretrained)."""
+
+    class Trunk(family):  # type: ignore[misc, valid-type]
+        _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012  # the name and the list are transformers' own
+            *(family._keys_to_ignore_on_load_unexpected or ()),
+            r"(^|\.)experts\.",
+        ]
+
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            strip_experts(self)
+
+    # transformers looks key conversions up by class name, and source-code heuristics by module.
+    Trunk.__name__, Trunk.__qualname__, Trunk.__module__ = family.__name__, family.__qualname__, family.__module__
+    return Trunk
+
+
+def strip_experts(model: nn.Module) -> None:
+    """Takes every expert's parameters out of a model; its experts modules remember the width of their rows."""
+    moe_layers(model)  # refuse a family that would go on with its own experts
+    for _, _, module in find_experts(model):
+        module.__dict__["moecluster_width"] = row_width(module)
+        for name in module._parameters:
+            module._parameters[name] = None
+        for name, child in list(module.named_children()):
+            if any(True for _ in child.parameters()):
+                del module._modules[name]
+        module.__dict__["_is_hf_initialized"] = True  # or transformers initializes what is not there
+
+
+def keep_one_expert(model: nn.Module) -> None:
+    """Cuts the fused parameters of an empty model to one expert, the shape that one expert's rows convert to."""
+    for _, _, module in find_experts(model):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter[:1]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

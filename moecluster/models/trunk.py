@@ -1,0 +1,50 @@
+"""The trunk of a model: everything but its experts, which never exist in memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moecluster.errors import CheckpointError, UnsupportedModelError
+from moecluster.hf import Backend, attach
+from moecluster.hf.modelling import load_without_experts, read_config
+from moecluster.models.checkpoint import Checkpoint
+
+
+def load_trunk(
+    path: str | Path, backend: Backend, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Loads a model whose experts are the backend's; in evaluation mode, with gradients on.
+
+    Peak memory is the trunk's. Raises CheckpointError if the directory is torn or any weight of the trunk is missing or
+    of another shape, UnsupportedModelError if the model is no MoE, is quantized, or cannot be attached.
+    """
+    Checkpoint.open(path)
+    config = read_config(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{path} is quantized: give a checkpoint in float32, float16 or bfloat16")
+    model, report = load_without_experts(config, path, dtype)
+    _check_complete(path, report)
+    attach(model, backend)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # wrapped upstream
+    return model
+
+
+def _check_complete(path: str | Path, report: dict[str, object]) -> None:
+    """A missing weight would be random: refuse it."""
+    missing = sorted(str(key) for key in report["missing_keys"])  # type: ignore[attr-defined]
+    if missing:
+        raise CheckpointError(f"{path} has no {missing[0]} ({len(missing)} weights of the trunk are missing)")
+    mismatched = sorted(report["mismatched_keys"])  # type: ignore[call-overload]
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise CheckpointError(f"{name} in {path} has shape {list(found)}, its config.json says {list(expected)}")
+    if report["error_msgs"]:
+        raise CheckpointError(f"{path} cannot be loaded: {report['error_msgs']}")
+
+
+def trunk_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the trunk, in the model's order; tied ones once."""
+    return model.named_parameters()
