@@ -1,0 +1,25 @@
+"""What is measured: one call of one MoE layer, on one batch size, dtype, direction and transport."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+Direction = Literal["forward", "forward+backward"]
+Transport = Literal["shm", "inline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measured case. `transport` is None for contenders that have no choice of it."""
+
+    tokens: int
+    dtype: DType
+    direction: Direction = "forward"
+    transport: Transport | None = None
+
+    def to_json(self) -> dict[str, str | int | None]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        transport = f", {self.transport}" if self.transport else ""
+        return f"{self.direction}, {self.dtype}, {self.tokens} tokens{transport}"
