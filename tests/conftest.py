@@ -10,6 +10,7 @@
 Real Ray comes from the fixtures `ray_session` and `ray_namespace` of tests/ray_session.py.
 """
 
+import contextlib
 import os
 import random
 import secrets
@@ -17,9 +18,7 @@ import time
 import uuid
 from pathlib import Path
 
-SESSION_VARIABLE = "MOECLUSTER_TEST_SESSION"
 # Libraries read these when they are imported (Ray its RAY_AUTH_MODE, torch its OMP_NUM_THREADS): so they are set first.
-os.environ[SESSION_VARIABLE] = uuid.uuid4().hex
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -36,12 +35,14 @@ import torch
 pytest_plugins = ["tests.ray_session"]
 
 TESTS = Path(__file__).parent
+SESSION_VARIABLE = "MOECLUSTER_TEST_SESSION"
 PROCESS_EXIT_TIMEOUT_S = 15.0
 # Python's own helper for shared memory; it ends with the process that uses it.
 TOLERATED_COMMANDS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def pytest_configure() -> None:
+    os.environ[SESSION_VARIABLE] = uuid.uuid4().hex
     os.environ.pop("RAY_ADDRESS", None)  # tests name their cluster
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
@@ -64,18 +65,17 @@ def seeded_random_numbers() -> None:
     torch.manual_seed(0)
 
 
-def processes_of_this_session() -> list[psutil.Process]:
-    """Living processes, other than this one, that inherited the session's variable."""
-    found = []
+def processes_of_this_session() -> dict[psutil.Process, str]:
+    """Living processes, other than this one, that inherited the session's variable, with their command lines."""
+    found = {}
     for process in psutil.process_iter():
         try:
             inherited = process.environ().get(SESSION_VARIABLE) == os.environ[SESSION_VARIABLE]
             if inherited and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                tolerated = any(command in " ".join(process.cmdline()) for command in TOLERATED_COMMANDS)
-                found += [] if tolerated else [process]
+                found[process] = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # gone meanwhile, or another user's
-    return found
+    return {process: line for process, line in found.items() if not any(name in line for name in TOLERATED_COMMANDS)}
 
 
 @pytest.hookimpl(trylast=True)
@@ -83,9 +83,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     deadline_s = time.monotonic() + PROCESS_EXIT_TIMEOUT_S
     while (left := processes_of_this_session()) and time.monotonic() < deadline_s:
         time.sleep(0.2)
-    if not left:
-        return
-    session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    for process in left:
-        print(f"\nleft behind by the tests: {process.pid} {' '.join(process.cmdline())[:160]}")
-        process.kill()
+    for process, command_line in left.items():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nleft behind by the tests: {process.pid} {command_line[:160]}")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
