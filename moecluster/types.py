@@ -72,6 +72,7 @@ class Placement:
 
     term: int
     generation: int
+    layer_experts: Mapping[int, int]  # MoE layer -> its number of experts E, replicas or not
     actors: Mapping[str, ActorAddress]
     replicas: tuple[Replica, ...]
 

@@ -43,13 +43,11 @@ def dispatch(
     weights_TK: torch.Tensor,
     *,
     slots_P: npt.NDArray[np.int64] | None = None,
-    keys_T: npt.NDArray[np.uint64] | None = None,
 ) -> tuple[DispatchPart, ...]:
     """Splits a routing over the actors of a layer.
 
     ids_TK is int64 and weights_TK float32, both on the CPU. slots_P restricts it to some assignments (those of an actor that
-    failed). keys_T names the tokens (shares.token_keys); without it they are named by their weights.
-    Raises NotHosted if an expert has no replica.
+    failed). Raises NotHosted if an expert has no replica.
     """
     top_k = ids_TK.shape[1]
     if slots_P is None:
@@ -57,9 +55,7 @@ def dispatch(
     weights = weights_TK.numpy()
     experts_P = ids_TK.numpy().reshape(-1)[slots_P]
     tokens_P = slots_P // top_k
-    if table.replicated and keys_T is None:
-        keys_T = content_keys(np.ascontiguousarray(weights))
-    keys_P = keys_T[tokens_P] if keys_T is not None and table.replicated else np.empty(0, dtype=np.uint64)
+    keys_P = content_keys(np.ascontiguousarray(weights))[tokens_P] if table.replicated else None
     actor_P = choose_actors(table, experts_P, keys_P)
     weights_P = weights.reshape(-1)[slots_P]
     # One sort for all: by actor, then expert; stable, so tokens ascend within an expert.

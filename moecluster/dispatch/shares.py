@@ -1,7 +1,8 @@
 """Splitting each expert's tokens over its replicas by share.
 
-A hash of (token key, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same replica
-whatever the batch, the router and the order of the tokens.
+A hash of (token, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same replica
+whatever the batch, the router and the order of the tokens. A token is named by its gate weights at the layer: that needs no
+sequence ids from anyone, and holds for rows that belong to no sequence.
 """
 
 from collections.abc import Collection
@@ -38,8 +39,9 @@ class LayerTable:
         return self.actor_of_ER.shape[1] > 1
 
 
-def layer_table(placement: Placement, layer: int, num_experts: int, avoid: Collection[str] = ()) -> LayerTable:
+def layer_table(placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
     """The layer's part of a placement, without the actors to avoid; the shares of those left are scaled to sum to 1."""
+    num_experts = placement.layer_experts[layer]
     actors = tuple(sorted(placement.actors))
     index_of = {actor: i for i, actor in enumerate(actors)}
     replicas: list[list[tuple[int, float]]] = [[] for _ in range(num_experts)]
@@ -68,13 +70,8 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def token_keys(sequence_ids_T: npt.NDArray[np.uint64], positions_T: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """One key a token, from the sequence that it belongs to and its position there."""
-    return _mix(_mix(sequence_ids_T) + positions_T)
-
-
 def content_keys(weights_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
-    """Keys for tokens that came without a sequence: from the bits of their gate weights, equal for equal tokens."""
+    """One key a token, from the bits of its gate weights: equal tokens have equal keys in any batch and any router."""
     bits_TK = weights_TK.view(np.uint32).astype(np.uint64)
     keys_T = np.zeros(len(bits_TK), dtype=np.uint64)
     for k in range(bits_TK.shape[1]):
@@ -83,15 +80,16 @@ def content_keys(weights_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
 
 
 def choose_actors(
-    table: LayerTable, experts_P: npt.NDArray[np.int64], keys_P: npt.NDArray[np.uint64]
+    table: LayerTable, experts_P: npt.NDArray[np.int64], keys_P: npt.NDArray[np.uint64] | None
 ) -> npt.NDArray[np.int64]:
-    """The index of the actor that takes each (token, expert) pair.
+    """The index of the actor that takes each (token, expert) pair; keys_P only where experts are replicated.
 
     Raises NotHosted if an expert of a pair has no replica in the table.
     """
     if not table.replicated:
         actor_P = table.actor_of_ER[experts_P, 0]
     else:
+        assert keys_P is not None
         salt_P = experts_P.astype(np.uint64) + (np.uint64(table.layer + 1) << np.uint64(32))
         point_P = (_mix(keys_P + _mix(salt_P)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         replica_P = (point_P[:, None] >= table.bound_ER[experts_P]).sum(axis=1)

@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from moecluster.proto import tensor_pb2 as moecluster_dot_proto_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!moecluster/proto/controller.proto\x12\rmoecluster.v1\x1a\x1dmoecluster/proto/tensor.proto\"P\n\x0cWatchRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x14\n\x0c\x61pplied_term\x18\x02 \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\x03 \x01(\x04\"C\n\x0c\x41\x63torAddress\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"Q\n\x07Replica\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"\x95\x01\n\tPlacement\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12+\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x1b.moecluster.v1.ActorAddress\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.moecluster.v1.Replica\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\"U\n\rFailureReport\x12\x10\n\x08reporter\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"K\n\nExpertLoad\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\x13\n\x0b\x61ssignments\x18\x02 \x01(\x04\"X\n\nLoadReport\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12(\n\x05loads\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ExpertLoad\"\x11\n\x0fLoadReportReply\"*\n\x14SetCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\"\x14\n\x12SetCheckpointReply\"\x19\n\x17\x43ontrollerStatusRequest\"s\n\nActorState\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\x05\x12\x10\n\x08restarts\x18\x06 \x01(\x04\"\x84\x01\n\x10\x43ontrollerStatus\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12)\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ActorState\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\x12\x0f\n\x07routers\x18\x05 \x01(\x05\x32\xa1\x03\n\x11\x43ontrollerService\x12K\n\x0eWatchPlacement\x12\x1b.moecluster.v1.WatchRequest\x1a\x18.moecluster.v1.Placement(\x01\x30\x01\x12J\n\rReportFailure\x12\x1c.moecluster.v1.FailureReport\x1a\x1b.moecluster.v1.FailureReply\x12G\n\nReportLoad\x12\x19.moecluster.v1.LoadReport\x1a\x1e.moecluster.v1.LoadReportReply\x12W\n\rSetCheckpoint\x12#.moecluster.v1.SetCheckpointRequest\x1a!.moecluster.v1.SetCheckpointReply\x12Q\n\x06Status\x12&.moecluster.v1.ControllerStatusRequest\x1a\x1f.moecluster.v1.ControllerStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!moecluster/proto/controller.proto\x12\rmoecluster.v1\x1a\x1dmoecluster/proto/tensor.proto\"P\n\x0cWatchRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x14\n\x0c\x61pplied_term\x18\x02 \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\x03 \x01(\x04\"C\n\x0c\x41\x63torAddress\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"Q\n\x07Replica\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\"\x8d\x02\n\tPlacement\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12+\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x1b.moecluster.v1.ActorAddress\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.moecluster.v1.Replica\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12\x41\n\rlayer_experts\x18\x06 \x03(\x0b\x32*.moecluster.v1.Placement.LayerExpertsEntry\x1a\x33\n\x11LayerExpertsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"U\n\rFailureReport\x12\x10\n\x08reporter\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0e\n\x0c\x46\x61ilureReply\"K\n\nExpertLoad\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\x13\n\x0b\x61ssignments\x18\x02 \x01(\x04\"X\n\nLoadReport\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12(\n\x05loads\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ExpertLoad\"\x11\n\x0fLoadReportReply\"*\n\x14SetCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\"\x14\n\x12SetCheckpointReply\"\x19\n\x17\x43ontrollerStatusRequest\"s\n\nActorState\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\x05\x12\x10\n\x08restarts\x18\x06 \x01(\x04\"\x84\x01\n\x10\x43ontrollerStatus\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12)\n\x06\x61\x63tors\x18\x03 \x03(\x0b\x32\x19.moecluster.v1.ActorState\x12\x12\n\ncheckpoint\x18\x04 \x01(\t\x12\x0f\n\x07routers\x18\x05 \x01(\x05\x32\xa1\x03\n\x11\x43ontrollerService\x12K\n\x0eWatchPlacement\x12\x1b.moecluster.v1.WatchRequest\x1a\x18.moecluster.v1.Placement(\x01\x30\x01\x12J\n\rReportFailure\x12\x1c.moecluster.v1.FailureReport\x1a\x1b.moecluster.v1.FailureReply\x12G\n\nReportLoad\x12\x19.moecluster.v1.LoadReport\x1a\x1e.moecluster.v1.LoadReportReply\x12W\n\rSetCheckpoint\x12#.moecluster.v1.SetCheckpointRequest\x1a!.moecluster.v1.SetCheckpointReply\x12Q\n\x06Status\x12&.moecluster.v1.ControllerStatusRequest\x1a\x1f.moecluster.v1.ControllerStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moecluster.proto.controller_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PLACEMENT_LAYEREXPERTSENTRY']._loaded_options = None
+  _globals['_PLACEMENT_LAYEREXPERTSENTRY']._serialized_options = b'8\001'
   _globals['_WATCHREQUEST']._serialized_start=83
   _globals['_WATCHREQUEST']._serialized_end=163
   _globals['_ACTORADDRESS']._serialized_start=165
@@ -39,27 +41,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICA']._serialized_start=234
   _globals['_REPLICA']._serialized_end=315
   _globals['_PLACEMENT']._serialized_start=318
-  _globals['_PLACEMENT']._serialized_end=467
-  _globals['_FAILUREREPORT']._serialized_start=469
-  _globals['_FAILUREREPORT']._serialized_end=554
-  _globals['_FAILUREREPLY']._serialized_start=556
-  _globals['_FAILUREREPLY']._serialized_end=570
-  _globals['_EXPERTLOAD']._serialized_start=572
-  _globals['_EXPERTLOAD']._serialized_end=647
-  _globals['_LOADREPORT']._serialized_start=649
-  _globals['_LOADREPORT']._serialized_end=737
-  _globals['_LOADREPORTREPLY']._serialized_start=739
-  _globals['_LOADREPORTREPLY']._serialized_end=756
-  _globals['_SETCHECKPOINTREQUEST']._serialized_start=758
-  _globals['_SETCHECKPOINTREQUEST']._serialized_end=800
-  _globals['_SETCHECKPOINTREPLY']._serialized_start=802
-  _globals['_SETCHECKPOINTREPLY']._serialized_end=822
-  _globals['_CONTROLLERSTATUSREQUEST']._serialized_start=824
-  _globals['_CONTROLLERSTATUSREQUEST']._serialized_end=849
-  _globals['_ACTORSTATE']._serialized_start=851
-  _globals['_ACTORSTATE']._serialized_end=966
-  _globals['_CONTROLLERSTATUS']._serialized_start=969
-  _globals['_CONTROLLERSTATUS']._serialized_end=1101
-  _globals['_CONTROLLERSERVICE']._serialized_start=1104
-  _globals['_CONTROLLERSERVICE']._serialized_end=1521
+  _globals['_PLACEMENT']._serialized_end=587
+  _globals['_PLACEMENT_LAYEREXPERTSENTRY']._serialized_start=536
+  _globals['_PLACEMENT_LAYEREXPERTSENTRY']._serialized_end=587
+  _globals['_FAILUREREPORT']._serialized_start=589
+  _globals['_FAILUREREPORT']._serialized_end=674
+  _globals['_FAILUREREPLY']._serialized_start=676
+  _globals['_FAILUREREPLY']._serialized_end=690
+  _globals['_EXPERTLOAD']._serialized_start=692
+  _globals['_EXPERTLOAD']._serialized_end=767
+  _globals['_LOADREPORT']._serialized_start=769
+  _globals['_LOADREPORT']._serialized_end=857
+  _globals['_LOADREPORTREPLY']._serialized_start=859
+  _globals['_LOADREPORTREPLY']._serialized_end=876
+  _globals['_SETCHECKPOINTREQUEST']._serialized_start=878
+  _globals['_SETCHECKPOINTREQUEST']._serialized_end=920
+  _globals['_SETCHECKPOINTREPLY']._serialized_start=922
+  _globals['_SETCHECKPOINTREPLY']._serialized_end=942
+  _globals['_CONTROLLERSTATUSREQUEST']._serialized_start=944
+  _globals['_CONTROLLERSTATUSREQUEST']._serialized_end=969
+  _globals['_ACTORSTATE']._serialized_start=971
+  _globals['_ACTORSTATE']._serialized_end=1086
+  _globals['_CONTROLLERSTATUS']._serialized_start=1089
+  _globals['_CONTROLLERSTATUS']._serialized_end=1221
+  _globals['_CONTROLLERSERVICE']._serialized_start=1224
+  _globals['_CONTROLLERSERVICE']._serialized_end=1641
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 """Tensors and batches to messages and back. What comes off the wire is checked here before it is used."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,21 @@ def dtype_code(dtype: torch.dtype) -> tensor_pb2.DType:
     return _CODES[dtype]
 
 
+def expect_read_only_views() -> None:
+    """Uses up torch's one warning of read-only memory: what comes off the wire is looked at in place, never written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def dtype_of(code: int) -> torch.dtype:
+    """The dtype of a wire's code. Raises InvalidMessage for an unknown one."""
+    dtype = _DTYPES.get(code)
+    if dtype is None:
+        raise InvalidMessage(f"dtype: {code} is unknown")
+    return dtype
+
+
 def tensor_bytes(value: torch.Tensor) -> bytes:
     """A CPU tensor's elements, row-major and little-endian."""
     return bytes(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
@@ -51,9 +67,7 @@ def encode_tensor(value: torch.Tensor, segment: Segment | None = None) -> tensor
     return tensor_pb2.Tensor(
         dtype=_CODES[value.dtype],
         shape=value.shape,
-        region=tensor_pb2.Region(
-            offset=region.offset, length_bytes=region.length_bytes, sequence=region.sequence
-        ),
+        region=tensor_pb2.Region(offset=region.offset, length_bytes=region.length_bytes, sequence=region.sequence),
     )
 
 
@@ -80,7 +94,9 @@ def decode_tensor(
     dtype = _DTYPES.get(message.dtype)
     if dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise InvalidMessage(f"{field}.dtype: {tensor_pb2.DType.Name(message.dtype) if dtype else message.dtype}, not {wanted}")
+        raise InvalidMessage(
+            f"{field}.dtype: {tensor_pb2.DType.Name(message.dtype) if dtype else message.dtype}, not {wanted}"
+        )
     assert dtype is not None
     got = tuple(message.shape)
     if len(got) != len(shape) or any(w is not None and w != g for w, g in zip(shape, got, strict=False)):

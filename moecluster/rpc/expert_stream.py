@@ -54,6 +54,7 @@ class GrpcExpertTransport:
         self._use_segment = False
         self._peer: PeerSegment | None = None
         self._nonce = b""  # of the actor's segment, sent back once
+        codec.expect_read_only_views()
         self._channel = open_channel(address.address, credentials)
         greeted: Future[expert_pb2.HelloReply] = Future()
         hello = expert_pb2.Hello(router=router)
@@ -61,9 +62,7 @@ class GrpcExpertTransport:
             hello.segment.CopyFrom(self._segment.offer())
         self._outbox.put(expert_pb2.ComputeRequest(hello=hello))
         replies = ExpertServiceStub(self._channel).Compute(iter(self._outbox.get, None))
-        threading.Thread(
-            target=self._read, args=(replies, greeted), name=f"stream-{self.actor}", daemon=True
-        ).start()
+        threading.Thread(target=self._read, args=(replies, greeted), name=f"stream-{self.actor}", daemon=True).start()
         try:
             self._agree(greeted.result(timeout=connect_timeout_s))
         except TimeoutError as exc:
@@ -127,9 +126,7 @@ class GrpcExpertTransport:
         if self._segment is not None:
             self._segment.close()
 
-    def _read(
-        self, replies: Iterator[expert_pb2.ComputeReply], greeted: "Future[expert_pb2.HelloReply]"
-    ) -> None:
+    def _read(self, replies: Iterator[expert_pb2.ComputeReply], greeted: "Future[expert_pb2.HelloReply]") -> None:
         error: MoeClusterError = Unavailable(f"{self.actor} ended the stream")
         try:
             for reply in replies:

@@ -83,6 +83,8 @@ def start_server(
     try:
         bound = server.add_secure_port(target, credentials) if credentials else server.add_insecure_port(target)
     except RuntimeError as exc:
-        raise ResourceError(f"cannot listen on {target}: the port is in use or the address is not of this host") from exc
+        raise ResourceError(
+            f"cannot listen on {target}: the port is in use or the address is not of this host"
+        ) from exc
     server.start()
     return RunningServer(server, f"{host}:{bound}", servicer)

@@ -12,7 +12,6 @@ import os
 import secrets
 import struct
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,9 +143,7 @@ class PeerSegment:
             os.close(opened)
         self.size_bytes = size_bytes
         self.nonce = self._map[:NONCE_BYTES]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns once of read-only memory: it is never written
-            self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def check(self, region: Region) -> None:
         """Raises InvalidMessage if the region is not what its sequence says: call it before and after reading."""
@@ -161,4 +158,3 @@ class PeerSegment:
         self.check(region)
         start = region.offset + ALIGNMENT_BYTES
         return self._bytes_U[start : start + region.length_bytes].view(dtype).view(shape)
-

@@ -1,4 +1,4 @@
-"""ExpertService at the server's edge: one session per router's stream; unary orders stand in expert_orders.py."""
+"""The Compute stream at the server's edge: one session for each router that opens one."""
 
 import queue
 import threading
@@ -51,6 +51,7 @@ class ComputeSession:
     def _greet(self, first: expert_pb2.ComputeRequest) -> expert_pb2.HelloReply:
         if first.WhichOneof("kind") != "hello":
             raise InvalidMessage("hello: the first message of a stream must be one")
+        codec.expect_read_only_views()
         reply = expert_pb2.HelloReply(incarnation=self._handler.incarnation)
         offer = first.hello.segment
         if not first.hello.HasField("segment"):

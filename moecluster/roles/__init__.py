@@ -1,0 +1,1 @@
+"""Plain classes that know protocols, not Ray: the expert service, the router, the controller."""

@@ -1,0 +1,101 @@
+"""What waits to be computed in an expert actor: bounded in bytes, merged over routers."""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from moecluster.errors import Exhausted
+from moecluster.rpc.interfaces import Reply
+from moecluster.types import ComputeBatch, Phase
+
+MAX_MERGED_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """A batch in the queue."""
+
+    batch: ComputeBatch
+    reply: Reply
+    arrived_s: float  # time.monotonic
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() - self.arrived_s > self.batch.deadline_s
+
+
+def _size_bytes(batch: ComputeBatch) -> int:
+    rows = batch.x_ND.numel() * batch.x_ND.element_size()
+    return rows if batch.grad_ND is None else 2 * rows
+
+
+def _mergeable(head: ComputeBatch, other: ComputeBatch) -> bool:
+    """Only pure forward batches of one layer and form; training batches keep their own graphs and order."""
+    return (
+        other.phase is Phase.FORWARD
+        and other.layer == head.layer
+        and other.weight_version == head.weight_version
+        and other.unsummed == head.unsummed
+        and other.x_ND.dtype == head.x_ND.dtype
+        and other.x_ND.shape[1] == head.x_ND.shape[1]
+    )
+
+
+class ComputeQueue:
+    """First in, first out; a forward batch takes along all that wait for the same layer. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._waiting: deque[Waiting] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait."""
+        with self._changed:
+            return sum(len(w.batch.x_ND) for w in self._waiting)
+
+    def put(self, waiting: Waiting) -> None:
+        """Adds a batch. Raises Exhausted beyond the queue's bytes; an empty queue takes any batch."""
+        size_bytes = _size_bytes(waiting.batch)
+        with self._changed:
+            if self._bytes and self._bytes + size_bytes > self._max_bytes:
+                raise Exhausted(f"{self._bytes} bytes wait, at most {self._max_bytes}")
+            self._bytes += size_bytes
+            self._waiting.append(waiting)
+            self._changed.notify()
+
+    def take(self) -> list[Waiting]:
+        """Waits for the next batch and what can be computed with it; empty once the queue is closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait(1.0)
+            if not self._waiting:
+                return []
+            taken = [self._waiting.popleft()]
+            head = taken[0].batch
+            if head.phase is Phase.FORWARD and self._waiting:
+                self._take_along(taken)
+            self._bytes -= sum(_size_bytes(w.batch) for w in taken)
+            return taken
+
+    def _take_along(self, taken: list[Waiting]) -> None:
+        head, rows = taken[0].batch, len(taken[0].batch.x_ND)
+        left: deque[Waiting] = deque()
+        for waiting in self._waiting:
+            rows_with = rows + len(waiting.batch.x_ND)
+            if _mergeable(head, waiting.batch) and rows_with <= MAX_MERGED_ROWS:
+                taken.append(waiting)
+                rows = rows_with
+            else:
+                left.append(waiting)
+        self._waiting = left
+
+    def close(self) -> None:
+        """Ends take(); what still waits is taken first."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -1,0 +1,113 @@
+"""A router's connections to the expert actors of the standing placement."""
+
+import threading
+from collections.abc import Callable, Collection
+
+from moecluster.dispatch.shares import LayerTable, layer_table
+from moecluster.errors import MoeClusterError, NotHosted
+from moecluster.rpc.interfaces import ExpertControl, ExpertTransport, PlacementSource
+from moecluster.types import ActorAddress, Placement
+
+
+class FixedPlacement:
+    """A placement that never changes: tests and single hosts."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self.failures: list[tuple[str, str, str]] = []
+
+    def current(self, timeout_s: float) -> Placement:
+        return self._placement
+
+    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+        threading.Event().wait(min(timeout_s, 0.05))
+        return None
+
+    def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
+        self.failures.append((actor, incarnation, reason))
+
+
+class ExpertPool:
+    """Opens transports when they are first needed, and anew when an actor has moved or come back. Thread-safe."""
+
+    def __init__(
+        self,
+        placements: PlacementSource,
+        *,
+        connect: Callable[[ActorAddress], ExpertTransport],
+        control: Callable[[ActorAddress], ExpertControl],
+    ) -> None:
+        """connect and control raise MoeClusterErrors when the actor does not answer."""
+        self._placements = placements
+        self._connect = connect
+        self._control = control
+        self._lock = threading.Lock()
+        self._opening: dict[str, threading.Lock] = {}
+        self._open: dict[str, tuple[ActorAddress, ExpertTransport]] = {}
+        self._tables: dict[int, LayerTable] = {}
+        self._tables_of = (-1, -1)
+
+    def placement(self, timeout_s: float = 60.0) -> Placement:
+        """The newest placement."""
+        return self._placements.current(timeout_s)
+
+    def wait_for_change(self, number: tuple[int, int], timeout_s: float) -> bool:
+        """Waits for a newer placement; False if none came."""
+        return self._placements.newer_than(number, timeout_s) is not None
+
+    def table(self, placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
+        """The layer's part of a placement. Raises NotHosted if the model has no experts in the layer."""
+        if layer not in placement.layer_experts:
+            raise NotHosted(f"the cluster serves no experts of layer {layer}")
+        if avoid:
+            return layer_table(placement, layer, avoid)
+        with self._lock:
+            if self._tables_of != placement.number:
+                self._tables, self._tables_of = {}, placement.number
+            table = self._tables.get(layer)
+            if table is None:
+                table = self._tables[layer] = layer_table(placement, layer)
+            return table
+
+    def transport(self, address: ActorAddress) -> ExpertTransport:
+        """The open way to an actor. Raises what connecting raises."""
+        found = self._open.get(address.actor)
+        if found is not None and found[0] == address:
+            return found[1]
+        with self._lock:
+            opening = self._opening.setdefault(address.actor, threading.Lock())
+        with opening:
+            found = self._open.get(address.actor)
+            if found is not None and found[0] == address:
+                return found[1]
+            if found is not None:
+                self._open.pop(address.actor)
+                found[1].close()
+            transport = self._connect(address)
+            self._open[address.actor] = (address, transport)
+            return transport
+
+    def drop(self, address: ActorAddress, transport: ExpertTransport | None, reason: MoeClusterError) -> None:
+        """An actor did not answer: closes the way to it, if it is still that one, and tells the controller."""
+        with self._lock:
+            found = self._open.get(address.actor)
+            if found is not None and found[1] is transport:
+                del self._open[address.actor]
+        if transport is not None:
+            transport.close()
+        self.report(address, reason)
+
+    def report(self, address: ActorAddress, reason: MoeClusterError) -> None:
+        """Tells the controller that an actor does not serve what it should."""
+        self._placements.report_failure(address.actor, address.incarnation, str(reason))
+
+    def controls(self) -> dict[str, ExpertControl]:
+        """The orders' side of every actor of the standing placement, by name."""
+        return {name: self._control(address) for name, address in self.placement().actors.items()}
+
+    def close(self) -> None:
+        """Closes every transport."""
+        with self._lock:
+            left, self._open = self._open, {}
+        for _, transport in left.values():
+            transport.close()

@@ -1,0 +1,325 @@
+"""The expert actor's role: holds experts, computes what waits, and takes the orders of controller and coordinator."""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+from torch import nn
+
+from moecluster.errors import (
+    CheckpointError,
+    DeadlineExceeded,
+    InvalidMessage,
+    MoeClusterError,
+    StaleOrder,
+    StateLost,
+)
+from moecluster.experts import compute
+from moecluster.experts.blocks import BlockRunner, prove
+from moecluster.experts.kept_activations import KeptActivations
+from moecluster.experts.step_state import StepState
+from moecluster.hf import ExpertShard
+from moecluster.metrics import Metrics
+from moecluster.models.expert_source import ExpertSource
+from moecluster.models.training_files import read_optimizer_state, read_step
+from moecluster.roles.compute_queue import ComputeQueue, Waiting
+from moecluster.roles.hosted_experts import HostedExperts, read_experts
+from moecluster.rpc.interfaces import ExportedTensor, Reply
+from moecluster.types import (
+    ComputeBatch,
+    ComputeResult,
+    ExpertActorStatus,
+    ExpertId,
+    MessageKey,
+    OptimizerSettings,
+    Phase,
+    ReduceResult,
+    StepTag,
+)
+
+JOIN_TIMEOUT_S = 10.0
+
+
+class ExpertService:
+    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py. All computing is done by one thread of its own."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        max_queue_bytes: int = 256 * 2**20,
+        activation_budget_bytes: int = 256 * 2**20,
+        batch_invariant: bool = False,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Begins to compute; ends with close()."""
+        self.name = name
+        self.incarnation = secrets.token_hex(8)
+        self._metrics = metrics
+        self._batch_invariant = batch_invariant
+        self._run: compute.RunExpert = compute.run_plainly
+        self._hosted = HostedExperts()
+        self._queue = ComputeQueue(max_queue_bytes)
+        self._kept = KeptActivations(activation_budget_bytes)
+        self._training: StepState | None = None
+        # Held while a batch is computed and while parameters or training state change.
+        self._state_lock = threading.RLock()
+        self._orders_lock = threading.Lock()
+        self._controller_term = 0
+        self._placement = (0, 0)
+        self._weight_version = 0
+        self._sources: dict[str, ExpertSource] = {}
+        self._thread = threading.Thread(target=self._compute_forever, name=f"compute-{name}", daemon=True)
+        self._thread.start()
+
+    # -- computing --
+
+    def submit(self, batch: ComputeBatch, reply: Reply) -> None:
+        """Queues a batch; a full queue answers Exhausted at once."""
+        try:
+            self._queue.put(Waiting(batch=batch, reply=reply, arrived_s=time.monotonic()))
+        except MoeClusterError as exc:
+            reply(exc)
+
+    def close(self) -> None:
+        """Computes what waits, then ends."""
+        self._queue.close()
+        self._thread.join(JOIN_TIMEOUT_S)
+
+    def _compute_forever(self) -> None:
+        while taken := self._queue.take():
+            started_s = time.perf_counter()
+            fresh = [w for w in taken if not w.expired]
+            for waiting in taken:
+                if waiting not in fresh:
+                    waiting.reply(DeadlineExceeded("the batch waited longer than its deadline"))
+            if not fresh:
+                continue
+            try:
+                outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
+            except MoeClusterError as exc:
+                outcomes = [exc] * len(fresh)
+            except RuntimeError as exc:  # of torch: out of memory, a kernel that refuses
+                outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
+            for waiting, outcome in zip(fresh, outcomes, strict=True):
+                waiting.reply(outcome)
+            if self._metrics is not None:
+                pairs = sum(len(w.batch.pair_rows_P) for w in fresh)
+                self._metrics.count_computed(self.name, pairs=pairs, busy_s=time.perf_counter() - started_s)
+                self._metrics.set_queue_rows(self.name, self._queue.rows)
+
+    def _compute(self, taken: Sequence[Waiting]) -> Sequence[ComputeResult | MoeClusterError]:
+        batches = [w.batch for w in taken]
+        with self._state_lock:
+            if batches[0].phase is not Phase.FORWARD:
+                return [self._compute_training(batches[0])]
+            outcomes: dict[int, ComputeResult | MoeClusterError] = {}
+            ready = []
+            for i, batch in enumerate(batches):
+                try:
+                    self._experts_of(batch)
+                    ready.append(i)
+                except MoeClusterError as exc:
+                    outcomes[i] = exc
+            if ready:
+                experts = self._experts_of(batches[ready[0]])
+                results = compute.forward(experts, [batches[i] for i in ready], self._run)
+                outcomes.update(zip(ready, results, strict=True))
+            return [outcomes[i] for i in range(len(batches))]
+
+    def _experts_of(self, batch: ComputeBatch) -> dict[int, nn.Module]:
+        if batch.weight_version not in (0, self._weight_version):
+            raise StaleOrder(f"weight version {batch.weight_version} is not served: {self._weight_version} is")
+        experts = self._hosted.layer(batch.layer, batch.experts, self._placement)
+        parameter = next(experts[batch.experts[0]].parameters(), None)
+        if parameter is not None and parameter.dtype != batch.x_ND.dtype:
+            raise InvalidMessage(f"x.dtype: {batch.x_ND.dtype}, and the experts are {parameter.dtype}")
+        return experts
+
+    def _compute_training(self, batch: ComputeBatch) -> ComputeResult:
+        training, tag = self._trained(), batch.train
+        assert tag is not None, "decode_batch gives every training message a tag"
+        experts = self._experts_of(batch)
+        if batch.incarnation and batch.incarnation != self.incarnation:
+            raise StaleOrder(f"this is incarnation {self.incarnation}, not {batch.incarnation}")
+        training.admit(tag.step)
+        key = (tag, batch.layer)
+        if batch.phase is Phase.TRAIN_FORWARD:
+            result, activations = compute.train_forward(experts, batch, self._run)
+            self._kept.keep(key, activations)
+            return result
+        kept = self._kept.take(key)
+        if kept is None:
+            _, kept = compute.train_forward(experts, batch, self._run)
+        result, grads = compute.backward(experts, batch, kept)
+        message = MessageKey(
+            rank=tag.rank,
+            micro_batch=tag.micro_batch,
+            layer=batch.layer,
+            pass_index=tag.pass_index,
+            rows=len(batch.x_ND),
+        )
+        named = {str(ExpertId(layer=batch.layer, index=index)): g for index, g in grads.items()}
+        training.accumulate(tag.step, message, named)
+        return result
+
+    # -- orders of the controller --
+
+    def load(
+        self,
+        *,
+        term: int,
+        experts: Sequence[ExpertId],
+        checkpoint: str,
+        dtype: str = "",
+        weight_version: int = 0,
+        optimizer: OptimizerSettings | None = None,
+        replace: bool = False,
+        training_term: int = 0,
+        timeout_s: float = 60.0,
+    ) -> int:
+        """Loads experts out of a checkpoint directory; what is hosted already stays unless replaced.
+
+        With an optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Raises
+        CheckpointError, StaleOrder, InvalidMessage; DeadlineExceeded, with what was loaded by then kept.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._orders_lock:
+            self._fence(term)
+            hosted = set(self._hosted.ids())
+            wanted = [e for e in experts if replace or e not in hosted]
+            source = self._source(checkpoint)
+            if optimizer is not None:
+                with self._state_lock:
+                    self._begin_training(optimizer, training_term, checkpoint)
+            loaded_bytes = 0
+            for expert in wanted:
+                if time.monotonic() > deadline_s:
+                    raise DeadlineExceeded(f"{expert}: not loaded within {timeout_s:g} s")
+                (module,) = read_experts(source, [expert], dtype, optimizer is not None).values()
+                self._prove_blocks(module, next(l.hidden_size for l in source.layers if l.layer == expert.layer))
+                with self._state_lock:
+                    loaded_bytes += self._hosted.add(expert, module)
+                    if optimizer is not None:
+                        self._train(expert, module, checkpoint)
+            if weight_version:
+                self._weight_version = weight_version
+        return loaded_bytes
+
+    def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
+        """Drops experts; unknown ones are fine."""
+        with self._orders_lock, self._state_lock:
+            self._fence(term)
+            for expert in experts:
+                self._hosted.remove(expert)
+                if self._training is not None:
+                    self._training.remove(str(expert))
+
+    def set_placement(self, *, term: int, generation: int) -> None:
+        """The number of the placement that now stands."""
+        with self._orders_lock:
+            self._fence(term)
+            self._placement = max(self._placement, (term, generation))
+
+    def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
+        """Copies of the experts' tensors, one expert at a time. Raises NotHosted, StaleOrder for another step."""
+        for expert in experts:
+            with self._state_lock:
+                if step and (self._training is None or self._training.step != step):
+                    raise StaleOrder(f"step {step} is not what is committed here")
+                module = self._hosted.module(expert)
+                tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
+                if with_optimizer:
+                    state = self._trained().state_tensors(str(expert))
+                    tensors |= {f"optimizer/{name}": value.clone() for name, value in state.items()}
+            for name, value in tensors.items():
+                yield ExportedTensor(expert=expert, name=name, value=value)
+
+    # -- orders of the step coordinator --
+
+    def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
+        with self._state_lock:
+            return ReduceResult(incarnation=self.incarnation, square_norm=self._trained().reduce(tag, expected))
+
+    def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
+        with self._state_lock:
+            self._trained().prepare(tag, clip_scale=clip_scale, learning_rate=learning_rate)
+        return self.incarnation
+
+    def commit(self, tag: StepTag) -> str:
+        with self._state_lock:
+            self._trained().commit(tag)
+            self._kept.forget(tag)
+        return self.incarnation
+
+    def abort(self, tag: StepTag) -> None:
+        with self._state_lock:
+            if self._training is not None:
+                self._training.abort(tag)
+            self._kept.forget(tag)
+
+    def status(self, training_term: int = 0) -> ExpertActorStatus:
+        with self._state_lock:
+            training = self._training
+            if training_term and training is not None:
+                training.fence(training_term)
+            return ExpertActorStatus(
+                actor=self.name,
+                incarnation=self.incarnation,
+                placement=self._placement,
+                experts=self._hosted.ids(),
+                hosted_bytes=self._hosted.size_bytes(),
+                weight_version=self._weight_version,
+                training_term=training.term if training is not None else 0,
+                committed=training.committed if training is not None else None,
+                prepared=training.prepared if training is not None else None,
+                rss_bytes=psutil.Process().memory_info().rss,
+            )
+
+    # -- within --
+
+    def _fence(self, term: int) -> None:
+        if term < self._controller_term:
+            raise StaleOrder(f"controller term {term} is over: {self._controller_term} has the say")
+        self._controller_term = term
+
+    def _source(self, checkpoint: str) -> ExpertSource:
+        if not Path(checkpoint).is_dir():
+            raise CheckpointError(f"{checkpoint}: no such directory on the node of {self.name}")
+        if checkpoint not in self._sources:
+            self._sources = {checkpoint: ExpertSource(checkpoint)}
+        return self._sources[checkpoint]
+
+    def _trained(self) -> StepState:
+        if self._training is None:
+            raise StateLost(f"{self.name} trains nothing: it was started anew, or never told to")
+        return self._training
+
+    def _begin_training(self, optimizer: OptimizerSettings, training_term: int, checkpoint: str) -> None:
+        """From the checkpoint's step on; a newer term begins afresh."""
+        if self._training is not None and self._training.term == training_term:
+            return
+        state = StepState(optimizer)
+        if self._training is not None:
+            self._training.fence(training_term)
+        state.reset(term=training_term, step=read_step(checkpoint))
+        self._kept.forget()
+        self._training = state
+
+    def _train(self, expert: ExpertId, module: nn.Module, checkpoint: str) -> None:
+        # A family that fuses a layer's experts in one parameter gives an expert without tokens a gradient of zeros.
+        fused = isinstance(module, ExpertShard)
+        self._trained().add(
+            str(expert),
+            dict(module.named_parameters()),
+            read_optimizer_state(checkpoint, expert),
+            zero_when_absent=fused,
+        )
+
+    def _prove_blocks(self, module: nn.Module, width: int) -> None:
+        """Once, with the first expert: which block sizes agree bit for bit on this device."""
+        if self._batch_invariant and self._run is compute.run_plainly:
+            self._run = BlockRunner(prove(module, width, next(module.parameters()).dtype))

@@ -1,0 +1,91 @@
+"""The experts that an actor holds, and how they come to it."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moecluster.errors import InvalidMessage, NotHosted
+from moecluster.models.expert_source import ExpertSource
+from moecluster.types import ExpertId
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosted:
+    """An expert in a slot."""
+
+    module: nn.Module
+    size_bytes: int
+
+
+class HostedExperts:
+    """Experts by id. Thread-safe; a module once read stays valid for who holds it."""
+
+    def __init__(self) -> None:
+        self._hosted: dict[ExpertId, Hosted] = {}
+        self._layers: dict[int, dict[int, nn.Module]] = {}  # replaced whole at each change, read without the lock
+        self._lock = threading.Lock()
+
+    def layer(self, layer: int, experts: Sequence[int], placement: tuple[int, int]) -> dict[int, nn.Module]:
+        """The layer's experts by index. Raises NotHosted, with the actor's placement, if one of those asked for lacks."""
+        hosted = self._layers.get(layer, {})
+        missing = [e for e in experts if e not in hosted]
+        if missing:
+            raise NotHosted(f"experts {missing} of layer {layer} are not here", placement=placement)
+        return hosted
+
+    def ids(self) -> tuple[ExpertId, ...]:
+        with self._lock:
+            return tuple(sorted(self._hosted))
+
+    def size_bytes(self) -> int:
+        with self._lock:
+            return sum(h.size_bytes for h in self._hosted.values())
+
+    def add(self, expert: ExpertId, module: nn.Module) -> int:
+        """Puts an expert into a slot, in place of an older one. Returns its bytes."""
+        size_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+        with self._lock:
+            self._hosted[expert] = Hosted(module=module, size_bytes=size_bytes)
+            self._publish()
+        return size_bytes
+
+    def remove(self, expert: ExpertId) -> None:
+        with self._lock:
+            self._hosted.pop(expert, None)
+            self._publish()
+
+    def module(self, expert: ExpertId) -> nn.Module:
+        with self._lock:
+            hosted = self._hosted.get(expert)
+        if hosted is None:
+            raise NotHosted(f"expert {expert} is not here")
+        return hosted.module
+
+    def _publish(self) -> None:
+        layers: dict[int, dict[int, nn.Module]] = {}
+        for expert, hosted in self._hosted.items():
+            layers.setdefault(expert.layer, {})[expert.index] = hosted.module
+        self._layers = layers
+
+
+def read_experts(
+    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, trainable: bool
+) -> dict[ExpertId, nn.Module]:
+    """Experts out of a checkpoint. Raises InvalidMessage for one that the model does not have."""
+    sizes = {layer.layer: layer.num_experts for layer in source.layers}
+    unknown = [str(e) for e in experts if not 0 <= e.index < sizes.get(e.layer, 0)]
+    if unknown:
+        raise InvalidMessage(f"experts: the model has no {', '.join(unknown[:5])} (layer/index)")
+    if (dtype or "float32") not in DTYPES:
+        raise InvalidMessage(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    modules = {}
+    for expert in experts:
+        module = source.load(expert, DTYPES[dtype or "float32"])
+        module.requires_grad_(trainable)
+        modules[expert] = module
+    return modules

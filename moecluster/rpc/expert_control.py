@@ -1,0 +1,175 @@
+"""Orders to an expert actor over gRPC: the client of all unary calls of ExpertService."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+import torch
+
+from moecluster.errors import InvalidMessage, Unavailable
+from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
+from moecluster.rpc import codec
+from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.rpc.server import open_channel
+from moecluster.rpc.status_codes import from_rpc_error
+from moecluster.types import (
+    ExpertActorStatus,
+    ExpertId,
+    MessageKey,
+    OptimizerSettings,
+    ReduceResult,
+    StepTag,
+)
+
+EXPORT_DTYPES = (*codec.ROW_DTYPES, torch.int64)
+EXPORT_TIMEOUT_S = 600.0
+
+
+def _refs(experts: Sequence[ExpertId]) -> list[tensor_pb2.ExpertRef]:
+    return [tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in experts]
+
+
+class GrpcExpertControl:
+    """An ExpertControl at host:port. Every call ends within timeout_s; failures are MoeClusterErrors."""
+
+    def __init__(
+        self, name: str, address: str, *, timeout_s: float = 30.0, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self.name = name
+        self._timeout_s = timeout_s
+        self._channel = open_channel(address, credentials)
+        self._stub = ExpertServiceStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def load(
+        self,
+        *,
+        term: int,
+        experts: Sequence[ExpertId],
+        checkpoint: str,
+        dtype: str = "",
+        weight_version: int = 0,
+        optimizer: OptimizerSettings | None = None,
+        replace: bool = False,
+        training_term: int = 0,
+        timeout_s: float = 60.0,
+    ) -> int:
+        request = expert_pb2.LoadRequest(
+            term=term,
+            experts=_refs(experts),
+            checkpoint=checkpoint,
+            dtype=dtype,
+            weight_version=weight_version,
+            replace=replace,
+            training_term=training_term,
+            timeout_s=timeout_s,
+        )
+        if optimizer is not None:
+            request.optimizer.CopyFrom(
+                expert_pb2.OptimizerSettings(
+                    name=optimizer.name,
+                    beta1=optimizer.beta1,
+                    beta2=optimizer.beta2,
+                    eps=optimizer.eps,
+                    weight_decay=optimizer.weight_decay,
+                    momentum=optimizer.momentum,
+                )
+            )
+        return int(self._call(self._stub.Load, request, timeout_s).loaded_bytes)
+
+    def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
+        self._call(self._stub.Unload, expert_pb2.UnloadRequest(term=term, experts=_refs(experts)))
+
+    def set_placement(self, *, term: int, generation: int, checkpoint: str = "") -> None:
+        request = expert_pb2.SetPlacementRequest(term=term, generation=generation, checkpoint=checkpoint)
+        self._call(self._stub.SetPlacement, request)
+
+    def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
+        request = expert_pb2.ExportRequest(experts=_refs(experts), with_optimizer=with_optimizer, step=step)
+        try:
+            yield from _assemble(self._stub.Export(request, timeout=EXPORT_TIMEOUT_S))
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self.name) from exc
+
+    def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
+        request = expert_pb2.ReduceRequest(
+            step=codec.encode_step(tag),
+            expected=[
+                expert_pb2.MessageKey(
+                    rank=key.rank,
+                    micro_batch=key.micro_batch,
+                    layer=key.layer,
+                    pass_index=key.pass_index,
+                    rows=key.rows,
+                )
+                for key in expected
+            ],
+        )
+        reply = self._call(self._stub.Reduce, request)
+        return ReduceResult(incarnation=reply.incarnation, square_norm=reply.square_norm)
+
+    def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
+        request = expert_pb2.PrepareRequest(
+            step=codec.encode_step(tag), clip_scale=clip_scale, learning_rate=learning_rate
+        )
+        return str(self._call(self._stub.Prepare, request).incarnation)
+
+    def commit(self, tag: StepTag) -> str:
+        return str(self._call(self._stub.Commit, expert_pb2.CommitRequest(step=codec.encode_step(tag))).incarnation)
+
+    def abort(self, tag: StepTag) -> None:
+        self._call(self._stub.Abort, expert_pb2.AbortRequest(step=codec.encode_step(tag)))
+
+    def status(self, training_term: int = 0) -> ExpertActorStatus:
+        reply = self._call(self._stub.Status, expert_pb2.StatusRequest(training_term=training_term))
+        return ExpertActorStatus(
+            actor=reply.actor,
+            incarnation=reply.incarnation,
+            placement=(reply.placement_term, reply.generation),
+            experts=tuple(ExpertId(layer=e.layer, index=e.index) for e in reply.experts),
+            hosted_bytes=reply.hosted_bytes,
+            weight_version=reply.weight_version,
+            training_term=reply.training_term,
+            committed=codec.decode_step(reply.committed) if reply.HasField("committed") else None,
+            prepared=codec.decode_step(reply.prepared) if reply.HasField("prepared") else None,
+            rss_bytes=reply.rss_bytes,
+            checkpoint=reply.checkpoint,
+        )
+
+    def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            return method(request, timeout=timeout_s or self._timeout_s)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self.name) from exc
+        except ValueError as exc:  # the channel was closed
+            raise Unavailable(f"{self.name}: {exc}") from exc
+
+
+def _assemble(chunks: Iterator[expert_pb2.ExportChunk]) -> Iterator[ExportedTensor]:
+    """Tensors out of their chunks, which come in order. Raises InvalidMessage for a gap or a wrong checksum."""
+    content = bytearray()
+    for chunk in chunks:
+        where = f"{chunk.expert.layer}/{chunk.expert.index} {chunk.name}"
+        if zlib.crc32(chunk.content) != chunk.crc32:
+            raise InvalidMessage(f"content: the checksum of {where} is wrong")
+        if chunk.offset_bytes != len(content):
+            raise InvalidMessage(f"offset_bytes: {chunk.offset_bytes} of {where}, not {len(content)}")
+        content += chunk.content
+        dtype = codec.dtype_of(chunk.dtype)
+        size_bytes = dtype.itemsize
+        for size in chunk.shape:
+            size_bytes *= size
+        if len(content) < size_bytes:
+            continue
+        message = tensor_pb2.Tensor(dtype=chunk.dtype, shape=chunk.shape, inline=bytes(content))
+        value = codec.decode_tensor(message, where, dtypes=EXPORT_DTYPES, shape=(None,) * len(chunk.shape))
+        content = bytearray()
+        yield ExportedTensor(
+            expert=ExpertId(layer=chunk.expert.layer, index=chunk.expert.index), name=chunk.name, value=value
+        )
+    if content:
+        raise InvalidMessage("content: the last tensor is incomplete")

@@ -1,0 +1,218 @@
+"""ExpertService at the server's edge: unary orders here, the Compute stream in compute_session.py."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+import grpc
+
+from moecluster.errors import InvalidMessage, MoeClusterError
+from moecluster.proto import expert_pb2, expert_pb2_grpc, tensor_pb2
+from moecluster.rpc import codec
+from moecluster.rpc.compute_session import ComputeSession
+from moecluster.rpc.interfaces import ComputeHandler, ExpertControl
+from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.status_codes import abort_with
+from moecluster.types import ExpertId, MessageKey, OptimizerSettings, StepTag
+
+CHUNK_BYTES = 4 * 2**20
+MAX_EXPERTS_PER_ORDER = 2**16
+MAX_TIMEOUT_S = 3600.0
+ReplyT = TypeVar("ReplyT")
+
+
+class ExpertHandler(ComputeHandler, ExpertControl, Protocol):
+    """What stands behind the service."""
+
+
+def _experts(refs: "list[tensor_pb2.ExpertRef]") -> tuple[ExpertId, ...]:
+    if len(refs) > MAX_EXPERTS_PER_ORDER:
+        raise InvalidMessage(f"experts: {len(refs)}, at most {MAX_EXPERTS_PER_ORDER}")
+    experts = tuple(ExpertId(layer=ref.layer, index=ref.index) for ref in refs)
+    if any(e.layer < 0 or e.index < 0 for e in experts):
+        raise InvalidMessage("experts: a negative layer or index")
+    return experts
+
+
+def _step(
+    message: "expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest",
+) -> StepTag:
+    if not message.HasField("step"):
+        raise InvalidMessage("step: missing")
+    return codec.decode_step(message.step)
+
+
+def _optimizer(request: expert_pb2.LoadRequest) -> OptimizerSettings | None:
+    if not request.HasField("optimizer"):
+        return None
+    message = request.optimizer
+    if message.name not in ("adamw", "sgd"):
+        raise InvalidMessage(f"optimizer.name: {message.name!r} is none of adamw, sgd")
+    settings = OptimizerSettings(
+        name=message.name,
+        beta1=message.beta1,
+        beta2=message.beta2,
+        eps=message.eps,
+        weight_decay=message.weight_decay,
+        momentum=message.momentum,
+    )
+    if not (0 <= settings.beta1 < 1 and 0 <= settings.beta2 < 1 and 0 <= settings.momentum < 1):
+        raise InvalidMessage("optimizer: beta1, beta2 and momentum lie in [0, 1)")
+    if not (settings.eps >= 0 and settings.weight_decay >= 0):
+        raise InvalidMessage("optimizer: eps and weight_decay are not negative")
+    return settings
+
+
+class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
+    """Translates messages to calls of the handler, and its errors to status codes."""
+
+    def __init__(self, handler: ExpertHandler) -> None:
+        self._handler = handler
+
+    def Compute(
+        self, request_iterator: Iterator[expert_pb2.ComputeRequest], context: grpc.ServicerContext
+    ) -> Iterator[expert_pb2.ComputeReply]:
+        return ComputeSession(self._handler, request_iterator).replies(context)
+
+    def Load(self, request: expert_pb2.LoadRequest, context: grpc.ServicerContext) -> expert_pb2.LoadReply:
+        def load() -> expert_pb2.LoadReply:
+            if not 0 < request.timeout_s <= MAX_TIMEOUT_S:
+                raise InvalidMessage(f"timeout_s: {request.timeout_s}, not within 0 and {MAX_TIMEOUT_S:g}")
+            loaded_bytes = self._handler.load(
+                term=request.term,
+                experts=_experts(list(request.experts)),
+                checkpoint=request.checkpoint,
+                dtype=request.dtype,
+                weight_version=request.weight_version,
+                optimizer=_optimizer(request),
+                replace=request.replace,
+                training_term=request.training_term,
+                timeout_s=request.timeout_s,
+            )
+            return expert_pb2.LoadReply(loaded_bytes=loaded_bytes)
+
+        return _answer(context, load)
+
+    def Unload(self, request: expert_pb2.UnloadRequest, context: grpc.ServicerContext) -> expert_pb2.UnloadReply:
+        def unload() -> expert_pb2.UnloadReply:
+            self._handler.unload(term=request.term, experts=_experts(list(request.experts)))
+            return expert_pb2.UnloadReply()
+
+        return _answer(context, unload)
+
+    def SetPlacement(
+        self, request: expert_pb2.SetPlacementRequest, context: grpc.ServicerContext
+    ) -> expert_pb2.SetPlacementReply:
+        def set_placement() -> expert_pb2.SetPlacementReply:
+            self._handler.set_placement(term=request.term, generation=request.generation, checkpoint=request.checkpoint)
+            return expert_pb2.SetPlacementReply()
+
+        return _answer(context, set_placement)
+
+    def Export(
+        self, request: expert_pb2.ExportRequest, context: grpc.ServicerContext
+    ) -> Iterator[expert_pb2.ExportChunk]:
+        try:
+            exported = self._handler.export(
+                experts=_experts(list(request.experts)), with_optimizer=request.with_optimizer, step=request.step
+            )
+            for tensor in exported:
+                content = codec.tensor_bytes(tensor.value)
+                for offset in range(0, max(len(content), 1), CHUNK_BYTES):
+                    chunk = content[offset : offset + CHUNK_BYTES]
+                    yield expert_pb2.ExportChunk(
+                        expert=tensor_pb2.ExpertRef(layer=tensor.expert.layer, index=tensor.expert.index),
+                        name=tensor.name,
+                        dtype=codec.dtype_code(tensor.value.dtype),
+                        shape=tensor.value.shape,
+                        offset_bytes=offset,
+                        content=chunk,
+                        crc32=zlib.crc32(chunk),
+                    )
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+    def Reduce(self, request: expert_pb2.ReduceRequest, context: grpc.ServicerContext) -> expert_pb2.ReduceReply:
+        def reduce() -> expert_pb2.ReduceReply:
+            expected = [
+                MessageKey(
+                    rank=key.rank,
+                    micro_batch=key.micro_batch,
+                    layer=key.layer,
+                    pass_index=key.pass_index,
+                    rows=key.rows,
+                )
+                for key in request.expected
+            ]
+            result = self._handler.reduce(_step(request), expected)
+            return expert_pb2.ReduceReply(incarnation=result.incarnation, square_norm=result.square_norm)
+
+        return _answer(context, reduce)
+
+    def Prepare(self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext) -> expert_pb2.PrepareReply:
+        def prepare() -> expert_pb2.PrepareReply:
+            if not (0 <= request.clip_scale <= 1 and 0 <= request.learning_rate < float("inf")):
+                raise InvalidMessage("clip_scale lies in [0, 1] and learning_rate is finite and not negative")
+            incarnation = self._handler.prepare(
+                _step(request), clip_scale=request.clip_scale, learning_rate=request.learning_rate
+            )
+            return expert_pb2.PrepareReply(incarnation=incarnation)
+
+        return _answer(context, prepare)
+
+    def Commit(self, request: expert_pb2.CommitRequest, context: grpc.ServicerContext) -> expert_pb2.CommitReply:
+        return _answer(context, lambda: expert_pb2.CommitReply(incarnation=self._handler.commit(_step(request))))
+
+    def Abort(self, request: expert_pb2.AbortRequest, context: grpc.ServicerContext) -> expert_pb2.AbortReply:
+        def abort() -> expert_pb2.AbortReply:
+            self._handler.abort(_step(request))
+            return expert_pb2.AbortReply()
+
+        return _answer(context, abort)
+
+    def Status(self, request: expert_pb2.StatusRequest, context: grpc.ServicerContext) -> expert_pb2.StatusReply:
+        def status() -> expert_pb2.StatusReply:
+            found = self._handler.status(request.training_term)
+            reply = expert_pb2.StatusReply(
+                actor=found.actor,
+                incarnation=found.incarnation,
+                placement_term=found.placement[0],
+                generation=found.placement[1],
+                experts=[tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in found.experts],
+                hosted_bytes=found.hosted_bytes,
+                weight_version=found.weight_version,
+                training_term=found.training_term,
+                rss_bytes=found.rss_bytes,
+                checkpoint=found.checkpoint,
+            )
+            if found.committed is not None:
+                reply.committed.CopyFrom(codec.encode_step(found.committed))
+            if found.prepared is not None:
+                reply.prepared.CopyFrom(codec.encode_step(found.prepared))
+            return reply
+
+        return _answer(context, status)
+
+
+def _answer(context: grpc.ServicerContext, call: Callable[[], ReplyT]) -> ReplyT:
+    try:
+        return call()
+    except MoeClusterError as exc:
+        abort_with(context, exc)
+
+
+def serve_expert(
+    handler: ExpertHandler,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    credentials: grpc.ServerCredentials | None = None,
+    max_calls: int = MAX_CALLS,
+) -> RunningServer:
+    """Serves an expert actor's experts. Raises ResourceError if the port is in use."""
+
+    def add_services(server: grpc.Server) -> list[str]:
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(ExpertServicer(handler), server)
+        return [expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name]
+
+    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
