@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # In the order in which they run; a layer without tests is left out.
 LAYERS := $(foreach layer,unit rpc cluster faults browser gpu,$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
 # The scripts that end within minutes.
-BENCHMARKS := $(wildcard benchmarks/layer.py)
+BENCHMARKS := layer
 SOAK_DURATION_S ?= 3600
 
 .DELETE_ON_ERROR:
@@ -40,7 +40,7 @@ stale-protos: $(PROTOS_VENV)/.installed
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
 
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
