@@ -1,4 +1,4 @@
-"""Tiny random-weight models of Hugging Face MoE families, and their two checkpoint layouts."""
+"""Tiny random-weight models of Hugging Face MoE families and our own, and their two checkpoint layouts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from moecluster.models.own_build import register_own_family
 
 Layout = Literal["per-expert", "fused"]
 LAYOUTS: tuple[Layout, ...] = ("per-expert", "fused")
@@ -116,10 +118,20 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["full_attention"] * 2,
     },
     "solar_open": {**_EIGHT_GROUPED, "head_dim": 8, "num_hidden_layers": 2},
+    "glm4_moe_lite": {**_EIGHT_GROUPED, **_LATENT_ATTENTION},
+    "exaone_moe": {**_FOUR_NARROW, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    "hy_v3": {**_FOUR_NARROW, "head_dim": 8},
+    "mimo_v2_flash": {**_EIGHT_GROUPED, "head_dim": 8, "num_hidden_layers": 2},
+    "minimax": {**_FOUR_LOCAL, "head_dim": 8, "block_size": 8},
+    "cohere2_moe": _FOUR_NARROW,
+    "laguna": {**_FOUR_NARROW, "head_dim": 8},
+    "mellum": {**_FOUR_NARROW, "head_dim": 8},
+    "moecluster": {**_FOUR_NARROW, "moe_layers": [1], "gate": "mixtral"},  # our own family, with one dense layer
 }
 
 
 def make_config(family: str) -> PreTrainedConfig:
+    register_own_family()
     return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
 
 
@@ -134,7 +146,8 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.15 if parameter.ndim > 1 else parameter + noise * 0.05)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(model: PreTrainedModel, directory: str | Path, layout: Layout) -> None:

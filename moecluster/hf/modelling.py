@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
@@ -14,21 +14,27 @@ from moecluster.hf.interface import BACKEND_NAME, find_experts, moe_layers, regi
 
 def read_config(path: str | Path) -> PreTrainedConfig:
     """The configuration of a model directory. Raises CheckpointError or UnsupportedModelError."""
+    if not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json: give the directory of a model")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except OSError as error:
-        raise CheckpointError(f"{path} has no readable config.json: give the directory of a model") from error
+        raise CheckpointError(f"config.json in {path} cannot be read: {_first_line(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(f"config.json in {path} cannot be used: {_first_line(error)}") from error
     return config
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class of a configuration. Raises UnsupportedModelError if the family has none."""
-    choice: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    """The language model class of a configuration, causal before encoder-decoder.
+
+    Raises UnsupportedModelError if the family has none.
+    """
+    mappings: list[Any] = [AutoModelForCausalLM._model_mapping, AutoModelForSeq2SeqLM._model_mapping]
+    choice = next((found for mapping in mappings if (found := mapping.get(type(config), None))), None)
     if choice is None:
         raise UnsupportedModelError(
-            f"a {config.model_type} model cannot be attached: transformers has no causal language model of this family"
+            f"a {config.model_type} model cannot be attached: transformers has no language model of this family"
         )
     candidates: list[type[PreTrainedModel]] = list(choice) if isinstance(choice, (list, tuple)) else [choice]
     named = [candidate for candidate in candidates if candidate.__name__ in (config.architectures or ())]
@@ -39,11 +45,13 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model on the meta device: shapes without memory."""
     try:
         with torch.device("meta"), no_init_weights():
-            return model_class(config)(config)
+            model = model_class(config)(config)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"no {config.model_type} model can be built from this configuration: {_first_line(error)}"
         ) from error
+    model.tie_weights()
+    return model
 
 
 def load_without_experts(config: PreTrainedConfig, path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moecluster.errors import CheckpointError, UnsupportedModelError
+from moecluster.errors import CheckpointError
 from moecluster.hf import ExpertShard, MoeLayer, moe_layers
 from moecluster.hf.keys import ParameterSource, convert_rows, expert_sources, rows_to_checkpoint
-from moecluster.hf.modelling import empty_model, keep_one_expert, read_config
+from moecluster.hf.modelling import empty_model, keep_one_expert
 from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.model_config import read_loadable_config
 from moecluster.types import ExpertId
 
 
@@ -27,11 +28,7 @@ class ExpertSource:
     def __init__(self, path: str | Path) -> None:
         """Raises CheckpointError or UnsupportedModelError."""
         self.checkpoint = Checkpoint.open(path)
-        config = read_config(path)
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None:
-            raise UnsupportedModelError(f"{path} is quantized: give a checkpoint in float32, float16 or bfloat16")
-        self._model = empty_model(config)
+        self._model = empty_model(read_loadable_config(path))
         self.layers: tuple[MoeLayer, ...] = moe_layers(self._model)
         self._layer_of: Mapping[int, MoeLayer] = {record.layer: record for record in self.layers}
         keep_one_expert(self._model)

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moecluster.errors import CheckpointError, UnsupportedModelError
+from moecluster.errors import CheckpointError
 from moecluster.hf import Backend, attach
-from moecluster.hf.modelling import load_without_experts, read_config
+from moecluster.hf.keys import trunk_to_checkpoint
+from moecluster.hf.modelling import load_without_experts
 from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.model_config import read_loadable_config
 
 
 def load_trunk(
@@ -22,10 +24,7 @@ def load_trunk(
     of another shape, UnsupportedModelError if the model is no MoE, is quantized, or cannot be attached.
     """
     Checkpoint.open(path)
-    config = read_config(path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{path} is quantized: give a checkpoint in float32, float16 or bfloat16")
-    model, report = load_without_experts(config, path, dtype)
+    model, report = load_without_experts(read_loadable_config(path), path, dtype)
     _check_complete(path, report)
     attach(model, backend)
     model.to(torch.device(device))  # type: ignore[arg-type]  # wrapped upstream
@@ -48,3 +47,9 @@ def _check_complete(path: str | Path, report: dict[str, object]) -> None:
 def trunk_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters of the trunk, in the model's order; tied ones once."""
     return model.named_parameters()
+
+
+def checkpoint_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The trunk's weights under the keys that `from_pretrained` loads back; with the experts' they are a checkpoint."""
+    tied = set(model.all_tied_weights_keys)
+    return trunk_to_checkpoint(model, {name: value for name, value in model.state_dict().items() if name not in tied})
