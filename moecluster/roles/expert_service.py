@@ -70,6 +70,7 @@ class ExpertService:
         self._orders_lock = threading.Lock()
         self._controller_term = 0
         self._placement = (0, 0)
+        self._checkpoint = ""  # as the last set_placement said
         self._weight_version = 0
         self._sources: dict[str, ExpertSource] = {}
         self._thread = threading.Thread(target=self._compute_forever, name=f"compute-{name}", daemon=True)
@@ -218,11 +219,12 @@ class ExpertService:
                 if self._training is not None:
                     self._training.remove(str(expert))
 
-    def set_placement(self, *, term: int, generation: int) -> None:
-        """The number of the placement that now stands."""
+    def set_placement(self, *, term: int, generation: int, checkpoint: str = "") -> None:
+        """The placement that now stands, and what lost experts are loaded from; status returns both."""
         with self._orders_lock:
             self._fence(term)
-            self._placement = max(self._placement, (term, generation))
+            if (term, generation) >= self._placement:
+                self._placement, self._checkpoint = (term, generation), checkpoint
 
     def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
         """Copies of the experts' tensors, one expert at a time. Raises NotHosted, StaleOrder for another step."""
@@ -277,6 +279,7 @@ class ExpertService:
                 committed=training.committed if training is not None else None,
                 prepared=training.prepared if training is not None else None,
                 rss_bytes=psutil.Process().memory_info().rss,
+                checkpoint=self._checkpoint,
             )
 
     # -- within --

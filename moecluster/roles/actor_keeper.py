@@ -1,0 +1,250 @@
+"""Keeps one expert actor served: finds it, loads its experts, looks after it, and begins again when it is lost."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.rpc.interfaces import ExpertControl
+from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 2.0
+HANGS_AFTER = 2  # looks without an answer
+
+
+class ActorSupervisor(Protocol):
+    """What starts expert actors, and starts them again when they die."""
+
+    def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
+        """Where the actor listens now; waits while it is started again. None after the timeout."""
+
+    def restart(self, actor: str) -> None:
+        """Ends a process that hangs, so that a new one takes its place. Never raises."""
+
+
+class ControlConnection(ExpertControl, Protocol):
+    """Orders to one life of an expert actor, over a connection. Every order ends within a finite time."""
+
+    def close(self) -> None:
+        """Ends the connection."""
+
+
+class LifeWatch(Protocol):
+    """Looks out for the end of one life of an actor."""
+
+    def close(self) -> None:
+        """Ends the watch."""
+
+
+Connect = Callable[[ActorAddress], ControlConnection]
+Watch = Callable[[ActorAddress, Callable[[], None]], LifeWatch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What stands now, as actors are told it."""
+
+    term: int
+    generation: int
+    checkpoint: str
+    dtype: str  # empty: the checkpoint's
+
+
+class KeeperOwner(Protocol):
+    """The controller, as a keeper sees it."""
+
+    def orders(self) -> Orders:
+        """What stands now."""
+
+    def actor_up(self, address: ActorAddress, *, loaded_bytes: int) -> None:
+        """The actor holds all its experts."""
+
+    def actor_down(self, actor: str) -> None:
+        """The actor that was up is lost."""
+
+    def actor_failed(self, actor: str, error: MoeClusterError) -> None:
+        """The actor cannot be brought up now; the keeper goes on trying."""
+
+    def deposed(self, error: StaleOrder) -> None:
+        """An actor has seen a higher term: another controller has taken over."""
+
+
+class ActorKeeper:
+    """One thread that keeps one actor. Orders to the actor are given by this thread alone, so they arrive in order."""
+
+    def __init__(
+        self,
+        actor: str,
+        experts: tuple[ExpertId, ...],
+        *,
+        owner: KeeperOwner,
+        supervisor: ActorSupervisor,
+        connect: Connect,
+        watch: Watch,
+        health_period_s: float,
+        start_timeout_s: float,
+        load_timeout_s: float,
+    ) -> None:
+        self.actor = actor
+        self.experts = experts
+        self._owner = owner
+        self._supervisor = supervisor
+        self._connect = connect
+        self._watch = watch
+        self._health_period_s = health_period_s
+        self._start_timeout_s = start_timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._closed = threading.Event()
+        self._wake = threading.Event()
+        self._address: ActorAddress | None = None
+        self._phase = "restarting"
+        self._lives = 0
+        self._silent = 0  # looks in a row that met with silence
+        self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
+
+    def read(self, timeout_s: float) -> ExpertActorStatus | None:
+        """What the actor says of itself, before any order; None if it does not answer. For a new controller."""
+        address = self._supervisor.address_of(self.actor, timeout_s)
+        if address is None:
+            return None
+        try:
+            control = self._connect(address)
+        except MoeClusterError:
+            return None
+        try:
+            return control.status()
+        except MoeClusterError:
+            return None
+        finally:
+            control.close()
+
+    def start(self) -> None:
+        """Begins to keep the actor."""
+        self._thread.start()
+
+    def look(self) -> None:
+        """Look after the actor now: it may be gone, or there is something new to tell it."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Leaves the actor alone, as it is."""
+        self._closed.set()
+        self._wake.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=self._health_period_s + 10.0)
+
+    def state(self) -> ActorState:
+        """The actor as it was last seen."""
+        address = self._address
+        return ActorState(
+            actor=self.actor,
+            address=address.address if address else "",
+            incarnation=address.incarnation if address else "",
+            phase=self._phase,
+            experts=len(self.experts) if self._phase == "serving" else 0,
+            restarts=max(self._lives - 1, 0),
+        )
+
+    def _run(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while not self._closed.is_set():
+            try:
+                self._keep_one_life()
+                backoff_s = FIRST_BACKOFF_S
+            except StaleOrder as exc:
+                self._owner.deposed(exc)
+                return
+            except MoeClusterError as exc:
+                self._silent += isinstance(exc, DeadlineExceeded)
+                logger.info("%s is not served: %s", self.actor, exc)
+                self._owner.actor_failed(self.actor, exc)
+                self._closed.wait(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    def _keep_one_life(self) -> None:
+        """From finding the actor to losing it. Raises a MoeClusterError if it could not be brought up."""
+        self._phase = "restarting"
+        if self._silent >= HANGS_AFTER:
+            logger.warning("%s hangs: ending it, so that it starts again", self.actor)
+            self._supervisor.restart(self.actor)
+            self._silent = 0
+        address = self._supervisor.address_of(self.actor, self._start_timeout_s)
+        if address is None:
+            raise Unavailable(f"{self.actor} was not started within {self._start_timeout_s:g} s")
+        control = self._connect(address)
+        try:
+            self._phase = "loading"
+            told, loaded_bytes = self._load(control)
+            if self._address is None or self._address.incarnation != address.incarnation:
+                self._lives += 1
+            self._address = address
+            self._phase = "serving"
+            self._owner.actor_up(address, loaded_bytes=loaded_bytes)
+            life = self._watch(address, self.look)
+            try:
+                self._look_after(control, address, told)
+            finally:
+                life.close()
+        finally:
+            control.close()
+        if not self._closed.is_set():
+            self._phase = "restarting"
+            self._owner.actor_down(self.actor)
+
+    def _load(self, control: ExpertControl) -> tuple[Orders, int]:
+        """Fences the actor and makes it hold exactly its experts. Returns what it was told, and the bytes loaded."""
+        orders = self._owner.orders()
+        control.set_placement(term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint)
+        held = set(control.status().experts)
+        if surplus := sorted(held - set(self.experts)):
+            control.unload(term=orders.term, experts=surplus)
+        missing, loaded_bytes = sorted(set(self.experts) - held), 0
+        while missing:
+            loaded_bytes += control.load(
+                term=orders.term,
+                experts=missing,
+                checkpoint=orders.checkpoint,
+                dtype=orders.dtype,
+                replace=True,
+                timeout_s=self._load_timeout_s,
+            )
+            before, orders = orders, self._owner.orders()
+            if orders.checkpoint == before.checkpoint:
+                break  # else it moved on while loading: load the new one
+        return orders, loaded_bytes
+
+    def _look_after(self, control: ExpertControl, address: ActorAddress, told: Orders) -> None:
+        """Asks for the actor's status over and over, and tells it what is new, until it is lost, hangs or is closed."""
+        while True:
+            self._wake.wait(self._health_period_s)
+            self._wake.clear()
+            if self._closed.is_set():
+                return
+            try:
+                orders = self._owner.orders()
+                if orders != told:
+                    control.set_placement(term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint)
+                    told = orders
+                status = control.status()
+                self._silent = 0
+            except Exhausted:
+                continue  # busy, so alive
+            except DeadlineExceeded:
+                self._silent += 1
+                if self._silent < HANGS_AFTER:
+                    self._wake.set()
+                    continue
+                return
+            except StaleOrder:
+                raise
+            except MoeClusterError as exc:
+                logger.info("%s is lost: %s", self.actor, exc)
+                return
+            if status.incarnation != address.incarnation or not set(self.experts) <= set(status.experts):
+                logger.info("%s has lost its experts", self.actor)
+                return

@@ -1,0 +1,162 @@
+"""A router's view of the controller: placements as they come, leases renewed, failures reported."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from moecluster.errors import MoeClusterError
+from moecluster.proto import controller_pb2, tensor_pb2
+from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
+from moecluster.rpc.controller_messages import MAX_REASON_LENGTH, decode_placement, decode_status
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.server import open_channel
+from moecluster.rpc.status_codes import from_rpc_error
+from moecluster.types import ControllerStatus, LoadSnapshot, Placement
+
+logger = logging.getLogger(__name__)
+
+RENEWALS_PER_LEASE = 3
+FIRST_RENEWAL_S = 1.0  # before the lease is known
+FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 2.0
+REPORT_TIMEOUT_S = 2.0
+
+
+class ControllerClient:
+    """A PlacementSource over the controller's WatchPlacement stream.
+
+    Opens the stream anew when it breaks; meanwhile the last placement goes on to stand.
+    """
+
+    def __init__(
+        self, *, router: str, resolve: Callable[[], str], credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable."""
+        self._router = router
+        self._resolve = resolve
+        self._credentials = credentials
+        self._board = PlacementBoard()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._renew_s = FIRST_RENEWAL_S
+        self._channel: grpc.Channel | None = None
+        self._applied: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry: tell the controller at once
+        self._thread = threading.Thread(target=self._run, name="controller-client", daemon=True)
+        self._thread.start()
+
+    def current(self, timeout_s: float) -> Placement:
+        """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
+        return self._board.current(timeout_s)
+
+    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+        """Waits for a placement with a higher (term, generation); None after the timeout."""
+        return self._board.newer_than(number, timeout_s)
+
+    def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
+        """Says that an actor did not answer. Without a controller nothing is said: it looks at its actors itself."""
+        report = controller_pb2.FailureReport(
+            reporter=self._router, actor=actor, incarnation=incarnation, reason=reason[:MAX_REASON_LENGTH]
+        )
+        with self._lock:
+            if self._channel is not None:
+                ControllerServiceStub(self._channel).ReportFailure.future(report, timeout=REPORT_TIMEOUT_S)
+
+    def report_load(self, load: LoadSnapshot) -> None:
+        """Says what was counted in a window. Without a controller nothing is said."""
+        report = controller_pb2.LoadReport(
+            router=self._router,
+            window_s=load.window_s,
+            loads=[
+                controller_pb2.ExpertLoad(
+                    expert=tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index), assignments=assignments
+                )
+                for expert, assignments in load.tokens.items()
+            ],
+        )
+        with self._lock:
+            if self._channel is not None:
+                ControllerServiceStub(self._channel).ReportLoad.future(report, timeout=REPORT_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Ends the stream and all waits."""
+        self._closed.set()
+        self._board.close()
+        self._applied.put(None)
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while not self._closed.is_set():
+            before = self._board.number
+            try:
+                self._watch(self._resolve())
+            except MoeClusterError as exc:
+                if not self._closed.is_set():
+                    logger.info("%s: the controller's placements stopped: %s", self._router, exc)
+            backoff_s = FIRST_BACKOFF_S if self._board.number > before else min(2 * backoff_s, MAX_BACKOFF_S)
+            self._closed.wait(backoff_s)
+
+    def _watch(self, address: str) -> None:
+        """Takes placements until the stream breaks, which raises a MoeClusterError."""
+        channel = open_channel(address, self._credentials)
+        broken = threading.Event()
+        with self._lock:
+            if self._closed.is_set():
+                channel.close()
+                return
+            self._channel = channel
+        try:
+            for message in ControllerServiceStub(channel).WatchPlacement(self._renewals(broken)):
+                placement, lease_s = decode_placement(message)
+                self._renew_s = lease_s / RENEWALS_PER_LEASE
+                self._board.publish(placement)
+                self._applied.put(None)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, f"controller at {address}") from exc
+        finally:
+            broken.set()
+            self._applied.put(None)
+            with self._lock:
+                self._channel = None
+            channel.close()
+
+    def _renewals(self, broken: threading.Event) -> Iterator[controller_pb2.WatchRequest]:
+        """Says what was applied: now, after every placement, and often enough to keep the lease."""
+        while not broken.is_set() and not self._closed.is_set():
+            term, generation = self._board.number
+            yield controller_pb2.WatchRequest(router=self._router, applied_term=term, applied_generation=generation)
+            try:
+                self._applied.get(timeout=self._renew_s)
+            except queue.Empty:
+                continue
+
+
+def controller_status(
+    address: str, *, timeout_s: float = 5.0, credentials: grpc.ChannelCredentials | None = None
+) -> ControllerStatus:
+    """The cluster as its controller sees it. Raises a MoeClusterError, Unavailable if nobody answers."""
+    with open_channel(address, credentials) as channel:
+        try:
+            request = controller_pb2.ControllerStatusRequest()
+            return decode_status(ControllerServiceStub(channel).Status(request, timeout=timeout_s))
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, f"controller at {address}") from exc
+
+
+def set_checkpoint(
+    address: str, checkpoint: str, *, timeout_s: float = 10.0, credentials: grpc.ChannelCredentials | None = None
+) -> None:
+    """Tells the controller what lost experts are loaded from, from now on. Raises a MoeClusterError."""
+    with open_channel(address, credentials) as channel:
+        try:
+            request = controller_pb2.SetCheckpointRequest(checkpoint=checkpoint)
+            ControllerServiceStub(channel).SetCheckpoint(request, timeout=timeout_s)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, f"controller at {address}") from exc
