@@ -30,7 +30,7 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 TRANSPORTS: tuple[Transport, ...] = ("shm", "inline")
 PLAIN_RAY_TOKENS = (256, 2048)
 HIVEMIND_TOKENS = 64
-MOST_TOKENS_BATCHED = 16  # batched_mm copies an expert's weights for every token: 88 GB at 2048 tokens
+MOST_TOKENS_BATCHED = 1  # batched_mm copies weights for every (token, expert) pair: already 40 times slower at 16
 CHOOSING_RUNS = 2
 
 # Least speed of ours, as a multiple of the in-process baseline's.
@@ -99,14 +99,14 @@ class Bench:
         self.have_ours = have_ours
         self.console = console
         self.rows: list[Row] = []
-        self.raw: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []  # every run of every contender, in the order taken
 
     def measure(self, turns: Mapping[str, Turn], *, runs: int = MIN_RUNS) -> dict[str, list[float]]:
-        """Seconds per call of each contender, in turns; kept as raw data."""
+        """Seconds per call of each contender, in turns; kept for the report's raw data."""
         seconds = take_turns(turns, runs=runs, min_run_s=self.effort.min_run_s)
         for name, turn in turns.items():
             contender = turn.worker.contender.name
-            self.raw.append({"contender": contender, "case": str(turn.case), "seconds_per_call": seconds[name]})
+            self.calls.append({"contender": contender, "case": str(turn.case), "seconds_per_call": seconds[name]})
         return seconds
 
     def add_time(self, contender: str, case: Case, seconds: Sequence[float]) -> None:
@@ -117,20 +117,20 @@ class Bench:
         self.rows.append(Row(name=name, runs=ratios, unit="x", target=target))
 
     def compare(
-        self, other: Worker, case: Case, ours: Worker | None, targets: Mapping[Transport, float | None]
+        self, label: str, other: Worker, case: Case, ours: Worker | None, targets: Mapping[Transport, float | None]
     ) -> None:
-        """Rows for another contender's time, ours over each transport in `targets`, and how much faster ours is."""
-        turns = {"other": Turn(worker=other, case=case)}
+        """Rows for the other's time, for ours over each transport in `targets`, and for how much faster ours is."""
+        turns = {label: Turn(worker=other, case=case)}
         if ours:
             turns |= {transport: Turn(worker=ours, case=replace(case, transport=transport)) for transport in targets}
         seconds = self.measure(turns)
-        self.add_time(other.contender.name, case, seconds["other"])
+        self.add_time(label, case, seconds[label])
         if ours:
             for transport, target in targets.items():
                 own_case = replace(case, transport=transport)
-                self.add_time(ours.contender.name, own_case, seconds[transport])
-                ratios = speed_ratios(seconds[transport], seconds["other"])
-                self.add_ratio(f"speed of ours against {other.contender.name}: {own_case}", ratios, target)
+                self.add_time("ours", own_case, seconds[transport])
+                ratios = speed_ratios(seconds[transport], seconds[label])
+                self.add_ratio(f"speed of ours / {label}: {own_case}", ratios, target)
 
 
 def choose_in_process(bench: Bench) -> dict[Case, Contender]:
@@ -153,14 +153,15 @@ def compare_in_process(bench: Bench) -> None:
         workers = {contender: stack.enter_context(running(contender)) for contender in winners}
         for case, contender in chosen.items():
             targets = {t: IN_PROCESS_TARGETS.get(replace(case, transport=t)) for t in TRANSPORTS}
-            bench.compare(workers[contender], case, ours, targets)
+            bench.console.print(f"in process, {case}: {contender.name}")
+            bench.compare("in process", workers[contender], case, ours, targets)
 
 
 def compare_plain_ray(bench: Bench) -> None:
     with ours_if_there(bench) as ours, running(PLAIN_RAY) as plain_ray:
         for tokens in PLAIN_RAY_TOKENS:
             case = Case(tokens=tokens, dtype="bfloat16")
-            bench.compare(plain_ray, case, ours, {"shm": PLAIN_RAY_TARGET})
+            bench.compare("plain Ray", plain_ray, case, ours, {"shm": PLAIN_RAY_TARGET})
 
 
 def compare_hivemind(bench: Bench) -> None:
@@ -172,7 +173,7 @@ def compare_hivemind(bench: Bench) -> None:
         python=hivemind_python(),
     )
     with ours_if_there(bench) as ours, running(contender) as hivemind:
-        bench.compare(hivemind, case, ours, {"shm": HIVEMIND_TARGET})
+        bench.compare("hivemind", hivemind, case, ours, {"shm": HIVEMIND_TARGET})
 
 
 def price_batch_invariance(bench: Bench) -> None:
@@ -184,7 +185,7 @@ def price_batch_invariance(bench: Bench) -> None:
                 {"plain": Turn(worker=plain, case=case), "invariant": Turn(worker=invariant, case=case)}
             )
             price = speed_ratios(seconds["plain"], seconds["invariant"])
-            name = f"time of batch-invariant mode against plain mode: {case}"
+            name = f"time of batch-invariant / plain mode: {case}"
             bench.rows.append(Row(name=name, runs=price, unit="x", better="lower"))
 
 
@@ -220,7 +221,7 @@ def main() -> None:
             console.print(f"[red]left out:[/] {exc}")
 
     versions = installed_versions() | ({"hivemind": HIVEMIND_VERSION} if compare_hivemind in parts else {})
-    report = Report(name="layer", rows=bench.rows, raw=bench.raw, versions=versions)
+    report = Report(name="layer", rows=bench.rows, raw=bench.calls, versions=versions)
     report.print(console)
     console.print(f"written: {report.write().name}")
 
