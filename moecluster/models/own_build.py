@@ -41,9 +41,9 @@ def build_model(model: ModelConfig, seed: int, *, with_experts: bool = True) -> 
     built.to_empty(device="cpu")
     built.tie_weights()
     _initialize(built, built._init_weights, seed=seed)
-    built.to(getattr(torch, model.dtype))
-    for gate in built.gates().values():
-        gate.float()
+    for name, parameter in built.named_parameters():  # not the buffers: rotary frequencies stay in float32
+        if ".mlp.gate." not in name:
+            parameter.data = parameter.data.to(getattr(torch, model.dtype))
     built.train()
     return built
 
