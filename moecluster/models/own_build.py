@@ -28,14 +28,22 @@ def register_own_family() -> None:
     AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM, exist_ok=True)
 
 
+def empty_own_model(model: ModelConfig) -> OwnForCausalLM:
+    """The model on the meta device: shapes without memory, and the check of its settings before anything starts.
+
+    Raises ConfigError: no such gate, gate option, expert kind or activation.
+    """
+    with torch.device("meta"):
+        return OwnForCausalLM(own_config(model))
+
+
 def build_model(model: ModelConfig, seed: int, *, with_experts: bool = True) -> OwnForCausalLM:
     """A fresh model on the CPU, in training mode; gates in float32 whatever the model's dtype.
 
     Without experts, none of them ever takes memory, and the model must be attached before it runs.
-    Raises ConfigError: no such gate, gate option, expert kind or activation.
+    Raises ConfigError as `empty_own_model` does.
     """
-    with torch.device("meta"):
-        built = OwnForCausalLM(own_config(model))
+    built = empty_own_model(model)
     if not with_experts:
         strip_experts(built)
     built.to_empty(device="cpu")
