@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS_VENV := .tools/protos
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Without compiling: torch and transformers have thousands of modules, of which few are ever imported.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # In the order in which they run; a layer without tests is left out.
 LAYERS := $(foreach layer,unit rpc cluster faults browser gpu,$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))

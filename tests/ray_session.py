@@ -35,7 +35,7 @@ class RaySession:
 @pytest.fixture(scope="session")
 def ray_session(request: pytest.FixtureRequest) -> Iterator[RaySession]:
     folder = Path(tempfile.mkdtemp(prefix="moe-ray-"))  # short: Ray's sockets lie in it, and their paths are limited
-    context = ray.init(
+    ray.init(
         address="local",
         num_cpus=NUM_CPUS,
         object_store_memory=OBJECT_STORE_BYTES,
@@ -43,7 +43,7 @@ def ray_session(request: pytest.FixtureRequest) -> Iterator[RaySession]:
         log_to_driver=False,
         _temp_dir=str(folder),
     )
-    yield RaySession(address=context.address_info["gcs_address"], num_cpus=NUM_CPUS)
+    yield RaySession(address=ray.get_runtime_context().gcs_address, num_cpus=NUM_CPUS)
     ray.shutdown()
     if not request.session.testsfailed:
         shutil.rmtree(folder, ignore_errors=True)  # workers that are still ending may write into it
