@@ -222,3 +222,39 @@ class ControllerStatus:
     actors: tuple[ActorState, ...]
     checkpoint: str
     routers: int  # with a lease
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """A prompt to go on with. Its prompt is a text, or token ids."""
+
+    request_id: str
+    prompt: str = ""
+    prompt_ids: tuple[int, ...] = ()
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 0.0  # 0: off
+    top_k: int = 0  # 0: off
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPiece:
+    """What a generation says at a time. The last piece has a finish_reason."""
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: str = ""  # stop | length | cancelled
+    prompt_tokens: int = 0  # in the last piece
+    experts: Mapping[ExpertId, int] = field(default_factory=dict)  # assignments of all its tokens, in the last piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterStatus:
+    """What a router says of itself."""
+
+    router: str
+    model: str
+    placement: tuple[int, int]
+    running: int  # generations
+    rss_bytes: int

@@ -1,0 +1,95 @@
+"""RouterService at the server's edge: generations streamed out, single MoE layers, status."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import grpc
+import torch
+
+from moecluster.errors import MoeClusterError
+from moecluster.proto import router_pb2, router_pb2_grpc
+from moecluster.rpc import codec
+from moecluster.rpc.controller_messages import checked_name
+from moecluster.rpc.router_messages import decode_generation_request, encode_piece, encode_router_status
+from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.status_codes import abort_with
+from moecluster.types import GenerationPiece, GenerationRequest, RouterStatus
+
+
+class RouterHandler(Protocol):
+    """What stands behind the service."""
+
+    def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
+        """The pieces of a text as they come."""
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a generation; False if none of that name runs."""
+
+    def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(y_TD, ids_TK, weights_TK) of one MoE layer."""
+
+    def status(self) -> RouterStatus:
+        """What the router says of itself."""
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Translates messages to calls of the handler, and its errors to status codes."""
+
+    def __init__(self, handler: RouterHandler) -> None:
+        self._handler = handler
+
+    def Generate(
+        self, request: router_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[router_pb2.GenerateReply]:
+        try:
+            decoded = decode_generation_request(request)
+            pieces = self._handler.generate(decoded)
+
+            def leave() -> (
+                None
+            ):  # a client that goes away: the iterator may wait for a token, and not see it until then
+                self._handler.cancel(decoded.request_id)
+
+            context.add_callback(leave)
+            for piece in pieces:
+                yield encode_piece(piece)
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+    def Cancel(self, request: router_pb2.CancelRequest, context: grpc.ServicerContext) -> router_pb2.CancelReply:
+        try:
+            return router_pb2.CancelReply(found=self._handler.cancel(checked_name(request.request_id, "request_id")))
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+    def Moe(self, request: router_pb2.MoeRequest, context: grpc.ServicerContext) -> router_pb2.MoeReply:
+        try:
+            x_TD = codec.decode_tensor(request.x, "x", dtypes=codec.ROW_DTYPES, shape=(None, None))
+            y_TD, ids_TK, weights_TK = self._handler.moe(request.layer, x_TD)
+            return router_pb2.MoeReply(
+                y=codec.encode_tensor(y_TD.cpu()),
+                ids=codec.encode_tensor(ids_TK.cpu().to(torch.int64)),
+                weights=codec.encode_tensor(weights_TK.cpu().to(torch.float32)),
+            )
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+    def Status(self, request: router_pb2.RouterStatusRequest, context: grpc.ServicerContext) -> router_pb2.RouterStatus:
+        return encode_router_status(self._handler.status())
+
+
+def serve_router(
+    handler: RouterHandler,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    credentials: grpc.ServerCredentials | None = None,
+    max_calls: int = MAX_CALLS,
+) -> RunningServer:
+    """Serves a router. Raises ResourceError if the port is in use."""
+
+    def add_services(server: grpc.Server) -> list[str]:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(handler), server)
+        return [router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name]
+
+    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
