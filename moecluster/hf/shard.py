@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from moecluster.errors import UnsupportedModelError
 from moecluster.hf.interface import first_projection
+from moecluster.linear import can_pack, linear, pack
 
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,14 +42,20 @@ class ExpertShard(nn.Module):
         rows = {name: value.detach()[index].clone() for name, value in experts.named_parameters(recurse=False)}
         return cls(experts, rows)
 
+    def pack(self) -> None:
+        """Packs the weights for serving; a transposed layout stays as it is."""
+        for name, value in list(self.named_parameters()):
+            if not self._is_transposed and can_pack(value):
+                setattr(self, name, pack(value))
+
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
         """x_nD: rows in the parameters' dtype. Returns y_nD, not yet multiplied by the gate weight."""
         weights = self._parameters
         up, down = weights[self._up_name], weights["down_proj"]
         up_bias, down_bias = weights.get(f"{self._up_name}_bias"), weights.get("down_proj_bias")
         assert up is not None and down is not None
-        h_nF = self._activate(F.linear(x_nD, up.t() if self._is_transposed else up, up_bias))
-        y_nD = F.linear(h_nF, down.t() if self._is_transposed else down, down_bias)
+        h_nF = self._activate(linear(x_nD, up.t() if self._is_transposed else up, up_bias))
+        y_nD = linear(h_nF, down.t() if self._is_transposed else down, down_bias)
         return y_nD if self._post_norm is None else self._post_norm(y_nD)
 
 
