@@ -11,10 +11,11 @@ from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import RunningServer, serve_expert
+from moecluster.rpc.expert_server import serve_expert
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.in_process import InProcessTransport
 from moecluster.rpc.interfaces import ExpertControl, ExpertTransport
+from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, OptimizerSettings, Placement, Replica
 
 Transport = Literal["in-process", "inline", "shm"]

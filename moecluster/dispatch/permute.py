@@ -1,7 +1,7 @@
 """Dispatch and combine: an inverse pair.
 
-dispatch() says which rows and pairs go to which actor; a token goes once to an actor, however many of its experts live there.
-combine() adds what came back in the tokens' order. The frozen DispatchPart is all that they share.
+dispatch() says which rows and pairs go to which actor; a token goes once to an actor, however many of its experts live
+there. combine() adds what came back in the tokens' order. The frozen DispatchPart is all that they share.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moecluster.dispatch.shares import LayerTable, choose_actors, content_keys
+from moecluster.dispatch.shares import NO_ACTOR, LayerTable, choose_actors, content_keys
 from moecluster.types import ComputeResult
 
 
@@ -46,8 +46,8 @@ def dispatch(
 ) -> tuple[DispatchPart, ...]:
     """Splits a routing over the actors of a layer.
 
-    ids_TK is int64 and weights_TK float32, both on the CPU. slots_P restricts it to some assignments (those of an actor that
-    failed). Raises NotHosted if an expert has no replica.
+    ids_TK is int64 and weights_TK float32, both on the CPU. slots_P restricts it to some assignments (those of an actor
+    that failed). Raises NotHosted if an expert has no replica.
     """
     top_k = ids_TK.shape[1]
     if slots_P is None:
@@ -62,11 +62,11 @@ def dispatch(
     order_P = np.argsort(actor_P * table.num_experts + experts_P, kind="stable")
     actor_P, experts_P, tokens_P = actor_P[order_P], experts_P[order_P], tokens_P[order_P]
     slots_P, weights_P = slots_P[order_P], weights_P[order_P]
-    ends = np.flatnonzero(np.diff(actor_P, append=-1)) + 1 if len(actor_P) else []
+    ends: list[int] = (np.flatnonzero(np.diff(actor_P, append=NO_ACTOR)) + 1).tolist()
     parts = []
     begin = 0
     for end in ends:
-        part = slice(begin, int(end))
+        part = slice(begin, end)
         rows_N, pair_rows_P = np.unique(tokens_P[part], return_inverse=True)
         experts, counts = np.unique(experts_P[part], return_counts=True)
         parts.append(
@@ -81,7 +81,7 @@ def dispatch(
                 pair_weights_P=torch.from_numpy(weights_P[part]),
             )
         )
-        begin = int(end)
+        begin = end
     return tuple(parts)
 
 
@@ -102,7 +102,7 @@ def combine(answers: Sequence[tuple[DispatchPart, ComputeResult]], like_TD: torc
 def combine_pairs(
     answers: Sequence[tuple[DispatchPart, ComputeResult]], weights_TK: torch.Tensor, like_TD: torch.Tensor
 ) -> torch.Tensor:
-    """y_TD from unweighted, unsummed pairs: added in float32 in the order of k, whatever the parts (batch-invariant mode)."""
+    """y_TD from unweighted, unsummed pairs, added in float32 in the order of k whatever the parts (batch-invariant)."""
     num_tokens, top_k = weights_TK.shape
     pairs_SD = torch.zeros(num_tokens * top_k, like_TD.shape[1], dtype=torch.float32)
     for part, result in answers:

@@ -1,8 +1,8 @@
 """Splitting each expert's tokens over its replicas by share.
 
-A hash of (token, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same replica
-whatever the batch, the router and the order of the tokens. A token is named by its gate weights at the layer: that needs no
-sequence ids from anyone, and holds for rows that belong to no sequence.
+A hash of (token, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same
+replica whatever the batch, the router and the order of the tokens. A token is named by its gate weights at the layer:
+that needs no sequence ids from anyone, and holds for rows that belong to no sequence.
 """
 
 from collections.abc import Collection
@@ -32,11 +32,11 @@ class LayerTable:
 
     @property
     def num_experts(self) -> int:
-        return self.actor_of_ER.shape[0]
+        return len(self.actor_of_ER)
 
     @property
     def replicated(self) -> bool:
-        return self.actor_of_ER.shape[1] > 1
+        return bool(self.actor_of_ER.shape[1] > 1)
 
 
 def layer_table(placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
@@ -86,6 +86,7 @@ def choose_actors(
 
     Raises NotHosted if an expert of a pair has no replica in the table.
     """
+    actor_P: npt.NDArray[np.int64]
     if not table.replicated:
         actor_P = table.actor_of_ER[experts_P, 0]
     else:

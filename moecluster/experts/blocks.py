@@ -1,7 +1,7 @@
 """Rows in blocks of fixed sizes: the batch-invariant mode.
 
-A matrix product's rounding may depend on how many rows it has. Cut into padded blocks whose sizes were proven to agree bit for
-bit, a row's result depends on that row only.
+A matrix product's rounding may depend on how many rows it has. Cut into padded blocks whose sizes were proven to agree
+bit for bit, a row's result depends on that row only.
 """
 
 from collections.abc import Callable

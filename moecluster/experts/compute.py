@@ -1,4 +1,4 @@
-"""What an expert actor does with batches: forward, merged over what waits; training forward and backward, one by one."""
+"""What an expert actor does with batches: forward, merged over what waits; training passes, one by one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Activations kept from a training forward until its backward, within a byte budget; beyond it they are computed again."""
+"""Activations kept from a training forward until its backward, within a byte budget; beyond it they are recomputed."""
 
 from collections import OrderedDict
 

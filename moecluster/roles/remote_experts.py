@@ -46,7 +46,7 @@ class RemoteExperts:
         self._batch_invariant = batch_invariant
         self._metrics = metrics
         self._exchange = Exchange(pool, timeout_s=timeout_s, metrics=metrics)
-        # Without a leaf that requires grad no graph is recorded under a frozen trunk, and experts would get no gradient.
+        # Without a leaf that requires grad a frozen trunk records no graph, and experts would get no gradient.
         self._anchor = torch.zeros((), requires_grad=True)
         self._current = threading.local()
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class RemoteExperts:
         self._count(layer, ids_TK)
         tag: MicroBatchTag | None = getattr(self._current, "tag", None)
         if tag is not None and torch.is_grad_enabled():
-            y_TD: torch.Tensor = _RemoteMoe.apply(  # type: ignore[no-untyped-call]
+            y_TD: torch.Tensor = _RemoteMoe.apply(
                 self._anchor, x_TD, weights_TK, self, layer, ids_TK, self._next_pass(layer, tag)
             )
             return y_TD
@@ -224,7 +224,7 @@ class _RemoteMoe(torch.autograd.Function):
         return y_TD.to(x_TD.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, weights_TK = ctx.saved_tensors
         grad_x_TD, grad_w_TK = ctx.remote.backward(

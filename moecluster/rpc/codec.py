@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 
@@ -16,7 +17,7 @@ MAX_ROWS = 2**20
 MAX_WIDTH = 2**17
 MAX_DEADLINE_S = 3600.0
 
-_DTYPES = {
+_DTYPES: Mapping[tensor_pb2.DType, torch.dtype] = {
     tensor_pb2.FLOAT32: torch.float32,
     tensor_pb2.BFLOAT16: torch.bfloat16,
     tensor_pb2.FLOAT16: torch.float16,
@@ -45,7 +46,7 @@ def expect_read_only_views() -> None:
         torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def dtype_of(code: int) -> torch.dtype:
+def dtype_of(code: tensor_pb2.DType) -> torch.dtype:
     """The dtype of a wire's code. Raises InvalidMessage for an unknown one."""
     dtype = _DTYPES.get(code)
     if dtype is None:
@@ -179,7 +180,7 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
     experts, counts = tuple(message.experts), tuple(message.expert_pairs)
     if len(experts) != len(counts) or not experts:
         raise InvalidMessage(f"expert_pairs: {len(counts)} counts for {len(experts)} experts")
-    if experts[0] < 0 or any(a >= b for a, b in zip(experts, experts[1:], strict=False)):
+    if experts[0] < 0 or any(a >= b for a, b in pairwise(experts)):
         raise InvalidMessage("experts: not ascending from 0 on")
     if min(counts) < 1:
         raise InvalidMessage("expert_pairs: a count below 1")

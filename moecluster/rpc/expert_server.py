@@ -19,6 +19,7 @@ CHUNK_BYTES = 4 * 2**20
 MAX_EXPERTS_PER_ORDER = 2**16
 MAX_TIMEOUT_S = 3600.0
 ReplyT = TypeVar("ReplyT")
+StepOrder = expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest
 
 
 class ExpertHandler(ComputeHandler, ExpertControl, Protocol):
@@ -34,9 +35,7 @@ def _experts(refs: "list[tensor_pb2.ExpertRef]") -> tuple[ExpertId, ...]:
     return experts
 
 
-def _step(
-    message: "expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest",
-) -> StepTag:
+def _step(message: StepOrder) -> StepTag:
     if not message.HasField("step"):
         raise InvalidMessage("step: missing")
     return codec.decode_step(message.step)

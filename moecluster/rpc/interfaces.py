@@ -46,12 +46,12 @@ class ExpertTransport(Protocol):
 
 
 class Participant(Protocol):
-    """What takes part in a training step: an expert actor, or a rank's trunk. Orders of older terms raise StaleOrder."""
+    """What takes part in a training step: an expert actor, or a rank's trunk. Older terms' orders raise StaleOrder."""
 
     name: str
 
     def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
-        """Sums the attempt's gradients. Raises AttemptAborted if they do not come from exactly the expected messages."""
+        """Sums the attempt's gradients. Raises AttemptAborted if they do not come from exactly these messages."""
 
     def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
         """Computes the new state beside the old one; returns the incarnation."""

@@ -1,8 +1,9 @@
 """Rows through memory that two processes of one host share.
 
-Each side writes only its own segment. A segment is a sealed memfd, which the peer opens through /proc/PID/fd/N: it has no name,
-so nothing is left behind when a process is killed, and its seals keep the peer from shrinking it under a reader. A region
-carries a sequence number in front of its payload and is used again only after the reader has released it.
+Each side writes only its own segment. A segment is a sealed memfd, which the peer opens through /proc/PID/fd/N: it has
+no name, so nothing is left behind when a process is killed, and its seals keep the peer from shrinking it under a
+reader. A region carries a sequence number in front of its payload and is used again only after the reader has released
+it.
 """
 
 import errno

@@ -52,8 +52,8 @@ def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoRetur
 
 def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     """The error of ours that a failed RPC stands for."""
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    detail = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
+    code = error.code()  # at the caller's end every RpcError is a grpc.Call
+    detail = error.details() or code.name
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)
