@@ -31,7 +31,10 @@ class Backend(Protocol):
     """What computes an MoE layer's experts for a trunk."""
 
     def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Returns y_TD: each token's sum over k of weights_TK times its expert's output. An index >= E is skipped."""
+        """Returns y_TD in x_TD's dtype: each token's sum over k of weights_TK times its expert's output.
+
+        weights_TK may have another dtype than x_TD. An index >= E is skipped.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

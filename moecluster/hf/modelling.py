@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -19,9 +20,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except OSError as error:
-        raise CheckpointError(f"config.json in {path} cannot be read: {_first_line(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModelError(f"config.json in {path} cannot be used: {_first_line(error)}") from error
+        raise CheckpointError(f"config.json in {path} cannot be read: {_one_line(error)}") from error
+    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(f"config.json in {path} cannot be used: {_one_line(error)}") from error
     return config
 
 
@@ -48,7 +49,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
             model = model_class(config)(config)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"no {config.model_type} model can be built from this configuration: {_first_line(error)}"
+            f"no {config.model_type} model can be built from this configuration: {_one_line(error)}"
         ) from error
     model.tie_weights()
     return model
@@ -113,5 +114,6 @@ def keep_one_expert(model: nn.Module) -> None:
             setattr(module, name, nn.Parameter(parameter[:1]))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"unknown {text}" if isinstance(error, KeyError) else text

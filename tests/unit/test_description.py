@@ -139,6 +139,28 @@ def test_a_dense_model_is_refused() -> None:
         describe(config)
 
 
+@pytest.mark.parametrize(
+    ("text", "error", "names"),
+    [
+        ("", CheckpointError, "not a valid JSON file"),
+        ("null", UnsupportedModelError, "cannot be used"),
+        (
+            '{"model_type": "mixtral", "hidden_size": "wide"}',
+            UnsupportedModelError,
+            "'hidden_size' expected int, got str",
+        ),
+        ('{"model_type": "mixtral", "num_attention_heads": 0}', UnsupportedModelError, "no mixtral model can be built"),
+        ('{"model_type": "mixtral", "hidden_act": "loud"}', UnsupportedModelError, "unknown 'loud'"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "x.Y"}}', UnsupportedModelError, "contains custom code"),
+    ],
+)
+def test_a_config_that_cannot_be_used_says_why(tmp_path: Path, text: str, error: type[Exception], names: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(error, match=names) as caught:
+        describe(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_family_and_a_missing_config_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         describe(tmp_path)
