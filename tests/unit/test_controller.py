@@ -1,0 +1,231 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecluster.errors import ResourceError, StaleOrder, UserError
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.controller import Controller, ControllerSettings
+from moecluster.types import ExpertId, LoadSnapshot, Placement, Replica
+from tests.twin_actors import TwinActors, save_tiny_model
+
+ACTORS = ("expert-0", "expert-1")
+LAYER_EXPERTS = {0: 4, 1: 4}
+WAIT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def actors() -> Iterator[TwinActors]:
+    with TwinActors(ACTORS) as twins:
+        yield twins
+
+
+@pytest.fixture
+def make(actors: TwinActors, checkpoint: str) -> Iterator[Callable[..., Controller]]:
+    """Makes controllers over the twins, and closes them."""
+    made: list[Controller] = []
+
+    def make_controller(**changes: Any) -> Controller:
+        settings: dict[str, Any] = {
+            "actors": ACTORS,
+            "replicas": contiguous_placement(LAYER_EXPERTS, ACTORS),
+            "layer_experts": LAYER_EXPERTS,
+            "checkpoint": checkpoint,
+            "health_period_s": 0.05,
+            "start_timeout_s": 0.5,
+        }
+        others: dict[str, Any] = {"metrics": Metrics(model="tiny")}
+        for key, value in changes.items():
+            (settings if key in ControllerSettings.__dataclass_fields__ else others)[key] = value
+        controller = Controller(
+            ControllerSettings(**settings),
+            supervisor=actors,
+            connect=actors.connect,
+            watch=actors.watch,
+            **others,
+        )
+        made.append(controller)
+        return controller
+
+    yield make_controller
+    for controller in made:
+        controller.close()
+
+
+def wait_for(controller: Controller, condition: Callable[[Placement], bool]) -> Placement:
+    deadline_s = time.monotonic() + WAIT_S
+    placement = controller.current(WAIT_S)
+    while not condition(placement):
+        newer = controller.newer_than(placement.number, deadline_s - time.monotonic())
+        assert newer is not None, f"the placement stayed {placement}"
+        placement = newer
+    return placement
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true"
+        time.sleep(0.01)
+
+
+def test_the_first_placement_is_whole_and_its_experts_are_loaded(make, actors) -> None:
+    controller = make()
+    controller.start(WAIT_S)
+    placement = controller.current(0.0)
+    assert placement.number == (1, 1)
+    assert placement.replicas == contiguous_placement(LAYER_EXPERTS, ACTORS)
+    for name, service in actors.services.items():
+        assert service.status().experts == placement.experts_on(name)
+        assert service.incarnation == placement.actors[name].incarnation
+    status = controller.status()
+    assert {a.actor: (a.phase, a.experts, a.restarts) for a in status.actors} == dict.fromkeys(
+        ACTORS, ("serving", 4, 0)
+    )
+
+
+def test_a_lost_actor_leaves_the_placement_and_comes_back_filled(make, actors, checkpoint) -> None:
+    metrics = Metrics(model="tiny")
+    controller = make(metrics=metrics)
+    controller.start(WAIT_S)
+    first = controller.current(0.0)
+    actors.kill("expert-1")
+    without = wait_for(controller, lambda p: "expert-1" not in p.actors)
+    assert without.number > first.number
+    assert without.experts_on("expert-0") == first.experts_on("expert-0")
+    assert without.layer_experts == first.layer_experts
+    actors.revive("expert-1")
+    back = wait_for(controller, lambda p: "expert-1" in p.actors)
+    assert back.replicas == first.replicas
+    assert back.actors["expert-1"].incarnation != first.actors["expert-1"].incarnation
+    assert actors.services["expert-1"].status().experts == first.experts_on("expert-1")
+    assert sorted(actors.loads) == [(actor, checkpoint) for actor in ("expert-0", "expert-1", "expert-1")]
+    shown = metrics.render()
+    assert 'operations_total{kind="restore",model="tiny",phase="idle"} 1.0' in shown
+    assert f'moecluster_placement_generation{{model="tiny"}} {back.generation}.0' in shown
+
+
+def test_replicas_that_are_left_take_the_whole_share(make, actors) -> None:
+    both = tuple(
+        Replica(expert=ExpertId(layer=layer, index=i), actor=actor, share=0.5)
+        for layer in LAYER_EXPERTS
+        for i in range(4)
+        for actor in ACTORS
+    )
+    controller = make(replicas=both)
+    controller.start(WAIT_S)
+    assert controller.current(0.0).replicas == both
+    actors.kill("expert-0")
+    left = wait_for(controller, lambda p: "expert-0" not in p.actors)
+    assert {r.share for r in left.replicas} == {1.0}
+    assert {r.actor for r in left.replicas} == {"expert-1"}
+
+
+def test_a_lost_expert_is_loaded_from_the_checkpoint_that_training_moved_on_to(make, actors, tmp_path) -> None:
+    controller = make()
+    controller.start(WAIT_S)
+    newer = save_tiny_model(tmp_path / "newer", seed=1)
+    controller.set_checkpoint(newer)
+    actors.kill("expert-0")
+    actors.revive("expert-0")
+    wait_until(lambda: ("expert-0", newer) in actors.loads)
+
+
+def test_a_successor_keeps_what_is_loaded_and_reads_the_picture_back(make, actors, tmp_path) -> None:
+    newer = save_tiny_model(tmp_path / "newer", seed=1)
+    first = make()
+    first.start(WAIT_S)
+    first.set_checkpoint(newer)
+    number = first.current(0.0).number
+    wait_until(lambda: all(s.status().placement == number for s in actors.services.values()))
+    first.close()
+    loads = list(actors.loads)
+
+    second = make()
+    second.start(WAIT_S)
+    assert second.current(0.0).number == (2, number[1] + 1)
+    assert second.status().checkpoint == newer
+    assert actors.loads == loads
+
+
+def test_a_deposed_controller_is_refused_and_says_so(make, actors) -> None:
+    deposed = threading.Event()
+    first = make(on_deposed=deposed.set)
+    first.start(WAIT_S)
+    second = make()
+    second.start(WAIT_S)
+    first.set_checkpoint("/elsewhere")  # makes it give an order
+    assert deposed.wait(WAIT_S)
+    wait_until(lambda: all(s.status().placement[0] == 2 for s in actors.services.values()))
+    assert {s.status().checkpoint for s in actors.services.values()} == {second.status().checkpoint}
+    with pytest.raises(StaleOrder):
+        actors.services["expert-0"].unload(term=1, experts=[ExpertId(layer=0, index=0)])
+
+
+def test_an_actor_that_hangs_is_started_again(make, actors) -> None:
+    controller = make()
+    controller.start(WAIT_S)
+    before = controller.current(0.0).actors["expert-1"].incarnation
+    actors.hanging.add("expert-1")
+    wait_for(controller, lambda p: "expert-1" in p.actors and p.actors["expert-1"].incarnation != before)
+    assert actors.restarted == ["expert-1"]
+    assert controller.status().actors[1].restarts == 1
+
+
+def test_a_router_counts_while_its_lease_lasts(make) -> None:
+    now_s = [100.0]
+    controller = make(clock=lambda: now_s[0], lease_s=10.0)
+    controller.renew_lease("router-0", (1, 1))
+    now_s[0] += 6.0
+    controller.renew_lease("router-1", (1, 2))
+    assert set(controller.leases()) == {"router-0", "router-1"}
+    now_s[0] += 5.0
+    assert {router: lease.applied for router, lease in controller.leases().items()} == {"router-1": (1, 2)}
+    assert controller.status().routers == 1
+    now_s[0] += 5.0
+    assert controller.leases() == {}
+
+
+def test_a_torn_checkpoint_ends_the_start_in_one_line(make, tmp_path: Path) -> None:
+    torn = Path(save_tiny_model(tmp_path / "torn"))
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="torn") as caught:
+        make(checkpoint=str(torn)).start(WAIT_S)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_start_without_any_actor_ends_with_a_reason(make, actors) -> None:
+    for name in ACTORS:
+        actors.kill(name)
+    with pytest.raises(ResourceError, match=r"no expert actor was ready within .* s; expert-[01] was not started"):
+        make(start_timeout_s=0.1).start(1.0)
+
+
+def test_one_actor_that_does_not_come_up_is_not_waited_for_and_joins_later(make, actors) -> None:
+    actors.kill("expert-1")
+    controller = make(start_timeout_s=0.1)
+    controller.start(WAIT_S)
+    assert set(controller.current(0.0).actors) == {"expert-0"}
+    actors.revive("expert-1")
+    wait_for(controller, lambda p: set(p.actors) == set(ACTORS))
+
+
+def test_a_reported_load_shows_as_balancedness(make) -> None:
+    metrics = Metrics(model="tiny")
+    controller = make(metrics=metrics)
+    controller.start(WAIT_S)
+    tokens = {ExpertId(layer=0, index=0): 30, ExpertId(layer=0, index=3): 10, ExpertId(layer=1, index=1): 5}
+    controller.report_load("router-0", LoadSnapshot(window_s=1.0, tokens=tokens))
+    shown = metrics.render()
+    assert 'layer_balancedness{layer="0",model="tiny"} 0.6666' in shown
+    assert 'layer_balancedness{layer="1",model="tiny"} 0.5' in shown
