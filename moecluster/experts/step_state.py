@@ -58,14 +58,14 @@ class StepState:
         return self._term
 
     @property
-    def committed(self) -> StepTag | None:
-        """The attempt that was committed last, as it was prepared; None: nothing since the load."""
-        return self._committed
-
-    @property
     def step(self) -> int | None:
         """The step whose state is held; None: not known since the load."""
         return self._step
+
+    @property
+    def committed(self) -> StepTag | None:
+        """The attempt that was committed last, as it was prepared; None: nothing since the load."""
+        return self._committed
 
     @property
     def prepared(self) -> StepTag | None:

@@ -1,0 +1,1 @@
+"""Exact training: one optimizer step over a trunk and experts that live elsewhere, all of it or nothing."""

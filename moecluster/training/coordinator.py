@@ -1,0 +1,208 @@
+"""One optimizer step over all participants: Reduce, Prepare, Commit; or Abort. All of them take it, or none.
+
+Everybody reduces; the norm over all gradients gives the clip scale; everybody prepares the new state beside the old;
+only when all hold it, everybody commits. Whoever takes over after a crash fences with a higher term first. Then: if
+anyone committed (step, attempt), everyone commits it; if all prepared it, they commit it; otherwise it is aborted.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from moecluster.errors import (
+    AttemptAborted,
+    DeadlineExceeded,
+    Exhausted,
+    MoeClusterError,
+    StaleOrder,
+    StateLost,
+    Unavailable,
+    UserError,
+)
+from moecluster.rpc.interfaces import Participant
+from moecluster.types import ExpertActorStatus, MessageKey, StepTag
+
+AnswerT = TypeVar("AnswerT")
+
+# A lost request or reply: every order may be repeated.
+_REPEATABLE = (Unavailable, DeadlineExceeded, Exhausted)
+# Of several participants' errors the first of these kinds is raised.
+_GRAVEST_FIRST: tuple[type[MoeClusterError], ...] = (StateLost, StaleOrder, UserError, AttemptAborted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """Figures of a committed step."""
+
+    grad_norm: float  # over trunk and experts, before clipping
+    clip_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """Where training stands after a take-over."""
+
+    step: int | None  # committed everywhere; None: nothing since the load
+    next_attempt: int  # not used by anyone yet
+
+
+class StepCoordinator:
+    """Runs steps of one term over a fixed set of participants. Not thread-safe; close() ends its threads."""
+
+    def __init__(
+        self,
+        participants: Mapping[str, Participant],
+        *,
+        term: int,
+        max_grad_norm: float = 0.0,
+        deadline_s: float = 60.0,
+        pause_s: float = 0.2,
+    ) -> None:
+        """max_grad_norm: 0 clips nothing. deadline_s: of one order at everybody, repeats included, pause_s apart."""
+        self.term = term
+        self._participants = dict(sorted(participants.items()))
+        self._max_grad_norm = max_grad_norm
+        self._deadline_s = deadline_s
+        self._pause_s = pause_s
+        self._incarnations: dict[str, str] = {}  # learned by recover()
+        self._pool = ThreadPoolExecutor(max_workers=max(1, len(self._participants)), thread_name_prefix="coordinator")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def recover(self) -> Recovered:
+        """Takes the say at all participants and brings them to one state; to be called once, before the first step.
+
+        Raises StateLost if no order can do that, StaleOrder if a higher term has the say.
+        """
+        statuses = self._fence()
+        self._incarnations = {name: status.incarnation for name, status in statuses.items()}
+        committed = [status.committed for status in statuses.values()]
+        prepared = [status.prepared for status in statuses.values()]
+        latest = max((c for c in committed if c), key=_attempt_of, default=None)
+        open_attempt = max((p for p in prepared if p), default=None)
+        if latest is not None and not all(c and _attempt_of(c) == _attempt_of(latest) for c in committed):
+            self._commit(self._as_ordered(latest))  # those that can, do; the others raise StateLost
+        elif open_attempt is not None and all(p == open_attempt for p in prepared):
+            self._commit(self._as_ordered(open_attempt))
+            latest = open_attempt
+        elif open_attempt is not None:
+            self.abort(self._as_ordered(open_attempt))
+        seen = [tag.attempt for tag in (*committed, *prepared) if tag is not None]
+        return Recovered(step=latest.step if latest else None, next_attempt=max(seen, default=-1) + 1)
+
+    def step(self, tag: StepTag, expected: Mapping[str, Sequence[MessageKey]], *, learning_rate: float) -> StepOutcome:
+        """Takes one step. expected: participant -> the backward messages sent to it; none where it is not named.
+
+        Raises AttemptAborted if the attempt came to nothing: abort it, verify(), and run another. Raises StateLost if
+        a participant is gone, StaleOrder if a higher term has the say, UserError if the gradients are not finite.
+        """
+        unknown = expected.keys() - self._participants.keys()
+        if unknown:
+            raise AttemptAborted(f"{', '.join(sorted(unknown))} got gradients and take no part")
+        reduced = self._all("Reduce", lambda name, p: p.reduce(tag, expected.get(name, ())))
+        self._check_lives({name: answer.incarnation for name, answer in reduced.items()})
+        grad_norm = math.sqrt(sum(answer.square_norm for answer in reduced.values()))
+        if not math.isfinite(grad_norm):
+            raise UserError(
+                f"step {tag.step}: the gradient norm is {grad_norm}; a lower train.lr, or train.max_grad_norm above 0, "
+                "would keep it finite"
+            )
+        clip_scale = clip_scale_of(grad_norm, self._max_grad_norm)
+        self._check_lives(
+            self._all("Prepare", lambda _, p: p.prepare(tag, clip_scale=clip_scale, learning_rate=learning_rate))
+        )
+        self._commit(tag)
+        return StepOutcome(grad_norm=grad_norm, clip_scale=clip_scale)
+
+    def abort(self, tag: StepTag) -> None:
+        """Tells everybody to forget the attempt. Who does not hear it forgets at the next attempt's first message."""
+
+        def order(participant: Participant) -> MoeClusterError | None:
+            try:
+                participant.abort(tag)
+            except MoeClusterError as exc:
+                return exc
+            return None
+
+        for _ in self._pool.map(order, self._participants.values()):
+            pass
+
+    def verify(self) -> None:
+        """Raises StateLost if a participant is gone or not the one that it was, StaleOrder if a higher term rules."""
+        self._check_lives({name: status.incarnation for name, status in self._fence().items()})
+
+    def _fence(self) -> dict[str, ExpertActorStatus]:
+        """Everybody's status, lower terms shut out. Raises StateLost if one does not answer or was started anew."""
+        try:
+            statuses = self._all("Status", lambda _, p: p.status(self.term))
+        except AttemptAborted as exc:
+            raise StateLost(str(exc)) from exc
+        outside = [name for name, status in statuses.items() if status.training_term != self.term]
+        if outside:
+            raise StateLost(f"{', '.join(outside)}: not in training under term {self.term}; started anew")
+        return statuses
+
+    def _commit(self, tag: StepTag) -> None:
+        """Decided: everybody commits, or the state is lost."""
+        try:
+            self._check_lives(self._all("Commit", lambda _, p: p.commit(tag)))
+        except AttemptAborted as exc:
+            raise StateLost(f"the commit of step {tag.step} did not reach everybody: {exc}") from exc
+        except StaleOrder as exc:
+            self.verify()  # a higher term is the graver reason
+            raise StateLost(f"the commit of step {tag.step} was refused: {exc}") from exc
+
+    def _as_ordered(self, tag: StepTag) -> StepTag:
+        return StepTag(term=self.term, step=tag.step, attempt=tag.attempt)
+
+    def _check_lives(self, incarnations: Mapping[str, str]) -> None:
+        for name, incarnation in incarnations.items():
+            known = self._incarnations.get(name, incarnation)
+            if incarnation != known:
+                raise StateLost(f"{name} is not the one that it was: {incarnation} instead of {known}")
+
+    def _all(self, order: str, call: Callable[[str, Participant], AnswerT]) -> dict[str, AnswerT]:
+        """Everybody's answer to an order, given in parallel and repeated until the deadline.
+
+        Raises the gravest of their errors; AttemptAborted for one that does not answer.
+        """
+        until_s = time.monotonic() + self._deadline_s
+
+        def ask(name: str) -> AnswerT | MoeClusterError:
+            while True:
+                try:
+                    return call(name, self._participants[name])
+                except _REPEATABLE as exc:
+                    if time.monotonic() + self._pause_s > until_s:
+                        return AttemptAborted(f"{name} did not answer {order}: {exc}")
+                    time.sleep(self._pause_s)
+                except MoeClusterError as exc:
+                    return exc
+
+        answers: dict[str, AnswerT] = {}
+        errors: list[MoeClusterError] = []
+        for name, answer in zip(self._participants, self._pool.map(ask, self._participants), strict=True):
+            if isinstance(answer, MoeClusterError):
+                errors.append(answer)
+            else:
+                answers[name] = answer
+        if errors:
+            raise min(errors, key=_gravity)
+        return answers
+
+
+def clip_scale_of(grad_norm: float, max_grad_norm: float) -> float:
+    """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_ does it; max_grad_norm 0: 1."""
+    return min(1.0, max_grad_norm / (grad_norm + 1e-6)) if max_grad_norm > 0 else 1.0
+
+
+def _attempt_of(tag: StepTag) -> tuple[int, int]:
+    return (tag.step, tag.attempt)
+
+
+def _gravity(error: MoeClusterError) -> int:
+    return next((i for i, kind in enumerate(_GRAVEST_FIRST) if isinstance(error, kind)), len(_GRAVEST_FIRST))
