@@ -108,7 +108,7 @@ def combine_pairs(
     for part, result in answers:
         assert result.y_PD is not None
         pairs_SD[part.pair_slots_P] = result.y_PD.float()
-    pairs_TKD = pairs_SD.view(num_tokens, top_k, -1)
+    pairs_TKD = pairs_SD.view(num_tokens, top_k, like_TD.shape[1])
     y_TD = torch.zeros(like_TD.shape, dtype=torch.float32)
     for k in range(top_k):
         y_TD += pairs_TKD[:, k] * weights_TK[:, k, None].float()
