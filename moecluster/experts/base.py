@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moecluster.errors import ConfigError
+from moecluster.linear import RowLinear, can_pack, pack
 from moecluster.settings import suggest
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -38,6 +39,12 @@ class Expert(nn.Module):
 
     def activate(self, x_nF: torch.Tensor) -> torch.Tensor:
         return ACTIVATIONS[self.activation](x_nF)
+
+    def pack(self) -> None:
+        """Packs the weights for serving, where this CPU has a packed form."""
+        for layer in self.children():
+            if isinstance(layer, RowLinear) and can_pack(layer.weight):
+                layer.weight = pack(layer.weight)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

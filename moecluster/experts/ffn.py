@@ -1,9 +1,9 @@
 """The feed-forward network of Transformers: up, activation, down."""
 
 import torch
-from torch import nn
 
 from moecluster.experts.base import Expert
+from moecluster.linear import RowLinear
 
 
 class FfnExpert(Expert):
@@ -11,8 +11,8 @@ class FfnExpert(Expert):
 
     def __init__(self, *, hidden_size: int, inner_size: int, activation: str) -> None:
         super().__init__(hidden_size=hidden_size, inner_size=inner_size, activation=activation)
-        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False)
-        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.up_proj = RowLinear(hidden_size, inner_size, bias=False)
+        self.down_proj = RowLinear(inner_size, hidden_size, bias=False)
 
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
         y_nD: torch.Tensor = self.down_proj(self.activate(self.up_proj(x_nD)))

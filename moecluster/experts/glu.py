@@ -1,9 +1,9 @@
 """Gated linear units (GLU Variants Improve Transformer, Shazeer 2020): SwiGLU with silu, GEGLU with gelu."""
 
 import torch
-from torch import nn
 
 from moecluster.experts.base import Expert
+from moecluster.linear import RowLinear
 
 
 class GluExpert(Expert):
@@ -14,8 +14,8 @@ class GluExpert(Expert):
 
     def __init__(self, *, hidden_size: int, inner_size: int, activation: str) -> None:
         super().__init__(hidden_size=hidden_size, inner_size=inner_size, activation=activation)
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * inner_size, bias=False)
-        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.gate_up_proj = RowLinear(hidden_size, 2 * inner_size, bias=False)
+        self.down_proj = RowLinear(inner_size, hidden_size, bias=False)
 
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
         gate_nF, up_nF = self.gate_up_proj(x_nD).chunk(2, dim=-1)

@@ -22,6 +22,7 @@ from moecluster.experts.blocks import BlockRunner, prove
 from moecluster.experts.kept_activations import KeptActivations
 from moecluster.experts.step_state import StepState
 from moecluster.hf import ExpertShard
+from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.training_files import read_optimizer_state, read_step
@@ -44,7 +45,7 @@ JOIN_TIMEOUT_S = 10.0
 
 
 class ExpertService:
-    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py. All computing is done by one thread of its own."""
+    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py. One thread of its own does all computing."""
 
     def __init__(
         self,
@@ -190,18 +191,19 @@ class ExpertService:
         deadline_s = time.monotonic() + timeout_s
         with self._orders_lock:
             self._fence(term)
-            hosted = set(self._hosted.ids())
-            wanted = [e for e in experts if replace or e not in hosted]
             source = self._source(checkpoint)
+            hosted = set(self._hosted.ids())
             if optimizer is not None:
                 with self._state_lock:
                     self._begin_training(optimizer, training_term, checkpoint)
+                hosted &= {e for e in hosted if str(e) in self._trained().modules}  # what was only served comes anew
+            wanted = [e for e in experts if replace or e not in hosted]
             loaded_bytes = 0
-            for expert in wanted:
+            widths = {layer.layer: layer.hidden_size for layer in source.layers}
+            for expert, module in read_experts(source, wanted, dtype, trainable=optimizer is not None):
                 if time.monotonic() > deadline_s:
                     raise DeadlineExceeded(f"{expert}: not loaded within {timeout_s:g} s")
-                (module,) = read_experts(source, [expert], dtype, optimizer is not None).values()
-                self._prove_blocks(module, next(l.hidden_size for l in source.layers if l.layer == expert.layer))
+                self._prove_blocks(module, widths[expert.layer])
                 with self._state_lock:
                     loaded_bytes += self._hosted.add(expert, module)
                     if optimizer is not None:
@@ -233,7 +235,7 @@ class ExpertService:
                 if step and (self._training is None or self._training.step != step):
                     raise StaleOrder(f"step {step} is not what is committed here")
                 module = self._hosted.module(expert)
-                tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
+                tensors = {name: plain(p) for name, p in module.named_parameters()}
                 if with_optimizer:
                     state = self._trained().state_tensors(str(expert))
                     tensors |= {f"optimizer/{name}": value.clone() for name, value in state.items()}

@@ -1,13 +1,15 @@
 """The experts that an actor holds, and how they come to it."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moecluster.errors import InvalidMessage, NotHosted
+from moecluster.experts.base import Expert
+from moecluster.hf import ExpertShard
 from moecluster.models.expert_source import ExpertSource
 from moecluster.types import ExpertId
 
@@ -31,7 +33,7 @@ class HostedExperts:
         self._lock = threading.Lock()
 
     def layer(self, layer: int, experts: Sequence[int], placement: tuple[int, int]) -> dict[int, nn.Module]:
-        """The layer's experts by index. Raises NotHosted, with the actor's placement, if one of those asked for lacks."""
+        """The layer's experts by index. Raises NotHosted, with the actor's placement, if one asked for lacks."""
         hosted = self._layers.get(layer, {})
         missing = [e for e in experts if e not in hosted]
         if missing:
@@ -74,18 +76,21 @@ class HostedExperts:
 
 
 def read_experts(
-    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, trainable: bool
-) -> dict[ExpertId, nn.Module]:
-    """Experts out of a checkpoint. Raises InvalidMessage for one that the model does not have."""
+    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, *, trainable: bool
+) -> Iterator[tuple[ExpertId, nn.Module]]:
+    """Experts out of a checkpoint, one by one; packed unless they are trained.
+
+    Raises InvalidMessage for one that the model does not have, before any is read.
+    """
     sizes = {layer.layer: layer.num_experts for layer in source.layers}
     unknown = [str(e) for e in experts if not 0 <= e.index < sizes.get(e.layer, 0)]
     if unknown:
         raise InvalidMessage(f"experts: the model has no {', '.join(unknown[:5])} (layer/index)")
     if (dtype or "float32") not in DTYPES:
         raise InvalidMessage(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
-    modules = {}
     for expert in experts:
         module = source.load(expert, DTYPES[dtype or "float32"])
         module.requires_grad_(trainable)
-        modules[expert] = module
-    return modules
+        if not trainable and isinstance(module, ExpertShard | Expert):
+            module.pack()
+        yield expert, module
