@@ -15,7 +15,7 @@ from torch import nn
 
 from moecluster.errors import AttemptAborted, MoeClusterError, StaleOrder, StateLost, Unavailable, UserError
 from moecluster.experts.step_state import StepState
-from moecluster.training.coordinator import StepCoordinator, clip_scale_of
+from moecluster.training.coordinator import Recovered, StepCoordinator, clip_scale_of
 from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
 
 T = TypeVar("T")
@@ -315,6 +315,49 @@ def started_job() -> tuple[Job, StepTag]:
         for member in job.members.values():
             member.backward(tag, micro_batch)
     return job, tag
+
+
+def successor_of(job: Job) -> StepCoordinator:
+    return StepCoordinator(job.members, term=job.term + 1, deadline_s=0.5, pause_s=0.0)
+
+
+def prepare_at(job: Job, tag: StepTag, names: Sequence[str]) -> None:
+    for name in NAMES:
+        job.members[name].reduce(tag, EXPECTED[name])
+    for name in names:
+        job.members[name].prepare(tag, clip_scale=1.0, learning_rate=0.1)
+
+
+def test_a_successor_commits_what_all_have_prepared():
+    job, tag = started_job()
+    prepare_at(job, tag, NAMES)
+    assert successor_of(job).recover() == Recovered(step=1, next_attempt=1)
+    assert [member.state.committed for member in job.members.values()] == [tag] * 3
+
+
+def test_a_successor_commits_what_one_has_committed():
+    job, tag = started_job()
+    prepare_at(job, tag, NAMES)
+    job.members["trunk"].commit(tag)
+    assert successor_of(job).recover() == Recovered(step=1, next_attempt=1)
+    assert [member.state.committed for member in job.members.values()] == [tag] * 3
+
+
+def test_a_successor_aborts_what_only_some_have_prepared():
+    job, tag = started_job()
+    prepare_at(job, tag, NAMES[:2])
+    assert successor_of(job).recover() == Recovered(step=None, next_attempt=1)
+    assert [member.state.prepared for member in job.members.values()] == [None] * 3
+    with pytest.raises(StaleOrder):
+        job.members["trunk"].state.prepare(tag, clip_scale=1.0, learning_rate=0.1)
+
+
+def test_another_life_of_a_participant_is_not_the_same():
+    """Even if it was loaded again and holds what the old one held."""
+    job, tag = started_job()
+    job.members["expert-0"].life += 1
+    with pytest.raises(StateLost, match="expert-0#1 instead of expert-0#0"):
+        job.coordinator.step(tag, EXPECTED, learning_rate=0.1)
 
 
 def test_messages_that_do_not_match_abort():

@@ -127,6 +127,17 @@ def test_commit_needs_prepare():
         state.prepare(tag(), clip_scale=1.0, learning_rate=1.0)
 
 
+def test_commit_names_the_attempt():
+    state, parameters = make_state()
+    state.accumulate(tag(attempt=1), key(), grads(1.0))
+    state.reduce(tag(attempt=1), [key()])
+    state.prepare(tag(attempt=1), clip_scale=1.0, learning_rate=0.5)
+    for other in (tag(attempt=0), tag(step=2, attempt=1)):
+        with pytest.raises(StaleOrder, match="is not prepared here"):
+            state.commit(other)
+    assert parameters["0/0"].item() == 1.0
+
+
 def test_a_higher_term_fences_and_commits_what_the_old_one_prepared():
     state, parameters = make_state()
     state.accumulate(tag(), key(), grads(1.0))
