@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,34 @@ START_TIMEOUT_S = 120.0
 ACTOR_ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a pair of actors is started for. Trained experts keep plain weights, served ones packed."""
+
+    checkpoint: str
+    dtype: DType
+    trained: bool
+    invariant: bool
+
+
 class ExpertActor:
     """A Ray actor with four of the layer's experts."""
 
-    def __init__(self, name: str, experts: tuple[ExpertId, ...], checkpoint: str, dtype: DType, invariant: bool) -> None:
+    def __init__(self, name: str, experts: tuple[ExpertId, ...], setup: Setup) -> None:
         torch.set_num_threads(1)
-        self.service = ExpertService(name=name, batch_invariant=invariant, activation_budget_bytes=2**30)
+        self.service = ExpertService(name=name, batch_invariant=setup.invariant, activation_budget_bytes=2**30)
         self.service.load(
-            term=1, experts=experts, checkpoint=checkpoint, dtype=dtype, optimizer=OptimizerSettings(), training_term=1
+            term=1,
+            experts=experts,
+            checkpoint=setup.checkpoint,
+            dtype=setup.dtype,
+            optimizer=OptimizerSettings() if setup.trained else None,
+            training_term=1 if setup.trained else 0,
         )
         self.server = serve_expert(self.service)
 
     def address(self) -> ActorAddress:
-        return ActorAddress(
-            actor=self.service.name, address=self.server.address, incarnation=self.service.incarnation
-        )
+        return ActorAddress(actor=self.service.name, address=self.server.address, incarnation=self.service.incarnation)
 
 
 def write_checkpoint(directory: Path) -> None:
@@ -78,18 +92,18 @@ def write_checkpoint(directory: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def start_actors(checkpoint: str, dtype: DType, invariant: bool) -> tuple[Placement, list[Any]]:
-    """The actors of a dtype: where they are, and their handles, without which they end."""
+def start_actors(setup: Setup) -> tuple[Placement, list[Any]]:
+    """The actors of a setup: where they are, and their handles, without which they end."""
     replicas = tuple(
         Replica(expert=ExpertId(layer=0, index=index), actor=f"expert-{index // EXPERTS_PER_ACTOR}")
         for index in range(NUM_EXPERTS)
     )
     actor_class: Any = ray.remote(num_cpus=1, runtime_env={"env_vars": ACTOR_ENV})(ExpertActor)
-    handles = []
+    handles: list[Any] = []
     for actor in range(NUM_ACTORS):
         name = f"expert-{actor}"
         experts = tuple(replica.expert for replica in replicas if replica.actor == name)
-        handles.append(actor_class.remote(name, experts, checkpoint, dtype, invariant))
+        handles.append(actor_class.remote(name, experts, setup))
     addresses = ray.get([handle.address.remote() for handle in handles], timeout=START_TIMEOUT_S)
     placement = Placement(
         term=1,
@@ -102,8 +116,8 @@ def start_actors(checkpoint: str, dtype: DType, invariant: bool) -> tuple[Placem
 
 
 @lru_cache(maxsize=4)
-def connect(checkpoint: str, dtype: DType, transport: Transport, invariant: bool) -> RemoteExperts:
-    placement, _ = start_actors(checkpoint, dtype, invariant)
+def connect(setup: Setup, transport: Transport) -> RemoteExperts:
+    placement, _ = start_actors(setup)
 
     def open_stream(address: ActorAddress) -> GrpcExpertTransport:
         shared_memory_bytes = SHARED_MEMORY_BYTES if transport == "shm" else 0
@@ -117,12 +131,14 @@ def connect(checkpoint: str, dtype: DType, transport: Transport, invariant: bool
         connect=open_stream,
         control=lambda address: GrpcExpertControl(address.actor, address.address),
     )
-    return RemoteExperts(pool, batch_invariant=invariant)
+    return RemoteExperts(pool, batch_invariant=setup.invariant)
 
 
 def make_call(checkpoint: str, invariant: bool, case: Case) -> Call:
     assert case.transport is not None
-    remote = connect(checkpoint, case.dtype, case.transport, invariant)
+    trained = case.direction != "forward"
+    setup = Setup(checkpoint=checkpoint, dtype=case.dtype, trained=trained, invariant=invariant)
+    remote = connect(setup, case.transport)
     batches = itertools.cycle(make_batches(case))
     attempts = itertools.count(1)
 
