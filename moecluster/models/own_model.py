@@ -78,7 +78,9 @@ class OwnMoeBlock(nn.Module):
         shared_size = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = _dense(config, shared_size) if shared_size else None
 
-    def forward(self, x_BSD: torch.Tensor, marks: TokenMarks) -> tuple[torch.Tensor, Routing]:
+    def forward(self, x_BSD: torch.Tensor, marks: TokenMarks | None = None) -> tuple[torch.Tensor, Routing]:
+        """Without marks, a row is a sequence of tokens that are all valid, and of unknown ids."""
+        marks = marks or _token_marks(None, x_BSD.shape, None, x_BSD.device)
         x_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.gate(
             x_TD, input_ids_T=marks.input_ids_T, sequence_ids_T=marks.sequence_ids_T, valid_T=marks.valid_T

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
@@ -23,6 +24,7 @@ FIRST_RENEWAL_S = 1.0  # before the lease is known
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
 REPORT_TIMEOUT_S = 2.0
+MAX_REPORTS = 64  # under way at once; beyond it they are dropped
 
 
 class ControllerClient:
@@ -43,6 +45,7 @@ class ControllerClient:
         self._lock = threading.Lock()
         self._renew_s = FIRST_RENEWAL_S
         self._channel: grpc.Channel | None = None
+        self._saying: set[grpc.Future[Any]] = set()
         self._applied: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry: tell the controller at once
         self._thread = threading.Thread(target=self._run, name="controller-client", daemon=True)
         self._thread.start()
@@ -60,9 +63,7 @@ class ControllerClient:
         report = controller_pb2.FailureReport(
             reporter=self._router, actor=actor, incarnation=incarnation, reason=reason[:MAX_REASON_LENGTH]
         )
-        with self._lock:
-            if self._channel is not None:
-                ControllerServiceStub(self._channel).ReportFailure.future(report, timeout=REPORT_TIMEOUT_S)
+        self._say("ReportFailure", report)
 
     def report_load(self, load: LoadSnapshot) -> None:
         """Says what was counted in a window. Without a controller nothing is said."""
@@ -76,9 +77,7 @@ class ControllerClient:
                 for expert, assignments in load.tokens.items()
             ],
         )
-        with self._lock:
-            if self._channel is not None:
-                ControllerServiceStub(self._channel).ReportLoad.future(report, timeout=REPORT_TIMEOUT_S)
+        self._say("ReportLoad", report)
 
     def close(self) -> None:
         """Ends the stream and all waits."""
@@ -90,6 +89,15 @@ class ControllerClient:
                 self._channel.close()
                 self._channel = None
         self._thread.join(timeout=5.0)
+
+    def _say(self, method: str, message: controller_pb2.FailureReport | controller_pb2.LoadReport) -> None:
+        """Sends without waiting. The call is kept until it ends: one that nobody holds is cancelled."""
+        with self._lock:
+            if self._channel is None or len(self._saying) >= MAX_REPORTS:
+                return
+            call = getattr(ControllerServiceStub(self._channel), method).future(message, timeout=REPORT_TIMEOUT_S)
+            self._saying.add(call)
+        call.add_done_callback(self._saying.discard)
 
     def _run(self) -> None:
         backoff_s = FIRST_BACKOFF_S

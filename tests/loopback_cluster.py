@@ -1,0 +1,109 @@
+"""A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
+
+from collections.abc import Callable
+from typing import Self
+
+from moecluster.metrics import Metrics
+from moecluster.models.expert_source import ExpertSource
+from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.controller import Controller, ControllerSettings
+from moecluster.roles.expert_pool import ExpertPool
+from moecluster.roles.expert_service import ExpertService
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.roles.router import Router
+from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.rpc.expert_server import serve_expert
+from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.health_watch import HealthWatch
+from moecluster.rpc.router_server import serve_router
+from moecluster.rpc.server import RunningServer
+from moecluster.types import ActorAddress
+
+
+class LoopbackCluster:
+    """num_actors expert actors, of which each can be killed and revived, a controller, and a router."""
+
+    def __init__(self, directory: str, *, num_actors: int = 2, max_running: int = 4) -> None:
+        self.names = tuple(f"expert-{i}" for i in range(num_actors))
+        self.services: dict[str, ExpertService] = {}
+        self.servers: dict[str, RunningServer] = {}
+        for name in self.names:
+            self.revive(name)
+        self._directory = directory
+        self.controller, self.controller_server = self.start_controller()
+        self.placements = ControllerClient(router="router", resolve=lambda: self.controller_server.address)
+        self.metrics = Metrics(model="tiny")
+        pool = ExpertPool(self.placements, connect=_connect, control=_control)
+        remote = RemoteExperts(pool, timeout_s=20.0, metrics=self.metrics)
+        self.router = Router(directory, remote, max_running=max_running, metrics=self.metrics)
+        self.router_server = serve_router(self.router)
+
+    def start_controller(self) -> tuple[Controller, RunningServer]:
+        layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(self._directory).layers}
+        controller = Controller(
+            ControllerSettings(
+                actors=self.names,
+                replicas=contiguous_placement(layer_experts, self.names),
+                layer_experts=layer_experts,
+                checkpoint=self._directory,
+                lease_s=0.6,
+                health_period_s=0.5,
+                start_timeout_s=1.0,
+            ),
+            supervisor=self,
+            connect=_control,
+            watch=_watch,
+            metrics=Metrics(model="tiny"),
+        )
+        controller.start(20.0)
+        return controller, serve_controller(controller)
+
+    def replace_controller(self) -> None:
+        """Ends the controller and starts another one, at another address."""
+        self.controller_server.stop(0.0)
+        self.controller.close()
+        self.controller, self.controller_server = self.start_controller()
+
+    def kill(self, actor: str) -> None:
+        self.servers.pop(actor).stop(0.0)
+        self.services.pop(actor).close()
+
+    def revive(self, actor: str) -> None:
+        self.services[actor] = ExpertService(name=actor)
+        self.servers[actor] = serve_expert(self.services[actor])
+
+    def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
+        server = self.servers.get(actor)
+        if server is None:
+            return None
+        return ActorAddress(actor=actor, address=server.address, incarnation=self.services[actor].incarnation)
+
+    def restart(self, actor: str) -> None:
+        self.kill(actor)
+        self.revive(actor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.router_server.stop(0.0)
+        self.router.close()
+        self.placements.close()
+        self.controller.close()
+        self.controller_server.stop(0.0)
+        for name in list(self.servers):
+            self.kill(name)
+
+
+def _connect(address: ActorAddress) -> GrpcExpertTransport:
+    return GrpcExpertTransport(address, router="router", shared_memory_bytes=2**20)
+
+
+def _control(address: ActorAddress) -> GrpcExpertControl:
+    return GrpcExpertControl(address.actor, address.address, timeout_s=5.0)
+
+
+def _watch(address: ActorAddress, on_lost: Callable[[], None]) -> HealthWatch:
+    return HealthWatch(address.address, on_lost)

@@ -1,0 +1,243 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from moecluster.errors import InvalidMessage, Unavailable, UserError
+from moecluster.proto import controller_pb2, tensor_pb2
+from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
+from moecluster.rpc.controller_client import ControllerClient, controller_status, set_checkpoint
+from moecluster.rpc.controller_messages import decode_placement, encode_placement
+from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.server import RunningServer, open_channel
+from moecluster.types import ActorAddress, ControllerStatus, ExpertId, LoadSnapshot, Placement, Replica
+
+WAIT_S = 15.0
+
+
+def placement(term: int, generation: int) -> Placement:
+    address = ActorAddress(actor="expert-0", address="127.0.0.1:5000", incarnation="a1")
+    replicas = tuple(Replica(expert=ExpertId(layer=3, index=i), actor="expert-0") for i in range(2))
+    return Placement(
+        term=term, generation=generation, layer_experts={3: 2}, actors={"expert-0": address}, replicas=replicas
+    )
+
+
+class Board(PlacementBoard):
+    """A handler that notes what it is told."""
+
+    lease_s = 0.3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.renewals: list[tuple[str, tuple[int, int]]] = []
+        self.failures: list[tuple[str, str, str]] = []
+        self.loads: list[LoadSnapshot] = []
+        self.checkpoint = "/first"
+
+    def renew_lease(self, router: str, applied: tuple[int, int]) -> None:
+        self.renewals.append((router, applied))
+
+    def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
+        self.failures.append((actor, incarnation, reason))
+
+    def report_load(self, router: str, load: LoadSnapshot) -> None:
+        self.loads.append(load)
+
+    def set_checkpoint(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def status(self) -> ControllerStatus:
+        return ControllerStatus(term=2, generation=5, actors=(), checkpoint=self.checkpoint, routers=1)
+
+
+@pytest.fixture
+def board() -> Board:
+    return Board()
+
+
+@pytest.fixture
+def server(board: Board) -> Iterator[RunningServer]:
+    running = serve_controller(board)
+    yield running
+    board.close()
+    running.stop(0.0)
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[ControllerClient]:
+    watching = ControllerClient(router="router-0", resolve=lambda: server.address)
+    yield watching
+    watching.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true"
+        time.sleep(0.01)
+
+
+def test_placements_arrive_whole_and_in_order(board, client) -> None:
+    board.publish(placement(1, 1))
+    assert client.current(WAIT_S) == placement(1, 1)
+    board.publish(placement(1, 2))
+    assert client.newer_than((1, 1), WAIT_S) == placement(1, 2)
+    assert client.newer_than((1, 2), 0.05) is None
+
+
+def test_a_router_renews_its_lease_and_says_what_it_applied(board, client) -> None:
+    board.publish(placement(1, 7))
+    wait_until(lambda: ("router-0", (1, 7)) in board.renewals)
+    before = len(board.renewals)
+    wait_until(lambda: len(board.renewals) >= before + 3)
+
+
+def test_nothing_waits_forever_without_a_controller() -> None:
+    client = ControllerClient(router="router-0", resolve=lambda: "127.0.0.1:1")
+    started_s = time.monotonic()
+    with pytest.raises(Unavailable, match="no placement"):
+        client.current(0.3)
+    assert client.newer_than((0, 0), 0.1) is None
+    client.report_failure("expert-0", "a1", "silence")
+    client.close()
+    assert time.monotonic() - started_s < WAIT_S
+    with pytest.raises(Unavailable):
+        client.current(60.0)  # closed: no wait any more
+
+
+def test_the_last_placement_stands_while_the_controller_is_away_and_a_new_one_is_found_elsewhere(board) -> None:
+    first = serve_controller(board)
+    address = [first.address]
+    client = ControllerClient(router="router-0", resolve=lambda: address[0])
+    board.publish(placement(1, 4))
+    assert client.current(WAIT_S).number == (1, 4)
+    first.stop(0.0)
+    assert client.current(0.0).number == (1, 4)
+    successor = Board()
+    second = serve_controller(successor)
+    address[0] = second.address
+    successor.publish(placement(2, 1))
+    found = client.newer_than((1, 4), WAIT_S)
+    assert found is not None and found.number == (2, 1)
+    client.close()
+    successor.close()
+    second.stop(0.0)
+
+
+def test_a_placement_of_an_older_term_is_not_taken(board, client) -> None:
+    board.publish(placement(3, 1))
+    assert client.current(WAIT_S).number == (3, 1)
+    assert not board.publish(placement(2, 9))
+    assert client.newer_than((3, 1), 0.2) is None
+
+
+def test_failures_and_loads_are_reported(board, client) -> None:
+    board.publish(placement(1, 1))
+    client.current(WAIT_S)
+    client.report_failure("expert-0", "a1", "silence")
+    wait_until(lambda: board.failures == [("expert-0", "a1", "silence")])
+    load = LoadSnapshot(window_s=1.5, tokens={ExpertId(layer=3, index=1): 12})
+    client.report_load(load)
+    wait_until(lambda: board.loads == [load])
+
+
+def test_status_and_checkpoint_over_the_wire(board, server) -> None:
+    set_checkpoint(server.address, "/runs/step-100")
+    assert controller_status(server.address) == ControllerStatus(
+        term=2, generation=5, actors=(), checkpoint="/runs/step-100", routers=1
+    )
+    with pytest.raises(Unavailable):
+        controller_status("127.0.0.1:1", timeout_s=2.0)
+
+
+MALFORMED = [
+    ("ReportFailure", controller_pb2.FailureReport(reporter="r"), "actor"),
+    ("ReportFailure", controller_pb2.FailureReport(reporter="\n", actor="expert-0"), "reporter"),
+    ("SetCheckpoint", controller_pb2.SetCheckpointRequest(), "checkpoint"),
+    ("SetCheckpoint", controller_pb2.SetCheckpointRequest(checkpoint="a\0b"), "checkpoint"),
+    ("ReportLoad", controller_pb2.LoadReport(router="r", window_s=float("nan")), "window_s"),
+    (
+        "ReportLoad",
+        controller_pb2.LoadReport(
+            router="r", window_s=1, loads=[controller_pb2.ExpertLoad(expert=tensor_pb2.ExpertRef(layer=-1))]
+        ),
+        "loads.expert",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "message", "field"), MALFORMED)
+def test_a_malformed_message_is_refused_by_name_and_the_server_serves_on(server, method, message, field) -> None:
+    with open_channel(server.address) as channel:
+        stub = ControllerServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            getattr(stub, method)(message, timeout=WAIT_S)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details().startswith(f"{field}:")
+        assert stub.Status(controller_pb2.ControllerStatusRequest(), timeout=WAIT_S).term == 2
+
+
+def test_a_watcher_without_a_name_is_refused(server) -> None:
+    ended = threading.Event()
+
+    def requests() -> Iterator[controller_pb2.WatchRequest]:
+        yield controller_pb2.WatchRequest()
+        ended.wait(WAIT_S)
+
+    with open_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(ControllerServiceStub(channel).WatchPlacement(requests(), timeout=WAIT_S))
+        ended.set()
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "router" in caught.value.details()
+
+
+def broken(**changes: object) -> controller_pb2.Placement:
+    message = encode_placement(placement(1, 1), 10.0)
+    for path, value in changes.items():
+        target: object = message
+        *way, last = path.split("__")
+        for step in way:
+            target = target[int(step)] if step.isdigit() else getattr(target, step)
+        setattr(target, last, value)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"term": 0}, "term"),
+        ({"lease_s": 0.0}, "lease_s"),
+        ({"lease_s": float("inf")}, "lease_s"),
+        ({"actors__0__address": "nowhere"}, "actors.address"),
+        ({"actors__0__address": "host:99999"}, "actors.address"),
+        ({"actors__0__incarnation": ""}, "actors.incarnation"),
+        ({"replicas__0__actor": "expert-7"}, "replicas.actor"),
+        ({"replicas__0__share": 0.5}, "replicas.share"),
+        ({"replicas__0__share": float("nan")}, "replicas.share"),
+        ({"replicas__0__expert__index": 2}, "replicas.expert"),
+        ({"replicas__0__expert__layer": -1}, "replicas.expert"),
+        ({"replicas__0__expert__index": 1}, "replicas"),
+    ],
+)
+def test_a_malformed_placement_is_refused_by_name(changes, complaint) -> None:
+    with pytest.raises(InvalidMessage, match=f"^{complaint}"):
+        decode_placement(broken(**changes))
+
+
+def test_a_placement_survives_the_wire() -> None:
+    assert decode_placement(encode_placement(placement(4, 2), 10.0)) == (placement(4, 2), 10.0)
+
+
+def test_a_users_error_keeps_its_line_over_the_wire(board, server, tmp_path: Path) -> None:
+    def refuse(checkpoint: str) -> None:
+        raise UserError(f"{checkpoint} is torn")
+
+    board.set_checkpoint = refuse  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="/x is torn"):
+        set_checkpoint(server.address, "/x")
