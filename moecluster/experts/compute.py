@@ -29,6 +29,11 @@ class _Piece:
         return x_ND if self.rows_n is None else x_ND.index_select(0, self.rows_n)
 
 
+def _is_every_row(rows_n: torch.Tensor, num_rows: int) -> bool:
+    """Whether an expert gets 0..N-1. Its rows ascend; one comes twice if a token chose the expert twice."""
+    return len(rows_n) == num_rows and (num_rows == 1 or bool((rows_n[1:] > rows_n[:-1]).all()))
+
+
 def _pieces(batches: Sequence[ComputeBatch]) -> dict[int, list[_Piece]]:
     """Expert -> its pieces, in the order of the batches."""
     by_expert: dict[int, list[_Piece]] = {}
@@ -36,9 +41,9 @@ def _pieces(batches: Sequence[ComputeBatch]) -> dict[int, list[_Piece]]:
         begin, num_rows = 0, len(batch.x_ND)
         for expert, count in zip(batch.experts, batch.pair_counts, strict=True):
             pairs = slice(begin, begin + count)
-            # Rows ascend within an expert, so as many pairs as rows are all of them.
-            rows_n = None if count == num_rows else batch.pair_rows_P[pairs]
-            by_expert.setdefault(expert, []).append(_Piece(batch=b, pairs=pairs, rows_n=rows_n))
+            rows_n = batch.pair_rows_P[pairs]
+            piece = _Piece(batch=b, pairs=pairs, rows_n=None if _is_every_row(rows_n, num_rows) else rows_n)
+            by_expert.setdefault(expert, []).append(piece)
             begin += count
     return by_expert
 
@@ -127,8 +132,8 @@ def train_forward(
         for expert, num_pairs in zip(batch.experts, batch.pair_counts, strict=True):
             pairs = slice(begin, begin + num_pairs)
             begin += num_pairs
-            whole = num_pairs == len(x_ND)
             rows_n = batch.pair_rows_P[pairs]
+            whole = _is_every_row(rows_n, len(x_ND))
             out_nD = run(experts[expert], x_ND if whole else x_ND.index_select(0, rows_n))
             weighted_nD = out_nD * weights_P[pairs, None]
             y_ND = y_ND + weighted_nD if whole else y_ND.index_add(0, rows_n, weighted_nD)

@@ -3,8 +3,9 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from moecluster.errors import InvalidMessage
@@ -191,6 +192,9 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
     rows = pair_rows_P.numpy()
     if rows.min() < 0 or rows.max() >= len(x_ND):
         raise InvalidMessage(f"pair_rows: an index outside the {len(x_ND)} rows of x")
+    descents = np.flatnonzero(rows[1:] < rows[:-1]) + 1
+    if not set(descents.tolist()) <= set(accumulate(counts)):
+        raise InvalidMessage("pair_rows: not ascending within an expert")
     grad_ND = None
     if phase is Phase.BACKWARD:
         grad_ND = decode_tensor(message.grad, "grad", dtypes=(x_ND.dtype,), shape=tuple(x_ND.shape), peer=peer)
