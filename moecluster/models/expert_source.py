@@ -1,7 +1,7 @@
 """Single experts straight out of a checkpoint directory, and back to the keys under which they are saved."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from moecluster.errors import CheckpointError
-from moecluster.hf import ExpertShard, MoeLayer, moe_layers
-from moecluster.hf.keys import ParameterSource, convert_rows, expert_sources, rows_to_checkpoint
-from moecluster.hf.modelling import empty_model, keep_one_expert
+from moecluster.hf import ExpertShard, MoeLayer
+from moecluster.hf.keys import ParameterSource, convert_rows, expert_sources
 from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.expert_layout import ExpertLayout, holds_modules
 from moecluster.models.model_config import read_loadable_config
 from moecluster.types import ExpertId
 
@@ -28,15 +28,14 @@ class ExpertSource:
     def __init__(self, path: str | Path) -> None:
         """Raises CheckpointError or UnsupportedModelError."""
         self.checkpoint = Checkpoint.open(path)
-        self._model = empty_model(read_loadable_config(path))
-        self.layers: tuple[MoeLayer, ...] = moe_layers(self._model)
-        self._layer_of: Mapping[int, MoeLayer] = {record.layer: record for record in self.layers}
-        keep_one_expert(self._model)
+        self.layout = ExpertLayout(read_loadable_config(path))
+        self.layers: tuple[MoeLayer, ...] = self.layout.layers
+        self._model = self.layout.model
 
     def load(self, expert: ExpertId, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The expert as a module on the CPU: rows [n, D] in, rows [n, D] out, without the gate weight."""
         container = self._container(expert)
-        if _holds_modules(container):
+        if holds_modules(container):
             return self._load_module(expert, dtype)
         rows = self._read_rows(expert)
         expected = {name: tuple(value.shape[1:]) for name, value in container.named_parameters(recurse=False)}
@@ -46,7 +45,7 @@ class ExpertSource:
 
     def expert_bytes(self, expert: ExpertId) -> int:
         """Bytes that the expert has in the checkpoint, from headers alone."""
-        if _holds_modules(self._container(expert)):
+        if holds_modules(self._container(expert)):
             return sum(self.checkpoint.info(key).num_bytes for key in self._module_keys(expert).values())
         total = 0
         for key, row in (pair for source in self._sources(expert) for pair in self._reads(source, expert).values()):
@@ -59,16 +58,12 @@ class ExpertSource:
 
         Of families that know only fused keys, each value is a slice [1, ...]: see `join_experts`.
         """
-        if _holds_modules(self._container(expert)):
-            state = module.state_dict()
-            return {key: state[name] for name, key in self._module_keys(expert).items()}
-        name = self._record(expert).name
-        rows = {f"{name}.{parameter}": value.detach() for parameter, value in module.named_parameters()}
-        return rows_to_checkpoint(self._model, rows, expert.index)
+        self._record(expert)
+        return self.layout.checkpoint_state(expert, {name: p.detach() for name, p in module.named_parameters()})
 
     def _record(self, expert: ExpertId) -> MoeLayer:
-        record = self._layer_of.get(expert.layer)
-        if record is None or not 0 <= expert.index < record.num_experts:
+        record = self.layout.record(expert)
+        if record is None:
             raise CheckpointError(f"{self.checkpoint.path} has no expert {expert}: its layers are {self._describe()}")
         return record
 
@@ -149,20 +144,3 @@ class ExpertSource:
         self._check_shapes(expert, {name: tuple(value.shape) for name, value in module.state_dict().items()}, state)
         module.load_state_dict(state, assign=True)
         return module
-
-
-def _holds_modules(container: nn.Module) -> bool:
-    """Whether the experts are modules of their own (our family) and not rows of fused parameters."""
-    return next(container.parameters(recurse=False), None) is None
-
-
-def join_experts(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Joins what `state_for_checkpoint` gave for all experts, in order of layer and index, into one checkpoint state.
-
-    A key that several experts share holds rows, and theirs are concatenated.
-    """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for state in states:
-        for key, value in state.items():
-            parts.setdefault(key, []).append(value)
-    return {key: values[0] if len(values) == 1 else torch.cat(values) for key, values in parts.items()}

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from moecluster.models.expert_source import ExpertSource, join_experts
+from moecluster.models.expert_layout import join_experts
+from moecluster.models.expert_source import ExpertSource
 from moecluster.models.trunk import checkpoint_state
 from moecluster.types import ExpertId
 from tests.families import FAMILIES, LAYOUTS, Layout, make_model, save
