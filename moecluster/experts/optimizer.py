@@ -17,8 +17,12 @@ from moecluster.types import OptimizerSettings
 
 Tensors = dict[str, torch.Tensor]
 
-# What each optimizer keeps for a parameter.
-STATE_NAMES: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}
+
+def state_names(settings: OptimizerSettings) -> tuple[str, ...]:
+    """What the optimizer keeps for a parameter. All of it may begin as zeros; `step` is a float32 scalar."""
+    if settings.name == "adamw":
+        return ("exp_avg", "exp_avg_sq", "step")
+    return ("momentum_buffer",) if settings.momentum else ()
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
@@ -42,7 +46,7 @@ class TwoPhaseOptimizer:
         state: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """state: what `state()` returned; None starts anew. Raises CheckpointError where it does not fit."""
-        assert settings.name in STATE_NAMES, f"optimizer {settings.name}"
+        assert settings.name in ("adamw", "sgd"), f"optimizer {settings.name}"
         self._parameters = dict(parameters)
         self._settings = settings
         self._state: dict[str, Tensors] = {}
@@ -137,7 +141,7 @@ class TwoPhaseOptimizer:
     def _put_state(self, key: str, value: torch.Tensor) -> None:
         kind, _, name = key.partition("/")
         parameter = self._parameters.get(name)
-        if parameter is None or kind not in STATE_NAMES[self._settings.name]:
+        if parameter is None or kind not in state_names(self._settings):
             raise CheckpointError(
                 f"optimizer state {key} fits no parameter of this model under {self._settings.name}: "
                 "resume with the optimizer and the model that the checkpoint was written with"

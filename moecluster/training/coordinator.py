@@ -58,14 +58,17 @@ class StepCoordinator:
         *,
         term: int,
         max_grad_norm: float = 0.0,
-        deadline_s: float = 60.0,
+        repeat_s: float = 5.0,
         pause_s: float = 0.2,
     ) -> None:
-        """max_grad_norm: 0 clips nothing. deadline_s: of one order at everybody, repeats included, pause_s apart."""
+        """max_grad_norm: 0 clips nothing. repeat_s: how long an order without answer is repeated, every pause_s.
+
+        A participant's calls have deadlines of their own: one that is dead, and not slow, costs repeat_s.
+        """
         self.term = term
         self._participants = dict(sorted(participants.items()))
         self._max_grad_norm = max_grad_norm
-        self._deadline_s = deadline_s
+        self._repeat_s = repeat_s
         self._pause_s = pause_s
         self._incarnations: dict[str, str] = {}  # learned by recover()
         self._pool = ThreadPoolExecutor(max_workers=max(1, len(self._participants)), thread_name_prefix="coordinator")
@@ -166,11 +169,11 @@ class StepCoordinator:
                 raise StateLost(f"{name} is not the one that it was: {incarnation} instead of {known}")
 
     def _all(self, order: str, call: Callable[[str, Participant], AnswerT]) -> dict[str, AnswerT]:
-        """Everybody's answer to an order, given in parallel and repeated until the deadline.
+        """Everybody's answer to an order, given in parallel and repeated for repeat_s.
 
         Raises the gravest of their errors; AttemptAborted for one that does not answer.
         """
-        until_s = time.monotonic() + self._deadline_s
+        until_s = time.monotonic() + self._repeat_s
 
         def ask(name: str) -> AnswerT | MoeClusterError:
             while True:
