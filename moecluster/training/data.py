@@ -1,0 +1,124 @@
+"""Text as batches of token ids: any position of the run can be drawn again, so a run can go on or go back anywhere.
+
+B sequences of S tokens. Sequence number n of the run is a function of (seed, n) and the text.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moecluster.errors import DataError
+from moecluster.models.byte_tokenizer import build_byte_tokenizer
+from moecluster.training.texts import Domain
+
+PIECE_CHARACTERS = 2**14  # tokenized at once: tokenizers slow down on long texts
+
+
+def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory; bytes for an empty name. Raises DataError."""
+    if not directory:
+        return build_byte_tokenizer()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f'no tokenizer in "{directory}": give a directory that save_pretrained wrote') from error
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedDomain:
+    """A domain as token ids, its documents joined by the end mark where the tokenizer has one."""
+
+    name: str
+    train: np.ndarray  # [n] int32
+    validation: np.ndarray  # [n] int32
+    bytes_per_token: float  # of the validation text
+
+
+class TextData:
+    """Batches for training and windows for validation. Domains take turns, each the same number of tokens."""
+
+    def __init__(
+        self, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, seed: int
+    ) -> None:
+        """Raises DataError if a domain is shorter than one sequence."""
+        # Equal parts, so that figures of all domains together weigh them as training does.
+        length = min(sum(len(text.encode()) for text in domain.validation) for domain in domains)
+        self._validation_bytes = {d.name: "\n".join(d.validation).encode()[:length] for d in domains}
+        self.sequence_length = sequence_length
+        self._seed = seed
+        self.domains = tuple(
+            _tokenize(domain, self._validation_bytes[domain.name].decode(errors="ignore"), tokenizer)
+            for domain in domains
+        )
+        for domain in self.domains:
+            for part, ids in (("training", domain.train), ("validation", domain.validation)):
+                if len(ids) < sequence_length:
+                    raise DataError(
+                        f"{domain.name} has {len(ids)} tokens of {part} text: at least one sequence of "
+                        f"train.sequence_length = {sequence_length} is needed"
+                    )
+
+    def train_batch(self, position: int, batch_size: int) -> torch.Tensor:
+        """int64 [B, S]: sequences number position to position + B - 1 of the run."""
+        return torch.stack([self._train_sequence(position + i) for i in range(batch_size)])
+
+    def validation_windows(self, count: int, domain: str | None = None) -> torch.Tensor:
+        """int64 [W, S], W <= count: windows spread over the validation text of one domain, or of all in turns."""
+        wanted = [d for d in self.domains if domain is None or d.name == domain]
+        each = [list(self._windows(d, math.ceil(count / len(wanted)))) for d in wanted]
+        turns = [window for turn in zip(*each, strict=False) for window in turn]
+        return torch.stack(turns[:count])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the validation text; what bits per token are divided by to give bits per byte."""
+        return sum(d.bytes_per_token for d in self.domains) / len(self.domains)
+
+    @property
+    def unigram_bits_per_byte(self) -> float:
+        """Entropy of single bytes of the validation text: what knowing only their frequencies costs."""
+        counts = Counter[int]()
+        for content in self._validation_bytes.values():
+            counts.update(content)
+        total = counts.total()
+        return -sum(n / total * math.log2(n / total) for n in counts.values())
+
+    def _train_sequence(self, number: int) -> torch.Tensor:
+        ids = self.domains[number % len(self.domains)].train
+        random = np.random.default_rng(np.random.SeedSequence((self._seed, number)))
+        begin = int(random.integers(len(ids) - self.sequence_length + 1))
+        return torch.from_numpy(ids[begin : begin + self.sequence_length].astype(np.int64))
+
+    def _windows(self, domain: TokenizedDomain, count: int) -> Iterator[torch.Tensor]:
+        count = min(count, len(domain.validation) // self.sequence_length)
+        room = len(domain.validation) - self.sequence_length
+        for i in range(count):
+            begin = room * i // max(count - 1, 1)
+            yield torch.from_numpy(domain.validation[begin : begin + self.sequence_length].astype(np.int64))
+
+
+def _tokenize(domain: Domain, validation: str, tokenizer: PreTrainedTokenizerBase) -> TokenizedDomain:
+    validation_ids = _encode((validation,), tokenizer)
+    return TokenizedDomain(
+        name=domain.name,
+        train=_encode(domain.train, tokenizer),
+        validation=validation_ids,
+        bytes_per_token=len(validation.encode()) / max(len(validation_ids), 1),
+    )
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """int32 ids of the texts, each but the last followed by the end mark if the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts: list[list[int]] = []
+    for text in texts:
+        pieces = [text[i : i + PIECE_CHARACTERS] for i in range(0, len(text), PIECE_CHARACTERS)]
+        parts += tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        parts.append(end)
+    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts[:-1]])

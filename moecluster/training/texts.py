@@ -1,0 +1,135 @@
+"""Training text: documents by domain, split into a training and a validation part."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+
+from moecluster.errors import DataError
+
+STDLIB = "stdlib"
+STDLIB_DOMAIN_BYTES = 2 * 2**20  # of one of the domains that every machine has; of source code, whole files up to this
+VALIDATION_SHARE = 0.1
+_MAX_VALIDATION_SHARE = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One file, or another piece of text that belongs together."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """Text of one kind; no document stands in both parts, unless there is only one."""
+
+    name: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+def read_domains(data: str) -> tuple[Domain, ...]:
+    """Domains of a text file, of a directory (one), or of `stdlib` (three). Raises DataError."""
+    if data == STDLIB:
+        return tuple(_split(name, list(documents)) for name, documents in _stdlib_documents())
+    path = Path(data)
+    if path.is_file():
+        document = _read(path, path.name)
+        if document is None:
+            raise DataError(f"{path} is binary: give a UTF-8 text file")
+        documents = [document]
+    elif path.is_dir():
+        documents = [d for file, name in _visible_files(path) if (d := _read(file, name)) is not None]
+    else:
+        raise DataError(f'no such text: "{data}"; give a text file, a directory of text files, or {STDLIB}')
+    if not any(document.text.strip() for document in documents):
+        raise DataError(f"{path} holds no text: give UTF-8 text files that are not empty")
+    return (_split(path.name or "text", documents),)
+
+
+def _stdlib_documents() -> Iterator[tuple[str, Iterable[Document]]]:
+    """Python's standard library source, the English prose of its reference, and torch's C++ headers."""
+    python = Path(sysconfig.get_path("stdlib"))
+    headers = Path(torch.__file__).parent / "include"
+    yield "python", _some_files(python, (f for f in python.glob("**/*.py") if _is_library(f.relative_to(python))))
+    yield "prose", (Document(name=name, text=text) for name, text in topics.items())
+    yield "c++", _some_files(headers, headers.glob("**/*.h"))
+
+
+def _is_library(relative: Path) -> bool:
+    """Installed packages, tests and the prose of the other domain are left out."""
+    return not {"site-packages", "dist-packages", "test", "tests", "pydoc_data"} & set(relative.parts)
+
+
+def _some_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
+    """A sample that is the same on every machine with the same files."""
+    taken_bytes = 0
+    for name, file in sorted(((f.relative_to(root).as_posix(), f) for f in files), key=lambda pair: _place(pair[0])):
+        document = _read(file, name)
+        if document is not None:
+            yield document
+            taken_bytes += len(document.text)
+        if taken_bytes >= STDLIB_DOMAIN_BYTES:
+            return
+
+
+def _visible_files(root: Path) -> list[tuple[Path, str]]:
+    names = [(file, file.relative_to(root)) for file in sorted(root.rglob("*")) if file.is_file()]
+    return [(file, name.as_posix()) for file, name in names if not any(p.startswith(".") for p in name.parts)]
+
+
+def _read(file: Path, name: str) -> Document | None:
+    """None for a binary file. Raises DataError if it cannot be read."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    if b"\0" in content:
+        return None
+    try:
+        return Document(name=name, text=content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return None
+
+
+def _place(name: str) -> str:
+    """A document's place in an order that says nothing of its content."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _split(name: str, documents: list[Document]) -> Domain:
+    """About a tenth of the text, by whole documents, is for validation; of one document, its end."""
+    ordered = sorted((d for d in documents if d.text.strip()), key=lambda d: _place(d.name))
+    if not ordered:
+        raise DataError(f"no text of the domain {name} is on this machine: give train.data a file or directory")
+    total = sum(len(d.text) for d in ordered)
+    validation: list[Document] = []
+    held = 0
+    for document in ordered:
+        if held < VALIDATION_SHARE * total and held + len(document.text) <= _MAX_VALIDATION_SHARE * total:
+            validation.append(document)
+            held += len(document.text)
+    if not validation:  # one document, or some that are all too long
+        longest = max(ordered, key=lambda d: len(d.text))
+        head, tail = _cut(longest.text)
+        train = [d.text for d in ordered if d is not longest]
+        return Domain(name=name, train=(*train, head), validation=(tail,))
+    return Domain(
+        name=name,
+        train=tuple(d.text for d in ordered if d not in validation),
+        validation=tuple(d.text for d in validation),
+    )
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Cuts off the last tenth, at a line's end if there is one near."""
+    at = int(len(text) * (1 - VALIDATION_SHARE))
+    line_end = text.find("\n", at, at + (len(text) - at) // 2)
+    at = line_end + 1 if line_end >= 0 else at
+    return text[:at], text[at:]
