@@ -113,14 +113,14 @@ def train_forward(
     # The rows may lie in the sender's memory, which is used again after the reply: the graph needs its own.
     x_ND = batch.x_ND.detach().clone().requires_grad_()
     weights_P = batch.pair_weights_P.detach().clone().requires_grad_()
-    parameters = {id(p) for expert in batch.experts for p in experts[expert].parameters()}
+    # Parameters are saved as views (a transposed weight), so they are known by their memory.
+    seen = {p.untyped_storage().data_ptr() for expert in batch.experts for p in experts[expert].parameters()}
     size_bytes = 0
-    seen: set[int] = set()
 
     def count(saved: torch.Tensor) -> torch.Tensor:
         nonlocal size_bytes
         storage = saved.untyped_storage()
-        if id(saved) not in parameters and storage.data_ptr() not in seen:
+        if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             size_bytes += storage.nbytes()
         return saved
