@@ -5,16 +5,16 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from moecluster.errors import Exhausted
+from moecluster.errors import Exhausted, Unavailable
 from moecluster.rpc.interfaces import Reply
 from moecluster.types import ComputeBatch, Phase
 
 MAX_MERGED_ROWS = 8192
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Waiting:
-    """A batch in the queue."""
+    """A batch in the queue; equal to itself only."""
 
     batch: ComputeBatch
     reply: Reply
@@ -59,9 +59,11 @@ class ComputeQueue:
             return sum(len(w.batch.x_ND) for w in self._waiting)
 
     def put(self, waiting: Waiting) -> None:
-        """Adds a batch. Raises Exhausted beyond the queue's bytes; an empty queue takes any batch."""
+        """Adds a batch; an empty queue takes any size. Raises Exhausted beyond its bytes, Unavailable once closed."""
         size_bytes = _size_bytes(waiting.batch)
         with self._changed:
+            if self._closed:
+                raise Unavailable("the expert actor has ended")
             if self._bytes and self._bytes + size_bytes > self._max_bytes:
                 raise Exhausted(f"{self._bytes} bytes wait, at most {self._max_bytes}")
             self._bytes += size_bytes

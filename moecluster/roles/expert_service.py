@@ -63,6 +63,7 @@ class ExpertService:
         self._batch_invariant = batch_invariant
         self._run: compute.RunExpert = compute.run_plainly
         self._hosted = HostedExperts()
+        self._widths: dict[int, int] = {}  # of the rows that a layer's experts take
         self._queue = ComputeQueue(max_queue_bytes)
         self._kept = KeptActivations(activation_budget_bytes)
         self._training: StepState | None = None
@@ -104,7 +105,7 @@ class ExpertService:
                 outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
             except MoeClusterError as exc:
                 outcomes = [exc] * len(fresh)
-            except RuntimeError as exc:  # of torch: out of memory, a kernel that refuses
+            except Exception as exc:  # whatever torch or a user's own expert raises ends these batches, not the actor
                 outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
             for waiting, outcome in zip(fresh, outcomes, strict=True):
                 waiting.reply(outcome)
@@ -139,6 +140,9 @@ class ExpertService:
         parameter = next(experts[batch.experts[0]].parameters(), None)
         if parameter is not None and parameter.dtype != batch.x_ND.dtype:
             raise InvalidMessage(f"x.dtype: {batch.x_ND.dtype}, and the experts are {parameter.dtype}")
+        width = self._widths[batch.layer]
+        if batch.x_ND.shape[1] != width:
+            raise InvalidMessage(f"x.shape: rows of {batch.x_ND.shape[1]}, and the experts take {width}")
         return experts
 
     def _compute_training(self, batch: ComputeBatch) -> ComputeResult:
@@ -199,11 +203,11 @@ class ExpertService:
                 hosted &= {e for e in hosted if str(e) in self._trained().modules}  # what was only served comes anew
             wanted = [e for e in experts if replace or e not in hosted]
             loaded_bytes = 0
-            widths = {layer.layer: layer.hidden_size for layer in source.layers}
+            self._widths |= {layer.layer: layer.hidden_size for layer in source.layers}
             for expert, module in read_experts(source, wanted, dtype, trainable=optimizer is not None):
                 if time.monotonic() > deadline_s:
                     raise DeadlineExceeded(f"{expert}: not loaded within {timeout_s:g} s")
-                self._prove_blocks(module, widths[expert.layer])
+                self._prove_blocks(module, self._widths[expert.layer])
                 with self._state_lock:
                     loaded_bytes += self._hosted.add(expert, module)
                     if optimizer is not None:
