@@ -4,6 +4,7 @@ To add a setting, add one line to its section. Names carry their units; document
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class ClusterConfig(Section):
     metrics_port: int = setting(0, "first port of the actors' /metrics; 0: any free port", minimum=0, maximum=65535)
     max_message_bytes: int = setting(256 * MIB, "largest gRPC message that is sent or taken", minimum=MIB)
     start_timeout_s: float = setting(120.0, "longest wait for all actors to be ready", above=0)
+
+    def check(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", self.name):
+            raise self.complain("name", "expected up to 63 letters, digits, dots, dashes and underscores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +157,9 @@ class TrainConfig(Section):
     deterministic: bool = setting(False, "sum gradients in a fixed order, for runs equal bit for bit")
     checkpoint_every_steps: int = setting(100, "steps between checkpoints; 0: only the last", minimum=0)
     keep_checkpoints: int = setting(2, "checkpoints kept", minimum=1)
+    participant_timeout_s: float = setting(5.0, "how long an actor is asked again before it counts as lost", above=0)
+    checkpoint_errors: str = setting("stop", "what a full disk does to the run", choices=("stop", "continue"))
+    resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one")
     eval_every_steps: int = setting(50, "steps between evaluations; 0: only the last", minimum=0)
     eval_batches: int = setting(8, "batches of one evaluation", minimum=1)
 
@@ -225,7 +233,7 @@ def load_config(path_or_preset: str, overrides: Mapping[str, Any] | None = None)
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from error
-    return read_config(_override(tables, overrides or {}), source=source)
+    return read_config(override(tables, overrides or {}), source=source)
 
 
 def read_config(tables: Mapping[str, Any], *, source: str = "settings") -> Config:
@@ -273,8 +281,8 @@ def _read_source(path_or_preset: str) -> tuple[str, str]:
         raise ConfigError(f"{path_or_preset}: cannot be read as text: {error}") from error
 
 
-def _override(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tables with dotted keys laid on it."""
+def override(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tables with dotted keys ("section.key" -> value) laid on it; None means not given."""
     merged = dict(tables)
     for dotted, value in overrides.items():
         if value is None:

@@ -1,0 +1,1 @@
+"""What the commands do; actors/cli.py declares them."""

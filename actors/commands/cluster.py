@@ -1,0 +1,125 @@
+"""up, status and down."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from actors import state
+from actors.commands.target import model_to_serve, read_target
+from actors.launch import bring_up, join, leave, take_down
+from actors.local_ray import is_running
+from actors.settings import Endpoints
+from actors.state import UpCluster
+from moecluster.errors import ResourceError, Unavailable
+from moecluster.rpc.controller_client import controller_status
+from moecluster.types import ActorState, ControllerStatus
+
+
+def up(target: str, settings: Sequence[str], console: Console) -> None:
+    """Brings a cluster up, which goes on until `down`."""
+    config = read_target(target, settings)
+    model_dir = model_to_serve(config)
+    with console.status(f"starting {config.cluster.num_expert_actors} expert actors, a router and a controller"):
+        cluster = bring_up(config, model_dir)
+    console.print(f"cluster {cluster.name} is up and serves {cluster.model}")
+    console.print(f"  router (gRPC)  {cluster.router_address}")
+    console.print(f"  Ray            {cluster.ray_address}")
+    console.print('next: moecluster status | moecluster generate MODEL "PROMPT" | moecluster down', highlight=False)
+
+
+def down(name: str, console: Console) -> None:
+    """Ends what `up` started, and nothing else."""
+    cluster = found(name)
+    with console.status(f"ending {name}"):
+        take_down(cluster)
+    console.print(f"cluster {name} is down")
+
+
+def status(name: str, as_json: bool, console: Console) -> None:
+    """Shows every actor of a cluster that is up."""
+    cluster = found(name)
+    try:
+        endpoints = join(cluster.name, cluster.ray_address, cluster.local_ray).endpoints()
+    finally:
+        leave()
+    seen = _ask_controller(endpoints.get("controller"))
+    if as_json:
+        console.print_json(json.dumps(_plain(cluster, endpoints, seen)))
+        return
+    console.print(f"cluster {cluster.name} serves {cluster.model}")
+    if seen is None:
+        console.print("the controller is being started again; serving goes on meanwhile")
+    else:
+        console.print(
+            f"term {seen.term}, placement {seen.generation}, {seen.routers} router with a lease; "
+            f"lost experts are loaded from {seen.checkpoint}",
+            highlight=False,
+        )
+    console.print(_table(endpoints, seen))
+
+
+def found(name: str) -> UpCluster:
+    """The cluster of a name that is up. Raises ResourceError if there is none; forgets one whose Ray has ended."""
+    cluster = state.load(name)
+    if cluster is None:
+        raise ResourceError(f"no cluster {name} is up; start one with moecluster up, or give its --name")
+    if cluster.local_ray is not None and not is_running(cluster.local_ray):
+        take_down(cluster)  # removes what is left of it on the disk
+        raise ResourceError(f"the cluster {name} has ended without moecluster down; start it again with moecluster up")
+    return cluster
+
+
+def _ask_controller(endpoints: Endpoints | None) -> ControllerStatus | None:
+    if endpoints is None:
+        return None
+    try:
+        return controller_status(endpoints.address)
+    except Unavailable:
+        return None
+
+
+def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
+    table = Table("actor", "phase", "experts", "restarts", "gRPC", "metrics", "pid")
+    states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
+    for name in sorted(endpoints.keys() | states.keys()):
+        reached = endpoints.get(name)
+        table.add_row(
+            name,
+            _phase(reached, states.get(name)),
+            str(states[name].experts) if name in states else "",
+            str(states[name].restarts) if name in states else "",
+            reached.address if reached else "",
+            f"http://{reached.metrics_address}/metrics" if reached else "",
+            str(reached.pid) if reached else "",
+        )
+    return table
+
+
+def _phase(reached: Endpoints | None, actor: ActorState | None) -> str:
+    if actor is not None:
+        return actor.phase
+    return "serving" if reached is not None else "restarting"
+
+
+def _plain(
+    cluster: UpCluster, endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None
+) -> dict[str, object]:
+    return {
+        "name": cluster.name,
+        "model": cluster.model,
+        "ray_address": cluster.ray_address,
+        "actors": {name: dataclasses.asdict(e) if e is not None else None for name, e in endpoints.items()},
+        "controller": dataclasses.asdict(seen) if seen is not None else None,
+    }
+
+
+def serves(cluster: UpCluster, model_dir: str) -> None:
+    """Raises ResourceError if the cluster that is up serves another model."""
+    if cluster.model != model_dir:
+        raise ResourceError(
+            f"the cluster {cluster.name} is up and serves {cluster.model}, not {model_dir}; "
+            "take it down first (moecluster down), or choose another name: --set cluster.name=NAME"
+        )

@@ -1,0 +1,43 @@
+"""What a command is asked to work with: a model directory, a TOML file, or a preset's name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moecluster.config import Config, load_config, override, parse_override, preset_names, read_config
+from moecluster.errors import CheckpointError, ConfigError
+from moecluster.training.checkpoints import CheckpointStore
+from moecluster.training.start import CHECKPOINTS, prepare_start
+
+
+def read_target(target: str, settings: Sequence[str]) -> Config:
+    """The settings that a target stands for; settings are overrides such as train.steps=100. Raises ConfigError."""
+    overrides = dict(parse_override(text) for text in settings)
+    if Path(target).is_dir():
+        return read_config(override({"model": {"path": target}}, overrides), source=target)
+    if not Path(target).is_file() and target not in preset_names():
+        raise ConfigError(
+            f'"{target}": no such model directory, TOML file or preset; the presets are {", ".join(preset_names())}'
+        )
+    return load_config(target, overrides)
+
+
+def trained_model(config: Config) -> str:
+    """The directory to serve: model.path, else the last checkpoint of train.output_dir. Raises CheckpointError."""
+    latest = _latest(config)
+    if latest is None:
+        raise CheckpointError(
+            f"nothing is trained in {config.train.output_dir} yet: run moecluster train, or give a model directory"
+        )
+    return latest
+
+
+def model_to_serve(config: Config) -> str:
+    """The same; where nothing is trained yet, a fresh model is written first. Raises UserError."""
+    return _latest(config) or str(prepare_start(config).resolve())
+
+
+def _latest(config: Config) -> str | None:
+    if config.model.path:
+        return str(Path(config.model.path).resolve())
+    latest = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS).latest()
+    return str(latest.resolve()) if latest is not None else None

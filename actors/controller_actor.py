@@ -1,0 +1,96 @@
+"""The shell of the controller: a Controller behind gRPC in a process that Ray keeps alive."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actors.ray_calls import RaySupervisor
+from actors.settings import CONTROLLER, Endpoints, expert_names
+from moecluster.config import read_config
+from moecluster.errors import DeadlineExceeded, MoeClusterError
+from moecluster.metrics import Metrics
+from moecluster.roles.controller import Controller, ControllerSettings
+from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.rpc.health_watch import HealthWatch
+from moecluster.types import ActorAddress, Replica
+
+logger = logging.getLogger(__name__)
+
+ORDER_TIMEOUT_S = 5.0  # for orders that are quick; loading has its own
+
+
+class ControllerActor:
+    """Takes over whatever its expert actors hold, also when Ray has started it again after its death."""
+
+    def __init__(
+        self,
+        tables: Mapping[str, Any],
+        model_dir: str,
+        replicas: tuple[Replica, ...],
+        layer_experts: Mapping[int, int],
+        metrics_port: int,
+    ) -> None:
+        config = read_config(tables)
+        metrics = Metrics(model=config.cluster.name)
+        port = metrics.serve(host=config.cluster.host, port=metrics_port)
+        self._metrics_address = f"{config.cluster.host}:{port}"
+        self._start_timeout_s = config.cluster.start_timeout_s
+        self._controller = Controller(
+            ControllerSettings(
+                actors=expert_names(config),
+                replicas=replicas,
+                layer_experts=layer_experts,
+                checkpoint=model_dir,
+                dtype=config.model.dtype,
+                lease_s=config.controller.lease_s,
+                health_period_s=config.controller.health_period_s,
+                start_timeout_s=config.cluster.start_timeout_s,
+                load_timeout_s=config.cluster.start_timeout_s,
+            ),
+            supervisor=RaySupervisor(config.cluster.name),
+            connect=_connect,
+            watch=_watch,
+            metrics=metrics,
+            on_deposed=_leave,
+        )
+        self._server = serve_controller(self._controller, host=config.cluster.host)
+        self._failure: MoeClusterError | None = None
+        self._started = threading.Event()
+        threading.Thread(target=self._start, name="start", daemon=True).start()
+
+    def endpoints(self) -> Endpoints:
+        """Where the process is reached."""
+        return Endpoints(
+            actor=CONTROLLER, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
+        )
+
+    def wait_started(self, timeout_s: float) -> None:
+        """Returns once the first placement is published. Raises what kept the experts from being loaded."""
+        if not self._started.wait(timeout_s):
+            raise DeadlineExceeded(f"the experts were not loaded within {timeout_s:g} s")
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self) -> None:
+        try:
+            self._controller.start(self._start_timeout_s)
+        except MoeClusterError as exc:
+            logger.error("the controller cannot start: %s", exc)
+            self._failure = exc
+        self._started.set()
+
+
+def _connect(address: ActorAddress) -> GrpcExpertControl:
+    return GrpcExpertControl(address.actor, address.address, timeout_s=ORDER_TIMEOUT_S)
+
+
+def _watch(address: ActorAddress, on_lost: Callable[[], None]) -> HealthWatch:
+    return HealthWatch(address.address, on_lost)
+
+
+def _leave() -> None:
+    """Another controller has taken over. Ray starts this one again, which then takes a higher term if it is alone."""
+    os._exit(1)

@@ -1,0 +1,205 @@
+"""Starts, finds and ends a cluster: its named, detached actors in a Ray namespace of its own."""
+
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util import list_named_actors
+
+from actors.controller_actor import ControllerActor
+from actors.expert_actor import ExpertActor
+from actors.ray_calls import call, find_actor
+from actors.router_actor import RouterActor
+from actors.settings import CONTROLLER, ROUTER, Endpoints, expert_names, metrics_ports, options
+from moecluster.config import Config
+from moecluster.errors import DeadlineExceeded, MoeClusterError, ResourceError, Unavailable
+from moecluster.models.expert_source import ExpertSource
+from moecluster.placement.initial import initial_placement
+
+CONNECT_TIMEOUT_S = 3.0
+CALL_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 15.0
+POLL_S = 0.1
+
+
+def connect(address: str) -> None:
+    """Joins a running Ray cluster as a driver. Raises ResourceError if there is none at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as exc:
+        raise ResourceError(
+            f"no Ray cluster answers at {address}; give host:port of a running one (ray start prints it), "
+            "or none to start a local one"
+        ) from exc
+    try:
+        # Ray would take a loopback address for the one that this host has in its network.
+        own: dict[str, Any] = {"_node_ip_address": host} if host == "127.0.0.1" else {}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError) as exc:
+        first = str(exc).strip().splitlines()[0]
+        raise ResourceError(f"the Ray cluster at {address} cannot be joined: {first}") from exc
+
+
+def disconnect() -> None:
+    """Leaves the Ray cluster; detached actors stay."""
+    ray.shutdown()
+
+
+class Cluster:
+    """The actors of one namespace. All calls end within finite times; failures are MoeClusterErrors."""
+
+    def __init__(self, name: str) -> None:
+        """The driver has joined Ray. Nothing is started or asked."""
+        self.name = name
+
+    def start(self, config: Config, model_dir: str) -> None:
+        """Starts the actors and loads the experts; returns when all of them serve.
+
+        Raises UserError if a model, a placement, the resources or a port do not fit; then nothing is left behind.
+        """
+        if self.exists():
+            raise ResourceError(
+                f"the cluster {self.name} is up already; take it down first (moecluster down), "
+                "or give this one another cluster.name"
+            )
+        layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(model_dir).layers}
+        names = expert_names(config)
+        replicas = initial_placement(config.controller.placement, layer_experts, names)
+        check_resources(config, ray.available_resources())
+        check_ports(config)
+        try:
+            ports = metrics_ports(config)
+            tables = config.to_tables()
+            for name in names:
+                self._create(ExpertActor, "expert", config, name, tables, name, ports[name])
+            self._create(
+                ControllerActor, "controller", config, CONTROLLER,
+                tables, model_dir, replicas, layer_experts, ports[CONTROLLER],
+            )  # fmt: skip
+            self._create(RouterActor, "router", config, ROUTER, tables, model_dir, ports[ROUTER])
+            self._wait_ready(config.cluster.start_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    def exists(self) -> bool:
+        """Whether the namespace has actors."""
+        return bool(self.actors())
+
+    def actors(self) -> list[str]:
+        """Names of the actors that are there, or being started again."""
+        return sorted(a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == self.name)
+
+    def endpoints(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Endpoints | None]:
+        """Where every actor is reached; None for one that does not answer within the timeout."""
+        asked: dict[str, Any] = {name: self._handle(name).endpoints.remote() for name in self.actors()}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+        found: dict[str, Endpoints | None] = {}
+        for name, reference in asked.items():
+            try:
+                found[name] = call(reference, 0.0, name)
+            except MoeClusterError:
+                found[name] = None
+        return found
+
+    def router_address(self) -> str:
+        """host:port of the router, for moecluster.client.Client. Raises Unavailable."""
+        return self._endpoints_of(ROUTER).address
+
+    def controller_address(self) -> str:
+        """host:port of the controller. Raises Unavailable."""
+        return self._endpoints_of(CONTROLLER).address
+
+    def reload_router(self, model_dir: str, timeout_s: float = 120.0) -> None:
+        """The router takes trunk and tokenizer of another directory."""
+        call(self._handle(ROUTER).reload.remote(model_dir), timeout_s, ROUTER)
+
+    def stop(self) -> None:
+        """Ends all actors of the namespace, and waits until they are gone."""
+        for name in sorted(self.actors(), key=_stop_order):
+            try:
+                ray.kill(self._handle(name), no_restart=True)
+            except Unavailable:
+                continue  # gone meanwhile
+        deadline_s = time.monotonic() + KILL_TIMEOUT_S
+        while self.exists() and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+
+    def _create(self, shell: type, role: str, config: Config, name: str, *arguments: Any) -> None:
+        """Starts a detached actor. Experts and controller are started again for ever, and find their state anew."""
+        actor_class: Any = ray.remote(shell)
+        actor_class.options(
+            name=name,
+            namespace=self.name,
+            lifetime="detached",
+            max_restarts=0 if role == "router" else -1,
+            max_concurrency=4,
+            **options(config, role),
+        ).remote(*arguments)
+
+    def _wait_ready(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        for name in self.actors():
+            left_s = max(deadline_s - time.monotonic(), 0.0)
+            try:
+                call(self._handle(name).endpoints.remote(), left_s, name)
+            except DeadlineExceeded as exc:
+                raise ResourceError(
+                    f"{name} was not started within {timeout_s:g} s; is the Ray cluster short of CPUs or memory? "
+                    "(cluster.start_timeout_s says how long to wait)"
+                ) from exc
+            except Unavailable as exc:
+                raise ResourceError(str(exc)) from exc
+        left_s = max(deadline_s - time.monotonic(), 0.0)
+        call(self._handle(CONTROLLER).wait_started.remote(left_s), left_s + CALL_TIMEOUT_S, CONTROLLER)
+
+    def _endpoints_of(self, name: str) -> Endpoints:
+        endpoints: Endpoints = call(self._handle(name).endpoints.remote(), CALL_TIMEOUT_S, name)
+        return endpoints
+
+    def _handle(self, name: str) -> "ActorHandle[Any]":
+        return find_actor(name, self.name)
+
+
+def check_resources(config: Config, available: Mapping[str, float]) -> None:
+    """Raises ResourceError saying how many CPUs or GPUs are missing. available: what Ray has free, by its names."""
+    cluster = config.cluster
+    needed = {
+        "CPU": cluster.num_expert_actors * cluster.cpus_per_expert_actor + cluster.cpus_per_router,
+        "GPU": cluster.num_expert_actors * cluster.gpus_per_expert_actor + cluster.gpus_per_router,
+    }
+    missing = {kind: count - available.get(kind, 0.0) for kind, count in needed.items()}
+    short = [f"{count:g} {kind}s" for kind, count in missing.items() if count > 1e-6]
+    if short:
+        free = ", ".join(f"{available.get(kind, 0.0):g} {kind}s" for kind, count in needed.items() if count)
+        raise ResourceError(
+            f"{' and '.join(short)} are missing: {cluster.num_expert_actors} expert actors and the router need "
+            f"{', '.join(f'{count:g} {kind}s' for kind, count in needed.items() if count)}, free are {free}; "
+            "lower cluster.num_expert_actors or the CPUs and GPUs per actor, or add nodes"
+        )
+
+
+def check_ports(config: Config) -> None:
+    """Raises ResourceError if a port that the settings name is in use here."""
+    for name, port in metrics_ports(config).items():
+        if not port:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.cluster.host, port))
+            except OSError as exc:
+                raise ResourceError(
+                    f"port {port} of {config.cluster.host} is in use, and {name}'s /metrics wants it; "
+                    "choose another cluster.metrics_port, or 0 for any"
+                ) from exc
+
+
+def _stop_order(name: str) -> int:
+    """The controller first, so that it does not mend what is being taken down."""
+    return 0 if name == CONTROLLER else 1

@@ -1,0 +1,41 @@
+"""The shell of an expert actor: an ExpertService behind gRPC in a process that Ray keeps alive."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from actors.settings import Endpoints
+from moecluster.config import read_config
+from moecluster.metrics import Metrics
+from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc.expert_server import serve_expert
+from moecluster.types import ActorAddress
+
+
+class ExpertActor:
+    """Holds no expert at first; the controller orders what to load."""
+
+    def __init__(self, tables: Mapping[str, Any], name: str, metrics_port: int) -> None:
+        config = read_config(tables)
+        self._name = name
+        self._metrics = Metrics(model=config.cluster.name)
+        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
+        self._metrics_address = f"{config.cluster.host}:{port}"
+        self._service = ExpertService(
+            name=name,
+            max_queue_bytes=config.experts.max_queue_bytes,
+            activation_budget_bytes=config.experts.activation_budget_bytes,
+            batch_invariant=config.experts.batch_invariant,
+            metrics=self._metrics,
+        )
+        self._server = serve_expert(self._service, host=config.cluster.host)
+
+    def address(self) -> ActorAddress:
+        """Where this life of the actor listens."""
+        return ActorAddress(actor=self._name, address=self._server.address, incarnation=self._service.incarnation)
+
+    def endpoints(self) -> Endpoints:
+        """Where the process is reached."""
+        return Endpoints(
+            actor=self._name, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
+        )

@@ -1,0 +1,77 @@
+"""Bringing a whole cluster up and down, the Ray under it included; what is up is noted for later commands.
+
+Ray reads its authentication from the environment once, when it is imported. So nothing here imports it (or the driver)
+before `join` has set that.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from actors import state
+from actors.local_ray import LocalRay, ray_environment, start_local_ray, stop_local_ray
+from actors.state import UpCluster
+from moecluster.config import Config
+from moecluster.errors import ResourceError
+from moecluster.models.expert_source import ExpertSource
+
+if TYPE_CHECKING:
+    from actors.driver import Cluster
+
+
+def bring_up(config: Config, model_dir: str) -> UpCluster:
+    """Starts Ray, if no address of one is given, and the cluster on it. Raises UserError, with nothing left behind."""
+    name = config.cluster.name
+    noted = state.load(name)
+    if noted is not None:
+        raise ResourceError(
+            f"the cluster {name} is up already and serves {noted.model}; "
+            "take it down first (moecluster down), or give this one another cluster.name"
+        )
+    ExpertSource(model_dir)  # refuses a wrong model before anything is started
+    local = None if config.cluster.address else start_local_ray(config.security.ray_auth)
+    address = local.address if local is not None else config.cluster.address
+    try:
+        cluster = join(name, address, local)
+        cluster.start(config, model_dir)
+        up = UpCluster(
+            name=name,
+            ray_address=address,
+            model=model_dir,
+            router_address=cluster.router_address(),
+            controller_address=cluster.controller_address(),
+            local_ray=local,
+        )
+        state.save(up)
+        leave()
+    except BaseException:
+        if local is not None:
+            stop_local_ray(local)
+        raise
+    return up
+
+
+def take_down(up: UpCluster) -> None:
+    """Ends what bring_up started, and nothing else."""
+    if up.local_ray is not None:
+        stop_local_ray(up.local_ray)
+    else:
+        join(up.name, up.ray_address, None).stop()
+        leave()
+    state.forget(up.name)
+
+
+def join(name: str, address: str, local: LocalRay | None) -> "Cluster":
+    """The cluster of a name, with this process as a driver of its Ray. Raises ResourceError."""
+    if local is not None:
+        os.environ.update(ray_environment(local))
+    from actors.driver import Cluster, connect
+
+    connect(address)
+    return Cluster(name)
+
+
+def leave() -> None:
+    """This process is no driver any more; the cluster goes on."""
+    from actors.driver import disconnect
+
+    disconnect()

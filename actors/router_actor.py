@@ -1,0 +1,73 @@
+"""The shell of the router: a Router behind gRPC. A training rank runs in the same process."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from actors.ray_calls import controller_resolver
+from actors.settings import ROUTER, Endpoints
+from moecluster.config import Config, read_config
+from moecluster.metrics import Metrics
+from moecluster.roles.expert_pool import ExpertPool
+from moecluster.roles.load_reporter import LoadReporter
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.roles.router import Router
+from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.interfaces import ExpertTransport
+from moecluster.rpc.router_server import serve_router
+from moecluster.types import ActorAddress
+
+
+class RouterActor:
+    """Loads the trunk, and reaches the experts by the controller's placement."""
+
+    def __init__(self, tables: Mapping[str, Any], model_dir: str, metrics_port: int) -> None:
+        config = read_config(tables)
+        self._config = config
+        self._metrics = Metrics(model=config.cluster.name)
+        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
+        self._metrics_address = f"{config.cluster.host}:{port}"
+        self._placements = ControllerClient(router=ROUTER, resolve=controller_resolver(config.cluster.name))
+        self._experts = make_remote_experts(config, self._placements, self._metrics)
+        self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
+        self._router = Router(
+            model_dir,
+            self._experts,
+            name=ROUTER,
+            dtype=getattr(torch, config.model.dtype),
+            device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
+            metrics=self._metrics,
+        )
+        self._server = serve_router(self._router, host=config.cluster.host)
+
+    def endpoints(self) -> Endpoints:
+        """Where the process is reached."""
+        return Endpoints(
+            actor=ROUTER, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
+        )
+
+    def reload(self, model_dir: str) -> None:
+        """Takes trunk and tokenizer of another directory. Raises CheckpointError or UnsupportedModelError."""
+        self._router.reload(model_dir)
+
+
+def make_remote_experts(config: Config, placements: ControllerClient, metrics: Metrics) -> RemoteExperts:
+    """The experts of a cluster, as a trunk's backend."""
+    shared_memory_bytes = config.router.shared_memory_bytes if config.router.transport == "auto" else 0
+
+    def connect(address: ActorAddress) -> ExpertTransport:
+        return GrpcExpertTransport(address, router=ROUTER, shared_memory_bytes=shared_memory_bytes)
+
+    def control(address: ActorAddress) -> GrpcExpertControl:
+        return GrpcExpertControl(address.actor, address.address, timeout_s=config.router.request_timeout_s)
+
+    return RemoteExperts(
+        ExpertPool(placements, connect=connect, control=control),
+        timeout_s=config.router.request_timeout_s,
+        batch_invariant=config.experts.batch_invariant,
+        metrics=metrics,
+    )

@@ -1,0 +1,61 @@
+"""What the processes of actors are started with: names, ports, threads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moecluster.config import Config
+
+CONTROLLER = "controller"
+ROUTER = "router"
+
+
+def expert_names(config: Config) -> tuple[str, ...]:
+    """The names of the expert actors, in order."""
+    return tuple(f"expert-{i}" for i in range(config.cluster.num_expert_actors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoints:
+    """Where an actor's process is reached."""
+
+    actor: str
+    pid: int
+    address: str  # gRPC, host:port
+    metrics_address: str  # /metrics, host:port
+
+
+def metrics_ports(config: Config) -> dict[str, int]:
+    """Actor -> port of its /metrics: the router's is the configured one, the others follow; 0 means any."""
+    names = (ROUTER, CONTROLLER, *expert_names(config))
+    first = config.cluster.metrics_port
+    return {name: first + i if first else 0 for i, name in enumerate(names)}
+
+
+def process_environment(threads: int) -> dict[str, str]:
+    """Environment of an actor's process."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Idle OpenMP threads of one process must not spin on the cores of another.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PROMETHEUS_DISABLE_CREATED_SERIES": "true",
+    }
+
+
+def options(config: Config, role: str) -> dict[str, Any]:
+    """Ray's resources and environment for an actor of a role: expert, router or controller."""
+    cluster = config.cluster
+    cpus, gpus, threads = {
+        "expert": (cluster.cpus_per_expert_actor, cluster.gpus_per_expert_actor, config.experts.threads),
+        "router": (cluster.cpus_per_router, cluster.gpus_per_router, config.router.threads),
+        "controller": (0.0, 0.0, 1),
+    }[role]
+    return {
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "runtime_env": {"env_vars": process_environment(threads)},
+    }
