@@ -65,6 +65,18 @@ def generate(
     run(target, prompt, max_new_tokens, settings or (), Console(stderr=True))
 
 
+@app.command(epilog="Example: moecluster train demo --set train.steps=100    or: moecluster train my.toml")
+def train(
+    target: Target = "demo",
+    data: Annotated[str | None, typer.Option(help="text file or directory to train on (train.data)")] = None,
+    settings: Settings = None,
+) -> None:
+    """Train a model, each expert in its actor, in the cluster that is up, or in one started for it."""
+    from actors.commands.train import train as run
+
+    run(target, [*(settings or ()), *([f"train.data={data}"] if data else ())], Console())
+
+
 @app.command(epilog="Example: moecluster params mixtral    or: moecluster params demo --set model.num_experts=64")
 def params(target: Target, settings: Settings = None) -> None:
     """Count total and active parameters of a model from its configuration alone."""

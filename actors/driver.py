@@ -15,6 +15,7 @@ from actors.expert_actor import ExpertActor
 from actors.ray_calls import call, find_actor
 from actors.router_actor import RouterActor
 from actors.settings import CONTROLLER, ROUTER, Endpoints, expert_names, metrics_ports, options
+from actors.training_host import Progress
 from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, MoeClusterError, ResourceError, Unavailable
 from moecluster.models.expert_source import ExpertSource
@@ -22,6 +23,7 @@ from moecluster.placement.initial import initial_placement
 
 CONNECT_TIMEOUT_S = 3.0
 CALL_TIMEOUT_S = 10.0
+PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes
 KILL_TIMEOUT_S = 15.0
 POLL_S = 0.1
 
@@ -118,6 +120,19 @@ class Cluster:
     def reload_router(self, model_dir: str, timeout_s: float = 120.0) -> None:
         """The router takes trunk and tokenizer of another directory."""
         call(self._handle(ROUTER).reload.remote(model_dir), timeout_s, ROUTER)
+
+    def train(self, config: Config, start: str) -> None:
+        """The router begins a training run. Raises UserError if one is under way."""
+        call(self._handle(ROUTER).train.remote(config.to_tables(), start), CALL_TIMEOUT_S, ROUTER)
+
+    def training_progress(self, since: int) -> Progress:
+        """What the run has told since event number `since`."""
+        progress: Progress = call(self._handle(ROUTER).training_progress.remote(since), PROGRESS_TIMEOUT_S, ROUTER)
+        return progress
+
+    def stop_training(self) -> None:
+        """Ends the run after what it does now."""
+        call(self._handle(ROUTER).stop_training.remote(), CALL_TIMEOUT_S, ROUTER)
 
     def stop(self) -> None:
         """Ends all actors of the namespace, and waits until they are gone."""

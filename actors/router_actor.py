@@ -2,19 +2,21 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from actors.ray_calls import controller_resolver
 from actors.settings import ROUTER, Endpoints
+from actors.training_host import Progress, TrainingHost
 from moecluster.config import Config, read_config
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.router import Router
-from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.controller_client import ControllerClient, set_checkpoint
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.interfaces import ExpertTransport
@@ -42,6 +44,10 @@ class RouterActor:
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
             metrics=self._metrics,
         )
+        resolve = controller_resolver(config.cluster.name)
+        self._training = TrainingHost(
+            self._experts, announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint), metrics=self._metrics
+        )
         self._server = serve_router(self._router, host=config.cluster.host)
 
     def endpoints(self) -> Endpoints:
@@ -53,6 +59,18 @@ class RouterActor:
     def reload(self, model_dir: str) -> None:
         """Takes trunk and tokenizer of another directory. Raises CheckpointError or UnsupportedModelError."""
         self._router.reload(model_dir)
+
+    def train(self, tables: Mapping[str, Any], start: str) -> None:
+        """Begins a training run from a directory. Raises UserError if one is under way."""
+        self._training.start(read_config(tables), Path(start))
+
+    def training_progress(self, since: int) -> Progress:
+        """What the run has told since event number `since`."""
+        return self._training.progress(since)
+
+    def stop_training(self) -> None:
+        """Ends the run after what it does now."""
+        self._training.stop()
 
 
 def make_remote_experts(config: Config, placements: ControllerClient, metrics: Metrics) -> RemoteExperts:

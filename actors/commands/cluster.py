@@ -54,7 +54,7 @@ def status(name: str, as_json: bool, console: Console) -> None:
         console.print("the controller is being started again; serving goes on meanwhile")
     else:
         console.print(
-            f"term {seen.term}, placement {seen.generation}, {seen.routers} router with a lease; "
+            f"term {seen.term}, placement {seen.generation}, routers with a lease: {seen.routers}; "
             f"lost experts are loaded from {seen.checkpoint}",
             highlight=False,
         )
@@ -82,7 +82,7 @@ def _ask_controller(endpoints: Endpoints | None) -> ControllerStatus | None:
 
 
 def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
-    table = Table("actor", "phase", "experts", "restarts", "gRPC", "metrics", "pid")
+    table = Table("actor", "phase", "experts", "restarts", "gRPC", "/metrics", "pid", box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
     for name in sorted(endpoints.keys() | states.keys()):
         reached = endpoints.get(name)
@@ -92,7 +92,7 @@ def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None
             str(states[name].experts) if name in states else "",
             str(states[name].restarts) if name in states else "",
             reached.address if reached else "",
-            f"http://{reached.metrics_address}/metrics" if reached else "",
+            reached.metrics_address if reached else "",
             str(reached.pid) if reached else "",
         )
     return table

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from actors.commands.target import read_target
 from moecluster.models.description import ModelDescription, describe
+from moecluster.models.own_build import register_own_family
 from moecluster.models.own_config import own_config
 
 
 def params(target: str, settings: Sequence[str], console: Console) -> None:
     """Shows total and active parameters of a model directory (its config.json is enough) or of a preset."""
     config = read_target(target, settings)
+    register_own_family()
     described = describe(Path(config.model.path) if config.model.path else own_config(config.model))
     console.print(_table(target, described))
 

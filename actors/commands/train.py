@@ -1,0 +1,159 @@
+"""train: a run with a progress bar, and its loss curve as a picture."""
+
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from actors import state
+from actors.commands.cluster import found
+from actors.commands.target import read_target
+from actors.launch import bring_up, join, leave, take_down
+from actors.state import UpCluster
+from moecluster.config import Config
+from moecluster.errors import ResourceError
+from moecluster.training.events import (
+    AttemptFailed,
+    CheckpointFailed,
+    CheckpointWritten,
+    Evaluated,
+    Event,
+    StepDone,
+    WentBack,
+)
+from moecluster.training.history import History
+from moecluster.training.start import CHECKPOINTS, prepare_start, read_data, run_tokenizer
+
+if TYPE_CHECKING:
+    from actors.driver import Cluster
+
+POLL_S = 0.3
+CURVE = "loss.png"
+
+
+def train(target: str, settings: Sequence[str], console: Console) -> None:
+    """Trains to train.steps, in the cluster that is up or in one of its own."""
+    config = read_target(target, settings)
+    read_data(config, run_tokenizer(config))  # a wrong text ends it here, before anything is started
+    start = str(prepare_start(config).resolve())
+    with _cluster(config, start, console) as up:
+        last = run(config, start, join(up.name, up.ray_address, up.local_ray), console)
+        leave()
+        if last is not None:
+            state.save(replace(up, model=last))
+    console.print(f"trained; its checkpoints are in {config.train.output_dir}")
+    if last is not None:
+        console.print(f'next: moecluster generate {last} "PROMPT"', highlight=False)
+
+
+def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str | None:
+    """Shows a run until it ends, and returns its last checkpoint, which the router then serves.
+
+    Raises what ended the run, if it did not end by itself.
+    """
+    history = History.open(config.train.output_dir)
+    last: str | None = None
+    cluster.train(config, start)
+    try:
+        with _bar(console) as bar:
+            task = bar.add_task("training", total=config.train.steps, figures="")
+            for event in _events(cluster):
+                history.add(event)
+                if isinstance(event, StepDone):
+                    bar.update(task, completed=event.step, figures=_figures(event))
+                elif isinstance(event, CheckpointWritten):
+                    last = str(Path(event.path).resolve())
+                if (line := _line(event)) is not None:
+                    bar.console.print(line, highlight=False)
+    except BaseException:
+        cluster.stop_training()
+        raise
+    if last is not None:
+        cluster.reload_router(last)
+    _draw(history, Path(config.train.output_dir) / CURVE, console)
+    return last
+
+
+@contextmanager
+def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster]:
+    """The cluster that is up, if it serves this run's model; else one that is taken down in the end."""
+    if state.load(config.cluster.name) is not None:
+        up = found(config.cluster.name)
+        checkpoints = str((Path(config.train.output_dir) / CHECKPOINTS).resolve())
+        if up.model != start and str(Path(up.model).parent) != checkpoints:
+            raise ResourceError(
+                f"the cluster {up.name} is up and serves {up.model}, which is not of this run; "
+                "take it down first (moecluster down), or choose another name: --set cluster.name=NAME"
+            )
+        yield up
+        return
+    console.print(f"no cluster {config.cluster.name} is up: starting one for this run (moecluster up keeps one)")
+    with console.status("starting the actors"):
+        up = bring_up(config, start)
+    try:
+        yield up
+    finally:
+        take_down(up)
+
+
+def _events(cluster: "Cluster") -> Iterator[Event]:
+    """The run's events as they come, until it ends. Raises what ended it."""
+    seen = 0
+    while True:
+        progress = cluster.training_progress(seen)
+        seen += len(progress.events)
+        yield from progress.events
+        if progress.ended:
+            if progress.error is not None:
+                raise progress.error
+            return
+        time.sleep(POLL_S)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _figures(event: StepDone) -> str:
+    return f"loss {event.loss:.3f}  {event.tokens_per_s:,.0f} tokens/s  balancedness {event.balancedness:.2f}"
+
+
+def _line(event: Event) -> str | None:
+    """What is said of an event beside the bar."""
+    match event:
+        case Evaluated():
+            domains = ", ".join(f"{name} {bits:.2f}" for name, bits in sorted(event.domains.items()))
+            return f"step {event.step}: {event.bits_per_byte:.3f} bits per byte on validation text ({domains})"
+        case CheckpointWritten():
+            return f"step {event.step}: checkpoint {event.path} in {event.seconds:.1f} s"
+        case CheckpointFailed():
+            return f"step {event.step}: no checkpoint: {event.reason}"
+        case AttemptFailed():
+            return f"step {event.step}: attempt {event.attempt + 1} failed and is run again: {event.reason}"
+        case WentBack():
+            return f"step {event.from_step}: back to step {event.step} in {event.seconds:.1f} s: {event.reason}"
+        case _:
+            return None
+
+
+def _draw(history: History, path: Path, console: Console) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(f"no picture of the loss: install moecluster[plots] (the figures are in {history.path})")
+        return
+    from moecluster.training.report import draw_loss_curve  # needs matplotlib, which not every installation has
+
+    draw_loss_curve(history, path)
+    console.print(f"loss curve: {path}")
