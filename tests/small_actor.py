@@ -1,0 +1,102 @@
+"""One expert actor of a small model of our own family, and batches for it."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moecluster.errors import MoeClusterError
+from moecluster.models.expert_source import ExpertSource
+from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc.in_process import InProcessTransport
+from moecluster.types import ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
+from tests.batches import make_batch
+from tests.families import make_model, save
+
+LAYER, WIDTH = 1, 32  # of the one MoE layer
+EXPERTS = tuple(ExpertId(layer=LAYER, index=index) for index in range(4))
+SGD = OptimizerSettings(name="sgd")
+TAG = StepTag(term=1, step=1, attempt=0)
+TIMEOUT_S = 10.0
+
+
+def save_small_model(directory: Path) -> Path:
+    save(make_model("moecluster"), directory, "per-expert")
+    return directory
+
+
+def load_modules(checkpoint: Path) -> dict[int, nn.Module]:
+    """The checkpoint's experts in this process, by index."""
+    source = ExpertSource(checkpoint)
+    return {expert.index: source.load(expert) for expert in EXPERTS}
+
+
+@contextmanager
+def serving(checkpoint: Path, name: str = "expert-0", **settings: Any) -> Iterator[ExpertService]:
+    """An actor that serves all experts."""
+    with closing(ExpertService(name=name, **settings)) as service:
+        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint))
+        yield service
+
+
+@contextmanager
+def training(
+    checkpoint: Path, name: str = "expert-0", optimizer: OptimizerSettings = SGD, term: int = 1, **settings: Any
+) -> Iterator[ExpertService]:
+    """An actor that trains all experts."""
+    with closing(ExpertService(name=name, **settings)) as service:
+        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=optimizer, training_term=term)
+        yield service
+
+
+def batch_of(rows: int = 2, *, seed: int = 0, phase: Phase = Phase.FORWARD, **given: Any) -> ComputeBatch:
+    groups = {0: list(range(rows)), 2: [rows - 1]}
+    return make_batch(groups, rows=rows, width=WIDTH, layer=LAYER, seed=seed, phase=phase, **given)
+
+
+def submit(service: ExpertService, batch: ComputeBatch) -> "Future[ComputeResult]":
+    return InProcessTransport(service).submit(batch)
+
+
+def ask(service: ExpertService, batch: ComputeBatch) -> ComputeResult:
+    return submit(service, batch).result(TIMEOUT_S)
+
+
+@torch.no_grad()
+def expected_rows(modules: Mapping[int, nn.Module], batch: ComputeBatch) -> torch.Tensor:
+    y_ND = torch.zeros_like(batch.x_ND)
+    begin = 0
+    for expert, count in zip(batch.experts, batch.pair_counts, strict=True):
+        rows, weights = batch.pair_rows_P[begin : begin + count], batch.pair_weights_P[begin : begin + count]
+        y_ND.index_add_(0, rows, modules[expert](batch.x_ND[rows]) * weights[:, None])
+        begin += count
+    return y_ND
+
+
+def check_rows(modules: Mapping[int, nn.Module], batch: ComputeBatch, result: ComputeResult) -> None:
+    assert result.y_ND is not None
+    torch.testing.assert_close(result.y_ND, expected_rows(modules, batch), atol=5e-6, rtol=0)
+
+
+class Occupied:
+    """While it is open, the service's compute thread stands still in the reply to a batch of ours."""
+
+    def __init__(self, service: ExpertService) -> None:
+        self._service = service
+        self._standing, self._go = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        def reply(outcome: ComputeResult | MoeClusterError) -> None:
+            self._standing.set()
+            self._go.wait(TIMEOUT_S)
+
+        self._service.submit(batch_of(), reply)
+        assert self._standing.wait(TIMEOUT_S)
+
+    def __exit__(self, *error: object) -> None:
+        self._go.set()
