@@ -77,6 +77,17 @@ def train(
     run(target, [*(settings or ()), *([f"train.data={data}"] if data else ())], Console())
 
 
+@app.command(epilog="Example: moecluster demo    or: moecluster demo --data ./my-texts")
+def demo(
+    data: Annotated[str | None, typer.Option(help="text file or directory to train on (train.data)")] = None,
+    settings: Settings = None,
+) -> None:
+    """Train a small model, write texts with it, see which experts serve what, and kill an expert actor meanwhile."""
+    from actors.commands.demo import demo as run
+
+    run(data, settings or (), Console())
+
+
 @app.command(epilog="Example: moecluster params mixtral    or: moecluster params demo --set model.num_experts=64")
 def params(target: Target, settings: Settings = None) -> None:
     """Count total and active parameters of a model from its configuration alone."""
