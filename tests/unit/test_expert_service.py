@@ -167,9 +167,8 @@ def test_an_expert_that_raises_ends_its_batch_and_not_the_actor(
 def test_an_ended_actor_computes_what_waits_and_then_answers_unavailable(
     checkpoint: Path, modules: dict[int, nn.Module]
 ) -> None:
-    with serving(checkpoint) as service:
-        with Occupied(service):
-            waits = submit(service, batch_of())
+    with serving(checkpoint) as service, Occupied(service):
+        waits = submit(service, batch_of())
     check_rows(modules, batch_of(), waits.result(TIMEOUT_S))
     with pytest.raises(Unavailable):
         submit(service, batch_of()).result(0)
