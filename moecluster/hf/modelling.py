@@ -1,5 +1,6 @@
 """Model classes of transformers: built empty on the meta device, or with experts that never exist."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from transformers.initialization import no_init_weights
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
 from moecluster.hf.interface import BACKEND_NAME, find_experts, moe_layers, register_backend, row_width
+
+# While transformers builds or loads a model it replaces torch's init functions in the whole process. Two threads that
+# do so at once can leave them replaced for good, and what is built later keeps the memory's garbage as its weights.
+MODEL_BUILDING = threading.RLock()
 
 
 def read_config(path: str | Path) -> PreTrainedConfig:
@@ -45,7 +50,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model on the meta device: shapes without memory."""
     try:
-        with torch.device("meta"), no_init_weights():
+        with MODEL_BUILDING, torch.device("meta"), no_init_weights():
             model = model_class(config)(config)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise UnsupportedModelError(
@@ -62,16 +67,17 @@ def load_without_experts(config: PreTrainedConfig, path: str | Path, dtype: torc
     """
     register_backend()
     trunk_class = _without_experts(model_class(config))
-    loaded: Any = trunk_class.from_pretrained(
-        str(path),
-        config=config,
-        dtype=dtype,
-        experts_implementation=BACKEND_NAME,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # reported, so that the caller can name them in one line
-        output_loading_info=True,
-    )
+    with MODEL_BUILDING:
+        loaded: Any = trunk_class.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            experts_implementation=BACKEND_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, so that the caller can name them in one line
+            output_loading_info=True,
+        )
     model, report = loaded
     return model, report
 

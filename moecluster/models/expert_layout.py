@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from moecluster.hf import MoeLayer, moe_layers
 from moecluster.hf.keys import rows_to_checkpoint
 from moecluster.hf.modelling import empty_model, keep_one_expert
+from moecluster.models.own_build import register_own_family
 from moecluster.types import ExpertId
 
 
@@ -17,6 +18,7 @@ class ExpertLayout:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         """Raises UnsupportedModelError."""
+        register_own_family()
         self.model = empty_model(config)
         self.layers: tuple[MoeLayer, ...] = moe_layers(self.model)
         self._layer_of: Mapping[int, MoeLayer] = {record.layer: record for record in self.layers}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from moecluster.config import ModelConfig
 from moecluster.experts.base import Expert
 from moecluster.experts.registry import make_expert
-from moecluster.hf.modelling import strip_experts
+from moecluster.hf.modelling import MODEL_BUILDING, strip_experts
 from moecluster.models.own_config import OwnConfig, own_config
 from moecluster.models.own_model import OwnForCausalLM, OwnModel, OwnPreTrainedModel
 from moecluster.types import ExpertId
@@ -74,6 +74,6 @@ def _initialize(model: nn.Module, init: Callable[[nn.Module], None], *, seed: in
     """Call `init` on every module, each under its own seed."""
     for name, module in model.named_modules(prefix=prefix):
         key = np.random.SeedSequence((seed, zlib.crc32(name.encode())))
-        with torch.random.fork_rng(devices=[]):
+        with MODEL_BUILDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
             init(module)

@@ -10,24 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moecluster.errors import DataError
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.training.texts import Domain
 
 PIECE_CHARACTERS = 2**14  # tokenized at once: tokenizers slow down on long texts
-
-
-def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory; bytes for an empty name. Raises DataError."""
-    if not directory:
-        return build_byte_tokenizer()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f'no tokenizer in "{directory}": give a directory that save_pretrained wrote') from error
-    return tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

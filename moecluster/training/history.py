@@ -1,0 +1,58 @@
+"""The figures of a run as a file of JSON lines, so that its curve outlives it and goes on where it goes on."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Self
+
+from moecluster.errors import DataError
+from moecluster.training.events import Evaluated, Event, Started, StepDone
+
+FILE_NAME = "history.jsonl"
+
+
+class History:
+    """Figures by step. A step that was taken again, after going back, counts as it was taken last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started: Started | None = None
+        self.steps: dict[int, StepDone] = {}
+        self.evaluations: dict[int, Evaluated] = {}
+
+    @classmethod
+    def open(cls, output_dir: str | Path) -> Self:
+        """Reads what an earlier part of the run left, without a last line that it did not finish. Raises DataError."""
+        history = cls(Path(output_dir) / FILE_NAME)
+        if history.path.is_file():
+            text = history.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                history.path.write_text(whole, encoding="utf-8")
+            for number, line in enumerate(whole.splitlines(), start=1):
+                try:
+                    history._take(_KINDS[(record := json.loads(line)).pop("event")](**record))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{history.path}, line {number}: not a record of a training run") from error
+        return history
+
+    def add(self, event: Event) -> None:
+        """Keeps a figure, here and in the file. Other events are not figures."""
+        name = type(event).__name__
+        if name not in _KINDS:
+            return
+        self._take(event)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": name, **dataclasses.asdict(event)}) + "\n")
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.started = event
+        elif isinstance(event, StepDone):
+            self.steps[event.step] = event
+        elif isinstance(event, Evaluated):
+            self.evaluations[event.step] = event
+
+
+_KINDS = {kind.__name__: kind for kind in (Started, StepDone, Evaluated)}

@@ -1,0 +1,43 @@
+"""The loss curve of a run as a picture."""
+
+import math
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from moecluster.errors import DataError
+from moecluster.training.history import History
+
+SIZE_INCHES = (8.0, 4.8)
+DOTS_PER_INCH = 120
+
+
+def draw_loss_curve(history: History, path: str | Path) -> None:
+    """Training loss, validation points and the unigram entropy, all in bits per byte. Raises DataError without steps.
+
+    The kind of picture is the name's ending: .png, .svg, .pdf.
+    """
+    if history.started is None or not history.steps:
+        raise DataError(f"{history.path} has no step to draw: train first")
+    bits = 1 / (math.log(2) * history.started.bytes_per_token)
+    # A Figure of its own, and no pyplot: no display is asked for, and nothing is shared with other pictures.
+    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots()
+    steps = sorted(history.steps)
+    axes.plot(steps, [history.steps[s].loss * bits for s in steps], linewidth=0.8, alpha=0.6, label="training")
+    evaluated = sorted(history.evaluations)
+    if evaluated:
+        values = [history.evaluations[s].bits_per_byte for s in evaluated]
+        axes.plot(evaluated, values, marker="o", markersize=4, label="validation")
+        domains = history.evaluations[evaluated[-1]].domains
+        for name in sorted(domains) if len(domains) > 1 else ():
+            points = [history.evaluations[s].domains.get(name, math.nan) for s in evaluated]
+            axes.plot(evaluated, points, linewidth=0.8, linestyle=":", label=f"validation, {name}")
+    unigram = history.started.unigram_bits_per_byte
+    axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label=f"unigram entropy, {unigram:.2f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
