@@ -1,0 +1,106 @@
+"""A real cluster of Ray actors for a test module, what tests look at in it, and what they do to it.
+
+@pytest.fixture(scope="module")
+def cluster(ray_session, directory):
+    with RayCluster(directory, {"cluster": {"num_expert_actors": 2}}) as running:
+        yield running
+"""
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from actors.driver import Cluster
+from actors.ray_calls import controller_resolver
+from actors.router_actor import make_remote_experts
+from moecluster.client import Client
+from moecluster.config import override, read_config
+from moecluster.errors import MoeClusterError
+from moecluster.metrics import Metrics
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller_client import ControllerClient, controller_status
+from moecluster.types import ControllerStatus
+
+WAIT_S = 60.0
+POLL_S = 0.1
+
+
+class RayCluster:
+    """Expert actors, a controller and a router in a Ray namespace of their own. The test has joined Ray."""
+
+    def __init__(self, directory: str | Path, tables: Mapping[str, Any] | None = None) -> None:
+        """tables: settings other than the defaults, by section. Returns when all actors serve."""
+        name = f"test-{uuid.uuid4().hex[:8]}"
+        self.config = read_config(override(tables or {}, {"cluster.name": name}))
+        self.driver = Cluster(name)
+        self.driver.start(self.config, str(directory))
+        self.router_address = self.driver.router_address()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.driver.stop()
+
+    def client(self) -> Client:
+        return Client(self.router_address, timeout_s=WAIT_S)
+
+    @contextmanager
+    def placements(self) -> Iterator[ControllerClient]:
+        """The controller's placements, as a router gets them."""
+        name = self.config.cluster.name
+        client = ControllerClient(router=f"test-{uuid.uuid4().hex[:8]}", resolve=controller_resolver(name))
+        try:
+            yield client
+        finally:
+            client.close()
+
+    @contextmanager
+    def remote_experts(self) -> Iterator[RemoteExperts]:
+        """A trunk's backend in the test's process, made as the router actor makes its own."""
+        with self.placements() as placements:
+            remote = make_remote_experts(self.config, placements, Metrics(model="test"))
+            try:
+                yield remote
+            finally:
+                remote.close()
+
+    def pids(self) -> dict[str, int]:
+        """The process of every actor that answers."""
+        return {name: reached.pid for name, reached in self.driver.endpoints().items() if reached is not None}
+
+    def kill(self, actor: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Sends a signal to an actor's process, as soon as it has one; returns its pid."""
+        pid = wait_for(lambda: self.pids().get(actor), f"{actor} has a process")
+        os.kill(pid, number)
+        return pid
+
+    def status(self) -> ControllerStatus | None:
+        """What the controller says; None while it is started again."""
+        try:
+            return controller_status(self.driver.controller_address())
+        except MoeClusterError:
+            return None
+
+    def wait_served(self) -> ControllerStatus:
+        """Waits until the controller says that every expert actor serves."""
+
+        def served() -> ControllerStatus | None:
+            status = self.status()
+            return status if status and all(actor.phase == "serving" for actor in status.actors) else None
+
+        return wait_for(served, "every expert actor serves")
+
+
+def wait_for(look: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
+    """The first result of look that is true."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := look()):
+        assert time.monotonic() < deadline_s, f"it did not come true within {timeout_s:g} s: {what}"
+        time.sleep(POLL_S)
+    return found
