@@ -24,6 +24,9 @@ class ReplyCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STALE: _ClassVar[ReplyCode]
     DEADLINE_EXCEEDED: _ClassVar[ReplyCode]
     INTERNAL: _ClassVar[ReplyCode]
+    ABORTED: _ClassVar[ReplyCode]
+    STATE_LOST: _ClassVar[ReplyCode]
+    UNAVAILABLE: _ClassVar[ReplyCode]
 PHASE_UNSPECIFIED: Phase
 FORWARD: Phase
 TRAIN_FORWARD: Phase
@@ -36,6 +39,9 @@ RESOURCE_EXHAUSTED: ReplyCode
 STALE: ReplyCode
 DEADLINE_EXCEEDED: ReplyCode
 INTERNAL: ReplyCode
+ABORTED: ReplyCode
+STATE_LOST: ReplyCode
+UNAVAILABLE: ReplyCode
 
 class ComputeRequest(_message.Message):
     __slots__ = ("hello", "batch")

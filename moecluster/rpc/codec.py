@@ -14,6 +14,7 @@ from moecluster.rpc.shared_memory import PeerSegment, Region, Segment
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
 
 MAX_MESSAGE_BYTES = 256 * 2**20
+MAX_CONTENT_BYTES = MAX_MESSAGE_BYTES - 2**20  # of a message's tensors; the rest is room for its other fields
 MAX_ROWS = 2**20
 MAX_WIDTH = 2**17
 MAX_DEADLINE_S = 3600.0
@@ -120,8 +121,16 @@ def decode_tensor(
     return torch.frombuffer(message.inline, dtype=dtype).view(got)
 
 
+def _check_size(field: str, *tensors: torch.Tensor | None) -> None:
+    """Raises InvalidMessage where gRPC would end the whole stream."""
+    size_bytes = sum(t.nbytes for t in tensors if t is not None)
+    if size_bytes > MAX_CONTENT_BYTES:
+        raise InvalidMessage(f"{field}: {size_bytes} bytes in one message, at most {MAX_CONTENT_BYTES}")
+
+
 def encode_batch(batch: ComputeBatch, segment: Segment | None = None) -> expert_pb2.Batch:
-    """The message of a batch."""
+    """The message of a batch. Raises InvalidMessage for one that is too large."""
+    _check_size("x", batch.x_ND, batch.grad_ND, batch.pair_rows_P, batch.pair_weights_P)
     message = expert_pb2.Batch(
         request_id=batch.request_id,
         placement_term=batch.placement[0],
@@ -218,9 +227,10 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
 
 
 def encode_result(result: ComputeResult, segment: Segment | None = None) -> expert_pb2.BatchReply:
-    """The message of a result."""
+    """The message of a result. Raises InvalidMessage for one that is too large."""
     message = expert_pb2.BatchReply(request_id=result.request_id, code=expert_pb2.OK)
     y = result.y_ND if result.y_ND is not None else result.y_PD
+    _check_size("y", y, result.grad_x_ND, result.grad_w_P)
     if y is not None:
         message.y.CopyFrom(encode_tensor(y, segment))
     if result.grad_x_ND is not None and result.grad_w_P is not None:

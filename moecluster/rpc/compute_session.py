@@ -35,14 +35,15 @@ class ComputeSession:
             return
         try:
             yield expert_pb2.ComputeReply(hello=self._greet(first))
-        except InvalidMessage as exc:
+            context.add_callback(self.end)
+            threading.Thread(target=self._read, name="compute-stream", daemon=True).start()
+            while (reply := self._outbox.get()) is not None:
+                yield reply
+        except InvalidMessage as exc:  # of the greeting
             abort_with(context, exc)
-        context.add_callback(self.end)
-        threading.Thread(target=self._read, name="compute-stream", daemon=True).start()
-        while (reply := self._outbox.get()) is not None:
-            yield reply
-        if self._segment is not None:
-            self._segment.close()
+        finally:  # also where gRPC gives the stream up half-way
+            if self._segment is not None:
+                self._segment.close()
 
     def end(self) -> None:
         """Ends the stream of replies; what is still computed is thrown away."""

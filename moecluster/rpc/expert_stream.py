@@ -136,7 +136,9 @@ class GrpcExpertTransport:
                     self._finish(reply.batch)
         except grpc.RpcError as exc:
             error = from_rpc_error(exc, self.actor)
-        if not greeted.done():
+        if greeted.done():  # whatever ended the stream, nothing comes through it any more
+            error = Unavailable(f"the stream to {self.actor} broke: {error}")
+        else:
             greeted.set_exception(error)
         self._fail(error)
 

@@ -36,6 +36,9 @@ _REPLY_CODES: tuple[tuple[type[MoeClusterError], "expert_pb2.ReplyCode"], ...] =
     (NotHosted, expert_pb2.NOT_HOSTED),
     (StaleOrder, expert_pb2.STALE),
     (DeadlineExceeded, expert_pb2.DEADLINE_EXCEEDED),
+    (AttemptAborted, expert_pb2.ABORTED),
+    (StateLost, expert_pb2.STATE_LOST),
+    (Unavailable, expert_pb2.UNAVAILABLE),
 )
 
 
