@@ -12,7 +12,6 @@ from actors.local_ray import LocalRay, ray_environment, start_local_ray, stop_lo
 from actors.state import UpCluster
 from moecluster.config import Config
 from moecluster.errors import ResourceError
-from moecluster.models.expert_source import ExpertSource
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
@@ -27,7 +26,6 @@ def bring_up(config: Config, model_dir: str) -> UpCluster:
             f"the cluster {name} is up already and serves {noted.model}; "
             "take it down first (moecluster down), or give this one another cluster.name"
         )
-    ExpertSource(model_dir)  # refuses a wrong model before anything is started
     local = None if config.cluster.address else start_local_ray(config.security.ray_auth)
     address = local.address if local is not None else config.cluster.address
     try:

@@ -1,0 +1,176 @@
+"""A real cluster: what it generates, and what it does when its processes are killed."""
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.driver import Cluster
+from moecluster.client import Client
+from moecluster.config import Config, read_config
+from moecluster.errors import ConfigError, ResourceError
+from moecluster.models.model_config import read_model_config
+from moecluster.rpc.controller_client import controller_status
+from tests.twin_actors import save_tiny_model
+
+PROMPT = "def add(a, b):"
+NEW_TOKENS = 200
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def config(name: str, **cluster: object) -> Config:
+    return read_config({"cluster": {"name": name, "num_expert_actors": 2, **cluster}})
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_session: object, model: str) -> Iterator[Cluster]:
+    running = Cluster(f"test-{uuid.uuid4().hex[:8]}")
+    running.start(config(running.name), model)
+    yield running
+    pids = [e.pid for e in running.endpoints().values() if e is not None]
+    running.stop()
+    assert running.actors() == []
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+@pytest.fixture(scope="module")
+def reference(model: str) -> list[int]:
+    """What the whole model in one process goes on with, greedily."""
+    read_model_config(model)  # makes our own family known
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.tensor([list(PROMPT.encode())])
+    out = whole.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))
+    return out[0, len(PROMPT) :].tolist()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true"
+        time.sleep(0.05)
+
+
+def generate(cluster: Cluster) -> list[int]:
+    with Client(cluster.router_address()) as client:
+        stream = client.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        stream.text()
+        return stream.ids
+
+
+def pid_of(cluster: Cluster, actor: str) -> int:
+    endpoints = cluster.endpoints()[actor]
+    assert endpoints is not None
+    return endpoints.pid
+
+
+def test_greedy_text_equals_the_model_in_one_process(cluster, reference) -> None:
+    assert generate(cluster) == reference
+
+
+def test_every_actor_serves_its_metrics(cluster) -> None:
+    generate(cluster)
+    shown = {}
+    for name, endpoints in cluster.endpoints().items():
+        with urllib.request.urlopen(f"http://{endpoints.metrics_address}/metrics", timeout=10) as answer:
+            shown[name] = answer.read().decode()
+    assert set(shown) == {"controller", "router", "expert-0", "expert-1"}
+    label = f'model="{cluster.name}"'
+    assert f"moecluster_placement_generation{{{label}}}" in shown["controller"]
+    assert f'moecluster_expert_tokens_total{{expert="0",layer="0",{label}}}' in shown["router"]
+    assert f'moecluster_dispatch_seconds_count{{{label},transport="shm"}}' in shown["router"]
+    assert f'moecluster_actor_tokens_total{{actor="expert-1",{label}}}' in shown["expert-1"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_expert_actor_that_dies_or_hangs_while_generating_changes_nothing(cluster, reference, signal_number) -> None:
+    before = pid_of(cluster, "expert-1")
+    with Client(cluster.router_address()) as client:
+        stream = client.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+        pieces = iter(stream)
+        next(pieces)
+        os.kill(before, signal_number)
+        list(pieces)
+    assert stream.ids == reference
+    wait_until(lambda: all(a.phase == "serving" for a in controller_status(cluster.controller_address()).actors))
+    assert pid_of(cluster, "expert-1") != before
+    assert not psutil.pid_exists(before)
+
+
+def test_generation_goes_on_without_a_controller_and_a_new_one_takes_over(cluster, reference) -> None:
+    term = controller_status(cluster.controller_address()).term
+    os.kill(pid_of(cluster, "controller"), signal.SIGKILL)
+    assert generate(cluster) == reference
+    with Client(cluster.router_address()) as client:
+        wait_until(lambda: client.status().placement[0] == term + 1)
+    assert {a.restarts for a in controller_status(cluster.controller_address()).actors} == {0}
+    assert generate(cluster) == reference
+
+
+def test_many_texts_at_once_while_actors_die(cluster, reference) -> None:
+    texts: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: texts.append(generate(cluster))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    for actor in ("expert-0", "expert-1"):
+        os.kill(pid_of(cluster, actor), signal.SIGKILL)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert texts == [reference] * 3
+
+
+def test_the_same_name_twice_is_refused(cluster, model) -> None:
+    with pytest.raises(ResourceError, match=f"{cluster.name} is up already"):
+        Cluster(cluster.name).start(config(cluster.name), model)
+    assert len(cluster.actors()) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"cpus_per_expert_actor": 64}, r"CPUs are missing: 2 expert actors and the router need 128\.5 CPUs, free are"),
+        ({"gpus_per_expert_actor": 1}, r"2 GPUs are missing"),
+    ],
+)
+def test_too_few_resources_are_counted_and_nothing_is_left(ray_namespace, model, settings, complaint) -> None:
+    cluster = Cluster(ray_namespace)
+    with pytest.raises(ResourceError, match=complaint):
+        cluster.start(config(ray_namespace, **settings), model)
+    assert cluster.actors() == []
+
+
+def test_a_port_in_use_is_named_and_nothing_is_left(cluster, ray_namespace, model) -> None:
+    taken = int(cluster.endpoints()["router"].metrics_address.rpartition(":")[2])
+    other = Cluster(ray_namespace)
+    with pytest.raises(ResourceError, match=f"port {taken} of 127.0.0.1 is in use"):
+        other.start(config(ray_namespace, metrics_port=taken), model)
+    assert other.actors() == []
+
+
+def test_a_placement_that_does_not_fit_the_model_is_refused(ray_namespace, model) -> None:
+    settings = {"cluster": {"name": ray_namespace}, "controller": {"placement": {"expert-0": ["0/*"]}}}
+    with pytest.raises(ConfigError, match="4 experts stand on no actor"):
+        Cluster(ray_namespace).start(read_config(settings), model)
+    assert Cluster(ray_namespace).actors() == []
+
+
+def test_a_start_that_is_too_slow_leaves_nothing(ray_namespace, model) -> None:
+    cluster = Cluster(ray_namespace)
+    with pytest.raises(ResourceError, match=r"was not started within 0\.01 s"):
+        cluster.start(config(ray_namespace, start_timeout_s=0.01), model)
+    assert cluster.actors() == []
+    assert ray.is_initialized()
