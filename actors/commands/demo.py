@@ -19,7 +19,7 @@ from actors.commands.target import read_target
 from actors.commands.train import run as run_training
 from actors.launch import bring_up, join, leave, take_down
 from actors.settings import expert_names
-from moecluster.client import Client
+from moecluster.client import Client, GenerationStream
 from moecluster.config import Config
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.models.expert_source import ExpertSource
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 96
 CONTINUATION_TOKENS = 160
 KILL_AFTER_TOKENS = 40
+TEMPERATURE = 0.7  # drawn by seed and position, so a text can be had again to the letter
+SEED = 7
 MAP_PROMPTS = 6  # texts of each domain that are read for the map
 MAP_PICTURE = "experts-by-domain.png"
 
@@ -131,8 +133,12 @@ def _excerpts(
     return pieces
 
 
+def _write_on(client: Client, prompt: str) -> GenerationStream:
+    return client.generate(prompt, max_new_tokens=CONTINUATION_TOKENS, temperature=TEMPERATURE, seed=SEED)
+
+
 def _sample(client: Client, domain: str, prompt: str, console: Console) -> Sample:
-    written = client.generate(prompt, max_new_tokens=CONTINUATION_TOKENS).text()
+    written = _write_on(client, prompt).text()
     console.print(f"  [bold]{domain}[/]", highlight=False)
     console.print(f"[dim]{escape(prompt)}[/][green]{escape(written)}[/]\n", highlight=False)
     return Sample(domain=domain, prompt=prompt, text=written)
@@ -179,7 +185,7 @@ def _kill_and_compare(client: Client, sample: Sample, cluster: "Cluster", victim
     endpoints = cluster.endpoints()[victim]
     if endpoints is None:
         raise Unavailable(f"{victim} does not answer, so it cannot be shown how it is replaced")
-    stream = client.generate(sample.prompt, max_new_tokens=CONTINUATION_TOKENS)
+    stream = _write_on(client, sample.prompt)
     pieces, longest_s, last_s, killed = [], 0.0, time.monotonic(), False
     for piece in stream:
         pieces.append(piece)
