@@ -1,6 +1,7 @@
 """One expert actor of a small model of our own family, and batches for it."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
@@ -100,3 +101,11 @@ class Occupied:
 
     def __exit__(self, *error: object) -> None:
         self._go.set()
+
+
+def wait_for_rows(service: ExpertService, rows: int) -> None:
+    """Until as many rows wait in the queue of an occupied actor."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while service._queue.rows != rows and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    assert service._queue.rows == rows
