@@ -1,0 +1,135 @@
+"""What a run begins with: the first checkpoint, and settings that do not fit together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from moecluster.config import Config, read_config
+from moecluster.errors import CheckpointError, ConfigError, DataError
+from moecluster.models.own_build import build_model
+from moecluster.models.training_files import read_training_state
+from moecluster.training.checkpoints import CheckpointStore
+from moecluster.training.events import Evaluated, Started, StepDone, WentBack
+from moecluster.training.history import History
+from moecluster.training.report import draw_loss_curve
+from moecluster.training.start import fixed_settings, prepare_start, run_tokenizer
+
+TINY = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "expert_inner_size": 16}
+
+
+def make_config(output_dir: Path, *, model: dict[str, Any] | None = None, **train: Any) -> Config:
+    train = {"output_dir": str(output_dir), "sequence_length": 16, "batch_size": 4, "seed": 5} | train
+    return read_config({"model": TINY | (model or {}), "train": train})
+
+
+@pytest.mark.parametrize("model", [{}, {"gate": "sparsely-gated", "tie_embeddings": True, "num_shared_experts": 1}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_checkpoint_is_the_whole_model(tmp_path, model, dtype):
+    """Written without the whole model ever being in memory, it loads as the one that is built at once."""
+    config = make_config(tmp_path, model={**model, "dtype": dtype})
+    start = prepare_start(config)
+    expected = build_model(config.model, config.train.seed).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(start, dtype="auto").state_dict()
+    assert loaded.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype, name
+    assert AutoTokenizer.from_pretrained(start).encode("hé") == list("hé".encode())
+    state = read_training_state(start)
+    assert state is not None and (state.step, state.data_position, state.settings) == (0, 0, fixed_settings(config))
+
+
+def test_checkpoints_are_not_trodden_on(tmp_path):
+    config = make_config(tmp_path)
+    start = prepare_start(config)
+    with pytest.raises(ConfigError, match=r"holds checkpoints up to step 0; set train\.resume = true"):
+        prepare_start(config)
+    assert prepare_start(make_config(tmp_path, resume=True)) == start
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 6}, r"train\.seed: got 6, but .* was trained with 5"),
+        ({"batch_size": 8}, r"train\.batch_size: got 8"),
+        ({"model": {"expert_inner_size": 32}}, r"model\.expert_inner_size: got 32"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings(tmp_path, changed, message):
+    prepare_start(make_config(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        prepare_start(make_config(tmp_path, resume=True, **changed))
+    assert prepare_start(make_config(tmp_path, resume=True, steps=7, lr=1e-4))  # those may change
+
+
+def test_a_checkpoint_that_training_did_not_write(tmp_path):
+    CheckpointStore(tmp_path / "checkpoints").write(3, lambda directory: None)
+    with pytest.raises(CheckpointError, match="no training state"):
+        prepare_start(make_config(tmp_path, resume=True))
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"train\.tokenizer: it has 259 token ids, and model\.vocab_size has room for 64"
+    ):
+        prepare_start(make_config(tmp_path, model={"vocab_size": 64}))
+
+
+def test_a_model_directory_is_taken_as_it_is(tmp_path):
+    family = MixtralConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    directory = tmp_path / "model"
+    MixtralForCausalLM(family).save_pretrained(directory)
+    config = make_config(tmp_path / "run", model={"path": str(directory)})
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        prepare_start(config)
+    run_tokenizer(make_config(tmp_path)).save_pretrained(directory)
+    assert prepare_start(config) == directory
+    assert not (tmp_path / "run").exists()
+
+
+def test_history_goes_on_and_the_last_word_counts(tmp_path):
+    def step(number: int, loss: float) -> StepDone:
+        return StepDone(
+            step=number,
+            loss=loss,
+            learning_rate=1e-3,
+            grad_norm=1.0,
+            seconds=0.5,
+            tokens_per_s=100.0,
+            balancedness=0.9,
+            attempts=1,
+        )
+
+    history = History.open(tmp_path)
+    history.add(Started(step=0, steps=4, unigram_bits_per_byte=4.5, bytes_per_token=1.0))
+    for event in (step(1, 5.0), step(2, 4.0), WentBack(from_step=2, step=1, reason="lost", seconds=1.0), step(2, 4.1)):
+        history.add(event)
+    history.add(Evaluated(step=2, bits_per_byte=5.9, domains={"a": 5.0, "b": 6.8}))
+    with history.path.open("a") as file:
+        file.write('{"event": "StepDone", "step": 3, "lo')  # killed while it wrote
+    again = History.open(tmp_path)
+    again.add(step(3, 3.5))
+    last = History.open(tmp_path)
+    assert {number: done.loss for number, done in last.steps.items()} == {1: 5.0, 2: 4.1, 3: 3.5}
+    assert last.started == history.started and last.evaluations == history.evaluations
+
+    draw_loss_curve(last, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    draw_loss_curve(last, tmp_path / "loss.svg")
+    assert "unigram entropy, 4.50" in (tmp_path / "loss.svg").read_text()
+
+
+@pytest.mark.parametrize("line", ["nonsense", '{"event": "Unheard"}', '{"event": "Started", "step": 1}'])
+def test_a_history_of_something_else(tmp_path, line):
+    (tmp_path / "history.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"history\.jsonl, line 1: not a record"):
+        History.open(tmp_path)
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(DataError, match="train first"):
+        draw_loss_curve(History.open(tmp_path), tmp_path / "loss.png")
