@@ -77,14 +77,15 @@ class Cluster:
         try:
             ports = metrics_ports(config)
             tables = config.to_tables()
-            for name in names:
-                self._create(ExpertActor, "expert", config, name, tables, name, ports[name])
-            self._create(
+            handles = {
+                name: self._create(ExpertActor, "expert", config, name, tables, name, ports[name]) for name in names
+            }
+            handles[CONTROLLER] = self._create(
                 ControllerActor, "controller", config, CONTROLLER,
                 tables, model_dir, replicas, layer_experts, ports[CONTROLLER],
             )  # fmt: skip
-            self._create(RouterActor, "router", config, ROUTER, tables, model_dir, ports[ROUTER])
-            self._wait_ready(config.cluster.start_timeout_s)
+            handles[ROUTER] = self._create(RouterActor, "router", config, ROUTER, tables, model_dir, ports[ROUTER])
+            self._wait_ready(handles, config.cluster.start_timeout_s)
         except BaseException:
             self.stop()
             raise
@@ -145,10 +146,10 @@ class Cluster:
         while self.exists() and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
 
-    def _create(self, shell: type, role: str, config: Config, name: str, *arguments: Any) -> None:
+    def _create(self, shell: type, role: str, config: Config, name: str, *arguments: Any) -> "ActorHandle[Any]":
         """Starts a detached actor. Experts and controller are started again for ever, and find their state anew."""
         actor_class: Any = ray.remote(shell)
-        actor_class.options(
+        handle: ActorHandle[Any] = actor_class.options(
             name=name,
             namespace=self.name,
             lifetime="detached",
@@ -156,13 +157,15 @@ class Cluster:
             max_concurrency=4,
             **options(config, role),
         ).remote(*arguments)
+        return handle
 
-    def _wait_ready(self, timeout_s: float) -> None:
+    def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> None:
+        """By the handles, not by name: one that cannot start has no name any more, and its handle says why."""
         deadline_s = time.monotonic() + timeout_s
-        for name in self.actors():
+        for name, handle in handles.items():
             left_s = max(deadline_s - time.monotonic(), 0.0)
             try:
-                call(self._handle(name).endpoints.remote(), left_s, name)
+                call(handle.endpoints.remote(), left_s, name)
             except DeadlineExceeded as exc:
                 raise ResourceError(
                     f"{name} was not started within {timeout_s:g} s; is the Ray cluster short of CPUs or memory? "

@@ -103,9 +103,10 @@ def _shards(directory: Path) -> list[Path]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        content = json.loads(index.read_text())
+        weight_map, _ = content["weight_map"], content["metadata"]  # transformers cannot do without either
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is torn: not a safetensors index with a weight_map") from error
+        raise CheckpointError(f"{index} is torn: not a safetensors index with metadata and a weight_map") from error
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is torn: its weight_map does not map tensors to file names")
     foreign = [name for name in weight_map.values() if Path(name).name != name]

@@ -7,6 +7,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -166,6 +167,16 @@ def test_a_placement_that_does_not_fit_the_model_is_refused(ray_namespace, model
     with pytest.raises(ConfigError, match="4 experts stand on no actor"):
         Cluster(ray_namespace).start(read_config(settings), model)
     assert Cluster(ray_namespace).actors() == []
+
+
+def test_an_actor_that_cannot_start_says_why_and_nothing_is_left(ray_namespace, model, tmp_path) -> None:
+    for file in Path(model).iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    cluster = Cluster(ray_namespace)
+    with pytest.raises(ResourceError, match="router: .*has no tokenizer that can be read"):
+        cluster.start(config(ray_namespace), str(tmp_path))
+    assert cluster.actors() == []
 
 
 def test_a_start_that_is_too_slow_leaves_nothing(ray_namespace, model) -> None:

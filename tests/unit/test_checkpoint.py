@@ -130,10 +130,12 @@ def test_an_index_that_misses_a_shard_or_is_torn(sharded: Path) -> None:
     lost.unlink()
     with pytest.raises(CheckpointError, match=lost.name):
         Checkpoint.open(sharded)
-    index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../../elsewhere.safetensors"}}))
     with pytest.raises(CheckpointError, match="shards stand beside their index"):
         Checkpoint.open(sharded)
-    for torn in ("", "[]", '{"weight_map": {"a": 1}}', json.dumps(content)[:50]):
+    whole_but_for_metadata = json.dumps({"weight_map": content["weight_map"]})
+    unfit = '{"metadata": {}, "weight_map": {"a": 1}}'
+    for torn in ("", "[]", unfit, whole_but_for_metadata, json.dumps(content)[:50]):
         index.write_text(torn)
         with pytest.raises(CheckpointError, match="is torn"):
             Checkpoint.open(sharded)
