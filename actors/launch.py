@@ -26,6 +26,7 @@ def bring_up(config: Config, model_dir: str) -> UpCluster:
             f"the cluster {name} is up already and serves {noted.model}; "
             "take it down first (moecluster down), or give this one another cluster.name"
         )
+    _refuse_wrong_model(model_dir)
     local = None if config.cluster.address else start_local_ray(config.security.ray_auth)
     address = local.address if local is not None else config.cluster.address
     try:
@@ -73,3 +74,11 @@ def leave() -> None:
     from actors.driver import disconnect
 
     disconnect()
+
+
+def _refuse_wrong_model(model_dir: str) -> None:
+    """Raises CheckpointError or UnsupportedModelError, before anything is started."""
+    # Brings transformers along, which takes seconds: only where a cluster is really started.
+    from moecluster.models.expert_source import ExpertSource
+
+    ExpertSource(model_dir)

@@ -24,9 +24,9 @@ def generate(target: str, prompt: str, max_new_tokens: int, settings: Sequence[s
         serves(cluster, model_dir)
         _stream(cluster.router_address, prompt, max_new_tokens, config, console)
         return
-    console.print(f"no cluster {config.cluster.name} is up: starting one for this text (moecluster up keeps one)")
-    with console.status("starting the actors"):
+    with console.status(f"no cluster {config.cluster.name} is up: starting one for this text"):
         cluster = bring_up(config, model_dir)
+    console.print("started a cluster for this text alone (moecluster up keeps one)")
     try:
         _stream(cluster.router_address, prompt, max_new_tokens, config, console)
     finally:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from moecluster.config import Config, load_config, override, parse_override, preset_names, read_config
 from moecluster.errors import CheckpointError, ConfigError
-from moecluster.models.expert_source import ExpertSource
-from moecluster.training.checkpoints import CheckpointStore
-from moecluster.training.start import CHECKPOINTS, prepare_start
+from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 
 
 def read_target(target: str, settings: Sequence[str]) -> Config:
@@ -23,24 +21,24 @@ def read_target(target: str, settings: Sequence[str]) -> Config:
 
 
 def trained_model(config: Config) -> str:
-    """The directory to serve: model.path, else the last checkpoint of train.output_dir.
-
-    Raises CheckpointError or UnsupportedModelError.
-    """
+    """The directory to serve: model.path, else the last checkpoint of train.output_dir. Raises CheckpointError."""
     latest = _latest(config)
     if latest is None:
         raise CheckpointError(
             f"nothing is trained in {config.train.output_dir} yet: run moecluster train, or give a model directory"
         )
-    ExpertSource(latest)  # refuses a wrong model before anything is started
     return latest
 
 
 def model_to_serve(config: Config) -> str:
     """The same; where nothing is trained yet, a fresh model is written first. Raises UserError."""
-    if _latest(config) is None:
-        prepare_start(config)
-    return trained_model(config)
+    latest = _latest(config)
+    if latest is None:
+        # Brings transformers along, which takes seconds that the other commands need not wait.
+        from moecluster.training.start import prepare_start
+
+        latest = str(prepare_start(config).resolve())
+    return latest
 
 
 def _latest(config: Config) -> str | None:

@@ -18,6 +18,7 @@ from actors.launch import bring_up, join, leave, take_down
 from actors.state import UpCluster
 from moecluster.config import Config
 from moecluster.errors import ResourceError
+from moecluster.training.checkpoints import CHECKPOINTS
 from moecluster.training.events import (
     AttemptFailed,
     CheckpointFailed,
@@ -28,7 +29,7 @@ from moecluster.training.events import (
     WentBack,
 )
 from moecluster.training.history import History
-from moecluster.training.start import CHECKPOINTS, prepare_start, read_data, run_tokenizer
+from moecluster.training.start import prepare_start, read_data, run_tokenizer
 
 if TYPE_CHECKING:
     from actors.driver import Cluster

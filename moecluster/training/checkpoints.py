@@ -11,6 +11,8 @@ from pathlib import Path
 
 from moecluster.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"  # where a run keeps them, below train.output_dir
+
 _NAME = re.compile(r"step-(\d{8})")
 _ASIDE = ".partial-"
 

@@ -17,7 +17,7 @@ from moecluster.placement.balancedness import layer_balancedness
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
-from moecluster.training.checkpoints import CheckpointStore
+from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 from moecluster.training.data import TextData
 from moecluster.training.evaluation import evaluate
 from moecluster.training.events import (
@@ -33,7 +33,7 @@ from moecluster.training.events import (
 from moecluster.training.rank import Computed, compute_gradients, update_gates
 from moecluster.training.schedule import WarmupCosine
 from moecluster.training.session import Session, open_session, optimizer_settings
-from moecluster.training.start import CHECKPOINTS, fixed_settings
+from moecluster.training.start import fixed_settings
 from moecluster.types import ExpertId, StepTag
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,25 @@ class TrainingLoop:
             except StateLost as error:
                 yield self._go_back(error)
                 evaluated_step = -1
+
+    def hand_over(self) -> None:
+        """The experts are served from the last checkpoint from now on: without optimizer state, packed for speed.
+
+        Raises a MoeClusterError if an actor does not answer: it then serves what it was trained to, or nothing.
+        """
+        checkpoint = self._store.latest()
+        if checkpoint is None:
+            return
+        session = self.session
+        for actor, control in session.controls.items():
+            control.load(
+                term=session.placement.term,
+                experts=session.placement.experts_on(actor),
+                checkpoint=str(checkpoint.resolve()),
+                dtype=self._config.model.dtype,
+                replace=True,
+                timeout_s=self._config.cluster.start_timeout_s,
+            )
 
     def close(self) -> None:
         """Ends the coordinator's threads; actors keep what they hold."""

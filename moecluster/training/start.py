@@ -18,12 +18,11 @@ from moecluster.models.training_files import TrainingState, read_training_state
 from moecluster.roles.router import load_tokenizer
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
-from moecluster.training.checkpoints import CheckpointStore
+from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 from moecluster.training.data import TextData
 from moecluster.training.texts import read_domains
 from moecluster.types import ExpertId
 
-CHECKPOINTS = "checkpoints"  # below train.output_dir
 # A run cannot go on under other values of these.
 _FIXED = ("data", "tokenizer", "batch_size", "sequence_length", "seed")
 

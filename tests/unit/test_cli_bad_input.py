@@ -102,7 +102,7 @@ def test_an_index_that_names_a_missing_shard(complaint, tmp_path, model) -> None
     part = tmp_path / "part"
     shutil.copytree(model, part)
     (part / "model.safetensors").unlink()
-    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (part / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00001-of-00002.safetensors" in complaint("up", str(part))
 
