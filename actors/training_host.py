@@ -80,6 +80,8 @@ class TrainingHost:
                     self._events.append(event)
                     if self._stop.is_set():
                         break
+                else:
+                    loop.hand_over()
             finally:
                 loop.close()
         except MoeClusterError as exc:

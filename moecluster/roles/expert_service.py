@@ -212,6 +212,8 @@ class ExpertService:
                     loaded_bytes += self._hosted.add(expert, module)
                     if optimizer is not None:
                         self._train(expert, module, checkpoint)
+                    elif self._training is not None:
+                        self._training.remove(str(expert))
             if weight_version:
                 self._weight_version = weight_version
         return loaded_bytes

@@ -14,7 +14,7 @@ from moecluster.errors import DataError
 STDLIB = "stdlib"
 STDLIB_DOMAIN_BYTES = 2 * 2**20  # of one of the domains that every machine has; of source code, whole files up to this
 VALIDATION_SHARE = 0.1
-_MAX_VALIDATION_SHARE = 0.15
+MAX_DOCUMENT_SHARE = 0.25  # of the validation text: one long table must not decide what a model is worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def _place(name: str) -> str:
 
 
 def _split(name: str, documents: list[Document]) -> Domain:
-    """About a tenth of the text, by whole documents, is for validation; of one document, its end."""
+    """About a tenth of the text, by whole documents of moderate length, is for validation; of one document, its end."""
     ordered = sorted((d for d in documents if d.text.strip()), key=lambda d: _place(d.name))
     if not ordered:
         raise DataError(f"no text of the domain {name} is on this machine: give train.data a file or directory")
@@ -112,7 +112,8 @@ def _split(name: str, documents: list[Document]) -> Domain:
     validation: list[Document] = []
     held = 0
     for document in ordered:
-        if held < VALIDATION_SHARE * total and held + len(document.text) <= _MAX_VALIDATION_SHARE * total:
+        moderate = len(document.text) <= MAX_DOCUMENT_SHARE * VALIDATION_SHARE * total
+        if moderate and held < VALIDATION_SHARE * total:
             validation.append(document)
             held += len(document.text)
     if not validation:  # one document, or some that are all too long
