@@ -8,6 +8,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -52,10 +53,10 @@ def cluster(ray_session: object, model: str) -> Iterator[Cluster]:
 def reference(model: str) -> list[int]:
     """What the whole model in one process goes on with, greedily."""
     read_model_config(model)  # makes our own family known
-    whole = AutoModelForCausalLM.from_pretrained(model)
+    whole: Any = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([list(PROMPT.encode())])
     out = whole.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))
-    return out[0, len(PROMPT) :].tolist()
+    return [int(token) for token in out[0, len(PROMPT) :]]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -174,7 +175,7 @@ def test_an_actor_that_cannot_start_says_why_and_nothing_is_left(ray_namespace, 
         if "token" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     cluster = Cluster(ray_namespace)
-    with pytest.raises(ResourceError, match="router: .*has no tokenizer that can be read"):
+    with pytest.raises(ResourceError, match=r"router: .*has no tokenizer that can be read"):
         cluster.start(config(ray_namespace), str(tmp_path))
     assert cluster.actors() == []
 

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -48,10 +49,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def reference(checkpoint: str) -> list[int]:
     """What the whole model in one process goes on with, greedily."""
     read_model_config(checkpoint)  # makes our own family known
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     ids = torch.tensor([list(PROMPT.encode())])
     out = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
-    return out[0, len(PROMPT) :].tolist()
+    return [int(token) for token in out[0, len(PROMPT) :]]
 
 
 def test_greedy_text_through_the_cluster_equals_the_model_in_one_process(client, reference) -> None:
@@ -151,7 +152,7 @@ def test_moe_gates_and_dispatches_raw_hidden_states(client, checkpoint) -> None:
 
 
 def generation(**changes: object) -> router_pb2.GenerateRequest:
-    fields = {"request_id": "r", "prompt": "x", "max_new_tokens": 4, **changes}
+    fields: dict[str, Any] = {"request_id": "r", "prompt": "x", "max_new_tokens": 4, **changes}
     return router_pb2.GenerateRequest(**fields)
 
 
@@ -177,7 +178,7 @@ def test_a_wrong_request_is_refused_by_name_and_the_server_serves_on(cluster, cl
     with open_channel(cluster.router_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         list(RouterServiceStub(channel).Generate(message, timeout=WAIT_S))
     assert caught.value.code() == code
-    assert caught.value.details().startswith(f"{field}:")
+    assert str(caught.value.details()).startswith(f"{field}:")
     assert client.generate("x", max_new_tokens=1).text() is not None
 
 
@@ -198,7 +199,7 @@ def test_hidden_states_whose_bytes_do_not_fit_their_shape_are_refused(cluster) -
     x = tensor_pb2.Tensor(dtype=tensor_pb2.FLOAT32, shape=[2, 32], inline=b"1234")
     with open_channel(cluster.router_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         RouterServiceStub(channel).Moe(router_pb2.MoeRequest(layer=0, x=x), timeout=WAIT_S)
-    assert caught.value.code() == INVALID and caught.value.details().startswith("x.inline")
+    assert caught.value.code() == INVALID and str(caught.value.details()).startswith("x.inline")
 
 
 def test_requests_and_tokens_are_counted(cluster, client) -> None:

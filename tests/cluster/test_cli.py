@@ -1,0 +1,123 @@
+"""The command line against a Ray of its own: what `up` starts, `down` ends, and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actors.local_ray import MARK
+from tests.conftest import processes_of_this_session
+from tests.twin_actors import save_tiny_model
+
+COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 180.0
+
+pytestmark = pytest.mark.timeout(400)  # every command is a process that imports and starts much
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state")), "COLUMNS": "200"}
+
+    def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def local_rays() -> set[str]:
+    """Marks of the local Rays that these tests started and that have a living process."""
+    return {process.environ()[MARK] for process in processes_of_this_session() if MARK in process.environ()}
+
+
+def test_up_status_generate_down(run: Run, model: str, tmp_path: Path) -> None:
+    settings = ("--set", "cluster.num_expert_actors=2")
+    started = run("up", model, *settings)
+    assert started.returncode == 0, started.stderr
+    try:
+        assert len(local_rays()) == 1
+        shown = json.loads(run("status", "--json").stdout)
+        assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
+        assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
+        text = run("generate", model, "def main(", "--max-new-tokens", "20")
+        assert text.returncode == 0 and "20 tokens after a prompt of 9" in text.stderr, text.stderr
+        again = run("up", model, *settings)
+        assert again.returncode == 2 and "is up already" in again.stderr
+        too_long = run("generate", model, "x" * 300)
+        assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
+        other = run("generate", save_tiny_model(tmp_path / "other"), "x")
+        assert other.returncode == 2 and "is up and serves" in other.stderr
+    finally:
+        ended = run("down")
+    assert ended.returncode == 0, ended.stderr
+    assert local_rays() == set()
+    assert run("down").returncode == 2
+
+
+def test_train_starts_what_it_needs_and_ends_it(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(
+        f"""
+        [cluster]
+        num_expert_actors = 2
+        [model]
+        hidden_size = 32
+        num_layers = 1
+        num_experts = 4
+        expert_inner_size = 24
+        [train]
+        steps = 4
+        batch_size = 4
+        sequence_length = 32
+        output_dir = "{tmp_path / "run"}"
+        eval_batches = 1
+        """
+    )
+    trained = run("train", str(tmp_path / "tiny.toml"))
+    assert trained.returncode == 0, trained.stderr
+    assert "step 4: checkpoint" in trained.stdout
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "config.json").is_file()
+    assert local_rays() == set()
+
+
+def test_no_ray_at_the_address(run: Run, model: str) -> None:
+    refused = run("up", model, "--set", "cluster.address=127.0.0.1:1")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("moecluster: no Ray cluster answers at 127.0.0.1:1")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_too_few_gpus_end_a_start_with_nothing_left(run: Run, model: str) -> None:
+    refused = run("up", model, "--set", "cluster.gpus_per_expert_actor=0.5")
+    assert refused.returncode == 2
+    assert "2 GPUs are missing" in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert local_rays() == set()
+
+
+def test_up_on_a_given_ray_leaves_it_running(run: Run, model: str, ray_session, ray_namespace) -> None:
+    settings = ("--set", f"cluster.address={ray_session.address}", "--set", f"cluster.name={ray_namespace}")
+    started = run("up", model, *settings, "--set", "cluster.num_expert_actors=2")
+    assert started.returncode == 0, started.stderr
+    text = run("generate", model, "def main(", "--max-new-tokens", "5", *settings)
+    assert text.returncode == 0, text.stderr
+    ended = run("down", "--name", ray_namespace)
+    assert ended.returncode == 0, ended.stderr
