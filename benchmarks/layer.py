@@ -8,11 +8,10 @@ idle threads to wait; it is found first, then measured anew in turns with ours. 
 """
 
 import argparse
-import importlib.util
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +30,7 @@ TRANSPORTS: tuple[Transport, ...] = ("shm", "inline")
 PLAIN_RAY_TOKENS = (256, 2048)
 HIVEMIND_TOKENS = 64
 MOST_TOKENS_BATCHED = 1  # batched_mm copies weights for every (token, expert) pair: already 40 times slower at 16
-CHOOSING_RUNS = 2
+CHOOSING_RUNS = 5
 
 # Least speed of ours, as a multiple of the in-process baseline's.
 IN_PROCESS_TARGETS = {
@@ -45,13 +44,14 @@ IN_PROCESS_TARGETS = {
 PLAIN_RAY_TARGET = 2.0
 HIVEMIND_TARGET = 20.0
 
+RAY_ENV = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 OURS_MODULE = "benchmarks.workers.ours"
-OURS = Contender(name="ours", module=OURS_MODULE)
-OURS_INVARIANT = Contender(name="ours, batch-invariant", module=OURS_MODULE, args=("batch-invariant",))
+OURS = Contender(name="ours", module=OURS_MODULE, env=RAY_ENV)
+OURS_INVARIANT = Contender(name="ours, batch-invariant", module=OURS_MODULE, args=("batch-invariant",), env=RAY_ENV)
 PLAIN_RAY = Contender(
     name="plain Ray actors",
     module="benchmarks.workers.plain_ray",
-    env={"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
+    env=RAY_ENV,
 )
 THREADS_SPIN = {"OMP_NUM_THREADS": str(NUM_CORES)}
 THREADS_SLEEP = {**THREADS_SPIN, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
@@ -94,9 +94,8 @@ QUICK = Effort(dtypes=("bfloat16",), min_run_s=0.1, only_with_target=True)
 class Bench:
     """Collects rows and every figure behind them."""
 
-    def __init__(self, *, effort: Effort, have_ours: bool, console: Console) -> None:
+    def __init__(self, *, effort: Effort, console: Console) -> None:
         self.effort = effort
-        self.have_ours = have_ours
         self.console = console
         self.rows: list[Row] = []
         self.calls: list[dict[str, Any]] = []  # every run of every contender, in the order taken
@@ -117,20 +116,18 @@ class Bench:
         self.rows.append(Row(name=name, runs=ratios, unit="x", target=target))
 
     def compare(
-        self, label: str, other: Worker, case: Case, ours: Worker | None, targets: Mapping[Transport, float | None]
+        self, label: str, other: Worker, case: Case, ours: Worker, targets: Mapping[Transport, float | None]
     ) -> None:
         """Rows for the other's time, for ours over each transport in `targets`, and for how much faster ours is."""
         turns = {label: Turn(worker=other, case=case)}
-        if ours:
-            turns |= {transport: Turn(worker=ours, case=replace(case, transport=transport)) for transport in targets}
+        turns |= {transport: Turn(worker=ours, case=replace(case, transport=transport)) for transport in targets}
         seconds = self.measure(turns)
         self.add_time(label, case, seconds[label])
-        if ours:
-            for transport, target in targets.items():
-                own_case = replace(case, transport=transport)
-                self.add_time("ours", own_case, seconds[transport])
-                ratios = speed_ratios(seconds[transport], seconds[label])
-                self.add_ratio(f"speed of ours / {label}: {own_case}", ratios, target)
+        for transport, target in targets.items():
+            own_case = replace(case, transport=transport)
+            self.add_time("ours", own_case, seconds[transport])
+            ratios = speed_ratios(seconds[transport], seconds[label])
+            self.add_ratio(f"speed of ours / {label}: {own_case}", ratios, target)
 
 
 def choose_in_process(bench: Bench) -> dict[Case, Contender]:
@@ -148,7 +145,7 @@ def choose_in_process(bench: Bench) -> dict[Case, Contender]:
 
 def compare_in_process(bench: Bench) -> None:
     chosen = choose_in_process(bench)
-    with ours_if_there(bench) as ours, ExitStack() as stack:
+    with running(OURS) as ours, ExitStack() as stack:
         winners = dict.fromkeys(chosen.values())
         workers = {contender: stack.enter_context(running(contender)) for contender in winners}
         for case, contender in chosen.items():
@@ -158,7 +155,7 @@ def compare_in_process(bench: Bench) -> None:
 
 
 def compare_plain_ray(bench: Bench) -> None:
-    with ours_if_there(bench) as ours, running(PLAIN_RAY) as plain_ray:
+    with running(OURS) as ours, running(PLAIN_RAY) as plain_ray:
         for tokens in PLAIN_RAY_TOKENS:
             case = Case(tokens=tokens, dtype="bfloat16")
             bench.compare("plain Ray", plain_ray, case, ours, {"shm": PLAIN_RAY_TARGET})
@@ -172,7 +169,7 @@ def compare_hivemind(bench: Bench) -> None:
         args=(case.dtype,),
         python=hivemind_python(),
     )
-    with ours_if_there(bench) as ours, running(contender) as hivemind:
+    with running(OURS) as ours, running(contender) as hivemind:
         bench.compare("hivemind", hivemind, case, ours, {"shm": HIVEMIND_TARGET})
 
 
@@ -189,15 +186,6 @@ def price_batch_invariance(bench: Bench) -> None:
             bench.rows.append(Row(name=name, runs=price, unit="x", better="lower"))
 
 
-@contextmanager
-def ours_if_there(bench: Bench) -> Iterator[Worker | None]:
-    if not bench.have_ours:
-        yield None
-        return
-    with running(OURS) as worker:
-        yield worker
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the cases with a target, shorter runs")
@@ -206,14 +194,11 @@ def main() -> None:
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])  # every contender inherits it
     console = Console()
-    have_ours = importlib.util.find_spec(OURS_MODULE) is not None
-    if not have_ours:
-        console.print(f"{OURS_MODULE} does not exist: measuring the other contenders only")
-    bench = Bench(effort=QUICK if options.quick else FULL, have_ours=have_ours, console=console)
+    bench = Bench(effort=QUICK if options.quick else FULL, console=console)
 
     parts = [compare_in_process, compare_plain_ray]
     parts += [compare_hivemind] if options.without != "hivemind" else []
-    parts += [price_batch_invariance] if have_ours else []
+    parts += [price_batch_invariance]
     for part in parts:
         try:
             part(bench)
