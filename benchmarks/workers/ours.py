@@ -81,7 +81,7 @@ def write_checkpoint(directory: Path) -> None:
     )
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(directory)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for index in range(NUM_EXPERTS):
         gate_up, down = make_expert(index, "float32")
         prefix = f"model.layers.0.block_sparse_moe.experts.{index}"

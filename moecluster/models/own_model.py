@@ -135,7 +135,7 @@ class OwnPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        super()._init_weights(module)
         if isinstance(module, Gate):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.0 if module.zero_init else self.config.initializer_range)
@@ -157,7 +157,7 @@ class OwnModel(OwnPreTrainedModel):
         self.layers = nn.ModuleList(OwnDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what OwnConfig has
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def forward(
         self,
@@ -227,7 +227,7 @@ class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
         self.model = OwnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.last_routings: dict[int, Routing] = {}  # layer -> routing without gradient
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def gates(self) -> dict[int, Gate]:
         """Layer -> its gate, for `begin_micro_batch` and `after_step`."""

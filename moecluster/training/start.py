@@ -35,9 +35,10 @@ def prepare_start(config: Config) -> Path:
     """
     store = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS)
     latest = store.latest()
-    if latest is not None and not config.train.resume:
+    steps = store.steps()
+    if steps and steps[-1] > 0 and not config.train.resume:  # a fresh model, as `up` writes one, is no run yet
         raise ConfigError(
-            f"train.output_dir: {config.train.output_dir} holds checkpoints up to step {store.steps()[-1]}; "
+            f"train.output_dir: {config.train.output_dir} holds checkpoints up to step {steps[-1]}; "
             "set train.resume = true to go on from there, or choose another directory"
         )
     if latest is not None:

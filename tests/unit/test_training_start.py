@@ -1,5 +1,6 @@
 """What a run begins with: the first checkpoint, and settings that do not fit together."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,13 @@ def test_the_first_checkpoint_is_the_whole_model(tmp_path, model, dtype):
 def test_checkpoints_are_not_trodden_on(tmp_path):
     config = make_config(tmp_path)
     start = prepare_start(config)
-    with pytest.raises(ConfigError, match=r"holds checkpoints up to step 0; set train\.resume = true"):
+    assert prepare_start(config) == start  # a fresh model, as `moecluster up` writes one before any run
+    later = CheckpointStore(tmp_path / "checkpoints").write(
+        3, lambda directory: shutil.copytree(start, directory, dirs_exist_ok=True)
+    )
+    with pytest.raises(ConfigError, match=r"holds checkpoints up to step 3; set train\.resume = true"):
         prepare_start(config)
-    assert prepare_start(make_config(tmp_path, resume=True)) == start
+    assert prepare_start(make_config(tmp_path, resume=True)) == later
 
 
 @pytest.mark.parametrize(
