@@ -1,10 +1,10 @@
 """The expert actor's role: holds experts, computes what waits, and takes the orders of controller and coordinator."""
 
+import os
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import psutil
 from torch import nn
@@ -298,7 +298,7 @@ class ExpertService:
         self._controller_term = term
 
     def _source(self, checkpoint: str) -> ExpertSource:
-        if not Path(checkpoint).is_dir():
+        if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
             raise CheckpointError(f"{checkpoint}: no such directory on the node of {self.name}")
         if checkpoint not in self._sources:
             self._sources = {checkpoint: ExpertSource(checkpoint)}
