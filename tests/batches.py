@@ -59,6 +59,7 @@ def assert_same_fields(got: Any, expected: Any) -> None:
         if isinstance(theirs, torch.Tensor):
             assert ours is not None and ours.dtype == theirs.dtype, record_field.name
             assert ours.shape == theirs.shape, record_field.name
-            assert torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8)), record_field.name
+            same = torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+            assert same, record_field.name
         else:
             assert ours == theirs, record_field.name

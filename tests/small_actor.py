@@ -14,8 +14,9 @@ from torch import nn
 from moecluster.errors import MoeClusterError
 from moecluster.models.expert_source import ExpertSource
 from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.in_process import InProcessTransport
-from moecluster.types import ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
+from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
 from tests.batches import make_batch
 from tests.families import make_model, save
 
@@ -24,6 +25,7 @@ EXPERTS = tuple(ExpertId(layer=LAYER, index=index) for index in range(4))
 SGD = OptimizerSettings(name="sgd")
 TAG = StepTag(term=1, step=1, attempt=0)
 TIMEOUT_S = 10.0
+SEGMENT_BYTES = 2**20
 
 
 def save_small_model(directory: Path) -> Path:
@@ -82,6 +84,16 @@ def expected_rows(modules: Mapping[int, nn.Module], batch: ComputeBatch) -> torc
 def check_rows(modules: Mapping[int, nn.Module], batch: ComputeBatch, result: ComputeResult) -> None:
     assert result.y_ND is not None
     torch.testing.assert_close(result.y_ND, expected_rows(modules, batch), atol=5e-6, rtol=0)
+
+
+def open_stream(
+    address: str, name: str = "shm", *, incarnation: str = "", shared_memory_bytes: int = SEGMENT_BYTES
+) -> GrpcExpertTransport:
+    return GrpcExpertTransport(
+        ActorAddress(actor="expert-0", address=address, incarnation=incarnation),
+        router="test",
+        shared_memory_bytes=shared_memory_bytes if name == "shm" else 0,
+    )
 
 
 class Occupied:

@@ -104,7 +104,7 @@ def decode_tensor(
     got = tuple(message.shape)
     if len(got) != len(shape) or any(w is not None and w != g for w, g in zip(shape, got, strict=False)):
         raise InvalidMessage(f"{field}.shape: {list(got)}, not {['any' if w is None else w for w in shape]}")
-    if any(size < 0 or size > limit for size, limit in zip(got, (MAX_ROWS, MAX_WIDTH), strict=False)):
+    if min(got, default=0) < 0 or any(size > limit for size, limit in zip(got, (MAX_ROWS, MAX_WIDTH), strict=False)):
         raise InvalidMessage(f"{field}.shape: {list(got)} is out of range, at most {MAX_ROWS} rows of {MAX_WIDTH}")
     length_bytes = math.prod(got) * dtype.itemsize
     region = region_of(message)

@@ -41,6 +41,7 @@ from tests.batches import assert_same_fields, make_batch
 from tests.small_actor import (
     EXPERTS,
     LAYER,
+    SEGMENT_BYTES,
     TAG,
     TIMEOUT_S,
     WIDTH,
@@ -49,13 +50,13 @@ from tests.small_actor import (
     batch_of,
     check_rows,
     load_modules,
+    open_stream,
     save_small_model,
     serving,
     training,
     wait_for_rows,
 )
 
-SEGMENT_BYTES = 2**20
 TRANSPORTS = ("inline", "shm")
 
 
@@ -88,16 +89,6 @@ def served(service: ExpertService) -> Iterator[RunningServer]:
 def server(service: ExpertService) -> Iterator[RunningServer]:
     with served(service) as server:
         yield server
-
-
-def open_stream(
-    address: str, name: str = "shm", *, incarnation: str = "", shared_memory_bytes: int = SEGMENT_BYTES
-) -> GrpcExpertTransport:
-    return GrpcExpertTransport(
-        ActorAddress(actor="expert-0", address=address, incarnation=incarnation),
-        router="test",
-        shared_memory_bytes=shared_memory_bytes if name == "shm" else 0,
-    )
 
 
 Connect = Callable[..., GrpcExpertTransport]

@@ -1,0 +1,333 @@
+"""Orders to an expert actor over loopback gRPC, and the server's standard services."""
+
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from moecluster.errors import (
+    AttemptAborted,
+    CheckpointError,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    NotHosted,
+    ResourceError,
+    StaleOrder,
+    StateLost,
+    Unavailable,
+    UserError,
+)
+from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc import expert_server
+from moecluster.rpc.expert_control import GrpcExpertControl, _assemble
+from moecluster.rpc.expert_server import serve_expert
+from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.server import RunningServer
+from moecluster.rpc.status_codes import error_of_reply, reply_code_of
+from moecluster.types import ExpertId, MessageKey, MicroBatchTag, OptimizerSettings, Phase, StepTag
+from tests.batches import assert_same_fields
+from tests.small_actor import (
+    EXPERTS,
+    LAYER,
+    TAG,
+    TIMEOUT_S,
+    ask,
+    batch_of,
+    open_stream,
+    save_small_model,
+    serving,
+    training,
+)
+
+SERVICE = "moecluster.v1.ExpertService"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def trainer(checkpoint: Path) -> Iterator[ExpertService]:
+    with training(checkpoint, optimizer=OptimizerSettings(weight_decay=0.1)) as service:
+        yield service
+
+
+@pytest.fixture
+def server(trainer: ExpertService) -> Iterator[RunningServer]:
+    server = serve_expert(trainer)
+    yield server
+    server.stop(0.0)
+
+
+@pytest.fixture
+def control(server: RunningServer) -> Iterator[GrpcExpertControl]:
+    with closing(GrpcExpertControl("expert-0", server.address)) as control:
+        yield control
+
+
+def backward(service: ExpertService, tag: StepTag = TAG) -> MessageKey:
+    """Gives the service the gradients of one message; returns its key."""
+    ask(service, batch_of(3, phase=Phase.BACKWARD, train=MicroBatchTag(step=tag)))
+    return MessageKey(rank=0, micro_batch=0, layer=LAYER, pass_index=0, rows=3)
+
+
+# -- orders --
+
+
+def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: ExpertService) -> None:
+    control.set_placement(term=2, generation=7, checkpoint="/somewhere")
+    first = control.status()
+    assert (first.placement, first.checkpoint, first.experts) == ((2, 7), "/somewhere", EXPERTS)
+    assert (first.prepared, first.committed, first.training_term) == (None, None, 1)
+    key = backward(trainer)
+    control.reduce(TAG, [key])
+    control.prepare(TAG, clip_scale=1.0, learning_rate=0.1)
+    prepared = control.status(training_term=5)
+    assert (prepared.prepared, prepared.training_term) == (TAG, 5)
+    control.commit(replace(TAG, term=5))  # a successor commits what its predecessor had everybody prepare
+    for status in (first, prepared, control.status()):
+        assert status.rss_bytes > 2**20
+    assert_same_fields(replace(control.status(), rss_bytes=0), replace(trainer.status(), rss_bytes=0))
+    assert control.status().committed == TAG
+
+
+def test_a_step_over_the_wire_equals_one_in_process(
+    control: GrpcExpertControl, trainer: ExpertService, checkpoint: Path
+) -> None:
+    with training(checkpoint, optimizer=OptimizerSettings(weight_decay=0.1)) as local:
+        key = backward(trainer)
+        backward(local)
+        over_the_wire, in_process = control.reduce(TAG, [key]), local.reduce(TAG, [key])
+        assert over_the_wire.square_norm == in_process.square_norm > 0
+        assert over_the_wire.incarnation == trainer.incarnation
+        assert control.prepare(TAG, clip_scale=0.3, learning_rate=0.01) == trainer.incarnation
+        local.prepare(TAG, clip_scale=0.3, learning_rate=0.01)
+        assert control.commit(TAG) == trainer.incarnation
+        local.commit(TAG)
+        exported = list(control.export(experts=EXPERTS, with_optimizer=True, step=1))
+        expected = list(local.export(experts=EXPERTS, with_optimizer=True, step=1))
+        assert len(exported) == len(expected) > 2 * len(EXPERTS)
+        for ours, theirs in zip(exported, expected, strict=True):
+            assert_same_fields(ours, theirs)
+
+
+def test_load_and_unload(control: GrpcExpertControl, checkpoint: Path) -> None:
+    held = control.status().hosted_bytes
+    control.unload(term=1, experts=EXPERTS[1:])
+    assert control.status().experts == EXPERTS[:1]
+    loaded = control.load(
+        term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=OptimizerSettings(name="sgd"), training_term=1
+    )
+    assert loaded == held * 3 // 4 and control.status().hosted_bytes == held
+    assert control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=4) == 0
+    assert control.status().weight_version == 4
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 2**20])
+def test_exported_tensors_are_whole_whatever_the_chunks(
+    control: GrpcExpertControl, trainer: ExpertService, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(expert_server, "CHUNK_BYTES", chunk_bytes)
+    experts = EXPERTS[:1] if chunk_bytes == 1 else EXPERTS
+    expected = trainer.export(experts=experts, with_optimizer=False)
+    for ours, theirs in zip(control.export(experts=experts, with_optimizer=False), expected, strict=True):
+        assert_same_fields(ours, theirs)
+        if chunk_bytes == 1:
+            break  # thousands of messages for one tensor are enough
+
+
+def chunk(
+    content: bytes, *, offset_bytes: int = 0, shape: Sequence[int] = (4,), **changes: int
+) -> expert_pb2.ExportChunk:
+    dtype: Any = changes.get("dtype", tensor_pb2.FLOAT32)  # the wire carries any number
+    return expert_pb2.ExportChunk(
+        expert=tensor_pb2.ExpertRef(layer=1, index=2),
+        name="w",
+        dtype=dtype,
+        shape=shape,
+        offset_bytes=offset_bytes,
+        content=content,
+        crc32=changes.get("crc32", zlib.crc32(content)),
+    )
+
+
+def test_chunks_become_tensors() -> None:
+    content = torch.arange(4.0).numpy().tobytes()
+    chunks = [chunk(content[:5]), chunk(content[5:], offset_bytes=5), chunk(b"", shape=(0, 3)), chunk(content)]
+    tensors = list(_assemble(iter(chunks)))
+    assert [tuple(t.value.shape) for t in tensors] == [(4,), (0, 3), (4,)]
+    assert torch.equal(tensors[0].value, torch.arange(4.0)) and torch.equal(tensors[2].value, torch.arange(4.0))
+    assert tensors[0].expert == ExpertId(layer=1, index=2)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "complaint"),
+    [
+        ([chunk(b"1234", crc32=1)], "content: the checksum of 1/2 w is wrong"),
+        ([chunk(bytes(8)), chunk(bytes(4), offset_bytes=12)], "offset_bytes: 12 of 1/2 w, not 8"),
+        ([chunk(bytes(8), offset_bytes=8)], "offset_bytes: 8 of 1/2 w, not 0"),
+        ([chunk(bytes(12))], "content: the last tensor is incomplete"),
+        ([chunk(bytes(20))], "1/2 w.inline: 20 bytes, not 16"),
+        ([chunk(bytes(16), dtype=77)], "dtype: 77 is unknown"),
+        ([chunk(bytes(16), shape=(-4,))], "1/2 w.shape"),
+        ([chunk(bytes(16), shape=(1, 1, -2, -2))], "1/2 w.shape"),
+    ],
+)
+def test_broken_chunks_are_refused(chunks: list[expert_pb2.ExportChunk], complaint: str) -> None:
+    with pytest.raises(InvalidMessage, match=complaint):
+        list(_assemble(iter(chunks)))
+
+
+def test_errors_keep_their_kind_over_the_wire(
+    control: GrpcExpertControl, trainer: ExpertService, checkpoint: Path
+) -> None:
+    key = backward(trainer)
+    with pytest.raises(AttemptAborted, match="1 unexpected messages"):
+        control.reduce(TAG, [])
+    with pytest.raises(StaleOrder, match="is not prepared here"):
+        control.commit(TAG)
+    with pytest.raises(StateLost, match="holds step 1 and was asked for step 3"):
+        control.reduce(TAG, [key])
+        control.prepare(TAG, clip_scale=1.0, learning_rate=0.1)
+        control.commit(TAG)
+        control.reduce(replace(TAG, step=3), [])
+    with pytest.raises(NotHosted, match="expert 1/9 is not here"):
+        list(control.export(experts=[ExpertId(layer=1, index=9)], with_optimizer=False))
+    with pytest.raises(InvalidMessage, match="the model has no 1/9"):
+        control.load(term=1, experts=[ExpertId(layer=1, index=9)], checkpoint=str(checkpoint))
+    with pytest.raises(UserError, match="/nowhere: no such directory"):
+        control.load(term=1, experts=EXPERTS, checkpoint="/nowhere", replace=True)
+    control.set_placement(term=9, generation=1)
+    with pytest.raises(StaleOrder, match="controller term 1 is over"):
+        control.unload(term=1, experts=EXPERTS)
+    assert control.status().experts == EXPERTS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidMessage("x"),
+        Exhausted("x"),
+        NotHosted("x", placement=(0, 0)),
+        StaleOrder("x"),
+        DeadlineExceeded("x"),
+        AttemptAborted("x"),
+        StateLost("x"),
+        Unavailable("x"),
+        MoeClusterError("x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_stream_s_reply_codes_name_every_kind(error: MoeClusterError) -> None:
+    back = error_of_reply(expert_pb2.BatchReply(code=reply_code_of(error), detail=str(error)))
+    assert type(back) is type(error) and str(back) == "x"
+
+
+def test_a_user_s_error_about_a_checkpoint_is_no_failure_of_the_actor() -> None:
+    assert reply_code_of(CheckpointError("torn")) == expert_pb2.INTERNAL
+
+
+def test_an_actor_that_does_not_answer_is_given_up_in_time(trainer: ExpertService, server: RunningServer) -> None:
+    with closing(GrpcExpertControl("expert-0", server.address, timeout_s=0.2)) as control:
+        with trainer._state_lock, pytest.raises(DeadlineExceeded):
+            control.status()
+        assert GrpcExpertControl("expert-0", server.address).status().actor == "expert-0"
+
+
+def test_an_actor_that_is_gone_is_unavailable(trainer: ExpertService) -> None:
+    server = serve_expert(trainer)
+    control = GrpcExpertControl("expert-0", server.address, timeout_s=5.0)
+    assert control.status().actor == "expert-0"
+    server.stop(0.0)
+    for order in (
+        lambda: control.status(),
+        lambda: list(control.export(experts=EXPERTS, with_optimizer=False)),
+        lambda: control.commit(TAG),
+    ):
+        with pytest.raises(Unavailable):
+            order()
+    control.close()
+    with pytest.raises(Unavailable, match="expert-0"):
+        control.status()
+
+
+# -- the server --
+
+
+def test_health_and_reflection_answer(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        health: Any = HealthStub(channel)
+        for name in ("", SERVICE):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_S)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            health.Check(health_pb2.HealthCheckRequest(service="another"), timeout=TIMEOUT_S)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {SERVICE, "grpc.health.v1.Health"} <= set(database.get_services())
+        file = database.FindFileContainingSymbol(SERVICE)
+        assert {method.name for method in file.service[0].method} >= {"Compute", "Load", "Reduce", "Status"}
+
+
+def test_a_server_that_stops_says_so_first(trainer: ExpertService) -> None:
+    server = serve_expert(trainer)
+    with grpc.insecure_channel(server.address) as channel:
+        health: Any = HealthStub(channel)
+        watched = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        stopping = threading.Thread(target=server.stop, args=(2.0,))
+        stopping.start()
+        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watched.cancel()
+        stopping.join(TIMEOUT_S)
+        assert not stopping.is_alive()
+
+
+def test_a_port_in_use_is_a_users_error(trainer: ExpertService, server: RunningServer) -> None:
+    host, port = server.address.split(":")
+    with pytest.raises(ResourceError, match=f"cannot listen on {host}:{port}: the port is in use"):
+        serve_expert(trainer, port=int(port))
+    with pytest.raises(ResourceError, match=r"cannot listen on 203\.0\.113\.1:\d+"):
+        serve_expert(trainer, host="203.0.113.1")  # reserved for documentation: no host has it
+    assert GrpcExpertControl("expert-0", server.address).status().actor == "expert-0"
+
+
+def open_when_there_is_room(address: str) -> GrpcExpertTransport:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return open_stream(address)
+        except Exhausted:  # the server notices a little later that a stream has ended
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+
+def test_more_calls_than_are_allowed_are_backpressure(checkpoint: Path) -> None:
+    with serving(checkpoint) as service:
+        server = serve_expert(service, max_calls=2)
+        streams = [open_stream(server.address) for _ in range(2)]
+        with pytest.raises(Exhausted):
+            open_stream(server.address)
+        with closing(GrpcExpertControl("expert-0", server.address)) as control, pytest.raises(Exhausted):
+            control.status()
+        streams.pop().close()
+        streams.append(open_when_there_is_room(server.address))
+        assert streams[-1].incarnation == service.incarnation
+        for stream in streams:
+            stream.close()
+        server.stop(0.0)
