@@ -36,6 +36,7 @@ class ExpertCluster:
         optimizer: OptimizerSettings | None = None,
         activation_budget_bytes: int = 64 * 2**20,
         timeout_s: float = 20.0,
+        dtype: str = "",
     ) -> None:
         self._transport = transport
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(directory).layers}
@@ -66,6 +67,7 @@ class ExpertCluster:
                 term=1,
                 experts=self.placement.experts_on(name),
                 checkpoint=str(directory),
+                dtype=dtype,
                 optimizer=optimizer,
                 training_term=1 if optimizer else 0,
             )
