@@ -23,7 +23,7 @@ from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 from tests.expert_cluster import SHARED_MEMORY_BYTES, ExpertCluster, Transport
 from tests.small_actor import TIMEOUT_S, Occupied
 
-WIDTH, INNER, EXPERTS, TOP_K, PROBES = 128, 192, 8, 2, 6
+WIDTH, INNER, EXPERTS, TOP_K, PROBES = 128, 192, 8, 3, 6  # three: sums of two have only one order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Shares = Mapping[str, float]
 
