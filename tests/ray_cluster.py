@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from actors.driver import Cluster
 from actors.ray_calls import controller_resolver
@@ -25,6 +25,8 @@ from moecluster.metrics import Metrics
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.controller_client import ControllerClient, controller_status
 from moecluster.types import ControllerStatus
+
+FoundT = TypeVar("FoundT")
 
 WAIT_S = 60.0
 POLL_S = 0.1
@@ -97,7 +99,7 @@ class RayCluster:
         return wait_for(served, "every expert actor serves")
 
 
-def wait_for(look: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
+def wait_for(look: Callable[[], FoundT | None], what: str, timeout_s: float = WAIT_S) -> FoundT:
     """The first result of look that is true."""
     deadline_s = time.monotonic() + timeout_s
     while not (found := look()):

@@ -1,0 +1,137 @@
+"""What a checkpoint of 1 GB in experts costs: the router its trunk, each actor its own experts.
+
+Peak memory is the kernel's high-water mark of a process's resident pages (VmHWM): anonymous and shared ones, and those
+of mapped files. About 150 MB of the latter are the code of libtorch, Ray and Python, which all processes of a host
+share; a process's own peak is counted without the files that it still maps at the end.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moecluster.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
+from tests.families import save
+from tests.ray_cluster import RayCluster
+from tests.ray_session import RaySession
+
+MB = 10**6
+ROUTER_BYTES = 450 * MB  # beside the trunk and the configured shared memory
+EXPERT_ACTOR_BYTES = 400 * MB  # of its own, beside the actor's experts
+EXPERT_ACTOR_PEAK_BYTES = 600 * MB  # with the code that all processes share, 480 MB in all before any expert is loaded
+NUM_ACTORS = 4
+# Mixtral's proportions.
+LAYERS, EXPERTS, WIDTH, INNER = 4, 8, 896, 3136
+EXPERTS_BYTES = LAYERS * EXPERTS * 3 * WIDTH * INNER * 4  # float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A checkpoint on the disk."""
+
+    directory: Path
+    trunk_bytes: int
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
+    """A shard for the trunk and one for each expert, written one after the other. Gone after the test."""
+    directory = tmp_path_factory.mktemp("large")
+    trunk = write_trunk(directory)
+    weight_map = dict.fromkeys(trunk, "trunk.safetensors")
+    for layer in range(LAYERS):
+        for index in range(EXPERTS):
+            shard = f"expert-{layer}-{index}.safetensors"
+            weight_map |= dict.fromkeys(write_expert(directory / shard, layer, index), shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    yield Stored(directory=directory, trunk_bytes=sum(value.nbytes for value in trunk.values()))
+    shutil.rmtree(directory)
+
+
+def write_trunk(directory: Path) -> dict[str, torch.Tensor]:
+    """Everything but the experts, out of a model whose experts are tiny; with the configuration of the large ones."""
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=WIDTH,
+        intermediate_size=8,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        max_position_embeddings=512,
+    )
+    save(MixtralForCausalLM(config), directory, "per-expert")
+    whole = directory / "model.safetensors"
+    trunk = {key: value for key, value in load_file(whole).items() if ".experts." not in key}
+    whole.unlink()
+    save_file(trunk, directory / "trunk.safetensors", metadata={"format": "pt"})
+    config.intermediate_size = INNER
+    config.save_pretrained(directory)
+    build_byte_tokenizer().save_pretrained(directory)
+    return trunk
+
+
+def write_expert(shard: Path, layer: int, index: int) -> list[str]:
+    """One expert under the keys that Mixtral was released with."""
+    shapes = {"w1": (INNER, WIDTH), "w2": (WIDTH, INNER), "w3": (INNER, WIDTH)}
+    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{index}"
+    tensors = {f"{prefix}.{name}.weight": torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    return list(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Resident bytes of a process."""
+
+    peak: int
+    anonymous: int
+    file: int
+    shared: int
+
+    @property
+    def own_peak(self) -> int:
+        return self.peak - self.file
+
+    def __str__(self) -> str:
+        now = {"anonymous": self.anonymous, "mapped files": self.file, "shared": self.shared}
+        parts = ", ".join(f"{value / MB:.0f} MB {name}" for name, value in now.items())
+        return f"peak {self.peak / MB:.0f} MB, {self.own_peak / MB:.0f} MB its own; now {parts}"
+
+
+def memory_of(pid: int) -> Memory:
+    lines = [line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in lines if rest.endswith("kB")}
+    return Memory(peak=sizes["VmHWM"], anonymous=sizes["RssAnon"], file=sizes["RssFile"], shared=sizes["RssShmem"])
+
+
+@pytest.mark.timeout(240)
+def test_the_router_holds_its_trunk_and_each_actor_its_own_experts(
+    ray_session: RaySession, stored: Stored, record_property: Callable[[str, object], None]
+) -> None:
+    assert EXPERTS_BYTES > 2**30
+    with RayCluster(stored.directory, {"cluster": {"num_expert_actors": NUM_ACTORS}}) as cluster:
+        with cluster.client() as client:
+            stream = client.generate("memory " * 30, max_new_tokens=16)
+            stream.text()
+        assert stream.prompt_tokens == 210 and len(stream.ids) == 16
+        found = {actor: memory_of(pid) for actor, pid in cluster.pids().items()}
+    for actor, memory in found.items():
+        print(f"{actor}: {memory}")
+        record_property(actor, str(memory))
+    router = found.pop("router")
+    # It maps its own segment and the actor's, for every actor.
+    buffers_bytes = NUM_ACTORS * 2 * cluster.config.router.shared_memory_bytes
+    assert router.peak < ROUTER_BYTES + stored.trunk_bytes + buffers_bytes
+    assert router.own_peak < ROUTER_BYTES + stored.trunk_bytes
+    del found["controller"]
+    assert len(found) == NUM_ACTORS
+    for actor, memory in found.items():
+        assert memory.own_peak < EXPERTS_BYTES // NUM_ACTORS + EXPERT_ACTOR_BYTES, actor
+        assert memory.peak < EXPERTS_BYTES // NUM_ACTORS + EXPERT_ACTOR_PEAK_BYTES, actor
