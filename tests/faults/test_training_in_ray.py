@@ -1,0 +1,158 @@
+"""Training over four Ray expert actors: equal to one process, and the same curve when an actor is killed at any phase.
+
+The rank runs in the test's process, so that a message of the wanted phase can be the moment of the SIGKILL.
+"""
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecluster.config import Config
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller_client import set_checkpoint
+from moecluster.training.events import Event, WentBack
+from moecluster.training.loop import TrainingLoop
+from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.types import ComputeBatch, ComputeResult, Phase
+from tests.ray_cluster import RayCluster
+from tests.ray_session import RaySession
+from tests.training_runs import assert_equal_within, losses, losses_in_one_process, make_config, write_text
+
+TOLERANCE = 1e-5
+VICTIM = "expert-2"
+PHASES = ("train_forward", "backward", "reduce", "prepare", "commit")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_session: RaySession, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    start = prepare_start(make_config(text, tmp_path_factory.mktemp("first")))
+    with RayCluster(start, {"cluster": {"num_expert_actors": 4}}) as running:
+        yield running
+
+
+class Killer:
+    """Ends the victim's process at its call number `at` of a phase: before it is sent, or once it is answered."""
+
+    def __init__(self, pid: int, phase: str, *, at: int, after: bool) -> None:
+        self._pid, self._phase, self._at, self._after = pid, phase, at, after
+        self._calls = 0
+        self.struck = False
+
+    def around(self, phase: str, call: Callable[[], Any]) -> Any:
+        if phase != self._phase or self.struck:
+            return call()
+        self._calls += 1
+        if self._calls != self._at:
+            return call()
+        self.struck = True
+        if self._after:
+            answer = call()
+            os.kill(self._pid, signal.SIGKILL)
+            return answer
+        os.kill(self._pid, signal.SIGKILL)
+        return call()
+
+    def arm(self, remote: RemoteExperts) -> None:
+        """Watches the messages and orders that go to the victim."""
+        pool = remote.pool
+        connect, control = pool._connect, pool._control
+
+        def watched_connect(address: Any) -> Any:
+            transport = connect(address)
+            return _Transport(transport, self) if address.actor == VICTIM else transport
+
+        def watched_control(address: Any) -> Any:
+            found = control(address)
+            return _Control(found, self) if address.actor == VICTIM else found
+
+        pool._connect, pool._control = watched_connect, watched_control
+
+
+class _Transport:
+    def __init__(self, transport: Any, killer: Killer) -> None:
+        self._transport, self._killer = transport, killer
+        self.name, self.incarnation = transport.name, transport.incarnation
+
+    def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
+        phase = {Phase.TRAIN_FORWARD: "train_forward", Phase.BACKWARD: "backward"}.get(batch.phase, "forward")
+        future: Future[ComputeResult] = self._killer.around(phase, lambda: self._transport.submit(batch))
+        return future
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class _Control:
+    def __init__(self, control: Any, killer: Killer) -> None:
+        self._control, self._killer = control, killer
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._control, name)
+        if name not in PHASES:
+            return found
+        return lambda *args, **kwargs: self._killer.around(name, lambda: found(*args, **kwargs))
+
+
+def run(cluster: RayCluster, config: Config, killer: Killer | None = None) -> list[Event]:
+    """The events of a run over the cluster's expert actors."""
+    cluster.wait_served()
+    start = prepare_start(config)
+    set_checkpoint(cluster.driver.controller_address(), str(start.resolve()))
+    tokenizer = run_tokenizer(config)
+    with cluster.remote_experts() as remote:
+        if killer is not None:
+            killer.arm(remote)
+        loop = TrainingLoop(
+            config,
+            remote,
+            start=start,
+            data=read_data(config, tokenizer),
+            tokenizer=tokenizer,
+            announce=lambda path: set_checkpoint(cluster.driver.controller_address(), path),
+        )
+        try:
+            return list(loop.run())
+        finally:
+            loop.close()
+
+
+def test_fifty_steps_equal_one_process(cluster: RayCluster, text: Path, tmp_path: Path) -> None:
+    config = make_config(text, tmp_path, steps=50, checkpoint_every_steps=0)
+    expected = losses_in_one_process(config)
+    assert_equal_within(losses(run(cluster, config)), expected, TOLERANCE)
+    assert expected[50] < 0.5 * expected[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: RayCluster, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    return losses(run(cluster, make_config(text, tmp_path_factory.mktemp("undisturbed"), **SHORT)))
+
+
+SHORT: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 3, "participant_timeout_s": 1.0, "deterministic": True}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
+    cluster: RayCluster, text: Path, tmp_path: Path, undisturbed: dict[int, float], phase: str
+) -> None:
+    chance = random.Random(f"killed in {phase}")
+    cluster.wait_served()
+    # Two micro-batches and two layers: four messages of each kind to the victim in a step, one order.
+    calls_a_step = 4 if phase in ("train_forward", "backward") else 1
+    at = calls_a_step * chance.randrange(3, 6) + chance.randrange(calls_a_step) + 1
+    killer = Killer(cluster.pids()[VICTIM], phase, at=at, after=chance.random() < 0.5)
+    events = run(cluster, make_config(text, tmp_path, **SHORT), killer)
+    assert killer.struck
+    assert [event for event in events if isinstance(event, WentBack)], "no state was lost"
+    assert losses(events) == undisturbed  # bit for bit: deterministic, on equal hardware
