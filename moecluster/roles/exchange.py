@@ -60,16 +60,17 @@ class Exchange:
         deadline_s = time.monotonic() + self._timeout_s
         answers: Answers = []
         slots_P: npt.NDArray[np.int64] | None = None  # None: all
-        failing: dict[str, MoeClusterError] = {}
+        failing: dict[str, MoeClusterError] = {}  # actors to avoid, until there is nobody else to ask
+        last: MoeClusterError | None = None
         attempt = 0
         while True:
-            placement = self.pool.placement(_left(deadline_s, failing))
+            placement = self.pool.placement(_left(deadline_s, last))
             try:
                 table = self.pool.table(placement, layer, failing.keys())
                 parts = dispatch(table, ids_TK, weights_TK, slots_P=slots_P)
             except NotHosted as exc:
-                failing.setdefault("", exc)
-                self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, failing)))
+                last = next(iter(failing.values()), exc)
+                self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, last)))
                 failing = {}
                 continue
             sent = [self._send(part, placement, make_batch, deadline_s) for part in parts]
@@ -78,6 +79,7 @@ class Exchange:
                 try:
                     answers.append((message.part, self._wait(message, deadline_s)))
                 except (Exhausted, NotHosted, StaleOrder, Unavailable, DeadlineExceeded) as exc:
+                    last = exc
                     lost.append(message.part.pair_slots_P.numpy())
                     self._note_failure(message, placement, exc, failing, attempt, deadline_s)
             if not lost:
@@ -99,11 +101,11 @@ class Exchange:
     ) -> None:
         self._count_retry(error)
         if isinstance(error, Exhausted):  # backpressure: the same actor, a little later
-            pause_s = min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, {"": error}))
+            pause_s = min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, error))
             time.sleep(pause_s)
             return
         if isinstance(error, NotHosted) and error.placement > placement.number:
-            self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, {"": error})))
+            self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, error)))
             return
         failing[message.address.actor] = error
         if isinstance(error, NotHosted):
@@ -132,7 +134,7 @@ class Exchange:
                         if attempt >= len(BACKOFF_S):
                             raise AttemptAborted(f"{message.address.actor} is gone: {exc}") from exc
                     self._count_retry(exc)
-                    time.sleep(min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, {"": exc})))
+                    time.sleep(min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, exc)))
                     attempt += 1
                     placement = next(p for part, p in sent_before if part is message.part)
                     message = self._send(message.part, placement, make_batch, deadline_s)
@@ -197,11 +199,10 @@ def plan_all(
     return [(part, placement) for part in parts]
 
 
-def _left(deadline_s: float, failing: dict[str, MoeClusterError]) -> float:
+def _left(deadline_s: float, last: MoeClusterError | None) -> float:
     """Seconds left. Raises DeadlineExceeded, saying what failed last."""
     left_s = deadline_s - time.monotonic()
     if left_s <= 0:
-        last = next(reversed(failing.values()), None)
         raise DeadlineExceeded(f"the experts did not answer in time{f': {last}' if last else ''}")
     return left_s
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Collection
 
 from moecluster.dispatch.shares import LayerTable, layer_table
-from moecluster.errors import MoeClusterError, NotHosted
+from moecluster.errors import MoeClusterError, UserError
 from moecluster.rpc.interfaces import ExpertControl, ExpertTransport, PlacementSource
 from moecluster.types import ActorAddress, Placement
 
@@ -56,9 +56,12 @@ class ExpertPool:
         return self._placements.newer_than(number, timeout_s) is not None
 
     def table(self, placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
-        """The layer's part of a placement. Raises NotHosted if the model has no experts in the layer."""
+        """The layer's part of a placement. Raises UserError if the model has no experts in the layer."""
         if layer not in placement.layer_experts:
-            raise NotHosted(f"the cluster serves no experts of layer {layer}")
+            raise UserError(
+                f"the cluster serves no experts of layer {layer}, only of {sorted(placement.layer_experts)}: "
+                "the trunk is of another model"
+            )
         if avoid:
             return layer_table(placement, layer, avoid)
         with self._lock:
