@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,8 +14,10 @@ from torch import nn
 from moecluster.errors import MoeClusterError
 from moecluster.models.expert_source import ExpertSource
 from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc.expert_server import serve_expert
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.in_process import InProcessTransport
+from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
 from tests.batches import make_batch
 from tests.families import make_model, save
@@ -26,6 +28,7 @@ SGD = OptimizerSettings(name="sgd")
 TAG = StepTag(term=1, step=1, attempt=0)
 TIMEOUT_S = 10.0
 SEGMENT_BYTES = 2**20
+TRANSPORTS = ("inline", "shm")
 
 
 def save_small_model(directory: Path) -> Path:
@@ -37,6 +40,9 @@ def load_modules(checkpoint: Path) -> dict[int, nn.Module]:
     """The checkpoint's experts in this process, by index."""
     source = ExpertSource(checkpoint)
     return {expert.index: source.load(expert) for expert in EXPERTS}
+
+
+Connect = Callable[..., GrpcExpertTransport]  # open_stream, without the address
 
 
 @contextmanager
@@ -94,6 +100,19 @@ def open_stream(
         router="test",
         shared_memory_bytes=shared_memory_bytes if name == "shm" else 0,
     )
+
+
+@contextmanager
+def served(service: ExpertService) -> Iterator[RunningServer]:
+    server = serve_expert(service)
+    try:
+        yield server
+    finally:
+        server.stop(0.0)
+
+
+def result_of(transport: GrpcExpertTransport, batch: ComputeBatch) -> ComputeResult:
+    return transport.submit(batch).result(TIMEOUT_S)
 
 
 class Occupied:

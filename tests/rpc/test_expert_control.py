@@ -48,17 +48,11 @@ from tests.small_actor import (
     ask,
     batch_of,
     open_stream,
-    save_small_model,
     serving,
     training,
 )
 
 SERVICE = "moecluster.v1.ExpertService"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
