@@ -113,10 +113,11 @@ class Segment:
         return tensor_pb2.SegmentOffer(pid=os.getpid(), fd=self.fd, size_bytes=self.size_bytes)
 
     def close(self) -> None:
-        """Gives our descriptor back; the memory goes when the last mapping of it does."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Gives our descriptor back, once; the memory goes when the last mapping of it does."""
+        with self._lock:
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class PeerSegment:

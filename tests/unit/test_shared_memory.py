@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -197,6 +198,21 @@ def test_the_peer_maps_read_only_and_gives_everything_back_with_the_object(segme
     assert peer.size_bytes == SEGMENT_BYTES and peer.nonce == segment.nonce and len(peer.nonce) == 32
     del peer
     assert descriptors() == before
+
+
+def test_a_segment_that_two_threads_close_is_closed_once() -> None:
+    """A descriptor that is closed twice may be somebody else's by then."""
+    for _ in range(100):
+        segment, both = Segment(SEGMENT_BYTES), threading.Barrier(2)
+
+        def close(segment: Segment = segment, both: threading.Barrier = both) -> None:
+            both.wait()
+            segment.close()
+
+        with ThreadPoolExecutor(2) as closers:
+            for closing in [closers.submit(close) for _ in range(2)]:
+                closing.result()
+        assert segment.fd == -1
 
 
 def test_two_segments_have_different_nonces(segment: Segment) -> None:
