@@ -84,7 +84,7 @@ class ExpertPool:
             if found is not None and found[0] == address:
                 return found[1]
             if found is not None:
-                self._open.pop(address.actor)
+                self._open.pop(address.actor, None)  # drop() may have been faster
                 found[1].close()
             transport = self._connect(address)
             self._open[address.actor] = (address, transport)
