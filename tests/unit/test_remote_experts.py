@@ -379,9 +379,9 @@ def test_what_does_not_come_within_the_timeout_is_an_error_that_says_why(checkpo
 
 @torch.no_grad()
 def test_a_layer_without_experts_is_an_error(checkpoint: Path) -> None:
-    with ExpertCluster(checkpoint, replicas=HALVES) as cluster:
-        with pytest.raises(UserError, match=r"no experts of layer 7, only of \[1\]: the trunk is of another model"):
-            cluster.remote(7, *tokens())
+    complaint = r"no experts of layer 7, only of \[1\]: the trunk is of another model"
+    with ExpertCluster(checkpoint, replicas=HALVES) as cluster, pytest.raises(UserError, match=complaint):
+        cluster.remote(7, *tokens())
 
 
 def test_an_attempt_ends_when_an_actor_is_gone(checkpoint: Path) -> None:
