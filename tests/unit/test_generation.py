@@ -1,0 +1,49 @@
+"""A generation that breaks says so: never a text that merely ends early."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moecluster.errors import DeadlineExceeded, MoeClusterError
+from moecluster.metrics import Metrics
+from moecluster.roles.router import Router
+from moecluster.types import GenerationRequest
+from tests.expert_cluster import ExpertCluster
+from tests.twin_actors import save_tiny_model
+
+CALLS_BEFORE = 7  # of layers: three tokens and a half
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ExpertCluster]]:
+    directory = save_tiny_model(tmp_path_factory.mktemp("model"))
+    with ExpertCluster(directory) as running:
+        yield directory, running
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(KeyError("expert-1"), MoeClusterError), (DeadlineExceeded("too late"), DeadlineExceeded)]
+)
+def test_an_error_amid_a_text_reaches_its_reader(
+    cluster: tuple[str, ExpertCluster], monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    directory, experts = cluster
+    metrics = Metrics(model="tiny")
+    router = Router(Path(directory), experts.remote, metrics=metrics)
+    placement, calls = experts.pool.placement, 0
+
+    def failing(timeout_s: float = 60.0) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > CALLS_BEFORE:
+            raise error
+        return placement(timeout_s)
+
+    monkeypatch.setattr(experts.pool, "placement", failing)
+    pieces = []
+    with pytest.raises(kind, match=r"expert-1|too late"):
+        for piece in router.generate(GenerationRequest(request_id="r", prompt="import", max_new_tokens=50)):
+            pieces.append(piece)
+    assert all(not piece.finish_reason for piece in pieces)
+    assert 'moecluster_requests_total{model="tiny",status="failed"} 1.0' in metrics.render()
