@@ -14,7 +14,7 @@ from moecluster.experts.base import Expert
 from moecluster.experts.blocks import BLOCK_ROWS, BlockRunner, prove
 from moecluster.experts.kept_activations import KeptActivations
 from moecluster.experts.registry import make_expert
-from moecluster.types import ComputeBatch, MicroBatchTag, Phase, StepTag
+from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
 from tests.batches import assert_same_fields, make_batch
 
 WIDTH, INNER, EXPERTS = 24, 40, 5
@@ -127,11 +127,11 @@ def test_a_token_that_chose_an_expert_twice_counts_twice() -> None:
 def test_bfloat16_sums_are_kept_in_float32() -> None:
     experts = make_experts(torch.bfloat16)
     batch = make_batch({e: [0] for e in range(EXPERTS)}, rows=1, width=WIDTH, dtype=torch.bfloat16)
-    (result,) = compute.forward(experts, [batch])
-    assert result.y_ND is not None and result.y_ND.dtype == torch.bfloat16
     exact_ND = sum(experts[e](batch.x_ND).float() * batch.pair_weights_P[e] for e in range(EXPERTS))
     assert isinstance(exact_ND, torch.Tensor)
-    assert torch.equal(result.y_ND, exact_ND.to(torch.bfloat16))  # rounded once
+    for result in (compute.forward(experts, [batch])[0], compute.train_forward(experts, batch)[0]):
+        assert result.y_ND is not None and result.y_ND.dtype == torch.bfloat16
+        assert torch.equal(result.y_ND, exact_ND.detach().to(torch.bfloat16))  # rounded once
 
 
 def test_the_sender_s_rows_are_only_read() -> None:
@@ -168,28 +168,35 @@ def test_training_passes_equal_autograd_of_the_dense_sum(batch: ComputeBatch, ki
         torch.testing.assert_close(gradients[expert][name], gradient, atol=1e-5, rtol=1e-5)
 
 
+Backward = tuple[ComputeResult, compute.ExpertGradients]
+
+
+def assert_same_gradients(got: Backward, expected: Backward) -> None:
+    assert_same_fields(got[0], expected[0])
+    assert {e: g.keys() for e, g in got[1].items()} == {e: g.keys() for e, g in expected[1].items()}
+    for expert, gradients in expected[1].items():
+        for name, gradient in gradients.items():
+            assert torch.equal(got[1][expert][name], gradient), f"{expert} {name}"
+
+
 @settings(max_examples=30)
 @given(batch=batches(Phase.BACKWARD))
 def test_activations_computed_again_give_the_same_bits_as_kept_ones(batch: ComputeBatch) -> None:
     experts = make_experts()
     _, kept = compute.train_forward(experts, batch)
     _, again = compute.train_forward(experts, batch)
-    first, second = compute.backward(experts, batch, kept), compute.backward(experts, batch, again)
-    assert_same_fields(first[0], second[0])
-    for expert, gradients in first[1].items():
-        for name, gradient in gradients.items():
-            assert torch.equal(gradient, second[1][expert][name])
+    assert_same_gradients(compute.backward(experts, batch, kept), compute.backward(experts, batch, again))
 
 
 def test_activations_do_not_need_the_sender_s_memory_any_more() -> None:
     """Rows may lie in shared memory, which is written anew after the reply."""
     experts = make_experts()
     batch = make_batch({0: [0, 1], 3: [1]}, rows=2, width=WIDTH, phase=Phase.BACKWARD)
-    _, undisturbed = compute.train_forward(experts, batch)
+    expected = compute.backward(experts, batch, compute.train_forward(experts, batch)[1])
     _, kept = compute.train_forward(experts, batch)
     batch.x_ND.fill_(torch.nan)
     batch.pair_weights_P.fill_(torch.nan)
-    assert_same_fields(compute.backward(experts, batch, kept)[0], compute.backward(experts, batch, undisturbed)[0])
+    assert_same_gradients(compute.backward(experts, batch, kept), expected)
 
 
 def test_frozen_experts_pass_gradients_on_and_keep_none() -> None:
