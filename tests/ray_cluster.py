@@ -50,7 +50,7 @@ class RayCluster:
         self.driver.stop()
 
     def client(self) -> Client:
-        return Client(self.router_address, timeout_s=WAIT_S)
+        return Client(self.router_address)
 
     @contextmanager
     def placements(self) -> Iterator[ControllerClient]:

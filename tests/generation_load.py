@@ -1,0 +1,117 @@
+"""Generation under load while actors are killed: the run that faults and soak tests share, long or short."""
+
+import dataclasses
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from actors.settings import CONTROLLER
+from moecluster.errors import MoeClusterError
+from moecluster.models.byte_tokenizer import build_byte_tokenizer
+from moecluster.models.own_build import build_model
+from tests.near_ties import is_near_tie
+from tests.ray_cluster import RayCluster
+from tests.twin_actors import TINY
+
+PROMPTS = ("def add(a, b):", "The tower of", "#include <vector>", "import os", "class Cat", "for i in range(10):")
+NEW_TOKENS = 120
+NUM_CLIENTS = 4
+JOIN_TIMEOUT_S = 90.0
+
+
+def save_decided_model(directory: Path) -> str:
+    """A byte-level model with logits far enough apart that greedy texts are their own."""
+    build_model(dataclasses.replace(TINY, initializer_range=0.2), 0).save_pretrained(directory)
+    build_byte_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One generation, as a client saw it. Times are of time.monotonic."""
+
+    prompt: str
+    ids: tuple[int, ...]
+    failure: str  # empty: none
+    started_s: float
+    ended_s: float
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What clients got, and what was done to the cluster meanwhile."""
+
+    texts: list[Text] = field(default_factory=list)
+    kills: list[tuple[str, float]] = field(default_factory=list)  # actor, when
+
+
+def generate(cluster: RayCluster, prompt: str) -> Text:
+    started_s, failure = time.monotonic(), ""
+    with cluster.client() as client:
+        stream = client.generate(prompt, max_new_tokens=NEW_TOKENS)
+        try:
+            stream.text()
+            if stream.finish_reason not in ("stop", "length"):
+                failure = f"ended by {stream.finish_reason!r}"
+        except MoeClusterError as exc:
+            failure = f"{type(exc).__name__}: {exc}"
+    return Text(prompt=prompt, ids=tuple(stream.ids), failure=failure, started_s=started_s, ended_s=time.monotonic())
+
+
+def generate_under_kills(cluster: RayCluster, *, duration_s: float, kill_every_s: float, seed: int = 0) -> Outcome:
+    """Clients generate without a pause; at a random moment of each period an expert actor drawn at random is killed.
+
+    The controller is killed once, when half of the time is over.
+    """
+    choose, outcome, over = random.Random(seed), Outcome(), threading.Event()
+
+    def run_client(number: int) -> None:
+        turn = number
+        while not over.is_set():
+            outcome.texts.append(generate(cluster, PROMPTS[turn % len(PROMPTS)]))
+            turn += 1
+
+    experts = [actor.actor for actor in cluster.wait_served().actors]
+    periods = int(duration_s / kill_every_s)
+    schedule = [(kill_every_s * (k + choose.random()), choose.choice(experts)) for k in range(periods)]
+    schedule = sorted([*schedule, (duration_s / 2, CONTROLLER)])
+    started_s = time.monotonic()
+    clients = [threading.Thread(target=run_client, args=(i,), daemon=True) for i in range(NUM_CLIENTS)]
+    for client in clients:
+        client.start()
+    for at_s, actor in schedule:
+        time.sleep(max(started_s + at_s - time.monotonic(), 0.0))
+        cluster.kill(actor)
+        outcome.kills.append((actor, time.monotonic()))
+    time.sleep(max(started_s + duration_s - time.monotonic(), 0.0))
+    over.set()
+    for client in clients:
+        client.join(JOIN_TIMEOUT_S)
+    assert not any(client.is_alive() for client in clients), "a generation hangs"
+    return outcome
+
+
+def assert_undisturbed(outcome: Outcome, undisturbed: Mapping[str, Sequence[int]], directory: str) -> None:
+    """No request failed, and every text is the undisturbed one; near ties are excused and counted."""
+    failed = [
+        f"{text.prompt}: {text.failure}, {len(text.ids)} tokens in {text.ended_s - text.started_s:.1f} s"
+        for text in outcome.texts
+        if text.failure
+    ]
+    assert not failed, failed
+    different = [text for text in outcome.texts if text.ids != tuple(undisturbed[text.prompt])]
+    whole = AutoModelForCausalLM.from_pretrained(directory)
+    for text in different:
+        prompt = list(text.prompt.encode())
+        assert is_near_tie(whole, prompt, text.ids, undisturbed[text.prompt]), f"{text.prompt}: {text.ids}"
+    across = [actor for actor, at_s in outcome.kills if any(t.started_s < at_s < t.ended_s for t in outcome.texts)]
+    longest_s = max(text.ended_s - text.started_s for text in outcome.texts)
+    print(f"{len(outcome.texts)} texts, the slowest in {longest_s:.1f} s, {len(different)} excused as near ties")
+    print("killed amid texts:", ", ".join(across))
+    assert across == [actor for actor, _ in outcome.kills]
+    assert len(different) <= len(outcome.texts) / 20
