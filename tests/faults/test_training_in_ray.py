@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 
-from moecluster.config import Config
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_client import set_checkpoint
-from moecluster.training.events import Event, WentBack
-from moecluster.training.loop import TrainingLoop
-from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.training.events import StepDone, WentBack
+from moecluster.training.start import prepare_start
 from moecluster.types import ComputeBatch, ComputeResult, Phase
 from tests.ray_cluster import RayCluster
 from tests.ray_session import RaySession
+from tests.ray_training import run_on
 from tests.training_runs import assert_equal_within, losses, losses_in_one_process, make_config, write_text
 
 TOLERANCE = 1e-5
@@ -104,39 +102,16 @@ class _Control:
         return lambda *args, **kwargs: self._killer.around(name, lambda: found(*args, **kwargs))
 
 
-def run(cluster: RayCluster, config: Config, killer: Killer | None = None) -> list[Event]:
-    """The events of a run over the cluster's expert actors."""
-    cluster.wait_served()
-    start = prepare_start(config)
-    set_checkpoint(cluster.driver.controller_address(), str(start.resolve()))
-    tokenizer = run_tokenizer(config)
-    with cluster.remote_experts() as remote:
-        if killer is not None:
-            killer.arm(remote)
-        loop = TrainingLoop(
-            config,
-            remote,
-            start=start,
-            data=read_data(config, tokenizer),
-            tokenizer=tokenizer,
-            announce=lambda path: set_checkpoint(cluster.driver.controller_address(), path),
-        )
-        try:
-            return list(loop.run())
-        finally:
-            loop.close()
-
-
 def test_fifty_steps_equal_one_process(cluster: RayCluster, text: Path, tmp_path: Path) -> None:
     config = make_config(text, tmp_path, steps=50, checkpoint_every_steps=0)
     expected = losses_in_one_process(config)
-    assert_equal_within(losses(run(cluster, config)), expected, TOLERANCE)
+    assert_equal_within(losses(run_on(cluster, config)), expected, TOLERANCE)
     assert expected[50] < 0.5 * expected[1]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: RayCluster, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    return losses(run(cluster, make_config(text, tmp_path_factory.mktemp("undisturbed"), **SHORT)))
+    return losses(run_on(cluster, make_config(text, tmp_path_factory.mktemp("undisturbed"), **SHORT)))
 
 
 SHORT: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 3, "participant_timeout_s": 1.0, "deterministic": True}
@@ -152,7 +127,9 @@ def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
     calls_a_step = 4 if phase in ("train_forward", "backward") else 1
     at = calls_a_step * chance.randrange(3, 6) + chance.randrange(calls_a_step) + 1
     killer = Killer(cluster.pids()[VICTIM], phase, at=at, after=chance.random() < 0.5)
-    events = run(cluster, make_config(text, tmp_path, **SHORT), killer)
+    events = run_on(cluster, make_config(text, tmp_path, **SHORT), killer.arm)
     assert killer.struck
     assert [event for event in events if isinstance(event, WentBack)], "no state was lost"
     assert losses(events) == undisturbed  # bit for bit: deterministic, on equal hardware
+    taken = [event for event in events if isinstance(event, StepDone)]
+    assert len(taken) > len(undisturbed) and all(step.loss == undisturbed[step.step] for step in taken)

@@ -1,0 +1,35 @@
+"""A training run whose rank is the test's process and whose experts are a cluster's actors."""
+
+from collections.abc import Callable
+
+from moecluster.config import Config
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller_client import set_checkpoint
+from moecluster.training.events import Event
+from moecluster.training.loop import TrainingLoop
+from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from tests.ray_cluster import RayCluster
+
+
+def run_on(
+    cluster: RayCluster, config: Config, prepare: Callable[[RemoteExperts], None] = lambda remote: None
+) -> list[Event]:
+    """The events of a run. prepare: sees the way to the experts before anything goes over it."""
+    cluster.wait_served()
+    start = prepare_start(config)
+    set_checkpoint(cluster.driver.controller_address(), str(start.resolve()))
+    tokenizer = run_tokenizer(config)
+    with cluster.remote_experts() as remote:
+        prepare(remote)
+        loop = TrainingLoop(
+            config,
+            remote,
+            start=start,
+            data=read_data(config, tokenizer),
+            tokenizer=tokenizer,
+            announce=lambda path: set_checkpoint(cluster.driver.controller_address(), path),
+        )
+        try:
+            return list(loop.run())
+        finally:
+            loop.close()
