@@ -34,6 +34,9 @@ class RawStream:
 
     def ask(self, batch: expert_pb2.Batch) -> expert_pb2.BatchReply:
         self.send(expert_pb2.ComputeRequest(batch=batch))
+        return self.receive()
+
+    def receive(self) -> expert_pb2.BatchReply:
         reply: expert_pb2.BatchReply = next(self._replies).batch
         return reply
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
@@ -14,7 +15,7 @@ from moecluster.rpc import codec
 from moecluster.rpc.shared_memory import Segment
 from tests.malformed_batches import FIELDS, malformed_batches
 from tests.raw_stream import GOOD, RawStream, check_good_answer, check_serves, raw_compute
-from tests.small_actor import TIMEOUT_S, training
+from tests.small_actor import TIMEOUT_S, WIDTH, Occupied, training, wait_for_rows
 
 
 @pytest.fixture
@@ -56,6 +57,29 @@ def test_every_malformed_region_is_refused_and_good_ones_between_are_exact(
         assert reply.code == expert_pb2.INVALID_ARGUMENT, f"{batch.x.region}: {reply.detail}"
         assert "region" in reply.detail
         segment.release(right.sequence)
+    check_good_answer(service, stream)
+    stream.close()
+    segment.close()
+
+
+def test_rows_that_are_written_over_while_they_are_used_are_noticed(
+    service: ExpertService, stub: ExpertServiceStub
+) -> None:
+    """A router that uses a region again before it was answered gets an error, not a wrong result."""
+    segment = Segment(2**16)
+    stream = RawStream(stub, segment)
+    batch = codec.encode_batch(codec.decode_batch(GOOD), segment)
+    region = codec.region_of(batch.x)
+    assert region is not None
+    with Occupied(service):
+        stream.send(expert_pb2.ComputeRequest(batch=batch))
+        wait_for_rows(service, 5)
+        segment.release(region.sequence)
+        again = segment.write(torch.zeros(5, WIDTH))
+        assert again is not None and again.offset == region.offset
+    reply = stream.receive()
+    assert reply.code == expert_pb2.INVALID_ARGUMENT
+    assert reply.detail == f"region: sequence {region.sequence} was overwritten"
     check_good_answer(service, stream)
     stream.close()
     segment.close()

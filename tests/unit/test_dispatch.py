@@ -149,6 +149,21 @@ def test_partial_sums_of_the_actors_combine_to_the_dense_layer(case: Case) -> No
     assert torch.equal(combine(answers, case.x_TD), case.dense(case.x_TD, case.weights_TK))
 
 
+def test_partial_sums_in_bfloat16_are_added_in_float32() -> None:
+    holders: list[dict[str, float]] = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}]
+    table = layer_table(make_placement(holders, ["a", "b", "c"]), LAYER)
+    ids_TK = torch.tensor([[0, 1, 2], [0, 1, 3], [1, 2, 3]])  # no actor gets every row but b
+    parts = dispatch(table, ids_TK, torch.rand(3, 3))
+    answers = [
+        (part, ComputeResult(request_id=0, y_ND=torch.randn(len(part.rows_N), WIDTH).bfloat16())) for part in parts
+    ]
+    exact_TD = torch.zeros(3, WIDTH)
+    for part, result in answers:
+        assert result.y_ND is not None
+        exact_TD[part.rows_N] += result.y_ND.float()
+    assert torch.equal(combine(answers, torch.empty(3, WIDTH).bfloat16()), exact_TD.bfloat16())
+
+
 @given(cases(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_unsummed_pairs_combine_bit_for_bit_whatever_the_parts(case: Case, dtype: torch.dtype) -> None:
     """With outputs whose sums round."""

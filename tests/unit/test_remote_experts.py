@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.load_counts import LoadCounts
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.in_process import InProcessTransport
-from moecluster.types import MessageKey, Placement, Replica
+from moecluster.types import ActorAddress, MessageKey, Placement, Replica
 from tests.expert_cluster import ExpertCluster
 from tests.small_actor import (
     EXPERTS,
@@ -29,10 +30,13 @@ from tests.small_actor import (
     TIMEOUT_S,
     WIDTH,
     Occupied,
+    batch_of,
     load_modules,
     save_small_model,
+    submit,
     wait_for_rows,
 )
+from tests.small_actor import serving as serve
 
 TOKENS, TOP_K = 12, 2
 HALVES = tuple(Replica(expert=expert, actor=f"expert-{expert.index // 2}") for expert in EXPERTS)
@@ -337,6 +341,44 @@ def call_in_thread(remote: RemoteExperts, caller: ThreadPoolExecutor) -> Callabl
 
     future = caller.submit(call)
     return lambda: future.result(TIMEOUT_S)
+
+
+def test_a_retry_changes_no_bit_of_a_sum_over_three_actors(checkpoint: Path) -> None:
+    """Partial sums are added in the order of the actors, not of their answers."""
+    names = [f"expert-{i}" for i in range(3)]
+    with ExitStack() as running, ThreadPoolExecutor(1) as caller:
+        services = {
+            name: running.enter_context(serve(checkpoint, name, max_queue_bytes=TOKENS * WIDTH * 4)) for name in names
+        }
+        placement = Placement(
+            term=1,
+            generation=1,
+            layer_experts={LAYER: len(EXPERTS)},
+            actors={n: ActorAddress(actor=n, address="", incarnation=s.incarnation) for n, s in services.items()},
+            replicas=tuple(Replica(expert=expert, actor=names[expert.index % 3]) for expert in EXPERTS),
+        )
+        metrics = Metrics(model="m")
+        pool = ExpertPool(
+            FixedPlacement(placement),
+            connect=lambda address: InProcessTransport(services[address.actor]),
+            control=lambda address: services[address.actor],
+        )
+        remote = RemoteExperts(pool, metrics=metrics)
+        x_TD, _, _ = tokens()
+        routing = torch.tensor([[0, 1, 2]]).expand(TOKENS, 3).contiguous(), torch.rand(TOKENS, 3)
+
+        @torch.no_grad()
+        def call() -> torch.Tensor:
+            return remote(LAYER, x_TD, *routing)
+
+        undisturbed = call()
+        first = services["expert-0"]
+        with Occupied(first):
+            submit(first, batch_of(TOKENS))  # fills the queue
+            result = caller.submit(call)
+            while 'reason="exhausted"' not in metrics.render():
+                time.sleep(0.002)
+        assert torch.equal(result.result(TIMEOUT_S), undisturbed)
 
 
 def test_only_the_pairs_that_moved_are_sent_again_by_the_newer_placement(
