@@ -20,10 +20,11 @@ _COMMON_OPTIONS = [
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
+    # On both ends: a server that does not permit them ends a connection without calls after three pings.
+    ("grpc.keepalive_permit_without_calls", 1),
 ]
 CHANNEL_OPTIONS = [
     *_COMMON_OPTIONS,
-    ("grpc.keepalive_permit_without_calls", 1),
     # A channel of our own: a shared subchannel would keep the backoff of a peer that has come back since.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
