@@ -93,12 +93,15 @@ def write_checkpoint(directory: Path) -> None:
 
 @lru_cache(maxsize=1)
 def start_actors(setup: Setup) -> tuple[Placement, list[Any]]:
-    """The actors of a setup: where they are, and their handles, without which they end."""
+    """The actors of a setup: where they are, and their handles, without which they end.
+
+    They ask Ray for no CPU: those of the setup before are let go only when these are there.
+    """
     replicas = tuple(
         Replica(expert=ExpertId(layer=0, index=index), actor=f"expert-{index // EXPERTS_PER_ACTOR}")
         for index in range(NUM_EXPERTS)
     )
-    actor_class: Any = ray.remote(num_cpus=1, runtime_env={"env_vars": ACTOR_ENV})(ExpertActor)
+    actor_class: Any = ray.remote(num_cpus=0, runtime_env={"env_vars": ACTOR_ENV})(ExpertActor)
     handles: list[Any] = []
     for actor in range(NUM_ACTORS):
         name = f"expert-{actor}"
