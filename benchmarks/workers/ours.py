@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,19 +144,18 @@ def make_call(checkpoint: str, invariant: bool, case: Case) -> Call:
     setup = Setup(checkpoint=checkpoint, dtype=case.dtype, trained=trained, invariant=invariant)
     remote = connect(setup, case.transport)
     batches = itertools.cycle(make_batches(case))
-    attempts = itertools.count(1)
 
     def forward() -> None:
         batch = next(batches)
         with torch.inference_mode():
             remote(0, batch.x_TD, batch.ids_TK, batch.weights_TK)
 
-    return forward if case.direction == "forward" else lambda: forward_backward(remote, next(batches), next(attempts))
+    return forward if case.direction == "forward" else lambda: forward_backward(remote, next(batches))
 
 
-def forward_backward(remote: RemoteExperts, batch: Batch, attempt: int) -> None:
+def forward_backward(remote: RemoteExperts, batch: Batch) -> None:
     """Gradients of the rows, the gate's weights and every parameter; a new attempt drops the earlier call's."""
-    tag = StepTag(term=1, step=1, attempt=attempt)
+    tag = StepTag(term=1, step=1, attempt=time.monotonic_ns())  # grows over all cases on the same actors
     x_TD = batch.x_TD.detach().requires_grad_()
     weights_TK = batch.weights_TK.detach().requires_grad_()
     with remote.training(tag):
