@@ -24,8 +24,6 @@ from tests.training_runs import assert_equal_within, losses, losses_in_one_proce
 
 TOLERANCE = 1e-5
 VICTIM = "expert-2"
-
-pytestmark = pytest.mark.timeout(400)  # a guard against hanging: actors start anew within each test
 PHASES = ("train_forward", "backward", "reduce", "prepare", "commit")
 
 
