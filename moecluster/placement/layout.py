@@ -1,0 +1,97 @@
+"""The planner's numbers: a fleet of actors, and a layout of replicas on it. Names and gRPC are left outside.
+
+Shape letters: L MoE layers, E experts of a layer (the most, if layers differ), A actors, R replicas over all layers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """The actors that replicas can stand on. Nothing need divide anything; actors may differ in all."""
+
+    slots_A: Ints  # room for replicas of EACH layer; 0: the actor is being drained
+    speed_A: Floats  # rows per busy second, in any unit; positive
+    node_A: Ints  # which node the actor is on; equal numbers share a node
+    expert_bytes_L: Floats  # of one expert of the layer
+
+    @property
+    def num_actors(self) -> int:
+        return len(self.slots_A)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which replicas stand where, and their shares. Sorted by (layer, expert, actor), each at most once."""
+
+    num_experts_L: Ints  # E of each layer
+    layer_R: Ints  # position of the layer, in [0, L)
+    expert_R: Ints  # in [0, num_experts_L[layer])
+    actor_R: Ints  # in [0, A)
+    share_R: Floats  # those of an expert sum to 1
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.layer_R)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.num_experts_L)
+
+    @property
+    def max_experts(self) -> int:
+        """E of the widest layer: the width of load_LE."""
+        return int(self.num_experts_L.max(initial=0))
+
+    @property
+    def expert_key_R(self) -> Ints:
+        """layer * E + expert: indexes a flattened load_LE."""
+        return self.layer_R * self.max_experts + self.expert_R
+
+
+def make_layout(num_experts_L: Ints, layer_R: Ints, expert_R: Ints, actor_R: Ints, share_R: Floats) -> Layout:
+    """A layout of replicas in any order."""
+    order = np.lexsort((actor_R, expert_R, layer_R))
+    return Layout(
+        num_experts_L=np.asarray(num_experts_L, dtype=np.int64),
+        layer_R=np.asarray(layer_R, dtype=np.int64)[order],
+        expert_R=np.asarray(expert_R, dtype=np.int64)[order],
+        actor_R=np.asarray(actor_R, dtype=np.int64)[order],
+        share_R=np.asarray(share_R, dtype=np.float64)[order],
+    )
+
+
+def actor_load_LA(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
+    """Load of every actor in every layer, divided by its speed: [L, A]."""
+    load_R = load_LE.reshape(-1)[layout.expert_key_R] * layout.share_R
+    key_R = layout.layer_R * fleet.num_actors + layout.actor_R
+    load_LA = np.bincount(key_R, weights=load_R, minlength=layout.num_layers * fleet.num_actors)
+    loads: Floats = load_LA.reshape(layout.num_layers, fleet.num_actors) / fleet.speed_A
+    return loads
+
+
+def balancedness_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
+    """Per layer: the load per unit of speed that perfect spreading would give every actor with slots, over the load of
+    the worst actor; 1 is perfect. With equal speeds that is mean load / max load. Layers without load have 1."""
+    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
+    ideal_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
+    balancedness: Floats = np.divide(ideal_L, worst_L, out=np.ones_like(worst_L), where=worst_L > 0)
+    return balancedness
+
+
+def added_R(before: Layout, after: Layout) -> Bools:
+    """Which replicas of `after` do not stand in `before`: [R of after]."""
+    width = int(max(before.actor_R.max(initial=0), after.actor_R.max(initial=0))) + 1
+    return ~np.isin(after.expert_key_R * width + after.actor_R, before.expert_key_R * width + before.actor_R)
+
+
+def moved_bytes(before: Layout, after: Layout, fleet: Fleet) -> float:
+    """What going from one layout to another loads."""
+    return float(fleet.expert_bytes_L[after.layer_R[added_R(before, after)]].sum())
