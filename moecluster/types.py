@@ -64,6 +64,7 @@ class ActorAddress:
     actor: str
     address: str  # host:port
     incarnation: str  # a new one at each start of the process
+    node: str = ""  # which machine; empty: not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Placement:
     layer_experts: Mapping[int, int]  # MoE layer -> its number of experts E, replicas or not
     actors: Mapping[str, ActorAddress]
     replicas: tuple[Replica, ...]
+    held: bool = False  # nothing moves until the training runs that asked for it have ended
 
     @property
     def number(self) -> tuple[int, int]:
@@ -185,6 +187,17 @@ class ReduceResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActorWork:
+    """What an expert actor has done since the start of this life."""
+
+    computed_rows: int = 0  # (row, expert) pairs
+    busy_s: float = 0.0  # computing
+    batches: int = 0  # messages taken off the queue
+    queue_wait_s: float = 0.0  # the sum of what those waited
+    queue_rows: int = 0  # waiting now
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertActorStatus:
     """What an expert actor says of itself."""
 
@@ -199,6 +212,8 @@ class ExpertActorStatus:
     prepared: StepTag | None
     rss_bytes: int
     checkpoint: str = ""  # as the last set_placement said
+    picture: bytes = b""  # likewise, if it was asked for
+    work: ActorWork = field(default_factory=ActorWork)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +228,40 @@ class ActorState:
     restarts: int
 
 
+class OperationPhase(Enum):
+    """How far an operation is."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    COMMITTING = "committing"
+    DONE = "done"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        return self in (OperationPhase.DONE, OperationPhase.FAILED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One change of placement or size."""
+
+    id: str
+    kind: str  # reshare | rebalance | restore | scale | drain | place | wake | cool
+    phase: OperationPhase = OperationPhase.QUEUED
+    reason: str
+    detail: str = ""  # what is being done, or why it failed
+    arguments: tuple[str, ...] = ()  # of what was asked: a number of actors, a node, an expert and its actors
+    created_s: float  # Unix time, as ended_s
+    ended_s: float | None = None
+    balancedness_before: float | None = None
+    balancedness_predicted: float | None = None
+    balancedness_measured: float | None = None  # over the window that followed
+    moved_bytes: int = 0
+    added_replicas: int = 0
+    removed_replicas: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ControllerStatus:
     """What the controller says of the cluster."""
@@ -222,6 +271,49 @@ class ControllerStatus:
     actors: tuple[ActorState, ...]
     checkpoint: str
     routers: int  # with a lease
+    policy: str = ""
+    held: bool = False
+    replicas: int = 0
+    cold_experts: int = 0  # without a replica on purpose
+    operations: tuple[Operation, ...] = ()  # under way
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanPreview:
+    """What a policy would do now."""
+
+    policy: str
+    reason: str
+    balancedness_before: float
+    balancedness_after: float
+    moved_bytes: float
+    added: tuple[Replica, ...]
+    removed: tuple[Replica, ...]
+    changed_shares: int  # replicas that stay, with another share
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorLoads:
+    """One expert actor as the planner sees it."""
+
+    actor: str
+    node: str
+    computed_rows: int
+    busy_s: float
+    speed: float  # 1 is the usual one
+    slots: int  # of each layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterLoads:
+    """What was counted since the controller began."""
+
+    time_s: float  # Unix time
+    model: str
+    tokens: Mapping[str, Mapping[int, tuple[int, ...]]]  # router -> layer -> assignments per expert, of this life of it
+    actors: tuple[ActorLoads, ...]
+    layer_experts: Mapping[int, int]
+    expert_bytes: Mapping[int, float]  # of one expert of the layer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,46 @@ class ControllerServiceStub(object):
                 request_serializer=moecluster_dot_proto_dot_controller__pb2.ControllerStatusRequest.SerializeToString,
                 response_deserializer=moecluster_dot_proto_dot_controller__pb2.ControllerStatus.FromString,
                 _registered_method=True)
+        self.WantExperts = channel.unary_unary(
+                '/moecluster.v1.ControllerService/WantExperts',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.WantRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.WantReply.FromString,
+                _registered_method=True)
+        self.Loads = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Loads',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.LoadsRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.LoadsReply.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Scale',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Drain',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.DrainRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+                _registered_method=True)
+        self.Place = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Place',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.PlaceRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+                _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Plan',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.PlanRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.PlanReply.FromString,
+                _registered_method=True)
+        self.GetOperation = channel.unary_unary(
+                '/moecluster.v1.ControllerService/GetOperation',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.GetOperationRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+                _registered_method=True)
+        self.ListOperations = channel.unary_unary(
+                '/moecluster.v1.ControllerService/ListOperations',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.ListOperationsRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.OperationList.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer(object):
@@ -97,6 +137,58 @@ class ControllerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WantExperts(self, request, context):
+        """A router met tokens for experts that stand nowhere: they are loaded again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Loads(self, request, context):
+        """What was counted since the controller began, for recording.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Place(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Plan(self, request, context):
+        """What the policy would do now; nothing is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetOperation(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOperations(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +216,46 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=moecluster_dot_proto_dot_controller__pb2.ControllerStatusRequest.FromString,
                     response_serializer=moecluster_dot_proto_dot_controller__pb2.ControllerStatus.SerializeToString,
+            ),
+            'WantExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.WantExperts,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.WantRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.WantReply.SerializeToString,
+            ),
+            'Loads': grpc.unary_unary_rpc_method_handler(
+                    servicer.Loads,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.LoadsRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.LoadsReply.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.ScaleRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.Operation.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.DrainRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.Operation.SerializeToString,
+            ),
+            'Place': grpc.unary_unary_rpc_method_handler(
+                    servicer.Place,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.PlaceRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.Operation.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.PlanRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.PlanReply.SerializeToString,
+            ),
+            'GetOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOperation,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.GetOperationRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.Operation.SerializeToString,
+            ),
+            'ListOperations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperations,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.ListOperationsRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.OperationList.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +393,222 @@ class ControllerService(object):
             '/moecluster.v1.ControllerService/Status',
             moecluster_dot_proto_dot_controller__pb2.ControllerStatusRequest.SerializeToString,
             moecluster_dot_proto_dot_controller__pb2.ControllerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WantExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/WantExperts',
+            moecluster_dot_proto_dot_controller__pb2.WantRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.WantReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Loads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Loads',
+            moecluster_dot_proto_dot_controller__pb2.LoadsRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.LoadsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Scale',
+            moecluster_dot_proto_dot_controller__pb2.ScaleRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Drain',
+            moecluster_dot_proto_dot_controller__pb2.DrainRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Place(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Place',
+            moecluster_dot_proto_dot_controller__pb2.PlaceRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Plan',
+            moecluster_dot_proto_dot_controller__pb2.PlanRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/GetOperation',
+            moecluster_dot_proto_dot_controller__pb2.GetOperationRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/ListOperations',
+            moecluster_dot_proto_dot_controller__pb2.ListOperationsRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.OperationList.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,50 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.ControllerStatus,
     ]
 
+    WantExperts: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.WantRequest,
+        moecluster.proto.controller_pb2.WantReply,
+    ]
+    """A router met tokens for experts that stand nowhere: they are loaded again."""
+
+    Loads: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.LoadsRequest,
+        moecluster.proto.controller_pb2.LoadsReply,
+    ]
+    """What was counted since the controller began, for recording."""
+
+    Scale: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.ScaleRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+    """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new."""
+
+    Drain: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.DrainRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+
+    Place: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.PlaceRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+
+    Plan: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.PlanRequest,
+        moecluster.proto.controller_pb2.PlanReply,
+    ]
+    """What the policy would do now; nothing is done."""
+
+    GetOperation: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.GetOperationRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+
+    ListOperations: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.ListOperationsRequest,
+        moecluster.proto.controller_pb2.OperationList,
+    ]
+
 class ControllerServiceAsyncStub:
     WatchPlacement: grpc.aio.StreamStreamMultiCallable[
         moecluster.proto.controller_pb2.WatchRequest,
@@ -74,6 +118,50 @@ class ControllerServiceAsyncStub:
     Status: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ControllerStatusRequest,
         moecluster.proto.controller_pb2.ControllerStatus,
+    ]
+
+    WantExperts: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.WantRequest,
+        moecluster.proto.controller_pb2.WantReply,
+    ]
+    """A router met tokens for experts that stand nowhere: they are loaded again."""
+
+    Loads: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.LoadsRequest,
+        moecluster.proto.controller_pb2.LoadsReply,
+    ]
+    """What was counted since the controller began, for recording."""
+
+    Scale: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.ScaleRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+    """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new."""
+
+    Drain: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.DrainRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+
+    Place: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.PlaceRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+
+    Plan: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.PlanRequest,
+        moecluster.proto.controller_pb2.PlanReply,
+    ]
+    """What the policy would do now; nothing is done."""
+
+    GetOperation: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.GetOperationRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+
+    ListOperations: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.ListOperationsRequest,
+        moecluster.proto.controller_pb2.OperationList,
     ]
 
 class ControllerServiceServicer(metaclass=abc.ABCMeta):
@@ -114,5 +202,65 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.ControllerStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.ControllerStatus, collections.abc.Awaitable[moecluster.proto.controller_pb2.ControllerStatus]]: ...
+
+    @abc.abstractmethod
+    def WantExperts(
+        self,
+        request: moecluster.proto.controller_pb2.WantRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.WantReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.WantReply]]:
+        """A router met tokens for experts that stand nowhere: they are loaded again."""
+
+    @abc.abstractmethod
+    def Loads(
+        self,
+        request: moecluster.proto.controller_pb2.LoadsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.LoadsReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.LoadsReply]]:
+        """What was counted since the controller began, for recording."""
+
+    @abc.abstractmethod
+    def Scale(
+        self,
+        request: moecluster.proto.controller_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]:
+        """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new."""
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: moecluster.proto.controller_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]: ...
+
+    @abc.abstractmethod
+    def Place(
+        self,
+        request: moecluster.proto.controller_pb2.PlaceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]: ...
+
+    @abc.abstractmethod
+    def Plan(
+        self,
+        request: moecluster.proto.controller_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.PlanReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.PlanReply]]:
+        """What the policy would do now; nothing is done."""
+
+    @abc.abstractmethod
+    def GetOperation(
+        self,
+        request: moecluster.proto.controller_pb2.GetOperationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]: ...
+
+    @abc.abstractmethod
+    def ListOperations(
+        self,
+        request: moecluster.proto.controller_pb2.ListOperationsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.OperationList, collections.abc.Awaitable[moecluster.proto.controller_pb2.OperationList]]: ...
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

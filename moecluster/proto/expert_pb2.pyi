@@ -172,7 +172,7 @@ class OptimizerSettings(_message.Message):
     def __init__(self, name: _Optional[str] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("term", "experts", "checkpoint", "dtype", "weight_version", "optimizer", "replace", "training_term", "timeout_s")
+    __slots__ = ("term", "experts", "checkpoint", "dtype", "weight_version", "optimizer", "replace", "training_term", "timeout_s", "peer_address", "peer_incarnation", "max_bytes_per_s")
     TERM_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,9 @@ class LoadRequest(_message.Message):
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     TRAINING_TERM_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PEER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     term: int
     experts: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
     checkpoint: str
@@ -191,7 +194,10 @@ class LoadRequest(_message.Message):
     replace: bool
     training_term: int
     timeout_s: float
-    def __init__(self, term: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., dtype: _Optional[str] = ..., weight_version: _Optional[int] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., replace: bool = ..., training_term: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    peer_address: str
+    peer_incarnation: str
+    max_bytes_per_s: int
+    def __init__(self, term: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., dtype: _Optional[str] = ..., weight_version: _Optional[int] = ..., optimizer: _Optional[_Union[OptimizerSettings, _Mapping]] = ..., replace: bool = ..., training_term: _Optional[int] = ..., timeout_s: _Optional[float] = ..., peer_address: _Optional[str] = ..., peer_incarnation: _Optional[str] = ..., max_bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class LoadReply(_message.Message):
     __slots__ = ("loaded_bytes",)
@@ -200,26 +206,30 @@ class LoadReply(_message.Message):
     def __init__(self, loaded_bytes: _Optional[int] = ...) -> None: ...
 
 class UnloadRequest(_message.Message):
-    __slots__ = ("term", "experts")
+    __slots__ = ("term", "experts", "drain_timeout_s")
     TERM_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     term: int
     experts: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
-    def __init__(self, term: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ...) -> None: ...
+    drain_timeout_s: float
+    def __init__(self, term: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., drain_timeout_s: _Optional[float] = ...) -> None: ...
 
 class UnloadReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class SetPlacementRequest(_message.Message):
-    __slots__ = ("term", "generation", "checkpoint")
+    __slots__ = ("term", "generation", "checkpoint", "picture")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     checkpoint: str
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    picture: bytes
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ...) -> None: ...
 
 class SetPlacementReply(_message.Message):
     __slots__ = ()
@@ -322,13 +332,15 @@ class AbortReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("training_term",)
+    __slots__ = ("training_term", "with_picture")
     TRAINING_TERM_FIELD_NUMBER: _ClassVar[int]
+    WITH_PICTURE_FIELD_NUMBER: _ClassVar[int]
     training_term: int
-    def __init__(self, training_term: _Optional[int] = ...) -> None: ...
+    with_picture: bool
+    def __init__(self, training_term: _Optional[int] = ..., with_picture: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint")
+    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "picture", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +353,12 @@ class StatusReply(_message.Message):
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_ROWS_FIELD_NUMBER: _ClassVar[int]
     actor: str
     incarnation: str
     placement_term: int
@@ -353,4 +371,10 @@ class StatusReply(_message.Message):
     prepared: StepTag
     rss_bytes: int
     checkpoint: str
-    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    picture: bytes
+    computed_rows: int
+    busy_s: float
+    batches: int
+    queue_wait_s: float
+    queue_rows: int
+    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ...) -> None: ...
