@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
 
-from moecluster.config import ModelConfig
 from moecluster.errors import DeadlineExceeded, Unavailable
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.models.own_build import build_model
 from moecluster.roles.actor_keeper import ControlConnection, LifeWatch
 from moecluster.roles.expert_service import ExpertService
+from moecluster.sections import ModelConfig
 from moecluster.types import ActorAddress
 
 TINY = ModelConfig(

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from moecluster.config import ModelConfig
 from moecluster.experts.base import Expert
 from moecluster.experts.registry import make_expert
 from moecluster.hf.modelling import MODEL_BUILDING, strip_experts
 from moecluster.models.own_config import OwnConfig, own_config
 from moecluster.models.own_model import OwnForCausalLM, OwnModel, OwnPreTrainedModel
+from moecluster.sections import ModelConfig
 from moecluster.types import ExpertId
 
 

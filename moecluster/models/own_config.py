@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from moecluster.config import ModelConfig
 from moecluster.models.byte_tokenizer import BEGIN_ID, END_ID, PAD_ID, VOCAB_SIZE
+from moecluster.sections import ModelConfig
 
 
 class OwnConfig(PreTrainedConfig):

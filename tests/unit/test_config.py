@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.config import SECTIONS, Config, ModelConfig, load_config, parse_override, preset_names, read_config
+from moecluster.config import SECTIONS, Config, load_config, parse_override, preset_names, read_config
 from moecluster.errors import ConfigError
+from moecluster.sections import ModelConfig
 
 
 def complaint(tables: dict[str, object]) -> str:

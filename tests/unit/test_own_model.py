@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from moecluster.config import ModelConfig, load_config, preset_names
+from moecluster.config import load_config, preset_names
 from moecluster.errors import ConfigError
 from moecluster.hf import attach
 from moecluster.models.own_build import build_expert, build_model, empty_own_model, register_own_family
 from moecluster.models.own_model import OwnExperts, OwnForCausalLM
+from moecluster.sections import ModelConfig
 from moecluster.types import ExpertId
 
 TINY = ModelConfig(
