@@ -6,6 +6,7 @@ MoeClusterError
 │   ├── CheckpointError                  a model directory that is missing, torn or of another shape
 │   ├── UnsupportedModelError            a model family that cannot be attached
 │   ├── DataError                        training text that is empty, binary or too short
+│   ├── TraceError                       a trace of loads that is missing, torn or of another shape
 │   └── ResourceError                    too few slots, CPUs or GPUs, a port in use, no cluster there
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
@@ -40,6 +41,10 @@ class UnsupportedModelError(UserError):
 
 class DataError(UserError):
     """Training text is empty, binary, or too short."""
+
+
+class TraceError(UserError):
+    """A trace of a cluster's loads is missing, torn, or of another shape. Names file and line."""
 
 
 class ResourceError(UserError):
