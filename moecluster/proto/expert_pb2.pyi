@@ -236,17 +236,19 @@ class SetPlacementReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ExportRequest(_message.Message):
-    __slots__ = ("experts", "with_optimizer", "step")
+    __slots__ = ("experts", "with_optimizer", "step", "incarnation")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     WITH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
     with_optimizer: bool
     step: int
-    def __init__(self, experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., with_optimizer: bool = ..., step: _Optional[int] = ...) -> None: ...
+    incarnation: str
+    def __init__(self, experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., with_optimizer: bool = ..., step: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
 
 class ExportChunk(_message.Message):
-    __slots__ = ("expert", "name", "dtype", "shape", "offset_bytes", "content", "crc32")
+    __slots__ = ("expert", "name", "dtype", "shape", "offset_bytes", "content", "crc32", "weight_version")
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +256,7 @@ class ExportChunk(_message.Message):
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     expert: _tensor_pb2.ExpertRef
     name: str
     dtype: _tensor_pb2.DType
@@ -261,7 +264,8 @@ class ExportChunk(_message.Message):
     offset_bytes: int
     content: bytes
     crc32: int
-    def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., offset_bytes: _Optional[int] = ..., content: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+    weight_version: int
+    def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., offset_bytes: _Optional[int] = ..., content: _Optional[bytes] = ..., crc32: _Optional[int] = ..., weight_version: _Optional[int] = ...) -> None: ...
 
 class MessageKey(_message.Message):
     __slots__ = ("rank", "micro_batch", "layer", "pass_index", "rows")

@@ -21,15 +21,16 @@ from moecluster.experts import compute
 from moecluster.experts.blocks import BlockRunner, prove
 from moecluster.experts.kept_activations import KeptActivations
 from moecluster.experts.step_state import StepState
-from moecluster.hf import ExpertShard
+from moecluster.hf.shard import ExpertShard
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.training_files import read_optimizer_state, read_step
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
 from moecluster.roles.hosted_experts import HostedExperts, read_experts
-from moecluster.rpc.interfaces import ExportedTensor, Reply
+from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ExportedTensor, Reply
 from moecluster.types import (
+    ActorAddress,
     ComputeBatch,
     ComputeResult,
     ExpertActorStatus,
@@ -73,6 +74,7 @@ class ExpertService:
         self._controller_term = 0
         self._placement = (0, 0)
         self._checkpoint = ""  # as the last set_placement said
+        self._picture = b""  # likewise
         self._weight_version = 0
         self._sources: dict[str, ExpertSource] = {}
         self._thread = threading.Thread(target=self._compute_forever, name=f"compute-{name}", daemon=True)
@@ -186,6 +188,8 @@ class ExpertService:
         replace: bool = False,
         training_term: int = 0,
         timeout_s: float = 60.0,
+        peer: ActorAddress | None = None,
+        max_bytes_per_s: int = 0,
     ) -> int:
         """Loads experts out of a checkpoint directory; what is hosted already stays unless replaced.
 
@@ -218,7 +222,7 @@ class ExpertService:
                 self._weight_version = weight_version
         return loaded_bytes
 
-    def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
+    def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
         """Drops experts; unknown ones are fine."""
         with self._orders_lock, self._state_lock:
             self._fence(term)
@@ -227,15 +231,28 @@ class ExpertService:
                 if self._training is not None:
                     self._training.remove(str(expert))
 
-    def set_placement(self, *, term: int, generation: int, checkpoint: str = "") -> None:
-        """The placement that now stands, and what lost experts are loaded from; status returns both."""
+    def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
+        """The placement that now stands, what lost experts are loaded from, and the controller's picture.
+
+        status returns them; an empty picture leaves the last one. Raises StaleOrder, InvalidMessage.
+        """
+        if len(picture) > MAX_PICTURE_BYTES:
+            raise InvalidMessage(f"picture: {len(picture)} bytes, at most {MAX_PICTURE_BYTES}")
         with self._orders_lock:
             self._fence(term)
             if (term, generation) >= self._placement:
                 self._placement, self._checkpoint = (term, generation), checkpoint
+                self._picture = picture or self._picture
 
-    def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
-        """Copies of the experts' tensors, one expert at a time. Raises NotHosted, StaleOrder for another step."""
+    def export(
+        self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
+    ) -> Iterator[ExportedTensor]:
+        """Copies of the experts' tensors, one expert at a time.
+
+        Raises NotHosted, StaleOrder for another step or incarnation.
+        """
+        if incarnation and incarnation != self.incarnation:
+            raise StaleOrder(f"this is incarnation {self.incarnation}, not {incarnation}")
         for expert in experts:
             with self._state_lock:
                 if step and (self._training is None or self._training.step != step):
@@ -246,7 +263,7 @@ class ExpertService:
                     state = self._trained().state_tensors(str(expert))
                     tensors |= {f"optimizer/{name}": value.clone() for name, value in state.items()}
             for name, value in tensors.items():
-                yield ExportedTensor(expert=expert, name=name, value=value)
+                yield ExportedTensor(expert=expert, name=name, value=value, weight_version=self._weight_version)
 
     # -- orders of the step coordinator --
 
@@ -271,7 +288,7 @@ class ExpertService:
                 self._training.abort(tag)
             self._kept.forget(tag)
 
-    def status(self, training_term: int = 0) -> ExpertActorStatus:
+    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
         with self._state_lock:
             training = self._training
             if training_term and training is not None:
@@ -288,6 +305,7 @@ class ExpertService:
                 prepared=training.prepared if training is not None else None,
                 rss_bytes=psutil.Process().memory_info().rss,
                 checkpoint=self._checkpoint,
+                picture=self._picture if with_picture else b"",
             )
 
     # -- within --

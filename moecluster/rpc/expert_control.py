@@ -15,6 +15,8 @@ from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import (
+    ActorAddress,
+    ActorWork,
     ExpertActorStatus,
     ExpertId,
     MessageKey,
@@ -57,6 +59,8 @@ class GrpcExpertControl:
         replace: bool = False,
         training_term: int = 0,
         timeout_s: float = 60.0,
+        peer: ActorAddress | None = None,
+        max_bytes_per_s: int = 0,
     ) -> int:
         request = expert_pb2.LoadRequest(
             term=term,
@@ -67,6 +71,9 @@ class GrpcExpertControl:
             replace=replace,
             training_term=training_term,
             timeout_s=timeout_s,
+            peer_address=peer.address if peer is not None else "",
+            peer_incarnation=peer.incarnation if peer is not None else "",
+            max_bytes_per_s=max_bytes_per_s,
         )
         if optimizer is not None:
             request.optimizer.CopyFrom(
@@ -81,15 +88,22 @@ class GrpcExpertControl:
             )
         return int(self._call(self._stub.Load, request, timeout_s).loaded_bytes)
 
-    def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
-        self._call(self._stub.Unload, expert_pb2.UnloadRequest(term=term, experts=_refs(experts)))
+    def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
+        request = expert_pb2.UnloadRequest(term=term, experts=_refs(experts), drain_timeout_s=drain_timeout_s)
+        self._call(self._stub.Unload, request, self._timeout_s + drain_timeout_s)
 
-    def set_placement(self, *, term: int, generation: int, checkpoint: str = "") -> None:
-        request = expert_pb2.SetPlacementRequest(term=term, generation=generation, checkpoint=checkpoint)
+    def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
+        request = expert_pb2.SetPlacementRequest(
+            term=term, generation=generation, checkpoint=checkpoint, picture=picture
+        )
         self._call(self._stub.SetPlacement, request)
 
-    def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
-        request = expert_pb2.ExportRequest(experts=_refs(experts), with_optimizer=with_optimizer, step=step)
+    def export(
+        self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
+    ) -> Iterator[ExportedTensor]:
+        request = expert_pb2.ExportRequest(
+            experts=_refs(experts), with_optimizer=with_optimizer, step=step, incarnation=incarnation
+        )
         try:
             yield from _assemble(self._stub.Export(request, timeout=EXPORT_TIMEOUT_S))
         except grpc.RpcError as exc:
@@ -124,8 +138,9 @@ class GrpcExpertControl:
     def abort(self, tag: StepTag) -> None:
         self._call(self._stub.Abort, expert_pb2.AbortRequest(step=codec.encode_step(tag)))
 
-    def status(self, training_term: int = 0) -> ExpertActorStatus:
-        reply = self._call(self._stub.Status, expert_pb2.StatusRequest(training_term=training_term))
+    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
+        request = expert_pb2.StatusRequest(training_term=training_term, with_picture=with_picture)
+        reply = self._call(self._stub.Status, request)
         return ExpertActorStatus(
             actor=reply.actor,
             incarnation=reply.incarnation,
@@ -138,6 +153,14 @@ class GrpcExpertControl:
             prepared=codec.decode_step(reply.prepared) if reply.HasField("prepared") else None,
             rss_bytes=reply.rss_bytes,
             checkpoint=reply.checkpoint,
+            picture=reply.picture,
+            work=ActorWork(
+                computed_rows=reply.computed_rows,
+                busy_s=reply.busy_s,
+                batches=reply.batches,
+                queue_wait_s=reply.queue_wait_s,
+                queue_rows=reply.queue_rows,
+            ),
         )
 
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:

@@ -1,5 +1,6 @@
 """ExpertService at the server's edge: unary orders here, the Compute stream in compute_session.py."""
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
@@ -13,11 +14,12 @@ from moecluster.rpc.compute_session import ComputeSession
 from moecluster.rpc.interfaces import ComputeHandler, ExpertControl
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
-from moecluster.types import ExpertId, MessageKey, OptimizerSettings, StepTag
+from moecluster.types import ActorAddress, ExpertId, MessageKey, OptimizerSettings, StepTag
 
 CHUNK_BYTES = 4 * 2**20
 MAX_EXPERTS_PER_ORDER = 2**16
 MAX_TIMEOUT_S = 3600.0
+HOST_PORT = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}:[0-9]{1,5}")
 ReplyT = TypeVar("ReplyT")
 StepOrder = expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest
 
@@ -62,6 +64,19 @@ def _optimizer(request: expert_pb2.LoadRequest) -> OptimizerSettings | None:
     return settings
 
 
+def _peer(request: expert_pb2.LoadRequest) -> ActorAddress | None:
+    if not request.peer_address:
+        if request.peer_incarnation:
+            raise InvalidMessage("peer_address: missing, and there is a peer_incarnation")
+        return None
+    if not HOST_PORT.fullmatch(request.peer_address):
+        raise InvalidMessage(f"peer_address: {request.peer_address[:80]!r} is no host:port")
+    if not request.peer_incarnation:
+        raise InvalidMessage("peer_incarnation: missing")
+    # The order does not name the peer, and nothing here asks for its name but errors.
+    return ActorAddress(actor=request.peer_address, address=request.peer_address, incarnation=request.peer_incarnation)
+
+
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     """Translates messages to calls of the handler, and its errors to status codes."""
 
@@ -87,6 +102,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 replace=request.replace,
                 training_term=request.training_term,
                 timeout_s=request.timeout_s,
+                peer=_peer(request),
+                max_bytes_per_s=request.max_bytes_per_s,
             )
             return expert_pb2.LoadReply(loaded_bytes=loaded_bytes)
 
@@ -94,7 +111,13 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 
     def Unload(self, request: expert_pb2.UnloadRequest, context: grpc.ServicerContext) -> expert_pb2.UnloadReply:
         def unload() -> expert_pb2.UnloadReply:
-            self._handler.unload(term=request.term, experts=_experts(list(request.experts)))
+            if not 0 <= request.drain_timeout_s <= MAX_TIMEOUT_S:
+                raise InvalidMessage(f"drain_timeout_s: {request.drain_timeout_s}, not within 0 and {MAX_TIMEOUT_S:g}")
+            self._handler.unload(
+                term=request.term,
+                experts=_experts(list(request.experts)),
+                drain_timeout_s=request.drain_timeout_s,
+            )
             return expert_pb2.UnloadReply()
 
         return _answer(context, unload)
@@ -103,7 +126,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self, request: expert_pb2.SetPlacementRequest, context: grpc.ServicerContext
     ) -> expert_pb2.SetPlacementReply:
         def set_placement() -> expert_pb2.SetPlacementReply:
-            self._handler.set_placement(term=request.term, generation=request.generation, checkpoint=request.checkpoint)
+            self._handler.set_placement(
+                term=request.term,
+                generation=request.generation,
+                checkpoint=request.checkpoint,
+                picture=request.picture,
+            )
             return expert_pb2.SetPlacementReply()
 
         return _answer(context, set_placement)
@@ -113,7 +141,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     ) -> Iterator[expert_pb2.ExportChunk]:
         try:
             exported = self._handler.export(
-                experts=_experts(list(request.experts)), with_optimizer=request.with_optimizer, step=request.step
+                experts=_experts(list(request.experts)),
+                with_optimizer=request.with_optimizer,
+                step=request.step,
+                incarnation=request.incarnation,
             )
             for tensor in exported:
                 content = codec.tensor_bytes(tensor.value)
@@ -127,6 +158,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                         offset_bytes=offset,
                         content=chunk,
                         crc32=zlib.crc32(chunk),
+                        weight_version=tensor.weight_version,
                     )
         except MoeClusterError as exc:
             abort_with(context, exc)
@@ -171,7 +203,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 
     def Status(self, request: expert_pb2.StatusRequest, context: grpc.ServicerContext) -> expert_pb2.StatusReply:
         def status() -> expert_pb2.StatusReply:
-            found = self._handler.status(request.training_term)
+            found = self._handler.status(request.training_term, with_picture=request.with_picture)
             reply = expert_pb2.StatusReply(
                 actor=found.actor,
                 incarnation=found.incarnation,
@@ -183,6 +215,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 training_term=found.training_term,
                 rss_bytes=found.rss_bytes,
                 checkpoint=found.checkpoint,
+                picture=found.picture,
+                computed_rows=found.work.computed_rows,
+                busy_s=found.work.busy_s,
+                batches=found.work.batches,
+                queue_wait_s=found.work.queue_wait_s,
+                queue_rows=found.work.queue_rows,
             )
             if found.committed is not None:
                 reply.committed.CopyFrom(codec.encode_step(found.committed))

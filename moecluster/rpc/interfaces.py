@@ -9,6 +9,7 @@ import torch
 
 from moecluster.errors import MoeClusterError
 from moecluster.types import (
+    ActorAddress,
     ComputeBatch,
     ComputeResult,
     ExpertActorStatus,
@@ -19,6 +20,8 @@ from moecluster.types import (
     ReduceResult,
     StepTag,
 )
+
+MAX_PICTURE_BYTES = 64 * 2**20
 
 Reply = Callable[[ComputeResult | MoeClusterError], None]
 
@@ -73,6 +76,7 @@ class ExportedTensor:
     expert: ExpertId
     name: str  # a parameter's name, or optimizer/NAME/PARAMETER
     value: torch.Tensor
+    weight_version: int = 0  # that the actor serves
 
 
 class ExpertControl(Participant, Protocol):
@@ -90,17 +94,31 @@ class ExpertControl(Participant, Protocol):
         replace: bool = False,
         training_term: int = 0,
         timeout_s: float = 60.0,
+        peer: ActorAddress | None = None,
+        max_bytes_per_s: int = 0,
     ) -> int:
-        """Loads experts, and their optimizer state where the checkpoint has it. Returns the bytes loaded."""
+        """Loads experts, and their optimizer state where the checkpoint has it. Returns the bytes loaded.
 
-    def unload(self, *, term: int, experts: Sequence[ExpertId]) -> None:
-        """Drops experts; unknown ones are fine."""
+        With a peer the weights are copied from there, at most max_bytes_per_s of them (0: as fast as it goes); what the
+        peer cannot give raises Unavailable, and what came before stays.
+        """
 
-    def set_placement(self, *, term: int, generation: int, checkpoint: str = "") -> None:
-        """Tells the actor the placement that now stands, and what lost experts are loaded from; Status returns both."""
+    def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
+        """Drops experts, once nothing that waits wants them or the time is over; unknown ones are fine."""
 
-    def export(self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0) -> Iterator[ExportedTensor]:
-        """Streams the experts' tensors."""
+    def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
+        """Tells the actor the placement that now stands, and what lost experts are loaded from; status returns both.
+
+        picture: what the controller wants its successor to read, at most MAX_PICTURE_BYTES; b"" leaves the last one.
+        """
+
+    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
+        """Fences with the term if it is not 0, then reports."""
+
+    def export(
+        self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
+    ) -> Iterator[ExportedTensor]:
+        """Streams the experts' tensors; with an incarnation, only that life of the actor does."""
 
 
 class PlacementSource(Protocol):
