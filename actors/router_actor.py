@@ -16,7 +16,8 @@ from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.router import Router
-from moecluster.rpc.controller_client import ControllerClient, set_checkpoint
+from moecluster.rpc.controller_calls import set_checkpoint
+from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.interfaces import ExpertTransport

@@ -23,7 +23,8 @@ from moecluster.config import override, read_config
 from moecluster.errors import MoeClusterError
 from moecluster.metrics import Metrics
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_client import ControllerClient, controller_status
+from moecluster.rpc.controller_calls import controller_status
+from moecluster.rpc.controller_client import ControllerClient
 from moecluster.types import ControllerStatus
 
 FoundT = TypeVar("FoundT")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from moecluster.config import Config
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_client import set_checkpoint
+from moecluster.rpc.controller_calls import set_checkpoint
 from moecluster.training.events import Event
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.start import prepare_start, read_data, run_tokenizer

@@ -14,7 +14,7 @@ from actors.local_ray import is_running
 from actors.settings import Endpoints
 from actors.state import UpCluster
 from moecluster.errors import ResourceError, Unavailable
-from moecluster.rpc.controller_client import controller_status
+from moecluster.rpc.controller_calls import controller_status
 from moecluster.types import ActorState, ControllerStatus
 
 

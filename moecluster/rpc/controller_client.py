@@ -9,13 +9,15 @@ from typing import Any
 import grpc
 
 from moecluster.errors import MoeClusterError
-from moecluster.proto import controller_pb2, tensor_pb2
+from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
-from moecluster.rpc.controller_messages import MAX_REASON_LENGTH, decode_placement, decode_status
+from moecluster.rpc.fields import MAX_REASON_LENGTH
+from moecluster.rpc.load_messages import encode_load
 from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.placement_messages import decode_placement
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
-from moecluster.types import ControllerStatus, LoadSnapshot, Placement
+from moecluster.types import LoadSnapshot, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +69,7 @@ class ControllerClient:
 
     def report_load(self, load: LoadSnapshot) -> None:
         """Says what was counted in a window. Without a controller nothing is said."""
-        report = controller_pb2.LoadReport(
-            router=self._router,
-            window_s=load.window_s,
-            loads=[
-                controller_pb2.ExpertLoad(
-                    expert=tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index), assignments=assignments
-                )
-                for expert, assignments in load.tokens.items()
-            ],
-        )
-        self._say("ReportLoad", report)
+        self._say("ReportLoad", encode_load(self._router, load))
 
     def close(self) -> None:
         """Ends the stream and all waits."""
@@ -144,27 +136,3 @@ class ControllerClient:
                 self._applied.get(timeout=self._renew_s)
             except queue.Empty:
                 continue
-
-
-def controller_status(
-    address: str, *, timeout_s: float = 5.0, credentials: grpc.ChannelCredentials | None = None
-) -> ControllerStatus:
-    """The cluster as its controller sees it. Raises a MoeClusterError, Unavailable if nobody answers."""
-    with open_channel(address, credentials) as channel:
-        try:
-            request = controller_pb2.ControllerStatusRequest()
-            return decode_status(ControllerServiceStub(channel).Status(request, timeout=timeout_s))
-        except grpc.RpcError as exc:
-            raise from_rpc_error(exc, f"controller at {address}") from exc
-
-
-def set_checkpoint(
-    address: str, checkpoint: str, *, timeout_s: float = 10.0, credentials: grpc.ChannelCredentials | None = None
-) -> None:
-    """Tells the controller what lost experts are loaded from, from now on. Raises a MoeClusterError."""
-    with open_channel(address, credentials) as channel:
-        try:
-            request = controller_pb2.SetCheckpointRequest(checkpoint=checkpoint)
-            ControllerServiceStub(channel).SetCheckpoint(request, timeout=timeout_s)
-        except grpc.RpcError as exc:
-            raise from_rpc_error(exc, f"controller at {address}") from exc

@@ -1,46 +1,79 @@
-"""ControllerService at the server's edge: placements out, leases, failure reports and the new checkpoint in."""
+"""ControllerService at the server's edge: placements out; leases, reports and orders in."""
 
 import threading
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import grpc
 
 from moecluster.errors import InvalidMessage, MoeClusterError
 from moecluster.proto import controller_pb2, controller_pb2_grpc
-from moecluster.rpc.controller_messages import (
+from moecluster.rpc.controller_messages import encode_status
+from moecluster.rpc.fields import (
     MAX_REASON_LENGTH,
+    checked_count,
     checked_name,
+    checked_names,
+    checked_optional_name,
     checked_path,
-    decode_load,
-    encode_placement,
-    encode_status,
+    decode_expert,
+    decode_experts,
 )
 from moecluster.rpc.interfaces import PlacementSource
+from moecluster.rpc.load_messages import decode_load, encode_cluster_loads
+from moecluster.rpc.operation_messages import encode_operation, encode_operations, encode_plan
 from moecluster.rpc.placement_board import NEVER
+from moecluster.rpc.placement_messages import encode_placement
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
-from moecluster.types import ControllerStatus, LoadSnapshot
+from moecluster.types import ClusterLoads, ControllerStatus, ExpertId, LoadSnapshot, Operation, PlanPreview
 
 WAIT_S = 1.0  # between looks at whether a subscriber is still there
 
+AnswerT = TypeVar("AnswerT")
+
 
 class ControllerHandler(PlacementSource, Protocol):
-    """What stands behind the service."""
+    """What stands behind the service. A UserError of any call reaches the caller as it is."""
 
     lease_s: float
 
-    def renew_lease(self, router: str, applied: tuple[int, int]) -> None:
-        """A router is there, and has applied this placement."""
+    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool) -> None:
+        """A router is there, and has applied this placement. hold: it trains, so the placement must stay."""
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
         """What a router counted in its last window."""
+
+    def want_experts(self, router: str, experts: Sequence[ExpertId]) -> None:
+        """A router has tokens for experts that stand nowhere. Does not wait until they are loaded."""
 
     def set_checkpoint(self, checkpoint: str) -> None:
         """Lost experts are loaded from this directory from now on."""
 
     def status(self) -> ControllerStatus:
         """The cluster as the controller sees it."""
+
+    def loads(self) -> ClusterLoads:
+        """What was counted since the controller began."""
+
+    def scale(self, expert_actors: int, *, operation_id: str) -> Operation:
+        """Begins to make it so many actors. operation_id: empty, or one that a caller chose: known, it is not begun
+        again but returned (UserError if it asked for something else)."""
+
+    def drain(self, node: str, *, operation_id: str) -> Operation:
+        """Begins to empty a node, or one expert actor. operation_id as in scale."""
+
+    def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str) -> Operation:
+        """Begins to let an expert stand on exactly these actors; none: nowhere. operation_id as in scale."""
+
+    def plan(self, policy: str) -> PlanPreview:
+        """What a policy would do now; empty: the cluster's own. Does nothing."""
+
+    def operation(self, operation_id: str) -> Operation:
+        """How an operation stands. Raises UserError if it is not known."""
+
+    def operations(self, limit: int) -> tuple[Operation, ...]:
+        """The newest operations first, at most limit; 0: all that are kept."""
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
@@ -66,37 +99,92 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     def ReportFailure(
         self, request: controller_pb2.FailureReport, context: grpc.ServicerContext
     ) -> controller_pb2.FailureReply:
-        try:
+        def report() -> controller_pb2.FailureReply:
             checked_name(request.reporter, "reporter")
-            self._handler.report_failure(
-                checked_name(request.actor, "actor"), request.incarnation, request.reason[:MAX_REASON_LENGTH]
-            )
-        except MoeClusterError as exc:
-            abort_with(context, exc)
-        return controller_pb2.FailureReply()
+            actor = checked_name(request.actor, "actor")
+            self._handler.report_failure(actor, request.incarnation, request.reason[:MAX_REASON_LENGTH])
+            return controller_pb2.FailureReply()
+
+        return _answer(context, report)
 
     def ReportLoad(
         self, request: controller_pb2.LoadReport, context: grpc.ServicerContext
     ) -> controller_pb2.LoadReportReply:
-        try:
+        def report() -> controller_pb2.LoadReportReply:
             self._handler.report_load(checked_name(request.router, "router"), decode_load(request))
-        except MoeClusterError as exc:
-            abort_with(context, exc)
-        return controller_pb2.LoadReportReply()
+            return controller_pb2.LoadReportReply()
+
+        return _answer(context, report)
+
+    def WantExperts(
+        self, request: controller_pb2.WantRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.WantReply:
+        def want() -> controller_pb2.WantReply:
+            router = checked_name(request.router, "router")
+            self._handler.want_experts(router, decode_experts(request.experts, "experts"))
+            return controller_pb2.WantReply()
+
+        return _answer(context, want)
 
     def SetCheckpoint(
         self, request: controller_pb2.SetCheckpointRequest, context: grpc.ServicerContext
     ) -> controller_pb2.SetCheckpointReply:
-        try:
+        def set_checkpoint() -> controller_pb2.SetCheckpointReply:
             self._handler.set_checkpoint(checked_path(request.checkpoint, "checkpoint"))
-        except MoeClusterError as exc:
-            abort_with(context, exc)
-        return controller_pb2.SetCheckpointReply()
+            return controller_pb2.SetCheckpointReply()
+
+        return _answer(context, set_checkpoint)
 
     def Status(
         self, request: controller_pb2.ControllerStatusRequest, context: grpc.ServicerContext
     ) -> controller_pb2.ControllerStatus:
-        return encode_status(self._handler.status())
+        return _answer(context, lambda: encode_status(self._handler.status()))
+
+    def Loads(self, request: controller_pb2.LoadsRequest, context: grpc.ServicerContext) -> controller_pb2.LoadsReply:
+        return _answer(context, lambda: encode_cluster_loads(self._handler.loads()))
+
+    def Scale(self, request: controller_pb2.ScaleRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def scale() -> controller_pb2.Operation:
+            expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
+            operation = self._handler.scale(expert_actors, operation_id=_operation_id(request.operation_id))
+            return encode_operation(operation)
+
+        return _answer(context, scale)
+
+    def Drain(self, request: controller_pb2.DrainRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def drain() -> controller_pb2.Operation:
+            node = checked_name(request.node, "node")
+            return encode_operation(self._handler.drain(node, operation_id=_operation_id(request.operation_id)))
+
+        return _answer(context, drain)
+
+    def Place(self, request: controller_pb2.PlaceRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def place() -> controller_pb2.Operation:
+            if not request.HasField("expert"):
+                raise InvalidMessage("expert: missing")
+            expert = decode_expert(request.expert, "expert")
+            actors = checked_names(request.actors, "actors")
+            operation = self._handler.place(expert, actors, operation_id=_operation_id(request.operation_id))
+            return encode_operation(operation)
+
+        return _answer(context, place)
+
+    def Plan(self, request: controller_pb2.PlanRequest, context: grpc.ServicerContext) -> controller_pb2.PlanReply:
+        return _answer(
+            context, lambda: encode_plan(self._handler.plan(checked_optional_name(request.policy, "policy")))
+        )
+
+    def GetOperation(
+        self, request: controller_pb2.GetOperationRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.Operation:
+        return _answer(context, lambda: encode_operation(self._handler.operation(checked_name(request.id, "id"))))
+
+    def ListOperations(
+        self, request: controller_pb2.ListOperationsRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.OperationList:
+        return _answer(
+            context, lambda: encode_operations(self._handler.operations(checked_count(request.limit, "limit")))
+        )
 
 
 class _Subscription:
@@ -112,7 +200,8 @@ class _Subscription:
         try:
             for request in self._requests:
                 router = checked_name(request.router, "router")
-                self._handler.renew_lease(router, (request.applied_term, request.applied_generation))
+                applied = (request.applied_term, request.applied_generation)
+                self._handler.renew_lease(router, applied, hold=request.hold)
         except InvalidMessage as exc:
             self.error = exc
         except grpc.RpcError:
@@ -136,3 +225,15 @@ def serve_controller(
         return [controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name]
 
     return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
+
+
+def _answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
+    """The call's answer, or its error as the RPC's status."""
+    try:
+        return call()
+    except MoeClusterError as exc:
+        abort_with(context, exc)
+
+
+def _operation_id(given: str) -> str:
+    return checked_optional_name(given, "operation_id")

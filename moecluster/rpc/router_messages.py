@@ -2,7 +2,7 @@
 
 from moecluster.errors import Exhausted, InvalidMessage
 from moecluster.proto import router_pb2, tensor_pb2
-from moecluster.rpc.controller_messages import checked_name
+from moecluster.rpc.fields import checked_name
 from moecluster.types import ExpertId, GenerationPiece, GenerationRequest, RouterStatus
 
 MAX_PROMPT_CHARACTERS = 2**20

@@ -21,7 +21,7 @@ from moecluster.client import Client
 from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.models.model_config import read_model_config
-from moecluster.rpc.controller_client import controller_status
+from moecluster.rpc.controller_calls import controller_status
 from tests.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"

@@ -1,0 +1,110 @@
+"""Placements to messages and back. What comes off the wire is checked here before it is used."""
+
+from collections import defaultdict
+
+from moecluster.errors import InvalidMessage
+from moecluster.proto import controller_pb2
+from moecluster.rpc.fields import (
+    SHARE_TOLERANCE,
+    checked_address,
+    checked_name,
+    checked_optional_name,
+    checked_share,
+    decode_expert,
+    encode_expert,
+)
+from moecluster.types import ActorAddress, ExpertId, Placement, Replica
+
+MAX_LEASE_S = 3600.0
+
+
+def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Placement:
+    """The message of a placement, with the lease that its receiver holds."""
+    return controller_pb2.Placement(
+        term=placement.term,
+        generation=placement.generation,
+        actors=[
+            controller_pb2.ActorAddress(actor=a.actor, address=a.address, incarnation=a.incarnation, node=a.node)
+            for a in placement.actors.values()
+        ],
+        replicas=[encode_replica(replica) for replica in placement.replicas],
+        layer_experts=placement.layer_experts,
+        lease_s=lease_s,
+        held=placement.held,
+    )
+
+
+def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, float]:
+    """(the placement, the lease in seconds) of a message. Raises InvalidMessage, naming the field."""
+    if not message.term:
+        raise InvalidMessage("term: 0, terms begin at 1")
+    if not 0 < message.lease_s <= MAX_LEASE_S:  # false for NaN too
+        raise InvalidMessage(f"lease_s: {message.lease_s}, not within 0 and {MAX_LEASE_S:g}")
+    actors: dict[str, ActorAddress] = {}
+    for entry in message.actors:
+        name = checked_name(entry.actor, "actors.actor")
+        if name in actors:
+            raise InvalidMessage(f"actors.actor: {name} is named twice")
+        actors[name] = ActorAddress(
+            actor=name,
+            address=checked_address(entry.address, "actors.address"),
+            incarnation=checked_name(entry.incarnation, "actors.incarnation"),
+            node=checked_optional_name(entry.node, "actors.node"),
+        )
+    layer_experts = checked_layer_experts(dict(message.layer_experts))
+    replicas = tuple(decode_replica(replica, "replicas") for replica in message.replicas)
+    for replica in replicas:
+        if replica.expert.index >= layer_experts.get(replica.expert.layer, 0):
+            raise InvalidMessage(f"replicas.expert: {replica.expert} is not within layer_experts")
+        if replica.actor not in actors:
+            raise InvalidMessage(f"replicas.actor: {replica.actor[:40]!r} is none of the actors")
+    check_distinct(replicas, "replicas")
+    _check_shares(replicas)
+    placement = Placement(
+        term=message.term,
+        generation=message.generation,
+        layer_experts=layer_experts,
+        actors=actors,
+        replicas=replicas,
+        held=message.held,
+    )
+    return placement, message.lease_s
+
+
+def encode_replica(replica: Replica) -> controller_pb2.Replica:
+    """The message of a replica."""
+    return controller_pb2.Replica(expert=encode_expert(replica.expert), actor=replica.actor, share=replica.share)
+
+
+def decode_replica(message: controller_pb2.Replica, field: str) -> Replica:
+    """A replica; whether its actor is there, the receiver knows."""
+    return Replica(
+        expert=decode_expert(message.expert, f"{field}.expert"),
+        actor=checked_name(message.actor, f"{field}.actor"),
+        share=checked_share(message.share, f"{field}.share"),
+    )
+
+
+def checked_layer_experts(layer_experts: dict[int, int]) -> dict[int, int]:
+    """MoE layer -> its number of experts."""
+    if any(layer < 0 or count < 1 for layer, count in layer_experts.items()):
+        raise InvalidMessage("layer_experts: a negative layer, or one without experts")
+    return layer_experts
+
+
+def check_distinct(replicas: tuple[Replica, ...], field: str) -> None:
+    """Raises InvalidMessage if an actor has two replicas of an expert."""
+    seen: set[tuple[ExpertId, str]] = set()
+    for replica in replicas:
+        if (replica.expert, replica.actor) in seen:
+            raise InvalidMessage(f"{field}: expert {replica.expert} stands twice on {replica.actor}")
+        seen.add((replica.expert, replica.actor))
+
+
+def _check_shares(replicas: tuple[Replica, ...]) -> None:
+    total: dict[ExpertId, float] = defaultdict(float)
+    for replica in replicas:
+        total[replica.expert] += replica.share
+    for expert, share in total.items():
+        if abs(share - 1) > SHARE_TOLERANCE:
+            raise InvalidMessage(f"replicas.share: those of expert {expert} sum to {share:g}, not 1")
