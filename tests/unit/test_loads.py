@@ -113,7 +113,7 @@ def test_windows_by_name() -> None:
     looked=st.data(),
 )
 def test_any_split_into_readings_and_routers_gives_the_same_totals(gains, looked) -> None:
-    """Gains of one second each; some windows look every second, some rarely, some at counters split over two routers."""
+    """Gains of a second each; one window looks every second, one rarely, one at counters split over two routers."""
     totals = np.vstack([np.zeros(5, dtype=np.int64), np.cumsum(gains, axis=0)])
     last = len(gains)
     edge = looked.draw(st.integers(0, last - 1), label="where the window begins")
