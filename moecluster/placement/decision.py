@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from moecluster.placement.layout import Fleet, Floats, Layout
+from moecluster.errors import ConfigError
+from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedness_L, moved_bytes
 
 StateT = TypeVar("StateT")
 
@@ -17,6 +18,7 @@ class Observation:
     fleet: Fleet
     layout: Layout  # the standing one; experts whose last replica is lost have none
     budget_bytes: float  # most that this decision may load; replicas of lost experts are loaded regardless
+    cold_LE: Bools | None = None  # experts that shall have no replica, until a token wants them; None: none
     coactivation_LEE: Floats | None = None  # tokens per second that go to both experts; None: not known
 
 
@@ -34,10 +36,38 @@ class Decision:
 class Policy(Protocol, Generic[StateT]):
     """Decides from what was seen and from its own state, which is a frozen record."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As `policies` knows it."""
 
     def first_state(self) -> StateT:
         """The state before the first decision."""
 
     def decide(self, seen: Observation, state: StateT) -> tuple[Decision, StateT]:
         """What shall stand, and the state for the next call."""
+
+
+def check_observation(seen: Observation) -> None:
+    """Raises ConfigError for a budget below 0; the shapes are our own invariants."""
+    if not seen.budget_bytes >= 0:
+        raise ConfigError(f"controller.move_budget_bytes: got {seen.budget_bytes:g}, expected at least 0 (shares only)")
+    assert seen.load_LE.shape == (seen.layout.num_layers, seen.layout.max_experts), seen.load_LE.shape
+    assert len(seen.fleet.speed_A) == len(seen.fleet.node_A) == seen.fleet.num_actors
+    assert (seen.fleet.speed_A > 0).all()
+
+
+def decision_of(seen: Observation, after: Layout, reason: str) -> Decision:
+    """A decision with its figures."""
+    return Decision(
+        layout=after,
+        reason=reason,
+        balancedness_before=_mean_balancedness(seen.layout, seen),
+        balancedness_after=_mean_balancedness(after, seen),
+        moved_bytes=moved_bytes(seen.layout, after, seen.fleet),
+    )
+
+
+def _mean_balancedness(layout: Layout, seen: Observation) -> float:
+    """Without layers there is nothing out of balance: 1."""
+    of_L = balancedness_L(layout, seen.load_LE, seen.fleet)
+    return float(of_L.mean()) if len(of_L) else 1.0

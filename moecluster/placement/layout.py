@@ -3,6 +3,7 @@
 Shape letters: L MoE layers, E experts of a layer (the most, if layers differ), A actors, R replicas over all layers.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,34 @@ def make_layout(num_experts_L: Ints, layer_R: Ints, expert_R: Ints, actor_R: Int
         expert_R=np.asarray(expert_R, dtype=np.int64)[order],
         actor_R=np.asarray(actor_R, dtype=np.int64)[order],
         share_R=np.asarray(share_R, dtype=np.float64)[order],
+    )
+
+
+def with_shares(layout: Layout, share_R: Floats) -> Layout:
+    """The same replicas with other shares."""
+    return dataclasses.replace(layout, share_R=share_R)
+
+
+def without(layout: Layout, dropped_R: Bools) -> Layout:
+    """The layout without some replicas. The shares of those that stay are as they were: they may no longer sum to 1."""
+    kept_R = ~dropped_R
+    return Layout(
+        num_experts_L=layout.num_experts_L,
+        layer_R=layout.layer_R[kept_R],
+        expert_R=layout.expert_R[kept_R],
+        actor_R=layout.actor_R[kept_R],
+        share_R=layout.share_R[kept_R],
+    )
+
+
+def with_added(layout: Layout, layer_N: Ints, expert_N: Ints, actor_N: Ints, share: float = 0.0) -> Layout:
+    """The layout with N replicas more, each with the same share."""
+    return make_layout(
+        layout.num_experts_L,
+        np.concatenate((layout.layer_R, layer_N)),
+        np.concatenate((layout.expert_R, expert_N)),
+        np.concatenate((layout.actor_R, actor_N)),
+        np.concatenate((layout.share_R, np.full(len(layer_N), share))),
     )
 
 

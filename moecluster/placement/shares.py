@@ -1,0 +1,164 @@
+"""The shares of a standing layout that make the worst actor's load least, for all layers at once. Moves no byte.
+
+Per layer a linear program: split each expert's load over its replicas so that the greatest load / speed is least. It is
+solved as a flow of load from actors above a bound to actors below it, through the experts that both hold, with Newton
+steps on the bound: what cannot leave a set of actors is a lower bound by itself. The loop ends when no actor is above
+its bound, so the answer carries its own proof. (Newton on a parametric cut: Radzik, "Fractional combinatorial
+optimization", Handbook of Combinatorial Optimization, 1998.)
+
+Cost: a handful of maximum flows over the replicas of experts with several; near linear in those.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout
+
+RELATIVE_TOLERANCE = 1e-10
+MAX_ROUNDS = 40  # Newton ends after two to five; the rest is for the flow's rounding
+FLOW_UNITS = 2**29  # SciPy's flows are int32, and a pair of opposite edges may hold twice this
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedLoad:
+    """Shares, and what they make of the load."""
+
+    share_R: Floats
+    load_LA: Floats  # of each actor, divided by its speed
+    bound_L: Floats  # lower bound on the worst actor's load / speed; reached within the tolerance
+
+
+def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet) -> SharedLoad:
+    """Shares of least max(load / speed), per layer, within 1e-10 of the optimum.
+
+    Among the optima it takes one near the standing shares: only what stands above the bound is given away. An expert
+    without load keeps its shares; all come out in [0, 1] with a sum of 1 per expert.
+    """
+    problem = _Problem.of(layout, load_LE, fleet)
+    start_R = normalized(layout)
+    load_R = problem.load_of_R * start_R
+    bound_L = problem.first_bound_L()
+    for _ in range(MAX_ROUNDS):
+        load_LA = problem.load_LA(load_R)
+        excess_LA = load_LA - bound_L[:, None] * fleet.speed_A
+        above_L = (excess_LA > RELATIVE_TOLERANCE * bound_L[:, None] * fleet.speed_A).any(axis=1)
+        if not above_L.any():
+            break
+        unit_L = np.where(above_L, np.maximum(excess_LA, 0.0).sum(axis=1) / FLOW_UNITS, np.inf)
+        load_R = load_R + problem.push_R(load_R, excess_LA, unit_L)
+        bound_L = np.maximum(bound_L, problem.cut_bound_L(load_R, bound_L, unit_L))
+    share_R = np.divide(load_R, problem.load_of_R, out=start_R, where=problem.load_of_R > 0)
+    share_R = share_R / problem.sum_per_expert(share_R)[problem.expert_of_R]
+    return SharedLoad(
+        share_R=share_R, load_LA=problem.load_LA(problem.load_of_R * share_R) / fleet.speed_A, bound_L=bound_L
+    )
+
+
+def normalized(layout: Layout) -> Floats:
+    """The standing shares with sums of exactly 1: equal ones where an expert has none."""
+    first_R = np.concatenate(([True], np.diff(layout.expert_key_R) > 0))[: layout.num_replicas]
+    expert_of_R = np.cumsum(first_R) - 1
+    count_X = np.bincount(expert_of_R)
+    sum_X = np.bincount(expert_of_R, weights=layout.share_R)
+    share_R = np.where(sum_X[expert_of_R] > 0, layout.share_R, 1.0)
+    shares: Floats = share_R / np.where(sum_X > 0, sum_X, count_X)[expert_of_R]
+    return shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """The bipartite graphs of all layers. X: experts that have replicas, numbered through all layers."""
+
+    speed_A: Floats
+    num_layers: int
+    actor_R: Ints  # layer * A + actor
+    expert_of_R: Ints  # in [0, X)
+    load_of_R: Floats  # load of the replica's whole expert
+    layer_X: Ints
+    count_X: Ints
+    load_X: Floats
+
+    @classmethod
+    def of(cls, layout: Layout, load_LE: Floats, fleet: Fleet) -> "_Problem":
+        key_X, expert_of_R, count_X = np.unique(layout.expert_key_R, return_inverse=True, return_counts=True)
+        load_X = load_LE.reshape(-1)[key_X]
+        return cls(
+            speed_A=fleet.speed_A,
+            num_layers=layout.num_layers,
+            actor_R=layout.layer_R * fleet.num_actors + layout.actor_R,
+            expert_of_R=expert_of_R,
+            load_of_R=load_X[expert_of_R],
+            layer_X=key_X // max(layout.max_experts, 1),
+            count_X=count_X,
+            load_X=load_X,
+        )
+
+    def load_LA(self, load_R: Floats) -> Floats:
+        size = self.num_layers * len(self.speed_A)
+        load_A = np.bincount(self.actor_R, weights=load_R, minlength=size)
+        return load_A.astype(np.float64, copy=False).reshape(self.num_layers, -1)
+
+    def sum_per_expert(self, value_R: Floats | Bools) -> Floats:
+        sum_X = np.bincount(self.expert_of_R, weights=value_R, minlength=len(self.load_X))
+        return sum_X.astype(np.float64, copy=False)
+
+    def first_bound_L(self) -> Floats:
+        """No split is better than all actors alike, nor than an expert's own actors alike."""
+        speed_R = np.tile(self.speed_A, self.num_layers)[self.actor_R]
+        holds_LA = np.bincount(self.actor_R, minlength=self.num_layers * len(self.speed_A)).reshape(self.num_layers, -1)
+        speed_L = np.where(holds_LA > 0, self.speed_A, 0.0).sum(axis=1)
+        total_L = np.bincount(self.layer_X, weights=self.load_X, minlength=self.num_layers)
+        bound_L: Floats = np.divide(total_L, speed_L, out=np.zeros(self.num_layers), where=speed_L > 0)
+        np.maximum.at(bound_L, self.layer_X, self.load_X / self.sum_per_expert(speed_R))
+        return bound_L
+
+    def push_R(self, load_R: Floats, excess_LA: Floats, unit_L: Floats) -> Floats:
+        """What each replica gains when as much excess as can goes from actors above the bound to those below.
+
+        unit_L: the load that the flow counts by; infinite for layers that are left as they are.
+        """
+        unit_A = np.repeat(unit_L, len(self.speed_A))
+        flexible_R = np.flatnonzero((self.count_X[self.expert_of_R] > 1) & np.isfinite(unit_A[self.actor_R]))
+        gain_R = np.zeros(len(load_R))
+        if len(flexible_R) == 0:
+            return gain_R
+        num_actors = excess_LA.size
+        sent_A = np.maximum(excess_LA, 0.0)
+        used_X, expert_node_R = np.unique(self.expert_of_R[flexible_R], return_inverse=True)
+        source, sink, first_expert = num_actors, num_actors + 1, num_actors + 2
+        over_A = np.flatnonzero((sent_A.ravel() >= unit_A) & (sent_A.ravel() > 0))
+        under_A = np.flatnonzero(-excess_LA.ravel() >= unit_A)
+        actor_R, unit_R = self.actor_R[flexible_R], unit_A[self.actor_R[flexible_R]]
+        edges = (
+            (np.full(len(over_A), source), over_A, sent_A.ravel()[over_A] / unit_A[over_A]),
+            (under_A, np.full(len(under_A), sink), -excess_LA.ravel()[under_A] / unit_A[under_A]),
+            (actor_R, first_expert + expert_node_R, load_R[flexible_R] / unit_R),
+            (first_expert + expert_node_R, actor_R, np.full(len(flexible_R), float(FLOW_UNITS))),
+        )
+        tail, head, capacity = (np.concatenate(part) for part in zip(*edges, strict=True))
+        size = first_expert + len(used_X)
+        whole = np.minimum(capacity, FLOW_UNITS).astype(np.int32)
+        flow = maximum_flow(csr_array((whole, (tail, head)), shape=(size, size)), source, sink).flow
+        # An expert's row has its replicas in the order of its actors: the order of the layout.
+        gain_R[flexible_R] = flow.data[flow.indptr[first_expert] :] * unit_R
+        return np.maximum(gain_R, -load_R)
+
+    def cut_bound_L(self, load_R: Floats, last_bound_L: Floats, unit_L: Floats) -> Floats:
+        """Load that cannot leave the actors which the excess left over can reach, over their speed."""
+        unit_A = np.repeat(unit_L, len(self.speed_A))
+        excess_LA = self.load_LA(load_R) - last_bound_L[:, None] * self.speed_A
+        inside_A = excess_LA.ravel() >= unit_A  # less than a unit is nothing, to the flow and so to its cut
+        gives_R = load_R >= unit_A[self.actor_R]
+        num_inside = 0
+        while (count := int(inside_A.sum())) > num_inside:
+            num_inside = count
+            reached_X = self.sum_per_expert(inside_A[self.actor_R] & gives_R) > 0
+            inside_A[self.actor_R[reached_X[self.expert_of_R]]] = True
+        captive_X = self.sum_per_expert(~inside_A[self.actor_R]) == 0
+        load_L = np.bincount(self.layer_X, weights=self.load_X * captive_X, minlength=self.num_layers)
+        speed_L = np.where(inside_A.reshape(excess_LA.shape), self.speed_A, 0.0).sum(axis=1)
+        bound_L: Floats = np.divide(load_L, speed_L, out=np.zeros(self.num_layers), where=speed_L > 0)
+        return bound_L
