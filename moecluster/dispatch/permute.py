@@ -14,6 +14,8 @@ import torch
 from moecluster.dispatch.shares import NO_ACTOR, LayerTable, choose_actors, content_keys
 from moecluster.types import ComputeResult
 
+ROW_WORDS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPart:
@@ -39,6 +41,7 @@ def kept_slots(ids_TK: torch.Tensor, num_experts: int) -> npt.NDArray[np.int64]:
 
 def dispatch(
     table: LayerTable,
+    x_TD: torch.Tensor,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
@@ -46,8 +49,9 @@ def dispatch(
 ) -> tuple[DispatchPart, ...]:
     """Splits a routing over the actors of a layer.
 
-    ids_TK is int64 and weights_TK float32, both on the CPU. slots_P restricts it to some assignments (those of an actor
-    that failed). Raises NotHosted if an expert has no replica.
+    ids_TK is int64 and weights_TK float32, all on the CPU; x_TD is read only where an expert has several replicas, to
+    tell tokens apart. slots_P restricts it to some assignments (those of an actor that failed). Raises NotHosted if an
+    expert has no replica.
     """
     top_k = ids_TK.shape[1]
     if slots_P is None:
@@ -55,7 +59,7 @@ def dispatch(
     weights = weights_TK.numpy()
     experts_P = ids_TK.numpy().reshape(-1)[slots_P]
     tokens_P = slots_P // top_k
-    keys_P = content_keys(np.ascontiguousarray(weights))[tokens_P] if table.replicated else None
+    keys_P = content_keys(_row_words(x_TD), weights)[tokens_P] if table.replicated else None
     actor_P = choose_actors(table, experts_P, keys_P)
     weights_P = weights.reshape(-1)[slots_P]
     # One sort for all: by actor, then expert; stable, so tokens ascend within an expert.
@@ -83,6 +87,13 @@ def dispatch(
         )
         begin = end
     return tuple(parts)
+
+
+def _row_words(x_TD: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Some numbers of every row, spread evenly over its width: enough to tell rows apart, too few to cost anything."""
+    step = max(x_TD.shape[1] // ROW_WORDS, 1)
+    words_TW: npt.NDArray[np.float32] = x_TD.detach()[:, : ROW_WORDS * step : step].float().numpy()
+    return words_TW
 
 
 def rows_of(part: DispatchPart, x_TD: torch.Tensor) -> torch.Tensor:

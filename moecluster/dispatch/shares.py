@@ -1,8 +1,9 @@
 """Splitting each expert's tokens over its replicas by share.
 
 A hash of (token, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same
-replica whatever the batch, the router and the order of the tokens. A token is named by its gate weights at the layer:
-that needs no sequence ids from anyone, and holds for rows that belong to no sequence.
+replica whatever the batch, the router and the order of the tokens. A token is named by a few numbers of its row and by
+its gate weights at the layer: that needs no sequence ids from anyone, and holds for rows that belong to no sequence.
+Gate weights alone would not do: those of a hash gate, or of a renormalised top-1, are the same for every token.
 """
 
 from collections.abc import Collection
@@ -15,6 +16,7 @@ from moecluster.errors import NotHosted
 from moecluster.types import Placement
 
 NO_ACTOR = -1
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of splitmix64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class LayerTable:
     """Where the experts of one layer are, in the order of the placement's actors.
 
     actor_of_ER: index into actors of each expert's r-th replica, NO_ACTOR beyond its last.
-    bound_ER: cumulative shares; the last replica's is 1.
+    bound_ER: cumulative shares; 1 from the last replica on that has any.
     """
 
     layer: int
@@ -54,12 +56,14 @@ def layer_table(placement: Placement, layer: int, avoid: Collection[str] = ()) -
     for expert, places in enumerate(replicas):
         places.sort()
         total = sum(share for _, share in places)
+        if total <= 0:  # replicas that all have share 0 take equal parts: better served than refused
+            places, total = [(actor, 1.0) for actor, _ in places], float(len(places))
+        last = max((r for r, (_, share) in enumerate(places) if share > 0), default=0)
         reached = 0.0
         for r, (actor, share) in enumerate(places):
-            # Replicas that all have share 0 take equal parts: better served than refused.
-            reached += share / total if total > 0 else 1 / len(places)
+            reached += share / total
             actor_of_ER[expert, r] = actor
-            bound_ER[expert, r] = 1.0 if r == len(places) - 1 else reached
+            bound_ER[expert, r] = reached if r < last else 1.0  # exactly, whatever the sum before it rounded to
     return LayerTable(layer=layer, actors=actors, actor_of_ER=actor_of_ER, bound_ER=bound_ER)
 
 
@@ -70,13 +74,15 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def content_keys(weights_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
-    """One key a token, from the bits of its gate weights: equal tokens have equal keys in any batch and any router."""
-    bits_TK = weights_TK.view(np.uint32).astype(np.uint64)
-    keys_T = np.zeros(len(bits_TK), dtype=np.uint64)
-    for k in range(bits_TK.shape[1]):
-        keys_T = _mix(keys_T + bits_TK[:, k] + np.uint64(k + 1))
-    return keys_T
+def content_keys(row_words_TW: npt.NDArray[np.float32], weights_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+    """One key a token, from the bits of some numbers of its row and of its gate weights.
+
+    Tokens that are equal in these have equal keys in any batch and any router; -0 counts as 0. The words are summed
+    with odd multipliers (multilinear hashing, Carter and Wegman 1979), and the sum is mixed.
+    """
+    words_TV = np.concatenate([row_words_TW, weights_TK], axis=1) + np.float32(0)  # which turns -0 into 0
+    multipliers_V = _mix(GOLDEN * np.arange(1, words_TV.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
+    return _mix(words_TV.view(np.uint32).astype(np.uint64) @ multipliers_V)
 
 
 def choose_actors(

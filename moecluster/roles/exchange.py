@@ -51,7 +51,9 @@ class Exchange:
         self._timeout_s = timeout_s
         self._metrics = metrics
 
-    def route(self, layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor, make_batch: MakeBatch) -> Answers:
+    def route(
+        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, make_batch: MakeBatch
+    ) -> Answers:
         """Answers that cover every kept assignment, in the order of the actors.
 
         Pure forward only: what fails goes to another replica, or waits until the experts are served again. Raises
@@ -67,7 +69,7 @@ class Exchange:
             placement = self.pool.placement(_left(deadline_s, last))
             try:
                 table = self.pool.table(placement, layer, failing.keys())
-                parts = dispatch(table, ids_TK, weights_TK, slots_P=slots_P)
+                parts = dispatch(table, x_TD, ids_TK, weights_TK, slots_P=slots_P)
             except NotHosted as exc:
                 last = next(iter(failing.values()), exc)
                 self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, last)))
@@ -188,12 +190,17 @@ RETRY_REASONS = {
 
 
 def plan_all(
-    pool: ExpertPool, layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timeout_s: float
+    pool: ExpertPool,
+    layer: int,
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    timeout_s: float,
 ) -> list[tuple[DispatchPart, Placement]]:
     """Where every kept assignment goes by the standing placement. Raises AttemptAborted if an expert has no replica."""
     placement = pool.placement(timeout_s)
     try:
-        parts = dispatch(pool.table(placement, layer), ids_TK, weights_TK)
+        parts = dispatch(pool.table(placement, layer), x_TD, ids_TK, weights_TK)
     except NotHosted as exc:
         raise AttemptAborted(str(exc)) from exc
     return [(part, placement) for part in parts]

@@ -129,7 +129,7 @@ class RemoteExperts:
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
             return _batch(layer, Phase.FORWARD, part, placement, deadline_s, x_cpu_TD, self._batch_invariant)
 
-        answers = self._exchange.route(layer, ids_TK, weights_cpu_TK, make_batch)
+        answers = self._exchange.route(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch)
         return self._combine(answers, weights_cpu_TK, x_cpu_TD).to(x_TD.device)
 
     def _combine(self, answers: Answers, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ class RemoteExperts:
         self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, tag: MicroBatchTag
     ) -> tuple[torch.Tensor, _LayerCall]:
         """y_TD, and what backward needs. All on the CPU, weights_TK float32."""
-        planned = plan_all(self.pool, layer, ids_TK, weights_TK, self._timeout_s)
+        planned = plan_all(self.pool, layer, x_TD, ids_TK, weights_TK, self._timeout_s)
 
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
             return _batch(layer, Phase.TRAIN_FORWARD, part, placement, deadline_s, x_TD, self._batch_invariant, tag)

@@ -20,7 +20,7 @@ from moecluster.dispatch.permute import (
     kept_slots,
     rows_of,
 )
-from moecluster.dispatch.shares import NO_ACTOR, layer_table
+from moecluster.dispatch.shares import NO_ACTOR, LayerTable, layer_table
 from moecluster.errors import NotHosted
 from moecluster.types import ActorAddress, ComputeResult, ExpertId, Placement, Replica
 
@@ -60,7 +60,7 @@ class Case:
         return len(self.matrices_EDD)
 
     def parts(self, placement: Placement | None = None) -> tuple[DispatchPart, ...]:
-        return dispatch(layer_table(placement or self.placement, LAYER), self.ids_TK, self.weights_TK)
+        return dispatch(layer_table(placement or self.placement, LAYER), self.x_TD, self.ids_TK, self.weights_TK)
 
     def dense(self, x_TD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The layer in one place, differentiable."""
@@ -153,7 +153,7 @@ def test_partial_sums_in_bfloat16_are_added_in_float32() -> None:
     holders: list[dict[str, float]] = [{"a": 1.0}, {"b": 1.0}, {"c": 1.0}]
     table = layer_table(make_placement(holders, ["a", "b", "c"]), LAYER)
     ids_TK = torch.tensor([[0, 1, 2], [0, 1, 3], [1, 2, 3]])  # no actor gets every row but b
-    parts = dispatch(table, ids_TK, torch.rand(3, 3))
+    parts = dispatch(table, torch.randn(3, WIDTH), ids_TK, torch.rand(3, 3))
     answers = [
         (part, ComputeResult(request_id=0, y_ND=torch.randn(len(part.rows_N), WIDTH).bfloat16())) for part in parts
     ]
@@ -208,16 +208,16 @@ def test_gradients_equal_autograd_of_the_dense_layer(case: Case) -> None:
 
 @given(cases())
 def test_a_token_takes_the_same_replicas_in_any_batch(case: Case) -> None:
-    def actor_of_slots(ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> dict[int, str]:
-        parts = dispatch(layer_table(case.placement, LAYER), ids_TK, weights_TK)
+    def actor_of_slots(tokens: slice | torch.Tensor) -> dict[int, str]:
+        batch = case.x_TD[tokens], case.ids_TK[tokens], case.weights_TK[tokens]
+        parts = dispatch(layer_table(case.placement, LAYER), *batch)
         return {slot: part.actor for part in parts for slot in part.pair_slots_P.tolist()}
 
     top_k = case.ids_TK.shape[1]
-    together = actor_of_slots(case.ids_TK, case.weights_TK)
-    order_T = torch.arange(len(case.x_TD) - 1, -1, -1)
-    reversed_batch = actor_of_slots(case.ids_TK[order_T], case.weights_TK[order_T])
+    together = actor_of_slots(slice(None))
+    reversed_batch = actor_of_slots(torch.arange(len(case.x_TD) - 1, -1, -1))
     for t in range(len(case.x_TD)):
-        alone = actor_of_slots(case.ids_TK[t : t + 1], case.weights_TK[t : t + 1])
+        alone = actor_of_slots(slice(t, t + 1))
         turned = len(case.x_TD) - 1 - t
         for k in range(top_k):
             assert together.get(t * top_k + k) == alone.get(k) == reversed_batch.get(turned * top_k + k)
@@ -234,10 +234,10 @@ def test_what_an_actor_failed_to_answer_goes_to_the_others(case: Case, data: st.
     slots_P = np.sort(failed.pair_slots_P.numpy())
     if alone:
         with pytest.raises(NotHosted) as caught:
-            dispatch(left, case.ids_TK, case.weights_TK, slots_P=slots_P)
+            dispatch(left, case.x_TD, case.ids_TK, case.weights_TK, slots_P=slots_P)
         assert str(caught.value) == f"layer {LAYER}: no replica of experts {alone}"
         return
-    again = dispatch(left, case.ids_TK, case.weights_TK, slots_P=slots_P)
+    again = dispatch(left, case.x_TD, case.ids_TK, case.weights_TK, slots_P=slots_P)
     assert failed.actor not in {part.actor for part in again}
     assert sorted(slot for part in again for slot in part.pair_slots_P.tolist()) == slots_P.tolist()
     kept = [part for part in parts if part is not failed]
@@ -245,8 +245,22 @@ def test_what_an_actor_failed_to_answer_goes_to_the_others(case: Case, data: st.
     assert torch.equal(combine(answers, case.x_TD), case.dense(case.x_TD, case.weights_TK))
 
 
-def gate_like_weights(generator: torch.Generator, top_k: int) -> torch.Tensor:
-    return torch.softmax(torch.randn(DRAWS, top_k, generator=generator), dim=-1)
+def drawn_tokens(generator: torch.Generator, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_TD, and weights_TK that are all equal, as of a hash gate or a renormalised top-1: rows tell tokens apart."""
+    return torch.randn(DRAWS, WIDTH, generator=generator), torch.full((DRAWS, top_k), 1 / top_k)
+
+
+def fractions(
+    table: LayerTable, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> dict[str, float]:
+    """Actor -> the part of the assignments that it gets."""
+    parts = dispatch(table, x_TD, ids_TK, weights_TK)
+    return {part.actor: len(part.pair_slots_P) / ids_TK.numel() for part in parts}
+
+
+def assert_binomial(observed: float, share: float, draws: int) -> None:
+    """Within five standard deviations of a count of `draws` with the probability `share`."""
+    assert abs(observed - share) <= 5 * (share * (1 - share) / draws) ** 0.5
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (1.0, 0.0, 3.0), (0.0, 0.0, 0.0), (1 / 3, 1 / 3, 1 / 3)])
@@ -254,25 +268,84 @@ def test_observed_fractions_follow_the_shares(shares: tuple[float, ...]) -> None
     actors = ["a", "b", "c"]
     both = dict(zip(actors, shares, strict=True))
     placement = make_placement([both, both], actors)
-    weights_TK = gate_like_weights(torch.Generator().manual_seed(1), 2)
+    x_TD, weights_TK = drawn_tokens(torch.Generator().manual_seed(1), 2)
     ids_TK = torch.tensor([0, 1]).expand(DRAWS, 2).contiguous()
-    parts = {part.actor: part for part in dispatch(layer_table(placement, LAYER), ids_TK, weights_TK)}
+    parts = {part.actor: part for part in dispatch(layer_table(placement, LAYER), x_TD, ids_TK, weights_TK)}
     total = sum(shares)
     expected = [share / total if total else 1 / 3 for share in shares]
     for expert in (0, 1):
         for actor, share in zip(actors, expected, strict=True):
             got = expert_of_pairs(parts[actor]).count(expert) if actor in parts else 0
-            # Four standard deviations of a binomial count.
-            assert abs(got / DRAWS - share) <= 4 * (share * (1 - share) / DRAWS) ** 0.5
+            assert_binomial(got / DRAWS, share, DRAWS)
+
+
+@given(
+    shares=st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 1.0]), min_size=2, max_size=40),
+    constant=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    width=st.sampled_from([1, 3, 8, 24]),
+    seed=st.integers(0, 2**32),
+)
+def test_distinct_rows_follow_the_shares_of_any_number_of_replicas(
+    shares: list[float], constant: bool, dtype: torch.dtype, width: int, seed: int
+) -> None:
+    """Also where the gate's weights are constant. A replica whose share is 0 gets nothing, if another one has any."""
+    draws, generator = 4_000, torch.Generator().manual_seed(seed)
+    names = [f"actor-{i:02d}" for i in range(len(shares))]
+    table = layer_table(make_placement([dict(zip(names, shares, strict=True))], names), LAYER)
+    # Few bits a column: width 1 in a short type has fewer distinct rows than draws, so float32 there.
+    x_TD = torch.randn(draws, width, generator=generator).to(dtype if width > 1 else torch.float32)
+    weights_TK = torch.ones(draws, 1) if constant else torch.rand(draws, 1, generator=generator)
+    observed = fractions(table, x_TD, torch.zeros(draws, 1, dtype=torch.int64), weights_TK)
+    total = sum(shares)
+    for name, share in zip(names, shares, strict=True):
+        expected = share / total if total else 1 / len(shares)
+        assert_binomial(observed.get(name, 0.0), expected, draws)
+
+
+@given(
+    x=st.lists(st.floats(-8, 8, width=16), min_size=5, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    others=st.integers(0, 40),
+    seed=st.integers(0, 2**32),
+)
+def test_equal_rows_take_the_same_replica_in_any_batch(
+    x: list[float], dtype: torch.dtype, others: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"actor-{i}" for i in range(7)]
+    table = layer_table(make_placement([dict.fromkeys(names, 1 / 7)], names), LAYER)
+    row_D = torch.tensor(x).to(dtype)
+    zeros_turned_D = torch.where(row_D == 0, -row_D, row_D)  # -0 equals 0
+    noise_TD = torch.randn(others, 5, generator=generator).to(dtype)
+    x_TD = torch.cat([noise_TD, row_D[None], noise_TD, zeros_turned_D[None]])
+    ids_TK, weights_TK = torch.zeros(len(x_TD), 1, dtype=torch.int64), torch.ones(len(x_TD), 1)
+    (alone,) = dispatch(table, row_D[None], ids_TK[:1], weights_TK[:1])
+    parts = dispatch(table, x_TD, ids_TK, weights_TK)
+    assert [part.actor for part in parts if others in part.rows_N] == [alone.actor]
+    assert [part.actor for part in parts if len(x_TD) - 1 in part.rows_N] == [alone.actor]
+
+
+def test_a_share_of_nothing_at_the_end_stays_nothing_however_the_others_round() -> None:
+    shares = {f"actor-{i}": 0.1 for i in range(9)} | {"actor-9": 0.0}
+    table = layer_table(make_placement([shares], list(shares)), LAYER)
+    assert table.bound_ER[0, 8] == table.bound_ER[0, 9] == 1.0
+
+
+def test_rows_are_not_looked_at_where_nothing_is_replicated() -> None:
+    table = layer_table(make_placement([{"a": 1.0}, {"b": 1.0}], ["a", "b"]), LAYER)
+    hidden = torch.empty(2, WIDTH, device="meta")  # any read of it raises
+    parts = dispatch(table, hidden, torch.tensor([[0], [1]]), torch.ones(2, 1))
+    assert [part.actor for part in parts] == ["a", "b"]
 
 
 def test_two_experts_and_two_layers_split_the_same_tokens_independently() -> None:
     """Else a token's experts would all fall on the same replica, and the load of actors would be lumpy."""
     actors = ["a", "b"]
     placement = make_placement([{"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}], actors)
-    weights_TK = gate_like_weights(torch.Generator().manual_seed(2), 2)
+    x_TD, weights_TK = drawn_tokens(torch.Generator().manual_seed(2), 2)
     ids_TK = torch.tensor([0, 1]).expand(DRAWS, 2).contiguous()
-    first = dispatch(layer_table(placement, LAYER), ids_TK, weights_TK)[0]
+    first = dispatch(layer_table(placement, LAYER), x_TD, ids_TK, weights_TK)[0]
     experts_at_a = torch.bincount(first.pair_slots_P // 2, minlength=DRAWS)
     both_share = float((experts_at_a == 2).sum()) / DRAWS
     assert abs(both_share - 0.25) < 0.02
@@ -293,10 +366,10 @@ def with_layer(placement: Placement, layer: int) -> Placement:
 
 def test_layers_split_the_same_token_differently() -> None:
     placement = make_placement([{"a": 0.5, "b": 0.5}], ["a", "b"])
-    weights_TK = gate_like_weights(torch.Generator().manual_seed(3), 2)[:, :1].contiguous()
+    x_TD, weights_TK = drawn_tokens(torch.Generator().manual_seed(3), 1)
     ids_TK = torch.zeros(DRAWS, 1, dtype=torch.int64)
     at_a = [
-        set(dispatch(layer_table(with_layer(placement, layer), layer), ids_TK, weights_TK)[0].rows_N.tolist())
+        set(dispatch(layer_table(with_layer(placement, layer), layer), x_TD, ids_TK, weights_TK)[0].rows_N.tolist())
         for layer in (0, 1)
     ]
     assert abs(len(at_a[0] & at_a[1]) / DRAWS - 0.25) < 0.02
@@ -305,15 +378,16 @@ def test_layers_split_the_same_token_differently() -> None:
 def test_a_missing_expert_is_named_and_the_rest_of_the_layer_is_not() -> None:
     placement = make_placement([{"a": 1.0}, {}, {"b": 1.0}, {}], ["a", "b"])
     table = layer_table(placement, LAYER)
-    weights_TK = torch.full((2, 2), 0.5)
+    x_TD, weights_TK = torch.randn(2, WIDTH), torch.full((2, 2), 0.5)
     with pytest.raises(NotHosted, match=rf"^layer {LAYER}: no replica of experts \[1, 3\]$"):
-        dispatch(table, torch.tensor([[3, 0], [1, 3]]), weights_TK)
-    assert [part.actor for part in dispatch(table, torch.tensor([[0, 2], [2, 0]]), weights_TK)] == ["a", "b"]
+        dispatch(table, x_TD, torch.tensor([[3, 0], [1, 3]]), weights_TK)
+    assert [part.actor for part in dispatch(table, x_TD, torch.tensor([[0, 2], [2, 0]]), weights_TK)] == ["a", "b"]
 
 
 def test_a_replica_on_an_actor_that_the_placement_does_not_list_takes_nothing() -> None:
     placement = make_placement([{"a": 0.5, "gone": 0.5}], ["a"])
-    (part,) = dispatch(layer_table(placement, LAYER), torch.zeros(50, 1, dtype=torch.int64), torch.rand(50, 1))
+    batch = torch.randn(50, WIDTH), torch.zeros(50, 1, dtype=torch.int64), torch.rand(50, 1)
+    (part,) = dispatch(layer_table(placement, LAYER), *batch)
     assert part.actor == "a" and part.every_row
 
 
