@@ -2,9 +2,13 @@
 
 Each process makes one `Metrics` and calls its small methods; a series appears when its first value does, so a router
 shows no training loss and an expert actor no requests. All series carry the label `model`.
+
+`moecluster_start_time_seconds` is there from the start: it tells one life of a process from the next, where all
+counters begin at 0.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -44,6 +48,8 @@ class Metrics:
         self.model = model
         self.registry = CollectorRegistry()
         self._server: _Server | None = None
+        self._started = self._gauge("start_time_seconds", "Unix time at which the process began to count")
+        self._started.labels(model).set(time.time())
         self._expert_tokens = _ExpertSeries(
             "expert_tokens", "Top-k assignments (token, expert) routed", "counter", model, max_expert_series
         )
@@ -60,6 +66,8 @@ class Metrics:
         self._actor_tokens = self._counter("actor_tokens", "(row, expert) pairs computed by an actor", "actor")
         self._actor_queue_rows = self._gauge("actor_queue_rows", "Rows that wait in an actor", "actor")
         self._actor_busy = self._counter("actor_busy_seconds", "Time that an actor spent computing", "actor")
+        self._actor_speed = self._gauge("actor_speed", "Rows per busy second, as planned with; 1 is usual", "actor")
+        self._measured_actors: set[str] = set()
 
         self._dispatch = self._histogram(
             "dispatch_seconds", "From sending rows to an actor to its answer", DISPATCH_BUCKETS_S, "transport"
@@ -149,6 +157,14 @@ class Metrics:
         """Rows that wait right now."""
         self._actor_queue_rows.labels(self.model, actor).set(rows)
 
+    def set_actor_speeds(self, speeds: Mapping[str, float]) -> None:
+        """What the planner counts on, of every actor that is there; 1 is the usual speed."""
+        for actor, speed in speeds.items():
+            self._actor_speed.labels(self.model, actor).set(speed)
+        for gone in self._measured_actors - speeds.keys():
+            self._actor_speed.remove(self.model, gone)
+        self._measured_actors = set(speeds)
+
     # -- dispatch --
 
     def count_dispatch(self, *, transport: str, seconds: float, sent_bytes: int, received_bytes: int) -> None:
@@ -168,7 +184,7 @@ class Metrics:
         self._generation.labels(self.model).set(generation)
 
     def count_operation(self, kind: str, phase: str) -> None:
-        """Adds an operation (restore, ...) that reached a phase (preparing, committing, failed, idle)."""
+        """Adds an operation that reached a phase; the words are those of Operation and OperationPhase."""
         self._operations.labels(self.model, kind, phase).inc()
 
     def observe_operation(self, kind: str, *, seconds: float, moved_bytes: int) -> None:

@@ -29,6 +29,9 @@ class ClusterConfig(Section):
     gpus_per_router: float = setting(0.0, "GPUs that Ray reserves for the router", minimum=0)
     host: str = setting("127.0.0.1", "address that gRPC and metrics servers listen on")
     metrics_port: int = setting(0, "first port of the actors' /metrics; 0: any free port", minimum=0, maximum=65535)
+    max_expert_series: int = setting(
+        1024, "series of one per-expert metric that a process shows; beyond it the highest and quantiles", minimum=0
+    )
     max_message_bytes: int = setting(256 * MIB, "largest gRPC message that is sent or taken", minimum=MIB)
     start_timeout_s: float = setting(120.0, "longest wait for all actors to be ready", above=0)
 

@@ -1,3 +1,5 @@
+import time
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from moecluster.metrics import Metrics
@@ -15,15 +17,18 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     return found
 
 
-def test_nothing_is_shown_before_its_first_value() -> None:
-    assert samples(Metrics(model="m")) == {}
+def test_only_the_start_is_shown_before_a_first_value() -> None:
+    before_s = time.time()
+    shown = samples(Metrics(model="m"))
+    assert shown.keys() == {("moecluster_start_time_seconds", ())}
+    assert before_s <= shown["moecluster_start_time_seconds", ()] <= time.time()
 
 
 def test_two_instances_do_not_share_values() -> None:
     one, other = Metrics(model="one"), Metrics(model="other")
     one.count_retry("not_hosted")
     assert samples(one)["moecluster_dispatch_retries_total", (("reason", "not_hosted"),)] == 1
-    assert samples(other) == {}
+    assert samples(other).keys() == {("moecluster_start_time_seconds", ())}
 
 
 def test_expert_tokens_add_up_per_layer_and_expert() -> None:
@@ -76,9 +81,17 @@ def test_a_dispatch_counts_its_time_and_both_directions() -> None:
 
 def test_an_operation_that_ends_well_moves_bytes() -> None:
     metrics = Metrics(model="m")
-    metrics.count_operation("restore", "idle")
+    metrics.count_operation("restore", "done")
     metrics.observe_operation("restore", seconds=2.0, moved_bytes=1000)
     found = samples(metrics)
-    assert found["moecluster_operations_total", (("kind", "restore"), ("phase", "idle"))] == 1
+    assert found["moecluster_operations_total", (("kind", "restore"), ("phase", "done"))] == 1
     assert found["moecluster_moved_bytes_total", ()] == 1000
     assert found["moecluster_operation_seconds_sum", (("kind", "restore"),)] == 2.0
+
+
+def test_speeds_of_actors_that_are_gone_are_shown_no_more() -> None:
+    metrics = Metrics(model="m")
+    metrics.set_actor_speeds({"a": 1.0, "b": 0.5})
+    metrics.set_actor_speeds({"b": 0.6, "c": 1.0})
+    shown = {labels: value for (name, labels), value in samples(metrics).items() if name == "moecluster_actor_speed"}
+    assert shown == {(("actor", "b"),): 0.6, (("actor", "c"),): 1.0}
