@@ -14,7 +14,7 @@ BENCHMARKS := layer
 SOAK_DURATION_S ?= 3600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types imports stale-protos bench protos soak clean
+.PHONY: help demo test system-deps check lint types imports stale-protos bench protos soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(VENV)/.runtime  ## train a small model on a local cluster, generate from
 
 test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, cluster, faults, browser, gpu
 	$(BIN)/python -m pytest --durations=10 $(LAYERS)
+
+system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
+	@tools/install_system_deps.sh
 
 check: lint types imports stale-protos  ## style, types, import layers, generated code
 
