@@ -41,9 +41,9 @@ class SpeedMeter:
     """Speeds relative to the median of the measured actors; 1 for those that are not measured.
 
     With the default settings an actor that falls to half speed under steady traffic is told from the others at the
-    first reading, at 0.67, and is within 15 % of its true speed from the second on; one that
-    recovers counts as equal from the fourth reading on. Beyond the dead band, a told speed changes only when it is wrong
-    by more than half the band, and goes back to 1 only within half the band, so that noise moves no expert.
+    first reading, at 0.67, and is within 15 % of its true speed from the second on; one that recovers counts as equal
+    from the fourth reading on. Beyond the dead band, a told speed changes only when it is wrong by more than half the
+    band, and goes back to 1 only within half the band, so that noise moves no expert.
     """
 
     def __init__(self, settings: SpeedSettings | None = None) -> None:
