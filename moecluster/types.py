@@ -31,6 +31,16 @@ class ExpertId:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeLayer:
+    """One MoE layer of a model, as its experts see it."""
+
+    layer: int
+    num_experts: int
+    hidden_size: int  # width of the rows that the experts map; not always the model's own (NemotronH has a latent one)
+    name: str  # qualified name of the experts module in the model
+
+
+@dataclass(frozen=True, kw_only=True)
 class Routing:
     """What a gate decided for T tokens.
 

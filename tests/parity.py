@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moecluster.hf import Backend
+from moecluster.hf.interface import Backend
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId

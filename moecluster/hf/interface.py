@@ -7,7 +7,6 @@ attach counts.
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +14,8 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moecluster.errors import UnsupportedModelError
+from moecluster.hf.shard import first_projection
+from moecluster.types import MoeLayer
 
 BACKEND_NAME = "moecluster"
 
@@ -35,16 +36,6 @@ class Backend(Protocol):
 
         weights_TK may have another dtype than x_TD. An index >= E is skipped.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoeLayer:
-    """One MoE layer of a model, as its experts see it."""
-
-    layer: int
-    num_experts: int
-    hidden_size: int  # width of the rows that the experts map; not always the model's own (NemotronH has a latent one)
-    name: str  # qualified name of the experts module in the model
 
 
 def register_backend() -> None:
@@ -131,11 +122,6 @@ def row_width(module: nn.Module) -> int:
     if weight is None:  # our own family: a list of experts, each a module
         return int(module.__dict__["hidden_dim"])
     return int(weight.shape[1] if module.__dict__["is_transposed"] else weight.shape[2])
-
-
-def first_projection(module: nn.Module) -> str:
-    """Name of the parameter that the rows meet first."""
-    return "gate_up_proj" if module.__dict__["has_gate"] else "up_proj"
 
 
 def _why_nothing_found(model: nn.Module) -> str:

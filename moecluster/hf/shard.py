@@ -1,6 +1,6 @@
-"""One expert of a family's own experts module, by itself.
+"""One expert of a family's experts module, by itself. Imports nothing of transformers.
 
-The family's module gives the activation, the gating and the layout; the shard owns the expert's rows without the expert
+The family gives the activation, the gating and the layout; the shard owns the expert's rows without the expert
 dimension, so that backward writes gradients of one expert's size and no select stands in the graph.
 """
 
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from moecluster.errors import UnsupportedModelError
-from moecluster.hf.interface import first_projection
 from moecluster.linear import can_pack, linear, pack
 
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -24,23 +23,45 @@ class ExpertShard(nn.Module):
     Its parameters carry the names of the family's fused ones (`gate_up_proj` [2F, D] for `gate_up_proj` [E, 2F, D]).
     """
 
-    def __init__(self, experts: nn.Module, rows: Mapping[str, torch.Tensor]) -> None:
-        """experts: the family's experts module, its parameters on any device or absent. rows: theirs at one expert."""
+    def __init__(
+        self,
+        rows: Mapping[str, torch.Tensor],
+        *,
+        up_name: str,
+        activate: RowFunction,
+        is_transposed: bool = False,
+        post_norm: RowFunction | None = None,
+    ) -> None:
+        """rows: the family's parameters at one expert, taken over. up_name: the one that the rows meet first.
+
+        activate: what stands between the two products, gating included. is_transposed: weights are [in, out].
+        """
         super().__init__()
         for name, row in rows.items():
             self.register_parameter(name, nn.Parameter(row))
+        self._up_name = up_name
+        self._is_transposed = is_transposed
+        self._activate = activate
+        self._post_norm = post_norm
+
+    @classmethod
+    def of_family(cls, experts: nn.Module, rows: Mapping[str, torch.Tensor]) -> Self:
+        """experts: the family's experts module, its parameters on any device or absent. rows: theirs at one expert."""
         # Bound methods of a copy without parameters: nothing of the family's module becomes a part of this one.
         family = _without_parameters(experts)
-        self._up_name = first_projection(experts)
-        self._is_transposed = bool(family.is_transposed)
-        self._activate: RowFunction = family._apply_gate if family.has_gate else family.act_fn
-        self._post_norm: RowFunction | None = family.post_expert_norm if family.has_post_expert_norm else None
+        return cls(
+            rows,
+            up_name=first_projection(experts),
+            activate=family._apply_gate if family.has_gate else family.act_fn,
+            is_transposed=bool(family.is_transposed),
+            post_norm=family.post_expert_norm if family.has_post_expert_norm else None,
+        )
 
     @classmethod
     def of_module(cls, experts: nn.Module, index: int) -> Self:
         """Expert `index` of an experts module that is in memory; its rows are copied."""
         rows = {name: value.detach()[index].clone() for name, value in experts.named_parameters(recurse=False)}
-        return cls(experts, rows)
+        return cls.of_family(experts, rows)
 
     def pack(self) -> None:
         """Packs the weights for serving; a transposed layout stays as it is."""
@@ -57,6 +78,11 @@ class ExpertShard(nn.Module):
         h_nF = self._activate(linear(x_nD, up.t() if self._is_transposed else up, up_bias))
         y_nD = linear(h_nF, down.t() if self._is_transposed else down, down_bias)
         return y_nD if self._post_norm is None else self._post_norm(y_nD)
+
+
+def first_projection(experts: nn.Module) -> str:
+    """Name of the parameter that the rows meet first."""
+    return "gate_up_proj" if experts.__dict__["has_gate"] else "up_proj"
 
 
 def _without_parameters(experts: nn.Module) -> Any:

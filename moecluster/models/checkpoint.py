@@ -1,10 +1,12 @@
 """A safetensors directory: which tensor stands in which file, checked up front, read slice by slice.
 
 The file format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header size, a JSON header with dtype,
-shape and byte range of every tensor, then the bytes. Opening reads headers only; nothing here unpickles.
+shape and byte range of every tensor, then the bytes. Opening reads headers only; nothing here unpickles. Bytes go from
+the file straight to where they stay: a mapped file would count as memory of the process while it is read.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 
 from moecluster.errors import CheckpointError
 
@@ -21,7 +22,7 @@ SINGLE_FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
-_PLAIN_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,13 @@ class TensorInfo:
     file: Path
     dtype: str  # the format's name: F32, BF16, ...
     shape: tuple[int, ...]
+    begin: int  # of its first byte in the file
     num_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for quantized formats and integers."""
+        return _DTYPES.get(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +71,50 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no tensor {key}")
         return found
 
+    def config(self) -> Mapping[str, Any]:
+        """What config.json says, defaults left out; nothing if it is no JSON object."""
+        try:
+            content = json.loads((self.path / CONFIG_NAME).read_text(encoding="utf-8"))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
-        """The tensor, or its slice [row : row + 1] without reading other rows. Owns its memory: no map stays open."""
+        """The tensor, or its slice [row : row + 1] without reading other rows. Owns its memory."""
+        info = self._readable(key)
+        shape = info.shape if row is None else (1, *info.shape[1:])
+        tensor = torch.empty(shape, dtype=info.torch_dtype)
+        self.read_into(tensor, key, row)
+        return tensor
+
+    def read_into(self, out: torch.Tensor, key: str, row: int | None = None) -> None:
+        """Fills a contiguous CPU tensor, of the stored dtype and the size of the tensor or of its one row."""
+        info = self._readable(key)
+        assert out.is_contiguous() and out.dtype == info.torch_dtype, f"{key} into {out.dtype}, {out.stride()}"
+        begin, num_bytes = info.begin, info.num_bytes
+        if row is not None:
+            assert 0 <= row < info.shape[0], f"row {row} of {key} with shape {info.shape}"
+            num_bytes //= info.shape[0]
+            begin += row * num_bytes
+        assert out.nbytes == num_bytes, f"{num_bytes} bytes of {key} into {out.nbytes}"
+        left = out.view(-1).view(torch.uint8).numpy().data
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(begin)
+                while left and (count := file.readinto(left)):  # one call reads 2 GiB at most
+                    left = left[count:]
+        except OSError as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error}") from error
+        if left:
+            raise CheckpointError(f"{info.file} is torn: it ends within {key}; copy it again")
+
+    def _readable(self, key: str) -> TensorInfo:
         info = self.info(key)
-        if info.dtype not in _PLAIN_DTYPES:
+        if info.torch_dtype is None:
             raise CheckpointError(
                 f"{key} in {info.file} is {info.dtype}: only float32, float16 and bfloat16 can be read"
             )
-        with safe_open(str(info.file), framework="pt") as file:
-            if row is None:
-                tensor: torch.Tensor = file.get_tensor(key)
-            else:
-                assert 0 <= row < info.shape[0], f"row {row} of {key} with shape {info.shape}"
-                tensor = file.get_slice(key)[row : row + 1]
-            return tensor.clone()
+        return info
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -135,7 +172,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         try:
             header: dict[str, Any] = json.loads(handle.read(header_bytes))
             entries = {key: value for key, value in header.items() if key != "__metadata__"}
-            tensors = {key: _tensor_info(file, value) for key, value in entries.items()}
+            tensors = {key: _tensor_info(file, 8 + header_bytes, value) for key, value in entries.items()}
             announced = max((value["data_offsets"][1] for value in entries.values()), default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{file} is torn: its safetensors header cannot be read; copy it again") from error
@@ -146,11 +183,18 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _tensor_info(file: Path, entry: Mapping[str, Any]) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    return TensorInfo(
+def _tensor_info(file: Path, data_begin: int, entry: Mapping[str, Any]) -> TensorInfo:
+    """Raises ValueError for a byte range that does not hold the shape."""
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    info = TensorInfo(
         file=file,
         dtype=str(entry["dtype"]),
         shape=tuple(int(n) for n in entry["shape"]),
-        num_bytes=int(end) - int(begin),
+        begin=data_begin + begin,
+        num_bytes=end - begin,
     )
+    if begin < 0 or (
+        info.torch_dtype is not None and info.num_bytes != math.prod(info.shape) * info.torch_dtype.itemsize
+    ):
+        raise ValueError(f"bytes {begin} to {end} hold no {info.dtype} of shape {info.shape}")
+    return info

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from moecluster.hf import MoeLayer, moe_layers
+from moecluster.hf.interface import moe_layers
 from moecluster.hf.keys import rows_to_checkpoint
 from moecluster.hf.modelling import empty_model, keep_one_expert
 from moecluster.models.own_build import register_own_family
-from moecluster.types import ExpertId
+from moecluster.types import ExpertId, MoeLayer
 
 
 class ExpertLayout:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm, MixtralRotaryEmbedding
@@ -20,7 +21,6 @@ from moecluster.experts.base import Expert
 from moecluster.experts.registry import make_expert
 from moecluster.gating.base import Gate
 from moecluster.gating.registry import make_gate
-from moecluster.hf import use_experts_implementation
 from moecluster.models.own_config import OwnConfig
 from moecluster.types import Routing
 

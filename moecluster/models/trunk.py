@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecluster.errors import CheckpointError
-from moecluster.hf import Backend, attach
+from moecluster.hf.interface import Backend, attach
 from moecluster.hf.keys import trunk_to_checkpoint
 from moecluster.hf.modelling import load_without_experts
 from moecluster.models.checkpoint import Checkpoint

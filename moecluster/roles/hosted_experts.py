@@ -10,7 +10,7 @@ from torch import nn
 
 from moecluster.errors import InvalidMessage, NotHosted
 from moecluster.experts.base import Expert
-from moecluster.hf import ExpertShard
+from moecluster.hf.shard import ExpertShard
 from moecluster.models.expert_source import ExpertSource
 from moecluster.types import ExpertId
 

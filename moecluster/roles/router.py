@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moecluster.errors import CheckpointError, Exhausted, InvalidMessage, MoeClusterError, UnsupportedModelError
-from moecluster.hf import moe_layers
+from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.generation import Generation

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from moecluster.errors import UnsupportedModelError
-from moecluster.hf import ExpertShard, attach, find_experts, moe_layers, register_backend
+from moecluster.hf.interface import attach, find_experts, moe_layers, register_backend
+from moecluster.hf.shard import ExpertShard
 from tests.families import FAMILIES, make_model
 from tests.parity import batch_for
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from moecluster.config import load_config, preset_names
 from moecluster.errors import ConfigError
-from moecluster.hf import attach
+from moecluster.hf.interface import attach
 from moecluster.models.own_build import build_expert, build_model, empty_own_model, register_own_family
 from moecluster.models.own_model import OwnExperts, OwnForCausalLM
 from moecluster.sections import ModelConfig

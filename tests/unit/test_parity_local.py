@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from moecluster.models.expert_layout import join_experts
+from moecluster.models.expert_layout import ExpertLayout, join_experts
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.trunk import checkpoint_state
 from moecluster.types import ExpertId
@@ -82,10 +82,10 @@ def test_trunk_and_experts_saved_apart_load_as_one_model(
     """What source and trunk say to save, transformers alone reads back, every weight bit for bit."""
     model, _ = reference
     experts = LocalExperts(saved(layout))
-    source = experts.source
+    content = ExpertLayout(model.config)
     routed = load_routed(saved(layout), experts)
     state = checkpoint_state(routed) | join_experts(
-        [source.state_for_checkpoint(expert, experts.experts[expert]) for expert in sorted(experts.experts)]
+        [content.checkpoint_state(e, dict(module.named_parameters())) for e, module in sorted(experts.experts.items())]
     )
     directory = tmp_path_factory.mktemp("joined")
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
