@@ -1,8 +1,8 @@
 """What a checkpoint of 1 GB in experts costs: the router its trunk, each actor its own experts.
 
 Peak memory is the kernel's high-water mark of a process's resident pages (VmHWM): anonymous and shared ones, and those
-of mapped files. About 150 MB of the latter are the code of libtorch, Ray and Python, which all processes of a host
-share; a process's own peak is counted without the files that it still maps at the end.
+of mapped files. 130 to 190 MB of the latter are the code of libtorch, Ray and Python, which all processes of a host
+share. They count, too; the router's own peak is also looked at without the files that it still maps at the end.
 """
 
 import json
@@ -23,8 +23,7 @@ from tests.ray_session import RaySession
 
 MB = 10**6
 ROUTER_BYTES = 450 * MB  # beside the trunk and the configured shared memory
-EXPERT_ACTOR_BYTES = 400 * MB  # of its own, beside the actor's experts
-EXPERT_ACTOR_PEAK_BYTES = 600 * MB  # with the code that all processes share, 480 MB in all before any expert is loaded
+EXPERT_ACTOR_BYTES = 400 * MB  # beside the actor's experts, the code that all processes share included
 NUM_ACTORS = 4
 # Mixtral's proportions.
 LAYERS, EXPERTS, WIDTH, INNER = 4, 8, 896, 3136
@@ -133,5 +132,4 @@ def test_the_router_holds_its_trunk_and_each_actor_its_own_experts(
     del found["controller"]
     assert len(found) == NUM_ACTORS
     for actor, memory in found.items():
-        assert memory.own_peak < EXPERTS_BYTES // NUM_ACTORS + EXPERT_ACTOR_BYTES, actor
-        assert memory.peak < EXPERTS_BYTES // NUM_ACTORS + EXPERT_ACTOR_PEAK_BYTES, actor
+        assert memory.peak <= EXPERTS_BYTES // NUM_ACTORS + EXPERT_ACTOR_BYTES, actor
