@@ -10,11 +10,12 @@ MoeClusterError
 │   └── ResourceError                    too few slots, CPUs or GPUs, a port in use, no cluster there
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
-├── NotHosted                            the replica is not on this actor; carries the number of the actor's placement
+├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
 ├── StaleOrder                           an order of an older term, step or attempt: refused
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
+├── OperationFailed                      a change of placement or size ended without what was asked for
 └── StateLost                            training state is gone; go back to the last complete checkpoint
 """
 
@@ -60,11 +61,13 @@ class Exhausted(MoeClusterError):
 
 
 class NotHosted(MoeClusterError):
-    """An expert of the message has no replica on the actor that was asked."""
+    """An expert of the message has no replica on the actor that was asked; or, found by a router, on none at all."""
 
-    def __init__(self, message: str, *, placement: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, message: str, *, placement: tuple[int, int] = (0, 0), experts: tuple[int, ...] = ()) -> None:
+        """placement: of the actor that was asked. experts: of the message's layer, those without any replica."""
         super().__init__(message)
         self.placement = placement
+        self.experts = experts
 
 
 class StaleOrder(MoeClusterError):
@@ -81,6 +84,10 @@ class DeadlineExceeded(MoeClusterError):
 
 class AttemptAborted(MoeClusterError):
     """The running attempt of a training step cannot go on and must be run again."""
+
+
+class OperationFailed(MoeClusterError):
+    """A change of placement or size ended without what was asked for; the old placement stands."""
 
 
 class StateLost(MoeClusterError):

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from moecluster.errors import Unavailable
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.actor_keeper import ControlConnection
 from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts
@@ -14,7 +15,7 @@ from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_server import serve_expert
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.in_process import InProcessTransport
-from moecluster.rpc.interfaces import ExpertControl, ExpertTransport
+from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, OptimizerSettings, Placement, Replica
 
@@ -85,9 +86,9 @@ class ExpertCluster:
             raise Unavailable(f"the handshake chose {transport.name}, the test wants {self._transport}")
         return transport
 
-    def _control(self, address: ActorAddress) -> ExpertControl:
+    def _control(self, address: ActorAddress) -> ControlConnection:
         if self._transport == "in-process":
-            return self.services[address.actor]
+            return control_of(self.services[address.actor])
         return GrpcExpertControl(address.actor, address.address)
 
     def close(self) -> None:
@@ -104,3 +105,21 @@ class ExpertCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def control_of(service: ExpertService) -> ControlConnection:
+    """Orders straight to a service of this process."""
+    return cast(ControlConnection, _Control(service))
+
+
+class _Control:
+    def __init__(self, service: ExpertService) -> None:
+        self._service = service
+        self.closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service, name)
+
+    def close(self) -> None:
+        """The service goes on."""
+        self.closed = True

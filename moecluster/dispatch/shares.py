@@ -103,5 +103,5 @@ def choose_actors(
         actor_P = table.actor_of_ER[experts_P, replica_P]
     if (actor_P == NO_ACTOR).any():
         lost = sorted({int(e) for e in experts_P[actor_P == NO_ACTOR]})
-        raise NotHosted(f"layer {table.layer}: no replica of experts {lost}")
+        raise NotHosted(f"layer {table.layer}: no replica of experts {lost}", experts=tuple(lost))
     return actor_P

@@ -71,6 +71,8 @@ class Exchange:
                 table = self.pool.table(placement, layer, failing.keys())
                 parts = dispatch(table, x_TD, ids_TK, weights_TK, slots_P=slots_P)
             except NotHosted as exc:
+                if not failing:  # they stand nowhere, not even on an actor that does not answer
+                    self.pool.want(layer, exc.experts)
                 last = next(iter(failing.values()), exc)
                 self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, last)))
                 failing = {}

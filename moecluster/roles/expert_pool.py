@@ -1,11 +1,12 @@
 """A router's connections to the expert actors of the standing placement."""
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from moecluster.dispatch.shares import LayerTable, layer_table
 from moecluster.errors import MoeClusterError, UserError
-from moecluster.rpc.interfaces import ExpertControl, ExpertTransport, PlacementSource
+from moecluster.roles.actor_keeper import ControlConnection
+from moecluster.rpc.interfaces import ControllerLink, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, Placement
 
 
@@ -26,16 +27,25 @@ class FixedPlacement:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
 
+    def want_experts(self, layer: int, experts: Sequence[int]) -> None:
+        """Nobody is there who could load them."""
+
+    def hold(self, timeout_s: float) -> None:
+        """It is held anyway."""
+
+    def release(self) -> None:
+        """It goes on to stay as it is."""
+
 
 class ExpertPool:
     """Opens transports when they are first needed, and anew when an actor has moved or come back. Thread-safe."""
 
     def __init__(
         self,
-        placements: PlacementSource,
+        placements: ControllerLink,
         *,
         connect: Callable[[ActorAddress], ExpertTransport],
-        control: Callable[[ActorAddress], ExpertControl],
+        control: Callable[[ActorAddress], ControlConnection],
     ) -> None:
         """connect and control raise MoeClusterErrors when the actor does not answer."""
         self._placements = placements
@@ -44,6 +54,7 @@ class ExpertPool:
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
         self._open: dict[str, tuple[ActorAddress, ExpertTransport]] = {}
+        self._controls: dict[str, tuple[ActorAddress, ControlConnection]] = {}
         self._tables: dict[int, LayerTable] = {}
         self._tables_of = (-1, -1)
 
@@ -104,13 +115,32 @@ class ExpertPool:
         """Tells the controller that an actor does not serve what it should."""
         self._placements.report_failure(address.actor, address.incarnation, str(reason))
 
+    def want(self, layer: int, experts: Sequence[int]) -> None:
+        """Tells the controller that tokens wait for experts that stand nowhere."""
+        self._placements.want_experts(layer, experts)
+
     def controls(self) -> dict[str, ExpertControl]:
-        """The orders' side of every actor of the standing placement, by name."""
-        return {name: self._control(address) for name, address in self.placement().actors.items()}
+        """The orders' side of every actor of the standing placement, by name.
+
+        Each goes on until a later call finds that its actor has moved, come back or gone.
+        """
+        actors = self.placement().actors
+        with self._lock:
+            for name, (address, control) in list(self._controls.items()):
+                if actors.get(name) != address:
+                    del self._controls[name]
+                    control.close()
+            for name, address in actors.items():
+                if name not in self._controls:
+                    self._controls[name] = (address, self._control(address))
+            return {name: control for name, (_, control) in self._controls.items()}
 
     def close(self) -> None:
-        """Closes every transport."""
+        """Closes every way to an actor."""
         with self._lock:
-            left, self._open = self._open, {}
-        for _, transport in left.values():
+            transports, self._open = self._open, {}
+            controls, self._controls = self._controls, {}
+        for _, transport in transports.values():
             transport.close()
+        for _, control in controls.values():
+            control.close()

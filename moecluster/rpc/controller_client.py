@@ -1,23 +1,24 @@
-"""A router's view of the controller: placements as they come, leases renewed, failures reported."""
+"""A router's view of the controller: placements as they come, leases renewed, failures and wants reported."""
 
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 
-from moecluster.errors import MoeClusterError
+from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
-from moecluster.rpc.fields import MAX_REASON_LENGTH
+from moecluster.rpc.fields import MAX_REASON_LENGTH, encode_expert
 from moecluster.rpc.load_messages import encode_load
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.placement_board import NEVER, PlacementBoard
 from moecluster.rpc.placement_messages import decode_placement
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
-from moecluster.types import LoadSnapshot, Placement
+from moecluster.types import ExpertId, LoadSnapshot, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,13 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
 REPORT_TIMEOUT_S = 2.0
 MAX_REPORTS = 64  # under way at once; beyond it they are dropped
+WANT_AGAIN_S = 0.2  # before the same expert is asked for again
+
+Report = controller_pb2.FailureReport | controller_pb2.LoadReport | controller_pb2.WantRequest
 
 
 class ControllerClient:
-    """A PlacementSource over the controller's WatchPlacement stream.
+    """A ControllerLink and a PlacementHold over the controller's WatchPlacement stream.
 
     Opens the stream anew when it breaks; meanwhile the last placement goes on to stand.
     """
@@ -39,7 +43,7 @@ class ControllerClient:
         self, *, router: str, resolve: Callable[[], str], credentials: grpc.ChannelCredentials | None = None
     ) -> None:
         """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable."""
-        self._router = router
+        self.router = router
         self._resolve = resolve
         self._credentials = credentials
         self._board = PlacementBoard()
@@ -48,6 +52,8 @@ class ControllerClient:
         self._renew_s = FIRST_RENEWAL_S
         self._channel: grpc.Channel | None = None
         self._saying: set[grpc.Future[Any]] = set()
+        self._hold = False
+        self._wanted_s: dict[ExpertId, float] = {}  # when each was last asked for
         self._applied: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry: tell the controller at once
         self._thread = threading.Thread(target=self._run, name="controller-client", daemon=True)
         self._thread.start()
@@ -63,13 +69,46 @@ class ControllerClient:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """Says that an actor did not answer. Without a controller nothing is said: it looks at its actors itself."""
         report = controller_pb2.FailureReport(
-            reporter=self._router, actor=actor, incarnation=incarnation, reason=reason[:MAX_REASON_LENGTH]
+            reporter=self.router, actor=actor, incarnation=incarnation, reason=reason[:MAX_REASON_LENGTH]
         )
         self._say("ReportFailure", report)
 
     def report_load(self, load: LoadSnapshot) -> None:
         """Says what was counted in a window. Without a controller nothing is said."""
-        self._say("ReportLoad", encode_load(self._router, load))
+        self._say("ReportLoad", encode_load(self.router, load))
+
+    def want_experts(self, layer: int, experts: Sequence[int]) -> None:
+        """Says that tokens wait for experts that stand nowhere. Without a controller nothing is said: ask again."""
+        with self._lock:
+            now_s = time.monotonic()
+            wanted = [ExpertId(layer=layer, index=index) for index in experts]
+            wanted = [expert for expert in wanted if now_s - self._wanted_s.get(expert, -WANT_AGAIN_S) >= WANT_AGAIN_S]
+        request = controller_pb2.WantRequest(router=self.router, experts=[encode_expert(expert) for expert in wanted])
+        if wanted and self._say("WantExperts", request):
+            with self._lock:
+                self._wanted_s.update(dict.fromkeys(wanted, now_s))
+
+    def hold(self, timeout_s: float) -> None:
+        """From now on every renewal asks for a placement that stays as it is; returns when one stands.
+
+        Raises DeadlineExceeded if none came in time, and lets go.
+        """
+        self._hold = True
+        self._applied.put(None)
+        deadline_s = time.monotonic() + timeout_s
+        placement = self._board.newer_than(NEVER, timeout_s)
+        while placement is not None and not placement.held:
+            placement = self._board.newer_than(placement.number, max(deadline_s - time.monotonic(), 0.0))
+        if placement is None:
+            self.release()
+            raise DeadlineExceeded(
+                f"the controller did not say within {timeout_s:g} s that the placement stays as it is"
+            )
+
+    def release(self) -> None:
+        """The placement may change again, as far as this router is concerned. Fine if it held nothing."""
+        self._hold = False
+        self._applied.put(None)
 
     def close(self) -> None:
         """Ends the stream and all waits."""
@@ -82,14 +121,15 @@ class ControllerClient:
                 self._channel = None
         self._thread.join(timeout=5.0)
 
-    def _say(self, method: str, message: controller_pb2.FailureReport | controller_pb2.LoadReport) -> None:
-        """Sends without waiting. The call is kept until it ends: one that nobody holds is cancelled."""
+    def _say(self, method: str, message: Report) -> bool:
+        """Sends without waiting; False if it cannot. The call is kept until it ends, else it would be cancelled."""
         with self._lock:
             if self._channel is None or len(self._saying) >= MAX_REPORTS:
-                return
+                return False
             call = getattr(ControllerServiceStub(self._channel), method).future(message, timeout=REPORT_TIMEOUT_S)
             self._saying.add(call)
         call.add_done_callback(self._saying.discard)
+        return True
 
     def _run(self) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -99,7 +139,7 @@ class ControllerClient:
                 self._watch(self._resolve())
             except MoeClusterError as exc:
                 if not self._closed.is_set():
-                    logger.info("%s: the controller's placements stopped: %s", self._router, exc)
+                    logger.info("%s: the controller's placements stopped: %s", self.router, exc)
             backoff_s = FIRST_BACKOFF_S if self._board.number > before else min(2 * backoff_s, MAX_BACKOFF_S)
             self._closed.wait(backoff_s)
 
@@ -131,7 +171,9 @@ class ControllerClient:
         """Says what was applied: now, after every placement, and often enough to keep the lease."""
         while not broken.is_set() and not self._closed.is_set():
             term, generation = self._board.number
-            yield controller_pb2.WatchRequest(router=self._router, applied_term=term, applied_generation=generation)
+            yield controller_pb2.WatchRequest(
+                router=self.router, applied_term=term, applied_generation=generation, hold=self._hold
+            )
             try:
                 self._applied.get(timeout=self._renew_s)
             except queue.Empty:

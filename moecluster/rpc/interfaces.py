@@ -121,6 +121,24 @@ class ExpertControl(Participant, Protocol):
         """Streams the experts' tensors; with an incarnation, only that life of the actor does."""
 
 
+Pace = Callable[[int], None]  # told of bytes that came, before more are taken; it may wait, and raise to end
+
+
+class PeerExports(Protocol):
+    """What one life of another actor holds, as experts are copied from there."""
+
+    def tensors(
+        self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
+    ) -> Iterator[ExportedTensor]:
+        """The expert's parameters. Raises what the peer raises, InvalidMessage for content that is not as announced."""
+
+    def close(self) -> None:
+        """Ends the connection."""
+
+
+ConnectPeer = Callable[[ActorAddress], PeerExports]
+
+
 class PlacementSource(Protocol):
     """Where a router learns the placement: the controller's stream, or a fixed one."""
 
@@ -132,3 +150,20 @@ class PlacementSource(Protocol):
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """Says that an actor did not answer. Never blocks, never raises."""
+
+
+class ControllerLink(PlacementSource, Protocol):
+    """A router's way to the controller: the placements, and what the router has to tell."""
+
+    def want_experts(self, layer: int, experts: Sequence[int]) -> None:
+        """Says that tokens wait for experts of a layer that stand nowhere. Never blocks, never raises."""
+
+
+class PlacementHold(Protocol):
+    """What keeps the placement as it is while experts are trained."""
+
+    def hold(self, timeout_s: float) -> None:
+        """Returns when the standing placement stays as it is. Raises DeadlineExceeded otherwise, and lets go."""
+
+    def release(self) -> None:
+        """The placement may change again. Fine if nothing was held."""

@@ -18,6 +18,7 @@ from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, Placement, Replica
+from tests.expert_cluster import control_of
 from tests.small_actor import (
     EXPERTS,
     LAYER,
@@ -48,7 +49,7 @@ def remote_experts(
     def connect(address: ActorAddress) -> GrpcExpertTransport:
         return GrpcExpertTransport(address, router="test", shared_memory_bytes=SEGMENT_BYTES, connect_timeout_s=2.0)
 
-    pool = ExpertPool(FixedPlacement(placement), connect=connect, control=lambda address: service)
+    pool = ExpertPool(FixedPlacement(placement), connect=connect, control=lambda address: control_of(service))
     remote = RemoteExperts(pool, timeout_s=timeout_s, metrics=metrics)
     try:
         yield remote

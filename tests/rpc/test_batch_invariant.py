@@ -1,7 +1,7 @@
 """Batch-invariant mode: a token's output is the same bit for bit, whatever surrounds it on its way."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -219,6 +219,9 @@ class ChangingPlacement:
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failed.append(actor)
+
+    def want_experts(self, layer: int, experts: Sequence[int]) -> None:
+        """The test itself says what stands where."""
 
 
 class Actors:

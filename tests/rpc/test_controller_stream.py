@@ -1,16 +1,17 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 
-from moecluster.errors import InvalidMessage, Unavailable, UserError
+from moecluster.errors import DeadlineExceeded, InvalidMessage, Unavailable, UserError
 from moecluster.proto import controller_pb2, tensor_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller_calls import controller_status, set_checkpoint
-from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.controller_client import WANT_AGAIN_S, ControllerClient
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.placement_messages import decode_placement, encode_placement
 from moecluster.rpc.server import RunningServer, open_channel
@@ -77,6 +78,9 @@ def test_nothing_waits_forever_without_a_controller() -> None:
         client.current(0.3)
     assert client.newer_than((0, 0), 0.1) is None
     client.report_failure("expert-0", "a1", "silence")
+    client.want_experts(3, [0])
+    with pytest.raises(DeadlineExceeded):
+        client.hold(0.1)
     client.close()
     assert time.monotonic() - started_s < WAIT_S
     with pytest.raises(Unavailable):
@@ -117,6 +121,76 @@ def test_failures_and_loads_are_reported(board, client) -> None:
     load = LoadSnapshot(window_s=1.5, tokens={ExpertId(layer=3, index=1): 12})
     client.report_load(load)
     wait_until(lambda: board.reports == [load])
+
+
+def test_an_expert_is_asked_for_again_only_after_a_while(board, client) -> None:
+    board.publish(placement(1, 1))
+    client.current(WAIT_S)
+    experts = tuple(ExpertId(layer=3, index=i) for i in range(2))
+
+    def times_asked(expert: ExpertId) -> int:
+        return sum(expert in wanted for _, wanted in board.wanted)
+
+    started_s = time.monotonic()
+    for _ in range(50):
+        client.want_experts(3, [0, 1])
+    client.want_experts(3, [])
+    most = 1 + int((time.monotonic() - started_s) / WANT_AGAIN_S)
+    client.want_experts(0, [1])  # another expert need not wait
+    wait_until(lambda: times_asked(ExpertId(layer=0, index=1)) == 1)
+    wait_until(lambda: times_asked(experts[0]) >= 1)
+    assert board.wanted[0] == ("router-0", experts) and all(wanted for _, wanted in board.wanted)
+    assert times_asked(experts[0]) == times_asked(experts[1]) <= most
+    time.sleep(WANT_AGAIN_S)
+    before = times_asked(experts[1])
+    client.want_experts(3, [1])
+    wait_until(lambda: times_asked(experts[1]) == before + 1)
+
+
+def test_a_hold_lasts_from_the_word_of_the_controller_until_it_is_released(board, client) -> None:
+    board.publish(placement(1, 1))
+    client.current(WAIT_S)
+    assert not any(hold for _, _, hold in board.renewals)
+
+    def grant() -> None:
+        wait_until(lambda: any(hold for _, _, hold in board.renewals))
+        board.publish(placement(1, 2))  # on the way before the controller knew
+        board.publish(replace(placement(1, 3), held=True))
+
+    controller = threading.Thread(target=grant)
+    controller.start()
+    client.hold(WAIT_S)
+    controller.join(WAIT_S)
+    assert client.current(0.0).held and client.current(0.0).generation == 3
+    wait_until(lambda: board.renewals[-1:] == [("router-0", (1, 3), True)])
+    client.release()
+    wait_until(lambda: board.renewals[-1:] == [("router-0", (1, 3), False)])
+
+
+@pytest.mark.parametrize("placements", [(), (placement(1, 1),)])
+def test_a_hold_that_is_not_granted_in_time_is_let_go(board, client, placements) -> None:
+    for each in placements:
+        board.publish(each)
+    with pytest.raises(DeadlineExceeded, match=r"did not say within 0\.3 s that the placement stays"):
+        client.hold(0.3)
+    before = len(board.renewals)
+    wait_until(lambda: len(board.renewals) > before + 1)
+    assert not board.renewals[-1][2]
+
+
+def test_a_hold_outlives_a_change_of_the_controller(board) -> None:
+    first, successor = serve_controller(board), ScriptedController()
+    second = serve_controller(successor)
+    address = [first.address]
+    client = ControllerClient(router="router-0", resolve=lambda: address[0])
+    board.publish(replace(placement(1, 1), held=True))
+    client.hold(WAIT_S)
+    address[0] = second.address
+    first.stop(0.0)
+    wait_until(lambda: ("router-0", (1, 1), True) in successor.renewals)
+    client.close()
+    successor.close()
+    second.stop(0.0)
 
 
 def test_status_and_checkpoint_over_the_wire(board, server) -> None:

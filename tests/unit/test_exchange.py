@@ -2,11 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.in_process import InProcessTransport
 from moecluster.types import ActorAddress, Placement, Replica
-from tests.expert_cluster import ExpertCluster
+from tests.expert_cluster import ExpertCluster, control_of
 from tests.small_actor import (
     EXPERTS,
     LAYER,
@@ -54,6 +55,7 @@ class Moving:
         self.placement = placement
         self.changed = threading.Condition()
         self.reports: list[tuple[str, str]] = []
+        self.wanted: list[tuple[int, tuple[int, ...]]] = []
 
     def publish(self, **changes: object) -> None:
         with self.changed:
@@ -71,12 +73,15 @@ class Moving:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.reports.append((actor, reason))
 
+    def want_experts(self, layer: int, experts: Sequence[int]) -> None:
+        self.wanted.append((layer, tuple(experts)))
+
 
 def remote_over(cluster: ExpertCluster, source: FixedPlacement | Moving, timeout_s: float = TIMEOUT_S) -> RemoteExperts:
     pool = ExpertPool(
         source,
         connect=lambda address: InProcessTransport(cluster.services[address.actor]),
-        control=lambda address: cluster.services[address.actor],
+        control=lambda address: control_of(cluster.services[address.actor]),
     )
     return RemoteExperts(pool, timeout_s=timeout_s)
 
@@ -130,7 +135,7 @@ def test_a_retry_changes_no_bit_of_a_sum_over_three_actors(checkpoint: Path) -> 
         pool = ExpertPool(
             FixedPlacement(placement),
             connect=lambda address: InProcessTransport(services[address.actor]),
-            control=lambda address: services[address.actor],
+            control=lambda address: control_of(services[address.actor]),
         )
         remote = RemoteExperts(pool, metrics=metrics)
         x_TD, _, _ = tokens()
@@ -168,13 +173,43 @@ def test_only_the_pairs_that_moved_are_sent_again_by_the_newer_placement(
         assert source.reports == []
 
 
-def test_an_expert_without_any_replica_is_waited_for(checkpoint: Path, modules: dict[int, nn.Module]) -> None:
+def test_an_expert_without_any_replica_is_asked_for_and_waited_for(
+    checkpoint: Path, modules: dict[int, nn.Module]
+) -> None:
     with ExpertCluster(checkpoint, replicas=HALVES) as cluster, ThreadPoolExecutor(1) as caller:
         source = Moving(replace(cluster.placement, replicas=HALVES[:2]))
         result = call_in_thread(remote_over(cluster, source), caller)
         time.sleep(0.1)
+        assert source.wanted == [(LAYER, (2, 3))]
         source.publish(replicas=HALVES)
         torch.testing.assert_close(result(), dense(modules, *tokens()).detach(), atol=5e-6, rtol=0)
+        assert source.wanted == [(LAYER, (2, 3))] and source.reports == []
+
+
+@torch.no_grad()
+def test_an_expert_whose_only_actor_does_not_answer_is_not_asked_for(checkpoint: Path) -> None:
+    """It has a replica by the placement: the failure is reported, and the controller looks after the actor."""
+    with ExpertCluster(checkpoint, replicas=HALVES) as cluster:
+        source = Moving(cluster.placement)
+        cluster.services["expert-1"].close()
+        with pytest.raises(DeadlineExceeded):
+            remote_over(cluster, source, timeout_s=0.3)(LAYER, *tokens())
+        assert source.wanted == [] and {actor for actor, _ in source.reports} == {"expert-1"}
+
+
+def test_controls_are_kept_until_their_actor_changes(checkpoint: Path) -> None:
+    with ExpertCluster(checkpoint, replicas=HALVES) as cluster:
+        source = Moving(cluster.placement)
+        pool = remote_over(cluster, source).pool
+        first = pool.controls()
+        assert pool.controls() == first
+        address = cluster.placement.actors["expert-1"]
+        source.publish(actors={"expert-1": replace(address, incarnation="another")}, replicas=HALVES[2:])
+        second: dict[str, Any] = dict(pool.controls())
+        assert set(second) == {"expert-1"} and second["expert-1"] is not first["expert-1"]
+        assert [cast(Any, control).closed for control in first.values()] == [True, True]
+        pool.close()
+        assert second["expert-1"].closed
 
 
 @torch.no_grad()
