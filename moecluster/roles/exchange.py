@@ -1,5 +1,6 @@
 """One layer's exchange with the expert actors: send, wait, and send again what failed, until the deadline."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -52,14 +53,20 @@ class Exchange:
         self._metrics = metrics
 
     def route(
-        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, make_batch: MakeBatch
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        make_batch: MakeBatch,
+        timeout_s: float = math.inf,
     ) -> Answers:
         """Answers that cover every kept assignment, in the order of the actors.
 
         Pure forward only: what fails goes to another replica, or waits until the experts are served again. Raises
-        DeadlineExceeded when nothing helped within the timeout, and at once what no repetition can mend.
+        DeadlineExceeded when nothing helped within the shorter timeout, and at once what no repetition can mend.
         """
-        deadline_s = time.monotonic() + self._timeout_s
+        deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         answers: Answers = []
         slots_P: npt.NDArray[np.int64] | None = None  # None: all
         failing: dict[str, MoeClusterError] = {}  # actors to avoid, until there is nobody else to ask
@@ -167,7 +174,8 @@ class Exchange:
         try:
             result = message.future.result(timeout=max(deadline_s - time.monotonic(), 0.0))
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"{message.address.actor} did not answer in {self._timeout_s:g} s") from exc
+            waited_s = message.batch.deadline_s
+            raise DeadlineExceeded(f"{message.address.actor} did not answer in {waited_s:.3g} s") from exc
         if self._metrics is not None and message.transport is not None:
             self._metrics.count_dispatch(
                 transport=message.transport.name,

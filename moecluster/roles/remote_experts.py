@@ -1,6 +1,7 @@
 """The experts of a trunk, reached over their actors: forward, and the autograd Function that trains them."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class RemoteExperts:
         Raises DeadlineExceeded, or inside training() AttemptAborted.
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
-        self._count(layer, ids_TK)
+        timeout_s = self._left_s()
+        self._count(layer, ids_TK, timeout_s)
         tag: MicroBatchTag | None = getattr(self._current, "tag", None)
         if tag is not None and torch.is_grad_enabled():
             y_TD: torch.Tensor = _RemoteMoe.apply(
@@ -71,7 +73,7 @@ class RemoteExperts:
                 "run the forward under torch.no_grad(), or inside RemoteExperts.training(...)"
             )
         with torch.no_grad():
-            return self._forward(layer, x_TD, ids_TK, weights_TK)
+            return self._forward(layer, x_TD, ids_TK, weights_TK, timeout_s)
 
     @contextmanager
     def training(self, tag: StepTag, *, rank: int = 0, micro_batch: int = 0) -> Iterator[None]:
@@ -93,6 +95,15 @@ class RemoteExperts:
         finally:
             self._current.counts = before
 
+    @contextmanager
+    def within(self, timeout_s: float) -> Iterator[None]:
+        """Calls of this thread inside, other than training's, raise DeadlineExceeded once the time is over."""
+        self._current.deadline_s = time.monotonic() + timeout_s
+        try:
+            yield
+        finally:
+            del self._current.deadline_s
+
     def sent(self, tag: StepTag) -> dict[str, list[MessageKey]]:
         """The backward messages of an attempt, by actor: what Reduce has to expect."""
         with self._lock:
@@ -112,8 +123,13 @@ class RemoteExperts:
         self._current.passes[layer] = number + 1
         return MicroBatchTag(step=tag.step, rank=tag.rank, micro_batch=tag.micro_batch, pass_index=number)
 
-    def _count(self, layer: int, ids_TK: torch.Tensor) -> None:
-        num_experts = self.pool.placement(self._timeout_s).layer_experts.get(layer, 0)
+    def _left_s(self) -> float:
+        """Longest time that a call of this thread may take."""
+        deadline_s: float | None = getattr(self._current, "deadline_s", None)
+        return self._timeout_s if deadline_s is None else min(deadline_s - time.monotonic(), self._timeout_s)
+
+    def _count(self, layer: int, ids_TK: torch.Tensor, timeout_s: float) -> None:
+        num_experts = self.pool.placement(timeout_s).layer_experts.get(layer, 0)
         counts_E = np.bincount(ids_TK.numpy().reshape(-1), minlength=num_experts)
         dropped, counts_E = int(counts_E[num_experts:].sum()), counts_E[:num_experts]
         for counts in (self.loads, *getattr(self._current, "counts", ())):
@@ -123,13 +139,15 @@ class RemoteExperts:
             if dropped:
                 self._metrics.count_dropped(layer, dropped)
 
-    def _forward(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timeout_s: float
+    ) -> torch.Tensor:
         x_cpu_TD, weights_cpu_TK = x_TD.cpu(), weights_TK.to(device="cpu", dtype=torch.float32)
 
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
             return _batch(layer, Phase.FORWARD, part, placement, deadline_s, x_cpu_TD, self._batch_invariant)
 
-        answers = self._exchange.route(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch)
+        answers = self._exchange.route(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch, timeout_s)
         return self._combine(answers, weights_cpu_TK, x_cpu_TD).to(x_TD.device)
 
     def _combine(self, answers: Answers, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The router: a model's trunk whose experts are elsewhere, and the generations that run on it."""
 
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,10 +89,13 @@ class Router:
             generation.cancel()
         return generation is not None
 
-    def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def moe(
+        self, layer: int, x_TD: torch.Tensor, timeout_s: float = math.inf
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(y_TD, ids_TK, weights_TK) of one MoE layer for raw hidden states: its gate, and its routed experts' sum.
 
-        Raises InvalidMessage for a layer without experts, or another width or dtype.
+        timeout_s: for the experts' answers, if it is shorter than the router's own. Raises InvalidMessage for a layer
+        without experts, or another width or dtype, and DeadlineExceeded.
         """
         model = self._model
         record = next((found for found in moe_layers(model) if found.layer == layer), None)
@@ -103,7 +107,8 @@ class Router:
         if x_TD.dtype != self._dtype:
             raise InvalidMessage(f"x.dtype: {x_TD.dtype}, and the model's is {self._dtype}")
         block = model.get_submodule(record.name.rpartition(".")[0])
-        return self._tap.run(block, x_TD.to(self._device))
+        with self.experts.within(timeout_s):
+            return self._tap.run(block, x_TD.to(self._device))
 
     def status(self) -> RouterStatus:
         """Never waits; the placement is (0, 0) before the first one."""

@@ -1,5 +1,6 @@
 """RouterService at the server's edge: generations streamed out, single MoE layers, status."""
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 from moecluster.errors import MoeClusterError
 from moecluster.proto import router_pb2, router_pb2_grpc
 from moecluster.rpc import codec
-from moecluster.rpc.fields import checked_name
+from moecluster.rpc.fields import checked_amount, checked_name
 from moecluster.rpc.router_messages import decode_generation_request, encode_piece, encode_router_status
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
@@ -25,8 +26,8 @@ class RouterHandler(Protocol):
     def cancel(self, request_id: str) -> bool:
         """Ends a generation; False if none of that name runs."""
 
-    def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y_TD, ids_TK, weights_TK) of one MoE layer."""
+    def moe(self, layer: int, x_TD: torch.Tensor, timeout_s: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(y_TD, ids_TK, weights_TK) of one MoE layer, within the time; infinite: the router's own."""
 
     def status(self) -> RouterStatus:
         """What the router says of itself."""
@@ -65,7 +66,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def Moe(self, request: router_pb2.MoeRequest, context: grpc.ServicerContext) -> router_pb2.MoeReply:
         try:
             x_TD = codec.decode_tensor(request.x, "x", dtypes=codec.ROW_DTYPES, shape=(None, None))
-            y_TD, ids_TK, weights_TK = self._handler.moe(request.layer, x_TD)
+            timeout_s = checked_amount(request.timeout_s, "timeout_s") or math.inf
+            y_TD, ids_TK, weights_TK = self._handler.moe(request.layer, x_TD, timeout_s)
             return router_pb2.MoeReply(
                 y=codec.encode_tensor(y_TD.cpu()),
                 ids=codec.encode_tensor(ids_TK.cpu().to(torch.int64)),

@@ -13,6 +13,7 @@ from moecluster.errors import Exhausted, InvalidMessage
 from moecluster.models.model_config import read_model_config
 from moecluster.proto import router_pb2, tensor_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
+from moecluster.rpc import codec
 from moecluster.rpc.server import open_channel
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
@@ -149,6 +150,32 @@ def test_moe_gates_and_dispatches_raw_hidden_states(client, checkpoint) -> None:
     torch.testing.assert_close(y_TD, expected.reshape(5, 32), atol=1e-6, rtol=1e-5)
     assert ids_TK.shape == weights_TK.shape == (5, 2)
     torch.testing.assert_close(weights_TK.sum(dim=1), torch.ones(5))
+
+
+def test_moe_ends_by_the_deadline_of_its_message(cluster) -> None:
+    """Not by that of its call, nor by the router's own, which both are far longer."""
+    x = codec.encode_tensor(torch.randn(3, 32))
+    cluster.kill("expert-1")
+    try:
+        started_s = time.monotonic()
+        with open_channel(cluster.router_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+            RouterServiceStub(channel).Moe(router_pb2.MoeRequest(layer=1, x=x, timeout_s=0.5), timeout=WAIT_S)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "did not answer in time" in str(caught.value.details())
+        assert 0.5 <= time.monotonic() - started_s < 5.0
+    finally:
+        cluster.revive("expert-1")
+    with open_channel(cluster.router_server.address) as channel:
+        reply = RouterServiceStub(channel).Moe(router_pb2.MoeRequest(layer=1, x=x), timeout=WAIT_S)  # 0: the router's
+    assert reply.y.shape == [3, 32]
+
+
+@pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf")])
+def test_a_deadline_that_is_none_is_refused(cluster, timeout_s) -> None:
+    request = router_pb2.MoeRequest(layer=1, x=codec.encode_tensor(torch.randn(3, 32)), timeout_s=timeout_s)
+    with open_channel(cluster.router_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        RouterServiceStub(channel).Moe(request, timeout=WAIT_S)
+    assert caught.value.code() == INVALID and str(caught.value.details()).startswith("timeout_s")
 
 
 def generation(**changes: object) -> router_pb2.GenerateRequest:
