@@ -1,0 +1,50 @@
+"""How many replicas each expert gets, and how good any placement with so many slots can be at best."""
+
+import numpy as np
+
+from moecluster.placement.layout import Fleet, Floats, Ints
+
+
+def minimax_counts(load_LE: Floats, num_experts_L: Ints, slots: int, most: int) -> Ints:
+    """Counts of least max(load / count), [L, E]: one replica more, time and again, for the greatest load per replica.
+
+    slots: the sum of each layer's counts, as far as at most `most` replicas of an expert allow it. This greedy choice is
+    optimal, and it is the replication step of DeepSeek's EPLB.
+    """
+    num_layers, max_experts = load_LE.shape
+    exists_LE = np.arange(max_experts) < num_experts_L[:, None]
+    count_LE = exists_LE.astype(np.int64)
+    rank_LE = np.where(exists_LE & (most > 1), load_LE, -1.0)
+    left_L = np.minimum(slots, num_experts_L * most) - count_LE.sum(axis=1)
+    every_L = np.arange(num_layers)
+    for step in range(int(left_L.max(initial=0))):
+        chosen_L = rank_LE.argmax(axis=1)
+        growing = every_L[left_L > step]
+        chosen = chosen_L[growing]
+        count_LE[growing, chosen] += 1
+        count = count_LE[growing, chosen]
+        rank_LE[growing, chosen] = np.where(count < most, load_LE[growing, chosen] / count, -1.0)
+    return count_LE
+
+
+def least_worst_load_L(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Floats:
+    """Lower bound on the worst actor's load / speed for any placement on these slots: [L].
+
+    The least, over replica counts, of max(mean load, max load / count); with uneven speeds, an expert of c replicas can
+    at best stand on the c fastest actors.
+    """
+    speed_A = np.sort(fleet.speed_A[fleet.slots_A > 0])[::-1]
+    slots = int(fleet.slots_A.sum())
+    reach_C = np.cumsum(speed_A)  # speed of the c + 1 fastest actors
+    bound_L = load_LE.sum(axis=1) / reach_C[-1]
+    hottest_L = load_LE.max(axis=1, initial=0.0)
+    np.maximum(bound_L, hottest_L / reach_C[-1], out=bound_L)
+    high_L = np.maximum(hottest_L / reach_C[0], bound_L)
+    low_L = bound_L
+    for _ in range(50):  # bisection on "so low a load needs no more slots than there are"
+        middle_L = (low_L + high_L) / 2
+        wanted_LE = np.divide(load_LE, middle_L[:, None], out=np.zeros_like(load_LE), where=middle_L[:, None] > 0)
+        count_LE = np.maximum(np.searchsorted(reach_C, wanted_LE * (1 - 1e-12)) + 1, 1)
+        fits_L = (count_LE * (np.arange(load_LE.shape[1]) < num_experts_L[:, None])).sum(axis=1) <= slots
+        low_L, high_L = np.where(fits_L, low_L, middle_L), np.where(fits_L, middle_L, high_L)
+    return np.maximum(bound_L, low_L)
