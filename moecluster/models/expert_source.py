@@ -22,6 +22,9 @@ class ExpertReader(Protocol):
     def load(self, expert: ExpertId, dtype: torch.dtype) -> nn.Module:
         """See ExpertSource."""
 
+    def empty(self, expert: ExpertId) -> nn.Module:
+        """See ExpertSource."""
+
     def expert_bytes(self, expert: ExpertId) -> int:
         """See ExpertSource."""
 
@@ -46,6 +49,11 @@ class ExpertSource:
         """The expert as a module on the CPU: rows [n, D] in, rows [n, D] out, without the gate weight."""
         self._check(expert)
         return self._reader.load(expert, dtype)
+
+    def empty(self, expert: ExpertId) -> nn.Module:
+        """The same module on the meta device: names and shapes, and `load_state_dict(..., assign=True)` fills it."""
+        self._check(expert)
+        return self._reader.empty(expert)
 
     def expert_bytes(self, expert: ExpertId) -> int:
         """Bytes that the expert has in the checkpoint, from headers alone."""

@@ -33,6 +33,11 @@ class FamilyExperts:
         # Parameters of one model must keep one order, whatever the order of the checkpoint's keys.
         return ExpertShard.of_family(container, {name: rows[name].to(dtype).contiguous() for name in expected})
 
+    def empty(self, expert: ExpertId) -> nn.Module:
+        container = self._model.get_submodule(self._record(expert).name)
+        rows = {name: value.detach()[0] for name, value in container.named_parameters(recurse=False)}
+        return ExpertShard.of_family(container, rows)
+
     def expert_bytes(self, expert: ExpertId) -> int:
         total = 0
         for key, row in (pair for source in self._sources(expert) for pair in self._reads(source, expert).values()):

@@ -51,10 +51,13 @@ class OwnExpertReader:
                     f"{name} of expert {expert} in {self._checkpoint.path} has shape {list(state[name].shape)}, "
                     f"its {CONFIG_NAME} says {list(value.shape)}"
                 )
-        with torch.device("meta"):
-            module = self._make()
+        module = self.empty(expert)
         module.load_state_dict(state, assign=True)
         return module
+
+    def empty(self, expert: ExpertId) -> nn.Module:
+        with torch.device("meta"):
+            return self._make()
 
     def expert_bytes(self, expert: ExpertId) -> int:
         return sum(self._checkpoint.info(key).num_bytes for key in self._keys(expert).values())

@@ -97,6 +97,7 @@ class SwigluExperts:
         self, checkpoint: Checkpoint, sizes: Sizes, layouts: Mapping[int, "PerExpertLayer | FusedLayer"]
     ) -> None:
         self._checkpoint = checkpoint
+        self._sizes = sizes
         self._layouts = layouts
         self.layers = tuple(
             MoeLayer(
@@ -110,9 +111,12 @@ class SwigluExperts:
 
     def load(self, expert: ExpertId, dtype: torch.dtype) -> nn.Module:
         rows = self._layouts[expert.layer].read(self._checkpoint, expert.index)
-        return ExpertShard(
-            {name: row.to(dtype) for name, row in rows.items()}, up_name="gate_up_proj", activate=_activate
-        )
+        return _shard({name: row.to(dtype) for name, row in rows.items()})
+
+    def empty(self, expert: ExpertId) -> nn.Module:
+        inner, hidden = self._sizes.inner_size, self._sizes.hidden_size
+        shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+        return _shard({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
     def expert_bytes(self, expert: ExpertId) -> int:
         return self._layouts[expert.layer].num_bytes(self._checkpoint, expert.index)
@@ -170,6 +174,10 @@ class FusedLayer:
 
     def num_bytes(self, checkpoint: Checkpoint, index: int) -> int:
         return sum(checkpoint.info(key).num_bytes // self._sizes.num_experts for key in self._keys.values())
+
+
+def _shard(rows: Mapping[str, torch.Tensor]) -> ExpertShard:
+    return ExpertShard(rows, up_name="gate_up_proj", activate=_activate)
 
 
 def _activate(h_nF: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,12 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass
 
 from moecluster.errors import Exhausted, Unavailable
 from moecluster.rpc.interfaces import Reply
-from moecluster.types import ComputeBatch, Phase
+from moecluster.types import ComputeBatch, ExpertId, Phase
 
 MAX_MERGED_ROWS = 8192
 
@@ -48,6 +49,7 @@ class ComputeQueue:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._waiting: deque[Waiting] = deque()
+        self._taken: list[Waiting] = []  # last; in work until the next are taken
         self._bytes = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -57,6 +59,15 @@ class ComputeQueue:
         """Rows that wait."""
         with self._changed:
             return sum(len(w.batch.x_ND) for w in self._waiting)
+
+    def wants(self, experts: Set[ExpertId]) -> bool:
+        """Whether what waits, or what was taken and is in work, asks for one of the experts."""
+        with self._changed:
+            return any(
+                ExpertId(layer=waiting.batch.layer, index=index) in experts
+                for waiting in (*self._waiting, *self._taken)
+                for index in waiting.batch.experts
+            )
 
     def put(self, waiting: Waiting) -> None:
         """Adds a batch; an empty queue takes any size. Raises Exhausted beyond its bytes, Unavailable once closed."""
@@ -73,6 +84,7 @@ class ComputeQueue:
     def take(self) -> list[Waiting]:
         """Waits for the next batch and what can be computed with it; empty once the queue is closed."""
         with self._changed:
+            self._taken = []
             while not self._waiting and not self._closed:
                 self._changed.wait(1.0)
             if not self._waiting:
@@ -82,6 +94,7 @@ class ComputeQueue:
             if head.phase is Phase.FORWARD and self._waiting:
                 self._take_along(taken)
             self._bytes -= sum(_size_bytes(w.batch) for w in taken)
+            self._taken = taken
             return taken
 
     def _take_along(self, taken: list[Waiting]) -> None:

@@ -4,9 +4,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 
 import psutil
+import torch
 from torch import nn
 
 from moecluster.errors import (
@@ -18,7 +20,6 @@ from moecluster.errors import (
     StateLost,
 )
 from moecluster.experts import compute
-from moecluster.experts.blocks import BlockRunner, prove
 from moecluster.experts.kept_activations import KeptActivations
 from moecluster.experts.step_state import StepState
 from moecluster.hf.shard import ExpertShard
@@ -26,11 +27,17 @@ from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.training_files import read_optimizer_state, read_step
+from moecluster.roles.arriving_experts import ArrivedExpert, read_experts, return_freed_memory, wanted_dtype
+from moecluster.roles.block_proofs import BlockProofs
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
-from moecluster.roles.hosted_experts import HostedExperts, read_experts
-from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ExportedTensor, Reply
+from moecluster.roles.controller_orders import ControllerOrders
+from moecluster.roles.hosted_experts import HostedExperts
+from moecluster.roles.peer_copy import copy_experts
+from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
+from moecluster.rpc.peer_exports import GrpcPeerExports
 from moecluster.types import (
     ActorAddress,
+    ActorWork,
     ComputeBatch,
     ComputeResult,
     ExpertActorStatus,
@@ -43,6 +50,7 @@ from moecluster.types import (
 )
 
 JOIN_TIMEOUT_S = 10.0
+DRAIN_LOOK_S = 0.005
 
 
 class ExpertService:
@@ -56,22 +64,24 @@ class ExpertService:
         activation_budget_bytes: int = 256 * 2**20,
         batch_invariant: bool = False,
         metrics: Metrics | None = None,
+        connect_peer: ConnectPeer = GrpcPeerExports,
     ) -> None:
-        """Begins to compute; ends with close()."""
+        """Begins to compute; ends with close(). connect_peer: the way to an actor that experts are copied from."""
         self.name = name
         self.incarnation = secrets.token_hex(8)
         self._metrics = metrics
-        self._batch_invariant = batch_invariant
+        self._connect_peer = connect_peer
+        self._proofs = BlockProofs() if batch_invariant else None
         self._run: compute.RunExpert = compute.run_plainly
+        self._work = ActorWork()  # replaced whole by the compute thread
         self._hosted = HostedExperts()
         self._widths: dict[int, int] = {}  # of the rows that a layer's experts take
         self._queue = ComputeQueue(max_queue_bytes)
         self._kept = KeptActivations(activation_budget_bytes)
         self._training: StepState | None = None
-        # Held while a batch is computed and while parameters or training state change.
+        # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
         self._state_lock = threading.RLock()
-        self._orders_lock = threading.Lock()
-        self._controller_term = 0
+        self._orders = ControllerOrders()
         self._placement = (0, 0)
         self._checkpoint = ""  # as the last set_placement said
         self._picture = b""  # likewise
@@ -97,11 +107,13 @@ class ExpertService:
     def _compute_forever(self) -> None:
         while taken := self._queue.take():
             started_s = time.perf_counter()
+            waited_s = sum(time.monotonic() - w.arrived_s for w in taken)
             fresh = [w for w in taken if not w.expired]
             for waiting in taken:
                 if waiting not in fresh:
                     waiting.reply(DeadlineExceeded("the batch waited longer than its deadline"))
             if not fresh:
+                self._count(taken, waited_s=waited_s)
                 continue
             try:
                 outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
@@ -111,10 +123,20 @@ class ExpertService:
                 outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
             for waiting, outcome in zip(fresh, outcomes, strict=True):
                 waiting.reply(outcome)
+            pairs, busy_s = sum(len(w.batch.pair_rows_P) for w in fresh), time.perf_counter() - started_s
+            self._count(taken, waited_s=waited_s, pairs=pairs, busy_s=busy_s)
             if self._metrics is not None:
-                pairs = sum(len(w.batch.pair_rows_P) for w in fresh)
-                self._metrics.count_computed(self.name, pairs=pairs, busy_s=time.perf_counter() - started_s)
+                self._metrics.count_computed(self.name, pairs=pairs, busy_s=busy_s)
                 self._metrics.set_queue_rows(self.name, self._queue.rows)
+
+    def _count(self, taken: Sequence[Waiting], *, waited_s: float, pairs: int = 0, busy_s: float = 0.0) -> None:
+        work = self._work
+        self._work = ActorWork(
+            computed_rows=work.computed_rows + pairs,
+            busy_s=work.busy_s + busy_s,
+            batches=work.batches + len(taken),
+            queue_wait_s=work.queue_wait_s + waited_s,
+        )
 
     def _compute(self, taken: Sequence[Waiting]) -> Sequence[ComputeResult | MoeClusterError]:
         batches = [w.batch for w in taken]
@@ -191,45 +213,62 @@ class ExpertService:
         peer: ActorAddress | None = None,
         max_bytes_per_s: int = 0,
     ) -> int:
-        """Loads experts out of a checkpoint directory; what is hosted already stays unless replaced.
+        """Loads experts out of a checkpoint directory, or out of a peer; what is hosted already stays unless replaced.
 
-        With an optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Raises
-        CheckpointError, StaleOrder, InvalidMessage; DeadlineExceeded, with what was loaded by then kept.
+        With an optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each
+        other, and no other order or batch for them; what came before an error stays. Raises CheckpointError,
+        InvalidMessage, DeadlineExceeded; StaleOrder for an older term, experts that were unloaded since, or a peer with
+        other weights than the experts here; Unavailable if the peer does not give what it should.
         """
-        deadline_s = time.monotonic() + timeout_s
-        with self._orders_lock:
-            self._fence(term)
+        if peer is not None and optimizer is not None:
+            raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
+        with self._orders.loading(term, experts, timeout_s) as order:
             source = self._source(checkpoint)
             hosted = set(self._hosted.ids())
             if optimizer is not None:
                 with self._state_lock:
                     self._begin_training(optimizer, training_term, checkpoint)
                 hosted &= {e for e in hosted if str(e) in self._trained().modules}  # what was only served comes anew
-            wanted = [e for e in experts if replace or e not in hosted]
-            loaded_bytes = 0
+            wanted = [e for e in dict.fromkeys(experts) if replace or e not in hosted]
             self._widths |= {layer.layer: layer.hidden_size for layer in source.layers}
-            for expert, module in read_experts(source, wanted, dtype, trainable=optimizer is not None):
-                if time.monotonic() > deadline_s:
-                    raise DeadlineExceeded(f"{expert}: not loaded within {timeout_s:g} s")
-                self._prove_blocks(module, self._widths[expert.layer])
+            if peer is None:
+                arriving = read_experts(source, wanted, dtype, trainable=optimizer is not None)
+            else:
+                arriving = copy_experts(self._connect_peer, peer, source, wanted, dtype, order, max_bytes_per_s)
+            loaded_bytes, coming = 0, set(wanted)
+            for arrived in arriving:
+                order.check(arrived.expert)
+                coming.discard(arrived.expert)
+                self._prove_blocks(arrived.module, self._widths[arrived.expert.layer], wanted_dtype(source, (), dtype))
+                state = read_optimizer_state(checkpoint, arrived.expert) if optimizer is not None else None
                 with self._state_lock:
-                    loaded_bytes += self._hosted.add(expert, module)
-                    if optimizer is not None:
-                        self._train(expert, module, checkpoint)
-                    elif self._training is not None:
-                        self._training.remove(str(expert))
+                    order.check(arrived.expert)
+                    if arrived.expert in order.dropped:
+                        continue
+                    version = self._adopt_version(arrived, weight_version, coming)
+                    loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version)
+                    self._set_trained(arrived, optimizer is not None, state)
             if weight_version:
                 self._weight_version = weight_version
+            order.finish(wanted)
         return loaded_bytes
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
-        """Drops experts; unknown ones are fine."""
-        with self._orders_lock, self._state_lock:
-            self._fence(term)
-            for expert in experts:
-                self._hosted.remove(expert)
-                if self._training is not None:
-                    self._training.remove(str(expert))
+        """Drops experts; unknown ones are fine. A load that is ordered meanwhile keeps its own.
+
+        Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleOrder.
+        """
+        with self._orders.unloading(term, experts) as order:
+            deadline_s = time.monotonic() + drain_timeout_s
+            while time.monotonic() < deadline_s and self._queue.wants(order.experts):
+                self._orders.check(term)
+                time.sleep(DRAIN_LOOK_S)
+            with self._state_lock, self._orders.admitted(term):
+                for expert in order.experts:
+                    self._hosted.remove(expert)
+                    if self._training is not None:
+                        self._training.remove(str(expert))
+        return_freed_memory()
 
     def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
         """The placement that now stands, what lost experts are loaded from, and the controller's picture.
@@ -238,8 +277,7 @@ class ExpertService:
         """
         if len(picture) > MAX_PICTURE_BYTES:
             raise InvalidMessage(f"picture: {len(picture)} bytes, at most {MAX_PICTURE_BYTES}")
-        with self._orders_lock:
-            self._fence(term)
+        with self._orders.admitted(term):
             if (term, generation) >= self._placement:
                 self._placement, self._checkpoint = (term, generation), checkpoint
                 self._picture = picture or self._picture
@@ -247,23 +285,35 @@ class ExpertService:
     def export(
         self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
     ) -> Iterator[ExportedTensor]:
-        """Copies of the experts' tensors, one expert at a time.
+        """Copies of the experts' tensors. Computing goes on meanwhile; experts in training stand still for their copy.
 
         Raises NotHosted, StaleOrder for another step or incarnation.
         """
         if incarnation and incarnation != self.incarnation:
             raise StaleOrder(f"this is incarnation {self.incarnation}, not {incarnation}")
         for expert in experts:
-            with self._state_lock:
-                if step and (self._training is None or self._training.step != step):
-                    raise StaleOrder(f"step {step} is not what is committed here")
-                module = self._hosted.module(expert)
-                tensors = {name: plain(p) for name, p in module.named_parameters()}
-                if with_optimizer:
-                    state = self._trained().state_tensors(str(expert))
-                    tensors |= {f"optimizer/{name}": value.clone() for name, value in state.items()}
-            for name, value in tensors.items():
-                yield ExportedTensor(expert=expert, name=name, value=value, weight_version=self._weight_version)
+            if self._training is None and not step and not with_optimizer:
+                hosted = self._hosted.get(expert)
+                tensors: Iterator[tuple[str, torch.Tensor]] = (
+                    (name, plain(p)) for name, p in hosted.module.named_parameters()
+                )
+            else:
+                with self._state_lock:
+                    hosted = self._hosted.get(expert)
+                    tensors = iter(self._training_tensors(expert, hosted.module, with_optimizer, step))
+            for name, value in tensors:
+                yield ExportedTensor(expert=expert, name=name, value=value, weight_version=hosted.weight_version)
+
+    def _training_tensors(
+        self, expert: ExpertId, module: nn.Module, with_optimizer: bool, step: int
+    ) -> list[tuple[str, torch.Tensor]]:
+        if step and (self._training is None or self._training.step != step):
+            raise StaleOrder(f"step {step} is not what is committed here")
+        tensors = [(name, plain(p)) for name, p in module.named_parameters()]
+        if with_optimizer:
+            state = self._trained().state_tensors(str(expert))
+            tensors += [(f"optimizer/{name}", value.clone()) for name, value in state.items()]
+        return tensors
 
     # -- orders of the step coordinator --
 
@@ -306,14 +356,10 @@ class ExpertService:
                 rss_bytes=psutil.Process().memory_info().rss,
                 checkpoint=self._checkpoint,
                 picture=self._picture if with_picture else b"",
+                work=replace(self._work, queue_rows=self._queue.rows),
             )
 
     # -- within --
-
-    def _fence(self, term: int) -> None:
-        if term < self._controller_term:
-            raise StaleOrder(f"controller term {term} is over: {self._controller_term} has the say")
-        self._controller_term = term
 
     def _source(self, checkpoint: str) -> ExpertSource:
         if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
@@ -338,17 +384,35 @@ class ExpertService:
         self._kept.forget()
         self._training = state
 
-    def _train(self, expert: ExpertId, module: nn.Module, checkpoint: str) -> None:
-        # A family that fuses a layer's experts in one parameter gives an expert without tokens a gradient of zeros.
-        fused = isinstance(module, ExpertShard)
-        self._trained().add(
-            str(expert),
-            dict(module.named_parameters()),
-            read_optimizer_state(checkpoint, expert),
-            zero_when_absent=fused,
-        )
+    def _set_trained(
+        self, arrived: ArrivedExpert, trained: bool, optimizer_state: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        if trained:
+            # A family that fuses a layer's experts in one parameter gives an expert without tokens a gradient of zeros.
+            self._trained().add(
+                str(arrived.expert),
+                dict(arrived.module.named_parameters()),
+                optimizer_state,
+                zero_when_absent=isinstance(arrived.module, ExpertShard),
+            )
+        elif self._training is not None:
+            self._training.remove(str(arrived.expert))
 
-    def _prove_blocks(self, module: nn.Module, width: int) -> None:
-        """Once, with the first expert: which block sizes agree bit for bit on this device."""
-        if self._batch_invariant and self._run is compute.run_plainly:
-            self._run = BlockRunner(prove(module, width, next(module.parameters()).dtype))
+    def _adopt_version(self, arrived: ArrivedExpert, ordered: int, coming: Set[ExpertId]) -> int:
+        """The weight version of an arrived expert. coming: those that the load has yet to bring.
+
+        One actor serves one version, so a peer's must be that of the experts that stay here. Raises StaleOrder.
+        """
+        version = arrived.weight_version
+        if version is None:
+            return ordered or self._weight_version
+        stays = set(self._hosted.ids()) - coming - {arrived.expert}
+        wanted = ordered or (self._weight_version if stays else version)
+        if version != wanted:
+            raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {version}, {wanted} is wanted here")
+        self._weight_version = version
+        return version
+
+    def _prove_blocks(self, module: nn.Module, width: int, dtype: torch.dtype) -> None:
+        if self._proofs is not None:
+            self._run = self._proofs.add(module, width, dtype)

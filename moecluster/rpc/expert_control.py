@@ -1,16 +1,14 @@
 """Orders to an expert actor over gRPC: the client of all unary calls of ExpertService."""
 
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
-import torch
 
-from moecluster.errors import InvalidMessage, Unavailable
+from moecluster.errors import Unavailable
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.rpc import codec
+from moecluster.rpc import codec, export_chunks
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -25,7 +23,6 @@ from moecluster.types import (
     StepTag,
 )
 
-EXPORT_DTYPES = (*codec.ROW_DTYPES, torch.int64)
 EXPORT_TIMEOUT_S = 600.0
 
 
@@ -105,7 +102,7 @@ class GrpcExpertControl:
             experts=_refs(experts), with_optimizer=with_optimizer, step=step, incarnation=incarnation
         )
         try:
-            yield from _assemble(self._stub.Export(request, timeout=EXPORT_TIMEOUT_S))
+            yield from export_chunks.assemble(self._stub.Export(request, timeout=EXPORT_TIMEOUT_S))
         except grpc.RpcError as exc:
             raise from_rpc_error(exc, self.name) from exc
 
@@ -170,29 +167,3 @@ class GrpcExpertControl:
             raise from_rpc_error(exc, self.name) from exc
         except ValueError as exc:  # the channel was closed
             raise Unavailable(f"{self.name}: {exc}") from exc
-
-
-def _assemble(chunks: Iterator[expert_pb2.ExportChunk]) -> Iterator[ExportedTensor]:
-    """Tensors out of their chunks, which come in order. Raises InvalidMessage for a gap or a wrong checksum."""
-    content = bytearray()
-    for chunk in chunks:
-        where = f"{chunk.expert.layer}/{chunk.expert.index} {chunk.name}"
-        if zlib.crc32(chunk.content) != chunk.crc32:
-            raise InvalidMessage(f"content: the checksum of {where} is wrong")
-        if chunk.offset_bytes != len(content):
-            raise InvalidMessage(f"offset_bytes: {chunk.offset_bytes} of {where}, not {len(content)}")
-        content += chunk.content
-        dtype = codec.dtype_of(chunk.dtype)
-        size_bytes = dtype.itemsize
-        for size in chunk.shape:
-            size_bytes *= size
-        if len(content) < size_bytes:
-            continue
-        message = tensor_pb2.Tensor(dtype=chunk.dtype, shape=chunk.shape, inline=bytes(content))
-        value = codec.decode_tensor(message, where, dtypes=EXPORT_DTYPES, shape=(None,) * len(chunk.shape))
-        content = bytearray()
-        yield ExportedTensor(
-            expert=ExpertId(layer=chunk.expert.layer, index=chunk.expert.index), name=chunk.name, value=value
-        )
-    if content:
-        raise InvalidMessage("content: the last tensor is incomplete")

@@ -1,7 +1,6 @@
 """ExpertService at the server's edge: unary orders here, the Compute stream in compute_session.py."""
 
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
@@ -9,14 +8,13 @@ import grpc
 
 from moecluster.errors import InvalidMessage, MoeClusterError
 from moecluster.proto import expert_pb2, expert_pb2_grpc, tensor_pb2
-from moecluster.rpc import codec
+from moecluster.rpc import codec, export_chunks
 from moecluster.rpc.compute_session import ComputeSession
 from moecluster.rpc.interfaces import ComputeHandler, ExpertControl
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
 from moecluster.types import ActorAddress, ExpertId, MessageKey, OptimizerSettings, StepTag
 
-CHUNK_BYTES = 4 * 2**20
 MAX_EXPERTS_PER_ORDER = 2**16
 MAX_TIMEOUT_S = 3600.0
 HOST_PORT = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}:[0-9]{1,5}")
@@ -147,19 +145,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 incarnation=request.incarnation,
             )
             for tensor in exported:
-                content = codec.tensor_bytes(tensor.value)
-                for offset in range(0, max(len(content), 1), CHUNK_BYTES):
-                    chunk = content[offset : offset + CHUNK_BYTES]
-                    yield expert_pb2.ExportChunk(
-                        expert=tensor_pb2.ExpertRef(layer=tensor.expert.layer, index=tensor.expert.index),
-                        name=tensor.name,
-                        dtype=codec.dtype_code(tensor.value.dtype),
-                        shape=tensor.value.shape,
-                        offset_bytes=offset,
-                        content=chunk,
-                        crc32=zlib.crc32(chunk),
-                        weight_version=tensor.weight_version,
-                    )
+                yield from export_chunks.cut(tensor)
         except MoeClusterError as exc:
             abort_with(context, exc)
 

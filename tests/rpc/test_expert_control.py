@@ -2,8 +2,7 @@
 
 import threading
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -30,10 +28,10 @@ from moecluster.errors import (
     Unavailable,
     UserError,
 )
-from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.proto import expert_pb2
 from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import expert_server
-from moecluster.rpc.expert_control import GrpcExpertControl, _assemble
+from moecluster.rpc import export_chunks
+from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_server import serve_expert
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.server import RunningServer
@@ -136,55 +134,13 @@ def test_load_and_unload(control: GrpcExpertControl, checkpoint: Path) -> None:
 def test_exported_tensors_are_whole_whatever_the_chunks(
     control: GrpcExpertControl, trainer: ExpertService, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(expert_server, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(export_chunks, "CHUNK_BYTES", chunk_bytes)
     experts = EXPERTS[:1] if chunk_bytes == 1 else EXPERTS
     expected = trainer.export(experts=experts, with_optimizer=False)
     for ours, theirs in zip(control.export(experts=experts, with_optimizer=False), expected, strict=True):
         assert_same_fields(ours, theirs)
         if chunk_bytes == 1:
             break  # thousands of messages for one tensor are enough
-
-
-def chunk(
-    content: bytes, *, offset_bytes: int = 0, shape: Sequence[int] = (4,), **changes: int
-) -> expert_pb2.ExportChunk:
-    dtype: Any = changes.get("dtype", tensor_pb2.FLOAT32)  # the wire carries any number
-    return expert_pb2.ExportChunk(
-        expert=tensor_pb2.ExpertRef(layer=1, index=2),
-        name="w",
-        dtype=dtype,
-        shape=shape,
-        offset_bytes=offset_bytes,
-        content=content,
-        crc32=changes.get("crc32", zlib.crc32(content)),
-    )
-
-
-def test_chunks_become_tensors() -> None:
-    content = torch.arange(4.0).numpy().tobytes()
-    chunks = [chunk(content[:5]), chunk(content[5:], offset_bytes=5), chunk(b"", shape=(0, 3)), chunk(content)]
-    tensors = list(_assemble(iter(chunks)))
-    assert [tuple(t.value.shape) for t in tensors] == [(4,), (0, 3), (4,)]
-    assert torch.equal(tensors[0].value, torch.arange(4.0)) and torch.equal(tensors[2].value, torch.arange(4.0))
-    assert tensors[0].expert == ExpertId(layer=1, index=2)
-
-
-@pytest.mark.parametrize(
-    ("chunks", "complaint"),
-    [
-        ([chunk(b"1234", crc32=1)], "content: the checksum of 1/2 w is wrong"),
-        ([chunk(bytes(8)), chunk(bytes(4), offset_bytes=12)], "offset_bytes: 12 of 1/2 w, not 8"),
-        ([chunk(bytes(8), offset_bytes=8)], "offset_bytes: 8 of 1/2 w, not 0"),
-        ([chunk(bytes(12))], "content: the last tensor is incomplete"),
-        ([chunk(bytes(20))], "1/2 w.inline: 20 bytes, not 16"),
-        ([chunk(bytes(16), dtype=77)], "dtype: 77 is unknown"),
-        ([chunk(bytes(16), shape=(-4,))], "1/2 w.shape"),
-        ([chunk(bytes(16), shape=(1, 1, -2, -2))], "1/2 w.shape"),
-    ],
-)
-def test_broken_chunks_are_refused(chunks: list[expert_pb2.ExportChunk], complaint: str) -> None:
-    with pytest.raises(InvalidMessage, match=complaint):
-        list(_assemble(iter(chunks)))
 
 
 def test_errors_keep_their_kind_over_the_wire(

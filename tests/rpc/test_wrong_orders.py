@@ -15,6 +15,7 @@ from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc.expert_server import MAX_EXPERTS_PER_ORDER, serve_expert
+from moecluster.rpc.interfaces import MAX_PICTURE_BYTES
 from tests.malformed_batches import GENERATED
 from tests.raw_stream import SERVICE, check_serves
 from tests.small_actor import EXPERTS, TIMEOUT_S, training
@@ -59,9 +60,32 @@ ORDERS: list[tuple[str, Message, grpc.StatusCode, str]] = [
     ("Load", load(), grpc.StatusCode.FAILED_PRECONDITION, "/none: no such directory"),
     ("Load", load(checkpoint="/" + "x" * 5000), grpc.StatusCode.FAILED_PRECONDITION, "no such directory"),
     ("Load", load(checkpoint="/a\0b"), grpc.StatusCode.FAILED_PRECONDITION, "no such directory"),
+    ("Load", load(peer_incarnation="a"), INVALID, "peer_address: missing"),
+    ("Load", load(peer_address="127.0.0.1:1"), INVALID, "peer_incarnation: missing"),
+    ("Load", load(peer_address="nowhere", peer_incarnation="a"), INVALID, "peer_address: 'nowhere' is no host:port"),
+    ("Load", load(peer_address=":80", peer_incarnation="a"), INVALID, "peer_address: ':80' is no"),
+    ("Load", load(peer_address="unix:/a:1", peer_incarnation="a"), INVALID, "peer_address: 'unix:/a:1' is no"),
+    ("Load", load(peer_address="a:1\n", peer_incarnation="a"), INVALID, "peer_address: 'a:1\\n' is no"),
+    ("Load", load(peer_address="x" * 400 + ":1", peer_incarnation="a"), INVALID, "peer_address: 'xxx"),
+    (
+        "Load",
+        load(peer_address="127.0.0.1:1", peer_incarnation="a", optimizer=optimizer()),
+        INVALID,
+        "peer_address: experts are trained from a checkpoint on",
+    ),
+    ("Unload", expert_pb2.UnloadRequest(term=1, drain_timeout_s=-1.0), INVALID, "drain_timeout_s: -1.0, not within"),
+    ("Unload", expert_pb2.UnloadRequest(term=1, drain_timeout_s=math.nan), INVALID, "drain_timeout_s: nan, not"),
+    ("Unload", expert_pb2.UnloadRequest(term=1, drain_timeout_s=1e9), INVALID, "drain_timeout_s: 1000000000.0, not"),
     ("Unload", expert_pb2.UnloadRequest(term=1, experts=NEGATIVE), INVALID, "experts: a negative"),
     ("Unload", expert_pb2.UnloadRequest(term=0), grpc.StatusCode.OUT_OF_RANGE, "controller term 0 is over"),
     ("SetPlacement", expert_pb2.SetPlacementRequest(term=0), grpc.StatusCode.OUT_OF_RANGE, "controller term 0 is over"),
+    (
+        "SetPlacement",
+        expert_pb2.SetPlacementRequest(term=1, picture=bytes(MAX_PICTURE_BYTES + 1)),
+        INVALID,
+        "picture: 67108865 bytes, at most 67108864",
+    ),
+    ("Export", expert_pb2.ExportRequest(incarnation="another"), grpc.StatusCode.OUT_OF_RANGE, "not another"),
     ("Export", expert_pb2.ExportRequest(experts=NEGATIVE), INVALID, "experts: a negative"),
     ("Export", expert_pb2.ExportRequest(experts=[tensor_pb2.ExpertRef(layer=7)]), grpc.StatusCode.NOT_FOUND, "7/0"),
     ("Reduce", expert_pb2.ReduceRequest(), INVALID, "step: missing"),
@@ -104,7 +128,7 @@ EXTREMES: dict[int, list[Any]] = {
     FieldDescriptor.CPPTYPE_INT64: [0, -1, 2**63 - 1, -(2**63)],
     FieldDescriptor.CPPTYPE_DOUBLE: [0.0, -1.0, 0.5, math.nan, math.inf, 1e308, -1e-308],
     FieldDescriptor.CPPTYPE_BOOL: [False, True],
-    FieldDescriptor.CPPTYPE_STRING: ["", "adamw", "\0", "../..", "x" * 5000, "\N{SNOWMAN}"],
+    FieldDescriptor.CPPTYPE_STRING: ["", "adamw", "\0", "../..", "x" * 5000, "\N{SNOWMAN}", "127.0.0.1:1"],
 }
 
 
@@ -118,7 +142,8 @@ def fill(message: Message, rng: random.Random) -> None:
             for target in [inner.add() for _ in range(rng.choice([1, 3, 50]))] if field.is_repeated else [inner]:
                 fill(target, rng)
         else:
-            setattr(message, field.name, rng.choice(EXTREMES[field.cpp_type]))
+            value = rng.choice(EXTREMES[field.cpp_type])
+            setattr(message, field.name, value.encode() if field.type == FieldDescriptor.TYPE_BYTES else value)
 
 
 def test_orders_of_extreme_values_get_a_clear_status_and_break_nothing(checkpoint: Path) -> None:

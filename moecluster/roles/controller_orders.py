@@ -1,0 +1,105 @@
+"""Whose orders an expert actor takes, and what a newer order ends of an older one that is still carried out.
+
+A controller's term fences: orders of lower terms are refused, and one that is under way stops. Within a term the newer
+order counts: an unload takes its experts out of loads that are under way, a load takes its own out of unloads.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from moecluster.errors import DeadlineExceeded, StaleOrder
+from moecluster.types import ExpertId
+
+
+class ControllerOrders:
+    """Thread-safe; nothing here waits but loads for their turn."""
+
+    def __init__(self) -> None:
+        self._term = 0
+        self._lock = threading.RLock()
+        self._turn = threading.Lock()  # held by the load that is carried out
+        self._loads: list[LoadOrder] = []
+        self._unloads: list[UnloadOrder] = []
+
+    @contextmanager
+    def admitted(self, term: int) -> Iterator[None]:
+        """Fences with the term; no other order comes in between. Raises StaleOrder for a lower one."""
+        with self._lock:
+            self.check(term)
+            self._term = term
+            yield
+
+    def check(self, term: int) -> None:
+        """Raises StaleOrder if a higher term has the say."""
+        if term < self._term:
+            raise StaleOrder(f"controller term {term} is over: {self._term} has the say")
+
+    @contextmanager
+    def loading(self, term: int, experts: Sequence[ExpertId], timeout_s: float) -> Iterator["LoadOrder"]:
+        """A load, once those before it have ended. Raises StaleOrder, DeadlineExceeded."""
+        order = LoadOrder(self, term, timeout_s)
+        with self.admitted(term):
+            for unload in self._unloads:
+                unload.experts -= set(experts)
+            self._loads.append(order)
+        try:
+            if not self._turn.acquire(timeout=max(order.left_s, 0.0)):
+                raise DeadlineExceeded(f"another load took longer than {timeout_s:g} s")
+            try:
+                self.check(term)
+                yield order
+            finally:
+                self._turn.release()
+        finally:
+            with self._lock:
+                self._loads.remove(order)
+
+    @contextmanager
+    def unloading(self, term: int, experts: Sequence[ExpertId]) -> Iterator["UnloadOrder"]:
+        """An unload, from its order to its end. Raises StaleOrder."""
+        order = UnloadOrder(experts)
+        with self.admitted(term):
+            for load in self._loads:
+                load.dropped |= order.experts
+            self._unloads.append(order)
+        try:
+            yield order
+        finally:
+            with self._lock:
+                self._unloads.remove(order)
+
+
+class UnloadOrder:
+    """experts: those that it still is to drop; read it under ControllerOrders.admitted."""
+
+    def __init__(self, experts: Sequence[ExpertId]) -> None:
+        self.experts = set(experts)
+
+
+class LoadOrder:
+    """A load that waits for its turn or is carried out."""
+
+    def __init__(self, orders: ControllerOrders, term: int, timeout_s: float) -> None:
+        self.dropped: set[ExpertId] = set()  # unloaded since
+        self._orders = orders
+        self._term = term
+        self._timeout_s = timeout_s
+        self._deadline_s = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        return self._deadline_s - time.monotonic()
+
+    def check(self, expert: ExpertId) -> None:
+        """Raises StaleOrder if a higher term has the say, DeadlineExceeded if there is no time for the expert."""
+        self._orders.check(self._term)
+        if self.left_s < 0:
+            raise DeadlineExceeded(f"{expert}: not loaded within {self._timeout_s:g} s")
+
+    def finish(self, experts: Sequence[ExpertId]) -> None:
+        """Raises StaleOrder if some of the experts were unloaded since the order."""
+        dropped = [str(expert) for expert in experts if expert in self.dropped]
+        if dropped:
+            raise StaleOrder(f"unloaded while they were loaded: {', '.join(dropped[:5])} (layer/index)")
