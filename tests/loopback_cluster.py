@@ -1,6 +1,6 @@
 """A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Self
 
 from moecluster.metrics import Metrics
@@ -83,6 +83,20 @@ class LoopbackCluster:
     def restart(self, actor: str) -> None:
         self.kill(actor)
         self.revive(actor)
+
+    def known(self) -> tuple[str, ...]:
+        return tuple(self.services)
+
+    def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
+        if actor not in self.services:
+            self.revive(actor)
+
+    def remove(self, actor: str) -> None:
+        if actor in self.services:
+            self.kill(actor)
+
+    def draining_nodes(self) -> frozenset[str]:
+        return frozenset()
 
     def __enter__(self) -> Self:
         return self

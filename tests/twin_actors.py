@@ -1,7 +1,7 @@
 """Expert actors of this process, which can be killed, hung and started again, as a controller sees them."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -32,21 +32,39 @@ class TwinActors:
         self.services: dict[str, ExpertService | None] = {name: ExpertService(name=name) for name in names}
         self.hanging: set[str] = set()
         self.restarted: list[str] = []
+        self.draining: set[str] = set()  # nodes; each actor is a node of its own, of its name
         self.loads: list[tuple[str, str]] = []  # (actor, checkpoint) of every load
         self._watches: list[tuple[str, Callable[[], None]]] = []
         self._changed = threading.Condition()
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
         with self._changed:
-            self._changed.wait_for(lambda: self.services[actor] is not None, timeout_s)
-            service = self.services[actor]
-        return None if service is None else ActorAddress(actor=actor, address="", incarnation=service.incarnation)
+            self._changed.wait_for(lambda: self.services.get(actor) is not None, timeout_s)
+            service = self.services.get(actor)
+        if service is None:
+            return None
+        return ActorAddress(actor=actor, address="", incarnation=service.incarnation, node=f"node-of-{actor}")
 
     def restart(self, actor: str) -> None:
         self.restarted.append(actor)
         self.hanging.discard(actor)
         self.kill(actor)
         self.revive(actor)
+
+    def known(self) -> tuple[str, ...]:
+        return tuple(self.services)
+
+    def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
+        if actor not in self.services:
+            self.revive(actor)
+
+    def remove(self, actor: str) -> None:
+        if self.services.get(actor) is not None:
+            self.kill(actor)
+        self.services.pop(actor, None)
+
+    def draining_nodes(self) -> frozenset[str]:
+        return frozenset(self.draining)
 
     def connect(self, address: ActorAddress) -> ControlConnection:
         return cast(ControlConnection, _Connection(self, address))
@@ -58,7 +76,7 @@ class TwinActors:
 
     def living(self, address: ActorAddress) -> ExpertService:
         """The service at an address. Raises what a connection to it would raise."""
-        service = self.services[address.actor]
+        service = self.services.get(address.actor)
         if address.actor in self.hanging:
             raise DeadlineExceeded(f"{address.actor} did not answer")
         if service is None or service.incarnation != address.incarnation:
@@ -83,7 +101,7 @@ class TwinActors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for service in self.services.values():
+        for service in list(self.services.values()):
             if service is not None:
                 service.close()
 

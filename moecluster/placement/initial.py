@@ -20,6 +20,13 @@ def initial_placement(
     return given_placement(wanted, num_experts, actors)
 
 
+def all_experts(num_experts: Mapping[int, int]) -> tuple[ExpertId, ...]:
+    """Every logical expert of a model, in order. num_experts: MoE layer -> E."""
+    return tuple(
+        ExpertId(layer=layer, index=index) for layer, count in sorted(num_experts.items()) for index in range(count)
+    )
+
+
 def contiguous_placement(num_experts: Mapping[int, int], actors: Sequence[str]) -> tuple[Replica, ...]:
     """One replica of every expert; each layer's experts in runs as even as can be, in the order of the actors.
 
@@ -52,12 +59,7 @@ def given_placement(
                 if actor in places:
                     raise ConfigError(f"{_KEY}.{actor}: expert {expert} is named twice; an actor holds one replica")
                 places.append(actor)
-    missing = [
-        str(expert)
-        for layer, count in sorted(num_experts.items())
-        for expert in (ExpertId(layer=layer, index=index) for index in range(count))
-        if expert not in actors_of
-    ]
+    missing = [str(expert) for expert in all_experts(num_experts) if expert not in actors_of]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ConfigError(f"{_KEY}: {len(missing)} experts stand on no actor ({shown}); name each layer/index once")

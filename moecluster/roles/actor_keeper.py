@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,18 @@ class ActorSupervisor(Protocol):
 
     def restart(self, actor: str) -> None:
         """Ends a process that hangs, so that a new one takes its place. Never raises."""
+
+    def known(self) -> tuple[str, ...]:
+        """The expert actors that are there, or are being started."""
+
+    def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
+        """Asks for a new actor; it comes when there is room for it. Fine if it is there already."""
+
+    def remove(self, actor: str) -> None:
+        """Ends an actor for good. Fine if it is gone already."""
+
+    def draining_nodes(self) -> frozenset[str]:
+        """Nodes that will be taken away soon."""
 
 
 class ControlConnection(ExpertControl, Protocol):
@@ -53,6 +65,7 @@ class Orders:
     generation: int
     checkpoint: str
     dtype: str  # empty: the checkpoint's
+    picture: bytes = b""  # what the controller leaves with its actors for its successor
 
 
 class KeeperOwner(Protocol):
@@ -61,8 +74,23 @@ class KeeperOwner(Protocol):
     def orders(self) -> Orders:
         """What stands now."""
 
-    def actor_up(self, address: ActorAddress, *, loaded_bytes: int) -> None:
-        """The actor holds all its experts."""
+    def assigned(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor shall hold."""
+
+    def kept(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor may hold: what it shall, and what is being loaded there to stand later."""
+
+    def lost(self) -> frozenset[ExpertId]:
+        """Experts that nobody serves: they are loaded first."""
+
+    def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
+        """The actor serves these experts; complete: all that it shall hold."""
+
+    def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
+        """The actor has loaded experts after its start."""
+
+    def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
+        """The actor answered a look."""
 
     def actor_down(self, actor: str) -> None:
         """The actor that was up is lost."""
@@ -80,7 +108,6 @@ class ActorKeeper:
     def __init__(
         self,
         actor: str,
-        experts: tuple[ExpertId, ...],
         *,
         owner: KeeperOwner,
         supervisor: ActorSupervisor,
@@ -91,7 +118,6 @@ class ActorKeeper:
         load_timeout_s: float,
     ) -> None:
         self.actor = actor
-        self.experts = experts
         self._owner = owner
         self._supervisor = supervisor
         self._connect = connect
@@ -103,6 +129,7 @@ class ActorKeeper:
         self._wake = threading.Event()
         self._address: ActorAddress | None = None
         self._phase = "restarting"
+        self._num_experts = 0
         self._lives = 0
         self._silent = 0  # looks in a row that met with silence
         self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
@@ -117,7 +144,7 @@ class ActorKeeper:
         except MoeClusterError:
             return None
         try:
-            return control.status()
+            return control.status(with_picture=True)
         except MoeClusterError:
             return None
         finally:
@@ -146,7 +173,7 @@ class ActorKeeper:
             address=address.address if address else "",
             incarnation=address.incarnation if address else "",
             phase=self._phase,
-            experts=len(self.experts) if self._phase == "serving" else 0,
+            experts=self._num_experts if self._phase == "serving" else 0,
             restarts=max(self._lives - 1, 0),
         )
 
@@ -179,12 +206,15 @@ class ActorKeeper:
         control = self._connect(address)
         try:
             self._phase = "loading"
-            told, loaded_bytes = self._load(control)
+            try:
+                told = self._load(control, address)
+            except MoeClusterError:
+                self._owner.actor_down(self.actor)  # it may serve a part by now
+                raise
             if self._address is None or self._address.incarnation != address.incarnation:
                 self._lives += 1
             self._address = address
             self._phase = "serving"
-            self._owner.actor_up(address, loaded_bytes=loaded_bytes)
             life = self._watch(address, self.look)
             try:
                 self._look_after(control, address, told)
@@ -196,27 +226,46 @@ class ActorKeeper:
             self._phase = "restarting"
             self._owner.actor_down(self.actor)
 
-    def _load(self, control: ExpertControl) -> tuple[Orders, int]:
-        """Fences the actor and makes it hold exactly its experts. Returns what it was told, and the bytes loaded."""
+    def _load(self, control: ExpertControl, address: ActorAddress) -> Orders:
+        """Fences the actor and makes it hold what it shall, what nobody serves first. Returns what it was told."""
         orders = self._owner.orders()
-        control.set_placement(term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint)
+        self._tell(control, orders)
         held = set(control.status().experts)
-        if surplus := sorted(held - set(self.experts)):
+        assigned = self._owner.assigned(self.actor)
+        if surplus := sorted(held - self._owner.kept(self.actor)):
             control.unload(term=orders.term, experts=surplus)
-        missing, loaded_bytes = sorted(set(self.experts) - held), 0
-        while missing:
-            loaded_bytes += control.load(
+        held &= assigned
+        lost = self._owner.lost()
+        parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
+        if not parts:
+            self._owner.actor_up(address, held, complete=True)
+        for part in parts:
+            orders = self._load_part(control, orders, sorted(part))
+            held |= part
+            self._owner.actor_up(address, held, complete=held == assigned)
+        self._num_experts = len(held)
+        return orders
+
+    def _load_part(self, control: ExpertControl, orders: Orders, experts: Sequence[ExpertId]) -> Orders:
+        while True:
+            loaded_bytes = control.load(
                 term=orders.term,
-                experts=missing,
+                experts=experts,
                 checkpoint=orders.checkpoint,
                 dtype=orders.dtype,
                 replace=True,
                 timeout_s=self._load_timeout_s,
             )
+            self._owner.actor_loaded(self.actor, loaded_bytes)
             before, orders = orders, self._owner.orders()
             if orders.checkpoint == before.checkpoint:
-                break  # else it moved on while loading: load the new one
-        return orders, loaded_bytes
+                return before  # what it was told; else the checkpoint moved on while loading: load the new one
+            self._tell(control, orders)
+
+    def _tell(self, control: ExpertControl, orders: Orders) -> None:
+        control.set_placement(
+            term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint, picture=orders.picture
+        )
 
     def _look_after(self, control: ExpertControl, address: ActorAddress, told: Orders) -> None:
         """Asks for the actor's status over and over, and tells it what is new, until it is lost, hangs or is closed."""
@@ -228,10 +277,13 @@ class ActorKeeper:
             try:
                 orders = self._owner.orders()
                 if orders != told:
-                    control.set_placement(term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint)
+                    self._tell(control, orders)
                     told = orders
+                assigned = self._owner.assigned(self.actor)
                 status = control.status()
                 self._silent = 0
+                self._num_experts = len(status.experts)
+                self._owner.actor_reports(address, status)
             except Exhausted:
                 continue  # busy, so alive
             except DeadlineExceeded:
@@ -245,6 +297,8 @@ class ActorKeeper:
             except MoeClusterError as exc:
                 logger.info("%s is lost: %s", self.actor, exc)
                 return
-            if status.incarnation != address.incarnation or not set(self.experts) <= set(status.experts):
+            # Only what was assigned before and after the answer: experts move meanwhile.
+            missing = (assigned & self._owner.assigned(self.actor)) - set(status.experts)
+            if status.incarnation != address.incarnation or missing:
                 logger.info("%s has lost its experts", self.actor)
                 return

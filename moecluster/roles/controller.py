@@ -1,26 +1,50 @@
-"""The controller: which experts stand where, published to the routers; lost actors are filled again.
+"""The controller: which experts stand where, published to the routers; lost actors are filled again, load is followed.
 
 It keeps no state that it cannot read back from the actors. A new one takes a higher term, tells it to the actors (which
-then refuse older orders), and keeps what they hold. For now the placement is fixed.
+then refuse older orders), and goes on with the picture that they keep: what stands, what is leaving, what was ordered.
+Here is the outside: what routers, users, keepers and a successor see. Changes are made by the changer's thread.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from moecluster.errors import MoeClusterError, ResourceError, StaleOrder, UserError
+from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, StaleOrder, UserError
 from moecluster.metrics import Metrics
-from moecluster.placement.balancedness import layer_balancedness
 from moecluster.roles.actor_keeper import ActorKeeper, ActorSupervisor, Connect, Orders, Watch
-from moecluster.rpc.placement_board import NEVER, PlacementBoard
-from moecluster.types import ActorAddress, ControllerStatus, ExpertId, LoadSnapshot, Placement, Replica
+from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.changer import ORDERED, Changer, ChangerSettings
+from moecluster.roles.leases import Lease, Leases
+from moecluster.roles.load_sources import DirectLoadSource, LoadSource
+from moecluster.roles.mover import Mover, MoverSettings
+from moecluster.roles.observer import Observer, ObserverSettings
+from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.sizing import Sizing
+from moecluster.roles.standing import Standing
+from moecluster.rpc.picture import ControllerPicture, decode_picture, encode_picture
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.types import (
+    ActorAddress,
+    ClusterLoads,
+    ControllerStatus,
+    ExpertActorStatus,
+    ExpertId,
+    LoadSnapshot,
+    Operation,
+    OperationPhase,
+    Placement,
+    PlanPreview,
+    Replica,
+)
 
 logger = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 10.0  # for an actor's answer to a new controller
+OPERATIONS_IN_PICTURE = 64
+MIN_NODE_PREFIX = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +60,11 @@ class ControllerSettings:
     health_period_s: float = 1.0
     start_timeout_s: float = 60.0  # for Ray to start an actor anew
     load_timeout_s: float = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lease:
-    """A router that is there."""
-
-    expires_s: float
-    applied: tuple[int, int]
+    max_actors: int = 0  # most that may be ordered; 0: no limit
+    min_actors: int = 1
+    observer: ObserverSettings | None = None  # None: room for just what the replicas take
+    changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
+    mover: MoverSettings = field(default_factory=MoverSettings)
 
 
 class Controller:
@@ -57,39 +78,65 @@ class Controller:
         connect: Connect,
         watch: Watch,
         metrics: Metrics,
+        source: LoadSource | None = None,
         on_deposed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_deposed is called when another controller has taken over. clock: seconds, for leases and durations."""
+        """source: where loads come from; by default the routers' reports. on_deposed is called when another controller
+        has taken over. clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
+        self._supervisor = supervisor
+        self._connect = connect
+        self._watch = watch
         self._metrics = metrics
         self._on_deposed = on_deposed
         self._clock = clock
-        self._board = PlacementBoard()
         self._lock = threading.RLock()
-        self._term = 0
-        self._generation = 0
-        self._checkpoint = settings.checkpoint
-        self._up: dict[str, ActorAddress] = {}
-        self._down_since_s: dict[str, float] = {}
-        self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of every actor, once it has one
+        self._board = PlacementBoard()
+        self._leases = Leases(settings.lease_s, clock=clock)
+        self._log = OperationLog(metrics, on_change=self._picture_changed)
+        self._standing = Standing(
+            settings.layer_experts, board=self._board, metrics=metrics, on_change=self._picture_changed
+        )
+        self._reports = ActorReports()
+        self._direct = DirectLoadSource(settings.layer_experts, clock=clock)
+        observing = settings.observer or ObserverSettings(slots_per_layer=_slots_taken(settings))
+        self._observer = Observer(self._standing, source or self._direct, self._reports, observing)
+        mover = Mover(
+            self._standing,
+            self._leases,
+            self._log,
+            connect=connect,
+            settings=settings.mover,
+            give_way=lambda: self._changer.recovery_waits(),
+        )
+        self._sizing = Sizing(
+            self._standing,
+            supervisor=supervisor,
+            keep=self._keep,
+            let_go=self._let_go,
+            slots_per_layer=observing.slots_per_layer,
+        )
+        self._changer = Changer(
+            settings.changer,
+            standing=self._standing,
+            leases=self._leases,
+            log=self._log,
+            observer=self._observer,
+            mover=mover,
+            sizing=self._sizing,
+            supervisor=supervisor,
+            reports=self._reports,
+            metrics=metrics,
+            clock=clock,
+        )
+        self._keepers: dict[str, ActorKeeper] = {}
+        self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
         self._all_tried = threading.Event()
-        self._leases: dict[str, Lease] = {}
-        self._keepers = {
-            actor: ActorKeeper(
-                actor,
-                tuple(sorted(r.expert for r in settings.replicas if r.actor == actor)),
-                owner=self,
-                supervisor=supervisor,
-                connect=connect,
-                watch=watch,
-                health_period_s=settings.health_period_s,
-                start_timeout_s=settings.start_timeout_s,
-                load_timeout_s=settings.load_timeout_s,
-            )
-            for actor in settings.actors
-        }
+        self._restores: dict[str, str] = {}  # actor that is lost -> operation
+        self._picture: bytes | None = None  # encoded; None: to be made anew
+        self._closed = False
 
     def start(self, timeout_s: float) -> None:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.
@@ -98,23 +145,24 @@ class Controller:
         refuses its experts for something that the user can mend, ResourceError if none came up within the timeout.
         """
         self._take_over()
-        for keeper in self._keepers.values():
-            keeper.start()
+        for actor in self._standing.actors:
+            self._keep(actor)
         self._all_tried.wait(timeout_s)
         with self._lock:
             refusals = [e for e in self._first_outcomes.values() if isinstance(e, UserError)]
             if refusals:
                 raise refusals[0]
-            if not self._up:
+            if not self._standing.up():
                 failures = [f"; {error}" for error in self._first_outcomes.values() if error is not None]
                 raise ResourceError(f"no expert actor was ready within {timeout_s:g} s{''.join(failures[:1])}")
-            self._all_tried.set()
-            if self._board.number == NEVER:
-                self._publish()
+        self._standing.open()
+        self._changer.start()
 
     def close(self) -> None:
         """Leaves the actors as they are: a successor finds them."""
-        for keeper in self._keepers.values():
+        self._closed = True
+        self._changer.close()
+        for keeper in list(self._keepers.values()):
             keeper.close()
         self._board.close()
 
@@ -135,79 +183,173 @@ class Controller:
         if keeper is not None:
             keeper.look()
 
-    def renew_lease(self, router: str, applied: tuple[int, int]) -> None:
-        """The router counts for lease_s from now on."""
-        with self._lock:
-            self._leases[router] = Lease(expires_s=self._clock() + self.lease_s, applied=applied)
+    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool = False) -> None:
+        """The router counts for lease_s from now on. hold: nothing may move while it trains."""
+        if self._leases.renew(router, applied, hold=hold):
+            self._changer.wake()
 
     def leases(self) -> dict[str, Lease]:
         """Routers that hold a lease now."""
-        with self._lock:
-            now_s = self._clock()
-            self._leases = {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s}
-            return dict(self._leases)
+        return self._leases.standing()
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
-        """Shows how evenly a router's last window was spread."""
-        for layer, balancedness in layer_balancedness(self._board.current(0.0), load.tokens).items():
-            self._metrics.set_layer_balancedness(layer, balancedness)
+        """What a router counted in its last window. Raises InvalidMessage for experts that there are not."""
+        self._direct.add(router, load)
+
+    def want_experts(self, router: str, experts: Sequence[ExpertId]) -> None:
+        """Experts that stand nowhere on purpose are loaded again."""
+        for expert in experts:
+            self._check_expert(expert)
+        cold = sorted(set(experts) & self._standing.cold)
+        asked = {name for o in self._log.under_way() if o.kind == "wake" for name in o.arguments}
+        names = tuple(str(expert) for expert in cold if str(expert) not in asked)
+        if names:
+            self._log.order("wake", reason=f"{router} has tokens for them", arguments=names)
+            self._changer.wake()
 
     # -- what users and training order --
 
     def set_checkpoint(self, checkpoint: str) -> None:
         """Lost experts are loaded from this directory from now on."""
-        with self._lock:
-            self._checkpoint = checkpoint
-            self._publish()
+        self._standing.set_checkpoint(checkpoint)
+
+    def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:
+        """Begins to make it so many actors. Raises ResourceError beyond the limits, or while training holds them."""
+        lowest, highest = self._settings.min_actors, self._settings.max_actors
+        if expert_actors < lowest or (highest and expert_actors > highest):
+            limit = f"{lowest} to {highest}" if highest else f"{lowest} or more"
+            raise ResourceError(
+                f"scale: {expert_actors} expert actors are beyond the limits, which are {limit} "
+                "(controller.min_expert_actors, controller.max_expert_actors)"
+            )
+        self._sizing.check_size(expert_actors, "scale")
+        return self._order("scale", "ordered", (str(expert_actors),), operation_id)
+
+    def drain(self, node: str, *, operation_id: str = "") -> Operation:
+        """Begins to empty a node (its id, or how it begins), or one expert actor. Raises ResourceError if there is
+        none of that name."""
+        up = self._standing.up()
+        nodes = sorted({u.address.node for u in up.values() if u.address.node})
+        matching = [n for n in nodes if n == node or (len(node) >= MIN_NODE_PREFIX and n.startswith(node))]
+        if len(matching) == 1:
+            node = matching[0]
+        elif node not in self._standing.actors:
+            self._refuse_unknown(operation_id, f'drain: no node or expert actor "{node}"', [*nodes, *up])
+        return self._order("drain", "ordered", (node,), operation_id)
+
+    def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str = "") -> Operation:
+        """Begins to let an expert stand on exactly these actors; none: nowhere, until a token wants it."""
+        self._check_expert(expert, ResourceError)
+        unknown = [actor for actor in actors if actor not in self._standing.actors]
+        if unknown:
+            self._refuse_unknown(operation_id, f'place: no expert actor "{unknown[0]}"', self._standing.actors)
+        if len(set(actors)) < len(actors):
+            raise ResourceError(f"place {expert}: an actor is named twice; it holds one replica of an expert")
+        return self._order("place", "ordered", (str(expert), *actors), operation_id)
+
+    def plan(self, policy: str) -> PlanPreview:
+        """What a policy would do now; empty: the cluster's own. Does nothing."""
+        return self._changer.preview(policy)
+
+    def operation(self, operation_id: str) -> Operation:
+        """How an operation stands. Raises ResourceError if it is not known."""
+        return self._log.get(operation_id)
+
+    def operations(self, limit: int) -> tuple[Operation, ...]:
+        """The newest operations first; 0: all that are kept."""
+        return self._log.newest(limit)
 
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
-        with self._lock:
-            return ControllerStatus(
-                term=self._term,
-                generation=self._generation,
-                actors=tuple(keeper.state() for keeper in self._keepers.values()),
-                checkpoint=self._checkpoint,
-                routers=len(self.leases()),
-            )
+        term, generation = self._standing.number
+        return ControllerStatus(
+            term=term,
+            generation=generation,
+            actors=tuple(keeper.state() for _, keeper in sorted(self._keepers.items())),
+            checkpoint=self._standing.checkpoint,
+            routers=len(self._leases.standing()),
+            policy=self._settings.changer.policy,
+            held=self._standing.held,
+            replicas=len(self._standing.replicas()),
+            cold_experts=len(self._standing.cold),
+            operations=self._log.under_way(),
+        )
 
-    # -- what keepers say --
+    def loads(self) -> ClusterLoads:
+        """What was counted since the controller began."""
+        return ClusterLoads(
+            time_s=time.time(),
+            model=self._metrics.model,
+            tokens={
+                router: {layer: tuple(tokens_E.tolist()) for layer, tokens_E in layers.items()}
+                for router, layers in self._direct.read(self._clock()).counters.tokens.items()
+            },
+            actors=self._observer.actor_loads(),
+            layer_experts=dict(self._settings.layer_experts),
+            expert_bytes=dict.fromkeys(self._settings.layer_experts, self._reports.expert_bytes()),
+        )
+
+    # -- what keepers say and ask --
 
     def orders(self) -> Orders:
         """What stands now."""
-        with self._lock:
-            return Orders(
-                term=self._term,
-                generation=self._generation,
-                checkpoint=self._checkpoint,
-                dtype=self._settings.dtype,
-            )
+        term, generation = self._standing.number
+        return Orders(
+            term=term,
+            generation=generation,
+            checkpoint=self._standing.checkpoint,
+            dtype=self._settings.dtype,
+            picture=self._encoded_picture(),
+        )
 
-    def actor_up(self, address: ActorAddress, *, loaded_bytes: int) -> None:
-        """The actor holds all its experts: routers may use it."""
-        with self._lock:
-            self._up[address.actor] = address
+    def assigned(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor shall hold."""
+        return self._standing.assigned(actor)
+
+    def kept(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor may hold."""
+        return self._standing.kept(actor)
+
+    def lost(self) -> frozenset[ExpertId]:
+        """Experts that nobody serves."""
+        return self._standing.lost()
+
+    def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
+        """The actor serves these experts: routers may use it."""
+        if complete:
+            self._end_restore(address.actor, OperationPhase.DONE)
             self._note_outcome(address.actor, None)
-            since_s = self._down_since_s.pop(address.actor, None)
-            if since_s is not None:
-                self._metrics.count_operation("restore", "idle")
-                self._metrics.observe_operation("restore", seconds=self._clock() - since_s, moved_bytes=loaded_bytes)
-            self._publish()
+        self._standing.actor_up(address, held)
+        self._changer.wake()
+
+    def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
+        """The actor has loaded experts after its start."""
+        operation_id = self._restores.get(actor)
+        if operation_id is not None:
+            self._log.count_moved(operation_id, loaded_bytes=loaded_bytes, added=0, removed=0)
+
+    def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
+        """The actor answered a look."""
+        self._reports.add(status, self._clock())
+        self._direct.set_work(address.actor, address.incarnation, status.work)
 
     def actor_down(self, actor: str) -> None:
         """The actor is lost: its experts' requests go to other replicas, or wait."""
+        self._standing.actor_down(actor)
+        self._reports.forget(actor)
         with self._lock:
-            self._up.pop(actor, None)
-            self._down_since_s[actor] = self._clock()
-            self._metrics.count_operation("restore", "preparing")
-            self._publish()
+            if actor not in self._restores and actor in self._standing.actors:
+                experts = len(self._standing.assigned(actor))
+                reason = f"{actor} was lost with {experts} replicas"
+                self._restores[actor] = self._log.begin("restore", reason=reason, arguments=(actor,)).id
+        self._changer.wake()
 
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
         """The actor cannot be brought up now; its keeper goes on trying."""
-        with self._lock:
-            self._note_outcome(actor, error)
-            if actor in self._down_since_s:
-                self._metrics.count_operation("restore", "failed")
+        self._note_outcome(actor, error)
+        operation_id = self._restores.get(actor)
+        if operation_id is not None:
+            self._log.update(operation_id, detail=f"tried in vain: {error}")
 
     def deposed(self, error: StaleOrder) -> None:
         """Another controller has taken over: gives no more orders."""
@@ -217,54 +359,124 @@ class Controller:
     # -- inside --
 
     def _take_over(self) -> None:
-        """Takes a higher term than every actor has seen, and the checkpoint that the newest placement names."""
-        with ThreadPoolExecutor(max_workers=len(self._keepers)) as pool:
-            answers = pool.map(lambda keeper: keeper.read(READ_TIMEOUT_S), self._keepers.values())
+        """Takes a higher term than every actor has seen, and the newest picture that they keep."""
+        candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
+        with ThreadPoolExecutor(max_workers=min(len(candidates), 32)) as pool:
+            answers = pool.map(lambda actor: self._new_keeper(actor).read(READ_TIMEOUT_S), candidates)
         seen = sorted((s for s in answers if s is not None), key=lambda status: status.placement)
+        term, generation = seen[-1].placement if seen else (0, 0)
+        checkpoint = (seen[-1].checkpoint if seen else "") or self._settings.checkpoint
+        picture = _newest_picture(seen) or ControllerPicture(
+            actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
+        )
+        self._log.take_over(picture.operations, resumable=ORDERED)
+        self._standing.begin(
+            term=term + 1,
+            generation=generation,
+            checkpoint=checkpoint,
+            actors=picture.actors,
+            leaving=picture.leaving,
+            replicas=picture.replicas,
+            cold=picture.cold,
+        )
+        known = set(self._supervisor.known())
+        self._sizing.add(actor for actor in picture.actors if known and actor not in known)
+        for actor in sorted(known - set(picture.actors)):
+            self._standing.add_actor(actor)  # begun by an operation that goes on now
+
+    def _new_keeper(self, actor: str) -> ActorKeeper:
+        return ActorKeeper(
+            actor,
+            owner=self,
+            supervisor=self._supervisor,
+            connect=self._connect,
+            watch=self._watch,
+            health_period_s=self._settings.health_period_s,
+            start_timeout_s=self._settings.start_timeout_s,
+            load_timeout_s=self._settings.load_timeout_s,
+        )
+
+    def _keep(self, actor: str) -> None:
         with self._lock:
-            if seen:
-                self._term, self._generation = seen[-1].placement
-                self._checkpoint = seen[-1].checkpoint or self._checkpoint
-            self._term += 1
+            if actor in self._keepers or self._closed:
+                return
+            keeper = self._keepers[actor] = self._new_keeper(actor)
+        keeper.start()
+
+    def _let_go(self, actor: str) -> None:
+        with self._lock:
+            keeper = self._keepers.pop(actor, None)
+        if keeper is not None:
+            keeper.close()
+        self._reports.forget(actor)
+        self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was taken out of the cluster")
+
+    def _end_restore(self, actor: str, phase: OperationPhase, detail: str = "") -> None:
+        with self._lock:
+            operation_id = self._restores.pop(actor, None)
+        if operation_id is not None:
+            self._log.update(operation_id, phase=phase, detail=detail)
 
     def _note_outcome(self, actor: str, error: MoeClusterError | None) -> None:
-        self._first_outcomes.setdefault(actor, error)
-        if len(self._first_outcomes) == len(self._keepers):
-            self._all_tried.set()
+        with self._lock:
+            self._first_outcomes.setdefault(actor, error)
+            if set(self._standing.actors) <= self._first_outcomes.keys():
+                self._all_tried.set()
 
-    def _publish(self) -> None:
-        """A new generation: the replicas on actors that are up. Not before every actor was tried, or routers would see
-        a part of the placement and wait for the rest."""
-        if not self._all_tried.is_set():
-            return
-        self._generation += 1
-        placement = Placement(
-            term=self._term,
-            generation=self._generation,
-            layer_experts=dict(self._settings.layer_experts),
-            actors=dict(sorted(self._up.items())),
-            replicas=_scaled(tuple(r for r in self._settings.replicas if r.actor in self._up)),
-        )
-        self._board.publish(placement)
-        self._metrics.set_generation(self._generation)
-        self._metrics.set_replicas(self._replica_counts(placement))
-        for keeper in self._keepers.values():
+    def _order(self, kind: str, reason: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
+        if self._standing.held or self._leases.any_hold():
+            raise ResourceError(f"{kind}: a training run holds the placement; order it again when the run has ended")
+        operation = self._log.order(kind, reason=reason, arguments=arguments, operation_id=operation_id)
+        self._changer.wake()
+        return operation
+
+    def _refuse_unknown(self, operation_id: str, what: str, known: Collection[str]) -> None:
+        """Raises ResourceError, unless the operation was ordered before: then what it named may be gone by now."""
+        if not operation_id or all(o.id != operation_id for o in self._log.newest()):
+            raise ResourceError(f"{what}; there are {', '.join(sorted(known))}")
+
+    def _check_expert(self, expert: ExpertId, error: type[MoeClusterError] = InvalidMessage) -> None:
+        count = self._settings.layer_experts.get(expert.layer)
+        if count is None or not 0 <= expert.index < count:
+            layers = ", ".join(f"{at}/0 to {at}/{n - 1}" for at, n in sorted(self._settings.layer_experts.items()))
+            raise error(f"there is no expert {expert}; the experts are {layers[:200]}")
+
+    def _picture_changed(self) -> None:
+        with self._lock:
+            self._picture = None
+            keepers = list(self._keepers.values())
+        for keeper in keepers:
             keeper.look()
 
-    def _replica_counts(self, placement: Placement) -> dict[ExpertId, int]:
-        counts = {
-            ExpertId(layer=layer, index=index): 0
-            for layer, count in self._settings.layer_experts.items()
-            for index in range(count)
-        }
-        for replica in placement.replicas:
-            counts[replica.expert] += 1
-        return counts
+    def _encoded_picture(self) -> bytes:
+        with self._lock:
+            if self._picture is None:
+                actors = self._standing.actors
+                picture = ControllerPicture(
+                    actors=actors,
+                    leaving=tuple(sorted(self._standing.leaving)),
+                    replicas=tuple(r for r in self._standing.replicas() if r.actor in actors),
+                    operations=tuple(reversed(self._log.newest(OPERATIONS_IN_PICTURE))),
+                    cold=tuple(sorted(self._standing.cold)),
+                )
+                self._picture = encode_picture(picture)
+            return self._picture
 
 
-def _scaled(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
-    """The replicas that are left, each expert's shares scaled to sum to 1."""
-    total: dict[ExpertId, float] = {}
-    for replica in replicas:
-        total[replica.expert] = total.get(replica.expert, 0.0) + replica.share
-    return tuple(Replica(expert=r.expert, actor=r.actor, share=r.share / total[r.expert]) for r in replicas)
+def _slots_taken(settings: ControllerSettings) -> int:
+    """The most replicas of one layer on one actor."""
+    count: dict[tuple[str, int], int] = {}
+    for r in settings.replicas:
+        count[r.actor, r.expert.layer] = count.get((r.actor, r.expert.layer), 0) + 1
+    return max(count.values())
+
+
+def _newest_picture(seen: Sequence[ExpertActorStatus]) -> ControllerPicture | None:
+    """The picture of the highest placement number that can be read; seen is sorted by that."""
+    for status in reversed(seen):
+        if status.picture:
+            try:
+                return decode_picture(status.picture)
+            except InvalidMessage as exc:
+                logger.warning("the picture that %s keeps cannot be read: %s", status.actor, exc)
+    return None

@@ -1,0 +1,73 @@
+"""What the expert actors last said of themselves: their work, and what an expert weighs."""
+
+import threading
+from dataclasses import dataclass
+
+from moecluster.types import ActorWork, ExpertActorStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    now_s: float
+    status: ExpertActorStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pressure:
+    """How hard the actors work."""
+
+    busy_share: float  # mean over the actors, 0 to 1
+    queue_s: float  # mean wait of a message; 0 without messages
+
+
+class ActorReports:
+    """Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[str, _Report] = {}
+        self._before: dict[str, _Report] = {}  # as `pressure` saw them
+        self._expert_bytes = 1.0
+
+    def add(self, status: ExpertActorStatus, now_s: float) -> None:
+        """An actor answered."""
+        with self._lock:
+            self._last[status.actor] = _Report(now_s=now_s, status=status)
+            if status.experts and status.hosted_bytes:
+                self._expert_bytes = status.hosted_bytes / len(status.experts)
+
+    def forget(self, actor: str) -> None:
+        """The actor is lost, or gone."""
+        with self._lock:
+            self._last.pop(actor, None)
+            self._before.pop(actor, None)
+
+    def expert_bytes(self) -> float:
+        """Of one expert, as an actor last had them on the average; 1 before any is known."""
+        return self._expert_bytes
+
+    def work(self) -> dict[str, ActorWork]:
+        """Since the start of each actor's life."""
+        with self._lock:
+            return {actor: report.status.work for actor, report in self._last.items()}
+
+    def pressure(self) -> Pressure:
+        """Since the last call, over the actors that have answered since then."""
+        with self._lock:
+            before, last = self._before, dict(self._last)
+            self._before = last
+        shares, waited_s, batches = [], 0.0, 0
+        for actor, report in last.items():
+            earlier = before.get(actor)
+            if earlier is None or earlier.status.incarnation != report.status.incarnation:
+                continue
+            seconds = report.now_s - earlier.now_s
+            if seconds <= 0:
+                continue
+            then, now = earlier.status.work, report.status.work
+            shares.append(min((now.busy_s - then.busy_s) / seconds, 1.0))
+            waited_s += now.queue_wait_s - then.queue_wait_s
+            batches += now.batches - then.batches
+        return Pressure(
+            busy_share=sum(shares) / len(shares) if shares else 0.0, queue_s=waited_s / batches if batches else 0.0
+        )

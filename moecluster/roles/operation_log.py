@@ -1,0 +1,147 @@
+"""What the controller does and has done: operations by id, bounded, each change told to whoever keeps the picture."""
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from moecluster.errors import Exhausted, ResourceError
+from moecluster.metrics import Metrics
+from moecluster.types import Operation, OperationPhase
+
+MAX_KEPT = 256  # operations that have ended
+MAX_QUEUED = 64  # operations that wait
+
+
+class OperationLog:
+    """Operations in the order in which they began. Thread-safe."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        on_change: Callable[[], None] = lambda: None,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """on_change is called after every change, without any lock held."""
+        self._metrics = metrics
+        self._on_change = on_change
+        self._unix_clock = unix_clock
+        self._lock = threading.Lock()
+        self._operations: dict[str, Operation] = {}
+
+    def take_over(self, operations: tuple[Operation, ...], *, resumable: frozenset[str]) -> None:
+        """What a predecessor left: what users ordered is queued again, other work of its has failed."""
+        with self._lock:
+            for operation in operations:
+                if not operation.phase.ended and operation.kind in resumable:
+                    operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="begun again")
+                elif not operation.phase.ended:
+                    operation = dataclasses.replace(
+                        operation,
+                        phase=OperationPhase.FAILED,
+                        ended_s=self._unix_clock(),
+                        detail="the controller was started anew; what was committed by then stands",
+                    )
+                self._operations[operation.id] = operation
+
+    def order(self, kind: str, *, reason: str, arguments: tuple[str, ...], operation_id: str = "") -> Operation:
+        """Queues what a user asks for. The same id again is the same operation.
+
+        Raises ResourceError if the id stands for something else, Exhausted if too many wait.
+        """
+        with self._lock:
+            known = self._operations.get(operation_id)
+            if known is not None:
+                if (known.kind, known.arguments) != (kind, arguments):
+                    raise ResourceError(
+                        f"operation {operation_id} is {known.kind} {' '.join(known.arguments)} already; give another id"
+                    )
+                return known
+            if sum(not o.phase.ended for o in self._operations.values()) >= MAX_QUEUED:
+                raise Exhausted(f"{MAX_QUEUED} operations wait already; try again when some have ended")
+        return self._add(kind, OperationPhase.QUEUED, reason, arguments, operation_id)
+
+    def begin(self, kind: str, *, reason: str, arguments: tuple[str, ...] = (), **figures: Any) -> Operation:
+        """An operation that begins at once. figures: other fields of it."""
+        return self._add(kind, OperationPhase.PREPARING, reason, arguments, "", **figures)
+
+    def update(self, operation_id: str, **changes: Any) -> Operation:
+        """Changes fields of an operation; one that ends is counted."""
+        with self._lock:
+            before = self._operations[operation_id]
+            operation = dataclasses.replace(before, **changes)
+            if operation.phase.ended and operation.ended_s is None:
+                operation = dataclasses.replace(operation, ended_s=self._unix_clock())
+            self._operations[operation_id] = operation
+        if operation.phase is not before.phase:
+            self._metrics.count_operation(operation.kind, operation.phase.value)
+            if operation.phase is OperationPhase.DONE and operation.ended_s is not None:
+                seconds = max(operation.ended_s - operation.created_s, 0.0)
+                self._metrics.observe_operation(operation.kind, seconds=seconds, moved_bytes=operation.moved_bytes)
+        self._on_change()
+        return operation
+
+    def count_moved(self, operation_id: str, *, loaded_bytes: int, added: int, removed: int) -> None:
+        """Adds to what an operation has moved."""
+        with self._lock:
+            before = self._operations[operation_id]
+            self._operations[operation_id] = dataclasses.replace(
+                before,
+                moved_bytes=before.moved_bytes + loaded_bytes,
+                added_replicas=before.added_replicas + added,
+                removed_replicas=before.removed_replicas + removed,
+            )
+
+    def get(self, operation_id: str) -> Operation:
+        """Raises ResourceError if there is none of that id."""
+        with self._lock:
+            operation = self._operations.get(operation_id)
+        if operation is None:
+            raise ResourceError(f'no operation "{operation_id}" is known; moecluster operations lists them')
+        return operation
+
+    def next_queued(self) -> Operation | None:
+        """The operation that has waited longest."""
+        with self._lock:
+            return next((o for o in self._operations.values() if o.phase is OperationPhase.QUEUED), None)
+
+    def newest(self, limit: int = 0) -> tuple[Operation, ...]:
+        """The newest first; 0: all that are kept."""
+        with self._lock:
+            found = tuple(reversed(self._operations.values()))
+        return found[:limit] if limit else found
+
+    def under_way(self) -> tuple[Operation, ...]:
+        """Those that have not ended, the oldest first."""
+        with self._lock:
+            return tuple(o for o in self._operations.values() if not o.phase.ended)
+
+    def _add(
+        self,
+        kind: str,
+        phase: OperationPhase,
+        reason: str,
+        arguments: tuple[str, ...],
+        operation_id: str,
+        **figures: Any,
+    ) -> Operation:
+        operation = Operation(
+            id=operation_id or f"{kind}-{secrets.token_hex(4)}",
+            kind=kind,
+            phase=phase,
+            reason=reason,
+            arguments=arguments,
+            created_s=self._unix_clock(),
+            **figures,
+        )
+        with self._lock:
+            self._operations[operation.id] = operation
+            ended = [o.id for o in self._operations.values() if o.phase.ended]
+            for old in ended[: max(len(ended) - MAX_KEPT, 0)]:
+                del self._operations[old]
+        self._metrics.count_operation(kind, phase.value)
+        self._on_change()
+        return operation
