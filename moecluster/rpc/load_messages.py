@@ -6,6 +6,7 @@ from moecluster.rpc.fields import (
     checked_amount,
     checked_count,
     checked_name,
+    checked_names,
     checked_optional_name,
     decode_experts,
     encode_expert,
@@ -76,11 +77,12 @@ def decode_cluster_loads(message: controller_pb2.LoadsReply) -> ClusterLoads:
         if router in tokens:
             raise InvalidMessage(f"routers.router: {router} is named twice")
         tokens[router] = _decode_layers(entry, layer_experts)
+    names = checked_names((entry.actor for entry in message.actors), "actors.actor")
     return ClusterLoads(
         time_s=checked_amount(message.time_s, "time_s"),
         model=message.model,
         tokens=tokens,
-        actors=tuple(_decode_actor(entry) for entry in message.actors),
+        actors=tuple(_decode_actor(name, entry) for name, entry in zip(names, message.actors, strict=True)),
         layer_experts=layer_experts,
         expert_bytes={layer: checked_amount(size, "expert_bytes") for layer, size in message.expert_bytes.items()},
     )
@@ -100,12 +102,12 @@ def _decode_layers(message: controller_pb2.RouterLoads, layer_experts: dict[int,
     return layers
 
 
-def _decode_actor(message: controller_pb2.ActorLoads) -> ActorLoads:
+def _decode_actor(name: str, message: controller_pb2.ActorLoads) -> ActorLoads:
     speed = checked_amount(message.speed, "actors.speed")
     if not speed:
         raise InvalidMessage("actors.speed: 0, expected a positive number")
     return ActorLoads(
-        actor=checked_name(message.actor, "actors.actor"),
+        actor=name,
         node=checked_optional_name(message.node, "actors.node"),
         computed_rows=message.computed_rows,
         busy_s=checked_amount(message.busy_s, "actors.busy_s"),

@@ -64,6 +64,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
         return UserError(detail)
     if code == grpc.StatusCode.CANCELLED:
         return Unavailable(f"{peer}: the call was cancelled")
+    if code == grpc.StatusCode.UNIMPLEMENTED:  # a port is given to another process when its owner is gone
+        return Unavailable(f"{peer}: what listens there now is no such service")
     return MoeClusterError(f"{peer}: {code.name}: {detail}")
 
 
