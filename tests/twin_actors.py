@@ -10,6 +10,7 @@ from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.models.own_build import build_model
 from moecluster.roles.actor_keeper import ControlConnection, LifeWatch
 from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc.in_process import InProcessPeerExports
 from moecluster.sections import ModelConfig
 from moecluster.types import ActorAddress
 
@@ -29,7 +30,7 @@ class TwinActors:
     """Supervisor, connections and watches over expert services of this process."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.services: dict[str, ExpertService | None] = {name: ExpertService(name=name) for name in names}
+        self.services: dict[str, ExpertService | None] = {name: self._start(name) for name in names}
         self.hanging: set[str] = set()
         self.restarted: list[str] = []
         self.draining: set[str] = set()  # nodes; each actor is a node of its own, of its name
@@ -94,8 +95,13 @@ class TwinActors:
 
     def revive(self, actor: str) -> None:
         with self._changed:
-            self.services[actor] = ExpertService(name=actor)
+            self.services[actor] = self._start(actor)
             self._changed.notify_all()
+
+    def _start(self, actor: str) -> ExpertService:
+        return ExpertService(
+            name=actor, connect_peer=lambda peer: InProcessPeerExports(self.connect(peer), peer.incarnation)
+        )
 
     def __enter__(self) -> Self:
         return self

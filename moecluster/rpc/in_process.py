@@ -1,10 +1,11 @@
-"""The in-process twin of the Compute stream: the same interface, no sockets."""
+"""The in-process twins of the Compute stream and of copies from a peer: the same interfaces, no sockets."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 from moecluster.errors import MoeClusterError
-from moecluster.rpc.interfaces import ComputeHandler
-from moecluster.types import ComputeBatch, ComputeResult
+from moecluster.rpc.interfaces import ComputeHandler, ExpertControl, ExportedTensor, Pace
+from moecluster.types import ComputeBatch, ComputeResult, ExpertId
 
 
 class InProcessTransport:
@@ -27,6 +28,24 @@ class InProcessTransport:
 
         self._handler.submit(batch, reply)
         return future
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class InProcessPeerExports:
+    """PeerExports of one life of an expert service of this process."""
+
+    def __init__(self, peer: ExpertControl, incarnation: str) -> None:
+        self._peer = peer
+        self._incarnation = incarnation
+
+    def tensors(
+        self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
+    ) -> Iterator[ExportedTensor]:
+        for tensor in self._peer.export(experts=[expert], with_optimizer=False, incarnation=self._incarnation):
+            pace(tensor.value.nbytes)
+            yield tensor
 
     def close(self) -> None:
         """Nothing is held."""
