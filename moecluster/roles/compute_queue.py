@@ -49,7 +49,7 @@ class ComputeQueue:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._waiting: deque[Waiting] = deque()
-        self._taken: list[Waiting] = []  # last; in work until the next are taken
+        self._taken: list[Waiting] = []  # last, and still in work
         self._bytes = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -69,7 +69,7 @@ class ComputeQueue:
                 for index in waiting.batch.experts
             )
 
-    def put(self, waiting: Waiting) -> None:
+    def put(self, waiting: Waiting, *, wake: bool = True) -> None:
         """Adds a batch; an empty queue takes any size. Raises Exhausted beyond its bytes, Unavailable once closed."""
         size_bytes = _size_bytes(waiting.batch)
         with self._changed:
@@ -79,14 +79,25 @@ class ComputeQueue:
                 raise Exhausted(f"{self._bytes} bytes wait, at most {self._max_bytes}")
             self._bytes += size_bytes
             self._waiting.append(waiting)
-            self._changed.notify()
+            if wake:
+                self._changed.notify()
 
-    def take(self) -> list[Waiting]:
-        """Waits for the next batch and what can be computed with it; empty once the queue is closed."""
+    def wait(self) -> bool:
+        """Until something waits; False once the queue is closed and empty."""
         with self._changed:
-            self._taken = []
             while not self._waiting and not self._closed:
                 self._changed.wait(1.0)
+            return bool(self._waiting)
+
+    def wake(self) -> None:
+        """Tells who is in wait() about what was put without."""
+        with self._changed:
+            if self._waiting:
+                self._changed.notify()
+
+    def take(self) -> list[Waiting]:
+        """The next batch and what can be computed with it; empty if nothing waits."""
+        with self._changed:
             if not self._waiting:
                 return []
             taken = [self._waiting.popleft()]
@@ -96,6 +107,11 @@ class ComputeQueue:
             self._bytes -= sum(_size_bytes(w.batch) for w in taken)
             self._taken = taken
             return taken
+
+    def done(self) -> None:
+        """What was taken last has been answered."""
+        with self._changed:
+            self._taken = []
 
     def _take_along(self, taken: list[Waiting]) -> None:
         head, rows = taken[0].batch, len(taken[0].batch.x_ND)
@@ -110,7 +126,7 @@ class ComputeQueue:
         self._waiting = left
 
     def close(self) -> None:
-        """Ends take(); what still waits is taken first."""
+        """Ends wait(), once what still waits is taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

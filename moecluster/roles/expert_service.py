@@ -51,10 +51,14 @@ from moecluster.types import (
 
 JOIN_TIMEOUT_S = 10.0
 DRAIN_LOOK_S = 0.005
+MAX_ROWS_AT_ONCE = 256  # that a stream's own thread computes: beyond, another thread is woken and it reads on
 
 
 class ExpertService:
-    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py. One thread of its own does all computing."""
+    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py.
+
+    One thread at a time computes: the service's own, or that of a stream.
+    """
 
     def __init__(
         self,
@@ -73,12 +77,13 @@ class ExpertService:
         self._connect_peer = connect_peer
         self._proofs = BlockProofs() if batch_invariant else None
         self._run: compute.RunExpert = compute.run_plainly
-        self._work = ActorWork()  # replaced whole by the compute thread
+        self._work = ActorWork()  # replaced whole by who computes
         self._hosted = HostedExperts()
         self._widths: dict[int, int] = {}  # of the rows that a layer's experts take
         self._queue = ComputeQueue(max_queue_bytes)
         self._kept = KeptActivations(activation_budget_bytes)
         self._training: StepState | None = None
+        self._computing = threading.Lock()  # held from taking out of the queue to the reply
         # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
         self._state_lock = threading.RLock()
         self._orders = ControllerOrders()
@@ -92,12 +97,24 @@ class ExpertService:
 
     # -- computing --
 
-    def submit(self, batch: ComputeBatch, reply: Reply) -> None:
-        """Queues a batch; a full queue answers Exhausted at once."""
+    def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
+        """Queues a batch; a full queue answers Exhausted at once. wake=False: compute_waiting() is called next."""
         try:
-            self._queue.put(Waiting(batch=batch, reply=reply, arrived_s=time.monotonic()))
+            self._queue.put(Waiting(batch=batch, reply=reply, arrived_s=time.monotonic()), wake=wake)
         except MoeClusterError as exc:
             reply(exc)
+
+    def compute_waiting(self) -> None:
+        """Computes in the calling thread what waits, if that is little and nobody computes; else wakes the own thread.
+
+        Saves small batches the way to another thread, which on an idle core takes as long as they do.
+        """
+        if self._queue.rows <= MAX_ROWS_AT_ONCE and self._computing.acquire(blocking=False):
+            try:
+                self._compute_next()
+            finally:
+                self._computing.release()
+        self._queue.wake()  # what came meanwhile from others, who found somebody computing
 
     def close(self) -> None:
         """Computes what waits, then ends."""
@@ -105,29 +122,40 @@ class ExpertService:
         self._thread.join(JOIN_TIMEOUT_S)
 
     def _compute_forever(self) -> None:
-        while taken := self._queue.take():
-            started_s = time.perf_counter()
-            waited_s = sum(time.monotonic() - w.arrived_s for w in taken)
-            fresh = [w for w in taken if not w.expired]
-            for waiting in taken:
-                if waiting not in fresh:
-                    waiting.reply(DeadlineExceeded("the batch waited longer than its deadline"))
-            if not fresh:
-                self._count(taken, waited_s=waited_s)
-                continue
-            try:
-                outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
-            except MoeClusterError as exc:
-                outcomes = [exc] * len(fresh)
-            except Exception as exc:  # whatever torch or a user's own expert raises ends these batches, not the actor
-                outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
-            for waiting, outcome in zip(fresh, outcomes, strict=True):
-                waiting.reply(outcome)
-            pairs, busy_s = sum(len(w.batch.pair_rows_P) for w in fresh), time.perf_counter() - started_s
-            self._count(taken, waited_s=waited_s, pairs=pairs, busy_s=busy_s)
-            if self._metrics is not None:
-                self._metrics.count_computed(self.name, pairs=pairs, busy_s=busy_s)
-                self._metrics.set_queue_rows(self.name, self._queue.rows)
+        while self._queue.wait():
+            with self._computing:
+                self._compute_next()
+
+    def _compute_next(self) -> None:
+        try:
+            if taken := self._queue.take():
+                self._answer(taken)
+        finally:
+            self._queue.done()
+
+    def _answer(self, taken: Sequence[Waiting]) -> None:
+        started_s = time.perf_counter()
+        waited_s = sum(time.monotonic() - w.arrived_s for w in taken)
+        fresh = [w for w in taken if not w.expired]
+        for waiting in taken:
+            if waiting not in fresh:
+                waiting.reply(DeadlineExceeded("the batch waited longer than its deadline"))
+        if not fresh:
+            self._count(taken, waited_s=waited_s)
+            return
+        try:
+            outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
+        except MoeClusterError as exc:
+            outcomes = [exc] * len(fresh)
+        except Exception as exc:  # whatever torch or a user's own expert raises ends these batches, not the actor
+            outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
+        for waiting, outcome in zip(fresh, outcomes, strict=True):
+            waiting.reply(outcome)
+        pairs, busy_s = sum(len(w.batch.pair_rows_P) for w in fresh), time.perf_counter() - started_s
+        self._count(taken, waited_s=waited_s, pairs=pairs, busy_s=busy_s)
+        if self._metrics is not None:
+            self._metrics.count_computed(self.name, pairs=pairs, busy_s=busy_s)
+            self._metrics.set_queue_rows(self.name, self._queue.rows)
 
     def _count(self, taken: Sequence[Waiting], *, waited_s: float, pairs: int = 0, busy_s: float = 0.0) -> None:
         work = self._work

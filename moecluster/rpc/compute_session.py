@@ -5,11 +5,13 @@ import threading
 from collections.abc import Iterator
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from moecluster.errors import InvalidMessage, MoeClusterError, StaleOrder
 from moecluster.proto import expert_pb2
 from moecluster.rpc import codec
 from moecluster.rpc.interfaces import ComputeHandler
+from moecluster.rpc.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
 from moecluster.rpc.shared_memory import PeerSegment, Segment, SegmentUnavailable
 from moecluster.rpc.status_codes import abort_with, reply_code_of
 from moecluster.types import ComputeBatch, ComputeResult
@@ -27,6 +29,8 @@ class ComputeSession:
         self._peer: PeerSegment | None = None
         self._segment: Segment | None = None
         self._segment_agreed = False
+        self._mailbox: Mailbox | None = None
+        self._peer_mailbox: PeerMailbox | None = None
 
     def replies(self, context: grpc.ServicerContext) -> Iterator[expert_pb2.ComputeReply]:
         """The stream's replies, beginning with the answer to Hello."""
@@ -37,13 +41,16 @@ class ComputeSession:
             yield expert_pb2.ComputeReply(hello=self._greet(first))
             context.add_callback(self.end)
             threading.Thread(target=self._read, name="compute-stream", daemon=True).start()
+            if self._mailbox is not None:
+                threading.Thread(target=self._read_mailbox, name="compute-mailbox", daemon=True).start()
             while (reply := self._outbox.get()) is not None:
                 yield reply
         except InvalidMessage as exc:  # of the greeting
             abort_with(context, exc)
         finally:  # also where gRPC gives the stream up half-way
-            if self._segment is not None:
-                self._segment.close()
+            for held in (self._segment, self._mailbox, self._peer_mailbox):
+                if held is not None:
+                    held.close()
 
     def end(self) -> None:
         """Ends the stream of replies; what is still computed is thrown away."""
@@ -65,9 +72,21 @@ class ComputeSession:
         except SegmentUnavailable:
             self._peer = None
             return reply  # without a nonce: rows travel inline
+        self._open_mailboxes(offer.pid)
         reply.nonce = self._peer.nonce
         reply.segment.CopyFrom(self._segment.offer())
         return reply
+
+    def _open_mailboxes(self, pid: int) -> None:
+        assert self._peer is not None and self._segment is not None
+        if not self._peer.mailbox_fd:
+            return
+        try:
+            self._peer_mailbox = PeerMailbox(pid, self._peer.mailbox_fd)
+            self._mailbox = Mailbox()
+        except MailboxUnavailable:
+            return
+        self._segment.announce_mailbox(self._mailbox.fd)
 
     def _read(self) -> None:
         try:
@@ -80,7 +99,23 @@ class ComputeSession:
         finally:
             self.end()
 
-    def _take(self, message: expert_pb2.Batch) -> None:
+    def _read_mailbox(self) -> None:
+        assert self._mailbox is not None
+        try:
+            while not self._mailbox.closed:
+                letter = self._mailbox.receive()
+                waits = letter is not None
+                while letter is not None:  # all that lie there, so that they are computed together
+                    self._take(expert_pb2.Batch.FromString(letter), wake=False)
+                    letter = self._mailbox.receive(0.0)
+                if waits:
+                    self._handler.compute_waiting()
+        except DecodeError:
+            pass  # as in _read
+        finally:
+            self.end()
+
+    def _take(self, message: expert_pb2.Batch, *, wake: bool = True) -> None:
         if self._segment is not None:
             if message.segment_nonce:
                 self._segment_agreed = message.segment_nonce == self._segment.nonce
@@ -107,17 +142,22 @@ class ComputeSession:
             except InvalidMessage as exc:
                 self._send_error(message.request_id, exc)
 
-        self._handler.submit(batch, reply)
+        self._handler.submit(batch, reply, wake=wake)
 
     def _send_result(self, result: ComputeResult, batch: ComputeBatch) -> None:
         segment = self._segment if self._segment_agreed else None
         message = codec.encode_result(result, segment)
         message.placement_term, message.generation = batch.placement
-        self._outbox.put(expert_pb2.ComputeReply(batch=message))
+        self._send(message)
 
     def _send_error(self, request_id: int, error: MoeClusterError) -> None:
         message = expert_pb2.BatchReply(request_id=request_id, code=reply_code_of(error), detail=str(error))
         placement = getattr(error, "placement", None)
         if placement is not None:
             message.placement_term, message.generation = placement
-        self._outbox.put(expert_pb2.ComputeReply(batch=message))
+        self._send(message)
+
+    def _send(self, message: expert_pb2.BatchReply) -> None:
+        # The nonce proved that router and actor opened each other's segment, and so each other's mailbox.
+        if not self._segment_agreed or self._peer_mailbox is None or not self._peer_mailbox.post_message(message):
+            self._outbox.put(expert_pb2.ComputeReply(batch=message))

@@ -3,16 +3,19 @@
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
 from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import codec
+from moecluster.rpc.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.shared_memory import PeerSegment, Segment, SegmentUnavailable
 from moecluster.rpc.status_codes import error_of_reply, from_rpc_error
@@ -26,8 +29,24 @@ class _Pending:
     future: "Future[ComputeResult]"
 
 
+class _Answer(Future[ComputeResult]):
+    """What the threads that wait for it read out of the mailbox by themselves."""
+
+    def __init__(self, stream: "GrpcExpertTransport") -> None:
+        super().__init__()
+        self._stream = stream
+
+    def result(self, timeout: float | None = None) -> ComputeResult:
+        self._stream.await_answer(self, timeout)
+        return super().result(0.0)
+
+
 class GrpcExpertTransport:
-    """One long-lived stream; messages are matched by request id. Thread-safe."""
+    """One long-lived stream; messages are matched by request id. Thread-safe.
+
+    On one host short messages go through mailboxes beside it. Ours is read by one of the threads that wait for an
+    answer, for all of them: a thread in between would cost each answer a wake-up.
+    """
 
     def __init__(
         self,
@@ -51,6 +70,11 @@ class GrpcExpertTransport:
         self._closed: MoeClusterError | None = None
         self._outbox: queue.SimpleQueue[expert_pb2.ComputeRequest | None] = queue.SimpleQueue()
         self._segment = self._make_segment(shared_memory_bytes)
+        self._mailbox = self._make_mailbox(self._segment)
+        self._peer_mailbox: PeerMailbox | None = None
+        self._has_mail = False  # a letter has come, so the actor knows whose mailbox is whose, and ours reach it
+        self._turn = threading.Condition()  # to read the mailbox
+        self._turn_taken = False
         self._use_segment = False
         self._peer: PeerSegment | None = None
         self._nonce = b""  # of the actor's segment, sent back once
@@ -84,6 +108,17 @@ class GrpcExpertTransport:
         except SegmentUnavailable:
             return None
 
+    @staticmethod
+    def _make_mailbox(segment: Segment | None) -> Mailbox | None:
+        if segment is None:
+            return None
+        try:
+            mailbox = Mailbox()
+        except MailboxUnavailable:
+            return None
+        segment.announce_mailbox(mailbox.fd)
+        return mailbox
+
     def _agree(self, reply: expert_pb2.HelloReply) -> None:
         """Uses shared memory where each side has read the other's nonce, inline where not."""
         self.incarnation = reply.incarnation
@@ -94,15 +129,17 @@ class GrpcExpertTransport:
         try:
             self._peer = PeerSegment(reply.segment.pid, reply.segment.fd, reply.segment.size_bytes)
             self._nonce = self._peer.nonce
-        except SegmentUnavailable:
-            pass  # replies travel inline, requests need not
+            if self._peer.mailbox_fd:
+                self._peer_mailbox = PeerMailbox(reply.segment.pid, self._peer.mailbox_fd)
+        except (SegmentUnavailable, MailboxUnavailable):
+            pass  # replies travel inline or on the stream, requests need not
 
     def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
         """Sends a batch. The future holds the result or a MoeClusterError.
 
         The caller bounds its wait; after a timeout it closes the transport, whose segment must not be used again.
         """
-        future: Future[ComputeResult] = Future()
+        future: Future[ComputeResult] = Future() if self._mailbox is None else _Answer(self)
         batch = replace(batch, request_id=next(self._ids))
         message = codec.encode_batch(batch, self._segment if self._use_segment else None)
         regions = (codec.region_of(message.x), codec.region_of(message.grad))
@@ -115,16 +152,50 @@ class GrpcExpertTransport:
             message.released.extend(self._released)
             self._released.clear()
             message.segment_nonce, self._nonce = self._nonce, b""
-            self._outbox.put(expert_pb2.ComputeRequest(batch=message))
+            if not self._has_mail or self._peer_mailbox is None or not self._peer_mailbox.post_message(message):
+                self._outbox.put(expert_pb2.ComputeRequest(batch=message))
         return future
+
+    def await_answer(self, answer: "Future[ComputeResult]", timeout_s: float | None) -> None:
+        """Until the answer is there or the timeout over: reads letters, or waits for another thread that does."""
+        assert self._mailbox is not None
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._turn:
+            while self._turn_taken and not answer.done():
+                if not self._turn.wait(_left_s(end_s)):
+                    return
+            if answer.done():
+                return
+            self._turn_taken = True
+        try:
+            while not answer.done() and (end_s is None or time.monotonic() < end_s):
+                letter = self._mailbox.receive(_left_s(end_s))
+                if letter is not None:
+                    self._has_mail = True
+                    self._finish(expert_pb2.BatchReply.FromString(letter))
+                    self._tell_waiting()
+        except DecodeError as exc:
+            self._fail(Unavailable(f"the mailbox of the stream to {self.actor} holds no letters: {exc}"))
+        finally:
+            with self._turn:
+                self._turn_taken = False
+                self._turn.notify_all()
+
+    def _tell_waiting(self, *, ring: bool = False) -> None:
+        """That answers are there; ring: also who reads the mailbox, which they did not come through."""
+        with self._turn:
+            self._turn.notify_all()
+            if ring and self._turn_taken and self._mailbox is not None:
+                self._mailbox.ring()
 
     def close(self) -> None:
         """Ends the stream; what is in flight fails with Unavailable."""
         self._fail(Unavailable(f"the stream to {self.actor} was closed"))
         self._outbox.put(None)
         self._channel.close()
-        if self._segment is not None:
-            self._segment.close()
+        for held in (self._segment, self._mailbox, self._peer_mailbox):
+            if held is not None:
+                held.close()
 
     def _read(self, replies: Iterator[expert_pb2.ComputeReply], greeted: "Future[expert_pb2.HelloReply]") -> None:
         error: MoeClusterError = Unavailable(f"{self.actor} ended the stream")
@@ -134,6 +205,7 @@ class GrpcExpertTransport:
                     greeted.set_result(reply.hello)
                 else:
                     self._finish(reply.batch)
+                    self._tell_waiting(ring=True)
         except grpc.RpcError as exc:
             error = from_rpc_error(exc, self.actor)
         if greeted.done():  # whatever ended the stream, nothing comes through it any more
@@ -170,3 +242,8 @@ class GrpcExpertTransport:
             left, self._pending = self._pending, {}
         for pending in left.values():
             pending.future.set_exception(error)
+        self._tell_waiting(ring=True)
+
+
+def _left_s(end_s: float | None) -> float | None:
+    return None if end_s is None else max(end_s - time.monotonic(), 0.0)

@@ -31,8 +31,14 @@ class ComputeHandler(Protocol):
 
     incarnation: str
 
-    def submit(self, batch: ComputeBatch, reply: Reply) -> None:
-        """Queues a batch. reply is called exactly once, from any thread; batch tensors must stay valid until then."""
+    def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
+        """Queues a batch. reply is called exactly once, from any thread; batch tensors must stay valid until then.
+
+        wake=False: the caller promises to call compute_waiting() right after.
+        """
+
+    def compute_waiting(self) -> None:
+        """Computes what waits in the calling thread, if that is little and nobody computes; else wakes another."""
 
 
 class ExpertTransport(Protocol):

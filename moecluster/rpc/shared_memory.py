@@ -25,6 +25,7 @@ NAME = "moecluster-rows"
 NONCE_BYTES = 32
 ALIGNMENT_BYTES = 64
 HEADER = struct.Struct("<Q")
+MAILBOX = struct.Struct("<Q")  # behind the nonce: the descriptor of the owner's mailbox, 0 for none
 REQUIRED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -108,6 +109,10 @@ class Segment:
                     merged.append((offset, size_bytes))
             self._free = merged
 
+    def announce_mailbox(self, fd: int) -> None:
+        """Tells who opens the segment later which pipe of ours takes letters."""
+        MAILBOX.pack_into(self._map, NONCE_BYTES, fd)
+
     def offer(self) -> tensor_pb2.SegmentOffer:
         """What the peer needs to open this segment."""
         return tensor_pb2.SegmentOffer(pid=os.getpid(), fd=self.fd, size_bytes=self.size_bytes)
@@ -136,7 +141,7 @@ class PeerSegment:
         try:
             if fcntl.fcntl(opened, fcntl.F_GET_SEALS) & REQUIRED_SEALS != REQUIRED_SEALS:
                 raise SegmentUnavailable("the segment is not sealed")
-            if not NONCE_BYTES < size_bytes <= os.fstat(opened).st_size:
+            if not NONCE_BYTES + MAILBOX.size < size_bytes <= os.fstat(opened).st_size:
                 raise SegmentUnavailable("the segment is smaller than announced")
             self._map = mmap.mmap(opened, size_bytes, prot=mmap.PROT_READ)
         except OSError as exc:
@@ -145,12 +150,13 @@ class PeerSegment:
             os.close(opened)
         self.size_bytes = size_bytes
         self.nonce = self._map[:NONCE_BYTES]
+        self.mailbox_fd: int = MAILBOX.unpack_from(self._map, NONCE_BYTES)[0]
         self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def check(self, region: Region) -> None:
         """Raises InvalidMessage if the region is not what its sequence says: call it before and after reading."""
         end = region.offset + ALIGNMENT_BYTES + region.length_bytes
-        if region.offset < NONCE_BYTES or region.offset % ALIGNMENT_BYTES or end > self.size_bytes:
+        if region.offset < NONCE_BYTES + MAILBOX.size or region.offset % ALIGNMENT_BYTES or end > self.size_bytes:
             raise InvalidMessage(f"region: bytes {region.offset} to {end} lie outside the segment")
         if HEADER.unpack_from(self._map, region.offset)[0] != region.sequence:
             raise InvalidMessage(f"region: sequence {region.sequence} was overwritten")

@@ -118,15 +118,18 @@ def test_a_backward_batch_counts_its_gradients_too() -> None:
         queue.put(waiting(2))
 
 
-def test_take_waits_for_a_batch() -> None:
+@pytest.mark.parametrize("wake_later", [False, True])
+def test_who_waits_is_woken_by_a_batch(wake_later: bool) -> None:
     queue, entry = ComputeQueue(2**20), waiting()
-    taken: list[list[Waiting]] = []
-    thread = threading.Thread(target=lambda: taken.append(queue.take()))
+    waited: list[bool] = []
+    thread = threading.Thread(target=lambda: waited.append(queue.wait()))
     thread.start()
-    assert not taken
-    queue.put(entry)
+    assert not waited and queue.take() == []
+    queue.put(entry, wake=not wake_later)
+    if wake_later:
+        queue.wake()
     thread.join(5.0)
-    assert taken == [[entry]]
+    assert waited == [True] and queue.take() == [entry] and queue.take() == []
 
 
 def test_a_closed_queue_is_emptied_and_then_ends_and_takes_no_more() -> None:
@@ -135,18 +138,18 @@ def test_a_closed_queue_is_emptied_and_then_ends_and_takes_no_more() -> None:
     queue.close()
     with pytest.raises(Unavailable):
         queue.put(waiting())
-    assert queue.take() == [entry]
-    assert queue.take() == []
+    assert queue.wait() and queue.take() == [entry]
+    assert not queue.wait() and queue.take() == []
 
 
 def test_closing_wakes_who_waits() -> None:
     queue = ComputeQueue(2**20)
-    taken: list[list[Waiting]] = []
-    thread = threading.Thread(target=lambda: taken.append(queue.take()))
+    waited: list[bool] = []
+    thread = threading.Thread(target=lambda: waited.append(queue.wait()))
     thread.start()
     queue.close()
     thread.join(5.0)
-    assert taken == [[]]
+    assert waited == [False]
 
 
 def test_a_batch_expires_after_its_deadline() -> None:
