@@ -14,6 +14,7 @@ from moecluster.config import Config
 from moecluster.errors import ConfigError, MoeClusterError, StateLost, Unavailable, UserError
 from moecluster.models.training_files import TrainingState, read_training_state, read_trunk_optimizer_state
 from moecluster.models.trunk import load_trunk
+from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.interfaces import ExpertControl
 from moecluster.training.coordinator import StepCoordinator
@@ -74,7 +75,7 @@ def _load_everywhere(
     remote: RemoteExperts, checkpoint: Path, config: Config, state: TrainingState, model: PreTrainedModel
 ) -> Session:
     placement = remote.pool.placement(config.cluster.start_timeout_s)
-    _check(placement)
+    _check(remote.pool, placement)
     controls = {name: control for name, control in remote.pool.controls().items() if placement.experts_on(name)}
     if not controls.keys() <= placement.actors.keys():
         raise Unavailable("the placement changed")
@@ -122,12 +123,14 @@ def _load_everywhere(
     )
 
 
-def _check(placement: Placement) -> None:
+def _check(pool: ExpertPool, placement: Placement) -> None:
     """Every expert has one replica. Raises Unavailable if some have none, ConfigError if some have several."""
     replicas = Counter(replica.expert for replica in placement.replicas)
     experts = [ExpertId(layer=layer, index=i) for layer, n in placement.layer_experts.items() for i in range(n)]
     missing = [expert for expert in experts if not replicas[expert]]
     if missing:
+        for layer in sorted({expert.layer for expert in missing}):  # those that no token wanted stand nowhere
+            pool.want(layer, [expert.index for expert in missing if expert.layer == layer])
         raise Unavailable(f"{len(missing)} experts are not served, the first {missing[0]}")
     several = [expert for expert in experts if replicas[expert] > 1]
     if several:
