@@ -38,7 +38,7 @@ def _plan_layer(load_E: Floats, fleet: Fleet) -> list[tuple[int, int, float]]:
     speed_A = np.where(fleet.slots_A > 0, fleet.speed_A, 0.0)
     fair_A = load_E.sum() * speed_A / speed_A.sum()
     for slots_A in _thriftiest_first(len(load_E), fleet.slots_A):
-        filled = exact_fill(load_E, fair_A, slots_A)
+        filled = exact_fill(load_E, fair_A, slots_A, fleet.node_A)
         if filled is not None:
             return filled
     return packed(load_E, fleet)

@@ -15,13 +15,13 @@ from moecluster.placement.layout import Floats, Ints
 WHOLE = 1e-9  # a part smaller than this fraction of an actor's fair load is rounding, and no replica
 
 
-def exact_fill(load_E: Floats, fair_A: Floats, slots_A: Ints) -> list[tuple[int, int, float]] | None:
-    """(expert, actor, load) of every replica, or None where the rule does not come out even. [E], [A], [A].
+def exact_fill(load_E: Floats, fair_A: Floats, slots_A: Ints, node_A: Ints) -> list[tuple[int, int, float]] | None:
+    """(expert, actor, load) of every replica, or None where the rule does not come out even. [E], [A], [A], [A].
 
     fair_A: the load that each actor is to have, with the sum of load_E; actors without slots have none.
     """
     pool = sorted((float(load), expert) for expert, load in enumerate(load_E))
-    actors = [a for a in np.argsort(-fair_A / np.maximum(slots_A, 1), kind="stable").tolist() if slots_A[a] > 0]
+    actors = [a for a in _order(fair_A, slots_A, node_A) if slots_A[a] > 0]
     room = sum(int(slots_A[a]) - 1 for a in actors)  # experts that can leave the pool before the last actor
     placed: list[tuple[int, int, float]] = []
     for actor in actors[:-1]:
@@ -46,6 +46,12 @@ def exact_fill(load_E: Floats, fair_A: Floats, slots_A: Ints) -> list[tuple[int,
     if len(pool) > slots_A[actors[-1]]:
         return None
     return placed + [(expert, actors[-1], load) for load, expert in pool]
+
+
+def _order(fair_A: Floats, slots_A: Ints, node_A: Ints) -> list[int]:
+    """Most load per slot first; actors alike in that in turns of the nodes, so that parts stand on several."""
+    turn_A = np.array([(node_A[:actor] == node).sum() for actor, node in enumerate(node_A)])
+    return np.lexsort((turn_A, -fair_A / np.maximum(slots_A, 1))).tolist()
 
 
 def _window(loads: list[float], fair: float, fewest: int, most: int) -> tuple[int, int] | None:

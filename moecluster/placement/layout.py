@@ -97,6 +97,36 @@ def with_added(layout: Layout, layer_N: Ints, expert_N: Ints, actor_N: Ints, sha
     )
 
 
+def of_layers(layout: Layout, layers: Ints) -> Layout:
+    """Some layers, in growing order, as a layout of their own, whose layer_R counts among them.
+
+    Its E may be less: the load on it is load_LE[layers, : part.max_experts].
+    """
+    place_L = np.full(layout.num_layers, -1)
+    place_L[layers] = np.arange(len(layers))
+    kept_R = place_L[layout.layer_R] >= 0
+    return dataclasses.replace(
+        layout,
+        num_experts_L=layout.num_experts_L[layers],
+        layer_R=place_L[layout.layer_R[kept_R]],
+        expert_R=layout.expert_R[kept_R],
+        actor_R=layout.actor_R[kept_R],
+        share_R=layout.share_R[kept_R],
+    )
+
+
+def with_layers(layout: Layout, layers: Ints, part: Layout) -> Layout:
+    """The layout with some layers replaced: the inverse of `of_layers`."""
+    other_R = ~np.isin(layout.layer_R, layers)
+    return make_layout(
+        layout.num_experts_L,
+        np.concatenate((layout.layer_R[other_R], layers[part.layer_R])),
+        np.concatenate((layout.expert_R[other_R], part.expert_R)),
+        np.concatenate((layout.actor_R[other_R], part.actor_R)),
+        np.concatenate((layout.share_R[other_R], part.share_R)),
+    )
+
+
 def actor_load_LA(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
     """Load of every actor in every layer, divided by its speed: [L, A]."""
     load_R = load_LE.reshape(-1)[layout.expert_key_R] * layout.share_R

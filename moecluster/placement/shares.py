@@ -42,12 +42,10 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet) -> SharedLoa
     load_R = problem.load_of_R * start_R
     bound_L = problem.first_bound_L()
     for _ in range(MAX_ROUNDS):
-        load_LA = problem.load_LA(load_R)
-        excess_LA = load_LA - bound_L[:, None] * fleet.speed_A
-        above_L = (excess_LA > RELATIVE_TOLERANCE * bound_L[:, None] * fleet.speed_A).any(axis=1)
-        if not above_L.any():
+        excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
+        unit_L = _unit_L(excess_LA, bound_L, fleet)
+        if np.isinf(unit_L).all():
             break
-        unit_L = np.where(above_L, np.maximum(excess_LA, 0.0).sum(axis=1) / FLOW_UNITS, np.inf)
         load_R = load_R + problem.push_R(load_R, excess_LA, unit_L)
         bound_L = np.maximum(bound_L, problem.cut_bound_L(load_R, bound_L, unit_L))
     share_R = np.divide(load_R, problem.load_of_R, out=start_R, where=problem.load_of_R > 0)
@@ -55,6 +53,20 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet) -> SharedLoa
     return SharedLoad(
         share_R=share_R, load_LA=problem.load_LA(problem.load_of_R * share_R) / fleet.speed_A, bound_L=bound_L
     )
+
+
+def least_overflow(layout: Layout, load_LE: Floats, fleet: Fleet, bound_L: Floats) -> Floats:
+    """Load of each replica when as little as can stands above a bound on load / speed that need not be reachable: [R]."""
+    problem = _Problem.of(layout, load_LE, fleet)
+    load_R = problem.load_of_R * normalized(layout)
+    excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
+    return load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet))
+
+
+def _unit_L(excess_LA: Floats, bound_L: Floats, fleet: Fleet) -> Floats:
+    """What the flow counts by in each layer; infinite where no actor is above the bound."""
+    above_L = (excess_LA > RELATIVE_TOLERANCE * bound_L[:, None] * fleet.speed_A).any(axis=1)
+    return np.where(above_L, np.maximum(excess_LA, 0.0).sum(axis=1) / FLOW_UNITS, np.inf)
 
 
 def normalized(layout: Layout) -> Floats:

@@ -4,7 +4,7 @@ import numpy as np
 
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with_added
 
-HEADROOM = 0.25  # replicas of at most this fraction of an actor's fair load let shares follow the load
+HEADROOM = 0.4  # replicas of at most this fraction of an actor's fair load let shares follow the load
 
 
 def with_spare_slots_used(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layout:

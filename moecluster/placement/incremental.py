@@ -1,0 +1,154 @@
+"""Moves from a standing layout, where shares alone cannot even out the load: most gain for fewest bytes, if it pays.
+
+A few rounds of single moves are tried, layer by layer, on paper; of each layer the stretch of them is kept that gains
+most over its price; layers are taken by gain per byte until the budget is spent.
+
+Cost: a solve of the shares per round, of the layers above the trigger only; none at all while shares suffice.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moecluster.placement.layout import (
+    Bools,
+    Fleet,
+    Floats,
+    Ints,
+    Layout,
+    actor_load_LA,
+    added_R,
+    of_layers,
+    with_layers,
+    with_shares,
+)
+from moecluster.placement.relief import Wanted, relieved
+from moecluster.placement.replica_counts import least_worst_load_L
+from moecluster.placement.shares import least_max_shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveSettings:
+    """When a move pays. Time won is counted as if the layers' worst actors were all that a token waits for."""
+
+    trigger: float = 0.01  # a layer is looked at when its worst actor stands so far above what could be, relatively
+    min_gain: float = 0.004  # least relative fall of a layer's worst load for which anything is moved
+    lifetime_s: float = 600.0  # how long a gain is expected to last before the load has changed
+    transfer_bytes_per_s: float = 1e9  # at which an actor loads an expert
+    transfer_slowdown: float = 0.1  # fraction of the cluster's work that is lost while an expert is loaded
+    max_rounds: int = 6  # of moves thought through per decision; what is left waits for the next one
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """The layers in hand after some rounds."""
+
+    layout: Layout
+    worst_L: Floats  # max load / speed
+    bytes_L: Floats  # loaded since the standing layout
+
+
+def with_moves(
+    layout: Layout,
+    load_LE: Floats,
+    fleet: Fleet,
+    budget_bytes: float,
+    settings: MoveSettings,
+    coactivation_LEE: Floats | None = None,
+) -> Layout:
+    """The layout after the moves that pay, within the budget; the layout itself if none does.
+
+    layout: with shares of least greatest load, as `least_max_shares` gives them; so has what comes back.
+    """
+    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
+    layers, bound_L = _layers_to_relieve(layout, load_LE, fleet, worst_L, settings.trigger)
+    most_moves_L = np.floor(budget_bytes / fleet.expert_bytes_L[layers]).astype(np.int64)
+    if len(layers) == 0 or (most_moves_L < 1).all():
+        return layout
+    part = of_layers(layout, layers)
+    width = part.max_experts
+    stages = _stages(
+        part,
+        load_LE[layers, :width],
+        _fleet_of(fleet, layers),
+        Wanted(bound_L=bound_L, tolerance=settings.min_gain / 2, most_moves_L=most_moves_L),
+        settings.max_rounds,
+        None if coactivation_LEE is None else coactivation_LEE[layers, :width, :width],
+    )
+    saved_s = settings.lifetime_s / worst_L.sum()  # per unit of a layer's worst load
+    price_s = settings.transfer_slowdown / settings.transfer_bytes_per_s  # per byte
+    chosen_L = _chosen_stage_L(stages, saved_s, price_s, settings.min_gain, budget_bytes)
+    for stage in range(1, len(stages)):
+        taken = np.flatnonzero(chosen_L == stage)
+        if len(taken):
+            layout = with_layers(layout, layers[taken], of_layers(stages[stage].layout, taken))
+    return layout
+
+
+def _layers_to_relieve(
+    layout: Layout, load_LE: Floats, fleet: Fleet, worst_L: Floats, trigger: float
+) -> tuple[Ints, Floats]:
+    """Layers above the trigger, and the load / speed that no placement could go below."""
+    fair_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
+    layers = np.flatnonzero(worst_L > (1 + trigger) * fair_L)
+    bound_L = least_worst_load_L(load_LE[layers], layout.num_experts_L[layers], fleet)
+    above = worst_L[layers] > (1 + trigger) * bound_L
+    return layers[above], bound_L[above]
+
+
+def _stages(
+    layout: Layout,
+    load_LE: Floats,
+    fleet: Fleet,
+    wanted: Wanted,
+    max_rounds: int,
+    coactivation_LEE: Floats | None,
+) -> list[_Stage]:
+    """The standing layout, and what it is after each round; a layer without progress is let be."""
+    stages = [_stage(layout, layout, load_LE, fleet)]
+    left_L = wanted.most_moves_L
+    for _ in range(max_rounds):
+        before = stages[-1]
+        left_L = np.where(left_L > 0, wanted.most_moves_L - (before.bytes_L / fleet.expert_bytes_L).astype(np.int64), 0)
+        step = Wanted(bound_L=wanted.bound_L, tolerance=wanted.tolerance, most_moves_L=np.maximum(left_L, 0))
+        moved = relieved(before.layout, load_LE, fleet, step, coactivation_LEE)
+        if moved is before.layout:
+            break
+        shared = with_shares(moved, least_max_shares(moved, load_LE, fleet).share_R)
+        after = _stage(layout, shared, load_LE, fleet)
+        stages.append(after)
+        left_L = np.where(after.bytes_L > before.bytes_L, left_L, 0)
+    return stages
+
+
+def _stage(standing: Layout, layout: Layout, load_LE: Floats, fleet: Fleet) -> _Stage:
+    new_R = added_R(standing, layout)
+    count_L = np.bincount(layout.layer_R[new_R], minlength=layout.num_layers)
+    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
+    return _Stage(layout=layout, worst_L=worst_L, bytes_L=count_L * fleet.expert_bytes_L)
+
+
+def _chosen_stage_L(
+    stages: list[_Stage], saved_s: float, price_s: float, min_gain: float, budget_bytes: float
+) -> Ints:
+    """Which stage each layer goes to, 0 where it stays: by gain over price per byte, while the budget lasts."""
+    worst_SL = np.stack([stage.worst_L for stage in stages])
+    bytes_SL = np.stack([stage.bytes_L for stage in stages])
+    net_SL = saved_s * (worst_SL[0] - worst_SL) - price_s * bytes_SL
+    pays_SL: Bools = (net_SL > 0) & (worst_SL < (1 - min_gain) * worst_SL[0])
+    best_L = np.where(pays_SL, net_SL, 0.0).argmax(axis=0)
+    every_L = np.arange(len(best_L))
+    worth_L = net_SL[best_L, every_L] / np.maximum(bytes_SL[best_L, every_L], 1e-300)
+    chosen_L = np.zeros(len(best_L), dtype=np.int64)
+    for layer in np.argsort(-worth_L, kind="stable").tolist():
+        affordable_S = pays_SL[:, layer] & (bytes_SL[:, layer] <= budget_bytes)
+        if affordable_S.any():
+            chosen_L[layer] = np.where(affordable_S, net_SL[:, layer], -np.inf).argmax()
+            budget_bytes -= bytes_SL[chosen_L[layer], layer]
+    return chosen_L
+
+
+def _fleet_of(fleet: Fleet, layers: Ints) -> Fleet:
+    return Fleet(
+        slots_A=fleet.slots_A, speed_A=fleet.speed_A, node_A=fleet.node_A, expert_bytes_L=fleet.expert_bytes_L[layers]
+    )
