@@ -6,7 +6,7 @@ order counts: an unload takes its experts out of loads that are under way, a loa
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from moecluster.errors import DeadlineExceeded, StaleOrder
@@ -28,6 +28,9 @@ class ControllerOrders:
         """Fences with the term; no other order comes in between. Raises StaleOrder for a lower one."""
         with self._lock:
             self.check(term)
+            if term > self._term:
+                for load in self._loads:
+                    load.interrupt()
             self._term = term
             yield
 
@@ -83,6 +86,7 @@ class LoadOrder:
 
     def __init__(self, orders: ControllerOrders, term: int, timeout_s: float) -> None:
         self.dropped: set[ExpertId] = set()  # unloaded since
+        self.interrupt: Callable[[], None] = lambda: None  # called once a higher term has the say; must not block
         self._orders = orders
         self._term = term
         self._timeout_s = timeout_s

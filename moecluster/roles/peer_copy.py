@@ -54,6 +54,7 @@ def copy_experts(
     checked_dtype = wanted_dtype(source, experts, dtype)
     pace = BytePace(max_bytes_per_s)
     exports = connect(peer)
+    order.interrupt = exports.close  # a peer that hangs holds up no newer order
     try:
         wanted = (expert for expert in experts if expert not in order.dropped)
         copied = (_copy(exports, peer, source, expert, checked_dtype, order, pace) for expert in wanted)
