@@ -6,13 +6,14 @@ with Client("127.0.0.1:50051") as client:
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import torch
 
+from moecluster.errors import Unavailable
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc import codec
@@ -129,3 +130,53 @@ class GenerationStream:
         if piece.finish_reason:
             self.finish_reason, self.prompt_tokens = piece.finish_reason, piece.prompt_tokens
             self.experts = piece.experts
+
+
+class FailoverStream:
+    """The pieces of one text, from the first of several routers that serves.
+
+    If that one is lost meanwhile, the next one writes the text again, and the pieces go on where they broke off: greedy
+    or drawn by a seed, a text can be had again.
+    """
+
+    def __init__(
+        self,
+        addresses: Iterable[str],
+        prompt: str,
+        *,
+        timeout_s: float = 600.0,
+        credentials: grpc.ChannelCredentials | None = None,
+        **settings: Any,
+    ) -> None:
+        """addresses: of routers of one cluster, asked for as they are needed. settings: as of Client.generate."""
+        self.stream: GenerationStream | None = None  # the last one that was begun
+        self._addresses = addresses
+        self._prompt = prompt
+        self._timeout_s = timeout_s
+        self._credentials = credentials
+        self._settings = settings
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises what iterating over a GenerationStream raises; Unavailable only when there is no router left.
+
+        Also if another router's text differs from what was seen already (at a near tie of greedy decoding).
+        """
+        seen, lost = "", Unavailable("there is no router to ask")
+        for address in self._addresses:
+            with Client(address, timeout_s=self._timeout_s, credentials=self._credentials) as client:
+                self.stream = client.generate(self._prompt, **self._settings)
+                text = ""
+                try:
+                    for piece in self.stream:
+                        text += piece
+                        if not (text.startswith(seen) or seen.startswith(text)):
+                            raise Unavailable(f"the text broke off, and the router at {address} writes another: {lost}")
+                        if len(text) > len(seen):
+                            yield text[len(seen) :]
+                            seen = text
+                    if text != seen:
+                        raise Unavailable(f"the text broke off, and the router at {address} ends it earlier: {lost}")
+                    return
+                except Unavailable as exc:
+                    lost = exc
+        raise lost
