@@ -1,0 +1,100 @@
+"""replay: what policies would have done with a recorded trace."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from actors.commands.reports import check_writable, write_report
+from moecluster.placement.loads import ExponentialWindow
+from moecluster.placement.policies import policy_named
+from moecluster.placement.replay import Replay, ReplayedWindow, ReplaySummary, replay_fleet, summarize
+from moecluster.placement.start import actor_bytes
+from moecluster.placement.trace_reader import open_trace
+
+SHOWN_CHANGES = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayChoice:
+    """What a user asks for. None: as recorded, or the default that the command's help names."""
+
+    policies: Sequence[str]
+    num_actors: int | None = None
+    slots: int | None = None
+    budget_gb: float | None = None
+    half_life_s: float | None = None
+    plot: Path | None = None
+    json: Path | None = None
+
+
+def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
+    """Replays a trace under each policy, and shows them side by side."""
+    trace = open_trace(trace_path)
+    fleet, actors = replay_fleet(trace.header, num_actors=choice.num_actors, slots=choice.slots)
+    budget_bytes = actor_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb
+    half_life_s = choice.half_life_s or trace.header.window_s
+    check_writable(choice.plot, choice.json)
+    replays: dict[str, list[ReplayedWindow]] = {}
+    policies = {name: policy_named(name) for name in choice.policies}
+    for name, policy in policies.items():
+        window = ExponentialWindow({x.layer: x.experts for x in trace.header.layers}, half_life_s=half_life_s)
+        replaying = Replay(trace.header, policy, fleet, actors, window, budget_bytes=budget_bytes)
+        replays[name] = [replaying.step(seen) for seen in track(trace.windows(), name, console=console, transient=True)]
+    summaries = [summarize(name, windows) for name, windows in replays.items()]
+    title = f"{trace.header.model}: {fleet.num_actors} actors, {fleet.slots_A.sum()} slots for each layer"
+    console.print(_table(summaries, title))
+    for name, windows in replays.items():
+        _show_changes(name, windows, console)
+    report = {
+        "trace": str(trace_path),
+        "model": trace.header.model,
+        "actors": fleet.num_actors,
+        "slots_per_layer": int(fleet.slots_A.sum()),
+        "budget_bytes": budget_bytes,
+        "summaries": [dataclasses.asdict(summary) for summary in summaries],
+        "windows": {name: [dataclasses.asdict(window) for window in windows] for name, windows in replays.items()},
+    }
+    write_report(choice.json, report, console)
+    if choice.plot is not None:
+        from actors.commands.placement_pictures import draw_replay  # needs matplotlib
+
+        draw_replay(replays, choice.plot)
+        console.print(f"as a picture: {choice.plot}", highlight=False)
+
+
+def _table(summaries: Sequence[ReplaySummary], title: str) -> Table:
+    table = Table("", *(summary.policy for summary in summaries), title=title, title_justify="left")
+    rows: list[tuple[str, list[str]]] = [
+        ("windows scored", [f"{s.windows}" for s in summaries]),
+        ("balancedness, mean (worst)", [f"{s.mean_balancedness:.4f} ({s.worst_balancedness:.3f})" for s in summaries]),
+        ("first plan moved", [_gb(s.cold_bytes) for s in summaries]),
+        ("moved after it", [_gb(s.moved_bytes) for s in summaries]),
+        ("decisions that moved anything", [f"{s.changes}" for s in summaries]),
+        ("assignments to lost experts", [f"{100 * s.lost_part:.3f} %" for s in summaries]),
+        (
+            "a decision, median (worst)",
+            [f"{1e3 * s.median_decide_s:.1f} ({1e3 * s.max_decide_s:.0f}) ms" for s in summaries],
+        ),
+    ]
+    for name, values in rows:
+        table.add_row(name, *values)
+    return table
+
+
+def _show_changes(name: str, windows: Sequence[ReplayedWindow], console: Console) -> None:
+    changes = sorted((w for w in windows[1:] if w.moved_bytes > 0), key=lambda w: -w.moved_bytes)[:SHOWN_CHANGES]
+    if changes:
+        console.print(f"{name}: largest changes after the first plan", highlight=False)
+    for window in sorted(changes, key=lambda w: w.time_s):
+        console.print(
+            f"  at {window.time_s:,.0f} s  {_gb(window.moved_bytes)}  {escape(window.reason)}", highlight=False
+        )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
