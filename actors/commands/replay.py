@@ -10,6 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from actors.commands.reports import check_writable, write_report
+from moecluster.errors import ConfigError
 from moecluster.placement.loads import ExponentialWindow
 from moecluster.placement.policies import policy_named
 from moecluster.placement.replay import Replay, ReplayedWindow, ReplaySummary, replay_fleet, summarize
@@ -37,7 +38,9 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
     trace = open_trace(trace_path)
     fleet, actors = replay_fleet(trace.header, num_actors=choice.num_actors, slots=choice.slots)
     budget_bytes = actor_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb
-    half_life_s = choice.half_life_s or trace.header.window_s
+    half_life_s = trace.header.window_s if choice.half_life_s is None else choice.half_life_s
+    if not half_life_s > 0:
+        raise ConfigError(f"--half-life-s: got {half_life_s:g}, expected more than 0")
     check_writable(choice.plot, choice.json)
     replays: dict[str, list[ReplayedWindow]] = {}
     policies = {name: policy_named(name) for name in choice.policies}

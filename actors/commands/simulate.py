@@ -1,6 +1,7 @@
 """simulate: a day of a cluster that nobody has, and how far its controller reaches."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def _check(choice: SimulationChoice) -> None:
     ):
         if value is not None and not value > 0:
             raise ConfigError(f"{name}: got {value:g}, expected more than 0")
+    if not math.isfinite(choice.hours):
+        raise ConfigError(f"--hours: got {choice.hours:g}, expected an end")
     if choice.top_k > choice.num_experts:
         raise ConfigError(f"--top-k: got {choice.top_k}, expected at most the {choice.num_experts} experts")
     check_writable(choice.plot, choice.json)
