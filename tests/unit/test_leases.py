@@ -1,0 +1,43 @@
+import threading
+import time
+
+from moecluster.roles.leases import Leases
+
+
+def test_a_router_counts_while_its_lease_lasts() -> None:
+    now_s = [0.0]
+    leases = Leases(10.0, clock=lambda: now_s[0])
+    leases.renew("one", (1, 1), hold=False)
+    now_s[0] = 6.0
+    leases.renew("two", (1, 2), hold=False)
+    now_s[0] = 11.0
+    assert {name: lease.applied for name, lease in leases.standing().items()} == {"two": (1, 2)}
+
+
+def test_a_hold_begins_and_ends_once_and_with_the_lease() -> None:
+    now_s = [0.0]
+    leases = Leases(10.0, clock=lambda: now_s[0])
+    assert leases.renew("trainer", (1, 1), hold=True)
+    assert not leases.renew("trainer", (1, 1), hold=True)
+    assert leases.any_hold()
+    assert leases.renew("trainer", (1, 1), hold=False)
+    leases.renew("trainer", (1, 1), hold=True)
+    now_s[0] = 20.0
+    assert not leases.any_hold(), "a trainer that died holds nothing"
+
+
+def test_waits_until_every_router_has_applied_the_placement() -> None:
+    leases = Leases(10.0)
+    leases.renew("one", (1, 5), hold=False)
+    leases.renew("two", (1, 4), hold=False)
+    assert not leases.wait_applied((1, 5), 0.01)
+    threading.Timer(0.05, lambda: leases.renew("two", (1, 6), hold=False)).start()
+    assert leases.wait_applied((1, 5), 10.0)
+
+
+def test_a_router_whose_lease_ends_is_not_waited_for() -> None:
+    leases = Leases(0.1)
+    leases.renew("gone", (1, 1), hold=False)
+    began_s = time.monotonic()
+    assert leases.wait_applied((1, 2), 10.0)
+    assert time.monotonic() - began_s < 5.0

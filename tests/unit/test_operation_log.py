@@ -1,0 +1,83 @@
+import pytest
+
+from moecluster.errors import Exhausted, ResourceError
+from moecluster.metrics import Metrics
+from moecluster.roles.operation_log import MAX_KEPT, MAX_QUEUED, OperationLog
+from moecluster.types import Operation, OperationPhase
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(model="tiny")
+
+
+@pytest.fixture
+def log(metrics: Metrics) -> OperationLog:
+    return OperationLog(metrics)
+
+
+def test_the_same_id_is_the_same_operation(log) -> None:
+    first = log.order("scale", reason="ordered", arguments=("3",), operation_id="grow")
+    assert log.order("scale", reason="ordered", arguments=("3",), operation_id="grow") == first
+    with pytest.raises(ResourceError, match="grow is scale 3 already; give another id"):
+        log.order("scale", reason="ordered", arguments=("4",), operation_id="grow")
+    assert len(log.newest()) == 1
+
+
+def test_operations_wait_in_order_up_to_a_bound(log) -> None:
+    orders = [log.order("scale", reason="", arguments=(str(i),)) for i in range(MAX_QUEUED)]
+    with pytest.raises(Exhausted):
+        log.order("scale", reason="", arguments=("1",))
+    assert log.next_queued() == orders[0]
+    log.update(orders[0].id, phase=OperationPhase.DONE)
+    assert log.next_queued() == orders[1]
+
+
+def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:
+    waiting = log.order("drain", reason="", arguments=("node",))
+    for _ in range(MAX_KEPT + 20):
+        log.update(log.begin("reshare", reason="").id, phase=OperationPhase.DONE)
+    last = log.begin("reshare", reason="")
+    kept = log.newest()
+    assert kept[0] == last and waiting in kept
+    assert len(kept) == MAX_KEPT + 2
+    assert log.newest(3) == kept[:3]
+
+
+def test_ends_are_dated_and_counted(log, metrics) -> None:
+    operation = log.begin("rebalance", reason="hot", balancedness_before=0.5)
+    log.count_moved(operation.id, loaded_bytes=100, added=2, removed=1)
+    log.count_moved(operation.id, loaded_bytes=50, added=1, removed=0)
+    done = log.update(operation.id, phase=OperationPhase.DONE)
+    assert done.ended_s is not None and (done.moved_bytes, done.added_replicas, done.removed_replicas) == (150, 3, 1)
+    shown = metrics.render()
+    assert 'operations_total{kind="rebalance",model="tiny",phase="done"} 1.0' in shown
+    assert "moved_bytes_total" in shown and " 150.0" in shown
+
+
+def test_a_successor_goes_on_with_what_was_ordered_and_fails_the_rest(log) -> None:
+    def left(kind: str, phase: OperationPhase) -> Operation:
+        return Operation(id=f"{kind}-{phase.value}", kind=kind, phase=phase, reason="", created_s=1.0)
+
+    log.take_over(
+        (
+            left("scale", OperationPhase.COMMITTING),
+            left("rebalance", OperationPhase.PREPARING),
+            left("place", OperationPhase.DONE),
+        ),
+        resumable=frozenset({"scale"}),
+    )
+    assert {o.id: o.phase.value for o in log.newest()} == {
+        "scale-committing": "queued",
+        "rebalance-preparing": "failed",
+        "place-done": "done",
+    }
+    assert "controller was started anew" in log.get("rebalance-preparing").detail
+
+
+def test_changes_are_told(metrics) -> None:
+    told: list[int] = []
+    log = OperationLog(metrics, on_change=lambda: told.append(1))
+    operation = log.order("scale", reason="", arguments=("2",))
+    log.update(operation.id, detail="waiting")
+    assert len(told) == 2

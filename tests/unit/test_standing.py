@@ -1,0 +1,109 @@
+import dataclasses
+
+import pytest
+
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.standing import Standing, with_whole_shares
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.types import ActorAddress, ExpertId, Replica
+
+LAYER_EXPERTS = {0: 2, 3: 2}
+ACTORS = ("expert-0", "expert-1")
+
+
+def expert(layer: int, index: int) -> ExpertId:
+    return ExpertId(layer=layer, index=index)
+
+
+def address(actor: str, life: str = "a") -> ActorAddress:
+    return ActorAddress(actor=actor, address="127.0.0.1:1", incarnation=life)
+
+
+@pytest.fixture
+def board() -> PlacementBoard:
+    return PlacementBoard()
+
+
+@pytest.fixture
+def standing(board: PlacementBoard) -> Standing:
+    standing = Standing(LAYER_EXPERTS, board=board, metrics=Metrics(model="tiny"))
+    standing.begin(
+        term=7, generation=3, checkpoint="/m", actors=ACTORS, replicas=contiguous_placement(LAYER_EXPERTS, ACTORS)
+    )
+    return standing
+
+
+def bring_up(standing: Standing) -> None:
+    for actor in ACTORS:
+        standing.actor_up(address(actor), standing.assigned(actor))
+    standing.open()
+
+
+def test_nothing_is_seen_before_it_is_opened(standing, board) -> None:
+    standing.actor_up(address("expert-0"), standing.assigned("expert-0"))
+    assert board.number == (0, 0)
+    standing.open()
+    placement = board.current(0.0)
+    assert placement.number == (7, 4)
+    assert {r.actor for r in placement.replicas} == {"expert-0"}
+
+
+def test_an_actor_serves_only_what_it_holds(standing, board) -> None:
+    bring_up(standing)
+    standing.actor_down("expert-1")
+    assert standing.lost() == {expert(0, 1), expert(3, 1)}
+    standing.actor_up(address("expert-1", "b"), [expert(0, 1)])
+    assert standing.lost() == {expert(3, 1)}
+    assert board.current(0.0).experts_on("expert-1") == (expert(0, 1),)
+
+
+def test_a_committed_layer_stands_and_an_expert_without_a_replica_is_cold(standing, board) -> None:
+    bring_up(standing)
+    both = (
+        Replica(expert=expert(3, 0), actor="expert-0", share=0.25),
+        Replica(expert=expert(3, 0), actor="expert-1", share=0.75),
+    )
+    number = standing.commit({3: both}, {"expert-1": frozenset([expert(3, 0)])})
+    placement = board.current(0.0)
+    assert placement.number == number
+    assert tuple(r for r in placement.replicas if r.expert.layer == 3) == both
+    assert standing.cold == {expert(3, 1)} and standing.lost() == frozenset()
+    assert standing.assigned("expert-1") == {expert(0, 1), expert(3, 0)}
+
+
+def test_what_is_prepared_is_kept_though_it_does_not_stand(standing) -> None:
+    bring_up(standing)
+    standing.prepare("expert-0", [expert(3, 1)])
+    assert expert(3, 1) in standing.kept("expert-0") and expert(3, 1) not in standing.assigned("expert-0")
+    standing.prepared("expert-0", [expert(3, 1)])
+    assert standing.kept("expert-0") == standing.assigned("expert-0")
+
+
+def test_a_look_at_the_same_life_forgets_nothing_that_it_was_given(standing) -> None:
+    bring_up(standing)
+    moved = dataclasses.replace(standing.replicas_of(3)[1], actor="expert-0")
+    standing.commit({3: (standing.replicas_of(3)[0], moved)}, {"expert-0": frozenset([expert(3, 1)])})
+    standing.actor_up(address("expert-0"), [expert(0, 0), expert(3, 0)])
+    assert expert(3, 1) in standing.up()["expert-0"].held
+    standing.actor_up(address("expert-0", "another life"), [expert(0, 0)])
+    assert standing.up()["expert-0"].held == {expert(0, 0)}
+
+
+def test_a_removed_actor_leaves_nothing(standing, board) -> None:
+    bring_up(standing)
+    standing.set_leaving(["expert-1"])
+    standing.remove_actor("expert-1")
+    assert standing.actors == ("expert-0",) and standing.leaving == frozenset()
+    assert set(board.current(0.0).actors) == {"expert-0"}
+    assert standing.lost() == {expert(0, 1), expert(3, 1)}, "removed too early, its experts would be lost, not cold"
+
+
+def test_shares_are_made_whole() -> None:
+    replicas = (
+        Replica(expert=expert(0, 0), actor="expert-0", share=0.2),
+        Replica(expert=expert(0, 0), actor="expert-1", share=0.2),
+        Replica(expert=expert(0, 1), actor="expert-0", share=0.0),
+        Replica(expert=expert(0, 1), actor="expert-1", share=0.0),
+    )
+    assert [r.share for r in with_whole_shares(replicas)] == [0.5, 0.5, 0.5, 0.5]
