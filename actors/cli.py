@@ -27,6 +27,11 @@ Settings = Annotated[
     typer.Option("--set", "-s", help="a setting, for example train.steps=100; may be repeated", show_default=False),
 ]
 Name = Annotated[str, typer.Option(help="the cluster's name (cluster.name)")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+OperationId = Annotated[
+    str, typer.Option("--id", help="the operation's id: the same again asks for nothing new", show_default=False)
+]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="wait until it is done")]
 
 
 @app.command(epilog="Example: moecluster up demo    or: moecluster up ./Mixtral-tiny --set cluster.num_expert_actors=8")
@@ -38,8 +43,8 @@ def up(target: Target = "demo", settings: Settings = None) -> None:
 
 
 @app.command(epilog="Example: moecluster status    or: moecluster status --json")
-def status(name: Name = "moecluster", json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Show the actors of a cluster that is up: where they listen, what they hold, how often they were restarted."""
+def status(name: Name = "moecluster", json: Json = False) -> None:
+    """Show a cluster that is up: its placement, its actors, where they listen, what they hold, what is under way."""
     from actors.commands.cluster import status as run
 
     run(name, json, Console())
@@ -95,6 +100,101 @@ def params(target: Target, settings: Settings = None) -> None:
     from actors.commands.params import params as run
 
     run(target, settings or (), Console())
+
+
+@app.command(epilog="Example: moecluster scale 4    or: moecluster scale 4 --id evening --no-wait")
+def scale(
+    number: Annotated[int, typer.Argument(metavar="N", help="how many expert actors there shall be")],
+    operation_id: OperationId = "",
+    wait: Wait = True,
+    name: Name = "moecluster",
+) -> None:
+    """Start expert actors, or empty and end some, while the cluster serves."""
+    from actors.commands.operations import scale as run
+
+    run(name, number, operation_id, wait, Console())
+
+
+@app.command(epilog="Example: moecluster drain expert-1    or: moecluster drain host-7")
+def drain(
+    node: Annotated[str, typer.Argument(metavar="NODE|ACTOR", help="a node, or the name of one expert actor")],
+    operation_id: OperationId = "",
+    wait: Wait = True,
+    name: Name = "moecluster",
+) -> None:
+    """Move all experts off a node or an actor, while they serve; then it may go."""
+    from actors.commands.operations import drain as run
+
+    run(name, node, operation_id, wait, Console())
+
+
+@app.command(epilog="Example: moecluster place 3/17 expert-0 expert-2    or: moecluster place 3/17 --nowhere")
+def place(
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="layer/index")],
+    actors: Annotated[list[str] | None, typer.Argument(metavar="ACTOR", help="where it shall stand")] = None,
+    nowhere: Annotated[bool, typer.Option("--nowhere", help="unload it until a token wants it")] = False,
+    operation_id: OperationId = "",
+    wait: Wait = True,
+    name: Name = "moecluster",
+) -> None:
+    """Let an expert stand on exactly these actors, while it serves."""
+    from actors.commands.operations import place as run
+
+    run(name, expert, actors or (), nowhere, operation_id, wait, Console())
+
+
+@app.command(epilog="Example: moecluster plan --dry-run    or: moecluster plan --policy eplb --json")
+def plan(
+    policy: Annotated[
+        str, typer.Option(help="the policy to ask; by default the cluster's (controller.policy)", show_default=False)
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="change nothing, which a plan never does", show_default=False)
+    ] = True,
+    json: Json = False,
+    name: Name = "moecluster",
+) -> None:
+    """Show what a policy would do to the cluster now: what would move, the predicted gain, the bytes."""
+    from actors.commands.plan import plan as run
+
+    run(name, policy, json, Console())
+
+
+@app.command(epilog="Example: moecluster operations    or: moecluster operations --limit 100 --json")
+def operations(
+    limit: Annotated[int, typer.Option(help="how many, the newest first; 0: all that are kept", min=0)] = 20,
+    json: Json = False,
+    name: Name = "moecluster",
+) -> None:
+    """List what the controller does and has done to placement and size."""
+    from actors.commands.operations import operations as run
+
+    run(name, limit, json, Console())
+
+
+@app.command(epilog="Example: moecluster explain rebalance-5f0c11d2")
+def explain(
+    operation: Annotated[str, typer.Argument(help="its id, as moecluster operations lists it")],
+    json: Json = False,
+    name: Name = "moecluster",
+) -> None:
+    """Say why an operation was begun, how far it is, what it moved, and its predicted and measured gain."""
+    from actors.commands.operations import explain as run
+
+    run(name, operation, json, Console())
+
+
+@app.command(epilog="Example: moecluster record loads.jsonl --window-s 10 --for-s 3600")
+def record(
+    out: Annotated[str, typer.Argument(help="the trace; one that is there already is gone on with")],
+    window_s: Annotated[float, typer.Option(help="length of a window in seconds")] = 10.0,
+    for_s: Annotated[float, typer.Option(help="how long to record; 0: until Ctrl-C")] = 600.0,
+    name: Name = "moecluster",
+) -> None:
+    """Write what the cluster's experts have to do to a file, window by window, for replay and simulate."""
+    from actors.commands.record import record as run
+
+    run(name, out, window_s, for_s, Console())
 
 
 @app.command(epilog="Example: moecluster replay loads.jsonl --policy share --policy eplb --slots 10 --plot replay.png")

@@ -1,13 +1,13 @@
 """up, status and down."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from actors import state
+from actors.commands.shown import operations_table, to_json
 from actors.commands.target import model_to_serve, read_target
 from actors.launch import bring_up, join, leave, take_down
 from actors.local_ray import is_running
@@ -47,18 +47,14 @@ def status(name: str, as_json: bool, console: Console) -> None:
         leave()
     seen = _ask_controller(endpoints.get("controller"))
     if as_json:
-        console.print_json(json.dumps(_plain(cluster, endpoints, seen)))
+        console.print_json(to_json(_plain(cluster, endpoints, seen)))
         return
     console.print(f"cluster {cluster.name} serves {cluster.model}")
-    if seen is None:
-        console.print("the controller is being started again; serving goes on meanwhile")
-    else:
-        console.print(
-            f"term {seen.term}, placement {seen.generation}, routers with a lease: {seen.routers}; "
-            f"lost experts are loaded from {seen.checkpoint}",
-            highlight=False,
-        )
+    for line in _summary(seen):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_table(endpoints, seen))
+    if seen is not None and seen.operations:
+        console.print(operations_table(seen.operations))
 
 
 def found(name: str) -> UpCluster:
@@ -79,6 +75,17 @@ def _ask_controller(endpoints: Endpoints | None) -> ControllerStatus | None:
         return controller_status(endpoints.address)
     except Unavailable:
         return None
+
+
+def _summary(seen: ControllerStatus | None) -> list[str]:
+    if seen is None:
+        return ["the controller is being started again; serving goes on meanwhile"]
+    held = ", held while a run trains" if seen.held else ""
+    cold = f", {seen.cold_experts} experts unloaded until a token wants them" if seen.cold_experts else ""
+    return [
+        f"term {seen.term}, placement {seen.generation}{held}: {seen.replicas} replicas{cold}",
+        f"policy {seen.policy}, routers with a lease: {seen.routers}; lost experts are loaded from {seen.checkpoint}",
+    ]
 
 
 def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:

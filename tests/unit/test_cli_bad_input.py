@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from actors import state
-from actors.cli import main
+from actors.cli import app, main
 from tests.twin_actors import save_tiny_model
 
 
@@ -126,9 +126,22 @@ def test_generate_from_nothing(complaint, model) -> None:
     assert "PROMPT: got an empty text" in complaint("generate", str(model), "")
 
 
-@pytest.mark.parametrize("command", ["status", "down"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status",
+        "down",
+        "scale 3",
+        "drain expert-0",
+        "place 0/1 expert-0",
+        "plan",
+        "operations",
+        "explain x",
+        "record y",
+    ],
+)
 def test_no_cluster_is_up(complaint, command) -> None:
-    assert "no cluster second is up; start one with moecluster up" in complaint(command, "--name", "second")
+    assert "no cluster second is up; start one with moecluster up" in complaint(*command.split(), "--name", "second")
 
 
 def test_params_of_a_preset_and_of_a_directory(monkeypatch, capsys, model) -> None:
@@ -140,7 +153,7 @@ def test_params_of_a_preset_and_of_a_directory(monkeypatch, capsys, model) -> No
         assert total in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["up", "status", "down", "generate", "params", "train"])
+@pytest.mark.parametrize("command", sorted(command.callback.__name__ for command in app.registered_commands))
 def test_help_has_an_example(monkeypatch, capsys, command) -> None:
     monkeypatch.setattr(sys, "argv", ["moecluster", command, "--help"])
     with pytest.raises(SystemExit) as ended:
