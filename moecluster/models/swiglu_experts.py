@@ -36,8 +36,9 @@ NAMINGS: Mapping[str, Naming] = {
     **dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), _BLOCK_SPARSE),
     **dict.fromkeys(
         (
-            "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
-            "glm4_moe_lite", "hunyuan_v1_moe", "mimo_v2_flash", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+            "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+            "glm4_moe_lite", "hunyuan_v1_moe", "hy_v3", "laguna", "mellum", "mimo_v2_flash", "olmoe", "qwen2_moe",
+            "qwen3_moe", "qwen3_next", "solar_open",
         ),
         _MLP,
     ),

@@ -171,13 +171,10 @@ def test_a_file_that_shrinks_after_it_was_opened(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "moecluster"])
-def test_expert_actors_and_controller_do_without_transformers(
-    stored: Callable[[str, Layout], Path], family: str
-) -> None:
-    """Nor do they import what comes with it: imports are most of an actor's memory and of its start."""
+def test_an_expert_actor_does_without_transformers(stored: Callable[[str, Layout], Path], family: str) -> None:
+    """Nor does it import what comes with it: imports are most of its memory and of its start."""
     program = """
 import sys
-import actors.controller_actor
 import actors.expert_actor
 from moecluster.roles.expert_service import ExpertService
 from moecluster.types import ExpertId
@@ -187,3 +184,13 @@ heavy = {"transformers", "scipy", "sympy", "matplotlib", "torch._dynamo", "torch
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program, str(stored(family, "per-expert"))], check=True, timeout=60)
+
+
+def test_the_controller_does_without_transformers() -> None:
+    program = """
+import sys
+import actors.controller_actor
+heavy = {"transformers", "sympy", "matplotlib", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
