@@ -1,0 +1,35 @@
+"""Starting the named, detached actors of a cluster."""
+
+from collections.abc import Collection
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.settings import options
+from moecluster.config import Config
+
+NODE_LABEL = "ray.io/node-id"
+
+
+def spawn(
+    shell: type, role: str, config: Config, name: str, *arguments: Any, avoid_nodes: Collection[str] = ()
+) -> "ActorHandle[Any]":
+    """Starts a detached actor in the cluster's namespace, or finds it. It waits until Ray has room for it.
+
+    role: expert, router or controller. All are started again for ever, and find their state anew.
+    avoid_nodes: ids of Ray nodes that it must not be started on.
+    """
+    placed: dict[str, Any] = {"label_selector": {NODE_LABEL: f"!in({','.join(avoid_nodes)})"}} if avoid_nodes else {}
+    actor_class: Any = ray.remote(shell)
+    handle: ActorHandle[Any] = actor_class.options(
+        name=name,
+        namespace=config.cluster.name,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_concurrency=4,
+        **placed,
+        **options(config, role),
+    ).remote(*arguments)
+    return handle
