@@ -4,7 +4,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
 import psutil
@@ -17,12 +17,8 @@ from moecluster.errors import (
     InvalidMessage,
     MoeClusterError,
     StaleOrder,
-    StateLost,
 )
 from moecluster.experts import compute
-from moecluster.experts.kept_activations import KeptActivations
-from moecluster.experts.step_state import StepState
-from moecluster.hf.shard import ExpertShard
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.expert_source import ExpertSource
@@ -31,6 +27,7 @@ from moecluster.roles.arriving_experts import ArrivedExpert, read_experts, retur
 from moecluster.roles.block_proofs import BlockProofs
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
 from moecluster.roles.controller_orders import ControllerOrders
+from moecluster.roles.expert_training import ExpertTraining
 from moecluster.roles.hosted_experts import HostedExperts
 from moecluster.roles.peer_copy import copy_experts
 from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
@@ -81,8 +78,7 @@ class ExpertService:
         self._hosted = HostedExperts()
         self._widths: dict[int, int] = {}  # of the rows that a layer's experts take
         self._queue = ComputeQueue(max_queue_bytes)
-        self._kept = KeptActivations(activation_budget_bytes)
-        self._training: StepState | None = None
+        self._training = ExpertTraining(name, activation_budget_bytes)
         self._computing = threading.Lock()  # held from taking out of the queue to the reply
         # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
         self._state_lock = threading.RLock()
@@ -198,31 +194,11 @@ class ExpertService:
         return experts
 
     def _compute_training(self, batch: ComputeBatch) -> ComputeResult:
-        training, tag = self._trained(), batch.train
-        assert tag is not None, "decode_batch gives every training message a tag"
+        self._training.check_begun()
         experts = self._experts_of(batch)
         if batch.incarnation and batch.incarnation != self.incarnation:
             raise StaleOrder(f"this is incarnation {self.incarnation}, not {batch.incarnation}")
-        training.admit(tag.step)
-        key = (tag, batch.layer)
-        if batch.phase is Phase.TRAIN_FORWARD:
-            result, activations = compute.train_forward(experts, batch, self._run)
-            self._kept.keep(key, activations)
-            return result
-        kept = self._kept.take(key)
-        if kept is None:
-            _, kept = compute.train_forward(experts, batch, self._run)
-        result, grads = compute.backward(experts, batch, kept)
-        message = MessageKey(
-            rank=tag.rank,
-            micro_batch=tag.micro_batch,
-            layer=batch.layer,
-            pass_index=tag.pass_index,
-            rows=len(batch.x_ND),
-        )
-        named = {str(ExpertId(layer=batch.layer, index=index)): g for index, g in grads.items()}
-        training.accumulate(tag.step, message, named)
-        return result
+        return self._training.compute(experts, batch, self._run)
 
     # -- orders of the controller --
 
@@ -254,9 +230,10 @@ class ExpertService:
             source = self._source(checkpoint)
             hosted = set(self._hosted.ids())
             if optimizer is not None:
+                step = read_step(checkpoint)
                 with self._state_lock:
-                    self._begin_training(optimizer, training_term, checkpoint)
-                hosted &= {e for e in hosted if str(e) in self._trained().modules}  # what was only served comes anew
+                    self._training.begin(optimizer, training_term, step)
+                hosted = {e for e in hosted if self._training.holds(e)}  # what was only served comes anew
             wanted = [e for e in dict.fromkeys(experts) if replace or e not in hosted]
             self._widths |= {layer.layer: layer.hidden_size for layer in source.layers}
             if peer is None:
@@ -275,7 +252,10 @@ class ExpertService:
                         continue
                     version = self._adopt_version(arrived, weight_version, coming)
                     loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version)
-                    self._set_trained(arrived, optimizer is not None, state)
+                    if optimizer is not None:
+                        self._training.add(arrived.expert, arrived.module, state)
+                    else:
+                        self._training.remove(arrived.expert)
             if weight_version:
                 self._weight_version = weight_version
             order.finish(wanted)
@@ -294,8 +274,7 @@ class ExpertService:
             with self._state_lock, self._orders.admitted(term):
                 for expert in order.experts:
                     self._hosted.remove(expert)
-                    if self._training is not None:
-                        self._training.remove(str(expert))
+                    self._training.remove(expert)
         return_freed_memory()
 
     def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
@@ -320,7 +299,7 @@ class ExpertService:
         if incarnation and incarnation != self.incarnation:
             raise StaleOrder(f"this is incarnation {self.incarnation}, not {incarnation}")
         for expert in experts:
-            if self._training is None and not step and not with_optimizer:
+            if not (self._training.has_begun or step or with_optimizer):
                 hosted = self._hosted.get(expert)
                 tensors: Iterator[tuple[str, torch.Tensor]] = (
                     (name, plain(p)) for name, p in hosted.module.named_parameters()
@@ -335,40 +314,37 @@ class ExpertService:
     def _training_tensors(
         self, expert: ExpertId, module: nn.Module, with_optimizer: bool, step: int
     ) -> list[tuple[str, torch.Tensor]]:
-        if step and (self._training is None or self._training.step != step):
+        if step and not (self._training.has_begun and self._training.state.step == step):
             raise StaleOrder(f"step {step} is not what is committed here")
         tensors = [(name, plain(p)) for name, p in module.named_parameters()]
         if with_optimizer:
-            state = self._trained().state_tensors(str(expert))
-            tensors += [(f"optimizer/{name}", value.clone()) for name, value in state.items()]
+            tensors += [(f"optimizer/{name}", v) for name, v in self._training.state_tensors(expert).items()]
         return tensors
 
     # -- orders of the step coordinator --
 
     def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
         with self._state_lock:
-            return ReduceResult(incarnation=self.incarnation, square_norm=self._trained().reduce(tag, expected))
+            square_norm = self._training.state.reduce(tag, expected)
+        return ReduceResult(incarnation=self.incarnation, square_norm=square_norm)
 
     def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
         with self._state_lock:
-            self._trained().prepare(tag, clip_scale=clip_scale, learning_rate=learning_rate)
+            self._training.state.prepare(tag, clip_scale=clip_scale, learning_rate=learning_rate)
         return self.incarnation
 
     def commit(self, tag: StepTag) -> str:
         with self._state_lock:
-            self._trained().commit(tag)
-            self._kept.forget(tag)
+            self._training.commit(tag)
         return self.incarnation
 
     def abort(self, tag: StepTag) -> None:
         with self._state_lock:
-            if self._training is not None:
-                self._training.abort(tag)
-            self._kept.forget(tag)
+            self._training.abort(tag)
 
     def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
         with self._state_lock:
-            training = self._training
+            training = self._training.state if self._training.has_begun else None
             if training_term and training is not None:
                 training.fence(training_term)
             return ExpertActorStatus(
@@ -395,36 +371,6 @@ class ExpertService:
         if checkpoint not in self._sources:
             self._sources = {checkpoint: ExpertSource(checkpoint)}
         return self._sources[checkpoint]
-
-    def _trained(self) -> StepState:
-        if self._training is None:
-            raise StateLost(f"{self.name} trains nothing: it was started anew, or never told to")
-        return self._training
-
-    def _begin_training(self, optimizer: OptimizerSettings, training_term: int, checkpoint: str) -> None:
-        """From the checkpoint's step on; a newer term begins afresh."""
-        if self._training is not None and self._training.term == training_term:
-            return
-        state = StepState(optimizer)
-        if self._training is not None:
-            self._training.fence(training_term)
-        state.reset(term=training_term, step=read_step(checkpoint))
-        self._kept.forget()
-        self._training = state
-
-    def _set_trained(
-        self, arrived: ArrivedExpert, trained: bool, optimizer_state: Mapping[str, torch.Tensor] | None
-    ) -> None:
-        if trained:
-            # A family that fuses a layer's experts in one parameter gives an expert without tokens a gradient of zeros.
-            self._trained().add(
-                str(arrived.expert),
-                dict(arrived.module.named_parameters()),
-                optimizer_state,
-                zero_when_absent=isinstance(arrived.module, ExpertShard),
-            )
-        elif self._training is not None:
-            self._training.remove(str(arrived.expert))
 
     def _adopt_version(self, arrived: ArrivedExpert, ordered: int, coming: Set[ExpertId]) -> int:
         """The weight version of an arrived expert. coming: those that the load has yet to bring.
