@@ -3,7 +3,8 @@
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -11,15 +12,18 @@ from ray.actor import ActorHandle
 from ray.util import list_named_actors
 
 from actors.controller_actor import ControllerActor
+from actors.controller_settings import controller_settings
 from actors.expert_actor import ExpertActor
 from actors.ray_calls import call, find_actor
 from actors.router_actor import RouterActor
-from actors.settings import CONTROLLER, ROUTER, Endpoints, expert_names, metrics_ports, options
+from actors.settings import CONTROLLER, ROUTER, Endpoints, expert_names, is_router, metrics_ports, router_names
+from actors.spawn import spawn
 from actors.training_host import Progress
 from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, MoeClusterError, ResourceError, Unavailable
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import initial_placement
+from moecluster.placement.policies import policy_named
 
 CONNECT_TIMEOUT_S = 3.0
 CALL_TIMEOUT_S = 10.0
@@ -72,19 +76,20 @@ class Cluster:
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(model_dir).layers}
         names = expert_names(config)
         replicas = initial_placement(config.controller.placement, layer_experts, names)
+        controller_settings(config, model_dir, replicas, layer_experts)  # complains now, not in the actor
+        policy_named(config.controller.policy)
         check_resources(config, ray.available_resources())
         check_ports(config)
         try:
             ports = metrics_ports(config)
             tables = config.to_tables()
-            handles = {
-                name: self._create(ExpertActor, "expert", config, name, tables, name, ports[name]) for name in names
-            }
-            handles[CONTROLLER] = self._create(
+            handles = {name: spawn(ExpertActor, "expert", config, name, tables, name, ports[name]) for name in names}
+            handles[CONTROLLER] = spawn(
                 ControllerActor, "controller", config, CONTROLLER,
                 tables, model_dir, replicas, layer_experts, ports[CONTROLLER],
             )  # fmt: skip
-            handles[ROUTER] = self._create(RouterActor, "router", config, ROUTER, tables, model_dir, ports[ROUTER])
+            for name in router_names(config):
+                handles[name] = spawn(RouterActor, "router", config, name, tables, name, model_dir, ports[name])
             self._wait_ready(handles, config.cluster.start_timeout_s)
         except BaseException:
             self.stop()
@@ -98,10 +103,14 @@ class Cluster:
         """Names of the actors that are there, or being started again."""
         return sorted(a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == self.name)
 
-    def endpoints(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Endpoints | None]:
-        """Where every actor is reached; None for one that does not answer within the timeout."""
-        asked: dict[str, Any] = {name: self._handle(name).endpoints.remote() for name in self.actors()}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+    def endpoints(
+        self, timeout_s: float = CALL_TIMEOUT_S, *, names: Sequence[str] | None = None
+    ) -> dict[str, Endpoints | None]:
+        """Where every actor, or those named, is reached; None for one that does not answer within the timeout."""
+        names = self.actors() if names is None else names
+        asked: dict[str, Any] = {name: self._handle(name).endpoints.remote() for name in names}
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
         found: dict[str, Endpoints | None] = {}
         for name, reference in asked.items():
             try:
@@ -111,19 +120,32 @@ class Cluster:
         return found
 
     def router_address(self) -> str:
-        """host:port of the router, for moecluster.client.Client. Raises Unavailable."""
+        """host:port of the first router, for moecluster.client.Client. Raises Unavailable."""
         return self._endpoints_of(ROUTER).address
+
+    def router_addresses(self) -> tuple[str, ...]:
+        """host:port of every router that answers now. Raises Unavailable if none does."""
+        found = self.endpoints(names=[name for name in self.actors() if is_router(name)])
+        addresses = tuple(endpoints.address for endpoints in found.values() if endpoints is not None)
+        if not addresses:
+            raise Unavailable(f"no router of the cluster {self.name} answers; it may be starting again")
+        return addresses
 
     def controller_address(self) -> str:
         """host:port of the controller. Raises Unavailable."""
         return self._endpoints_of(CONTROLLER).address
 
-    def reload_router(self, model_dir: str, timeout_s: float = 120.0) -> None:
-        """The router takes trunk and tokenizer of another directory."""
-        call(self._handle(ROUTER).reload.remote(model_dir), timeout_s, ROUTER)
+    def reload_routers(self, model_dir: str, timeout_s: float = 120.0) -> None:
+        """Every router takes trunk and tokenizer of another directory, which the controller knows of already."""
+        routers = [name for name in self.actors() if is_router(name)]
+        asked: dict[str, Any] = {name: self._handle(name).reload.remote(model_dir) for name in routers}
+        for name, reference in asked.items():
+            # One that is being started again takes the directory that the controller names.
+            with suppress(Unavailable):
+                call(reference, timeout_s, name)
 
     def train(self, config: Config, start: str) -> None:
-        """The router begins a training run. Raises UserError if one is under way."""
+        """The first router begins a training run. Raises UserError if one is under way."""
         call(self._handle(ROUTER).train.remote(config.to_tables(), start), CALL_TIMEOUT_S, ROUTER)
 
     def training_progress(self, since: int) -> Progress:
@@ -145,19 +167,6 @@ class Cluster:
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
         while self.exists() and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
-
-    def _create(self, shell: type, role: str, config: Config, name: str, *arguments: Any) -> "ActorHandle[Any]":
-        """Starts a detached actor. Experts and controller are started again for ever, and find their state anew."""
-        actor_class: Any = ray.remote(shell)
-        handle: ActorHandle[Any] = actor_class.options(
-            name=name,
-            namespace=self.name,
-            lifetime="detached",
-            max_restarts=0 if role == "router" else -1,
-            max_concurrency=4,
-            **options(config, role),
-        ).remote(*arguments)
-        return handle
 
     def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> None:
         """By the handles, not by name: one that cannot start has no name any more, and its handle says why."""
@@ -188,17 +197,20 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
     """Raises ResourceError saying how many CPUs or GPUs are missing. available: what Ray has free, by its names."""
     cluster = config.cluster
     needed = {
-        "CPU": cluster.num_expert_actors * cluster.cpus_per_expert_actor + cluster.cpus_per_router,
-        "GPU": cluster.num_expert_actors * cluster.gpus_per_expert_actor + cluster.gpus_per_router,
+        "CPU": cluster.num_expert_actors * cluster.cpus_per_expert_actor
+        + cluster.num_routers * cluster.cpus_per_router,
+        "GPU": cluster.num_expert_actors * cluster.gpus_per_expert_actor
+        + cluster.num_routers * cluster.gpus_per_router,
     }
     missing = {kind: count - available.get(kind, 0.0) for kind, count in needed.items()}
     short = [f"{count:g} {kind}s" for kind, count in missing.items() if count > 1e-6]
     if short:
         free = ", ".join(f"{available.get(kind, 0.0):g} {kind}s" for kind, count in needed.items() if count)
+        routers = "the router" if cluster.num_routers == 1 else f"{cluster.num_routers} routers"
         raise ResourceError(
-            f"{' and '.join(short)} are missing: {cluster.num_expert_actors} expert actors and the router need "
+            f"{' and '.join(short)} are missing: {cluster.num_expert_actors} expert actors and {routers} need "
             f"{', '.join(f'{count:g} {kind}s' for kind, count in needed.items() if count)}, free are {free}; "
-            "lower cluster.num_expert_actors or the CPUs and GPUs per actor, or add nodes"
+            "lower cluster.num_expert_actors, cluster.num_routers or the CPUs and GPUs per actor, or add nodes"
         )
 
 

@@ -36,7 +36,7 @@ def bring_up(config: Config, model_dir: str) -> UpCluster:
             name=name,
             ray_address=address,
             model=model_dir,
-            router_address=cluster.router_address(),
+            router_addresses=cluster.router_addresses(),
             controller_address=cluster.controller_address(),
             local_ray=local,
         )

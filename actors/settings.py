@@ -6,12 +6,23 @@ from typing import Any
 from moecluster.config import Config
 
 CONTROLLER = "controller"
-ROUTER = "router"
+ROUTER = "router"  # the first one: training runs there
+EXPERT_PREFIX = "expert-"
+
+
+def router_names(config: Config) -> tuple[str, ...]:
+    """The names of the routers, in order: router, router-1, ..."""
+    return (ROUTER, *(f"{ROUTER}-{i}" for i in range(1, config.cluster.num_routers)))
+
+
+def is_router(actor: str) -> bool:
+    """Whether an actor's name is a router's."""
+    return actor == ROUTER or actor.startswith(f"{ROUTER}-")
 
 
 def expert_names(config: Config) -> tuple[str, ...]:
     """The names of the expert actors, in order."""
-    return tuple(f"expert-{i}" for i in range(config.cluster.num_expert_actors))
+    return tuple(f"{EXPERT_PREFIX}{i}" for i in range(config.cluster.num_expert_actors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +36,18 @@ class Endpoints:
 
 
 def metrics_ports(config: Config) -> dict[str, int]:
-    """Actor -> port of its /metrics: the router's is the configured one, the others follow; 0 means any."""
-    names = (ROUTER, CONTROLLER, *expert_names(config))
+    """Actor -> port of its /metrics: the first router's is the configured one, the others follow; 0 means any."""
+    names = (*router_names(config), CONTROLLER, *expert_names(config))
     first = config.cluster.metrics_port
     return {name: first + i if first else 0 for i, name in enumerate(names)}
+
+
+def metrics_port(config: Config, actor: str) -> int:
+    """Port of one actor's /metrics. Expert actors that join later go on counting from the last."""
+    ports = metrics_ports(config)
+    if actor in ports or not config.cluster.metrics_port:
+        return ports.get(actor, 0)
+    return max(ports.values()) + 1 + int(actor.removeprefix(EXPERT_PREFIX)) - config.cluster.num_expert_actors
 
 
 def process_environment(threads: int) -> dict[str, str]:

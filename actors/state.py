@@ -17,9 +17,14 @@ class UpCluster:
     name: str
     ray_address: str
     model: str  # the directory that it serves
-    router_address: str
+    router_addresses: tuple[str, ...]  # when this was noted; a router that was started again listens elsewhere
     controller_address: str
     local_ray: LocalRay | None  # None: the Ray cluster is not ours to end
+
+    @property
+    def router_address(self) -> str:
+        """Of the first router."""
+        return self.router_addresses[0]
 
 
 def state_folder() -> Path:
@@ -46,7 +51,9 @@ def load(name: str) -> UpCluster | None:
     try:
         fields = json.loads(file.read_text())
         local = fields.pop("local_ray")
-        return UpCluster(**fields, local_ray=LocalRay(**local) if local else None)
+        # Files of clusters with a single router name just that.
+        routers = tuple(fields.pop("router_addresses", ())) or (fields.pop("router_address"),)
+        return UpCluster(**fields, router_addresses=routers, local_ray=LocalRay(**local) if local else None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
         raise ResourceError(f"{file} cannot be read ({exc}); remove it if no cluster {name} is up") from exc
 

@@ -1,4 +1,4 @@
-"""A training rank inside the router's process: the run in a thread, its events kept for whoever asks."""
+"""A training rank inside the first router's process: the run in a thread, its events kept for whoever asks."""
 
 import logging
 import threading
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecluster.config import Config
-from moecluster.errors import MoeClusterError, UserError
+from moecluster.errors import MoeClusterError, StateLost, UserError
 from moecluster.metrics import Metrics
 from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.interfaces import PlacementHold
 from moecluster.training.events import Event
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.start import read_data, run_tokenizer
@@ -32,12 +33,14 @@ class TrainingHost:
     def __init__(
         self,
         experts: RemoteExperts,
+        placement: PlacementHold,
         *,
         announce: Callable[[str], None],
         metrics: Metrics,
     ) -> None:
-        """announce: tells the controller what lost experts are loaded from."""
+        """placement: held while a run goes on. announce: tells the controller what lost experts are loaded from."""
         self._experts = experts
+        self._placement = placement
         self._announce = announce
         self._metrics = metrics
         self._events: list[Event] = []
@@ -55,8 +58,13 @@ class TrainingHost:
         self._thread.start()
 
     def progress(self, since: int) -> Progress:
-        """Events from number `since` on. Asked for in order, none is lost."""
-        ended = self._thread is None or not self._thread.is_alive()
+        """Events from number `since` on; asked for in order, none is lost. Raises StateLost if no run began here."""
+        if self._thread is None:
+            raise StateLost(
+                "the router's process was started again, and its training run is gone; "
+                "with train.resume=true it goes on from its last checkpoint"
+            )
+        ended = not self._thread.is_alive()
         return Progress(events=tuple(self._events[since:]), ended=ended, error=self._error if ended else None)
 
     def stop(self) -> None:
@@ -65,27 +73,35 @@ class TrainingHost:
 
     def _run(self, config: Config, start: Path) -> None:
         try:
-            tokenizer = run_tokenizer(config)
-            loop = TrainingLoop(
-                config,
-                self._experts,
-                start=start,
-                data=read_data(config, tokenizer),
-                tokenizer=tokenizer,
-                announce=self._announce,
-                metrics=self._metrics,
-            )
+            # First held, then read: the experts are trained where they stand from now on.
+            self._placement.hold(config.cluster.start_timeout_s)
             try:
-                for event in loop.run():
-                    self._events.append(event)
-                    if self._stop.is_set():
-                        break
-                else:
-                    loop.hand_over()
+                self._train(config, start)
             finally:
-                loop.close()
+                self._placement.release()
         except MoeClusterError as exc:
             self._error = exc
         except (RuntimeError, OSError) as exc:  # of torch and the disk
             logger.exception("the training run failed")
             self._error = MoeClusterError(f"the training run failed: {exc}")
+
+    def _train(self, config: Config, start: Path) -> None:
+        tokenizer = run_tokenizer(config)
+        loop = TrainingLoop(
+            config,
+            self._experts,
+            start=start,
+            data=read_data(config, tokenizer),
+            tokenizer=tokenizer,
+            announce=self._announce,
+            metrics=self._metrics,
+        )
+        try:
+            for event in loop.run():
+                self._events.append(event)
+                if self._stop.is_set():
+                    break
+            else:
+                loop.hand_over()
+        finally:
+            loop.close()

@@ -22,10 +22,12 @@ def up(target: str, settings: Sequence[str], console: Console) -> None:
     """Brings a cluster up, which goes on until `down`."""
     config = read_target(target, settings)
     model_dir = model_to_serve(config)
-    with console.status(f"starting {config.cluster.num_expert_actors} expert actors, a router and a controller"):
+    routers = "a router" if config.cluster.num_routers == 1 else f"{config.cluster.num_routers} routers"
+    with console.status(f"starting {config.cluster.num_expert_actors} expert actors, {routers} and a controller"):
         cluster = bring_up(config, model_dir)
     console.print(f"cluster {cluster.name} is up and serves {cluster.model}")
-    console.print(f"  router (gRPC)  {cluster.router_address}")
+    for address in cluster.router_addresses:
+        console.print(f"  router (gRPC)  {address}")
     console.print(f"  Ray            {cluster.ray_address}")
     console.print('next: moecluster status | moecluster generate MODEL "PROMPT" | moecluster down', highlight=False)
 

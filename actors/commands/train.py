@@ -54,7 +54,7 @@ def train(target: str, settings: Sequence[str], console: Console) -> None:
 
 
 def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str | None:
-    """Shows a run until it ends, and returns its last checkpoint, which the router then serves.
+    """Shows a run until it ends, and returns its last checkpoint, which the routers then serve.
 
     Raises what ended the run, if it did not end by itself.
     """
@@ -76,7 +76,7 @@ def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str
         cluster.stop_training()
         raise
     if last is not None:
-        cluster.reload_router(last)
+        cluster.reload_routers(last)
     _draw(history, Path(config.train.output_dir) / CURVE, console)
     return last
 

@@ -1,0 +1,111 @@
+"""Several routers of one cluster: the same texts from all, and from those that are left when one is lost."""
+
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.settings import is_router
+from moecluster.client import Client, FailoverStream
+from moecluster.errors import MoeClusterError
+from moecluster.rpc.controller_calls import set_checkpoint
+from moecluster.types import RouterStatus
+from tests.generation_load import save_decided_model
+from tests.ray_cluster import RayCluster, wait_for
+from tests.ray_session import RaySession
+
+PROMPTS = ("def add(a, b):", "The tower of", "import os")
+NEW_TOKENS = 200
+ROUTERS = ("router", "router-1")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_decided_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_session: RaySession, directory: str) -> Iterator[RayCluster]:
+    with RayCluster(directory, {"cluster": {"num_expert_actors": 2, "num_routers": 2}}) as running:
+        yield running
+
+
+def addresses(cluster: RayCluster) -> dict[str, str]:
+    """Router -> where it listens now."""
+    found = cluster.driver.endpoints()
+    return {name: reached.address for name, reached in found.items() if is_router(name) and reached is not None}
+
+
+def texts(address: str) -> dict[str, str]:
+    """Every prompt's text from one router, one after the other."""
+    with Client(address) as client:
+        return {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS).text() for prompt in PROMPTS}
+
+
+def status(address: str) -> RouterStatus | None:
+    try:
+        with Client(address) as client:
+            return client.status()
+    except MoeClusterError:
+        return None
+
+
+def test_routers_write_the_same_texts_at_the_same_time(cluster: RayCluster) -> None:
+    at = addresses(cluster)
+    assert tuple(sorted(at)) == ROUTERS and sorted(at.values()) == sorted(cluster.driver.router_addresses())
+    alone = texts(at["router"])
+    assert len(set(alone.values())) == len(PROMPTS)
+    together: dict[str, dict[str, str]] = {}
+    threads = [threading.Thread(target=lambda n=name: together.update({n: texts(at[n])})) for name in ROUTERS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert together == dict.fromkeys(ROUTERS, alone)
+
+
+def test_each_has_a_lease_a_name_and_metrics_of_its_own(cluster: RayCluster) -> None:
+    assert cluster.wait_served().routers == 2
+    found = cluster.driver.endpoints()
+    for name in ROUTERS:
+        reached = found[name]
+        assert reached is not None and reached.actor == name
+        seen = status(reached.address)
+        assert seen is not None and seen.router == name
+        with urllib.request.urlopen(f"http://{reached.metrics_address}/metrics", timeout=10) as answer:
+            assert "moecluster_expert_tokens_total" in answer.read().decode()
+
+
+@pytest.mark.parametrize("victim", ROUTERS)
+def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCluster, victim: str) -> None:
+    """Its text goes on at the other one; the one that Ray starts again is found anew, and writes the same."""
+    before, pid = addresses(cluster), cluster.pids()[victim]
+    other = next(name for name in ROUTERS if name != victim)
+    whole = texts(before[other])
+    bystander: dict[str, str] = {}
+    writing = threading.Thread(target=lambda: bystander.update(texts(before[other])))
+    writing.start()
+    pieces = iter(FailoverStream([before[victim], before[other]], PROMPTS[0], max_new_tokens=NEW_TOKENS))
+    begun = next(pieces)
+    cluster.kill(victim)
+    assert begun + "".join(pieces) == whole[PROMPTS[0]]
+    writing.join(60.0)
+    assert bystander == whole
+
+    wait_for(lambda: cluster.pids().get(victim, pid) != pid, f"{victim} is started again")
+    again = addresses(cluster)[victim]
+    assert texts(again) == whole
+    assert set(cluster.driver.router_addresses()) == {again, before[other]}
+    wait_for(lambda: cluster.wait_served().routers == 2, "both have leases")
+
+
+def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster: RayCluster, tmp_path: Path) -> None:
+    """Not the model that the cluster was started with: the experts are of the newest checkpoint by then."""
+    newest = save_decided_model(tmp_path)
+    set_checkpoint(cluster.driver.controller_address(), newest)
+    pid = cluster.kill("router-1")
+    wait_for(lambda: cluster.pids().get("router-1", pid) != pid, "router-1 is started again")
+    seen = status(addresses(cluster)["router-1"])
+    assert seen is not None and seen.model == newest

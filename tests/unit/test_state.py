@@ -1,0 +1,55 @@
+"""What is noted of clusters that are up, files of earlier versions included."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from actors import state
+from actors.local_ray import LocalRay
+from actors.state import UpCluster
+from moecluster.errors import ResourceError
+
+RAY = LocalRay(address="127.0.0.1:6379", mark="m", folder="/tmp/ray", auth="token")
+UP = UpCluster(
+    name="one",
+    ray_address="127.0.0.1:6379",
+    model="/models/tiny",
+    router_addresses=("127.0.0.1:5001", "127.0.0.1:5002"),
+    controller_address="127.0.0.1:5003",
+    local_ray=RAY,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+
+def test_what_is_saved_is_found_by_its_name_until_it_is_forgotten() -> None:
+    state.save(UP)
+    assert state.load("one") == UP and UP.router_address == "127.0.0.1:5001"
+    assert state.load("another") is None
+    state.forget("one")
+    state.forget("one")
+    assert state.load("one") is None
+
+
+def test_a_file_that_names_a_single_router_is_read() -> None:
+    state.save(UP)
+    file = state.state_folder() / "one.json"
+    fields = json.loads(file.read_text())
+    fields["router_address"] = fields.pop("router_addresses")[0]
+    file.write_text(json.dumps(fields))
+    loaded = state.load("one")
+    assert loaded is not None and loaded.router_addresses == ("127.0.0.1:5001",)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"name": "one", "local_ray": null}', '{"local_ray": {"mark": 1}}']
+)
+def test_a_file_that_cannot_be_read_is_named(content: str) -> None:
+    state.save(UP)
+    (state.state_folder() / "one.json").write_text(content)
+    with pytest.raises(ResourceError, match=r"one\.json cannot be read .* remove it if no cluster one is up"):
+        state.load("one")

@@ -1,0 +1,135 @@
+"""A training run in the router's process: the placement is held for exactly as long as it goes on."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from actors.training_host import Progress, TrainingHost
+from moecluster.config import Config
+from moecluster.errors import CheckpointError, DeadlineExceeded, StateLost, UserError
+from moecluster.metrics import Metrics
+from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.training.events import StepDone
+from moecluster.training.start import prepare_start
+from moecluster.types import Placement, Replica
+from tests.expert_cluster import ExpertCluster, control_of
+from tests.training_runs import make_config, write_text
+
+WAIT_S = 60.0
+
+
+class Watched(FixedPlacement):
+    """Notes in which order it is held, looked at and released. Experts that are wanted come, if it was told so."""
+
+    def __init__(self, placement: Placement, *, refuses: bool = False, cold: tuple[Replica, ...] = ()) -> None:
+        super().__init__(replace(placement, replicas=tuple(r for r in placement.replicas if r not in cold)))
+        self._cold = cold
+        self._refuses = refuses
+        self.calls: list[str] = []
+
+    def current(self, timeout_s: float) -> Placement:
+        self.calls.append("look")
+        return super().current(timeout_s)
+
+    def hold(self, timeout_s: float) -> None:
+        self.calls.append("hold")
+        if self._refuses:
+            raise DeadlineExceeded(f"not within {timeout_s:g} s")
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    def want_experts(self, layer: int, experts: object) -> None:
+        self.calls.append("want")
+        self._placement = replace(self._placement, replicas=(*self._placement.replicas, *self._cold))
+        self._cold = ()
+
+
+class Training:
+    """A host over two expert services, and the settings of a run."""
+
+    def __init__(self, config: Config, cluster: ExpertCluster, start: Path) -> None:
+        self.config, self.cluster, self.start = config, cluster, start
+
+    def host(self, placements: Watched) -> TrainingHost:
+        pool = ExpertPool(
+            placements,
+            connect=self.cluster.pool._connect,
+            control=lambda address: control_of(self.cluster.services[address.actor]),
+        )
+        return TrainingHost(RemoteExperts(pool), placements, announce=lambda path: None, metrics=Metrics(model="m"))
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Training]:
+    config = make_config(write_text(tmp_path), tmp_path / "run", steps=4)
+    start = prepare_start(config)
+    with ExpertCluster(start) as cluster:
+        yield Training(config, cluster, start)
+
+
+def ended(host: TrainingHost) -> Progress:
+    deadline_s = time.monotonic() + WAIT_S
+    while not (progress := host.progress(0)).ended:
+        assert time.monotonic() < deadline_s, "the run goes on and on"
+        time.sleep(0.01)
+    return progress
+
+
+def test_the_placement_is_held_before_it_is_read_until_all_is_handed_over(training: Training) -> None:
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    progress = ended(host)
+    assert progress.error is None
+    assert [event.step for event in progress.events if isinstance(event, StepDone)] == [1, 2, 3, 4]
+    assert placements.calls[0] == "hold" and placements.calls[-1] == "release"
+    assert set(placements.calls[1:-1]) == {"look"}
+
+
+def test_experts_that_stand_nowhere_are_wanted_before_training_begins(training: Training) -> None:
+    placements = Watched(training.cluster.placement, cold=training.cluster.placement.replicas[:1])
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    assert ended(host).error is None
+    assert placements.calls.count("want") == 1
+
+
+def test_a_run_that_is_stopped_releases_the_placement(training: Training) -> None:
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    with pytest.raises(UserError, match="under way"):
+        host.start(training.config, training.start)
+    host.stop()
+    assert ended(host).error is None
+    assert placements.calls.count("hold") == placements.calls.count("release") == 1
+
+
+def test_a_run_that_fails_releases_the_placement(training: Training, tmp_path: Path) -> None:
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.config, tmp_path / "nothing")
+    assert isinstance(ended(host).error, CheckpointError)
+    assert placements.calls[0] == "hold" and placements.calls[-1] == "release"
+    host.start(training.config, training.start)
+    assert ended(host).error is None
+
+
+def test_without_a_hold_nothing_is_trained(training: Training) -> None:
+    placements = Watched(training.cluster.placement, refuses=True)
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    progress = ended(host)
+    assert isinstance(progress.error, DeadlineExceeded) and progress.events == ()
+    assert placements.calls == ["hold"]
+
+
+def test_progress_of_a_run_that_another_life_began_is_no_success(training: Training) -> None:
+    host = training.host(Watched(training.cluster.placement))
+    with pytest.raises(StateLost, match=r"train\.resume=true"):
+        host.progress(0)
