@@ -50,7 +50,8 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
         replays[name] = [replaying.step(seen) for seen in track(trace.windows(), name, console=console, transient=True)]
     summaries = [summarize(name, windows) for name, windows in replays.items()]
     title = f"{trace.header.model}: {fleet.num_actors} actors, {fleet.slots_A.sum()} slots for each layer"
-    console.print(_table(summaries, title))
+    console.print(title, highlight=False)
+    console.print(_table(summaries))
     for name, windows in replays.items():
         _show_changes(name, windows, console)
     report = {
@@ -70,8 +71,8 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
         console.print(f"as a picture: {choice.plot}", highlight=False)
 
 
-def _table(summaries: Sequence[ReplaySummary], title: str) -> Table:
-    table = Table("", *(summary.policy for summary in summaries), title=title, title_justify="left")
+def _table(summaries: Sequence[ReplaySummary]) -> Table:
+    table = Table("", *(summary.policy for summary in summaries))
     rows: list[tuple[str, list[str]]] = [
         ("windows scored", [f"{s.windows}" for s in summaries]),
         ("balancedness, mean (worst)", [f"{s.mean_balancedness:.4f} ({s.worst_balancedness:.3f})" for s in summaries]),

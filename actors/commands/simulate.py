@@ -26,6 +26,8 @@ from moecluster.placement.scenario import (
 from moecluster.placement.simulator import Simulator
 from moecluster.placement.start import actor_bytes, uniform_fleet
 from moecluster.placement.synthetic import LoadShape, SyntheticLoads
+from moecluster.placement.trace import TraceActor, TraceHeader, TraceLayer, TraceWindow
+from moecluster.placement.trace_writer import TraceWriter
 
 MOST_ACTORS = 1e7  # beyond it, a limit is none
 MOST_ACTORS = 1e7  # beyond it, a limit is none
@@ -53,6 +55,7 @@ class SimulationChoice:
     costs_file: Path | None = None
     costs: Sequence[str] = ()
     growth: bool = True
+    trace: Path | None = None
     plot: Path | None = None
     json: Path | None = None
 
@@ -92,7 +95,11 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
         f"{choice.policy} on {choice.num_actors:,} actors x {slots} slots, {choice.num_layers} layers x "
         f"{choice.num_experts} experts, {choice.hours:g} simulated hours"
     )
-    console.print(_summary_table(summary, windows, title))
+    console.print(title, highlight=False)
+    console.print(_summary_table(summary, windows))
+    if choice.trace is not None:
+        _write_trace(choice.trace, loads, fleet, title)
+        console.print(f"the day's loads, to replay: {choice.trace}", highlight=False)
     sizes: list[MeasuredSize] = []
     if choice.growth:
         wanted = sizes_around(choice.num_actors, -(-choice.num_experts // slots))
@@ -116,6 +123,25 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
         console.print(f"as a picture: {choice.plot}", highlight=False)
 
 
+def _write_trace(path: Path, loads: SyntheticLoads, fleet: Fleet, model: str) -> None:
+    layer_bytes = enumerate(fleet.expert_bytes_L.tolist())
+    header = TraceHeader(
+        model=model,
+        window_s=loads.window_s,
+        layers=tuple(
+            TraceLayer(layer=layer, experts=loads.shape.num_experts, expert_bytes=int(size))
+            for layer, size in layer_bytes
+        ),
+        actors=tuple(
+            TraceActor(name=f"expert-{actor}", slots=int(slots), node=f"node-{node}")
+            for actor, (slots, node) in enumerate(zip(fleet.slots_A, fleet.node_A, strict=True))
+        ),
+    )
+    with TraceWriter(path, header) as writer:
+        for load in loads:
+            writer.add(TraceWindow(time_s=load.time_s, counts_LE=load.counts_LE))
+
+
 def _check(choice: SimulationChoice) -> None:
     for name, value in (
         ("--hours", choice.hours),
@@ -130,6 +156,8 @@ def _check(choice: SimulationChoice) -> None:
     if choice.top_k > choice.num_experts:
         raise ConfigError(f"--top-k: got {choice.top_k}, expected at most the {choice.num_experts} experts")
     check_writable(choice.plot, choice.json)
+    if choice.trace is not None and choice.trace.exists():
+        raise ConfigError(f'--trace: "{choice.trace}" is there already; give another name')
 
 
 def _costs(choice: SimulationChoice) -> Costs:
@@ -148,8 +176,8 @@ def _costs(choice: SimulationChoice) -> Costs:
     return costs
 
 
-def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow], title: str) -> Table:
-    table = Table("", "", title=title, title_justify="left", show_header=False)
+def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow]) -> Table:
+    table = Table("", "", show_header=False)
     for name, value in (
         ("tokens that came, served", f"{summary.tokens:,.0f}, {100 * summary.served / summary.tokens:.2f} %"),
         ("balancedness, mean", f"{summary.mean_balancedness:.4f}"),

@@ -17,6 +17,8 @@ from moecluster.placement.scenario import Scenario
 from moecluster.placement.simulator import Simulator
 from moecluster.placement.synthetic import LoadShape, SyntheticLoads
 
+_MOST_LOGARITHM = 700.0  # of a float
+
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLaw:
@@ -26,10 +28,11 @@ class PowerLaw:
     exponent: float
 
     def size_at(self, seconds: float) -> float:
-        """The size that takes so long; infinite if the cost does not grow."""
+        """The size that takes so long; infinite if the cost does not grow, or hardly."""
         if self.exponent <= 0:
             return math.inf
-        return float((seconds / self.factor) ** (1.0 / self.exponent))
+        logarithm = math.log(seconds / self.factor) / self.exponent
+        return math.exp(logarithm) if logarithm < _MOST_LOGARITHM else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

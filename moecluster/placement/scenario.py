@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moecluster.errors import ConfigError
 from moecluster.placement.costs import Costs
 from moecluster.placement.layout import Fleet
 
@@ -46,7 +47,7 @@ class SimulatedWindow:
     """What users had of one window, and what the cluster did meanwhile. Means are over time."""
 
     time_s: float  # its end
-    tokens_per_s: float  # that came
+    tokens_per_s: float  # that came; none before the first plan stands
     served_per_s: float
     step_s: float  # mean time of a token's pass through all MoE layers
     wait_s: float  # mean time that a token waited before it
@@ -66,7 +67,7 @@ class SimulationSummary:
     windows: int
     tokens: float
     served: float
-    mean_balancedness: float  # after the first decision, as all that follows
+    mean_balancedness: float  # once the first plan stands, as all that follows
     mean_step_s: float
     worst_step_s: float
     mean_wait_s: float
@@ -93,12 +94,17 @@ def balanced_tokens_per_s(fleet: Fleet, num_layers: int, top_k: int, costs: Cost
 
 
 def summarize(windows: Sequence[SimulatedWindow]) -> SimulationSummary:
-    """The day in one record."""
+    """The day in one record. Raises ConfigError if it ends before the first plan stands."""
     seconds = windows[-1].time_s / len(windows)
     decisions = [decision for window in windows for decision in window.decisions]
-    first_s = decisions[0].time_s if decisions else 0.0
-    settled = [window for window in windows if window.time_s > first_s] or windows
-    served = sum(window.served_per_s for window in settled)
+    open_s = decisions[0].time_s + decisions[0].apply_s if decisions else 0.0
+    settled = [window for window in windows if window.time_s - seconds >= open_s]
+    if not settled:
+        raise ConfigError(
+            f"the first plan would stand {open_s:,.0f} s after the start, and only {windows[-1].time_s:,.0f} s are "
+            "simulated; simulate more hours"
+        )
+    served = sum(window.served_per_s for window in settled) or 1.0
     moved = [decision.moved_bytes for decision in decisions]
     decide_s = [decision.decide_s for decision in decisions] or [0.0]
     observe_s = statistics.median([decision.observe_s for decision in decisions] or [0.0])

@@ -4,7 +4,8 @@ Between events nothing changes, and tokens flow as fluid_queue.py says. Events h
 death, its detection, an actor's return, and a layer whose last copy has arrived. Experts are copied make-before-break
 over links that carry one copy in and one out at a time; a layer's new placement stands when all its copies are there,
 and meanwhile those links have less left for rows. A death ends the changes under way: what stands by then, stands.
-Decisions cost no simulated time, so equal seeds give equal days; what they cost in truth is measured beside.
+The controller sees a first window of tokens that nobody waits for; users come once its first plan stands. Decisions
+cost no simulated time, so equal seeds give equal days; what they cost in truth is measured beside.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ class _Tally:
     """Sums over one window."""
 
     served: Served = field(default_factory=Served)
+    tokens: float = 0.0  # that came
     balancedness: float = 0.0  # integrals over time
     availability: float = 0.0
     deaths: int = 0
@@ -94,6 +96,7 @@ class Simulator(Generic[StateT]):
         self._operations = itertools.count()
         self._put_off: str | None = None  # cause of a decision that waits for the change under way
         self._decided = False
+        self._open = False  # tokens come once the first plan stands
         self._tally = _Tally()
 
     def run(self) -> Iterator[SimulatedWindow]:
@@ -127,7 +130,9 @@ class Simulator(Generic[StateT]):
         if self._conditions is None:
             self._conditions = self._look()
         now = self._conditions
-        self._tally.served += self._queue.advance(seconds, self._load.tokens_per_s, now.available, now.costs)
+        tokens_per_s = self._load.tokens_per_s if self._open else 0.0
+        self._tally.tokens += tokens_per_s * seconds
+        self._tally.served += self._queue.advance(seconds, tokens_per_s, now.available, now.costs)
         self._tally.availability += now.available * seconds
         self._tally.balancedness += now.balancedness * seconds
         self._now_s = to_s
@@ -151,7 +156,7 @@ class Simulator(Generic[StateT]):
         served = tally.served
         return SimulatedWindow(
             time_s=self._now_s,
-            tokens_per_s=self._load.tokens_per_s,
+            tokens_per_s=tally.tokens / served.seconds,
             served_per_s=served.tokens / served.seconds,
             step_s=served.step_seconds / served.tokens if served.tokens else 0.0,
             wait_s=served.waited / served.tokens if served.tokens else 0.0,
@@ -252,6 +257,7 @@ class Simulator(Generic[StateT]):
         self._layout = layers_taken(self._layout, after, at_once_L)
         self._conditions = None
         if not transfers:
+            self._open = True
             return self._now_s
         number = next(self._operations)
         self._operation = number
@@ -271,7 +277,7 @@ class Simulator(Generic[StateT]):
     def _end_operation(self, number: int) -> None:
         if self._operation != number:
             return
-        self._operation = None
+        self._operation, self._open = None, True
         if self._put_off is not None:
             cause, self._put_off = self._put_off, None
             self._decide(cause)

@@ -87,6 +87,13 @@ def test_simulate_shows_the_day_and_the_law_of_its_cost(tmp_path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_simulated_day_can_be_replayed(tmp_path) -> None:
+    day = tmp_path / "day.jsonl"
+    run("simulate", *SMALL, "--no-growth", "--trace", str(day))
+    assert "6 actors, 18 slots for each layer" in run("replay", str(day))
+    assert "is there already" in complaint("simulate", *SMALL, "--no-growth", "--trace", str(day))
+
+
 def test_simulate_without_sizes_and_with_other_costs(tmp_path) -> None:
     report, picture = tmp_path / "day.json", tmp_path / "day.png"
     costs = ("--cost", "row_s=1e-6", "--cost", "link_bytes_per_s=5e10")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from moecluster.errors import ResourceError
+from moecluster.errors import ConfigError, ResourceError
 from moecluster.placement.costs import Costs
 from moecluster.placement.decision import Decision, Observation, decision_of
 from moecluster.placement.fluid_queue import step_costs
@@ -66,13 +66,15 @@ def scenario(**changes) -> Scenario:
     return dataclasses.replace(quiet, **changes)
 
 
-def simulated(policy, what: Scenario, *, num_windows: int = 60, slots: int = 4, part: float = 0.4, **shape):
+def simulated(
+    policy, what: Scenario, *, num_windows: int = 60, slots: int = 4, part: float = 0.4, costs: Costs = COSTS, **shape
+) -> list[SimulatedWindow]:
     fleet = uniform_fleet(ACTORS, slots, np.full(LAYERS, 1e6), actors_per_node=2)
     rate = part * balanced_tokens_per_s(fleet, LAYERS, 2, COSTS, what)
     load = LoadShape(num_layers=LAYERS, num_experts=EXPERTS, top_k=2, tokens_per_s=rate, **shape)
     loads = SyntheticLoads(load, window_s=what.window_s, num_windows=num_windows, seed=1)
     ticks = itertools.count()
-    simulator = Simulator(what, fleet, loads, policy, COSTS, clock=lambda: next(ticks) * 0.5)
+    simulator = Simulator(what, fleet, loads, policy, costs, clock=lambda: next(ticks) * 0.5)
     return list(simulator.run())
 
 
@@ -107,6 +109,18 @@ def test_decisions_come_with_the_first_window_and_then_by_the_period() -> None:
     assert 0.012 <= first.apply_s <= 0.2
     assert windows[0].moved_bytes == first.moved_bytes >= LAYERS * EXPERTS * 1e6
     assert (windows[0].replicas, windows[1].replicas) == (LAYERS * EXPERTS, LAYERS * ACTORS * 4)
+
+
+def test_nobody_comes_before_the_first_plan_stands() -> None:
+    slow = dataclasses.replace(COSTS, link_bytes_per_s=5e5)
+    windows = simulated(ProportionalPolicy(), scenario(), num_windows=12, costs=slow)
+    stands_s = 60.0 + windows[0].decisions[0].apply_s
+    assert 120.0 < stands_s < 660.0
+    for window in windows:
+        opened_for_s = min(max(window.time_s - stands_s, 0.0), 60.0)
+        assert (window.tokens_per_s > 0) == (opened_for_s > 0)
+    with pytest.raises(ConfigError, match="only 120 s are simulated; simulate more hours"):
+        summarize(windows[:2])
 
 
 def test_a_lost_expert_costs_availability_exactly_until_it_stands_again() -> None:
@@ -165,6 +179,7 @@ def test_a_power_law_is_found_and_says_where_time_runs_out() -> None:
     law = fit_power_law([10, 100, 1000], [2e-3, 2e-2, 2e-1])
     assert law.exponent == pytest.approx(1.0)
     assert law.size_at(1.0) == pytest.approx(5000.0)
+    assert fit_power_law([10, 100], [1e-3, 1.001e-3]).size_at(300.0) == float("inf")
     assert fit_power_law([10, 100], [2.0, 1.0]).size_at(4.0) == float("inf")
 
 
