@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moecluster.dispatch.shares import NO_ACTOR, LayerTable, choose_actors, content_keys
+from moecluster.dispatch.shares import LayerTable, choose_actors, content_keys
 from moecluster.types import ComputeResult
 
 ROW_WORDS = 8
@@ -63,30 +63,43 @@ def dispatch(
     actor_P = choose_actors(table, experts_P, keys_P)
     weights_P = weights.reshape(-1)[slots_P]
     # One sort for all: by actor, then expert; stable, so tokens ascend within an expert.
-    order_P = np.argsort(actor_P * table.num_experts + experts_P, kind="stable")
-    actor_P, experts_P, tokens_P = actor_P[order_P], experts_P[order_P], tokens_P[order_P]
-    slots_P, weights_P = slots_P[order_P], weights_P[order_P]
-    ends: list[int] = (np.flatnonzero(np.diff(actor_P, append=NO_ACTOR)) + 1).tolist()
+    place_P = actor_P * table.num_experts + experts_P
+    order_P = np.argsort(place_P, kind="stable")
+    place_P, tokens_P, slots_P, weights_P = place_P[order_P], tokens_P[order_P], slots_P[order_P], weights_P[order_P]
+    # Where an expert's pairs begin, by actor. Lists, and few NumPy calls: with few tokens each call counts.
+    begins = [0, *(np.flatnonzero(place_P[1:] != place_P[:-1]) + 1).tolist()] if len(place_P) else []
+    by_actor: dict[int, list[tuple[int, int, int]]] = {}  # actor -> (expert, begin, end)
+    for place, begin, end in zip(place_P[begins].tolist(), begins, [*begins[1:], len(place_P)], strict=False):
+        actor, expert = divmod(place, table.num_experts)
+        by_actor.setdefault(actor, []).append((expert, begin, end))
     parts = []
-    begin = 0
-    for end in ends:
-        part = slice(begin, end)
-        rows_N, pair_rows_P = np.unique(tokens_P[part], return_inverse=True)
-        experts, counts = np.unique(experts_P[part], return_counts=True)
+    for actor, groups in by_actor.items():
+        part = slice(groups[0][1], groups[-1][2])
+        rows_N, pair_rows_P = _rows_and_places(tokens_P[part], len(ids_TK))
         parts.append(
             DispatchPart(
-                actor=table.actors[actor_P[begin]],
+                actor=table.actors[actor],
                 rows_N=torch.from_numpy(rows_N),
                 every_row=len(rows_N) == len(ids_TK),
-                experts=tuple(experts.tolist()),
-                pair_counts=tuple(counts.tolist()),
-                pair_rows_P=torch.from_numpy(pair_rows_P.astype(np.int32)),
+                experts=tuple(expert for expert, _, _ in groups),
+                pair_counts=tuple(end - begin for _, begin, end in groups),
+                pair_rows_P=torch.from_numpy(pair_rows_P),
                 pair_slots_P=torch.from_numpy(slots_P[part]),
                 pair_weights_P=torch.from_numpy(weights_P[part]),
             )
         )
-        begin = end
     return tuple(parts)
+
+
+def _rows_and_places(
+    tokens_P: npt.NDArray[np.int64], num_tokens: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """The tokens that occur, ascending, and where each pair's token stands among them: np.unique without a sort."""
+    place_T = np.zeros(num_tokens, dtype=np.int32)
+    place_T[tokens_P] = 1
+    rows_N = np.flatnonzero(place_T)
+    place_T[rows_N] = np.arange(len(rows_N), dtype=np.int32)
+    return rows_N, place_T[tokens_P]
 
 
 def _row_words(x_TD: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -29,7 +31,7 @@ class _Piece:
         return x_ND if self.rows_n is None else x_ND.index_select(0, self.rows_n)
 
 
-def _is_every_row(rows_n: torch.Tensor, num_rows: int) -> bool:
+def _is_every_row(rows_n: npt.NDArray[np.int32], num_rows: int) -> bool:
     """Whether an expert gets 0..N-1. Its rows ascend; one comes twice if a token chose the expert twice."""
     return len(rows_n) == num_rows and (num_rows == 1 or bool((rows_n[1:] > rows_n[:-1]).all()))
 
@@ -38,11 +40,11 @@ def _pieces(batches: Sequence[ComputeBatch]) -> dict[int, list[_Piece]]:
     """Expert -> its pieces, in the order of the batches."""
     by_expert: dict[int, list[_Piece]] = {}
     for b, batch in enumerate(batches):
-        begin, num_rows = 0, len(batch.x_ND)
+        begin, num_rows, rows_P = 0, len(batch.x_ND), batch.pair_rows_P.numpy()
         for expert, count in zip(batch.experts, batch.pair_counts, strict=True):
             pairs = slice(begin, begin + count)
-            rows_n = batch.pair_rows_P[pairs]
-            piece = _Piece(batch=b, pairs=pairs, rows_n=None if _is_every_row(rows_n, num_rows) else rows_n)
+            whole = _is_every_row(rows_P[pairs], num_rows)
+            piece = _Piece(batch=b, pairs=pairs, rows_n=None if whole else batch.pair_rows_P[pairs])
             by_expert.setdefault(expert, []).append(piece)
             begin += count
     return by_expert
@@ -133,7 +135,7 @@ def train_forward(
             pairs = slice(begin, begin + num_pairs)
             begin += num_pairs
             rows_n = batch.pair_rows_P[pairs]
-            whole = _is_every_row(rows_n, len(x_ND))
+            whole = _is_every_row(rows_n.numpy(), len(x_ND))
             out_nD = run(experts[expert], x_ND if whole else x_ND.index_select(0, rows_n))
             weighted_nD = out_nD * weights_P[pairs, None]
             y_ND = y_ND + weighted_nD if whole else y_ND.index_add(0, rows_n, weighted_nD)

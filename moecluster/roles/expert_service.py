@@ -168,15 +168,14 @@ class ExpertService:
             if batches[0].phase is not Phase.FORWARD:
                 return [self._compute_training(batches[0])]
             outcomes: dict[int, ComputeResult | MoeClusterError] = {}
-            ready = []
+            ready, experts = [], {}
             for i, batch in enumerate(batches):
                 try:
-                    self._experts_of(batch)
+                    experts = self._experts_of(batch)  # all of the layer's
                     ready.append(i)
                 except MoeClusterError as exc:
                     outcomes[i] = exc
             if ready:
-                experts = self._experts_of(batches[ready[0]])
                 results = compute.forward(experts, [batches[i] for i in ready], self._run)
                 outcomes.update(zip(ready, results, strict=True))
             return [outcomes[i] for i in range(len(batches))]

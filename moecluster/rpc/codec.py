@@ -58,7 +58,9 @@ def dtype_of(code: tensor_pb2.DType) -> torch.dtype:
 
 def tensor_bytes(value: torch.Tensor) -> bytes:
     """A CPU tensor's elements, row-major and little-endian."""
-    return bytes(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    value = value.detach()
+    # NumPy has no bfloat16; its bits are the same as an int16's.
+    return (value.view(torch.int16) if value.dtype is torch.bfloat16 else value).numpy().tobytes()
 
 
 def encode_tensor(value: torch.Tensor, segment: Segment | None = None) -> tensor_pb2.Tensor:
@@ -118,7 +120,8 @@ def decode_tensor(
         raise InvalidMessage(f"{field}.inline: {len(message.inline)} bytes, not {length_bytes}")
     if not length_bytes:
         return torch.empty(got, dtype=dtype)
-    return torch.frombuffer(message.inline, dtype=dtype).view(got)
+    flat = torch.frombuffer(message.inline, dtype=dtype)
+    return flat if len(got) == 1 else flat.view(got)
 
 
 def _check_size(field: str, *tensors: torch.Tensor | None) -> None:
@@ -201,9 +204,10 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
     rows = pair_rows_P.numpy()
     if rows.min() < 0 or rows.max() >= len(x_ND):
         raise InvalidMessage(f"pair_rows: an index outside the {len(x_ND)} rows of x")
-    descents = np.flatnonzero(rows[1:] < rows[:-1]) + 1
-    if not set(descents.tolist()) <= set(accumulate(counts)):
-        raise InvalidMessage("pair_rows: not ascending within an expert")
+    if num_pairs > len(experts):  # else each expert has one
+        descents = np.flatnonzero(rows[1:] < rows[:-1]) + 1
+        if not set(descents.tolist()) <= set(accumulate(counts)):
+            raise InvalidMessage("pair_rows: not ascending within an expert")
     grad_ND = None
     if phase is Phase.BACKWARD:
         grad_ND = decode_tensor(message.grad, "grad", dtypes=(x_ND.dtype,), shape=tuple(x_ND.shape), peer=peer)
@@ -261,10 +265,10 @@ def decode_result(
     num_rows, num_pairs = len(batch.x_ND), len(batch.pair_rows_P)
     if batch.phase is Phase.BACKWARD:
         return ComputeResult(
-            request_id=batch.request_id,
+            request_id=message.request_id,
             grad_x_ND=take(message.grad_x, "grad_x", num_rows),
             grad_w_P=decode_tensor(message.grad_w, "grad_w", dtypes=(torch.float32,), shape=(num_pairs,)),
         )
     if batch.unsummed:
-        return ComputeResult(request_id=batch.request_id, y_PD=take(message.y, "y", num_pairs))
-    return ComputeResult(request_id=batch.request_id, y_ND=take(message.y, "y", num_rows))
+        return ComputeResult(request_id=message.request_id, y_PD=take(message.y, "y", num_pairs))
+    return ComputeResult(request_id=message.request_id, y_ND=take(message.y, "y", num_rows))

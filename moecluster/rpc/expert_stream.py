@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -140,15 +140,15 @@ class GrpcExpertTransport:
         The caller bounds its wait; after a timeout it closes the transport, whose segment must not be used again.
         """
         future: Future[ComputeResult] = Future() if self._mailbox is None else _Answer(self)
-        batch = replace(batch, request_id=next(self._ids))
         message = codec.encode_batch(batch, self._segment if self._use_segment else None)
+        message.request_id = next(self._ids)
         regions = (codec.region_of(message.x), codec.region_of(message.grad))
         pending = _Pending(batch=batch, regions=tuple(r.sequence for r in regions if r is not None), future=future)
         with self._lock:
             if self._closed is not None:
                 future.set_exception(self._closed)
                 return future
-            self._pending[batch.request_id] = pending
+            self._pending[message.request_id] = pending
             message.released.extend(self._released)
             self._released.clear()
             message.segment_nonce, self._nonce = self._nonce, b""

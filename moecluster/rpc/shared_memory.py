@@ -8,6 +8,7 @@ it.
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import secrets
@@ -46,6 +47,14 @@ def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def _rows_at(memory: mmap.mmap, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """The payload of the region at offset, in place."""
+    size = math.prod(shape)
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=size, offset=offset + ALIGNMENT_BYTES).view(shape)
+
+
 class Segment:
     """Our own segment: we write, the peer reads. Thread-safe."""
 
@@ -69,7 +78,6 @@ class Segment:
         self._free = [(_aligned(NONCE_BYTES), self.size_bytes - _aligned(NONCE_BYTES))]  # (offset, bytes), ascending
         self._used: dict[int, tuple[int, int]] = {}  # sequence -> (offset, bytes)
         self._sequence = 0
-        self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def write(self, value: torch.Tensor) -> Region | None:
         """Copies a tensor into a free region; None if there is no room now."""
@@ -79,9 +87,7 @@ class Segment:
             return None
         sequence, offset = taken
         HEADER.pack_into(self._map, offset, sequence)
-        start = offset + ALIGNMENT_BYTES
-        target = self._bytes_U[start : start + length_bytes].view(value.dtype).view(value.shape)
-        target.copy_(value)
+        _rows_at(self._map, offset, value.dtype, value.shape).copy_(value)
         return Region(offset=offset, length_bytes=length_bytes, sequence=sequence)
 
     def _take(self, size_bytes: int) -> tuple[int, int] | None:
@@ -151,7 +157,6 @@ class PeerSegment:
         self.size_bytes = size_bytes
         self.nonce = self._map[:NONCE_BYTES]
         self.mailbox_fd: int = MAILBOX.unpack_from(self._map, NONCE_BYTES)[0]
-        self._bytes_U = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def check(self, region: Region) -> None:
         """Raises InvalidMessage if the region is not what its sequence says: call it before and after reading."""
@@ -163,6 +168,6 @@ class PeerSegment:
 
     def view(self, region: Region, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The region's payload in place, valid until the region is released. Never write to it."""
+        assert region.length_bytes == math.prod(shape) * dtype.itemsize
         self.check(region)
-        start = region.offset + ALIGNMENT_BYTES
-        return self._bytes_U[start : start + region.length_bytes].view(dtype).view(shape)
+        return _rows_at(self._map, region.offset, dtype, shape)
