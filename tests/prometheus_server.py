@@ -1,0 +1,112 @@
+"""A real Prometheus for tests, from the PATH (make system-deps); where there is none they are skipped, and say so.
+
+def test_something(prometheus: RunningPrometheus) -> None:
+    prometheus.scrape(f"127.0.0.1:{port}")  # every SCRAPE_INTERVAL_S from now on; the targets before are dropped
+    prometheus.address                      # of its HTTP API
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRAPE_INTERVAL_S = 0.2
+START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 10.0
+LISTENS = re.compile(r'msg="Listening on".* address=(\S+)')
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningPrometheus:
+    """A running server."""
+
+    address: str  # http://host:port
+    folder: Path  # of its configuration, targets, data and log
+
+    def scrape(self, *targets: str) -> None:
+        """Scrapes /metrics of these host:port, and of no others. Takes up to 5 s: Prometheus looks so often."""
+        _write_targets(self.folder, targets)
+
+
+def check_config(path: Path) -> None:
+    """Fails the test with promtool's words if Prometheus would refuse a configuration."""
+    answer = subprocess.run(["promtool", "check", "config", str(path)], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.fixture
+def promtool() -> None:
+    """Skips the test where there is no promtool."""
+    _skip_without("promtool")
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path) -> Iterator[RunningPrometheus]:
+    """A server on a free loopback port, ready, scraping nothing yet; ended after the test."""
+    _skip_without("prometheus")
+    folder = tmp_path / "prometheus"
+    folder.mkdir()
+    _write_targets(folder, ())
+    (folder / "prometheus.yml").write_text(json.dumps(_config(folder)))  # JSON is YAML
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                "--web.listen-address=127.0.0.1:0",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+    try:
+        yield RunningPrometheus(address=_wait_until_ready(process, folder / "log"), folder=folder)
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _skip_without(command: str) -> None:
+    if shutil.which(command) is None:
+        pytest.skip(f"{command} is not installed: make system-deps")
+
+
+def _config(folder: Path) -> dict[str, object]:
+    interval = f"{SCRAPE_INTERVAL_S * 1000:.0f}ms"
+    targets = {"files": [str(folder / "targets.json")], "refresh_interval": "1s"}
+    return {
+        "global": {"scrape_interval": interval, "scrape_timeout": interval},
+        "scrape_configs": [{"job_name": "moecluster", "file_sd_configs": [targets]}],
+    }
+
+
+def _write_targets(folder: Path, targets: tuple[str, ...]) -> None:
+    (folder / "targets.new").write_text(json.dumps([{"targets": list(targets)}]))
+    (folder / "targets.new").rename(folder / "targets.json")  # never read half written
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The address of the HTTP API, once it answers."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        listens = LISTENS.search(log.read_text())
+        if listens:
+            address = f"http://{listens[1]}"
+            try:
+                with urllib.request.urlopen(f"{address}/-/ready", timeout=5):
+                    return address
+            except OSError:
+                pass  # it listens before it is ready
+        time.sleep(0.02)
+    pytest.fail(f"prometheus did not become ready: {log.read_text()[-2000:]}")
