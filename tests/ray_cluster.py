@@ -64,9 +64,11 @@ class RayCluster:
             client.close()
 
     @contextmanager
-    def remote_experts(self) -> Iterator[RemoteExperts]:
-        """A trunk's backend in the test's process, made as the router actor makes its own."""
+    def remote_experts(self, *, hold: bool = False) -> Iterator[RemoteExperts]:
+        """A trunk's backend in the test's process, made as the router actor makes its own. hold: nothing moves."""
         with self.placements() as placements:
+            if hold:
+                placements.hold(WAIT_S)
             remote = make_remote_experts(self.config, placements, Metrics(model="test"))
             try:
                 yield remote

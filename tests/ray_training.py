@@ -19,7 +19,7 @@ def run_on(
     start = prepare_start(config)
     set_checkpoint(cluster.driver.controller_address(), str(start.resolve()))
     tokenizer = run_tokenizer(config)
-    with cluster.remote_experts() as remote:
+    with cluster.remote_experts(hold=True) as remote:
         prepare(remote)
         loop = TrainingLoop(
             config,

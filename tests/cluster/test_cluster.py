@@ -145,6 +145,7 @@ def test_the_same_name_twice_is_refused(cluster, model) -> None:
     ("settings", "complaint"),
     [
         ({"cpus_per_expert_actor": 64}, r"CPUs are missing: 2 expert actors and the router need 128\.5 CPUs, free are"),
+        ({"cpus_per_router": 64, "num_routers": 3}, r"2 expert actors and 3 routers need 192\.5 CPUs, free are"),
         ({"gpus_per_expert_actor": 1}, r"2 GPUs are missing"),
     ],
 )

@@ -1,0 +1,28 @@
+"""Names and ports of a cluster's actors."""
+
+from actors.settings import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, router_names
+from moecluster.config import Config, read_config
+
+
+def config(**cluster: int) -> Config:
+    return read_config({"cluster": {"num_expert_actors": 2, **cluster}})
+
+
+def test_the_first_router_has_the_plain_name() -> None:
+    assert router_names(config()) == ("router",)
+    assert router_names(config(num_routers=3)) == ("router", "router-1", "router-2")
+    names = (*router_names(config(num_routers=2)), CONTROLLER, *expert_names(config()))
+    assert [name for name in names if is_router(name)] == ["router", "router-1"]
+
+
+def test_ports_follow_the_first_router_s_and_none_is_given_twice() -> None:
+    assert metrics_ports(config(metrics_port=9000)) == {
+        "router": 9000, "controller": 9001, "expert-0": 9002, "expert-1": 9003,
+    }  # fmt: skip
+    several = config(metrics_port=9000, num_routers=2)
+    assert metrics_ports(several) == {
+        "router": 9000, "router-1": 9001, "controller": 9002, "expert-0": 9003, "expert-1": 9004,
+    }  # fmt: skip
+    assert [metrics_port(several, f"expert-{i}") for i in range(4)] == [9003, 9004, 9005, 9006]
+    assert set(metrics_ports(config(num_routers=2)).values()) == {0}
+    assert metrics_port(config(num_routers=2), "expert-5") == 0
