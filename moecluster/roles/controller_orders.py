@@ -28,10 +28,10 @@ class ControllerOrders:
         """Fences with the term; no other order comes in between. Raises StaleOrder for a lower one."""
         with self._lock:
             self.check(term)
-            if term > self._term:
+            older, self._term = self._term, term
+            if older < term:
                 for load in self._loads:
                     load.interrupt()
-            self._term = term
             yield
 
     def check(self, term: int) -> None:
