@@ -1,5 +1,6 @@
 """Replays and simulations as pictures. Needs matplotlib."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moecluster.placement.replay import ReplayedWindow
 from moecluster.placement.scenario import SimulatedWindow
 
 DOTS_PER_INCH = 120
+LINE_STYLES = ("-", "--", ":", "-.")  # policies that do the same stay visible
 MOST_HOURS_IN_MINUTES = 3.0  # shorter times are shown in minutes
 
 
@@ -19,21 +21,21 @@ def draw_replay(replays: Mapping[str, Sequence[ReplayedWindow]], path: Path) -> 
     """Balancedness and moved bytes of each policy, over the load of the trace. The ending says the kind of picture."""
     figure = Figure(figsize=(9.0, 7.2), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.4))
-    for policy, windows in replays.items():
+    for (policy, windows), style in zip(replays.items(), itertools.cycle(LINE_STYLES), strict=False):
         scored = windows[1:]
         times, unit = _times([window.time_s - windows[0].time_s for window in scored])
         mean = np.mean([window.balancedness for window in scored])
         label = f"{policy} (mean {mean:.3f})"
-        panels[0].plot(times, [window.balancedness for window in scored], linewidth=1.2, label=label)
+        panels[0].plot(times, [window.balancedness for window in scored], style, linewidth=1.2, label=label)
         moved_gb = np.cumsum([window.moved_bytes for window in scored]) / 1e9
-        panels[1].plot(times, moved_gb, linewidth=1.2, label=f"{policy} ({moved_gb[-1]:,.1f} GB)")
-    tokens = [window.tokens / 1e3 for window in scored]
+        panels[1].plot(times, moved_gb, style, linewidth=1.2, label=f"{policy} ({moved_gb[-1]:,.1f} GB)")
+    tokens = [window.tokens / 1e6 for window in scored]
     panels[2].fill_between(times, tokens, step="mid", alpha=0.4, color="gray", linewidth=0)
     _name(panels[0], "balancedness\n(1 is perfect)", legend=True)
     panels[0].set_ylim(0, 1.03)
     _name(panels[1], "moved, GB\n(after the first plan)", legend=True)
     panels[1].set_ylim(bottom=0)
-    _name(panels[2], "assignments\na window, thousands")
+    _name(panels[2], "assignments\na window, millions")
     panels[2].set_ylim(bottom=0)
     panels[2].set_xlabel(f"{unit} since the first decision")
     panels[2].set_xlim(times[0], times[-1])

@@ -98,7 +98,7 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
     console.print(title, highlight=False)
     console.print(_summary_table(summary, windows))
     if choice.trace is not None:
-        _write_trace(choice.trace, loads, fleet, title)
+        _write_trace(choice.trace, loads, fleet)
         console.print(f"the day's loads, to replay: {choice.trace}", highlight=False)
     sizes: list[MeasuredSize] = []
     if choice.growth:
@@ -123,10 +123,10 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
         console.print(f"as a picture: {choice.plot}", highlight=False)
 
 
-def _write_trace(path: Path, loads: SyntheticLoads, fleet: Fleet, model: str) -> None:
+def _write_trace(path: Path, loads: SyntheticLoads, fleet: Fleet) -> None:
     layer_bytes = enumerate(fleet.expert_bytes_L.tolist())
     header = TraceHeader(
-        model=model,
+        model=f"simulated: {loads.shape.num_layers} layers x {loads.shape.num_experts} experts",
         window_s=loads.window_s,
         layers=tuple(
             TraceLayer(layer=layer, experts=loads.shape.num_experts, expert_bytes=int(size))
@@ -214,12 +214,16 @@ def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Con
         )
     console.print(table)
     actors = [size.actors for size in sizes]
-    for name, seconds in (
-        ("taking counters in", [size.observe_s for size in sizes]),
-        ("the first decision", [size.cold_decide_s for size in sizes]),
-        ("a decision", [size.decide_s for size in sizes]),
-    ):
-        console.print(f"  {name} grows as {_law(fit_power_law(actors, seconds), period_s)}", highlight=False)
+    laws = {
+        "taking counters in": fit_power_law(actors, [size.observe_s for size in sizes]),
+        "the first decision": fit_power_law(actors, [size.cold_decide_s for size in sizes]),
+        "a decision": fit_power_law(actors, [size.decide_s for size in sizes]),
+    }
+    for name, law in laws.items():
+        console.print(f"  {name} grows as {_law(law, period_s)}", highlight=False, soft_wrap=True)
+    first = min(laws, key=lambda name: laws[name].size_at(period_s))
+    if laws[first].size_at(period_s) <= MOST_ACTORS:
+        console.print(f"  so the bottleneck, if the cluster grows, is {first}", highlight=False, soft_wrap=True)
 
 
 def _law(law: PowerLaw, period_s: float) -> str:
