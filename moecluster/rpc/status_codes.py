@@ -18,6 +18,8 @@ from moecluster.errors import (
 )
 from moecluster.proto import expert_pb2
 
+LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
+
 # The first class that an error is an instance of decides.
 _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (InvalidMessage, grpc.StatusCode.INVALID_ARGUMENT),
@@ -57,6 +59,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     """The error of ours that a failed RPC stands for."""
     code = error.code()  # at the caller's end every RpcError is a grpc.Call
     detail = error.details() or code.name
+    if detail == LATE:
+        detail = f"{peer}: no answer within the deadline"
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)
