@@ -17,6 +17,7 @@ from moecluster.errors import MoeClusterError
 from moecluster.types import ActorAddress
 
 POLL_S = 0.05
+ASK_AGAIN_S = 2.0
 GCS_TIMEOUT_S = 2.0
 
 
@@ -34,7 +35,8 @@ class RaySupervisor:
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
                 handle = find_actor(actor, self._namespace)
-                address: ActorAddress = call(handle.address.remote(), left_s, actor)
+                # A call that reaches a life of the actor just as it ends may never be answered: ask again.
+                address: ActorAddress = call(handle.address.remote(), min(ASK_AGAIN_S, left_s), actor)
                 return address
             except MoeClusterError:
                 time.sleep(min(POLL_S, left_s))

@@ -69,7 +69,8 @@ class Exchange:
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         answers: Answers = []
         slots_P: npt.NDArray[np.int64] | None = None  # None: all
-        failing: dict[str, MoeClusterError] = {}  # actors to avoid, until there is nobody else to ask
+        # Actors to avoid, until there is nobody else to ask.
+        failing: dict[str, MoeClusterError] = self.pool.suspects(self.pool.placement(self._timeout_s))
         last: MoeClusterError | None = None
         attempt = 0
         while True:

@@ -1,6 +1,7 @@
 """A router's connections to the expert actors of the standing placement."""
 
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 
 from moecluster.dispatch.shares import LayerTable, layer_table
@@ -8,6 +9,8 @@ from moecluster.errors import MoeClusterError, UserError
 from moecluster.roles.actor_keeper import ControlConnection
 from moecluster.rpc.interfaces import ControllerLink, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, Placement
+
+SUSPECT_S = 1.0  # how long an actor that did not answer is asked last
 
 
 class FixedPlacement:
@@ -57,6 +60,7 @@ class ExpertPool:
         self._controls: dict[str, tuple[ActorAddress, ControlConnection]] = {}
         self._tables: dict[int, LayerTable] = {}
         self._tables_of = (-1, -1)
+        self._suspects: dict[ActorAddress, tuple[float, MoeClusterError]] = {}  # until when, and why
 
     def placement(self, timeout_s: float = 60.0) -> Placement:
         """The newest placement."""
@@ -97,7 +101,11 @@ class ExpertPool:
             if found is not None:
                 self._open.pop(address.actor, None)  # drop() may have been faster
                 found[1].close()
-            transport = self._connect(address)
+            try:
+                transport = self._connect(address)
+            except MoeClusterError as exc:
+                self._suspect(address, exc)
+                raise
             self._open[address.actor] = (address, transport)
             return transport
 
@@ -109,7 +117,22 @@ class ExpertPool:
                 del self._open[address.actor]
         if transport is not None:
             transport.close()
+        self._suspect(address, reason)
         self.report(address, reason)
+
+    def suspects(self, placement: Placement) -> dict[str, MoeClusterError]:
+        """Actors that did not answer lately, in the life that the placement names, and why. Other replicas go first,
+        so that one request at most finds out that an actor is dead before the controller has said so."""
+        if not self._suspects:
+            return {}
+        now_s = time.monotonic()
+        with self._lock:
+            self._suspects = {address: kept for address, kept in self._suspects.items() if kept[0] > now_s}
+            return {a.actor: why for a, (_, why) in self._suspects.items() if placement.actors.get(a.actor) == a}
+
+    def _suspect(self, address: ActorAddress, reason: MoeClusterError) -> None:
+        with self._lock:
+            self._suspects[address] = (time.monotonic() + SUSPECT_S, reason)
 
     def report(self, address: ActorAddress, reason: MoeClusterError) -> None:
         """Tells the controller that an actor does not serve what it should."""

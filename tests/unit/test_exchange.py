@@ -15,6 +15,7 @@ from torch import nn
 
 from moecluster.errors import AttemptAborted, DeadlineExceeded, UserError
 from moecluster.metrics import Metrics
+from moecluster.roles import expert_pool
 from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.in_process import InProcessTransport
@@ -94,6 +95,27 @@ def test_a_lost_replica_s_tokens_go_to_the_other(checkpoint: Path, modules: dict
         cluster.services["expert-0"].close()
         check_served(remote, modules)
         assert {actor for actor, _ in source.reports} == {"expert-0"}
+
+
+def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(
+    checkpoint: Path, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request at most finds out that an actor is dead; the others go elsewhere at once, but not for ever."""
+    with ExpertCluster(checkpoint, replicas=TWICE) as cluster:
+        source = Moving(cluster.placement)
+        remote = remote_over(cluster, source)
+        cluster.services["expert-0"].close()
+        for _ in range(5):
+            check_served(remote, modules)
+        assert len(source.reports) == 1
+        monkeypatch.setattr(expert_pool, "SUSPECT_S", 0.0)
+        time.sleep(1.1)
+        for _ in range(2):
+            check_served(remote, modules)
+        assert len(source.reports) == 3
+        again = ActorAddress(actor="expert-0", address="", incarnation="another")
+        source.publish(actors={**cluster.placement.actors, "expert-0": again})
+        assert remote.pool.suspects(source.placement) == {}, "another life of it is asked at once"
 
 
 def test_an_expert_that_an_actor_has_lost_is_asked_for_elsewhere_and_reported(

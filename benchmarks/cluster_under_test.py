@@ -1,0 +1,56 @@
+"""A whole cluster for a benchmark, and this process as one more router of it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.driver import Cluster
+from actors.ray_calls import controller_resolver
+from actors.router_actor import make_remote_experts
+from moecluster.config import read_config
+from moecluster.metrics import Metrics
+from moecluster.models.byte_tokenizer import build_byte_tokenizer
+from moecluster.models.own_build import build_model
+from moecluster.roles.load_reporter import LoadReporter
+from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller_client import ControllerClient
+from moecluster.sections import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A cluster, and the way to its experts from this process."""
+
+    name: str
+    driver: Cluster
+    remote: RemoteExperts
+    placements: ControllerClient
+
+
+def save_model(directory: Path, *, num_experts: int, hidden_size: int, inner_size: int, top_k: int) -> None:
+    """A model of our own family with one MoE layer."""
+    model = ModelConfig(
+        hidden_size=hidden_size, num_layers=1, num_experts=num_experts, expert_inner_size=inner_size, top_k=top_k
+    )
+    build_model(model, seed=0).save_pretrained(directory)
+    build_byte_tokenizer().save_pretrained(directory)
+
+
+@contextmanager
+def started(name: str, directory: str, tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Contender]:
+    """Two expert actors, a controller and a router that serve the model. This process has joined Ray."""
+    cluster = {"name": f"bench-{name}", "num_expert_actors": 2, **tables.get("cluster", {})}
+    config = read_config({**tables, "cluster": cluster})
+    driver = Cluster(config.cluster.name)
+    with ExitStack() as stack:
+        driver.start(config, directory)
+        stack.callback(driver.stop)
+        placements = ControllerClient(router="bench", resolve=controller_resolver(config.cluster.name))
+        stack.callback(placements.close)
+        remote = make_remote_experts(config, placements, Metrics(model=config.cluster.name))
+        stack.callback(remote.close)
+        reporter = LoadReporter(remote.loads, placements.report_load)
+        stack.callback(reporter.close)
+        yield Contender(name=name, driver=driver, remote=remote, placements=placements)
