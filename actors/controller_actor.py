@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actors.ray_calls import RaySupervisor
-from actors.settings import CONTROLLER, Endpoints, expert_names
+from actors.controller_settings import controller_settings, load_source
+from actors.ray_supervisor import RaySupervisor
+from actors.settings import CONTROLLER, Endpoints
 from moecluster.config import read_config
 from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.metrics import Metrics
-from moecluster.roles.controller import Controller, ControllerSettings
+from moecluster.roles.controller import Controller
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.health_watch import HealthWatch
@@ -34,26 +35,17 @@ class ControllerActor:
         metrics_port: int,
     ) -> None:
         config = read_config(tables)
-        metrics = Metrics(model=config.cluster.name)
+        metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
         port = metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._start_timeout_s = config.cluster.start_timeout_s
         self._controller = Controller(
-            ControllerSettings(
-                actors=expert_names(config),
-                replicas=replicas,
-                layer_experts=layer_experts,
-                checkpoint=model_dir,
-                dtype=config.model.dtype,
-                lease_s=config.controller.lease_s,
-                health_period_s=config.controller.health_period_s,
-                start_timeout_s=config.cluster.start_timeout_s,
-                load_timeout_s=config.cluster.start_timeout_s,
-            ),
-            supervisor=RaySupervisor(config.cluster.name),
+            controller_settings(config, model_dir, replicas, layer_experts),
+            supervisor=RaySupervisor(config),
             connect=_connect,
             watch=_watch,
             metrics=metrics,
+            source=load_source(config, layer_experts),
             on_deposed=_leave,
         )
         self._server = serve_controller(self._controller, host=config.cluster.host)

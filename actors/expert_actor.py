@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import ray
+
 from actors.settings import Endpoints
 from moecluster.config import read_config
 from moecluster.metrics import Metrics
@@ -18,7 +20,7 @@ class ExpertActor:
     def __init__(self, tables: Mapping[str, Any], name: str, metrics_port: int) -> None:
         config = read_config(tables)
         self._name = name
-        self._metrics = Metrics(model=config.cluster.name)
+        self._metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._service = ExpertService(
@@ -32,7 +34,12 @@ class ExpertActor:
 
     def address(self) -> ActorAddress:
         """Where this life of the actor listens."""
-        return ActorAddress(actor=self._name, address=self._server.address, incarnation=self._service.incarnation)
+        return ActorAddress(
+            actor=self._name,
+            address=self._server.address,
+            incarnation=self._service.incarnation,
+            node=ray.get_runtime_context().get_node_id(),
+        )
 
     def endpoints(self) -> Endpoints:
         """Where the process is reached."""

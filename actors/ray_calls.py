@@ -1,6 +1,5 @@
 """Calls to named actors, with finite waits, and Ray's errors as ours."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from actors.settings import CONTROLLER, Endpoints
 from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
-from moecluster.types import ActorAddress
 
-POLL_S = 0.05
 RESOLVE_TIMEOUT_S = 5.0
 
 
@@ -55,29 +52,3 @@ def controller_resolver(namespace: str) -> Callable[[], str]:
         return endpoints.address
 
     return resolve
-
-
-class RaySupervisor:
-    """Expert actors as Ray keeps them: an ActorSupervisor for the controller."""
-
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
-
-    def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
-        """Where the actor listens now; waits while Ray starts it again. None after the timeout."""
-        deadline_s = time.monotonic() + timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            try:
-                handle = find_actor(actor, self._namespace)
-                address: ActorAddress = call(handle.address.remote(), left_s, actor)
-                return address
-            except MoeClusterError:
-                time.sleep(min(POLL_S, left_s))
-        return None
-
-    def restart(self, actor: str) -> None:
-        """Ends a process that hangs; Ray starts a new one."""
-        try:
-            ray.kill(find_actor(actor, self._namespace), no_restart=False)
-        except (MoeClusterError, RayError):
-            return  # gone already

@@ -38,7 +38,7 @@ class RouterActor:
         config = read_config(tables)
         self._config = config
         self._name = name
-        self._metrics = Metrics(model=config.cluster.name)
+        self._metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)

@@ -145,16 +145,16 @@ class Changer:
                 logger.warning("no change was made: %s", exc)
 
     def _look(self) -> None:
-        """One round: read, recover, carry out what was ordered, then what the policy decides."""
-        with self._looking:
-            self._observer.read(self._clock())
-        self._show_balancedness()
+        """One round: recover, read, carry out what was ordered, then what the policy decides."""
         held = self._leases.any_hold()
         self._standing.set_held(held)
+        if not held and self.recovery_waits():
+            self._restore_elsewhere()
+        with self._looking:
+            self._observer.read(self._clock())  # takes seconds if a Prometheus server hangs
+        self._show_load()
         if held:
             return
-        if self.recovery_waits():
-            self._restore_elsewhere()
         self._drain_leaving_nodes()
         while (operation := self._log.next_queued()) is not None and not self._closed.is_set():
             if not self._carry_out(operation):
@@ -409,10 +409,13 @@ class Changer:
         for operation in ready:
             self._log.update(operation, balancedness_measured=measured)
 
-    def _show_balancedness(self) -> None:
+    def _show_load(self) -> None:
         if not self._observer.load_LE.any() or not self._standing.up():
             return
         seen = self._seen()
+        self._metrics.set_actor_speeds(
+            dict(zip(seen.names.actors, seen.observation.fleet.speed_A.tolist(), strict=True))
+        )
         layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
         for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
             self._metrics.set_layer_balancedness(layer, balancedness)

@@ -1,5 +1,6 @@
 """What the policy is shown: the load window, measured speeds, and the standing placement, as numbers with names."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -12,9 +13,11 @@ from moecluster.placement.loads import make_load_window
 from moecluster.placement.naming import Names, to_layout
 from moecluster.placement.speeds import ActorWork, SpeedMeter
 from moecluster.roles.actor_reports import ActorReports
-from moecluster.roles.load_sources import LoadSource
+from moecluster.roles.load_sources import LoadSource, SourceReading
 from moecluster.roles.standing import Standing
 from moecluster.types import ActorLoads, ExpertId
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +50,22 @@ class Observer:
         self._source = source
         self._window = make_load_window(settings.window, standing.layer_experts, settings.window_s)
         self._meter = SpeedMeter()
-        self._failure = ""
-
-    @property
-    def failure(self) -> str:
-        """Why the last reading failed; empty if it did not."""
-        return self._failure
+        self._last: SourceReading | None = None
+        self._failure = ""  # why the last reading failed
 
     def read(self, now_s: float) -> None:
         """Takes a reading. One that fails is noted, and the load stays as it was seen last."""
         try:
             reading = self._source.read(now_s)
+            if reading is self._last:
+                return  # nothing new was scraped
             self._window.add(reading.counters)
             self._meter.add({a: ActorWork(rows=w.computed_rows, busy_s=w.busy_s) for a, w in reading.work.items()})
+            self._last = reading
             self._failure = ""
         except MoeClusterError as exc:
+            if str(exc) != self._failure:
+                logger.warning("the load cannot be read: %s", exc)
             self._failure = str(exc)
 
     @property
