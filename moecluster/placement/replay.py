@@ -18,7 +18,7 @@ from moecluster.placement.decision import Observation, Policy, StateT
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, balancedness_L, moved_bytes
 from moecluster.placement.loads import CounterReading, LoadWindow
 from moecluster.placement.partway import hosted_experts_LE, surviving
-from moecluster.placement.start import contiguous_layout, uniform_fleet
+from moecluster.placement.start import all_bytes, contiguous_layout, uniform_fleet
 from moecluster.placement.trace import ACTOR_DIED, TraceEvent, TraceHeader, TraceWindow
 
 _SOURCE = "trace"
@@ -162,7 +162,7 @@ class Replay(Generic[StateT]):
             load_LE=self._load_window.load_LE,
             fleet=self._fleet,
             layout=self._layout,
-            budget_bytes=self._budget_bytes if self._decided else np.inf,
+            budget_bytes=self._budget_bytes if self._decided else all_bytes(self._fleet),
         )
         began_s = self._clock()
         decision, self._state = self._policy.decide(seen, self._state)

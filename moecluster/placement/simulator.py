@@ -25,7 +25,7 @@ from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedne
 from moecluster.placement.loads import CounterReading, ExponentialWindow
 from moecluster.placement.partway import hosted_experts_LE, layers_taken, surviving
 from moecluster.placement.scenario import Scenario, SimulatedDecision, SimulatedWindow
-from moecluster.placement.start import contiguous_layout
+from moecluster.placement.start import all_bytes, contiguous_layout
 from moecluster.placement.synthetic import SyntheticLoads, WindowLoad
 from moecluster.placement.transfers import STORE, schedule
 
@@ -219,7 +219,7 @@ class Simulator(Generic[StateT]):
             load_LE=self._window.load_LE,
             fleet=fleet,
             layout=self._layout,
-            budget_bytes=self._scenario.budget_bytes if self._decided else np.inf,
+            budget_bytes=self._scenario.budget_bytes if self._decided else all_bytes(fleet),
         )
         began_s = self._clock()
         decision, self._state = self._policy.decide(seen, self._state)

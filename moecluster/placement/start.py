@@ -30,6 +30,11 @@ def contiguous_layout(num_experts_L: Ints, fleet: Fleet) -> Layout:
     return make_layout(num_experts_L, layer_R, expert_R, actor_R, np.ones(len(layer_R)))
 
 
+def all_bytes(fleet: Fleet) -> float:
+    """What all slots hold together: a budget that binds no decision."""
+    return float(fleet.slots_A.sum() * fleet.expert_bytes_L.sum())
+
+
 def actor_bytes(fleet: Fleet) -> float:
     """What the roomiest actor holds when it is full: a budget that refills a lost one in a single decision."""
     return float(fleet.slots_A.max(initial=0) * fleet.expert_bytes_L.sum())

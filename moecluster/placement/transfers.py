@@ -1,6 +1,5 @@
 """When the replicas of a new layout are there: copies over links that carry one in and one out at a time."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,28 +23,29 @@ class Transfer:
 def schedule(before: Layout, after: Layout, fleet: Fleet, now_s: float, bytes_per_s: float) -> list[Transfer]:
     """Greedy list schedule of the copies that lead from one layout to another; all links are free at now_s.
 
-    Lost experts come first, then layer by layer. Each copy comes from the holder whose link is free first.
+    Lost experts come first, then layer by layer. A copy comes from the holder that can send it first, and what has
+    arrived is sent on: the copies of a hot expert double with every round.
     """
     wanted_R = added_R(before, after)
     key_N, layer_N, target_N = after.expert_key_R[wanted_R], after.layer_R[wanted_R], after.actor_R[wanted_R]
     first_N = np.searchsorted(before.expert_key_R, key_N, side="left")
     end_N = np.searchsorted(before.expert_key_R, key_N, side="right")
     order = np.lexsort((layer_N, end_N > first_N)).tolist()
-    first, end, layer, target = first_N.tolist(), end_N.tolist(), layer_N.tolist(), target_N.tolist()
-    holders = before.actor_R.tolist()
+    key, first, end, layer, target = (column.tolist() for column in (key_N, first_N, end_N, layer_N, target_N))
+    standing = before.actor_R.tolist()
     seconds_L = (fleet.expert_bytes_L / bytes_per_s).tolist()
     out_free_s, in_free_s = [now_s] * fleet.num_actors, [now_s] * fleet.num_actors
+    holders: dict[int, dict[int, float]] = {}  # expert -> actor -> since when it has a copy
     transfers = []
     for n in order:
-        source = _first_free(holders[first[n] : end[n]], out_free_s)
-        begins_s = max(in_free_s[target[n]], out_free_s[source] if source != STORE else now_s)
+        held = holders.setdefault(key[n], dict.fromkeys(standing[first[n] : end[n]], now_s))
+        source, begins_s = STORE, in_free_s[target[n]]
+        if end[n] > first[n]:
+            ready_s, source = min((max(since_s, out_free_s[actor]), actor) for actor, since_s in held.items())
+            begins_s = max(begins_s, ready_s)
         ends_s = begins_s + seconds_L[layer[n]]
-        in_free_s[target[n]] = ends_s
         if source != STORE:
             out_free_s[source] = ends_s
+        in_free_s[target[n]] = held[target[n]] = ends_s
         transfers.append(Transfer(layer=layer[n], source=source, target=target[n], start_s=begins_s, end_s=ends_s))
     return transfers
-
-
-def _first_free(holders: Sequence[int], free_s: Sequence[float]) -> int:
-    return min(holders, key=free_s.__getitem__, default=STORE)

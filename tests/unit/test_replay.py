@@ -88,7 +88,7 @@ def test_a_policy_sees_the_load_up_to_now_and_the_budget_after_the_first_plan() 
     policy = KeepAll()
     replayed(policy, steps, budget_bytes=500.0)
     seen = policy.shown
-    assert [observation.budget_bytes for observation in seen] == [np.inf, 500.0, 500.0]
+    assert [observation.budget_bytes for observation in seen] == [4 * 6 * 3 * 1000.0, 500.0, 500.0]
     assert [observation.now_s for observation in seen] == [10.0, 20.0, 30.0]
     np.testing.assert_allclose(seen[0].load_LE, steps[0].counts_LE / 10.0)
     rates = [window.counts_LE / 10.0 for window in steps]

@@ -46,6 +46,13 @@ def test_copies_take_turns_on_links_and_lost_experts_come_first() -> None:
     ]
 
 
+def test_what_has_arrived_is_sent_on() -> None:
+    fleet = uniform_fleet(8, 3, np.array([100.0, 100.0]))
+    everywhere = layout_of(*((0, 0, actor) for actor in range(8)))
+    found = schedule(layout_of((0, 0, 0)), everywhere, fleet, 0.0, 100.0)
+    assert sorted(transfer.end_s for transfer in found) == [1.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0]
+
+
 # Whole days
 
 
