@@ -73,7 +73,8 @@ def _exchanged(layout: Layout, layer: int, load_E: Floats, most_apart: float, pa
         drawn_EA[:, b] -= shift_E
     single_R = count_E[expert_R] == 1
     actor_R[single_R] = actor_E[expert_R[single_R]]
-    return actor_R
+    exchanged_R: Ints = actor_R
+    return exchanged_R
 
 
 def _alike(expert_X: Ints, load_E: Floats, most_apart: float) -> tuple[Ints, Ints]:

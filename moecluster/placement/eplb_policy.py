@@ -15,7 +15,7 @@ import numpy as np
 from moecluster.placement.decision import Decision, Observation, check_observation, decision_of
 from moecluster.placement.layout import Fleet, Floats, Ints, Layout, make_layout
 from moecluster.placement.replica_counts import minimax_counts
-from moecluster.placement.restore import check_room
+from moecluster.placement.restore import check_room, restored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class EplbState:
 class EplbPolicy:
     """Policy `eplb`. Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0.
 
-    The budget is not kept, as the published plan has none; a budget of 0 leaves everything as it stands.
+    The published plan knows no budget, so none is kept, but that with a budget of 0 all stays as it stands.
     """
 
     name: str = "eplb"
@@ -37,8 +37,12 @@ class EplbPolicy:
 
     def decide(self, seen: Observation, state: EplbState) -> tuple[Decision, EplbState]:
         check_observation(seen)
-        after = eplb_plan(seen.load_LE, seen.layout.num_experts_L, seen.fleet)
-        return decision_of(seen, after, "EPLB's plan for the seen load"), state
+        if seen.budget_bytes == 0:
+            after, reason = restored(seen.layout, seen.load_LE, seen.fleet), "no moves allowed"
+        else:
+            after = eplb_plan(seen.load_LE, seen.layout.num_experts_L, seen.fleet)
+            reason = "EPLB's plan for the seen load"
+        return decision_of(seen, after, reason), state
 
 
 def eplb_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Layout:

@@ -50,8 +50,11 @@ def exact_fill(load_E: Floats, fair_A: Floats, slots_A: Ints, node_A: Ints) -> l
 
 def _order(fair_A: Floats, slots_A: Ints, node_A: Ints) -> list[int]:
     """Most load per slot first; actors alike in that in turns of the nodes, so that parts stand on several."""
-    turn_A = np.array([(node_A[:actor] == node).sum() for actor, node in enumerate(node_A)])
-    return np.lexsort((turn_A, -fair_A / np.maximum(slots_A, 1))).tolist()
+    by_node = np.argsort(node_A, kind="stable")
+    turn_A = np.empty(len(node_A), dtype=np.int64)
+    turn_A[by_node] = np.arange(len(node_A)) - np.searchsorted(node_A[by_node], node_A[by_node])
+    order_A: list[int] = np.lexsort((turn_A, -fair_A / np.maximum(slots_A, 1))).tolist()
+    return order_A
 
 
 def _window(loads: list[float], fair: float, fewest: int, most: int) -> tuple[int, int] | None:

@@ -26,6 +26,8 @@ from moecluster.placement.relief import Wanted, relieved
 from moecluster.placement.replica_counts import least_worst_load_L
 from moecluster.placement.shares import least_max_shares
 
+LEAST_PROGRESS = 1e-4  # relative fall of the worst load in a round, below which a layer is let be
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoveSettings:
@@ -106,18 +108,23 @@ def _stages(
 ) -> list[_Stage]:
     """The standing layout, and what it is after each round; a layer without progress is let be."""
     stages = [_stage(layout, layout, load_LE, fleet)]
-    left_L = wanted.most_moves_L
+    going = np.arange(layout.num_layers)
     for _ in range(max_rounds):
         before = stages[-1]
-        left_L = np.where(left_L > 0, wanted.most_moves_L - (before.bytes_L / fleet.expert_bytes_L).astype(np.int64), 0)
-        step = Wanted(bound_L=wanted.bound_L, tolerance=wanted.tolerance, most_moves_L=np.maximum(left_L, 0))
-        moved = relieved(before.layout, load_LE, fleet, step, coactivation_LEE)
-        if moved is before.layout:
+        left_L = wanted.most_moves_L[going] - (before.bytes_L[going] / fleet.expert_bytes_L[going]).astype(np.int64)
+        part = of_layers(before.layout, going)
+        width, of_part = part.max_experts, _fleet_of(fleet, going)
+        step = Wanted(bound_L=wanted.bound_L[going], tolerance=wanted.tolerance, most_moves_L=left_L)
+        pairs = None if coactivation_LEE is None else coactivation_LEE[going, :width, :width]
+        load = load_LE[going, :width]
+        moved = relieved(part, load, of_part, step, pairs)
+        moved = with_shares(moved, least_max_shares(moved, load, of_part).share_R)
+        worst = actor_load_LA(moved, load, of_part).max(axis=1, initial=0.0)
+        better = np.flatnonzero(worst < before.worst_L[going] * (1 - LEAST_PROGRESS))
+        if len(better) == 0:
             break
-        shared = with_shares(moved, least_max_shares(moved, load_LE, fleet).share_R)
-        after = _stage(layout, shared, load_LE, fleet)
-        stages.append(after)
-        left_L = np.where(after.bytes_L > before.bytes_L, left_L, 0)
+        going = going[better]
+        stages.append(_stage(layout, with_layers(before.layout, going, of_layers(moved, better)), load_LE, fleet))
     return stages
 
 
@@ -128,9 +135,7 @@ def _stage(standing: Layout, layout: Layout, load_LE: Floats, fleet: Fleet) -> _
     return _Stage(layout=layout, worst_L=worst_L, bytes_L=count_L * fleet.expert_bytes_L)
 
 
-def _chosen_stage_L(
-    stages: list[_Stage], saved_s: float, price_s: float, min_gain: float, budget_bytes: float
-) -> Ints:
+def _chosen_stage_L(stages: list[_Stage], saved_s: float, price_s: float, min_gain: float, budget_bytes: float) -> Ints:
     """Which stage each layer goes to, 0 where it stays: by gain over price per byte, while the budget lasts."""
     worst_SL = np.stack([stage.worst_L for stage in stages])
     bytes_SL = np.stack([stage.bytes_L for stage in stages])

@@ -11,11 +11,14 @@ from typing import Any
 
 from moecluster.errors import ConfigError
 from moecluster.placement.decision import Policy
+from moecluster.placement.eplb_policy import EplbPolicy
 from moecluster.placement.share_policy import SharePolicy
 from moecluster.placement.static_policy import StaticPolicy
 from moecluster.settings import suggest
 
-POLICIES: Mapping[str, Callable[[], Policy[Any]]] = MappingProxyType({"share": SharePolicy, "static": StaticPolicy})
+POLICIES: Mapping[str, Callable[[], Policy[Any]]] = MappingProxyType(
+    {"share": SharePolicy, "eplb": EplbPolicy, "static": StaticPolicy}
+)
 
 
 def policy_named(name: str) -> Policy[Any]:

@@ -9,7 +9,9 @@ from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with
 from moecluster.placement.shares import least_overflow
 
 EXPERTS_TRIED = 4  # of an actor above the bound, the heaviest
-LEAST_RELIEF = 0.25  # of what stands above the bound, that a move must take away
+MOVES_A_ROUND = 2  # of a layer: the next round sees what these made of the shares
+LEAST_RELIEF = 0.02  # of what stands above the bound, that a move must take away
+PASSED_ON = 0.5  # of an actor's divided load: what it is trusted to give to other replicas in exchange for more
 UNCOVERED = 0.05  # of its load: what it counts to leave an expert on one node
 NEW_NODE = 0.02  # relative taste for a node without the expert
 TOGETHER = 0.05  # relative taste for the actor with the most co-activated experts
@@ -72,7 +74,8 @@ class _Board:
     ) -> None:
         self.dropped_R: Bools = np.zeros(len(expert_R), dtype=np.bool_)
         self.added: list[tuple[int, int]] = []
-        self._fleet, self._expert_R, self._actor_R, self._load_R, self._load_E = fleet, expert_R, actor_R, load_R, load_E
+        self._fleet, self._load_E = fleet, load_E
+        self._expert_R, self._actor_R, self._load_R = expert_R, actor_R, load_R
         self._limit_A, self._coactivation_EE = limit_A, coactivation_EE
         self._holds_EA = np.zeros((len(load_E), fleet.num_actors), dtype=np.bool_)
         self._holds_EA[expert_R, actor_R] = True
@@ -84,7 +87,8 @@ class _Board:
         """Adds, drops and exchanges, worst actor first, at most one for each actor."""
         worst_first = np.argsort(-self._over_A / self._fleet.speed_A, kind="stable")
         for actor in worst_first.tolist():
-            if len(self.added) >= most_moves or self._over_A[actor] <= tolerance * self._limit_A[actor]:
+            done = self._over_A[actor] <= tolerance * self._limit_A[actor]
+            if done or len(self.added) >= min(most_moves, MOVES_A_ROUND):
                 break
             if not self._replicate(actor) and len(self.added) + 2 <= most_moves:
                 self._exchange(actor)
@@ -92,7 +96,7 @@ class _Board:
     def _replicate(self, actor: int) -> bool:
         excess = self._over_A[actor]
         drop_A, cost_A = self._least_needed()
-        room_A = np.minimum(-self._over_A, excess - cost_A)
+        room_A = np.minimum(self._room_A(), excess - cost_A)
         room_A[actor] = -np.inf
         best = (LEAST_RELIEF * excess, -1, -1)
         for expert, load in self._heaviest(actor):
@@ -134,6 +138,15 @@ class _Board:
         self._over_A[actor] -= shift[row, column]
         self._over_A[other] += shift[row, column]
 
+    def _room_A(self) -> Floats:
+        """What an actor can take: below the bound, and in place of load that it can pass on to others below it."""
+        below = float(np.maximum(-self._over_A, 0.0).sum())
+        divided_R = (self._holds_EA.sum(axis=1)[self._expert_R] > 1) & ~self.dropped_R
+        divided_A = np.bincount(self._actor_R, weights=self._load_R * divided_R, minlength=len(self._over_A))
+        room_A = -self._over_A + PASSED_ON * np.minimum(divided_A, below)
+        room: Floats = np.where(self._over_A < 0, room_A, -np.inf).astype(np.float64, copy=False)
+        return room
+
     def _heaviest(self, actor: int) -> Iterator[tuple[int, float]]:
         """(expert, its load on the actor), heaviest first."""
         mine = np.flatnonzero((self._actor_R == actor) & ~self.dropped_R)
@@ -160,7 +173,7 @@ class _Board:
     def _taste_A(self, expert: int) -> Floats:
         """Near 1: which of two actors with like room an expert would rather go to."""
         nodes = self._fleet.node_A[self._holds_EA[expert]]
-        taste_A = 1.0 + NEW_NODE * ~np.isin(self._fleet.node_A, nodes)
+        taste_A: Floats = 1.0 + NEW_NODE * ~np.isin(self._fleet.node_A, nodes)
         if self._coactivation_EE is not None:
             pairs_A = self._coactivation_EE[expert] @ self._holds_EA
             taste_A += TOGETHER * pairs_A / max(float(pairs_A.max()), 1e-300)

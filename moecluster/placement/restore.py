@@ -21,7 +21,8 @@ def restored(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layout:
     dropped_R = _beyond_slots_R(layout, load_LE, fleet)
     lost_X = np.setdiff1d(all_expert_keys(layout.num_experts_L), layout.expert_key_R[~dropped_R])
     if not dropped_R.any() and len(lost_X) == 0:
-        return layout
+        whole_R = normalized(layout)  # where one of several replicas was lost, the others share its part
+        return layout if np.allclose(whole_R, layout.share_R, rtol=0, atol=1e-9) else with_shares(layout, whole_R)
     room = _Room(layout, load_LE, fleet, dropped_R)
     hottest_first_X = lost_X[np.argsort(-load_LE.reshape(-1)[lost_X], kind="stable")]
     layer_N, expert_N = np.divmod(hottest_first_X, max(layout.max_experts, 1))

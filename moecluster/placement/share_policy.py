@@ -1,30 +1,80 @@
 """The default policy: shares follow the load at no price; replicas follow where that pays for their bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from moecluster.placement.decision import Decision, Observation, check_observation, decision_of
-from moecluster.placement.layout import with_shares
+from moecluster.placement.forecast import Trend, forecast
+from moecluster.placement.incremental import MoveSettings, with_moves
+from moecluster.placement.layout import Layout, balancedness_L, moved_bytes, with_shares
 from moecluster.placement.restore import restored
 from moecluster.placement.shares import least_max_shares
+from moecluster.placement.spare_moves import with_spares_moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareSettings:
+    """How eagerly the policy acts."""
+
+    min_share_gain: float = 0.0005  # of mean balancedness, for which shares alone are changed
+    evenness: float = 0.2  # how far shares are drawn towards equal ones each time, where that costs no balance
+    spare_moves_a_layer: int = 3  # most spare replicas of a layer that one decision places or moves
+    moves: MoveSettings = field(default_factory=MoveSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareState:
-    """Nothing to remember: all that counts is in the observation."""
+    """How the load went so far; None before the first decision."""
+
+    trend: Trend | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharePolicy:
-    """Policy `share`. Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0."""
+    """Policy `share`, in this order: lost experts and drained actors; shares; moves that pay; spare replicas.
+
+    It plans for the load that is expected at the next decision. Under a load that does not change it comes to rest: a
+    plan that would gain too little is the standing layout itself. Replicas of lost experts, and of experts on drained
+    actors, do not count against the budget.
+    Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0.
+    """
 
     name: str = "share"
+    settings: ShareSettings = field(default_factory=ShareSettings)
 
     def first_state(self) -> ShareState:
         return ShareState()
 
     def decide(self, seen: Observation, state: ShareState) -> tuple[Decision, ShareState]:
         check_observation(seen)
-        standing = restored(seen.layout, seen.load_LE, seen.fleet)
-        after = with_shares(standing, least_max_shares(standing, seen.load_LE, seen.fleet).share_R)
-        reason = "shares follow the load"
-        return decision_of(seen, after, reason), state
+        load_LE, trend = forecast(seen.load_LE, state.trend)
+        standing = restored(seen.layout, load_LE, seen.fleet)
+        shared = least_max_shares(standing, load_LE, seen.fleet, evenness=self.settings.evenness)
+        reshared = with_shares(standing, shared.share_R)
+        after = self._with_optional_moves(reshared, seen, load_LE)
+        reason = _reason(seen.layout, standing, reshared, after)
+        if after is reshared:  # the same replicas: are the new shares worth an order?
+            gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(standing, load_LE, seen.fleet)
+            if gain.sum() < self.settings.min_share_gain * max(len(gain), 1):
+                after = standing
+                reason = "as even as it gets" if standing is seen.layout else reason
+        return decision_of(seen, after, reason), ShareState(trend=trend)
+
+    def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: np.ndarray) -> Layout:
+        if seen.budget_bytes <= 0:
+            return layout
+        fleet, settings = seen.fleet, self.settings
+        moved = with_moves(layout, load_LE, fleet, seen.budget_bytes, settings.moves, seen.coactivation_LEE)
+        left_bytes = seen.budget_bytes - moved_bytes(layout, moved, fleet)
+        return with_spares_moved(moved, load_LE, fleet, left_bytes, settings.spare_moves_a_layer)
+
+
+def _reason(seen: Layout, standing: Layout, reshared: Layout, after: Layout) -> str:
+    """One line on what was done, in the order of urgency."""
+    parts = []
+    if standing is not seen:
+        parts.append("experts restored, or moved off drained actors")
+    if after is not reshared:
+        parts.append("replicas added or moved where shares alone do not suffice")
+    return "; ".join([*parts, "shares follow the load"])

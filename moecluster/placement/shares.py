@@ -31,14 +31,17 @@ class SharedLoad:
     bound_L: Floats  # lower bound on the worst actor's load / speed; reached within the tolerance
 
 
-def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet) -> SharedLoad:
+def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, evenness: float = 0.0) -> SharedLoad:
     """Shares of least max(load / speed), per layer, within 1e-10 of the optimum.
 
     Among the optima it takes one near the standing shares: only what stands above the bound is given away. An expert
     without load keeps its shares; all come out in [0, 1] with a sum of 1 per expert.
+
+    evenness: how far to start from equal shares instead, in [0, 1]. Load that is spread alike over an expert's replicas
+    is hurt less by what the next window brings.
     """
     problem = _Problem.of(layout, load_LE, fleet)
-    start_R = normalized(layout)
+    start_R = (1 - evenness) * normalized(layout) + evenness / problem.count_X[problem.expert_of_R]
     load_R = problem.load_of_R * start_R
     bound_L = problem.first_bound_L()
     for _ in range(MAX_ROUNDS):
@@ -56,7 +59,7 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet) -> SharedLoa
 
 
 def least_overflow(layout: Layout, load_LE: Floats, fleet: Fleet, bound_L: Floats) -> Floats:
-    """Load of each replica when as little as can stands above a bound on load / speed that need not be reachable: [R]."""
+    """Load of each replica when as little as can stands above a bound that need not be reachable: [R]."""
     problem = _Problem.of(layout, load_LE, fleet)
     load_R = problem.load_of_R * normalized(layout)
     excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A

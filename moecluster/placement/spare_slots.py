@@ -3,36 +3,33 @@
 import numpy as np
 
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with_added
-
-HEADROOM = 0.4  # replicas of at most this fraction of an actor's fair load let shares follow the load
+from moecluster.placement.replica_counts import in_fair_loads, urgency
 
 
 def with_spare_slots_used(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layout:
     """The layout with a replica more in every free slot where one can stand, of share 0.
 
-    First for experts of more than HEADROOM of a fair load per replica, then for those that stand on one node only, then
-    by load per replica; within each, the hottest first. A new replica goes to an actor with most free slots, by
+    Experts in the order of `replica_counts.urgency`. A new replica goes to an actor with most free slots, by
     preference on a node without the expert, then where the least load can be shared so far.
     """
-    holds_LEA, free_LA = _held(layout, fleet)
+    holds_LEA, free_LA = held(layout, fleet)
     num_layers, max_experts, _ = holds_LEA.shape
     every_L = np.arange(num_layers)
     count_LE = holds_LEA.sum(axis=2)
-    fair_L = load_LE.sum(axis=1) / max(int((fleet.slots_A > 0).sum()), 1)
-    unit_LE = np.divide(load_LE, fair_L[:, None], out=np.zeros_like(load_LE), where=fair_L[:, None] > 0)
-    one_node_LE = _on_one_node(layout, fleet).reshape(num_layers, max_experts)
+    unit_LE = in_fair_loads(load_LE, fleet)
+    one_node_LE = on_one_node(layout, fleet).reshape(num_layers, max_experts)
     flexible_LA = np.einsum("le,lea->la", np.where(count_LE > 1, unit_LE / np.maximum(count_LE, 1), 0.0), holds_LEA)
     open_LE = count_LE > 0
     added: list[tuple[Ints, Ints, Ints]] = []
     going_L = every_L[(free_LA > 0).any(axis=1) & open_LE.any(axis=1)]
     while len(going_L):
-        expert = _urgency(unit_LE[going_L], count_LE[going_L], one_node_LE[going_L], open_LE[going_L]).argmax(axis=1)
-        held = holds_LEA[going_L, expert]
-        may = (free_LA[going_L] > 0) & ~held
+        expert = urgency(unit_LE[going_L], count_LE[going_L], one_node_LE[going_L], open_LE[going_L]).argmax(axis=1)
+        mine = holds_LEA[going_L, expert]
+        may = (free_LA[going_L] > 0) & ~mine
         fits = may.any(axis=1)
         open_LE[going_L[~fits], expert[~fits]] = False
-        layer, expert, may, held = going_L[fits], expert[fits], may[fits], held[fits]
-        new_node = ~_shares_node(held, fleet.node_A)
+        layer, expert, may, mine = going_L[fits], expert[fits], may[fits], mine[fits]
+        new_node = ~shares_node(mine, fleet.node_A)
         taste = free_LA[layer] + 0.5 * new_node - 0.4 * flexible_LA[layer] / (1 + flexible_LA[layer])
         actor = np.where(may, taste, -np.inf).argmax(axis=1)
         added.append((layer, expert, actor))
@@ -48,15 +45,7 @@ def with_spare_slots_used(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layo
     return with_added(layout, layer_N, expert_N, actor_N)
 
 
-def _urgency(unit_LE: Floats, count_LE: Ints, one_node_LE: Bools, open_LE: Bools) -> Floats:
-    """Order of the experts: too hot, then on one node only, then the rest; by load per replica within each."""
-    per_replica_LE = unit_LE / np.maximum(count_LE, 1)
-    top = per_replica_LE.max(initial=0.0) + 1.0
-    urgency: Floats = per_replica_LE + np.where(per_replica_LE > HEADROOM, 2 * top, np.where(one_node_LE, top, 0.0))
-    return np.where(open_LE, urgency, -1.0)
-
-
-def _held(layout: Layout, fleet: Fleet) -> tuple[Bools, Ints]:
+def held(layout: Layout, fleet: Fleet) -> tuple[Bools, Ints]:
     """Which actor holds which expert, [L, E, A], and the free slots, [L, A]."""
     holds_LEA = np.zeros((layout.num_layers, layout.max_experts, fleet.num_actors), dtype=np.bool_)
     holds_LEA[layout.layer_R, layout.expert_R, layout.actor_R] = True
@@ -65,7 +54,7 @@ def _held(layout: Layout, fleet: Fleet) -> tuple[Bools, Ints]:
     return holds_LEA, np.maximum(fleet.slots_A - held_LA, 0)
 
 
-def _on_one_node(layout: Layout, fleet: Fleet) -> Bools:
+def on_one_node(layout: Layout, fleet: Fleet) -> Bools:
     """Of each expert that stands, by its key, whether one node holds all its replicas: [L * E]."""
     size = layout.num_layers * layout.max_experts
     least_X = np.full(size, np.iinfo(np.int64).max)
@@ -76,11 +65,11 @@ def _on_one_node(layout: Layout, fleet: Fleet) -> Bools:
     return alone_X
 
 
-def _shares_node(held: Bools, node_A: Ints) -> Bools:
+def shares_node(holds: Bools, node_A: Ints) -> Bools:
     """[n, A] -> [n, A]: whether an actor's node has an actor that holds."""
     _, place_A = np.unique(node_A, return_inverse=True)
-    on_node = np.zeros((len(held), int(place_A.max(initial=0)) + 1), dtype=np.bool_)
-    row, actor = np.nonzero(held)
+    on_node = np.zeros((len(holds), int(place_A.max(initial=0)) + 1), dtype=np.bool_)
+    row, actor = np.nonzero(holds)
     on_node[row, place_A[actor]] = True
     shares: Bools = on_node[:, place_A]
     return shares

@@ -1,0 +1,100 @@
+"""Spare replicas of a standing layout follow the load: to experts that grow too hot for their replicas, so that shares
+have room when the load changes; then to experts on one node only, so that the loss of a node costs as little as can be.
+
+A free slot is used first; else the replica least needed gives way, if the other expert is clearly more in need, so that
+equal needs do not swap for ever. No layer's worst load rises by it.
+"""
+
+import numpy as np
+
+from moecluster.placement.layout import (
+    Bools,
+    Fleet,
+    Floats,
+    Ints,
+    Layout,
+    actor_load_LA,
+    added_R,
+    of_layers,
+    with_added,
+    with_layers,
+    with_shares,
+    without,
+)
+from moecluster.placement.replica_counts import HEADROOM, in_fair_loads
+from moecluster.placement.shares import least_max_shares
+from moecluster.placement.spare_slots import held, on_one_node, shares_node
+
+CLEARLY = 1.25  # times as much need as the one that gives way
+MOST_LOSS = 0.001  # of a layer's worst load, relatively
+TOO_HOT, EXPOSED, NEVER = 2, 1, 3  # kinds of need, and of what giving way would make an expert; 0: the rest
+
+
+def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_bytes: float, most_a_layer: int) -> Layout:
+    """The layout with some spare replicas placed or moved, most needed first, within the budget.
+
+    layout: with shares of least greatest load; so has what comes back.
+    """
+    after = layout
+    for _ in range(most_a_layer):
+        layer, expert, actor, gives_way = _wanted(after, load_LE, fleet)
+        paid = np.cumsum(fleet.expert_bytes_L[layer]) <= budget_bytes
+        if not paid.any():
+            break
+        budget_bytes -= float(fleet.expert_bytes_L[layer[paid]].sum())
+        dropped_R = np.zeros(after.num_replicas, dtype=np.bool_)
+        dropped_R[gives_way[paid & (gives_way >= 0)]] = True
+        after = with_added(without(after, dropped_R), layer[paid], expert[paid], actor[paid])
+    changed = np.unique(after.layer_R[added_R(layout, after)])
+    if len(changed) == 0:
+        return layout
+    part = of_layers(after, changed)
+    of_part = load_LE[changed, : part.max_experts]
+    part = with_shares(part, least_max_shares(part, of_part, fleet).share_R)
+    worst_before_L = actor_load_LA(layout, load_LE, fleet).max(axis=1)[changed]
+    worst_after_L = actor_load_LA(part, of_part, fleet).max(axis=1)
+    kept = np.flatnonzero(worst_after_L <= worst_before_L * (1 + MOST_LOSS))
+    return with_layers(layout, changed[kept], of_layers(part, kept)) if len(kept) else layout
+
+
+def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, Ints, Ints]:
+    """(layer, expert, actor, replica that gives way or -1) of each move, most needed first; a layer at most once."""
+    every_L = np.arange(layout.num_layers)
+    holds_LEA, free_LA = held(layout, fleet)
+    count_LE = holds_LEA.sum(axis=2)
+    unit_LE = in_fair_loads(load_LE, fleet)
+    exposed_LE = on_one_node(layout, fleet).reshape(count_LE.shape) & (len(np.unique(fleet.node_A)) > 1)
+    can_grow_LE = (count_LE > 0) & (count_LE < (fleet.slots_A > 0).sum())
+    per_replica_LE = unit_LE / np.maximum(count_LE, 1)
+    class_LE = np.where(can_grow_LE, _class(per_replica_LE > CLEARLY * HEADROOM, exposed_LE), -1)
+    expert_L = (class_LE + per_replica_LE / (1 + per_replica_LE)).argmax(axis=1)
+    class_L, need_L = class_LE[every_L, expert_L], per_replica_LE[every_L, expert_L]
+
+    held_LA = holds_LEA[every_L, expert_L]
+    may_LA = (fleet.slots_A > 0) & ~held_LA
+    new_node_LA = ~shares_node(held_LA, fleet.node_A)
+    may_LA &= new_node_LA | (class_L != EXPOSED)[:, None]
+
+    left_LE = unit_LE / np.maximum(count_LE - 1, 1)  # load per replica when one gives way
+    left_class_LE = _class(left_LE > HEADROOM, (count_LE == 2) & (len(np.unique(fleet.node_A)) > 1))
+    key_R = layout.layer_R, layout.expert_R
+    may_R = (count_LE[key_R] > 1) & may_LA[layout.layer_R, layout.actor_R]
+    loss_R = left_LE[key_R] + 0.1 * layout.share_R * unit_LE[key_R]
+    class_R = np.where(may_R, left_class_LE[key_R], NEVER)
+    cheapest_first = np.lexsort((loss_R, class_R, layout.layer_R))
+    gives_way_L = cheapest_first[np.searchsorted(layout.layer_R, every_L)]
+    class_lost_L, lost_L = class_R[gives_way_L], loss_R[gives_way_L]
+
+    free_L = (may_LA & (free_LA > 0)).any(axis=1)
+    taste_LA = np.where(may_LA & (free_LA > 0), free_LA + 0.5 * new_node_LA, -1.0)
+    actor_L = np.where(free_L, taste_LA.argmax(axis=1), layout.actor_R[gives_way_L])
+    clearly_L = (class_lost_L < class_L) | ((class_lost_L == class_L) & (need_L > CLEARLY * lost_L))
+    layers = np.flatnonzero((class_L >= 0) & (need_L > 0) & (free_L | clearly_L))
+    layers = layers[np.lexsort((-need_L[layers], -class_L[layers]))]
+    return layers, expert_L[layers], actor_L[layers], np.where(free_L, -1, gives_way_L)[layers]
+
+
+def _class(too_hot_LE: Bools, exposed_LE: Bools) -> Ints:
+    """The kind of need: too hot before exposed before the rest."""
+    kind: Ints = np.where(too_hot_LE, TOO_HOT, np.where(exposed_LE, EXPOSED, 0))
+    return kind
