@@ -11,10 +11,26 @@ from moecluster.errors import InvalidMessage
 from moecluster.experts.base import Expert
 from moecluster.hf.shard import ExpertShard
 from moecluster.models.expert_source import ExpertSource
-from moecluster.types import ExpertId
+from moecluster.roles.controller_orders import LoadOrder
+from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 
 RETURN_EVERY_BYTES = 16 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """What a load is to bring, and from where."""
+
+    experts: Sequence[ExpertId]
+    checkpoint: str  # a directory; of a copy from a peer too: it says what experts of the model are
+    dtype: str  # float32 | bfloat16 | float16; empty: float32
+    weight_version: int  # 0: what the actor serves, or the peer gives
+    replace: bool  # also what is in its slot already
+    optimizer: OptimizerSettings | None  # None: the experts are served, not trained
+    training_term: int
+    peer: ActorAddress | None
+    max_bytes_per_s: int  # of a copy from a peer; 0: as fast as it goes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +54,21 @@ def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) 
 
 
 def read_experts(
-    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, *, trainable: bool
+    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, order: LoadOrder, *, trainable: bool
 ) -> Iterator[ArrivedExpert]:
     """Experts out of a checkpoint, one by one; packed unless they are trained.
 
-    Raises InvalidMessage, before any is read; CheckpointError.
+    Raises InvalidMessage, before any is read; CheckpointError; StaleOrder and DeadlineExceeded of the order.
     """
     checked_dtype = wanted_dtype(source, experts, dtype)
-    read = (ArrivedExpert(expert=expert, module=source.load(expert, checked_dtype)) for expert in experts)
-    yield from finish(read, trainable=trainable)
+
+    def read() -> Iterator[ArrivedExpert]:
+        for expert in experts:
+            order.check(expert)
+            if expert not in order.dropped:
+                yield ArrivedExpert(expert=expert, module=source.load(expert, checked_dtype))
+
+    yield from finish(read(), trainable=trainable)
 
 
 def finish(arrived: Iterable[ArrivedExpert], *, trainable: bool) -> Iterator[ArrivedExpert]:

@@ -1,10 +1,9 @@
 """The expert actor's role: holds experts, computes what waits, and takes the orders of controller and coordinator."""
 
-import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import psutil
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from moecluster.errors import (
-    CheckpointError,
     DeadlineExceeded,
     InvalidMessage,
     MoeClusterError,
@@ -21,15 +19,12 @@ from moecluster.errors import (
 from moecluster.experts import compute
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.training_files import read_optimizer_state, read_step
-from moecluster.roles.arriving_experts import ArrivedExpert, read_experts, return_freed_memory, wanted_dtype
-from moecluster.roles.block_proofs import BlockProofs
+from moecluster.roles.arriving_experts import LoadSettings, return_freed_memory
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
 from moecluster.roles.controller_orders import ControllerOrders
+from moecluster.roles.expert_loader import ExpertLoader
 from moecluster.roles.expert_training import ExpertTraining
 from moecluster.roles.hosted_experts import HostedExperts
-from moecluster.roles.peer_copy import copy_experts
 from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
 from moecluster.rpc.peer_exports import GrpcPeerExports
 from moecluster.types import (
@@ -71,23 +66,25 @@ class ExpertService:
         self.name = name
         self.incarnation = secrets.token_hex(8)
         self._metrics = metrics
-        self._connect_peer = connect_peer
-        self._proofs = BlockProofs() if batch_invariant else None
-        self._run: compute.RunExpert = compute.run_plainly
         self._work = ActorWork()  # replaced whole by who computes
         self._hosted = HostedExperts()
-        self._widths: dict[int, int] = {}  # of the rows that a layer's experts take
         self._queue = ComputeQueue(max_queue_bytes)
         self._training = ExpertTraining(name, activation_budget_bytes)
         self._computing = threading.Lock()  # held from taking out of the queue to the reply
         # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
         self._state_lock = threading.RLock()
         self._orders = ControllerOrders()
+        self._loader = ExpertLoader(
+            name,
+            self._hosted,
+            self._training,
+            self._state_lock,
+            connect_peer=connect_peer,
+            batch_invariant=batch_invariant,
+        )
         self._placement = (0, 0)
         self._checkpoint = ""  # as the last set_placement said
         self._picture = b""  # likewise
-        self._weight_version = 0
-        self._sources: dict[str, ExpertSource] = {}
         self._thread = threading.Thread(target=self._compute_forever, name=f"compute-{name}", daemon=True)
         self._thread.start()
 
@@ -176,18 +173,18 @@ class ExpertService:
                 except MoeClusterError as exc:
                     outcomes[i] = exc
             if ready:
-                results = compute.forward(experts, [batches[i] for i in ready], self._run)
+                results = compute.forward(experts, [batches[i] for i in ready], self._loader.run)
                 outcomes.update(zip(ready, results, strict=True))
             return [outcomes[i] for i in range(len(batches))]
 
     def _experts_of(self, batch: ComputeBatch) -> dict[int, nn.Module]:
-        if batch.weight_version not in (0, self._weight_version):
-            raise StaleOrder(f"weight version {batch.weight_version} is not served: {self._weight_version} is")
+        if batch.weight_version not in (0, self._hosted.weight_version):
+            raise StaleOrder(f"weight version {batch.weight_version} is not served: {self._hosted.weight_version} is")
         experts = self._hosted.layer(batch.layer, batch.experts, self._placement)
         parameter = next(experts[batch.experts[0]].parameters(), None)
         if parameter is not None and parameter.dtype != batch.x_ND.dtype:
             raise InvalidMessage(f"x.dtype: {batch.x_ND.dtype}, and the experts are {parameter.dtype}")
-        width = self._widths[batch.layer]
+        width = self._hosted.widths[batch.layer]
         if batch.x_ND.shape[1] != width:
             raise InvalidMessage(f"x.shape: rows of {batch.x_ND.shape[1]}, and the experts take {width}")
         return experts
@@ -197,7 +194,7 @@ class ExpertService:
         experts = self._experts_of(batch)
         if batch.incarnation and batch.incarnation != self.incarnation:
             raise StaleOrder(f"this is incarnation {self.incarnation}, not {batch.incarnation}")
-        return self._training.compute(experts, batch, self._run)
+        return self._training.compute(experts, batch, self._loader.run)
 
     # -- orders of the controller --
 
@@ -225,40 +222,19 @@ class ExpertService:
         """
         if peer is not None and optimizer is not None:
             raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
+        settings = LoadSettings(
+            experts=experts,
+            checkpoint=checkpoint,
+            dtype=dtype,
+            weight_version=weight_version,
+            replace=replace,
+            optimizer=optimizer,
+            training_term=training_term,
+            peer=peer,
+            max_bytes_per_s=max_bytes_per_s,
+        )
         with self._orders.loading(term, experts, timeout_s) as order:
-            source = self._source(checkpoint)
-            hosted = set(self._hosted.ids())
-            if optimizer is not None:
-                step = read_step(checkpoint)
-                with self._state_lock:
-                    self._training.begin(optimizer, training_term, step)
-                hosted = {e for e in hosted if self._training.holds(e)}  # what was only served comes anew
-            wanted = [e for e in dict.fromkeys(experts) if replace or e not in hosted]
-            self._widths |= {layer.layer: layer.hidden_size for layer in source.layers}
-            if peer is None:
-                arriving = read_experts(source, wanted, dtype, trainable=optimizer is not None)
-            else:
-                arriving = copy_experts(self._connect_peer, peer, source, wanted, dtype, order, max_bytes_per_s)
-            loaded_bytes, coming = 0, set(wanted)
-            for arrived in arriving:
-                order.check(arrived.expert)
-                coming.discard(arrived.expert)
-                self._prove_blocks(arrived.module, self._widths[arrived.expert.layer], wanted_dtype(source, (), dtype))
-                state = read_optimizer_state(checkpoint, arrived.expert) if optimizer is not None else None
-                with self._state_lock:
-                    order.check(arrived.expert)
-                    if arrived.expert in order.dropped:
-                        continue
-                    version = self._adopt_version(arrived, weight_version, coming)
-                    loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version)
-                    if optimizer is not None:
-                        self._training.add(arrived.expert, arrived.module, state)
-                    else:
-                        self._training.remove(arrived.expert)
-            if weight_version:
-                self._weight_version = weight_version
-            order.finish(wanted)
-        return loaded_bytes
+            return self._loader.load(order, settings)
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
         """Drops experts; unknown ones are fine. A load that is ordered meanwhile keeps its own.
@@ -352,7 +328,7 @@ class ExpertService:
                 placement=self._placement,
                 experts=self._hosted.ids(),
                 hosted_bytes=self._hosted.size_bytes(),
-                weight_version=self._weight_version,
+                weight_version=self._hosted.weight_version,
                 training_term=training.term if training is not None else 0,
                 committed=training.committed if training is not None else None,
                 prepared=training.prepared if training is not None else None,
@@ -361,31 +337,3 @@ class ExpertService:
                 picture=self._picture if with_picture else b"",
                 work=replace(self._work, queue_rows=self._queue.rows),
             )
-
-    # -- within --
-
-    def _source(self, checkpoint: str) -> ExpertSource:
-        if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
-            raise CheckpointError(f"{checkpoint}: no such directory on the node of {self.name}")
-        if checkpoint not in self._sources:
-            self._sources = {checkpoint: ExpertSource(checkpoint)}
-        return self._sources[checkpoint]
-
-    def _adopt_version(self, arrived: ArrivedExpert, ordered: int, coming: Set[ExpertId]) -> int:
-        """The weight version of an arrived expert. coming: those that the load has yet to bring.
-
-        One actor serves one version, so a peer's must be that of the experts that stay here. Raises StaleOrder.
-        """
-        version = arrived.weight_version
-        if version is None:
-            return ordered or self._weight_version
-        stays = set(self._hosted.ids()) - coming - {arrived.expert}
-        wanted = ordered or (self._weight_version if stays else version)
-        if version != wanted:
-            raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {version}, {wanted} is wanted here")
-        self._weight_version = version
-        return version
-
-    def _prove_blocks(self, module: nn.Module, width: int, dtype: torch.dtype) -> None:
-        if self._proofs is not None:
-            self._run = self._proofs.add(module, width, dtype)

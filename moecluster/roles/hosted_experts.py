@@ -23,6 +23,8 @@ class HostedExperts:
     """Experts by id. Thread-safe; a module once read stays valid for who holds it."""
 
     def __init__(self) -> None:
+        self.weight_version = 0  # that is served
+        self.widths: dict[int, int] = {}  # layer -> D of the rows that its experts take
         self._hosted: dict[ExpertId, Hosted] = {}
         self._layers: dict[int, dict[int, nn.Module]] = {}  # replaced whole at each change, read without the lock
         self._lock = threading.Lock()

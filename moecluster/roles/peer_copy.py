@@ -9,7 +9,7 @@ from torch import nn
 
 from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
 from moecluster.models.expert_source import ExpertSource
-from moecluster.roles.arriving_experts import ArrivedExpert, finish, wanted_dtype
+from moecluster.roles.arriving_experts import ArrivedExpert, LoadSettings, finish, wanted_dtype
 from moecluster.roles.controller_orders import LoadOrder
 from moecluster.rpc.interfaces import ConnectPeer, PeerExports
 from moecluster.types import ActorAddress, ExpertId
@@ -42,22 +42,21 @@ def copy_experts(
     peer: ActorAddress,
     source: ExpertSource,
     experts: Sequence[ExpertId],
-    dtype: str,
+    settings: LoadSettings,
     order: LoadOrder,
-    max_bytes_per_s: int,
 ) -> Iterator[ArrivedExpert]:
-    """Experts of a peer that holds them in this dtype, packed as those out of a checkpoint; one in memory at a time.
+    """Experts of a peer that holds them in the wanted dtype, ready as those out of a checkpoint; one at a time.
 
     Raises InvalidMessage for an expert that the model does not have or an unknown dtype, before any is copied;
     Unavailable for whatever the peer does not give as it should; StaleOrder and DeadlineExceeded of the order.
     """
-    checked_dtype = wanted_dtype(source, experts, dtype)
-    pace = BytePace(max_bytes_per_s)
+    dtype = wanted_dtype(source, experts, settings.dtype)
+    pace = BytePace(settings.max_bytes_per_s)
     exports = connect(peer)
     order.interrupt = exports.close  # a peer that hangs holds up no newer order
     try:
         wanted = (expert for expert in experts if expert not in order.dropped)
-        copied = (_copy(exports, peer, source, expert, checked_dtype, order, pace) for expert in wanted)
+        copied = (_copy(exports, peer, source, expert, dtype, order, pace) for expert in wanted)
         yield from finish(copied, trainable=False)
     finally:
         exports.close()

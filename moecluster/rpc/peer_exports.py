@@ -13,6 +13,8 @@ from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ActorAddress, ExpertId
 
+CONNECT_TIMEOUT_S = 2.0  # a single attempt gives up after 0.1 s, which a busy host may need
+
 
 class GrpcPeerExports:
     """PeerExports of one life of an actor."""
@@ -22,6 +24,7 @@ class GrpcPeerExports:
         self._peer = peer
         self._channel = open_channel(peer.address, credentials)
         self._stub = ExpertServiceStub(self._channel)
+        self._is_connected = False
 
     def tensors(
         self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
@@ -30,7 +33,12 @@ class GrpcPeerExports:
             experts=[tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index)], incarnation=self._peer.incarnation
         )
         try:
+            if not self._is_connected:
+                grpc.channel_ready_future(self._channel).result(min(CONNECT_TIMEOUT_S, timeout_s))
+                self._is_connected = True
             call = self._stub.Export(request, timeout=timeout_s)
+        except grpc.FutureTimeoutError as exc:
+            raise Unavailable(f"{self._peer.actor}: no connection within {CONNECT_TIMEOUT_S:g} s") from exc
         except ValueError as exc:  # the channel was closed
             raise Unavailable(f"{self._peer.actor}: {exc}") from exc
         try:

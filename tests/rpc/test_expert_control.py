@@ -43,11 +43,14 @@ from tests.small_actor import (
     LAYER,
     TAG,
     TIMEOUT_S,
+    Occupied,
     ask,
     batch_of,
     open_stream,
     serving,
+    submit,
     training,
+    wait_for_rows,
 )
 
 SERVICE = "moecluster.v1.ExpertService"
@@ -96,6 +99,33 @@ def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: Ex
         assert status.rss_bytes > 2**20
     assert_same_fields(replace(control.status(), rss_bytes=0), replace(trainer.status(), rss_bytes=0))
     assert control.status().committed == TAG
+
+
+def test_the_picture_and_the_work_come_over_the_wire(control: GrpcExpertControl, trainer: ExpertService) -> None:
+    picture = bytes(range(256)) * 2**18  # 64 MiB
+    control.set_placement(term=2, generation=7, picture=picture)
+    control.set_placement(term=2, generation=8)
+    assert control.status().picture == b""
+    assert control.status(with_picture=True).picture == picture
+    with Occupied(trainer):
+        submit(trainer, batch_of(4))
+        wait_for_rows(trainer, 4)
+        waiting = control.status().work
+        assert_same_fields(waiting, trainer.status().work)
+        assert waiting.queue_rows == 4
+    ask(trainer, batch_of(1))
+    work = control.status().work
+    assert work.computed_rows >= 3 + 5 and work.batches >= 2 and work.busy_s > 0 and work.queue_wait_s > 0
+
+
+def test_an_unload_over_the_wire_drains_first(trainer: ExpertService, server: RunningServer) -> None:
+    with closing(GrpcExpertControl("expert-0", server.address, timeout_s=0.5)) as control:
+        with Occupied(trainer):
+            waits = submit(trainer, batch_of())
+            control.unload(term=1, experts=EXPERTS[:1], drain_timeout_s=0.8)  # longer than other orders may take
+            assert control.status().experts == EXPERTS[1:]
+        with pytest.raises(NotHosted):
+            waits.result(TIMEOUT_S)
 
 
 def test_a_step_over_the_wire_equals_one_in_process(
