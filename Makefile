@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 LAYERS := $(foreach layer,unit rpc cluster faults browser gpu,$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
 # The scripts that end within minutes.
 BENCHMARKS := layer
-SOAK_DURATION_S ?= 3600
+DURATION ?= 600
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test system-deps check lint types imports stale-protos bench protos soak clean
@@ -49,8 +49,8 @@ bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to be
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
 
-soak: $(VENV)/.dev  ## long runs: make soak SOAK_DURATION_S=3600
-	MOECLUSTER_SOAK_DURATION_S=$(SOAK_DURATION_S) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak
+soak: $(VENV)/.dev  ## long runs, each of DURATION seconds: 600 unless given
+	MOECLUSTER_SOAK_DURATION_S=$(DURATION) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak
 
 clean:  ## remove environments, caches and what a build left
 	rm -rf $(VENV) .tools .peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,13 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from transformers import AutoModelForCausalLM
 
 from actors.settings import CONTROLLER
 from moecluster.errors import MoeClusterError
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.own_build import build_model
+from moecluster.models.own_build import build_model, register_own_family
+from moecluster.types import ExpertId
 from tests.near_ties import is_near_tie
 from tests.ray_cluster import RayCluster
 from tests.twin_actors import TINY
@@ -24,9 +26,10 @@ NUM_CLIENTS = 4
 JOIN_TIMEOUT_S = 90.0
 
 
-def save_decided_model(directory: Path) -> str:
+def save_decided_model(directory: Path, *, num_experts: int = TINY.num_experts) -> str:
     """A byte-level model with logits far enough apart that greedy texts are their own."""
-    build_model(dataclasses.replace(TINY, initializer_range=0.2), 0).save_pretrained(directory)
+    model = dataclasses.replace(TINY, initializer_range=0.2, num_experts=num_experts)
+    build_model(model, 0).save_pretrained(directory)
     build_byte_tokenizer().save_pretrained(directory)
     return str(directory)
 
@@ -40,6 +43,8 @@ class Text:
     failure: str  # empty: none
     started_s: float
     ended_s: float
+    pieces_s: tuple[float, ...]  # when each piece came, in most cases a token
+    experts: Mapping[ExpertId, int]  # assignments of prompt and continuation
 
 
 @dataclass(kw_only=True)
@@ -50,17 +55,54 @@ class Outcome:
     kills: list[tuple[str, float]] = field(default_factory=list)  # actor, when
 
 
+class Clients:
+    """NUM_CLIENTS threads that generate one text after another, from __enter__ to __exit__."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self.texts: list[Text] = []
+        self._cluster = cluster
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(NUM_CLIENTS)]
+
+    def _run(self, number: int) -> None:
+        turn = number
+        while not self._over.is_set():
+            self.texts.append(generate(self._cluster, PROMPTS[turn % len(PROMPTS)]))
+            turn += 1
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+        for thread in self._threads:
+            thread.join(max(deadline_s - time.monotonic(), 0.0))
+        assert not any(thread.is_alive() for thread in self._threads), "a generation hangs"
+
+
 def generate(cluster: RayCluster, prompt: str) -> Text:
-    started_s, failure = time.monotonic(), ""
+    started_s, failure, pieces_s = time.monotonic(), "", []
     with cluster.client() as client:
         stream = client.generate(prompt, max_new_tokens=NEW_TOKENS)
         try:
-            stream.text()
+            for _ in stream:
+                pieces_s.append(time.monotonic())
             if stream.finish_reason not in ("stop", "length"):
                 failure = f"ended by {stream.finish_reason!r}"
         except MoeClusterError as exc:
             failure = f"{type(exc).__name__}: {exc}"
-    return Text(prompt=prompt, ids=tuple(stream.ids), failure=failure, started_s=started_s, ended_s=time.monotonic())
+    return Text(
+        prompt=prompt,
+        ids=tuple(stream.ids),
+        failure=failure,
+        started_s=started_s,
+        ended_s=time.monotonic(),
+        pieces_s=tuple(pieces_s),
+        experts=stream.experts,
+    )
 
 
 def generate_under_kills(cluster: RayCluster, *, duration_s: float, kill_every_s: float, seed: int = 0) -> Outcome:
@@ -68,50 +110,45 @@ def generate_under_kills(cluster: RayCluster, *, duration_s: float, kill_every_s
 
     The controller is killed once, when half of the time is over.
     """
-    choose, outcome, over = random.Random(seed), Outcome(), threading.Event()
-
-    def run_client(number: int) -> None:
-        turn = number
-        while not over.is_set():
-            outcome.texts.append(generate(cluster, PROMPTS[turn % len(PROMPTS)]))
-            turn += 1
-
+    choose, outcome = random.Random(seed), Outcome()
     experts = [actor.actor for actor in cluster.wait_served().actors]
     periods = int(duration_s / kill_every_s)
     schedule = [(kill_every_s * (k + choose.random()), choose.choice(experts)) for k in range(periods)]
     schedule = sorted([*schedule, (duration_s / 2, CONTROLLER)])
-    started_s = time.monotonic()
-    clients = [threading.Thread(target=run_client, args=(i,), daemon=True) for i in range(NUM_CLIENTS)]
-    for client in clients:
-        client.start()
-    for at_s, actor in schedule:
-        time.sleep(max(started_s + at_s - time.monotonic(), 0.0))
-        cluster.kill(actor)
-        outcome.kills.append((actor, time.monotonic()))
-    time.sleep(max(started_s + duration_s - time.monotonic(), 0.0))
-    over.set()
-    for client in clients:
-        client.join(JOIN_TIMEOUT_S)
-    assert not any(client.is_alive() for client in clients), "a generation hangs"
+    with Clients(cluster) as clients:
+        started_s = time.monotonic()
+        for at_s, actor in schedule:
+            time.sleep(max(started_s + at_s - time.monotonic(), 0.0))
+            cluster.kill(actor)
+            outcome.kills.append((actor, time.monotonic()))
+        time.sleep(max(started_s + duration_s - time.monotonic(), 0.0))
+    outcome.texts += clients.texts
     return outcome
 
 
-def assert_undisturbed(outcome: Outcome, undisturbed: Mapping[str, Sequence[int]], directory: str) -> None:
-    """No request failed, and every text is the undisturbed one; near ties are excused and counted."""
+def count_near_ties(texts: Sequence[Text], undisturbed: Mapping[str, Sequence[int]], directory: str) -> int:
+    """How many texts differ from the undisturbed ones. Asserts that none failed, and that near ties excuse the rest."""
     failed = [
         f"{text.prompt}: {text.failure}, {len(text.ids)} tokens in {text.ended_s - text.started_s:.1f} s"
-        for text in outcome.texts
+        for text in texts
         if text.failure
     ]
     assert not failed, failed
-    different = [text for text in outcome.texts if text.ids != tuple(undisturbed[text.prompt])]
+    different = [text for text in texts if text.ids != tuple(undisturbed[text.prompt])]
+    register_own_family()
     whole = AutoModelForCausalLM.from_pretrained(directory)
     for text in different:
         prompt = list(text.prompt.encode())
         assert is_near_tie(whole, prompt, text.ids, undisturbed[text.prompt]), f"{text.prompt}: {text.ids}"
+    assert len(different) <= len(texts) / 20
+    return len(different)
+
+
+def assert_undisturbed(outcome: Outcome, undisturbed: Mapping[str, Sequence[int]], directory: str) -> None:
+    """No request failed, and every text is the undisturbed one; near ties are excused and counted."""
+    excused = count_near_ties(outcome.texts, undisturbed, directory)
     across = [actor for actor, at_s in outcome.kills if any(t.started_s < at_s < t.ended_s for t in outcome.texts)]
     longest_s = max(text.ended_s - text.started_s for text in outcome.texts)
-    print(f"{len(outcome.texts)} texts, the slowest in {longest_s:.1f} s, {len(different)} excused as near ties")
+    print(f"{len(outcome.texts)} texts, the slowest in {longest_s:.1f} s, {excused} excused as near ties")
     print("killed amid texts:", ", ".join(across))
     assert across == [actor for actor, _ in outcome.kills]
-    assert len(different) <= len(outcome.texts) / 20

@@ -10,12 +10,12 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from actors.driver import Cluster
+from actors.driver import CALL_TIMEOUT_S, Cluster
 from actors.ray_calls import controller_resolver
 from actors.router_actor import make_remote_experts
 from moecluster.client import Client
@@ -75,9 +75,10 @@ class RayCluster:
             finally:
                 remote.close()
 
-    def pids(self) -> dict[str, int]:
-        """The process of every actor that answers."""
-        return {name: reached.pid for name, reached in self.driver.endpoints().items() if reached is not None}
+    def pids(self, timeout_s: float = CALL_TIMEOUT_S, *, names: Sequence[str] | None = None) -> dict[str, int]:
+        """The process of every actor, or of those named, that answers within the timeout."""
+        found = self.driver.endpoints(timeout_s, names=names)
+        return {name: reached.pid for name, reached in found.items() if reached is not None}
 
     def kill(self, actor: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Sends a signal to an actor's process, as soon as it has one; returns its pid."""
