@@ -143,7 +143,7 @@ class _Board:
         below = float(np.maximum(-self._over_A, 0.0).sum())
         divided_R = (self._holds_EA.sum(axis=1)[self._expert_R] > 1) & ~self.dropped_R
         divided_A = np.bincount(self._actor_R, weights=self._load_R * divided_R, minlength=len(self._over_A))
-        room_A = -self._over_A + PASSED_ON * np.minimum(divided_A, below)
+        room_A = np.negative(self._over_A) + PASSED_ON * np.minimum(divided_A, below)
         room: Floats = np.where(self._over_A < 0, room_A, -np.inf).astype(np.float64, copy=False)
         return room
 
@@ -173,7 +173,7 @@ class _Board:
     def _taste_A(self, expert: int) -> Floats:
         """Near 1: which of two actors with like room an expert would rather go to."""
         nodes = self._fleet.node_A[self._holds_EA[expert]]
-        taste_A: Floats = 1.0 + NEW_NODE * ~np.isin(self._fleet.node_A, nodes)
+        taste_A = np.where(np.isin(self._fleet.node_A, nodes), 1.0, 1.0 + NEW_NODE)
         if self._coactivation_EE is not None:
             pairs_A = self._coactivation_EE[expert] @ self._holds_EA
             taste_A += TOGETHER * pairs_A / max(float(pairs_A.max()), 1e-300)

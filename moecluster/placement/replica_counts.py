@@ -10,8 +10,8 @@ HEADROOM = 0.25  # replicas of at most this fraction of an actor's fair load let
 def minimax_counts(load_LE: Floats, num_experts_L: Ints, slots: int, most: int) -> Ints:
     """Counts of least max(load / count), [L, E]: one replica more, time and again, for the greatest load per replica.
 
-    slots: the sum of each layer's counts, as far as `most` replicas of each expert allow it. This greedy choice is optimal,
-    and it is the replication step of DeepSeek's EPLB.
+    slots: the sum of each layer's counts, as far as `most` replicas of each expert allow it. This greedy choice is
+    optimal, and is the replication step of DeepSeek's EPLB.
     """
     num_layers, max_experts = load_LE.shape
     exists_LE = np.arange(max_experts) < num_experts_L[:, None]

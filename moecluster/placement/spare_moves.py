@@ -23,7 +23,7 @@ from moecluster.placement.layout import (
 )
 from moecluster.placement.replica_counts import HEADROOM, in_fair_loads
 from moecluster.placement.shares import least_max_shares
-from moecluster.placement.spare_slots import held, on_one_node, shares_node
+from moecluster.placement.spare_slots import held, leaves_one_node_R, on_one_node, shares_node
 
 CLEARLY = 1.25  # times as much need as the one that gives way
 MOST_LOSS = 0.001  # of a layer's worst load, relatively
@@ -75,12 +75,11 @@ def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, 
     new_node_LA = ~shares_node(held_LA, fleet.node_A)
     may_LA &= new_node_LA | (class_L != EXPOSED)[:, None]
 
-    left_LE = unit_LE / np.maximum(count_LE - 1, 1)  # load per replica when one gives way
-    left_class_LE = _class(left_LE > HEADROOM, (count_LE == 2) & (len(np.unique(fleet.node_A)) > 1))
     key_R = layout.layer_R, layout.expert_R
+    left_R = unit_LE[key_R] / np.maximum(count_LE[key_R] - 1, 1)  # load per replica when this one gives way
+    loss_R = left_R + 0.1 * layout.share_R * unit_LE[key_R]
     may_R = (count_LE[key_R] > 1) & may_LA[layout.layer_R, layout.actor_R]
-    loss_R = left_LE[key_R] + 0.1 * layout.share_R * unit_LE[key_R]
-    class_R = np.where(may_R, left_class_LE[key_R], NEVER)
+    class_R = np.where(may_R, _class(left_R > HEADROOM, leaves_one_node_R(layout, fleet)), NEVER)
     cheapest_first = np.lexsort((loss_R, class_R, layout.layer_R))
     gives_way_L = cheapest_first[np.searchsorted(layout.layer_R, every_L)]
     class_lost_L, lost_L = class_R[gives_way_L], loss_R[gives_way_L]
@@ -94,7 +93,7 @@ def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, 
     return layers, expert_L[layers], actor_L[layers], np.where(free_L, -1, gives_way_L)[layers]
 
 
-def _class(too_hot_LE: Bools, exposed_LE: Bools) -> Ints:
+def _class(too_hot: Bools, exposed: Bools) -> Ints:
     """The kind of need: too hot before exposed before the rest."""
-    kind: Ints = np.where(too_hot_LE, TOO_HOT, np.where(exposed_LE, EXPOSED, 0))
+    kind: Ints = np.where(too_hot, TOO_HOT, np.where(exposed, EXPOSED, 0))
     return kind

@@ -65,6 +65,17 @@ def on_one_node(layout: Layout, fleet: Fleet) -> Bools:
     return alone_X
 
 
+def leaves_one_node_R(layout: Layout, fleet: Fleet) -> Bools:
+    """Of each replica, whether its expert would stand on one node only without it, though there are several nodes."""
+    nodes, place_A = np.unique(fleet.node_A, return_inverse=True)
+    key_R = layout.expert_key_R * len(nodes) + place_A[layout.actor_R]
+    keys, of_R, count_K = np.unique(key_R, return_inverse=True, return_counts=True)
+    nodes_X = np.bincount(keys // len(nodes))  # of each expert key
+    left_R = nodes_X[layout.expert_key_R] - (count_K[of_R] == 1)
+    leaves: Bools = (left_R <= 1) & (len(nodes) > 1)
+    return leaves
+
+
 def shares_node(holds: Bools, node_A: Ints) -> Bools:
     """[n, A] -> [n, A]: whether an actor's node has an actor that holds."""
     _, place_A = np.unique(node_A, return_inverse=True)
