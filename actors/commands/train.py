@@ -17,7 +17,7 @@ from actors.commands.target import read_target
 from actors.launch import bring_up, join, leave, take_down
 from actors.state import UpCluster
 from moecluster.config import Config
-from moecluster.errors import ResourceError
+from moecluster.errors import ResourceError, Unavailable
 from moecluster.training.checkpoints import CHECKPOINTS
 from moecluster.training.events import (
     AttemptFailed,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from actors.driver import Cluster
 
 POLL_S = 0.3
+PATIENCE_S = 60.0  # for a router that does not answer
 CURVE = "loss.png"
 
 
@@ -106,8 +107,18 @@ def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster
 def _events(cluster: "Cluster") -> Iterator[Event]:
     """The run's events as they come, until it ends. Raises what ended it."""
     seen = 0
+    silent_since_s: float | None = None
     while True:
-        progress = cluster.training_progress(seen)
+        try:
+            progress = cluster.training_progress(seen)
+            silent_since_s = None
+        except Unavailable:
+            # Ray starts a router that was lost again, and that one says what became of the run.
+            silent_since_s = silent_since_s or time.monotonic()
+            if time.monotonic() - silent_since_s > PATIENCE_S:
+                raise
+            time.sleep(POLL_S)
+            continue
         seen += len(progress.events)
         yield from progress.events
         if progress.ended:

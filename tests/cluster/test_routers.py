@@ -4,17 +4,19 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.settings import is_router
 from moecluster.client import Client, FailoverStream
-from moecluster.errors import MoeClusterError
-from moecluster.rpc.controller_calls import set_checkpoint
-from moecluster.types import RouterStatus
+from moecluster.errors import MoeClusterError, StateLost, Unavailable, UserError
+from moecluster.rpc.controller_calls import ControllerCalls, set_checkpoint
+from moecluster.types import ExpertId, RouterStatus
 from tests.generation_load import save_decided_model
 from tests.ray_cluster import RayCluster, wait_for
 from tests.ray_session import RaySession
+from tests.training_runs import losses, make_config, write_text
 
 PROMPTS = ("def add(a, b):", "The tower of", "import os")
 NEW_TOKENS = 200
@@ -67,13 +69,14 @@ def test_routers_write_the_same_texts_at_the_same_time(cluster: RayCluster) -> N
 
 
 def test_each_has_a_lease_a_name_and_metrics_of_its_own(cluster: RayCluster) -> None:
-    assert cluster.wait_served().routers == 2
+    wait_for(lambda: cluster.wait_served().routers == 2, "both have leases")
     found = cluster.driver.endpoints()
     for name in ROUTERS:
         reached = found[name]
         assert reached is not None and reached.actor == name
         seen = status(reached.address)
         assert seen is not None and seen.router == name
+        texts(reached.address)
         with urllib.request.urlopen(f"http://{reached.metrics_address}/metrics", timeout=10) as answer:
             assert "moecluster_expert_tokens_total" in answer.read().decode()
 
@@ -109,3 +112,31 @@ def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster
     wait_for(lambda: cluster.pids().get("router-1", pid) != pid, "router-1 is started again")
     seen = status(addresses(cluster)["router-1"])
     assert seen is not None and seen.model == newest
+
+
+def test_a_training_run_holds_the_placement_and_ends_with_the_first_router(
+    cluster: RayCluster, directory: str, tmp_path: Path
+) -> None:
+    def held() -> bool:
+        seen = cluster.status()
+        return seen is not None and seen.held
+
+    def says_that_the_run_is_gone() -> bool:
+        try:
+            return cluster.driver.training_progress(0).ended
+        except StateLost as exc:
+            return "train.resume=true" in str(exc)
+        except Unavailable:
+            return False  # it is being started again
+
+    assert not held()
+    endless: dict[str, Any] = {"steps": 10**6, "checkpoint_every_steps": 0, "participant_timeout_s": 2.0}
+    cluster.driver.train(make_config(write_text(tmp_path), tmp_path / "run", **endless), directory)
+    wait_for(lambda: losses([*cluster.driver.training_progress(0).events]), "a step is done")
+    assert held()
+    refused = pytest.raises(UserError, match="a training run holds the placement")
+    with ControllerCalls(cluster.driver.controller_address()) as calls, refused:
+        calls.place(ExpertId(layer=0, index=0), ["expert-1"])
+    cluster.kill("router")
+    wait_for(says_that_the_run_is_gone, "the router that was started again says that the run is gone")
+    wait_for(lambda: not held(), "its lease is over")
