@@ -6,6 +6,7 @@ from dataclasses import replace
 from moecluster.errors import UserError
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import (
+    ActorAddress,
     ActorLoads,
     ActorState,
     ClusterLoads,
@@ -14,6 +15,7 @@ from moecluster.types import (
     LoadSnapshot,
     Operation,
     OperationPhase,
+    Placement,
     PlanPreview,
     Replica,
 )
@@ -59,8 +61,17 @@ OLD_OPERATION = Operation(
 )
 
 
+PLACEMENT = Placement(
+    term=2,
+    generation=5,
+    layer_experts=LAYER_EXPERTS,
+    actors={ACTORS[0]: ActorAddress(actor=ACTORS[0], address="127.0.0.1:5000", incarnation="a1", node="node-a")},
+    replicas=(Replica(expert=ExpertId(layer=3, index=1), actor=ACTORS[0]),),
+)
+
+
 class ScriptedController(PlacementBoard):
-    """A ControllerHandler. Its operations go a phase further at every look."""
+    """A ControllerHandler, ready once a placement is published. Its operations go a phase further at every look."""
 
     lease_s = 0.3
 

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 
-from moecluster.errors import InvalidMessage, MoeClusterError
+from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
 from moecluster.rpc.controller_messages import encode_status
 from moecluster.rpc.fields import (
@@ -29,6 +29,7 @@ from moecluster.rpc.status_codes import abort_with
 from moecluster.types import ClusterLoads, ControllerStatus, ExpertId, LoadSnapshot, Operation, PlanPreview
 
 WAIT_S = 1.0  # between looks at whether a subscriber is still there
+READY_WAIT_S = 5.0  # of an order for a controller that is starting
 
 AnswerT = TypeVar("AnswerT")
 
@@ -77,7 +78,11 @@ class ControllerHandler(PlacementSource, Protocol):
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
-    """Translates messages to calls of the handler, and its errors to status codes."""
+    """Translates messages to calls of the handler, and its errors to status codes.
+
+    Before a controller publishes its first placement it does not know what its predecessor did: what asks for loads,
+    plans and operations waits for that a little, and is UNAVAILABLE then.
+    """
 
     def __init__(self, handler: ControllerHandler) -> None:
         self._handler = handler
@@ -141,7 +146,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         return _answer(context, lambda: encode_status(self._handler.status()))
 
     def Loads(self, request: controller_pb2.LoadsRequest, context: grpc.ServicerContext) -> controller_pb2.LoadsReply:
-        return _answer(context, lambda: encode_cluster_loads(self._handler.loads()))
+        return self._answer_when_ready(context, lambda: encode_cluster_loads(self._handler.loads()))
 
     def Scale(self, request: controller_pb2.ScaleRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
         def scale() -> controller_pb2.Operation:
@@ -149,14 +154,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             operation = self._handler.scale(expert_actors, operation_id=_operation_id(request.operation_id))
             return encode_operation(operation)
 
-        return _answer(context, scale)
+        return self._answer_when_ready(context, scale)
 
     def Drain(self, request: controller_pb2.DrainRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
         def drain() -> controller_pb2.Operation:
             node = checked_name(request.node, "node")
             return encode_operation(self._handler.drain(node, operation_id=_operation_id(request.operation_id)))
 
-        return _answer(context, drain)
+        return self._answer_when_ready(context, drain)
 
     def Place(self, request: controller_pb2.PlaceRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
         def place() -> controller_pb2.Operation:
@@ -167,24 +172,37 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             operation = self._handler.place(expert, actors, operation_id=_operation_id(request.operation_id))
             return encode_operation(operation)
 
-        return _answer(context, place)
+        return self._answer_when_ready(context, place)
 
     def Plan(self, request: controller_pb2.PlanRequest, context: grpc.ServicerContext) -> controller_pb2.PlanReply:
-        return _answer(
-            context, lambda: encode_plan(self._handler.plan(checked_optional_name(request.policy, "policy")))
-        )
+        def plan() -> controller_pb2.PlanReply:
+            return encode_plan(self._handler.plan(checked_optional_name(request.policy, "policy")))
+
+        return self._answer_when_ready(context, plan)
 
     def GetOperation(
         self, request: controller_pb2.GetOperationRequest, context: grpc.ServicerContext
     ) -> controller_pb2.Operation:
-        return _answer(context, lambda: encode_operation(self._handler.operation(checked_name(request.id, "id"))))
+        def get() -> controller_pb2.Operation:
+            return encode_operation(self._handler.operation(checked_name(request.id, "id")))
+
+        return self._answer_when_ready(context, get)
 
     def ListOperations(
         self, request: controller_pb2.ListOperationsRequest, context: grpc.ServicerContext
     ) -> controller_pb2.OperationList:
-        return _answer(
-            context, lambda: encode_operations(self._handler.operations(checked_count(request.limit, "limit")))
-        )
+        def list_operations() -> controller_pb2.OperationList:
+            return encode_operations(self._handler.operations(checked_count(request.limit, "limit")))
+
+        return self._answer_when_ready(context, list_operations)
+
+    def _answer_when_ready(self, context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
+        def ready() -> AnswerT:
+            if self._handler.newer_than(NEVER, READY_WAIT_S) is None:
+                raise Unavailable("the controller is starting, and reads what its predecessor did; try again")
+            return call()
+
+        return _answer(context, ready)
 
 
 class _Subscription:

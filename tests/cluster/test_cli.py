@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,42 @@ def test_up_status_generate_down(run: Run, model: str, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert local_rays() == set()
     assert run("down").returncode == 2
+
+
+def test_a_live_cluster_is_changed_recorded_and_explained(run: Run, model: str, tmp_path: Path) -> None:
+    """Also by a controller that was started anew, and listens elsewhere than `up` noted."""
+    settings = ("cluster.num_expert_actors=2", "controller.max_expert_actors=3", "controller.num_redundant_experts=4")
+    started = run("up", model, *(word for setting in settings for word in ("--set", setting)))
+    assert started.returncode == 0, started.stderr
+    try:
+        placed = run("place", "0/0", "expert-0", "expert-1", "--id", "both")
+        assert placed.returncode == 0 and placed.stdout.startswith("both is done"), placed.stderr
+        shown = run("status").stdout
+        assert "9 replicas" in shown and "policy share, routers with a lease: 1" in shown
+        planned = json.loads(run("plan", "--dry-run", "--json").stdout)
+        assert planned["policy"] == "share"
+        for wrong in (("place", "0/0", "expert-9"), ("scale", "4"), ("drain", "moon"), ("plan", "--policy", "best")):
+            refused = run(*wrong)
+            assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+        before = json.loads(run("status", "--json").stdout)
+        os.kill(before["actors"]["controller"]["pid"], signal.SIGKILL)
+        explained = run("explain", "both", "--json")
+        assert explained.returncode == 0 and "asking Ray where it is now" in explained.stderr, explained.stderr
+        assert json.loads(explained.stdout)["phase"] == "done"
+        again = run("operations", "--json")
+        assert again.stderr == "" and "both" in [operation["id"] for operation in json.loads(again.stdout)]
+        after = json.loads(run("status", "--json").stdout)["controller"]
+        assert after["term"] > before["controller"]["term"] and after["replicas"] == before["controller"]["replicas"]
+
+        trace = tmp_path / "loads.jsonl"
+        recorded = run("record", str(trace), "--window-s", "1", "--for-s", "2")
+        assert recorded.returncode == 0, recorded.stderr
+        assert len(trace.read_bytes().splitlines()) == 3
+    finally:
+        ended = run("down")
+    assert ended.returncode == 0, ended.stderr
+    assert local_rays() == set()
 
 
 def test_train_starts_what_it_needs_and_ends_it(run: Run, tmp_path: Path) -> None:

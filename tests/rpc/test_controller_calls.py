@@ -1,6 +1,7 @@
 """Every call of users and routers to a controller over loopback, and every way in which one is refused."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from moecluster.errors import InvalidMessage, Unavailable, UserError
 from moecluster.proto import controller_pb2, tensor_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
+from moecluster.rpc import controller_server
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.types import ExpertId, OperationPhase
-from tests.scripted_controller import LOADS, OLD_OPERATION, PLAN, ScriptedController
+from tests.scripted_controller import LOADS, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController
 from tests.small_actor import served, serving
 
 WAIT_S = 15.0
@@ -23,7 +25,9 @@ EXPERT = ExpertId(layer=3, index=1)
 
 @pytest.fixture
 def controller() -> ScriptedController:
-    return ScriptedController()
+    scripted = ScriptedController()
+    scripted.publish(PLACEMENT)
+    return scripted
 
 
 @pytest.fixture
@@ -161,6 +165,23 @@ def test_a_router_that_trains_holds_the_placement(server, controller, hold) -> N
     with open_channel(server.address) as channel:
         list(ControllerServiceStub(channel).WatchPlacement(requests(), timeout=WAIT_S))
     assert controller.renewals == [("router-0", (1, 2), hold)]
+
+
+def test_a_controller_that_is_starting_says_how_it_is_and_takes_no_order(monkeypatch) -> None:
+    monkeypatch.setattr(controller_server, "READY_WAIT_S", 0.1)
+    starting = ScriptedController()
+    running = serve_controller(starting)
+    with ControllerCalls(running.address) as calls:
+        assert calls.status() == starting.status()
+        for call in (calls.loads, calls.plan, calls.operations, lambda: calls.operation("x"), lambda: calls.scale(3)):
+            with pytest.raises(Unavailable, match="the controller is starting"):
+                call()
+        assert starting.operations(0) == (OLD_OPERATION,)
+        monkeypatch.setattr(controller_server, "READY_WAIT_S", WAIT_S)
+        threading.Timer(0.2, starting.publish, [PLACEMENT]).start()
+        assert calls.operations() == (OLD_OPERATION,)
+    starting.close()
+    running.stop(0.0)
 
 
 def test_nobody_answers(calls) -> None:

@@ -22,7 +22,7 @@ from moecluster.placement.trace_reader import open_trace
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.server import RunningServer
 from moecluster.types import OperationPhase, Replica
-from tests.scripted_controller import LOADS, NOW_S, OLD_OPERATION, PLAN, ScriptedController
+from tests.scripted_controller import LOADS, NOW_S, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController
 
 NOBODY = "127.0.0.1:1"
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,9 @@ def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 @pytest.fixture
 def controller() -> ScriptedController:
-    return ScriptedController()
+    scripted = ScriptedController()
+    scripted.publish(PLACEMENT)
+    return scripted
 
 
 @pytest.fixture
@@ -116,6 +118,7 @@ def test_the_same_id_asks_for_nothing_new(run, controller) -> None:
 
 def test_an_operation_that_fails_is_exit_code_1_with_the_reason(run) -> None:
     controller = ScriptedController(fails="no node has a free CPU")
+    controller.publish(PLACEMENT)
     running = serve_controller(controller)
     note_cluster(running.address)
     failed = run("scale", "3", "--id", "evening")
