@@ -37,7 +37,7 @@ def draw_replay(replays: Mapping[str, Sequence[ReplayedWindow]], path: Path) -> 
     panels[1].set_ylim(bottom=0)
     _name(panels[2], "assignments\na window, millions")
     panels[2].set_ylim(bottom=0)
-    panels[2].set_xlabel(f"{unit} since the first decision")
+    panels[2].set_xlabel(f"{unit} since the first plan")
     panels[2].set_xlim(times[0], times[-1])
     figure.suptitle("What each policy would have done: every window scored on the placement decided before it")
     figure.savefig(path)
@@ -118,7 +118,7 @@ def _controller(axes: Axes, windows: Sequence[SimulatedWindow], unit: str) -> No
 def _growth(axes: Axes, sizes: Sequence[MeasuredSize]) -> None:
     actors = [size.actors for size in sizes]
     for label, seconds in (
-        ("first decision", [size.cold_decide_s for size in sizes]),
+        ("first plan", [size.cold_decide_s for size in sizes]),
         ("a decision", [size.decide_s for size in sizes]),
         ("taking counters in", [size.observe_s for size in sizes]),
     ):

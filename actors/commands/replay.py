@@ -14,7 +14,7 @@ from moecluster.errors import ConfigError
 from moecluster.placement.loads import ExponentialWindow
 from moecluster.placement.policies import policy_named
 from moecluster.placement.replay import Replay, ReplayedWindow, ReplaySummary, replay_fleet, summarize
-from moecluster.placement.start import actor_bytes
+from moecluster.placement.start import usual_budget_bytes
 from moecluster.placement.trace_reader import open_trace
 
 SHOWN_CHANGES = 5
@@ -37,7 +37,7 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
     """Replays a trace under each policy, and shows them side by side."""
     trace = open_trace(trace_path)
     fleet, actors = replay_fleet(trace.header, num_actors=choice.num_actors, slots=choice.slots)
-    budget_bytes = actor_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb
+    budget_bytes = usual_budget_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb
     half_life_s = trace.header.window_s if choice.half_life_s is None else choice.half_life_s
     if not half_life_s > 0:
         raise ConfigError(f"--half-life-s: got {half_life_s:g}, expected more than 0")

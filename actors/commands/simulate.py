@@ -24,7 +24,7 @@ from moecluster.placement.scenario import (
     summarize,
 )
 from moecluster.placement.simulator import Simulator
-from moecluster.placement.start import actor_bytes, uniform_fleet
+from moecluster.placement.start import uniform_fleet, usual_budget_bytes
 from moecluster.placement.synthetic import LoadShape, SyntheticLoads
 from moecluster.placement.trace import TraceActor, TraceHeader, TraceLayer, TraceWindow
 from moecluster.placement.trace_writer import TraceWriter
@@ -74,7 +74,7 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
     fleet = make_fleet(choice.num_actors)
     scenario = Scenario(
         decide_every=choice.decide_every,
-        budget_bytes=actor_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb,
+        budget_bytes=usual_budget_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb,
         actor_mtbf_hours=choice.mtbf_hours,
         seed=choice.seed,
     )
@@ -199,7 +199,7 @@ def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow
 def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Console) -> None:
     """The controller's work by size, its law, and the size at which it fills the time between decisions."""
     period_s = scenario.window_s * scenario.decide_every
-    table = Table("actors", "replicas", "counters", "first decision", "decision", "of the period", "copies (simulated)")
+    table = Table("actors", "replicas", "counters", "first plan", "decision", "of the period", "copies (simulated)")
     for column in table.columns:
         column.justify = "right"
     for size in sizes:
@@ -216,7 +216,7 @@ def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Con
     actors = [size.actors for size in sizes]
     laws = {
         "taking counters in": fit_power_law(actors, [size.observe_s for size in sizes]),
-        "the first decision": fit_power_law(actors, [size.cold_decide_s for size in sizes]),
+        "the first plan": fit_power_law(actors, [size.cold_decide_s for size in sizes]),
         "a decision": fit_power_law(actors, [size.decide_s for size in sizes]),
     }
     for name, law in laws.items():

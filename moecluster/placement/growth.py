@@ -42,9 +42,9 @@ class MeasuredSize:
     actors: int
     replicas: int
     observe_s: float  # measured
-    cold_decide_s: float  # measured: the first decision
-    decide_s: float  # measured: a later one
-    apply_s: float  # simulated: until the copies of a later one stand
+    cold_decide_s: float  # measured: the first plan
+    decide_s: float  # measured: a later decision
+    apply_s: float  # simulated: until the copies of a later decision stand
 
 
 def fit_power_law(sizes: Sequence[float], seconds: Sequence[float]) -> PowerLaw:

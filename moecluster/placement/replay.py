@@ -1,7 +1,7 @@
 """What a policy would have done: a recorded trace, window by window, on any fleet, without a cluster.
 
 A window is scored on the placement that was decided on the windows before it, as it would have been in truth. The first
-window is only looked at, and the first decision, which fills a cold cluster, is free of the budget.
+window is only looked at: the first plan is made for it, free of the budget and the same under every policy.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from typing import Generic
 import numpy as np
 
 from moecluster.errors import ConfigError
+from moecluster.placement.cold_plan import cold_plan
 from moecluster.placement.decision import Observation, Policy, StateT
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, balancedness_L, moved_bytes
 from moecluster.placement.loads import CounterReading, LoadWindow
 from moecluster.placement.partway import hosted_experts_LE, surviving
-from moecluster.placement.start import all_bytes, contiguous_layout, uniform_fleet
+from moecluster.placement.start import contiguous_layout, uniform_fleet
 from moecluster.placement.trace import ACTOR_DIED, TraceEvent, TraceHeader, TraceWindow
 
 _SOURCE = "trace"
@@ -47,7 +48,7 @@ class ReplaySummary:
     mean_balancedness: float
     worst_balancedness: float
     lost_part: float
-    cold_bytes: float  # of the first decision
+    cold_bytes: float  # of the first plan
     moved_bytes: float  # of all others
     changes: int  # decisions that moved anything
     median_decide_s: float
@@ -162,13 +163,16 @@ class Replay(Generic[StateT]):
             load_LE=self._load_window.load_LE,
             fleet=self._fleet,
             layout=self._layout,
-            budget_bytes=self._budget_bytes if self._decided else all_bytes(self._fleet),
+            budget_bytes=self._budget_bytes,
         )
         began_s = self._clock()
-        decision, self._state = self._policy.decide(seen, self._state)
-        decide_s = self._clock() - began_s
-        self._layout, self._decided = decision.layout, True
-        return decision.reason, decide_s
+        if self._decided:
+            decision, self._state = self._policy.decide(seen, self._state)
+            self._layout, reason = decision.layout, decision.reason
+        else:
+            self._layout = cold_plan(seen.load_LE, self._layout.num_experts_L, self._fleet)
+            self._decided, reason = True, "the first plan"
+        return reason, self._clock() - began_s
 
 
 def summarize(policy: str, windows: Sequence[ReplayedWindow]) -> ReplaySummary:

@@ -17,7 +17,7 @@ class Scenario:
     window_s: float = 60.0
     decide_every: int = 5  # windows
     load_half_life_s: float = 300.0  # of the load window that decisions are taken on
-    budget_bytes: float  # most that a decision may load; the first one, which fills a cold cluster, is free
+    budget_bytes: float  # most that a decision may load; the first plan, which fills a cold cluster, is free
     most_tokens_per_actor: float = 256.0  # of one step: the greatest batch is this times the actors
     move_link_part: float = 0.25  # the part of a link that copies take while they run
     actor_mtbf_hours: float = 1000.0  # of one actor; Llama 3's GPUs had about 50,000 (arXiv 2407.21783, section 3.3.4)
@@ -35,7 +35,7 @@ class SimulatedDecision:
     cause: str  # period | death | return
     reason: str
     observe_s: float  # measured: taking the routers' counters of one window in
-    decide_s: float  # measured: the policy's own time
+    decide_s: float  # measured: the planner's own time
     apply_s: float  # simulated: until the last copy stands
     moved_bytes: float
     balancedness_before: float  # as the policy saw and predicts it
@@ -75,7 +75,7 @@ class SimulationSummary:
     mean_availability: float
     deaths: int
     decisions: int
-    cold_bytes: float  # of the first decision
+    cold_bytes: float  # of the first plan
     moved_bytes: float  # of all others
     median_observe_s: float
     median_decide_s: float

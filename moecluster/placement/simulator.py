@@ -4,8 +4,9 @@ Between events nothing changes, and tokens flow as fluid_queue.py says. Events h
 death, its detection, an actor's return, and a layer whose last copy has arrived. Experts are copied make-before-break
 over links that carry one copy in and one out at a time; a layer's new placement stands when all its copies are there,
 and meanwhile those links have less left for rows. A death ends the changes under way: what stands by then, stands.
-The controller sees a first window of tokens that nobody waits for; users come once its first plan stands. Decisions
-cost no simulated time, so equal seeds give equal days; what they cost in truth is measured beside.
+The first window's load is what the first plan is made for, the same under every policy; users come once it stands, and
+from then on the policy decides. Decisions cost no simulated time, so equal seeds give equal days; what they cost in
+truth is measured beside.
 """
 
 import dataclasses
@@ -18,14 +19,15 @@ from typing import Generic
 
 import numpy as np
 
+from moecluster.placement.cold_plan import cold_plan
 from moecluster.placement.costs import Costs
-from moecluster.placement.decision import Observation, Policy, StateT
+from moecluster.placement.decision import Observation, Policy, StateT, decision_of
 from moecluster.placement.fluid_queue import FluidQueue, Served, StepCosts, step_costs
 from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedness_L, moved_bytes
 from moecluster.placement.loads import CounterReading, ExponentialWindow
 from moecluster.placement.partway import hosted_experts_LE, layers_taken, surviving
 from moecluster.placement.scenario import Scenario, SimulatedDecision, SimulatedWindow
-from moecluster.placement.start import all_bytes, contiguous_layout
+from moecluster.placement.start import contiguous_layout
 from moecluster.placement.synthetic import SyntheticLoads, WindowLoad
 from moecluster.placement.transfers import STORE, schedule
 
@@ -219,12 +221,15 @@ class Simulator(Generic[StateT]):
             load_LE=self._window.load_LE,
             fleet=fleet,
             layout=self._layout,
-            budget_bytes=self._scenario.budget_bytes if self._decided else all_bytes(fleet),
+            budget_bytes=self._scenario.budget_bytes,
         )
         began_s = self._clock()
-        decision, self._state = self._policy.decide(seen, self._state)
+        if self._decided:
+            decision, self._state = self._policy.decide(seen, self._state)
+        else:
+            plan = cold_plan(seen.load_LE, self._layout.num_experts_L, fleet)
+            decision, self._decided = decision_of(seen, plan, "the first plan"), True
         decide_s = self._clock() - began_s
-        self._decided = True
         assert self._alive_A[decision.layout.actor_R].all(), "a policy placed a replica on a dead actor"
         before = self._layout
         ends_s = self._apply(decision.layout)

@@ -5,6 +5,8 @@ import numpy as np
 from moecluster.placement.layout import Fleet, Floats, Ints, Layout, make_layout
 from moecluster.placement.restore import check_room
 
+BUDGET_PART = 0.02
+
 
 def uniform_fleet(num_actors: int, slots: int, expert_bytes_L: Floats, *, actors_per_node: int = 1) -> Fleet:
     """Actors of equal speed and room, so many on each node."""
@@ -30,11 +32,6 @@ def contiguous_layout(num_experts_L: Ints, fleet: Fleet) -> Layout:
     return make_layout(num_experts_L, layer_R, expert_R, actor_R, np.ones(len(layer_R)))
 
 
-def all_bytes(fleet: Fleet) -> float:
-    """What all slots hold together: a budget that binds no decision."""
-    return float(fleet.slots_A.sum() * fleet.expert_bytes_L.sum())
-
-
-def actor_bytes(fleet: Fleet) -> float:
-    """What the roomiest actor holds when it is full: a budget that refills a lost one in a single decision."""
-    return float(fleet.slots_A.max(initial=0) * fleet.expert_bytes_L.sum())
+def usual_budget_bytes(fleet: Fleet) -> float:
+    """A budget for each decision: a fiftieth of what all slots hold, and at least what refills the roomiest actor."""
+    return float(max(fleet.slots_A.max(initial=0), BUDGET_PART * fleet.slots_A.sum()) * fleet.expert_bytes_L.sum())
