@@ -83,6 +83,9 @@ class KeeperOwner(Protocol):
     def lost(self) -> frozenset[ExpertId]:
         """Experts that nobody serves: they are loaded first."""
 
+    def settled(self) -> bool:
+        """Whether routers had the time to take a placement of this controller: what it leaves out may be unloaded."""
+
     def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
         """The actor serves these experts; complete: all that it shall hold."""
 
@@ -132,6 +135,7 @@ class ActorKeeper:
         self._num_experts = 0
         self._lives = 0
         self._silent = 0  # looks in a row that met with silence
+        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when its life was begun
         self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
 
     def read(self, timeout_s: float) -> ExpertActorStatus | None:
@@ -232,8 +236,7 @@ class ActorKeeper:
         self._tell(control, orders)
         held = set(control.status().experts)
         assigned = self._owner.assigned(self.actor)
-        if surplus := sorted(held - self._owner.kept(self.actor)):
-            control.unload(term=orders.term, experts=surplus)
+        self._surplus = frozenset(held - self._owner.kept(self.actor))
         held &= assigned
         lost = self._owner.lost()
         parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
@@ -262,6 +265,12 @@ class ActorKeeper:
                 return before  # what it was told; else the checkpoint moved on while loading: load the new one
             self._tell(control, orders)
 
+    def _unload_surplus(self, control: ExpertControl, orders: Orders) -> None:
+        """Not at once: a predecessor's placement, by which routers still went, may have named it."""
+        surplus, self._surplus = self._surplus - self._owner.kept(self.actor), frozenset()
+        if surplus:
+            control.unload(term=orders.term, experts=sorted(surplus))
+
     def _tell(self, control: ExpertControl, orders: Orders) -> None:
         control.set_placement(
             term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint, picture=orders.picture
@@ -284,6 +293,8 @@ class ActorKeeper:
                 self._silent = 0
                 self._num_experts = len(status.experts)
                 self._owner.actor_reports(address, status)
+                if self._surplus and self._owner.settled():
+                    self._unload_surplus(control, orders)
             except Exhausted:
                 continue  # busy, so alive
             except DeadlineExceeded:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, StaleOrder, UserError
@@ -43,6 +43,7 @@ from moecluster.types import (
 logger = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 10.0  # for an actor's answer to a new controller
+READ_GRACE_S = 2.0  # for the others once one has answered: an actor that is being started has nothing to tell
 OPERATIONS_IN_PICTURE = 64
 MIN_NODE_PREFIX = 4
 
@@ -133,7 +134,9 @@ class Controller:
         )
         self._keepers: dict[str, ActorKeeper] = {}
         self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
+        self._awaited: frozenset[str] = frozenset()  # of those: the ones that the first placement waits for
         self._all_tried = threading.Event()
+        self._opened_s: float | None = None  # when the first placement was published
         self._restores: dict[str, str] = {}  # actor that is lost -> operation
         self._picture: bytes | None = None  # encoded; None: to be made anew
         self._closed = False
@@ -142,20 +145,22 @@ class Controller:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.
 
         An actor that does not come up is tried on and on, without being waited for. Raises UserError if an actor
-        refuses its experts for something that the user can mend, ResourceError if none came up within the timeout.
+        refuses its experts for something that the user can mend, ResourceError if none came up within the timeout;
+        a successor raises neither, as it has a cluster to look after.
         """
-        self._take_over()
+        succeeds = self._take_over()
         for actor in self._standing.actors:
             self._keep(actor)
         self._all_tried.wait(timeout_s)
         with self._lock:
             refusals = [e for e in self._first_outcomes.values() if isinstance(e, UserError)]
-            if refusals:
+            if refusals and not succeeds:
                 raise refusals[0]
-            if not self._standing.up():
+            if not self._standing.up() and not succeeds:
                 failures = [f"; {error}" for error in self._first_outcomes.values() if error is not None]
                 raise ResourceError(f"no expert actor was ready within {timeout_s:g} s{''.join(failures[:1])}")
         self._standing.open()
+        self._opened_s = self._clock()
         self._changer.start()
 
     def close(self) -> None:
@@ -314,6 +319,10 @@ class Controller:
         """Experts that nobody serves."""
         return self._standing.lost()
 
+    def settled(self) -> bool:
+        """Whether every router that holds a lease had the time to take a placement of this term."""
+        return self._opened_s is not None and self._clock() - self._opened_s >= self.lease_s
+
     def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
         """The actor serves these experts: routers may use it."""
         if complete:
@@ -358,15 +367,15 @@ class Controller:
 
     # -- inside --
 
-    def _take_over(self) -> None:
-        """Takes a higher term than every actor has seen, and the newest picture that they keep."""
+    def _take_over(self) -> bool:
+        """Takes a higher term than every actor has seen, and the newest picture that they keep. False if there is none,
+        as when the cluster is started."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
-        with ThreadPoolExecutor(max_workers=min(len(candidates), 32)) as pool:
-            answers = pool.map(lambda actor: self._new_keeper(actor).read(READ_TIMEOUT_S), candidates)
-        seen = sorted((s for s in answers if s is not None), key=lambda status: status.placement)
+        seen = sorted(self._read(candidates), key=lambda status: status.placement)
         term, generation = seen[-1].placement if seen else (0, 0)
         checkpoint = (seen[-1].checkpoint if seen else "") or self._settings.checkpoint
-        picture = _newest_picture(seen) or ControllerPicture(
+        found = _newest_picture(seen)
+        picture = found or ControllerPicture(
             actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
         )
         self._log.take_over(picture.operations, resumable=ORDERED)
@@ -383,6 +392,23 @@ class Controller:
         self._sizing.add(actor for actor in picture.actors if known and actor not in known)
         for actor in sorted(known - set(picture.actors)):
             self._standing.add_actor(actor)  # begun by an operation that goes on now
+        answered = {status.actor for status in seen} if found else set(self._standing.actors)
+        self._awaited = frozenset(answered & set(self._standing.actors))
+        return found is not None
+
+    def _read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
+        """What the actors say of themselves."""
+        pool = ThreadPoolExecutor(max_workers=min(len(actors), 32))
+        waiting = {pool.submit(self._new_keeper(actor).read, READ_TIMEOUT_S) for actor in actors}
+        seen: list[ExpertActorStatus] = []
+        deadline_s = time.monotonic() + READ_TIMEOUT_S
+        while waiting and (left_s := deadline_s - time.monotonic()) > 0:
+            answers, waiting = wait(waiting, left_s, FIRST_COMPLETED)
+            if seen_more := [status for answer in answers if (status := answer.result()) is not None]:
+                seen += seen_more
+                deadline_s = min(deadline_s, time.monotonic() + READ_GRACE_S)
+        pool.shutdown(wait=False, cancel_futures=True)
+        return seen
 
     def _new_keeper(self, actor: str) -> ActorKeeper:
         return ActorKeeper(
@@ -420,7 +446,7 @@ class Controller:
     def _note_outcome(self, actor: str, error: MoeClusterError | None) -> None:
         with self._lock:
             self._first_outcomes.setdefault(actor, error)
-            if set(self._standing.actors) <= self._first_outcomes.keys():
+            if self._awaited <= self._first_outcomes.keys():
                 self._all_tried.set()
 
     def _order(self, kind: str, reason: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
