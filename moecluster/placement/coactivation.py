@@ -80,7 +80,7 @@ def _exchanged(layout: Layout, layer: int, load_E: Floats, most_apart: float, pa
 def _alike(expert_X: Ints, load_E: Floats, most_apart: float) -> tuple[Ints, Ints]:
     """Pairs of experts that lie near each other in the order of their loads."""
     sorted_X = expert_X[np.argsort(load_E[expert_X], kind="stable")]
-    one = np.concatenate([sorted_X[: len(sorted_X) - step] for step in range(1, NEIGHBOURS + 1)])
+    one = np.concatenate([sorted_X[:-step] for step in range(1, NEIGHBOURS + 1)])
     other = np.concatenate([sorted_X[step:] for step in range(1, NEIGHBOURS + 1)])
     near = load_E[other] - load_E[one] <= most_apart
     return one[near], other[near]

@@ -25,9 +25,11 @@ from moecluster.placement.packing import packed
 from moecluster.placement.replica_counts import least_worst_load_L
 from moecluster.placement.restore import check_room
 from moecluster.placement.shares import least_max_shares
+from moecluster.placement.spare_moves import with_spares_moved
 from moecluster.placement.spare_slots import with_spare_slots_used
 
 GOOD_ENOUGH = 0.002  # above the lower bound of the worst load, relatively
+SPARE_ROUNDS = 8  # after which spare replicas stay, though some might be needed more elsewhere
 
 
 def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet, coactivation_LEE: Floats | None = None) -> Layout:
@@ -38,6 +40,10 @@ def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet, coactivation_L
     worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1)
     uneven = np.flatnonzero(worst_L > (1 + GOOD_ENOUGH) * least_worst_load_L(load_LE, num_experts_L, fleet))
     layout = _filled_where_better(layout, uneven, load_LE, fleet)
+    for _ in range(SPARE_ROUNDS):
+        before, layout = layout, with_spares_moved(layout, load_LE, fleet, np.inf, most_a_layer=2)
+        if layout is before:
+            break
     if coactivation_LEE is not None:
         layout = gathered(layout, load_LE, fleet, coactivation_LEE)
     return layout

@@ -1,0 +1,224 @@
+"""Cold plans, EPLB's plan, single moves, survival of nodes, and experts that go together."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moecluster.placement.coactivation import gathered, pairs_together_L
+from moecluster.placement.cold_plan import cold_plan
+from moecluster.placement.decision import Observation
+from moecluster.placement.eplb_policy import eplb_plan
+from moecluster.placement.exact_fill import exact_fill
+from moecluster.placement.incremental import MoveSettings, with_moves
+from moecluster.placement.layout import (
+    Fleet,
+    Floats,
+    Layout,
+    added_R,
+    balancedness_L,
+    make_layout,
+    moved_bytes,
+    with_shares,
+    without,
+)
+from moecluster.placement.policies import policy_named
+from moecluster.placement.replica_counts import least_worst_load_L, minimax_counts
+from moecluster.placement.shares import least_max_shares
+from moecluster.placement.spare_slots import on_one_node
+from tests.unit.planner_cases import Case, cases, random_fleet, random_load
+from tests.unit.test_planner_properties import assert_valid
+
+
+def fleet_of(slots: int, num_actors: int, *, num_layers: int = 1, actors_a_node: int = 1) -> Fleet:
+    return Fleet(
+        slots_A=np.full(num_actors, slots),
+        speed_A=np.ones(num_actors),
+        node_A=np.arange(num_actors) // actors_a_node,
+        expert_bytes_L=np.ones(num_layers),
+    )
+
+
+def zipf(num_experts: int, exponent: float, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).permutation(np.arange(1, num_experts + 1.0) ** -exponent)[None] * 1000
+
+
+def uncovered(layout: Layout, fleet: Fleet) -> np.ndarray:
+    """[L, E] whether the loss of one node would take the expert."""
+    return on_one_node(layout, fleet).reshape(layout.num_layers, layout.max_experts)
+
+
+@given(seed=st.integers(0, 2**32 - 1), steepness=st.sampled_from([0.0, 0.8, 1.5, 4.0]))
+def test_cold_plans_are_valid(seed: int, steepness: float):
+    rng = np.random.default_rng(seed)
+    num_experts_L = rng.integers(1, 20, 2)
+    fleet = random_fleet(rng, int(num_experts_L.max()), int(rng.integers(1, 9)), 2)
+    load_LE = random_load(rng, num_experts_L, steepness)
+    layout = cold_plan(load_LE, num_experts_L, fleet)
+    assert_valid(layout, fleet)
+    bound_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
+    worst_L = bound_L / balancedness_L(layout, load_LE, fleet)
+    assert (worst_L >= least_worst_load_L(load_LE, num_experts_L, fleet) * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("exponent", [0.8, 1.0, 1.2])
+@pytest.mark.parametrize(("slots", "num_actors"), [(9, 32), (10, 32), (8, 40), (5, 64)])
+def test_cold_plans_reach_the_bound_and_eplb_does_not_beat_them(slots: int, num_actors: int, exponent: float):
+    fleet, load_LE = fleet_of(slots, num_actors), zipf(256, exponent)
+    ours = balancedness_L(cold_plan(load_LE, np.array([256]), fleet), load_LE, fleet)[0]
+    theirs = balancedness_L(eplb_plan(load_LE, np.array([256]), fleet), load_LE, fleet)[0]
+    bound = load_LE.sum() / num_actors / least_worst_load_L(load_LE, np.array([256]), fleet)[0]
+    assert ours >= theirs
+    assert ours >= 0.995 * bound
+
+
+def test_an_exact_fill_is_exact():
+    load_E, speed_A = zipf(60, 1.2)[0], np.array([1.0, 1, 2, 4, 4, 1, 2])
+    fair_A = load_E.sum() * speed_A / speed_A.sum()
+    filled = exact_fill(load_E, fair_A, np.array([8, 8, 10, 12, 12, 9, 10]), np.arange(7))
+    assert filled is not None
+    expert, actor, load = (np.array(column) for column in zip(*filled, strict=True))
+    np.testing.assert_allclose(np.bincount(actor, load), fair_A, rtol=1e-9)
+    np.testing.assert_allclose(np.bincount(expert, load), load_E, rtol=1e-9)
+    assert len(filled) <= 60 + 7 - 1
+
+
+def test_least_worst_counts_are_the_best_of_all():
+    load_LE = np.array([[10.0, 4.0, 1.0]])
+    best = min(
+        max(10 / a, 4 / b, 1 / c) for a in range(1, 7) for b in range(1, 7) for c in range(1, 7) if a + b + c == 8
+    )
+    count_LE = minimax_counts(load_LE, np.array([3]), 8, 8)
+    assert count_LE.sum() == 8
+    assert (load_LE / count_LE).max() == best
+
+
+def test_eplb_takes_the_published_example():
+    """The example of EPLB's own page, its first layer, by its global form."""
+    load_LE = np.array([[90.0, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]])
+    count_LE = minimax_counts(load_LE, np.array([12]), 16, 16)
+    assert count_LE.tolist() == [[1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1]]
+    fleet = fleet_of(2, 8)
+    layout = eplb_plan(load_LE, np.array([12]), fleet)
+    assert np.bincount(layout.actor_R, minlength=8).max() <= 2
+    assert balancedness_L(layout, load_LE, fleet)[0] > 0.75
+
+
+def test_permuted_actors_and_experts_make_no_difference_to_the_balance():
+    load_LE, order = zipf(40, 1.1), np.random.default_rng(1).permutation(40)
+    fleet = fleet_of(7, 8)
+    uneven = replace(fleet, speed_A=np.array([1.0, 1, 1, 1, 2, 2, 4, 4]))
+    turned = replace(uneven, speed_A=uneven.speed_A[::-1].copy())
+    one = balancedness_L(cold_plan(load_LE, np.array([40]), uneven), load_LE, uneven)
+    other = balancedness_L(cold_plan(load_LE[:, order], np.array([40]), turned), load_LE[:, order], turned)
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.8, 1.2])
+def test_with_enough_slots_the_loss_of_a_node_leaves_every_expert(exponent: float):
+    fleet, load_LE = fleet_of(10, 16, actors_a_node=4), zipf(64, exponent)
+    layout = cold_plan(load_LE, np.array([64]), fleet)
+    assert not uncovered(layout, fleet).any()
+    for node in range(4):
+        left = without(layout, (fleet.node_A == node)[layout.actor_R])
+        assert len(np.unique(left.expert_R)) == 64
+
+
+def test_a_standing_layout_comes_to_survive_the_loss_of_a_node():
+    fleet, load_LE = fleet_of(10, 16, actors_a_node=4), zipf(64, 0.8)
+    layout = make_layout(np.array([64]), np.zeros(64), np.arange(64), np.arange(64) // 4, np.ones(64))
+    policy = policy_named("share")
+    state = policy.first_state()
+    for step in range(80):
+        seen = Observation(now_s=60.0 * step, load_LE=load_LE, fleet=fleet, layout=layout, budget_bytes=8.0)
+        decision, state = policy.decide(seen, state)
+        layout = decision.layout
+    assert not uncovered(layout, fleet)[:, :64].any()
+
+
+def test_with_few_slots_the_hottest_experts_survive():
+    fleet, load_LE = fleet_of(10, 16, actors_a_node=4), zipf(128, 0.5)
+    layout = cold_plan(load_LE, np.array([128]), fleet)
+    lost_E = uncovered(layout, fleet)[0]
+    spare = 160 - 128
+    least_lost = np.sort(load_LE[0])[:-spare].sum()  # if the hottest had two replicas each, and no more
+    assert (load_LE[0] * lost_E).sum() <= 1.15 * least_lost
+
+
+def test_a_move_must_pay_for_its_bytes():
+    """Two actors, of which one has all the load."""
+    load_LE = np.array([[8.0, 8.0, 0.01, 0.01]])
+    layout = make_layout(np.array([4]), np.zeros(4), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
+    fleet = fleet_of(3, 2)
+    patient = with_moves(layout, load_LE, fleet, 100.0, MoveSettings())
+    assert balancedness_L(patient, load_LE, fleet)[0] > 0.99
+    assert moved_bytes(layout, patient, fleet) == 1
+    hasty = with_moves(layout, load_LE, fleet, 100.0, MoveSettings(transfer_bytes_per_s=1e-9))
+    assert hasty is layout
+
+
+def test_experts_change_places_where_no_slot_is_free():
+    load_LE = np.array([[6.0, 4.0, 2.0, 1.0]])
+    layout = make_layout(np.array([4]), np.zeros(4), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
+    fleet = fleet_of(2, 2)
+    after = with_moves(layout, load_LE, fleet, 100.0, MoveSettings())
+    assert_valid(after, fleet)
+    assert balancedness_L(after, load_LE, fleet)[0] > 0.9 > balancedness_L(layout, load_LE, fleet)[0]
+
+
+def test_a_drained_actor_is_empty_whatever_the_budget():
+    fleet, load_LE = fleet_of(6, 4), zipf(16, 1.0)
+    layout = cold_plan(load_LE, np.array([16]), fleet)
+    drained = replace(fleet, slots_A=np.array([0, 6, 6, 6]))
+    policy = policy_named("share")
+    seen = Observation(now_s=0.0, load_LE=load_LE, fleet=drained, layout=layout, budget_bytes=0.0)
+    decision, _ = policy.decide(seen, policy.first_state())
+    assert_valid(decision.layout, drained)
+    assert "drained" in decision.reason
+
+
+def test_a_straggler_is_relieved():
+    fleet, load_LE = fleet_of(10, 32), zipf(256, 1.0)
+    layout = cold_plan(load_LE, np.array([256]), fleet)
+    slow = replace(fleet, speed_A=np.where(np.arange(32) == 5, 0.5, 1.0))
+    policy = policy_named("share")
+    seen = Observation(now_s=0.0, load_LE=load_LE, fleet=slow, layout=layout, budget_bytes=100.0)
+    decision, _ = policy.decide(seen, policy.first_state())
+    assert decision.balancedness_before < 0.55
+    assert decision.balancedness_after > 0.98
+
+
+def test_shares_alone_follow_a_small_drift():
+    rng = np.random.default_rng(2)
+    fleet, load_LE = fleet_of(10, 32), zipf(256, 1.0)
+    layout = cold_plan(load_LE, np.array([256]), fleet)
+    drifted_LE = load_LE * np.exp(0.05 * rng.standard_normal(load_LE.shape))
+    after = with_shares(layout, least_max_shares(layout, drifted_LE, fleet).share_R)
+    assert not added_R(layout, after).any()
+    assert balancedness_L(after, drifted_LE, fleet)[0] > 0.99
+
+
+def test_experts_that_tokens_visit_together_stand_together():
+    """Experts 0 and 1, 2 and 3, ... share their tokens: messages fall at no loss of balance."""
+    num_experts = 32
+    load_LE = np.full((1, num_experts), 10.0) + np.random.default_rng(3).random((1, num_experts)) * 0.1
+    pairs_EE = np.kron(np.eye(num_experts // 2), 1 - np.eye(2)) * 10
+    fleet = fleet_of(9, 4)
+    apart = cold_plan(load_LE, np.array([num_experts]), fleet)
+    together = gathered(apart, load_LE, fleet, pairs_EE[None])
+    assert_valid(together, fleet)
+    assert pairs_together_L(together, pairs_EE[None])[0] > 2 * pairs_together_L(apart, pairs_EE[None])[0]
+    before, after = balancedness_L(apart, load_LE, fleet)[0], balancedness_L(together, load_LE, fleet)[0]
+    assert after >= 0.998 * before
+
+
+@given(case=cases(), seed=st.integers(0, 2**32 - 1))
+def test_gathering_keeps_layouts_valid(case: Case, seed: int):
+    rng = np.random.default_rng(seed)
+    width = case.layout.max_experts
+    pairs_LEE = rng.random((case.layout.num_layers, width, width))
+    pairs_LEE += pairs_LEE.transpose(0, 2, 1)
+    after = gathered(case.layout, case.load_LE, case.fleet, pairs_LEE)
+    assert_valid(after, case.fleet)
