@@ -26,6 +26,7 @@ from moecluster.placement.relief import Wanted, relieved
 from moecluster.placement.replica_counts import least_worst_load_L
 from moecluster.placement.shares import least_max_shares
 
+NO_LIMIT = 2.0**31  # moves: a budget may be infinite, a count may not
 LEAST_PROGRESS = 1e-4  # relative fall of the worst load in a round, below which a layer is let be
 
 
@@ -64,7 +65,7 @@ def with_moves(
     """
     worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
     layers, bound_L = _layers_to_relieve(layout, load_LE, fleet, worst_L, settings.trigger)
-    most_moves_L = np.floor(budget_bytes / fleet.expert_bytes_L[layers]).astype(np.int64)
+    most_moves_L = np.minimum(budget_bytes / fleet.expert_bytes_L[layers], NO_LIMIT).astype(np.int64)
     if len(layers) == 0 or (most_moves_L < 1).all():
         return layout
     part = of_layers(layout, layers)

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.placement.decision import Observation
-from moecluster.placement.layout import Fleet, Floats, Layout, added_R, balancedness_L, without
+from moecluster.placement.layout import Fleet, Floats, Layout, added_R, balancedness_L, make_layout, without
 from moecluster.placement.policies import POLICIES, policy_named
 from moecluster.placement.restore import restored
 from tests.unit.planner_cases import Case, cases, shares_per_expert
 
-UNLIMITED_BYTES = 1e9
+UNLIMITED_BYTES = np.inf
 MOST_DECISIONS = 60  # until a policy must have come to rest under one load
 
 
@@ -162,3 +162,14 @@ def test_a_budget_below_nought_is_refused(name: str):
 def test_an_unknown_policy_suggests_a_known_one():
     with pytest.raises(ConfigError, match=r'got "shares", no such policy; did you mean share\?'):
         policy_named("shares")
+
+
+def test_without_a_limit_of_bytes_what_pays_is_moved():
+    layout = make_layout(np.array([4]), np.zeros(4), np.arange(4), np.zeros(4), np.ones(4))
+    fleet = Fleet(
+        slots_A=np.array([4, 4]), speed_A=np.ones(2), node_A=np.array([0, 1]), expert_bytes_L=np.array([1000.0])
+    )
+    case = Case(layout=layout, load_LE=np.array([[9.0, 8.0, 7.0, 6.0]]), fleet=fleet)
+    policy = policy_named("share")
+    decision, _ = policy.decide(observe(case, budget_bytes=np.inf), policy.first_state())
+    assert balancedness_L(decision.layout, case.load_LE, fleet)[0] > 0.99
