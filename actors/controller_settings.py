@@ -14,6 +14,8 @@ from moecluster.roles.observer import ObserverSettings
 from moecluster.roles.prometheus_loads import PrometheusLoadSource
 from moecluster.types import Replica
 
+ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
+
 
 def controller_settings(
     config: Config, model_dir: str, replicas: tuple[Replica, ...], layer_experts: Mapping[int, int]
@@ -32,7 +34,7 @@ def controller_settings(
         start_timeout_s=cluster.start_timeout_s,
         load_timeout_s=cluster.start_timeout_s,
         min_actors=controller.min_expert_actors or 1,
-        max_actors=controller.max_expert_actors,
+        max_actors=controller.max_expert_actors or ORDERED_GROWTH * cluster.num_expert_actors,
         observer=ObserverSettings(
             window=controller.window,
             window_s=controller.window_s,
@@ -42,6 +44,7 @@ def controller_settings(
         changer=ChangerSettings(
             policy=controller.policy,
             period_s=controller.period_s,
+            quiet_s=controller.lease_s,
             operation_timeout_s=controller.operation_timeout_s,
             scale_to_zero_after_s=controller.scale_to_zero_after_s,
             size=size,

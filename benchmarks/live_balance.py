@@ -55,7 +55,7 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         save_model(Path(directory), num_experts=NUM_EXPERTS, hidden_size=HIDDEN_SIZE, inner_size=INNER_SIZE, top_k=1)
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.FATAL)
         stack.callback(ray.shutdown)
         contenders = [stack.enter_context(started(p, directory, settings(p))) for p in ("static", "share")]
         batches = make_batches()

@@ -159,7 +159,7 @@ def wait_served(contender: Contender) -> float:
 @contextmanager
 def ray_running() -> Iterator[None]:
     with ExitStack() as stack:
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.FATAL)
         stack.callback(ray.shutdown)
         yield
 

@@ -1,7 +1,7 @@
 """A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
 
 from collections.abc import Callable, Collection
-from typing import Self
+from typing import Any, Self
 
 from moecluster.metrics import Metrics
 from moecluster.models.expert_source import ExpertSource
@@ -25,7 +25,10 @@ from moecluster.types import ActorAddress
 class LoopbackCluster:
     """num_actors expert actors, of which each can be killed and revived, a controller, and a router."""
 
-    def __init__(self, directory: str, *, num_actors: int = 2, max_running: int = 4) -> None:
+    def __init__(self, directory: str, *, num_actors: int = 2, max_running: int = 4, **controller: Any) -> None:
+        """controller: fields of ControllerSettings that differ from the usual ones."""
+        self._controller_settings = controller
+        self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
         self.servers: dict[str, RunningServer] = {}
@@ -36,22 +39,23 @@ class LoopbackCluster:
         self.placements = ControllerClient(router="router", resolve=lambda: self.controller_server.address)
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
-        remote = RemoteExperts(pool, timeout_s=20.0, metrics=self.metrics)
-        self.router = Router(directory, remote, max_running=max_running, metrics=self.metrics)
+        self.remote = RemoteExperts(pool, timeout_s=20.0, metrics=self.metrics)
+        self.router = Router(directory, self.remote, max_running=max_running, metrics=self.metrics)
         self.router_server = serve_router(self.router)
 
     def start_controller(self) -> tuple[Controller, RunningServer]:
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(self._directory).layers}
+        settings: dict[str, Any] = {
+            "actors": self.names,
+            "replicas": contiguous_placement(layer_experts, self.names),
+            "layer_experts": layer_experts,
+            "checkpoint": self._directory,
+            "lease_s": 0.6,
+            "health_period_s": 0.5,
+            "start_timeout_s": 1.0,
+        }
         controller = Controller(
-            ControllerSettings(
-                actors=self.names,
-                replicas=contiguous_placement(layer_experts, self.names),
-                layer_experts=layer_experts,
-                checkpoint=self._directory,
-                lease_s=0.6,
-                health_period_s=0.5,
-                start_timeout_s=1.0,
-            ),
+            ControllerSettings(**(settings | self._controller_settings)),
             supervisor=self,
             connect=_control,
             watch=_watch,
@@ -78,7 +82,8 @@ class LoopbackCluster:
         server = self.servers.get(actor)
         if server is None:
             return None
-        return ActorAddress(actor=actor, address=server.address, incarnation=self.services[actor].incarnation)
+        incarnation = self.services[actor].incarnation
+        return ActorAddress(actor=actor, address=server.address, incarnation=incarnation, node=f"node-of-{actor}")
 
     def restart(self, actor: str) -> None:
         self.kill(actor)
@@ -96,7 +101,7 @@ class LoopbackCluster:
             self.kill(actor)
 
     def draining_nodes(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset(self.draining)
 
     def __enter__(self) -> Self:
         return self

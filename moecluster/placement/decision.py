@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from moecluster.errors import ConfigError
-from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedness_L, moved_bytes
+from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedness_L, moved_bytes, without
 
 StateT = TypeVar("StateT")
 
@@ -57,7 +57,10 @@ def check_observation(seen: Observation) -> None:
 
 
 def decision_of(seen: Observation, after: Layout, reason: str) -> Decision:
-    """A decision with its figures."""
+    """A decision with its figures. Cold experts stay without replicas, whatever the plan has for them."""
+    if seen.cold_LE is not None and seen.cold_LE.any():
+        cold_R = seen.cold_LE.reshape(-1)[after.expert_key_R]
+        after = without(after, cold_R) if cold_R.any() else after
     return Decision(
         layout=after,
         reason=reason,

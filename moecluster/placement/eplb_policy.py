@@ -38,7 +38,7 @@ class EplbPolicy:
     def decide(self, seen: Observation, state: EplbState) -> tuple[Decision, EplbState]:
         check_observation(seen)
         if seen.budget_bytes == 0:
-            after, reason = restored(seen.layout, seen.load_LE, seen.fleet), "no moves allowed"
+            after, reason = restored(seen.layout, seen.load_LE, seen.fleet, seen.cold_LE), "no moves allowed"
         else:
             after = eplb_plan(seen.load_LE, seen.layout.num_experts_L, seen.fleet)
             reason = "EPLB's plan for the seen load"

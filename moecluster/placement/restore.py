@@ -10,16 +10,18 @@ from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with
 from moecluster.placement.shares import normalized
 
 
-def restored(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layout:
-    """The layout itself if all is well; else the nearest one that fits the slots and has every expert.
+def restored(layout: Layout, load_LE: Floats, fleet: Fleet, cold_LE: Bools | None = None) -> Layout:
+    """The layout itself if all is well; else the nearest one that fits the slots and has every expert but cold ones.
 
     Replicas beyond an actor's slots leave, those of experts that stand elsewhere first, then those of least load. Lost
     experts follow, hottest first, each on the actor with a free slot that it loads least; where no slot is free, the
     least loaded replica of an expert with several gives way. Raises ResourceError: fewer slots than experts.
     """
-    check_room(layout.num_experts_L, fleet)
+    check_room(layout.num_experts_L if cold_LE is None else layout.num_experts_L - cold_LE.sum(axis=1), fleet)
     dropped_R = _beyond_slots_R(layout, load_LE, fleet)
     lost_X = np.setdiff1d(all_expert_keys(layout.num_experts_L), layout.expert_key_R[~dropped_R])
+    if cold_LE is not None:
+        lost_X = lost_X[~cold_LE.reshape(-1)[lost_X]]
     if not dropped_R.any() and len(lost_X) == 0:
         whole_R = normalized(layout)  # where one of several replicas was lost, the others share its part
         return layout if np.allclose(whole_R, layout.share_R, rtol=0, atol=1e-9) else with_shares(layout, whole_R)

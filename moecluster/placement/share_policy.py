@@ -49,7 +49,7 @@ class SharePolicy:
     def decide(self, seen: Observation, state: ShareState) -> tuple[Decision, ShareState]:
         check_observation(seen)
         load_LE, trend = forecast(seen.load_LE, state.trend)
-        standing = restored(seen.layout, load_LE, seen.fleet)
+        standing = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
         shared = least_max_shares(standing, load_LE, seen.fleet, evenness=self.settings.evenness)
         reshared = with_shares(standing, shared.share_R)
         after = self._with_optional_moves(reshared, seen, load_LE)

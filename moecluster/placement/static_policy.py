@@ -22,6 +22,6 @@ class StaticPolicy:
 
     def decide(self, seen: Observation, state: StaticState) -> tuple[Decision, StaticState]:
         check_observation(seen)
-        after = restored(seen.layout, seen.load_LE, seen.fleet)
+        after = restored(seen.layout, seen.load_LE, seen.fleet, seen.cold_LE)
         reason = "nothing to do" if after is seen.layout else "experts restored, or moved off drained actors"
         return decision_of(seen, after, reason), state

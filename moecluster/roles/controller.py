@@ -16,12 +16,14 @@ from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, St
 from moecluster.metrics import Metrics
 from moecluster.roles.actor_keeper import ActorKeeper, ActorSupervisor, Connect, Orders, Watch
 from moecluster.roles.actor_reports import ActorReports
-from moecluster.roles.changer import ORDERED, Changer, ChangerSettings
+from moecluster.roles.changer import Changer, ChangerSettings
+from moecluster.roles.decider import Decider
 from moecluster.roles.leases import Lease, Leases
 from moecluster.roles.load_sources import DirectLoadSource, LoadSource
 from moecluster.roles.mover import Mover, MoverSettings
 from moecluster.roles.observer import Observer, ObserverSettings
 from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.ordered_changes import KINDS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.rpc.picture import ControllerPicture, decode_picture, encode_picture
@@ -104,6 +106,7 @@ class Controller:
         self._direct = DirectLoadSource(settings.layer_experts, clock=clock)
         observing = settings.observer or ObserverSettings(slots_per_layer=_slots_taken(settings))
         self._observer = Observer(self._standing, source or self._direct, self._reports, observing)
+        self._decider = Decider(settings.changer.policy, self._observer, clock=clock)
         mover = Mover(
             self._standing,
             self._leases,
@@ -124,7 +127,7 @@ class Controller:
             standing=self._standing,
             leases=self._leases,
             log=self._log,
-            observer=self._observer,
+            decider=self._decider,
             mover=mover,
             sizing=self._sizing,
             supervisor=supervisor,
@@ -254,7 +257,7 @@ class Controller:
 
     def plan(self, policy: str) -> PlanPreview:
         """What a policy would do now; empty: the cluster's own. Does nothing."""
-        return self._changer.preview(policy)
+        return self._decider.preview(policy)
 
     def operation(self, operation_id: str) -> Operation:
         """How an operation stands. Raises ResourceError if it is not known."""
@@ -378,7 +381,7 @@ class Controller:
         picture = found or ControllerPicture(
             actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
         )
-        self._log.take_over(picture.operations, resumable=ORDERED)
+        self._log.take_over(picture.operations, resumable=KINDS)
         self._standing.begin(
             term=term + 1,
             generation=generation,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
 from moecluster.roles.actor_keeper import Connect, ControlConnection
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
@@ -160,7 +160,8 @@ class Mover:
             try:
                 loaded_bytes += self._load_group(control, group, peer)
             except MoeClusterError as exc:
-                if peer is None:
+                # Stale: another controller, or other weights than those that are served. No checkpoint mends that.
+                if peer is None or isinstance(exc, StaleOrder):
                     raise
                 logger.info("%s gave no copy (%s): loading from the checkpoint", peer.actor, exc)
                 loaded_bytes += self._load_group(control, group, None)

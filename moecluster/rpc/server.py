@@ -28,7 +28,7 @@ CHANNEL_OPTIONS = [
     # A channel of our own: a shared subchannel would keep the backoff of a peer that has come back since.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # which is also how long one attempt may take on a busy host
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
