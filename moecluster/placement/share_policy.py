@@ -18,7 +18,6 @@ class ShareSettings:
     """How eagerly the policy acts."""
 
     min_share_gain: float = 0.0005  # of mean balancedness, for which shares alone are changed
-    evenness: float = 0.2  # how far shares are drawn towards equal ones each time, where that costs no balance
     spare_moves_a_layer: int = 3  # most spare replicas of a layer that one decision places or moves
     moves: MoveSettings = field(default_factory=MoveSettings)
 
@@ -50,7 +49,7 @@ class SharePolicy:
         check_observation(seen)
         load_LE, trend = forecast(seen.load_LE, state.trend)
         standing = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
-        shared = least_max_shares(standing, load_LE, seen.fleet, evenness=self.settings.evenness)
+        shared = least_max_shares(standing, load_LE, seen.fleet, even=True)
         reshared = with_shares(standing, shared.share_R)
         after = self._with_optional_moves(reshared, seen, load_LE)
         reason = _reason(seen.layout, standing, reshared, after)

@@ -19,6 +19,7 @@ from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout
 
 RELATIVE_TOLERANCE = 1e-10
 MAX_ROUNDS = 40  # Newton ends after two to five; the rest is for the flow's rounding
+EVEN_STEPS = (1.25, 1.6)  # times an equal share, that a replica may take before all others have taken as much
 FLOW_UNITS = 2**29  # SciPy's flows are int32, and a pair of opposite edges may hold twice this
 
 
@@ -31,19 +32,23 @@ class SharedLoad:
     bound_L: Floats  # lower bound on the worst actor's load / speed; reached within the tolerance
 
 
-def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, evenness: float = 0.0) -> SharedLoad:
+def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: bool = False) -> SharedLoad:
     """Shares of least max(load / speed), per layer, within 1e-10 of the optimum.
 
     Among the optima it takes one near the standing shares: only what stands above the bound is given away. An expert
     without load keeps its shares; all come out in [0, 1] with a sum of 1 per expert.
 
-    evenness: how far to start from equal shares instead, in [0, 1]. Load that is spread alike over an expert's replicas
-    is hurt less by what the next window brings.
+    even: take one near equal shares instead, whatever stands: load that is spread alike over an expert's replicas is hurt
+    less by what the next window brings.
     """
     problem = _Problem.of(layout, load_LE, fleet)
-    start_R = (1 - evenness) * normalized(layout) + evenness / problem.count_X[problem.expert_of_R]
+    start_R = 1.0 / problem.count_X[problem.expert_of_R] if even else normalized(layout)
     load_R = problem.load_of_R * start_R
     bound_L = problem.first_bound_L()
+    for most in EVEN_STEPS if even else ():
+        excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
+        most_R = most * problem.load_of_R * start_R
+        load_R = load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet), most_R)
     for _ in range(MAX_ROUNDS):
         excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
         unit_L = _unit_L(excess_LA, bound_L, fleet)
@@ -130,10 +135,13 @@ class _Problem:
         np.maximum.at(bound_L, self.layer_X, self.load_X / self.sum_per_expert(speed_R))
         return bound_L
 
-    def push_R(self, load_R: Floats, excess_LA: Floats, unit_L: Floats) -> Floats:
+    def push_R(
+        self, load_R: Floats, excess_LA: Floats, unit_L: Floats, most_R: Floats | None = None
+    ) -> Floats:
         """What each replica gains when as much excess as can goes from actors above the bound to those below.
 
-        unit_L: the load that the flow counts by; infinite for layers that are left as they are.
+        unit_L: the load that the flow counts by; infinite for layers that are left as they are. most_R: the load up to
+        which a replica may gain; by default there is no such limit.
         """
         unit_A = np.repeat(unit_L, len(self.speed_A))
         flexible_R = np.flatnonzero((self.count_X[self.expert_of_R] > 1) & np.isfinite(unit_A[self.actor_R]))
@@ -147,11 +155,14 @@ class _Problem:
         over_A = np.flatnonzero((sent_A.ravel() >= unit_A) & (sent_A.ravel() > 0))
         under_A = np.flatnonzero(-excess_LA.ravel() >= unit_A)
         actor_R, unit_R = self.actor_R[flexible_R], unit_A[self.actor_R[flexible_R]]
+        room_R = np.full(len(flexible_R), float(FLOW_UNITS))
+        if most_R is not None:
+            room_R = np.maximum(most_R[flexible_R] - load_R[flexible_R], 0.0) / unit_R
         edges = (
             (np.full(len(over_A), source), over_A, sent_A.ravel()[over_A] / unit_A[over_A]),
             (under_A, np.full(len(under_A), sink), -excess_LA.ravel()[under_A] / unit_A[under_A]),
             (actor_R, first_expert + expert_node_R, load_R[flexible_R] / unit_R),
-            (first_expert + expert_node_R, actor_R, np.full(len(flexible_R), float(FLOW_UNITS))),
+            (first_expert + expert_node_R, actor_R, room_R),
         )
         tail, head, capacity = (np.concatenate(part) for part in zip(*edges, strict=True))
         size = first_expert + len(used_X)
