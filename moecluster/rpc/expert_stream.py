@@ -3,7 +3,6 @@
 import itertools
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
 from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import codec
+from moecluster.rpc.answers import Answer, AnswerReaders
 from moecluster.rpc.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.shared_memory import PeerSegment, Segment, SegmentUnavailable
@@ -26,26 +26,13 @@ from moecluster.types import ActorAddress, ComputeBatch, ComputeResult
 class _Pending:
     batch: ComputeBatch
     regions: tuple[int, ...]  # sequences in our segment, released by the reply
-    future: "Future[ComputeResult]"
-
-
-class _Answer(Future[ComputeResult]):
-    """What the threads that wait for it read out of the mailbox by themselves."""
-
-    def __init__(self, stream: "GrpcExpertTransport") -> None:
-        super().__init__()
-        self._stream = stream
-
-    def result(self, timeout: float | None = None) -> ComputeResult:
-        self._stream.await_answer(self, timeout)
-        return super().result(0.0)
+    answer: Answer
 
 
 class GrpcExpertTransport:
     """One long-lived stream; messages are matched by request id. Thread-safe.
 
-    On one host short messages go through mailboxes beside it. Ours is read by one of the threads that wait for an
-    answer, for all of them: a thread in between would cost each answer a wake-up.
+    On one host short messages go through mailboxes beside it.
     """
 
     def __init__(
@@ -73,8 +60,7 @@ class GrpcExpertTransport:
         self._mailbox = self._make_mailbox(self._segment)
         self._peer_mailbox: PeerMailbox | None = None
         self._has_mail = False  # a letter has come, so the actor knows whose mailbox is whose, and ours reach it
-        self._turn = threading.Condition()  # to read the mailbox
-        self._turn_taken = False
+        self._readers = AnswerReaders(self._mailbox, self._take_letter) if self._mailbox is not None else None
         self._use_segment = False
         self._peer: PeerSegment | None = None
         self._nonce = b""  # of the actor's segment, sent back once
@@ -139,54 +125,31 @@ class GrpcExpertTransport:
 
         The caller bounds its wait; after a timeout it closes the transport, whose segment must not be used again.
         """
-        future: Future[ComputeResult] = Future() if self._mailbox is None else _Answer(self)
+        answer = Answer(self._readers)
         message = codec.encode_batch(batch, self._segment if self._use_segment else None)
         message.request_id = next(self._ids)
         regions = (codec.region_of(message.x), codec.region_of(message.grad))
-        pending = _Pending(batch=batch, regions=tuple(r.sequence for r in regions if r is not None), future=future)
+        pending = _Pending(batch=batch, regions=tuple(r.sequence for r in regions if r is not None), answer=answer)
         with self._lock:
             if self._closed is not None:
-                future.set_exception(self._closed)
-                return future
+                answer.settle(self._closed)
+                return answer
             self._pending[message.request_id] = pending
             message.released.extend(self._released)
             self._released.clear()
             message.segment_nonce, self._nonce = self._nonce, b""
             if not self._has_mail or self._peer_mailbox is None or not self._peer_mailbox.post_message(message):
                 self._outbox.put(expert_pb2.ComputeRequest(batch=message))
-        return future
+        return answer
 
-    def await_answer(self, answer: "Future[ComputeResult]", timeout_s: float | None) -> None:
-        """Until the answer is there or the timeout over: reads letters, or waits for another thread that does."""
-        assert self._mailbox is not None
-        end_s = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._turn:
-            while self._turn_taken and not answer.done():
-                if not self._turn.wait(_left_s(end_s)):
-                    return
-            if answer.done():
-                return
-            self._turn_taken = True
+    def _take_letter(self, letter: bytes) -> None:
         try:
-            while not answer.done() and (end_s is None or time.monotonic() < end_s):
-                letter = self._mailbox.receive(_left_s(end_s))
-                if letter is not None:
-                    self._has_mail = True
-                    self._finish(expert_pb2.BatchReply.FromString(letter))
-                    self._tell_waiting()
+            message = expert_pb2.BatchReply.FromString(letter)
         except DecodeError as exc:
             self._fail(Unavailable(f"the mailbox of the stream to {self.actor} holds no letters: {exc}"))
-        finally:
-            with self._turn:
-                self._turn_taken = False
-                self._turn.notify_all()
-
-    def _tell_waiting(self, *, ring: bool = False) -> None:
-        """That answers are there; ring: also who reads the mailbox, which they did not come through."""
-        with self._turn:
-            self._turn.notify_all()
-            if ring and self._turn_taken and self._mailbox is not None:
-                self._mailbox.ring()
+            return
+        self._has_mail = True
+        self._finish(message)
 
     def close(self) -> None:
         """Ends the stream; what is in flight fails with Unavailable."""
@@ -205,7 +168,6 @@ class GrpcExpertTransport:
                     greeted.set_result(reply.hello)
                 else:
                     self._finish(reply.batch)
-                    self._tell_waiting(ring=True)
         except grpc.RpcError as exc:
             error = from_rpc_error(exc, self.actor)
         if greeted.done():  # whatever ended the stream, nothing comes through it any more
@@ -225,11 +187,12 @@ class GrpcExpertTransport:
         try:
             if message.code != expert_pb2.OK:
                 raise error_of_reply(message)
-            result = codec.decode_result(message, pending.batch, self._peer, self._release)
+            outcome: ComputeResult | MoeClusterError = codec.decode_result(
+                message, pending.batch, self._peer, self._release
+            )
         except MoeClusterError as exc:
-            pending.future.set_exception(exc)
-            return
-        pending.future.set_result(result)
+            outcome = exc
+        pending.answer.settle(outcome)
 
     def _release(self, sequence: int) -> None:
         with self._lock:
@@ -241,9 +204,4 @@ class GrpcExpertTransport:
                 self._closed = error
             left, self._pending = self._pending, {}
         for pending in left.values():
-            pending.future.set_exception(error)
-        self._tell_waiting(ring=True)
-
-
-def _left_s(end_s: float | None) -> float | None:
-    return None if end_s is None else max(end_s - time.monotonic(), 0.0)
+            pending.answer.settle(error)

@@ -8,6 +8,7 @@ peer ends.
 
 import contextlib
 import fcntl
+import mmap
 import os
 import select
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 MAX_LETTER_BYTES = select.PIPE_BUF
+MAX_LETTERS = 64  # in one mailbox: each takes a page of the pipe, once it is written
 RING = b"\0"  # no message: field number 0 does not exist
 
 
@@ -31,6 +33,8 @@ class Mailbox:
             self.fd, self._ring_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
         except OSError as exc:
             raise MailboxUnavailable(str(exc)) from exc
+        with contextlib.suppress(OSError):  # a user beyond the limit of all his pipes keeps the usual 16
+            fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, MAX_LETTERS * mmap.PAGESIZE)
         self._poller = select.poll()
         self._poller.register(self.fd, select.POLLIN)
         self._lock = threading.Lock()
