@@ -25,7 +25,7 @@ from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import OrderedChanges
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
-from moecluster.types import Operation, OperationPhase, Replica
+from moecluster.types import ExpertId, Operation, OperationPhase, Replica
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class Changer:
         self._clock = clock
         self._started_s = clock()
         self._size_state = SizeState()
+        self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
         self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
         self._closed = threading.Event()
         self._wake = threading.Event()
@@ -106,8 +107,8 @@ class Changer:
         self._wake.set()
 
     def recovery_waits(self) -> bool:
-        """Whether experts are lost that could be loaded on actors that are up."""
-        return bool(self._standing.lost()) and self._has_free_slots()
+        """Whether experts are lost that could be loaded on actors that are up, as far as was not tried in vain."""
+        return self._can_recover() and self._lost_of_up() != self._tried_in_vain
 
     # -- the thread --
 
@@ -135,7 +136,7 @@ class Changer:
         if held and not self._standing.held:
             self._let_every_expert_stand_once()
         self._standing.set_held(held)
-        if not held and self.recovery_waits():
+        if not held and self._can_recover():
             self._restore_elsewhere()
         self._decider.read()  # takes seconds if a Prometheus server hangs
         self._show_load()
@@ -186,8 +187,11 @@ class Changer:
         """Loads lost experts into free slots at once, instead of waiting until their actor is back."""
         lost = sorted(self._standing.lost())
         names = ", ".join(map(str, lost[:4])) + (", ..." if len(lost) > 4 else "")
-        seen = with_budget(self._decider.seen(), 0.0)
+        seen, before = with_budget(self._decider.seen(), 0.0), self._lost_of_up()
         self._apply_decision("restore", seen, f"{len(lost)} experts were lost ({names})", urgent=True)
+        self._tried_in_vain = (
+            before if self._standing.lost() else None
+        )  # orders need not give way to what does not help
 
     def _let_every_expert_stand_once(self) -> None:
         """Training takes one replica of each expert, and every expert."""
@@ -292,6 +296,12 @@ class Changer:
         layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
         for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
             self._metrics.set_layer_balancedness(layer, balancedness)
+
+    def _can_recover(self) -> bool:
+        return bool(self._standing.lost()) and self._has_free_slots()
+
+    def _lost_of_up(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
+        return self._standing.lost(), frozenset(self._standing.up())
 
     def _has_free_slots(self) -> bool:
         up = [a for a in self._standing.up() if a not in self._standing.leaving]

@@ -6,7 +6,7 @@ placement. Until a layer is published, what stood stands.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -58,11 +58,19 @@ class Mover:
         self._settings = settings
         self._give_way = give_way
 
-    def apply(self, operation_id: str, target: Mapping[int, tuple[Replica, ...]], *, urgent: bool = False) -> None:
+    def apply(
+        self,
+        operation_id: str,
+        target: Mapping[int, tuple[Replica, ...]],
+        *,
+        exactly: Collection[ExpertId] = (),
+        urgent: bool = False,
+    ) -> None:
         """Makes the target stand: layer -> all its replicas. Layers that are as wanted already are left alone.
 
-        Replicas on actors that are lost for the moment stay theirs. urgent: never gives way. Raises Interrupted, or
-        what loading raised; layers published by then stand, the others are as they were.
+        Replicas on actors that are lost for the moment stay theirs, but for those of the experts in exactly. urgent:
+        never gives way. Raises Interrupted, or what loading raised; layers published by then stand, the others are as
+        they were.
         """
         with ExitStack() as stack:
             controls: dict[str, ControlConnection] = {}
@@ -77,7 +85,7 @@ class Mover:
 
             shares_only: dict[int, tuple[Replica, ...]] = {}
             for layer, wanted in target.items():
-                replicas = self._with_lost_actors(layer, wanted)
+                replicas = self._with_lost_actors(layer, wanted, exactly)
                 before = self._standing.replicas_of(layer)
                 if replicas == before:
                     continue
@@ -91,13 +99,19 @@ class Mover:
                 self._log.update(operation_id, phase=OperationPhase.COMMITTING)
                 self._standing.commit(shares_only, {})
 
-    def _with_lost_actors(self, layer: int, wanted: tuple[Replica, ...]) -> tuple[Replica, ...]:
+    def _with_lost_actors(
+        self, layer: int, wanted: tuple[Replica, ...], exactly: Collection[ExpertId]
+    ) -> tuple[Replica, ...]:
         """The wanted replicas and those on actors that will come back, which serve nothing until shares say so."""
         up, placed = self._standing.up(), {r.expert for r in wanted}
+        named = {(r.expert, r.actor) for r in wanted}
         waiting = [
             Replica(expert=r.expert, actor=r.actor, share=0.0 if r.expert in placed else r.share)
             for r in self._standing.replicas_of(layer)
-            if r.actor not in up and r.actor not in self._standing.leaving
+            if r.actor not in up
+            and r.actor not in self._standing.leaving
+            and r.expert not in exactly
+            and (r.expert, r.actor) not in named
         ]
         return tuple(sorted((*wanted, *waiting), key=lambda r: (r.expert, r.actor)))
 
@@ -135,13 +149,13 @@ class Mover:
         """Loads on all actors at once. If one fails, the others drop again what they loaded."""
         if not adding:
             return 0
-        loaded: dict[str, frozenset[ExpertId]] = {}
         controls = {actor: control(actor) for actor in adding}
 
         def load(actor: str) -> int:
-            loaded_bytes = self._load(controls[actor], adding[actor])
-            loaded[actor] = adding[actor]
-            return loaded_bytes
+            try:
+                return self._load(controls[actor], adding[actor])
+            except Unavailable as exc:
+                raise Unavailable(f"{actor} was lost: {exc}") from exc
 
         try:
             with ThreadPoolExecutor(max_workers=min(len(adding), MAX_LOADS_AT_ONCE)) as pool:

@@ -87,7 +87,8 @@ class OrderedChanges:
         others = [r for r in self._standing.replicas_of(layer) if r.expert != expert]
         self._check_room(expert, actors, others)
         placed = [Replica(expert=expert, actor=actor, share=1 / len(actors)) for actor in actors]
-        self._mover.apply(operation.id, {layer: tuple(sorted((*others, *placed), key=lambda r: (r.expert, r.actor)))})
+        target = {layer: tuple(sorted((*others, *placed), key=lambda r: (r.expert, r.actor)))}
+        self._mover.apply(operation.id, target, exactly=[expert])
 
     def _check_room(self, expert: ExpertId, actors: Collection[str], others: list[Replica]) -> None:
         up = self._standing.up()

@@ -9,9 +9,11 @@ import pytest
 from moecluster.errors import ResourceError, StaleOrder, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
+from moecluster.placement.static_policy import StaticPolicy
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.controller import Controller, ControllerSettings
-from moecluster.types import ExpertId, LoadSnapshot, Placement, Replica
+from moecluster.roles.observer import ObserverSettings
+from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
 from tests.twin_actors import TwinActors, save_tiny_model
 
 ACTORS = ("expert-0", "expert-1")
@@ -285,3 +287,56 @@ def test_reported_loads_show_as_balancedness(make) -> None:
         )
 
     wait_until(shown)
+
+
+def static(slots: int = 2) -> dict[str, Any]:
+    """Settings of a controller that changes what is ordered, and nothing else."""
+    return {
+        "observer": ObserverSettings(slots_per_layer=slots),
+        "changer": ChangerSettings(policy="static", period_s=0.02),
+    }
+
+
+def wait_ended(controller: Controller, operation: Operation) -> Operation:
+    wait_until(lambda: controller.operation(operation.id).phase.ended)
+    return controller.operation(operation.id)
+
+
+def test_a_change_of_a_layer_leaves_what_a_lost_actor_shall_hold_as_it_was(make, actors) -> None:
+    controller = make(**static())
+    controller.start(WAIT_S)
+    actors.kill("expert-1")
+    wait_for(controller, lambda p: "expert-1" not in p.actors)
+    cold, kept = ExpertId(layer=0, index=0), ExpertId(layer=0, index=2)
+    assert wait_ended(controller, controller.place(cold, [])).phase is OperationPhase.DONE
+    actors.revive("expert-1")
+    back = wait_for(controller, lambda p: "expert-1" in p.actors)
+    assert [r.actor for r in back.replicas_of(kept)] == ["expert-1"], "once"
+    assert back.replicas_of(cold) == ()
+
+
+def test_an_expert_that_is_placed_elsewhere_does_not_come_back_with_the_actor_that_had_it(make, actors) -> None:
+    controller = make(**static(slots=3))
+    controller.start(WAIT_S)
+    placed = ExpertId(layer=0, index=2)
+    assert wait_ended(controller, controller.place(placed, ["expert-0", "expert-1"])).phase is OperationPhase.DONE
+    actors.kill("expert-1")
+    wait_for(controller, lambda p: "expert-1" not in p.actors)
+    assert wait_ended(controller, controller.place(placed, ["expert-0"])).phase is OperationPhase.DONE
+    actors.revive("expert-1")
+    back = wait_for(controller, lambda p: "expert-1" in p.actors)
+    assert [r.actor for r in back.replicas_of(placed)] == ["expert-0"]
+
+
+def test_an_error_of_a_policy_ends_neither_the_operation_nor_the_thread_that_changes_things(make, monkeypatch) -> None:
+    controller = make(**static(slots=4))
+    controller.start(WAIT_S)
+
+    def broken(*_: Any) -> None:
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(StaticPolicy, "decide", broken)
+    failed = wait_ended(controller, controller.scale(2))
+    assert failed.phase is OperationPhase.FAILED and "its log says how" in failed.detail
+    done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
+    assert done.phase is OperationPhase.DONE
