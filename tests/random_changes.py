@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from actors.settings import CONTROLLER, EXPERT_PREFIX
-from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, ResourceError, Unavailable
+from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unavailable, UserError
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.types import ControllerStatus, ExpertId, Operation, OperationPhase
 from tests.happenings import Happening
@@ -148,18 +148,24 @@ class RandomChanges:
             self._ordered.add(operation_id)
             try:
                 return kind, order, self._calls.ask(lambda calls, order=order: order.ask(calls, operation_id))  # type: ignore[misc]
-            except (ResourceError, Exhausted) as exc:
+            except (UserError, Exhausted) as exc:
                 self.refused.append(f"{order.what}: {exc}")
 
     def _look(self, operation_id: str, order: _Order) -> Operation:
         """How the operation stands; ordered again if the controller that took the order told nobody of it."""
         try:
             return self._calls.ask(lambda calls: calls.operation(operation_id))
-        except ResourceError:
+        except UserError:
             return self._calls.ask(lambda calls: order.ask(calls, operation_id))
 
     def _status(self) -> ControllerStatus:
-        return self._calls.ask(lambda calls: calls.status())
+        """As soon as the controller knows of actors."""
+
+        def known() -> ControllerStatus | None:
+            status = self._calls.ask(lambda calls: calls.status())
+            return status if status.actors else None
+
+        return wait_for(known, "the controller knows its actors")
 
     @staticmethod
     def _makes_sense(kind: str, status: ControllerStatus) -> bool:
