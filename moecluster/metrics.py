@@ -64,9 +64,10 @@ class Metrics:
         self._dropped = self._counter("dropped_assignments", "Assignments skipped for want of capacity", "layer")
 
         self._actor_tokens = self._counter("actor_tokens", "(row, expert) pairs computed by an actor", "actor")
+        self._actor_runs = self._counter("actor_expert_runs", "Times that an actor computed an expert", "actor")
         self._actor_queue_rows = self._gauge("actor_queue_rows", "Rows that wait in an actor", "actor")
         self._actor_busy = self._counter("actor_busy_seconds", "Time that an actor spent computing", "actor")
-        self._actor_speed = self._gauge("actor_speed", "Rows per busy second, as planned with; 1 is usual", "actor")
+        self._actor_speed = self._gauge("actor_speed", "Speed that is planned with; 1 is usual", "actor")
         self._measured_actors: set[str] = set()
 
         self._dispatch = self._histogram(
@@ -148,9 +149,10 @@ class Metrics:
 
     # -- expert actors --
 
-    def count_computed(self, actor: str, *, pairs: int, busy_s: float) -> None:
-        """Adds a computed batch."""
+    def count_computed(self, actor: str, *, pairs: int, runs: int, busy_s: float) -> None:
+        """Adds a computed batch: (row, expert) pairs, and experts that were computed for them."""
         self._actor_tokens.labels(self.model, actor).inc(pairs)
+        self._actor_runs.labels(self.model, actor).inc(runs)
         self._actor_busy.labels(self.model, actor).inc(busy_s)
 
     def set_queue_rows(self, actor: str, rows: int) -> None:

@@ -151,8 +151,10 @@ class ControllerConfig(Section):
     drain_timeout_s: float = setting(10.0, "longest wait for routers and queues before an expert is unloaded", above=0)
     operation_timeout_s: float = setting(600.0, "longest wait for an actor that an operation has asked for", above=0)
 
-    min_expert_actors: int = setting(0, "fewest expert actors; 0: 1 by order, and no fewer than now by itself", minimum=0)
-    max_expert_actors: int = setting(0, "most expert actors; 0: 4 x cluster.num_expert_actors by order, and no more than now by itself", minimum=0)
+    min_expert_actors: int = setting(0, "fewest expert actors; 0: no fewer than now but by order, then 1", minimum=0)
+    max_expert_actors: int = setting(
+        0, "most expert actors; 0: no more than now but by order, then 4 x cluster.num_expert_actors", minimum=0
+    )
     target_queue_s: float = setting(0.05, "time that a message may wait at an actor before more actors help", above=0)
     target_utilisation: float = setting(0.7, "busy share of the time that the actors are sized for", above=0, maximum=1)
     upscale_delay_s: float = setting(30.0, "how long actors must be too few before more are started", minimum=0)

@@ -201,6 +201,7 @@ class ActorWork:
     """What an expert actor has done since the start of this life."""
 
     computed_rows: int = 0  # (row, expert) pairs
+    expert_runs: int = 0  # times that an expert was computed, for however many rows
     busy_s: float = 0.0  # computing
     batches: int = 0  # messages taken off the queue
     queue_wait_s: float = 0.0  # the sum of what those waited

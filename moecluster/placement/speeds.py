@@ -1,9 +1,16 @@
-"""How fast each expert actor computes, relative to the others: measured, smoothed, and deaf to small differences."""
+"""How fast each expert actor computes, relative to the others: measured, smoothed, and deaf to small differences.
+
+Rows per busy second alone would mislead: an expert costs time each time it is computed (its weights are read), however
+few its rows, so an actor of hot experts, with its long batches, looks fast, and would be given still more. So the time
+that the work of an actor should have taken is what counts, at costs of an expert's run and of a row that are common to
+all actors, and fitted over all readings.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import nnls
 
 from moecluster.placement.layout import Floats
 
@@ -14,6 +21,7 @@ class ActorWork:
 
     rows: float  # (row, expert) pairs
     busy_s: float
+    runs: float = 0.0  # times that an expert was computed; 0: not counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +33,7 @@ class SpeedSettings:
     dead_band: float = 0.2  # an actor within this of the median counts as the median: batches make such differences
     slowest: float = 0.05  # never planned as slower than this, so that it keeps work to show a recovery by
     fastest: float = 20.0
+    costs_half_life_readings: float = 60.0  # for the costs that all actors have in common
     forget_readings: int = 30  # an actor unmeasured for so long counts as the median again: it gets work and shows
 
 
@@ -32,6 +41,7 @@ class SpeedSettings:
 class _Measured:
     last: ActorWork
     rows: float = 0.0  # smoothed sums of the work between readings
+    runs: float = 0.0
     busy_s: float = 0.0
     speed: float = 1.0  # as told
     unmeasured: int = 0  # readings
@@ -49,15 +59,17 @@ class SpeedMeter:
     def __init__(self, settings: SpeedSettings | None = None) -> None:
         self._settings = settings or SpeedSettings()
         self._actors: dict[str, _Measured] = {}
+        self._costs = _Costs(0.5 ** (1.0 / self._settings.costs_half_life_readings))
 
     def add(self, work: Mapping[str, ActorWork]) -> None:
         """Takes what every living actor has computed so far. Actors that are not named are forgotten.
 
         A counter that fell was begun anew. The first that is heard of an actor measures nothing.
         """
+        self._costs.age()
         summed = {actor: self._summed(self._actors.get(actor), done) for actor, done in work.items()}
         speeds = {
-            actor: measured.rows / measured.busy_s
+            actor: self._costs.of(measured.rows, measured.runs) / measured.busy_s
             for actor, measured in summed.items()
             if measured.rows >= self._settings.min_rows and measured.busy_s > 0
         }
@@ -76,10 +88,12 @@ class SpeedMeter:
             return _Measured(last=done)
         begun_anew = done.rows < before.last.rows or done.busy_s < before.last.busy_s
         last = ActorWork(rows=0.0, busy_s=0.0) if begun_anew else before.last
+        self._costs.learn(done.rows - last.rows, done.runs - last.runs, done.busy_s - last.busy_s)
         keep = 0.5 ** (1.0 / self._settings.half_life_readings)
         return _Measured(
             last=done,
             rows=before.rows * keep + done.rows - last.rows,
+            runs=before.runs * keep + done.runs - last.runs,
             busy_s=before.busy_s * keep + done.busy_s - last.busy_s,
             speed=before.speed,
             unmeasured=before.unmeasured,
@@ -93,13 +107,14 @@ class SpeedMeter:
             told = measured.speed
         else:
             told = min(max(speed, self._settings.slowest), self._settings.fastest)
-        return _Measured(last=measured.last, rows=measured.rows, busy_s=measured.busy_s, speed=told)
+        return _Measured(last=measured.last, rows=measured.rows, runs=measured.runs, busy_s=measured.busy_s, speed=told)
 
     def _not_measured(self, measured: _Measured) -> _Measured:
         unmeasured = measured.unmeasured + 1
         return _Measured(
             last=measured.last,
             rows=measured.rows,
+            runs=measured.runs,
             busy_s=measured.busy_s,
             speed=1.0 if unmeasured >= self._settings.forget_readings else measured.speed,
             unmeasured=unmeasured,
@@ -108,3 +123,36 @@ class SpeedMeter:
 
 def _within(a: float, b: float, factor: float) -> bool:
     return b / factor <= a <= b * factor
+
+
+class _Costs:
+    """Seconds of a row and of an expert's run, by least squares of the relative error, neither below 0."""
+
+    def __init__(self, keep: float) -> None:
+        """keep: the weight of a reading after another one."""
+        self._keep = keep
+        self._products_22 = np.zeros((2, 2))  # of (rows, runs) per busy second
+        self._sums_2 = np.zeros(2)
+        self._cost_2: Floats | None = None  # of (a row, a run); None: to be fitted
+
+    def age(self) -> None:
+        """Older readings weigh less from now on."""
+        self._products_22 *= self._keep
+        self._sums_2 *= self._keep
+
+    def learn(self, rows: float, runs: float, busy_s: float) -> None:
+        """Work of some actor that took so long."""
+        if busy_s > 0 and rows >= 0 and runs >= 0:
+            rate_2 = np.array([rows, runs]) / busy_s
+            self._products_22 += np.outer(rate_2, rate_2)
+            self._sums_2 += rate_2
+            self._cost_2 = None
+
+    def of(self, rows: float, runs: float) -> float:
+        """Seconds that this work takes at the common costs."""
+        if self._cost_2 is None:
+            scale_2 = np.sqrt(np.maximum(np.diag(self._products_22), np.finfo(np.float64).tiny))
+            left_22 = np.linalg.cholesky(self._products_22 / np.outer(scale_2, scale_2) + 1e-9 * np.eye(2))
+            cost_2, _ = nnls(left_22.T, np.linalg.solve(left_22, self._sums_2 / scale_2))
+            self._cost_2 = cost_2 / scale_2
+        return float(self._cost_2 @ (rows, runs))

@@ -344,7 +344,7 @@ class StatusRequest(_message.Message):
     def __init__(self, training_term: _Optional[int] = ..., with_picture: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "picture", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows")
+    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "picture", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows", "expert_runs")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
@@ -363,6 +363,7 @@ class StatusReply(_message.Message):
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_RUNS_FIELD_NUMBER: _ClassVar[int]
     actor: str
     incarnation: str
     placement_term: int
@@ -381,4 +382,5 @@ class StatusReply(_message.Message):
     batches: int
     queue_wait_s: float
     queue_rows: int
-    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ...) -> None: ...
+    expert_runs: int
+    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., expert_runs: _Optional[int] = ...) -> None: ...

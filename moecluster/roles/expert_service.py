@@ -145,15 +145,19 @@ class ExpertService:
         for waiting, outcome in zip(fresh, outcomes, strict=True):
             waiting.reply(outcome)
         pairs, busy_s = sum(len(w.batch.pair_rows_P) for w in fresh), time.perf_counter() - started_s
-        self._count(taken, waited_s=waited_s, pairs=pairs, busy_s=busy_s)
+        runs = len(set().union(*(w.batch.experts for w in fresh)))  # what waited for one expert was merged
+        self._count(taken, waited_s=waited_s, pairs=pairs, runs=runs, busy_s=busy_s)
         if self._metrics is not None:
-            self._metrics.count_computed(self.name, pairs=pairs, busy_s=busy_s)
+            self._metrics.count_computed(self.name, pairs=pairs, runs=runs, busy_s=busy_s)
             self._metrics.set_queue_rows(self.name, self._queue.rows)
 
-    def _count(self, taken: Sequence[Waiting], *, waited_s: float, pairs: int = 0, busy_s: float = 0.0) -> None:
+    def _count(
+        self, taken: Sequence[Waiting], *, waited_s: float, pairs: int = 0, runs: int = 0, busy_s: float = 0.0
+    ) -> None:
         work = self._work
         self._work = ActorWork(
             computed_rows=work.computed_rows + pairs,
+            expert_runs=work.expert_runs + runs,
             busy_s=work.busy_s + busy_s,
             batches=work.batches + len(taken),
             queue_wait_s=work.queue_wait_s + waited_s,

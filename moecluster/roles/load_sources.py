@@ -28,6 +28,7 @@ class WorkCounter:
 
     life: str  # another one after each start of the process: its counters begin at 0
     computed_rows: float  # (row, expert) pairs
+    expert_runs: float  # times that an expert was computed
     busy_s: float
 
 
@@ -106,7 +107,12 @@ class DirectLoadSource:
 
     def set_work(self, actor: str, incarnation: str, work: ActorWork) -> None:
         """Takes what an actor says that this life of it has computed."""
-        counter = WorkCounter(life=incarnation, computed_rows=work.computed_rows, busy_s=work.busy_s)
+        counter = WorkCounter(
+            life=incarnation,
+            computed_rows=work.computed_rows,
+            expert_runs=work.expert_runs,
+            busy_s=work.busy_s,
+        )
         with self._lock:
             self._work[actor] = _Worked(counter=counter, heard_s=self._clock())
 

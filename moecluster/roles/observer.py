@@ -60,7 +60,12 @@ class Observer:
             if reading is self._last:
                 return  # nothing new was scraped
             self._window.add(reading.counters)
-            self._meter.add({a: ActorWork(rows=w.computed_rows, busy_s=w.busy_s) for a, w in reading.work.items()})
+            self._meter.add(
+                {
+                    a: ActorWork(rows=w.computed_rows, runs=w.expert_runs, busy_s=w.busy_s)
+                    for a, w in reading.work.items()
+                }
+            )
             self._last = reading
             self._failure = ""
         except MoeClusterError as exc:

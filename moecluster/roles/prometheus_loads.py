@@ -20,8 +20,9 @@ STARTED = "moecluster_start_time_seconds"
 EXPERT_TOKENS = "moecluster_expert_tokens_total"
 EXPERT_QUANTILES = "moecluster_expert_tokens_quantile"  # shown only by a process that leaves experts out
 ACTOR_TOKENS = "moecluster_actor_tokens_total"
+ACTOR_RUNS = "moecluster_actor_expert_runs_total"
 ACTOR_BUSY = "moecluster_actor_busy_seconds_total"
-COUNTERS = (STARTED, EXPERT_TOKENS, EXPERT_QUANTILES, ACTOR_TOKENS, ACTOR_BUSY)
+COUNTERS = (STARTED, EXPERT_TOKENS, EXPERT_QUANTILES, ACTOR_TOKENS, ACTOR_RUNS, ACTOR_BUSY)
 # What tells series of one process apart; the labels that are left (instance, job, ...) name the process.
 OWN_LABELS = frozenset({"__name__", "model", "layer", "expert", "quantile", "actor"})
 MAX_COUNT = 2**53  # up to which a float holds every whole number
@@ -98,7 +99,7 @@ class PrometheusLoadSource:
                 now_s=dated_s,
                 tokens={_name(process): self._tokens(process, s) for process, s in series[EXPERT_TOKENS].items()},
             ),
-            work=_work(series[ACTOR_TOKENS], series[ACTOR_BUSY], series[STARTED]),
+            work=_work(series),
         )
 
     def _incomplete(self, process: Process) -> ConfigError:
@@ -124,18 +125,23 @@ class PrometheusLoadSource:
         return layers
 
 
-def _work(rows: Series, busy: Series, started: Series) -> dict[str, WorkCounter]:
+def _work(series: Mapping[str, Series]) -> dict[str, WorkCounter]:
     """Actor -> what its newest life has computed: the one before may be shown until it is missed by a scrape."""
     found: dict[str, tuple[float, WorkCounter]] = {}
-    for process, samples in rows.items():
-        started_s = _count(started[process][0])
+    for process, samples in series[ACTOR_TOKENS].items():
+        started_s = _count(series[STARTED][process][0])
         life = f"{_name(process)} since {started_s:.6f}"
-        busy_s = {_text(sample, "actor"): _count(sample) for sample in busy[process]}
+        runs, busy_s = (
+            {_text(sample, "actor"): _count(sample) for sample in series[name][process]}
+            for name in (ACTOR_RUNS, ACTOR_BUSY)
+        )
         for sample in samples:
             actor = _text(sample, "actor")
-            if actor not in busy_s:
+            if actor not in busy_s or actor not in runs:
                 continue  # scraped while it computed its very first batch
-            counter = WorkCounter(life=life, computed_rows=_count(sample), busy_s=busy_s[actor])
+            counter = WorkCounter(
+                life=life, computed_rows=_count(sample), expert_runs=runs[actor], busy_s=busy_s[actor]
+            )
             if actor not in found or started_s > found[actor][0]:
                 found[actor] = (started_s, counter)
     return {actor: counter for actor, (_, counter) in found.items()}

@@ -153,6 +153,7 @@ class GrpcExpertControl:
             picture=reply.picture,
             work=ActorWork(
                 computed_rows=reply.computed_rows,
+                expert_runs=reply.expert_runs,
                 busy_s=reply.busy_s,
                 batches=reply.batches,
                 queue_wait_s=reply.queue_wait_s,

@@ -203,6 +203,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 checkpoint=found.checkpoint,
                 picture=found.picture,
                 computed_rows=found.work.computed_rows,
+                expert_runs=found.work.expert_runs,
                 busy_s=found.work.busy_s,
                 batches=found.work.batches,
                 queue_wait_s=found.work.queue_wait_s,

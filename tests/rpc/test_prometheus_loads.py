@@ -98,8 +98,12 @@ class Cluster:
             self.direct.add(name, LoadSnapshot(window_s=PERIOD_S, tokens=by_expert(counts)))
         for name, busy_s in ACTORS.items():
             before = self._work[name]
-            self.actors[name].metrics.count_computed(name, pairs=BATCH_ROWS, busy_s=busy_s)
-            self._work[name] = ActorWork(computed_rows=before.computed_rows + BATCH_ROWS, busy_s=before.busy_s + busy_s)
+            self.actors[name].metrics.count_computed(name, pairs=BATCH_ROWS, runs=1, busy_s=busy_s)
+            self._work[name] = ActorWork(
+                computed_rows=before.computed_rows + BATCH_ROWS,
+                expert_runs=before.expert_runs + 1,
+                busy_s=before.busy_s + busy_s,
+            )
             self.direct.set_work(name, "life", self._work[name])
 
     def is_told_by(self, reading: SourceReading) -> bool:
@@ -119,7 +123,9 @@ class Planner:
     def decide(self, reading: SourceReading) -> Decision:
         """Of policy `share`, from the same standing layout every time."""
         self.window.add(reading.counters)
-        self.meter.add({n: Computed(rows=w.computed_rows, busy_s=w.busy_s) for n, w in reading.work.items()})
+        self.meter.add(
+            {n: Computed(rows=w.computed_rows, runs=w.expert_runs, busy_s=w.busy_s) for n, w in reading.work.items()}
+        )
         fleet = Fleet(
             slots_A=np.array([4, 4, 2]),
             speed_A=self.meter.speed_A(list(ACTORS)),
@@ -293,9 +299,9 @@ def test_of_an_actor_that_was_started_anew_elsewhere_the_new_life_counts(
 ) -> None:
     """The page of the old life is known until a scrape misses it."""
     old = start()
-    old.metrics.count_computed("expert-0", pairs=100, busy_s=5.0)
+    old.metrics.count_computed("expert-0", pairs=100, runs=3, busy_s=5.0)
     new = start()
-    new.metrics.count_computed("expert-0", pairs=7, busy_s=1.0)
+    new.metrics.count_computed("expert-0", pairs=7, runs=2, busy_s=1.0)
     prometheus.scrape(new.address, old.address)
     source, server = source_of(prometheus), PrometheusServer(prometheus.address, timeout_s=5.0)
     both = f'count(moecluster_actor_tokens_total{{model="{MODEL}"}})'

@@ -91,3 +91,37 @@ def test_a_told_speed_changes_seldom_under_noise(noise, speed) -> None:
     told = [float(cluster.read(speeds={"c": speed * factor})[2]) for factor in noise]
     assert len(set(told)) <= 2
     assert all(0.05 <= value <= 20.0 for value in told)
+
+
+class CostlyRuns:
+    """Actors of equal speed, of which each run of an expert costs as much as 50 rows; the first has hot experts."""
+
+    def __init__(self, meter: SpeedMeter) -> None:
+        self.meter = meter
+        self.done = dict.fromkeys(ACTORS, ActorWork(rows=0.0, busy_s=0.0))
+        self._drawn = np.random.default_rng(0)
+
+    def read(self, *, speeds: dict[str, float] | None = None, times: int = 1) -> np.ndarray:
+        for _ in range(times):
+            for actor, before in self.done.items():
+                rows = (20_000.0 if actor == "a" else 1_000.0) * self._drawn.uniform(0.8, 1.2)
+                runs = 400.0 * self._drawn.uniform(0.8, 1.2)
+                busy_s = (rows + 50.0 * runs) / 1e4 / (speeds or {}).get(actor, 1.0)
+                self.done[actor] = ActorWork(
+                    rows=before.rows + rows, runs=before.runs + runs, busy_s=before.busy_s + busy_s
+                )
+            self.meter.add(self.done)
+        return self.meter.speed_A(ACTORS)
+
+
+def test_an_actor_of_hot_experts_is_not_taken_for_a_fast_one() -> None:
+    assert CostlyRuns(SpeedMeter()).read(times=10).tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("straggler", ["a", "b"])
+def test_a_straggler_is_found_whether_its_experts_are_hot_or_not(straggler: str) -> None:
+    cluster = CostlyRuns(SpeedMeter())
+    cluster.read(times=5)
+    told = dict(zip(ACTORS, cluster.read(speeds={straggler: 0.5}, times=3), strict=True))
+    assert told.pop(straggler) == pytest.approx(0.5, rel=0.25)
+    assert set(told.values()) == {1.0}
