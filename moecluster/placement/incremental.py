@@ -24,9 +24,10 @@ from moecluster.placement.layout import (
 )
 from moecluster.placement.relief import Wanted, relieved
 from moecluster.placement.replica_counts import least_worst_load_L
-from moecluster.placement.shares import least_max_shares
+from moecluster.placement.shares import least_max_shares, least_overflow
 
 NO_LIMIT = 2.0**31  # moves: a budget may be infinite, a count may not
+STRAIN = 0.3  # weight of what the worst actor would have if shares had to stay near equal ones
 LEAST_PROGRESS = 1e-4  # relative fall of the worst load in a round, below which a layer is let be
 
 
@@ -34,12 +35,12 @@ LEAST_PROGRESS = 1e-4  # relative fall of the worst load in a round, below which
 class MoveSettings:
     """When a move pays. Time won is counted as if the layers' worst actors were all that a token waits for."""
 
-    trigger: float = 0.01  # a layer is looked at when its worst actor stands so far above what could be, relatively
+    trigger: float = 0.02  # a layer is looked at when its worst actor stands so far above what could be, relatively
     min_gain: float = 0.004  # least relative fall of a layer's worst load for which anything is moved
     lifetime_s: float = 600.0  # how long a gain is expected to last before the load has changed
     transfer_bytes_per_s: float = 1e9  # at which an actor loads an expert
     transfer_slowdown: float = 0.1  # fraction of the cluster's work that is lost while an expert is loaded
-    max_rounds: int = 6  # of moves thought through per decision; what is left waits for the next one
+    max_rounds: int = 5  # of moves thought through per decision; what is left waits for the next one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def with_moves(
 
     layout: with shares of least greatest load, as `least_max_shares` gives them; so has what comes back.
     """
-    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
+    worst_L = _worst_L(layout, load_LE, fleet)
     layers, bound_L = _layers_to_relieve(layout, load_LE, fleet, worst_L, settings.trigger)
     most_moves_L = np.minimum(budget_bytes / fleet.expert_bytes_L[layers], NO_LIMIT).astype(np.int64)
     if len(layers) == 0 or (most_moves_L < 1).all():
@@ -108,32 +109,44 @@ def _stages(
     coactivation_LEE: Floats | None,
 ) -> list[_Stage]:
     """The standing layout, and what it is after each round; a layer without progress is let be."""
-    stages = [_stage(layout, layout, load_LE, fleet)]
+    nothing_L = np.zeros(layout.num_layers)
+    stages = [_Stage(layout=layout, worst_L=_worst_L(layout, load_LE, fleet), bytes_L=nothing_L)]
     going = np.arange(layout.num_layers)
     for _ in range(max_rounds):
         before = stages[-1]
-        left_L = wanted.most_moves_L[going] - (before.bytes_L[going] / fleet.expert_bytes_L[going]).astype(np.int64)
         part = of_layers(before.layout, going)
-        width, of_part = part.max_experts, _fleet_of(fleet, going)
+        width, load, of_part = part.max_experts, load_LE[going, : part.max_experts], _fleet_of(fleet, going)
+        left_L = wanted.most_moves_L[going] - (before.bytes_L[going] / of_part.expert_bytes_L).astype(np.int64)
         step = Wanted(bound_L=wanted.bound_L[going], tolerance=wanted.tolerance, most_moves_L=left_L)
         pairs = None if coactivation_LEE is None else coactivation_LEE[going, :width, :width]
-        load = load_LE[going, :width]
         moved = relieved(part, load, of_part, step, pairs)
-        moved = with_shares(moved, least_max_shares(moved, load, of_part).share_R)
-        worst = actor_load_LA(moved, load, of_part).max(axis=1, initial=0.0)
-        better = np.flatnonzero(worst < before.worst_L[going] * (1 - LEAST_PROGRESS))
+        moved = with_shares(moved, least_max_shares(moved, load, of_part, even=True).share_R)
+        worst_L = _worst_L(moved, load, of_part)
+        better = np.flatnonzero(worst_L < before.worst_L[going] * (1 - LEAST_PROGRESS))
         if len(better) == 0:
             break
         going = going[better]
-        stages.append(_stage(layout, with_layers(before.layout, going, of_layers(moved, better)), load_LE, fleet))
+        after = with_layers(before.layout, going, of_layers(moved, better))
+        after_L = before.worst_L.copy()
+        after_L[going] = worst_L[better]
+        loaded_L = np.bincount(after.layer_R[added_R(layout, after)], minlength=layout.num_layers)
+        stages.append(_Stage(layout=after, worst_L=after_L, bytes_L=loaded_L * fleet.expert_bytes_L))
     return stages
 
 
-def _stage(standing: Layout, layout: Layout, load_LE: Floats, fleet: Fleet) -> _Stage:
-    new_R = added_R(standing, layout)
-    count_L = np.bincount(layout.layer_R[new_R], minlength=layout.num_layers)
-    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
-    return _Stage(layout=layout, worst_L=worst_L, bytes_L=count_L * fleet.expert_bytes_L)
+def _worst_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
+    """What a layer's worst actor is held to cost: load / speed under the best shares, and in part under even ones."""
+    worst_L: Floats = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
+    fair_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
+    even = with_shares(layout, _share_R(layout, least_overflow(layout, load_LE, fleet, fair_L), load_LE))
+    strained_L = actor_load_LA(even, load_LE, fleet).max(axis=1, initial=0.0)
+    cost_L: Floats = (1 - STRAIN) * worst_L + STRAIN * strained_L
+    return cost_L
+
+
+def _share_R(layout: Layout, load_R: Floats, load_LE: Floats) -> Floats:
+    load_of_R = load_LE.reshape(-1)[layout.expert_key_R]
+    return np.divide(load_R, load_of_R, out=layout.share_R.copy(), where=load_of_R > 0)
 
 
 def _chosen_stage_L(stages: list[_Stage], saved_s: float, price_s: float, min_gain: float, budget_bytes: float) -> Ints:

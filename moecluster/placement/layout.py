@@ -59,7 +59,10 @@ class Layout:
 
 def make_layout(num_experts_L: Ints, layer_R: Ints, expert_R: Ints, actor_R: Ints, share_R: Floats) -> Layout:
     """A layout of replicas in any order."""
-    order = np.lexsort((actor_R, expert_R, layer_R))
+    num_experts = int(np.max(num_experts_L, initial=0))
+    num_actors = int(np.max(actor_R, initial=0)) + 1
+    key_R = (np.asarray(layer_R, dtype=np.int64) * num_experts + expert_R) * num_actors + actor_R
+    order = np.argsort(key_R.astype(np.int64), kind="stable")  # fast on what is nearly sorted, as most calls have it
     return Layout(
         num_experts_L=np.asarray(num_experts_L, dtype=np.int64),
         layer_R=np.asarray(layer_R, dtype=np.int64)[order],

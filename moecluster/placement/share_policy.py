@@ -18,7 +18,7 @@ class ShareSettings:
     """How eagerly the policy acts."""
 
     min_share_gain: float = 0.0005  # of mean balancedness, for which shares alone are changed
-    spare_moves_a_layer: int = 3  # most spare replicas of a layer that one decision places or moves
+    spare_moves_a_layer: int = 2  # most spare replicas of a layer that one decision places or moves
     moves: MoveSettings = field(default_factory=MoveSettings)
 
 

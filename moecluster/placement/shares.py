@@ -38,8 +38,8 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: boo
     Among the optima it takes one near the standing shares: only what stands above the bound is given away. An expert
     without load keeps its shares; all come out in [0, 1] with a sum of 1 per expert.
 
-    even: take one near equal shares instead, whatever stands: load that is spread alike over an expert's replicas is hurt
-    less by what the next window brings.
+    even: take one near equal shares instead, whatever stands: load that is spread alike over an expert's replicas is
+    hurt less by what the next window brings.
     """
     problem = _Problem.of(layout, load_LE, fleet)
     start_R = 1.0 / problem.count_X[problem.expert_of_R] if even else normalized(layout)
@@ -64,11 +64,14 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: boo
 
 
 def least_overflow(layout: Layout, load_LE: Floats, fleet: Fleet, bound_L: Floats) -> Floats:
-    """Load of each replica when as little as can stands above a bound that need not be reachable: [R]."""
+    """Load of each replica when as little as can stands above a bound that need not be reachable: [R].
+
+    No replica takes more than EVEN_STEPS[0] times its equal share: what only uneven shares could even out stays above.
+    """
     problem = _Problem.of(layout, load_LE, fleet)
-    load_R = problem.load_of_R * normalized(layout)
+    load_R = problem.load_of_R / problem.count_X[problem.expert_of_R]
     excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
-    return load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet))
+    return load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet), EVEN_STEPS[0] * load_R)
 
 
 def _unit_L(excess_LA: Floats, bound_L: Floats, fleet: Fleet) -> Floats:
@@ -135,9 +138,7 @@ class _Problem:
         np.maximum.at(bound_L, self.layer_X, self.load_X / self.sum_per_expert(speed_R))
         return bound_L
 
-    def push_R(
-        self, load_R: Floats, excess_LA: Floats, unit_L: Floats, most_R: Floats | None = None
-    ) -> Floats:
+    def push_R(self, load_R: Floats, excess_LA: Floats, unit_L: Floats, most_R: Floats | None = None) -> Floats:
         """What each replica gains when as much excess as can goes from actors above the bound to those below.
 
         unit_L: the load that the flow counts by; infinite for layers that are left as they are. most_R: the load up to

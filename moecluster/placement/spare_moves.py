@@ -50,7 +50,7 @@ def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_byte
         return layout
     part = of_layers(after, changed)
     of_part = load_LE[changed, : part.max_experts]
-    part = with_shares(part, least_max_shares(part, of_part, fleet).share_R)
+    part = with_shares(part, least_max_shares(part, of_part, fleet, even=True).share_R)
     worst_before_L = actor_load_LA(layout, load_LE, fleet).max(axis=1)[changed]
     worst_after_L = actor_load_LA(part, of_part, fleet).max(axis=1)
     kept = np.flatnonzero(worst_after_L <= worst_before_L * (1 + MOST_LOSS))
