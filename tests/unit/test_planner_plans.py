@@ -128,7 +128,7 @@ def test_with_enough_slots_the_loss_of_a_node_leaves_every_expert(exponent: floa
 
 def test_a_standing_layout_comes_to_survive_the_loss_of_a_node():
     fleet, load_LE = fleet_of(10, 16, actors_a_node=4), zipf(64, 0.8)
-    layout = make_layout(np.array([64]), np.zeros(64), np.arange(64), np.arange(64) // 4, np.ones(64))
+    layout = make_layout(np.array([64]), np.zeros(64, dtype=np.int64), np.arange(64), np.arange(64) // 4, np.ones(64))
     policy = policy_named("share")
     state = policy.first_state()
     for step in range(80):
@@ -150,7 +150,7 @@ def test_with_few_slots_the_hottest_experts_survive():
 def test_a_move_must_pay_for_its_bytes():
     """Two actors, of which one has all the load."""
     load_LE = np.array([[8.0, 8.0, 0.01, 0.01]])
-    layout = make_layout(np.array([4]), np.zeros(4), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
+    layout = make_layout(np.array([4]), np.zeros(4, dtype=np.int64), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
     fleet = fleet_of(3, 2)
     patient = with_moves(layout, load_LE, fleet, 100.0, MoveSettings())
     assert balancedness_L(patient, load_LE, fleet)[0] > 0.99
@@ -161,7 +161,7 @@ def test_a_move_must_pay_for_its_bytes():
 
 def test_experts_change_places_where_no_slot_is_free():
     load_LE = np.array([[6.0, 4.0, 2.0, 1.0]])
-    layout = make_layout(np.array([4]), np.zeros(4), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
+    layout = make_layout(np.array([4]), np.zeros(4, dtype=np.int64), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
     fleet = fleet_of(2, 2)
     after = with_moves(layout, load_LE, fleet, 100.0, MoveSettings())
     assert_valid(after, fleet)
@@ -204,7 +204,7 @@ def test_experts_that_tokens_visit_together_stand_together():
     """Experts 0 and 1, 2 and 3, ... share their tokens: messages fall at no loss of balance."""
     num_experts = 32
     load_LE = np.full((1, num_experts), 10.0) + np.random.default_rng(3).random((1, num_experts)) * 0.1
-    pairs_EE = np.kron(np.eye(num_experts // 2), 1 - np.eye(2)) * 10
+    pairs_EE = (np.kron(np.eye(num_experts // 2), 1 - np.eye(2)) * 10).astype(np.float64)
     fleet = fleet_of(9, 4)
     apart = cold_plan(load_LE, np.array([num_experts]), fleet)
     together = gathered(apart, load_LE, fleet, pairs_EE[None])
