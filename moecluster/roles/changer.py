@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moecluster.errors import MoeClusterError, UserError
+from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts
 from moecluster.placement.layout import balancedness_L
@@ -22,7 +22,7 @@ from moecluster.roles.leases import Leases
 from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.ordered_changes import OrderedChanges
+from moecluster.roles.ordered_changes import SIZES, OrderedChanges
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.types import ExpertId, Operation, OperationPhase, Replica
@@ -77,6 +77,7 @@ class Changer:
         self._started_s = clock()
         self._size_state = SizeState()
         self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
+        self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
         self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
         self._closed = threading.Event()
         self._wake = threading.Event()
@@ -86,8 +87,6 @@ class Changer:
             decider=decider,
             mover=mover,
             sizing=sizing,
-            timeout_s=settings.operation_timeout_s,
-            closed=self._closed,
         )
         self._thread = threading.Thread(target=self._run, name="changer", daemon=True)
 
@@ -143,30 +142,59 @@ class Changer:
         if held:
             return
         self._drain_leaving_nodes()
-        while (operation := self._log.next_queued()) is not None and not self._closed.is_set():
-            if not self._carry_out(operation):
-                return
+        if not self._carry_out_all():
+            return
         self._measure_gains()
         if self._clock() - self._started_s >= self._settings.quiet_s:
             self._resize()
             self._cool()
             self._decide()
 
+    def _carry_out_all(self) -> bool:
+        """What is queued; False if a recovery comes first. Sizes are changed in their order, and while one waits for
+        actors all else goes on."""
+        waiting = False
+        for operation in self._log.queued():
+            if self._closed.is_set():
+                return False
+            if waiting and operation.kind in SIZES:
+                continue
+            try:
+                ended = self._carry_out(operation)
+            except Interrupted as exc:
+                self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=str(exc))
+                self._wake.set()
+                return False
+            waiting = waiting or not ended
+        return True
+
     def _carry_out(self, operation: Operation) -> bool:
-        """False if it gave way to a recovery: it is queued again."""
+        """False if it waits for actors: it is queued again. Raises Interrupted if it gave way to a recovery."""
+        self._first_tried_s.setdefault(operation.id, self._clock())
         self._log.update(operation.id, phase=OperationPhase.PREPARING)
         try:
             self._ordered.carry_out(operation)
-        except Interrupted as exc:
-            self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=str(exc))
-            self._wake.set()
-            return False
+        except Interrupted:
+            raise
         except MoeClusterError as exc:
+            if self._is_worth_another_try(operation, exc):
+                self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=f"waits: {exc}")
+                return False
             logger.warning("%s failed: %s", operation.id, exc)
+            self._ordered.take_back(operation)
             self._log.update(operation.id, phase=OperationPhase.FAILED, detail=str(exc))
         else:
             self._finish(operation.id)
+        self._first_tried_s.pop(operation.id)
         return True
+
+    def _is_worth_another_try(self, operation: Operation, error: MoeClusterError) -> bool:
+        """A size that is ordered waits for actors that are asked for or lost, within limits; a placement does not."""
+        if operation.kind not in SIZES or self._closed.is_set():
+            return False
+        tried_s = self._clock() - self._first_tried_s[operation.id]
+        missing = set(self._sizing.staying()) - self._standing.up().keys()
+        return tried_s < self._settings.operation_timeout_s and (isinstance(error, Unavailable) or bool(missing))
 
     def _apply(self, operation_id: str, target: LayerReplicas, *, urgent: bool = False) -> None:
         """Carries out what was decided here; it ends, well or not."""
@@ -218,7 +246,7 @@ class Changer:
 
     def _resize(self) -> None:
         settings = self._settings.size
-        if settings is None:
+        if settings is None or any(operation.kind in SIZES for operation in self._log.under_way()):
             return
         pressure = self._reports.pressure()
         seen = SizeObservation(
@@ -230,7 +258,8 @@ class Changer:
         )
         wanted, why, self._size_state = decide_size(seen, self._size_state, settings)
         if wanted != seen.actors:
-            self._carry_out(self._log.order("scale", reason=why, arguments=(str(wanted),)))
+            self._log.order("scale", reason=why, arguments=(str(wanted),))
+            self._wake.set()
 
     def _cool(self) -> None:
         """Unloads experts that nobody has wanted for long."""

@@ -103,10 +103,10 @@ class OperationLog:
             raise ResourceError(f'no operation "{operation_id}" is known; moecluster operations lists them')
         return operation
 
-    def next_queued(self) -> Operation | None:
-        """The operation that has waited longest."""
+    def queued(self) -> tuple[Operation, ...]:
+        """Those that wait, the oldest first."""
         with self._lock:
-            return next((o for o in self._operations.values() if o.phase is OperationPhase.QUEUED), None)
+            return tuple(o for o in self._operations.values() if o.phase is OperationPhase.QUEUED)
 
     def newest(self, limit: int = 0) -> tuple[Operation, ...]:
         """The newest first; 0: all that are kept."""

@@ -1,17 +1,17 @@
 """Carries out what users order: a number of actors, a node to be emptied, where an expert stands; and wakes experts."""
 
-import threading
 from collections.abc import Collection
 
-from moecluster.errors import MoeClusterError, ResourceError
+from moecluster.errors import ResourceError
 from moecluster.roles.decider import Decider
-from moecluster.roles.mover import Interrupted, Mover
+from moecluster.roles.mover import Mover
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.sizing import Sizing, number_of
 from moecluster.roles.standing import Standing
 from moecluster.types import ExpertId, Operation, Replica
 
 KINDS = frozenset({"scale", "drain", "place", "wake"})  # a successor goes on with these
+SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors, and for each other
 
 
 class OrderedChanges:
@@ -25,37 +25,38 @@ class OrderedChanges:
         decider: Decider,
         mover: Mover,
         sizing: Sizing,
-        timeout_s: float,
-        closed: threading.Event,
     ) -> None:
-        """timeout_s: longest wait for actors that are asked for; closed ends such a wait."""
         self._standing = standing
         self._log = log
         self._decider = decider
         self._mover = mover
         self._sizing = sizing
-        self._timeout_s = timeout_s
-        self._closed = closed
 
     def carry_out(self, operation: Operation) -> None:
-        """Raises Interrupted if it gave way to a recovery, another MoeClusterError if it failed."""
+        """Raises Interrupted if it gave way to a recovery, Unavailable if an actor is not there (yet), another
+        MoeClusterError if it failed."""
         {"scale": self._scale, "drain": self._drain, "place": self._place, "wake": self._wake}[operation.kind](
             operation
         )
+
+    def take_back(self, operation: Operation) -> None:
+        """The order has failed: actors that were to leave by it stay, and those that never came are not asked for."""
+        if operation.kind in SIZES:
+            self._standing.set_leaving(())
+            self._sizing.give_up_missing()
 
     def _scale(self, operation: Operation) -> None:
         """To a number of actors: new ones are started and filled, or those of the highest numbers emptied and ended."""
         wanted = int(operation.arguments[0])
         self._sizing.check_size(wanted, "scale")
         staying = self._sizing.staying()
-        if wanted >= len(staying):
-            new = self._sizing.new_names(wanted - len(staying))
-            self._log.update(operation.id, detail=f"waiting for {', '.join(new)}" if new else "filling")
-            self._sizing.add(new)
-            self._sizing.wait_up(self._sizing.staying(), self._timeout_s, self._closed)
-            self._fill(operation.id)
-        else:
+        if wanted < len(staying):
             self._standing.set_leaving({*self._standing.leaving, *staying[wanted:]})
+        elif wanted > len(staying):
+            self._sizing.add(self._sizing.new_names(wanted - len(staying)))
+        if not self._standing.leaving:
+            self._sizing.check_up(self._sizing.staying())
+            self._fill(operation.id)
         self._empty_leaving(operation.id)
 
     def _drain(self, operation: Operation) -> None:
@@ -66,19 +67,10 @@ class OrderedChanges:
         if not leaving:
             return  # done before
         self._standing.set_leaving({*self._standing.leaving, *leaving})
-        try:
-            missing = self._sizing.needed - len(self._sizing.staying())
-            if missing > 0:
-                new = self._sizing.new_names(missing)
-                self._log.update(operation.id, detail=f"waiting for {', '.join(new)}")
-                self._sizing.add(new, avoid_nodes=[target])
-                self._sizing.wait_up(self._sizing.staying(), self._timeout_s, self._closed)
-            self._empty_leaving(operation.id)
-        except Interrupted:
-            raise
-        except MoeClusterError:
-            self._standing.set_leaving(self._standing.leaving - set(leaving))
-            raise
+        missing = self._sizing.needed - len(self._sizing.staying())
+        if missing > 0:
+            self._sizing.add(self._sizing.new_names(missing), avoid_nodes=[target])
+        self._empty_leaving(operation.id)
 
     def _place(self, operation: Operation) -> None:
         """An expert onto exactly these actors, with equal shares; onto none: cold until a token wants it."""

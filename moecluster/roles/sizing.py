@@ -1,15 +1,11 @@
 """Changes of the cluster's size: actors are asked for and filled, or emptied and ended. Each step may be repeated."""
 
 import re
-import threading
-import time
 from collections.abc import Callable, Collection, Iterable
 
-from moecluster.errors import DeadlineExceeded, ResourceError
+from moecluster.errors import ResourceError, Unavailable
 from moecluster.roles.actor_keeper import ActorSupervisor
 from moecluster.roles.standing import Standing
-
-POLL_S = 0.05
 
 
 class Sizing:
@@ -62,16 +58,18 @@ class Sizing:
         taken = set(self._standing.actors)
         return [name for n in range(len(taken) + count) if (name := f"expert-{n}") not in taken][:count]
 
-    def wait_up(self, actors: Collection[str], timeout_s: float, stop: threading.Event) -> None:
-        """Waits until all of them serve. Raises DeadlineExceeded, naming those that do not."""
-        deadline_s = time.monotonic() + timeout_s
-        while missing := sorted(set(actors) - set(self._standing.up())):
-            if time.monotonic() >= deadline_s or stop.is_set():
-                raise DeadlineExceeded(
-                    f"{', '.join(missing)} did not come within {timeout_s:g} s; "
-                    "is the Ray cluster short of CPUs, GPUs or memory?"
-                )
-            time.sleep(POLL_S)
+    def check_up(self, actors: Collection[str]) -> None:
+        """Raises Unavailable, naming those that do not serve yet."""
+        if missing := sorted(set(actors) - self._standing.up().keys(), key=number_of):
+            raise Unavailable(
+                f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not serve yet; "
+                "is the Ray cluster short of CPUs, GPUs or memory?"
+            )
+
+    def give_up_missing(self) -> None:
+        """Actors that were asked for and hold nothing are not waited for any more."""
+        up = self._standing.up()
+        self.remove([a for a in self._standing.actors if a not in up and not self._standing.assigned(a)])
 
     def remove(self, actors: Iterable[str]) -> None:
         """Ends actors that hold nothing that is needed any more."""

@@ -8,7 +8,7 @@ import pytest
 
 from moecluster.errors import ResourceError, StaleOrder, UserError
 from moecluster.metrics import Metrics
-from moecluster.placement.initial import contiguous_placement
+from moecluster.placement.initial import all_experts, contiguous_placement
 from moecluster.placement.static_policy import StaticPolicy
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.controller import Controller, ControllerSettings
@@ -340,3 +340,48 @@ def test_an_error_of_a_policy_ends_neither_the_operation_nor_the_thread_that_cha
     assert failed.phase is OperationPhase.FAILED and "its log says how" in failed.detail
     done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
     assert done.phase is OperationPhase.DONE
+
+
+def test_a_size_that_is_ordered_while_an_actor_is_lost_comes_when_it_is_back(make, actors) -> None:
+    controller = make(**static(slots=4), min_actors=1)
+    controller.start(WAIT_S)
+    actors.kill("expert-0")
+    wait_for(controller, lambda p: "expert-0" not in p.actors)
+    operation = controller.scale(1)
+    wait_until(lambda: "waits: " in controller.operation(operation.id).detail)
+    actors.revive("expert-0")
+    assert wait_ended(controller, operation).phase is OperationPhase.DONE
+    assert set(controller.current(0.0).actors) == {"expert-0"}
+    assert set(controller.current(0.0).experts_on("expert-0")) == set(all_experts(LAYER_EXPERTS))
+
+
+def test_a_size_that_cannot_be_leaves_the_actors_as_they_were(make, actors) -> None:
+    settings = static(slots=4)
+    settings["changer"] = ChangerSettings(policy="static", period_s=0.02, operation_timeout_s=0.3)
+    controller = make(**settings)
+    controller.start(WAIT_S)
+    actors.kill("expert-0")
+    wait_for(controller, lambda p: "expert-0" not in p.actors)
+    assert wait_ended(controller, controller.scale(1)).phase is OperationPhase.FAILED
+    actors.revive("expert-0")
+    back = wait_for(controller, lambda p: "expert-0" in p.actors)
+    assert set(back.actors) == set(ACTORS)
+    done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
+    assert done.phase is OperationPhase.DONE, "it takes replicas"
+
+
+def test_while_a_size_waits_for_an_actor_tokens_wake_experts_and_later_sizes_wait(make, actors, monkeypatch) -> None:
+    monkeypatch.setattr(actors, "create", lambda actor, avoid_nodes=(): None)  # Ray has no room for it
+    controller = make(**static(slots=4))
+    controller.start(WAIT_S)
+    cold = ExpertId(layer=1, index=3)
+    assert wait_ended(controller, controller.place(cold, [])).phase is OperationPhase.DONE
+    grow, shrink = controller.scale(3), controller.scale(1)
+    wait_until(lambda: "expert-2 does not serve yet" in controller.operation(grow.id).detail)
+    controller.want_experts("router", [cold])
+    wait_for(controller, lambda p: len(p.replicas_of(cold)) == 1)
+    assert not controller.operation(grow.id).phase.ended and not controller.operation(shrink.id).phase.ended
+    actors.revive("expert-2")
+    assert wait_ended(controller, grow).phase is OperationPhase.DONE
+    assert wait_ended(controller, shrink).phase is OperationPhase.DONE
+    assert set(controller.current(0.0).actors) == {"expert-0"}
