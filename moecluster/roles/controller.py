@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, StaleOrder, UserError
@@ -26,7 +25,8 @@ from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
-from moecluster.rpc.picture import ControllerPicture, decode_picture, encode_picture
+from moecluster.roles.take_over import READ_TIMEOUT_S, newest_picture, read_actors
+from moecluster.rpc.picture import ControllerPicture, encode_picture
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import (
     ActorAddress,
@@ -44,8 +44,6 @@ from moecluster.types import (
 
 logger = logging.getLogger(__name__)
 
-READ_TIMEOUT_S = 10.0  # for an actor's answer to a new controller
-READ_GRACE_S = 2.0  # for the others once one has answered: an actor that is being started has nothing to tell
 OPERATIONS_IN_PICTURE = 64
 MIN_NODE_PREFIX = 4
 
@@ -297,87 +295,16 @@ class Controller:
             expert_bytes=dict.fromkeys(self._settings.layer_experts, self._reports.expert_bytes()),
         )
 
-    # -- what keepers say and ask --
-
-    def orders(self) -> Orders:
-        """What stands now."""
-        term, generation = self._standing.number
-        return Orders(
-            term=term,
-            generation=generation,
-            checkpoint=self._standing.checkpoint,
-            dtype=self._settings.dtype,
-            picture=self._encoded_picture(),
-        )
-
-    def assigned(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor shall hold."""
-        return self._standing.assigned(actor)
-
-    def kept(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor may hold."""
-        return self._standing.kept(actor)
-
-    def lost(self) -> frozenset[ExpertId]:
-        """Experts that nobody serves."""
-        return self._standing.lost()
-
-    def settled(self) -> bool:
-        """Whether every router that holds a lease had the time to take a placement of this term."""
-        return self._opened_s is not None and self._clock() - self._opened_s >= self.lease_s
-
-    def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
-        """The actor serves these experts: routers may use it."""
-        if complete:
-            self._end_restore(address.actor, OperationPhase.DONE)
-            self._note_outcome(address.actor, None)
-        self._standing.actor_up(address, held)
-        self._changer.wake()
-
-    def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
-        """The actor has loaded experts after its start."""
-        operation_id = self._restores.get(actor)
-        if operation_id is not None:
-            self._log.count_moved(operation_id, loaded_bytes=loaded_bytes, added=0, removed=0)
-
-    def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
-        """The actor answered a look."""
-        self._reports.add(status, self._clock())
-        self._direct.set_work(address.actor, address.incarnation, status.work)
-
-    def actor_down(self, actor: str) -> None:
-        """The actor is lost: its experts' requests go to other replicas, or wait."""
-        self._standing.actor_down(actor)
-        self._reports.forget(actor)
-        with self._lock:
-            if actor not in self._restores and actor in self._standing.actors:
-                experts = len(self._standing.assigned(actor))
-                reason = f"{actor} was lost with {experts} replicas"
-                self._restores[actor] = self._log.begin("restore", reason=reason, arguments=(actor,)).id
-        self._changer.wake()
-
-    def actor_failed(self, actor: str, error: MoeClusterError) -> None:
-        """The actor cannot be brought up now; its keeper goes on trying."""
-        self._note_outcome(actor, error)
-        operation_id = self._restores.get(actor)
-        if operation_id is not None:
-            self._log.update(operation_id, detail=f"tried in vain: {error}")
-
-    def deposed(self, error: StaleOrder) -> None:
-        """Another controller has taken over: gives no more orders."""
-        logger.warning("another controller has taken over: %s", error)
-        self._on_deposed()
-
     # -- inside --
 
     def _take_over(self) -> bool:
         """Takes a higher term than every actor has seen, and the newest picture that they keep. False if there is none,
         as when the cluster is started."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
-        seen = sorted(self._read(candidates), key=lambda status: status.placement)
+        seen = read_actors(lambda actor: self._new_keeper(actor).read(READ_TIMEOUT_S), candidates)
         term, generation = seen[-1].placement if seen else (0, 0)
         checkpoint = (seen[-1].checkpoint if seen else "") or self._settings.checkpoint
-        found = _newest_picture(seen)
+        found = newest_picture(seen)
         picture = found or ControllerPicture(
             actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
         )
@@ -398,59 +325,6 @@ class Controller:
         answered = {status.actor for status in seen} if found else set(self._standing.actors)
         self._awaited = frozenset(answered & set(self._standing.actors))
         return found is not None
-
-    def _read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
-        """What the actors say of themselves."""
-        pool = ThreadPoolExecutor(max_workers=min(len(actors), 32))
-        waiting = {pool.submit(self._new_keeper(actor).read, READ_TIMEOUT_S) for actor in actors}
-        seen: list[ExpertActorStatus] = []
-        deadline_s = time.monotonic() + READ_TIMEOUT_S
-        while waiting and (left_s := deadline_s - time.monotonic()) > 0:
-            answers, waiting = wait(waiting, left_s, FIRST_COMPLETED)
-            if seen_more := [status for answer in answers if (status := answer.result()) is not None]:
-                seen += seen_more
-                deadline_s = min(deadline_s, time.monotonic() + READ_GRACE_S)
-        pool.shutdown(wait=False, cancel_futures=True)
-        return seen
-
-    def _new_keeper(self, actor: str) -> ActorKeeper:
-        return ActorKeeper(
-            actor,
-            owner=self,
-            supervisor=self._supervisor,
-            connect=self._connect,
-            watch=self._watch,
-            health_period_s=self._settings.health_period_s,
-            start_timeout_s=self._settings.start_timeout_s,
-            load_timeout_s=self._settings.load_timeout_s,
-        )
-
-    def _keep(self, actor: str) -> None:
-        with self._lock:
-            if actor in self._keepers or self._closed:
-                return
-            keeper = self._keepers[actor] = self._new_keeper(actor)
-        keeper.start()
-
-    def _let_go(self, actor: str) -> None:
-        with self._lock:
-            keeper = self._keepers.pop(actor, None)
-        if keeper is not None:
-            keeper.close()
-        self._reports.forget(actor)
-        self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was taken out of the cluster")
-
-    def _end_restore(self, actor: str, phase: OperationPhase, detail: str = "") -> None:
-        with self._lock:
-            operation_id = self._restores.pop(actor, None)
-        if operation_id is not None:
-            self._log.update(operation_id, phase=phase, detail=detail)
-
-    def _note_outcome(self, actor: str, error: MoeClusterError | None) -> None:
-        with self._lock:
-            self._first_outcomes.setdefault(actor, error)
-            if self._awaited <= self._first_outcomes.keys():
-                self._all_tried.set()
 
     def _order(self, kind: str, reason: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
         if self._standing.held or self._leases.any_hold():
@@ -498,14 +372,3 @@ def _slots_taken(settings: ControllerSettings) -> int:
     for r in settings.replicas:
         count[r.actor, r.expert.layer] = count.get((r.actor, r.expert.layer), 0) + 1
     return max(count.values())
-
-
-def _newest_picture(seen: Sequence[ExpertActorStatus]) -> ControllerPicture | None:
-    """The picture of the highest placement number that can be read; seen is sorted by that."""
-    for status in reversed(seen):
-        if status.picture:
-            try:
-                return decode_picture(status.picture)
-            except InvalidMessage as exc:
-                logger.warning("the picture that %s keeps cannot be read: %s", status.actor, exc)
-    return None
