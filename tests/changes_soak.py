@@ -60,7 +60,7 @@ def soak(directory: Path, *, operations: int, kills: int, duration_s: float, see
         unordered=by_itself,
         texts=clients.texts,
         excused=excused,
-        blips=blips(clients.texts, [*changes.happened, *by_itself]),
+        blips=blips([text.pieces_s for text in clients.texts], [*changes.happened, *by_itself]),
     )
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from tests.generation_load import Text
 from tests.happenings import Happening
 
 UNDISTURBED = "nothing"
@@ -23,12 +23,13 @@ class Blips:
     max_s: float
 
 
-def blips(texts: Iterable[Text], happened: Sequence[Happening]) -> list[Blips]:
+def blips(pieces_s: Iterable[Sequence[float]], happened: Sequence[Happening]) -> list[Blips]:
     """One row a kind, that during nothing first. A wait during several happenings counts for each of their kinds.
 
-    A text's first token is left out: it takes the prompt's time, and waits for other texts.
+    pieces_s: when each piece of a text came, text by text. The wait for a text's first one is left out: it takes the
+    prompt's time.
     """
-    waits = [pair for text in texts for pair in zip(text.pieces_s, text.pieces_s[1:], strict=False)]
+    waits = [pair for of_text_s in pieces_s for pair in pairwise(of_text_s)]
     begun_W, ended_W = np.array(waits).T
     calm_W = np.ones(len(waits), dtype=np.bool_)
     by_kind: dict[str, list[Happening]] = {}
