@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, StaleOrder, UserError
+from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, UserError
 from moecluster.metrics import Metrics
-from moecluster.roles.actor_keeper import ActorKeeper, ActorSupervisor, Connect, Orders, Watch
+from moecluster.roles.actor_keeper import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.changer import Changer, ChangerSettings
 from moecluster.roles.decider import Decider
+from moecluster.roles.keepers import Keepers, KeepersSettings
 from moecluster.roles.leases import Lease, Leases
 from moecluster.roles.load_sources import DirectLoadSource, LoadSource
 from moecluster.roles.mover import Mover, MoverSettings
@@ -25,18 +26,15 @@ from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
-from moecluster.roles.take_over import READ_TIMEOUT_S, newest_picture, read_actors
+from moecluster.roles.take_over import newest_picture
 from moecluster.rpc.picture import ControllerPicture, encode_picture
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import (
-    ActorAddress,
     ClusterLoads,
     ControllerStatus,
-    ExpertActorStatus,
     ExpertId,
     LoadSnapshot,
     Operation,
-    OperationPhase,
     Placement,
     PlanPreview,
     Replica,
@@ -88,10 +86,7 @@ class Controller:
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
-        self._connect = connect
-        self._watch = watch
         self._metrics = metrics
-        self._on_deposed = on_deposed
         self._clock = clock
         self._lock = threading.RLock()
         self._board = PlacementBoard()
@@ -113,11 +108,31 @@ class Controller:
             settings=settings.mover,
             give_way=lambda: self._changer.recovery_waits(),
         )
+        self._keepers = Keepers(
+            KeepersSettings(
+                dtype=settings.dtype,
+                lease_s=settings.lease_s,
+                health_period_s=settings.health_period_s,
+                start_timeout_s=settings.start_timeout_s,
+                load_timeout_s=settings.load_timeout_s,
+            ),
+            standing=self._standing,
+            log=self._log,
+            reports=self._reports,
+            direct=self._direct,
+            supervisor=supervisor,
+            connect=connect,
+            watch=watch,
+            picture=self._encoded_picture,
+            on_news=lambda: self._changer.wake(),
+            on_deposed=on_deposed,
+            clock=clock,
+        )
         self._sizing = Sizing(
             self._standing,
             supervisor=supervisor,
-            keep=self._keep,
-            let_go=self._let_go,
+            keep=self._keepers.keep,
+            let_go=self._keepers.let_go,
             slots_per_layer=observing.slots_per_layer,
         )
         self._changer = Changer(
@@ -133,14 +148,7 @@ class Controller:
             metrics=metrics,
             clock=clock,
         )
-        self._keepers: dict[str, ActorKeeper] = {}
-        self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
-        self._awaited: frozenset[str] = frozenset()  # of those: the ones that the first placement waits for
-        self._all_tried = threading.Event()
-        self._opened_s: float | None = None  # when the first placement was published
-        self._restores: dict[str, str] = {}  # actor that is lost -> operation
         self._picture: bytes | None = None  # encoded; None: to be made anew
-        self._closed = False
 
     def start(self, timeout_s: float) -> None:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.
@@ -149,27 +157,22 @@ class Controller:
         refuses its experts for something that the user can mend, ResourceError if none came up within the timeout;
         a successor raises neither, as it has a cluster to look after.
         """
-        succeeds = self._take_over()
-        for actor in self._standing.actors:
-            self._keep(actor)
-        self._all_tried.wait(timeout_s)
-        with self._lock:
-            refusals = [e for e in self._first_outcomes.values() if isinstance(e, UserError)]
-            if refusals and not succeeds:
-                raise refusals[0]
-            if not self._standing.up() and not succeeds:
-                failures = [f"; {error}" for error in self._first_outcomes.values() if error is not None]
-                raise ResourceError(f"no expert actor was ready within {timeout_s:g} s{''.join(failures[:1])}")
+        succeeds, awaited = self._take_over()
+        self._keepers.start(self._standing.actors, awaited=awaited)
+        failures = self._keepers.wait_tried(timeout_s)
+        if not succeeds and failures and isinstance(failures[0], UserError):
+            raise failures[0]
+        if not succeeds and not self._standing.up():
+            why = f"; {failures[0]}" if failures else ""
+            raise ResourceError(f"no expert actor was ready within {timeout_s:g} s{why}")
         self._standing.open()
-        self._opened_s = self._clock()
+        self._keepers.opened()
         self._changer.start()
 
     def close(self) -> None:
         """Leaves the actors as they are: a successor finds them."""
-        self._closed = True
         self._changer.close()
-        for keeper in list(self._keepers.values()):
-            keeper.close()
+        self._keepers.close()
         self._board.close()
 
     # -- what routers see --
@@ -185,9 +188,7 @@ class Controller:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """A router got no answer. The actor's own answer, or silence, to the controller decides."""
         logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
-        keeper = self._keepers.get(actor)
-        if keeper is not None:
-            keeper.look()
+        self._keepers.look(actor)
 
     def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool = False) -> None:
         """The router counts for lease_s from now on. hold: nothing may move while it trains."""
@@ -271,7 +272,7 @@ class Controller:
         return ControllerStatus(
             term=term,
             generation=generation,
-            actors=tuple(keeper.state() for _, keeper in sorted(self._keepers.items())),
+            actors=self._keepers.states(),
             checkpoint=self._standing.checkpoint,
             routers=len(self._leases.standing()),
             policy=self._settings.changer.policy,
@@ -297,11 +298,11 @@ class Controller:
 
     # -- inside --
 
-    def _take_over(self) -> bool:
-        """Takes a higher term than every actor has seen, and the newest picture that they keep. False if there is none,
-        as when the cluster is started."""
+    def _take_over(self) -> tuple[bool, set[str]]:
+        """Takes a higher term than every actor has seen, and the newest picture they keep. Returns whether there is
+        one (not when the cluster is started), and the actors that the first placement waits for."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
-        seen = read_actors(lambda actor: self._new_keeper(actor).read(READ_TIMEOUT_S), candidates)
+        seen = self._keepers.read(candidates)
         term, generation = seen[-1].placement if seen else (0, 0)
         checkpoint = (seen[-1].checkpoint if seen else "") or self._settings.checkpoint
         found = newest_picture(seen)
@@ -323,8 +324,7 @@ class Controller:
         for actor in sorted(known - set(picture.actors)):
             self._standing.add_actor(actor)  # begun by an operation that goes on now
         answered = {status.actor for status in seen} if found else set(self._standing.actors)
-        self._awaited = frozenset(answered & set(self._standing.actors))
-        return found is not None
+        return found is not None, answered & set(self._standing.actors)
 
     def _order(self, kind: str, reason: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
         if self._standing.held or self._leases.any_hold():
@@ -347,9 +347,7 @@ class Controller:
     def _picture_changed(self) -> None:
         with self._lock:
             self._picture = None
-            keepers = list(self._keepers.values())
-        for keeper in keepers:
-            keeper.look()
+        self._keepers.look_all()
 
     def _encoded_picture(self) -> bytes:
         with self._lock:

@@ -124,7 +124,7 @@ def assert_whole(cluster: LoopbackCluster) -> None:
         for index in range(count):
             replicas = placement.replicas_of(ExpertId(layer=layer, index=index))
             assert sum(r.share for r in replicas) == pytest.approx(1.0), (layer, index)
-    wait_until(lambda: all(held(cluster, a) == set(cluster.controller.assigned(a)) for a in placement.actors))
+    wait_until(lambda: all(held(cluster, a) == set(cluster.controller.current(0.0).experts_on(a)) for a in placement.actors))
 
 
 def test_scaling_up_and_down_moves_experts_while_every_request_is_answered(start) -> None:
@@ -225,7 +225,7 @@ def test_hot_experts_are_spread_and_the_gain_is_measured(start) -> None:
 def test_lost_experts_are_loaded_elsewhere_at_once_where_slots_are_free(start) -> None:
     cluster = start(2)
     with Traffic(cluster):
-        lost = set(cluster.controller.assigned("expert-1"))
+        lost = set(cluster.controller.current(0.0).experts_on("expert-1"))
         cluster.kill("expert-1")
         wait_until(lambda: lost <= held(cluster, "expert-0"))
         cluster.revive("expert-1")
