@@ -171,7 +171,7 @@ class Changer:
     def _carry_out(self, operation: Operation) -> bool:
         """False if it waits for actors: it is queued again. Raises Interrupted if it gave way to a recovery."""
         self._first_tried_s.setdefault(operation.id, self._clock())
-        self._log.update(operation.id, phase=OperationPhase.PREPARING)
+        self._log.update(operation.id, phase=OperationPhase.PREPARING, detail="")
         try:
             self._ordered.carry_out(operation)
         except Interrupted:
