@@ -61,7 +61,7 @@ class SharePolicy:
         return decision_of(seen, after, reason), ShareState(trend=trend)
 
     def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: np.ndarray) -> Layout:
-        if seen.budget_bytes <= 0:
+        if seen.budget_bytes <= 0 or not layout.num_replicas:
             return layout
         fleet, settings = seen.fleet, self.settings
         moved = with_moves(layout, load_LE, fleet, seen.budget_bytes, settings.moves, seen.coactivation_LEE)

@@ -81,7 +81,8 @@ def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, 
     may_R = (count_LE[key_R] > 1) & may_LA[layout.layer_R, layout.actor_R]
     class_R = np.where(may_R, _class(left_R > HEADROOM, leaves_one_node_R(layout, fleet)), NEVER)
     cheapest_first = np.lexsort((loss_R, class_R, layout.layer_R))
-    gives_way_L = cheapest_first[np.searchsorted(layout.layer_R, every_L)]
+    # A layer whose experts are all cold has none, and is left out below.
+    gives_way_L = cheapest_first[np.minimum(np.searchsorted(layout.layer_R, every_L), layout.num_replicas - 1)]
     class_lost_L, lost_L = class_R[gives_way_L], loss_R[gives_way_L]
 
     free_L = (may_LA & (free_LA > 0)).any(axis=1)

@@ -1,5 +1,7 @@
 """What holds for every policy, whatever the cluster, the load and the failures: random ones by hypothesis."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,6 +64,21 @@ def test_a_decision_is_valid_whatever_failed(name: str, case: Case, seed: int):
     decision, _ = policy.decide(observe(case), policy.first_state())
     assert_valid(decision.layout, case.fleet)
     assert 0 < decision.balancedness_after <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("chance", [0.3, 0.9, 1.0])
+@given(case=cases(), seed=st.integers(0, 2**32 - 1))
+def test_cold_experts_get_no_replica_and_the_others_keep_theirs(name: str, chance: float, case: Case, seed: int):
+    """Also where a whole layer is cold, or all of them."""
+    cold_LE = np.random.default_rng(seed).random(case.load_LE.shape) < chance
+    seen = observe(case, layout=without(case.layout, cold_LE.reshape(-1)[case.layout.expert_key_R]))
+    seen = replace(seen, cold_LE=cold_LE, load_LE=np.where(cold_LE, 0.0, seen.load_LE))
+    policy = policy_named(name)
+    decision, _ = policy.decide(seen, policy.first_state())
+    standing = np.bincount(decision.layout.expert_key_R, minlength=cold_LE.size) > 0
+    there = np.arange(cold_LE.shape[1]) < case.layout.num_experts_L[:, None]
+    np.testing.assert_array_equal(standing.reshape(cold_LE.shape), there & ~cold_LE)
 
 
 @given(case=cases(), seed=st.integers(0, 2**32 - 1), budget_bytes=st.sampled_from([0.0, 1.0, 3.0, 10.0]))
