@@ -131,7 +131,7 @@ class RandomChanges:
             operation = self._look(operation_id, order)
         failure = operation.detail if operation.phase is OperationPhase.FAILED else ""
         if not failure:
-            wait_for(order.seen, f"{order.what} shows, as {operation} is done")
+            self._wait_shown(order)
         self._note(Happening(kind=kind, what=order.what, begun_s=begun_s, ended_s=time.monotonic(), failure=failure))
         if step.kill and not step.amid:
             recoveries.append(self._kill(step.kill))
@@ -150,6 +150,13 @@ class RandomChanges:
                 return kind, order, self._calls.ask(lambda calls, order=order: order.ask(calls, operation_id))  # type: ignore[misc]
             except (UserError, Exhausted) as exc:
                 self.refused.append(f"{order.what}: {exc}")
+
+    def _wait_shown(self, order: _Order) -> None:
+        try:
+            wait_for(order.seen, f"{order.what} is done and shows")
+        except AssertionError as exc:
+            newest = "\n".join(map(str, self._calls.ask(lambda calls: calls.operations(8))))
+            raise AssertionError(f"{exc}; the newest operations:\n{newest}\n{self._cluster.status()}") from None
 
     def _look(self, operation_id: str, order: _Order) -> Operation:
         """How the operation stands; ordered again if the controller that took the order told nobody of it."""
