@@ -120,7 +120,9 @@ def of_layers(layout: Layout, layers: Ints) -> Layout:
 
 def with_layers(layout: Layout, layers: Ints, part: Layout) -> Layout:
     """The layout with some layers replaced: the inverse of `of_layers`."""
-    other_R = ~np.isin(layout.layer_R, layers)
+    stays_L = np.ones(layout.num_layers, dtype=np.bool_)
+    stays_L[layers] = False
+    other_R = stays_L[layout.layer_R]
     return make_layout(
         layout.num_experts_L,
         np.concatenate((layout.layer_R[other_R], layers[part.layer_R])),

@@ -19,7 +19,10 @@ def restored(layout: Layout, load_LE: Floats, fleet: Fleet, cold_LE: Bools | Non
     """
     check_room(layout.num_experts_L if cold_LE is None else layout.num_experts_L - cold_LE.sum(axis=1), fleet)
     dropped_R = _beyond_slots_R(layout, load_LE, fleet)
-    lost_X = np.setdiff1d(all_expert_keys(layout.num_experts_L), layout.expert_key_R[~dropped_R])
+    hosted_X = np.zeros(layout.num_layers * layout.max_experts, dtype=np.bool_)
+    hosted_X[layout.expert_key_R[~dropped_R]] = True
+    lost_X = all_expert_keys(layout.num_experts_L)
+    lost_X = lost_X[~hosted_X[lost_X]]
     if cold_LE is not None:
         lost_X = lost_X[~cold_LE.reshape(-1)[lost_X]]
     if not dropped_R.any() and len(lost_X) == 0:

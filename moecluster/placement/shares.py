@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import maximum_flow
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout
 
 RELATIVE_TOLERANCE = 1e-10
+EVEN_TOLERANCE = 1e-6  # of shares near equal ones: plans try many, for loads that are known far less exactly
 MAX_ROUNDS = 40  # Newton ends after two to five; the rest is for the flow's rounding
 EVEN_STEPS = (1.25, 1.6)  # times an equal share, that a replica may take before all others have taken as much
 FLOW_UNITS = 2**29  # SciPy's flows are int32, and a pair of opposite edges may hold twice this
@@ -33,7 +34,7 @@ class SharedLoad:
 
 
 def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: bool = False) -> SharedLoad:
-    """Shares of least max(load / speed), per layer, within 1e-10 of the optimum.
+    """Shares of least max(load / speed), per layer, within 1e-10 of the optimum (even: 1e-6).
 
     Among the optima it takes one near the standing shares: only what stands above the bound is given away. An expert
     without load keeps its shares; all come out in [0, 1] with a sum of 1 per expert.
@@ -42,16 +43,17 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: boo
     hurt less by what the next window brings.
     """
     problem = _Problem.of(layout, load_LE, fleet)
+    tolerance = EVEN_TOLERANCE if even else RELATIVE_TOLERANCE
     start_R = 1.0 / problem.count_X[problem.expert_of_R] if even else normalized(layout)
     load_R = problem.load_of_R * start_R
     bound_L = problem.first_bound_L()
     for most in EVEN_STEPS if even else ():
         excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
         most_R = most * problem.load_of_R * start_R
-        load_R = load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet), most_R)
+        load_R = load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet, tolerance), most_R)
     for _ in range(MAX_ROUNDS):
         excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
-        unit_L = _unit_L(excess_LA, bound_L, fleet)
+        unit_L = _unit_L(excess_LA, bound_L, fleet, tolerance)
         if np.isinf(unit_L).all():
             break
         load_R = load_R + problem.push_R(load_R, excess_LA, unit_L)
@@ -71,12 +73,13 @@ def least_overflow(layout: Layout, load_LE: Floats, fleet: Fleet, bound_L: Float
     problem = _Problem.of(layout, load_LE, fleet)
     load_R = problem.load_of_R / problem.count_X[problem.expert_of_R]
     excess_LA = problem.load_LA(load_R) - bound_L[:, None] * fleet.speed_A
-    return load_R + problem.push_R(load_R, excess_LA, _unit_L(excess_LA, bound_L, fleet), EVEN_STEPS[0] * load_R)
+    unit_L = _unit_L(excess_LA, bound_L, fleet, EVEN_TOLERANCE)
+    return load_R + problem.push_R(load_R, excess_LA, unit_L, EVEN_STEPS[0] * load_R)
 
 
-def _unit_L(excess_LA: Floats, bound_L: Floats, fleet: Fleet) -> Floats:
+def _unit_L(excess_LA: Floats, bound_L: Floats, fleet: Fleet, tolerance: float) -> Floats:
     """What the flow counts by in each layer; infinite where no actor is above the bound."""
-    above_L = (excess_LA > RELATIVE_TOLERANCE * bound_L[:, None] * fleet.speed_A).any(axis=1)
+    above_L = (excess_LA > tolerance * bound_L[:, None] * fleet.speed_A).any(axis=1)
     return np.where(above_L, np.maximum(excess_LA, 0.0).sum(axis=1) / FLOW_UNITS, np.inf)
 
 
@@ -106,7 +109,11 @@ class _Problem:
 
     @classmethod
     def of(cls, layout: Layout, load_LE: Floats, fleet: Fleet) -> "_Problem":
-        key_X, expert_of_R, count_X = np.unique(layout.expert_key_R, return_inverse=True, return_counts=True)
+        key_R = layout.expert_key_R
+        first_R = np.ones(len(key_R), dtype=np.bool_)
+        np.not_equal(key_R[1:], key_R[:-1], out=first_R[1:])  # layouts are sorted
+        key_X, expert_of_R = key_R[first_R], np.cumsum(first_R) - 1
+        count_X = np.bincount(expert_of_R)
         load_X = load_LE.reshape(-1)[key_X]
         return cls(
             speed_A=fleet.speed_A,
@@ -151,8 +158,8 @@ class _Problem:
             return gain_R
         num_actors = excess_LA.size
         sent_A = np.maximum(excess_LA, 0.0)
-        used_X, expert_node_R = np.unique(self.expert_of_R[flexible_R], return_inverse=True)
         source, sink, first_expert = num_actors, num_actors + 1, num_actors + 2
+        expert_node_R = first_expert + np.cumsum(np.diff(self.expert_of_R[flexible_R], prepend=-1) > 0) - 1
         over_A = np.flatnonzero((sent_A.ravel() >= unit_A) & (sent_A.ravel() > 0))
         under_A = np.flatnonzero(-excess_LA.ravel() >= unit_A)
         actor_R, unit_R = self.actor_R[flexible_R], unit_A[self.actor_R[flexible_R]]
@@ -162,13 +169,14 @@ class _Problem:
         edges = (
             (np.full(len(over_A), source), over_A, sent_A.ravel()[over_A] / unit_A[over_A]),
             (under_A, np.full(len(under_A), sink), -excess_LA.ravel()[under_A] / unit_A[under_A]),
-            (actor_R, first_expert + expert_node_R, load_R[flexible_R] / unit_R),
-            (first_expert + expert_node_R, actor_R, room_R),
+            (actor_R, expert_node_R, load_R[flexible_R] / unit_R),
+            (expert_node_R, actor_R, room_R),
         )
         tail, head, capacity = (np.concatenate(part) for part in zip(*edges, strict=True))
-        size = first_expert + len(used_X)
+        size = int(expert_node_R[-1]) + 1
         whole = np.minimum(capacity, FLOW_UNITS).astype(np.int32)
-        flow = maximum_flow(csr_array((whole, (tail, head)), shape=(size, size)), source, sink).flow
+        places = tail.astype(np.int32), head.astype(np.int32)  # as the flow wants them
+        flow = maximum_flow(csr_array((whole, places), shape=(size, size)), source, sink).flow
         # An expert's row has its replicas in the order of its actors: the order of the layout.
         gain_R[flexible_R] = flow.data[flow.indptr[first_expert] :] * unit_R
         return np.maximum(gain_R, -load_R)

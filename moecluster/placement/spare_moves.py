@@ -35,9 +35,9 @@ def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_byte
 
     layout: with shares of least greatest load; so has what comes back.
     """
-    after = layout
+    after, going = layout, np.arange(layout.num_layers)
     for _ in range(most_a_layer):
-        layer, expert, actor, gives_way = _wanted(after, load_LE, fleet)
+        layer, expert, actor, gives_way = _wanted_of(after, going, load_LE, fleet)
         paid = np.cumsum(fleet.expert_bytes_L[layer]) <= budget_bytes
         if not paid.any():
             break
@@ -45,6 +45,7 @@ def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_byte
         dropped_R = np.zeros(after.num_replicas, dtype=np.bool_)
         dropped_R[gives_way[paid & (gives_way >= 0)]] = True
         after = with_added(without(after, dropped_R), layer[paid], expert[paid], actor[paid])
+        going = np.sort(layer[paid])  # the others would want what they wanted: nothing, or what was too dear
     changed = np.unique(after.layer_R[added_R(layout, after)])
     if len(changed) == 0:
         return layout
@@ -57,11 +58,21 @@ def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_byte
     return with_layers(layout, changed[kept], of_layers(part, kept)) if len(kept) else layout
 
 
+def _wanted_of(layout: Layout, layers: Ints, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, Ints, Ints]:
+    """`_wanted` of some layers, in the numbers of the whole layout."""
+    if len(layers) == layout.num_layers:
+        return _wanted(layout, load_LE, fleet)
+    part = of_layers(layout, layers)
+    layer, expert, actor, gives_way = _wanted(part, load_LE[layers, : part.max_experts], fleet)
+    first_L = np.searchsorted(layout.layer_R, layers) - np.searchsorted(part.layer_R, np.arange(len(layers)))
+    return layers[layer], expert, actor, np.where(gives_way < 0, -1, gives_way + first_L[layer])
+
+
 def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, Ints, Ints]:
     """(layer, expert, actor, replica that gives way or -1) of each move, most needed first; a layer at most once."""
     every_L = np.arange(layout.num_layers)
     holds_LEA, free_LA = held(layout, fleet)
-    count_LE = holds_LEA.sum(axis=2)
+    count_LE = np.bincount(layout.expert_key_R, minlength=load_LE.size).reshape(load_LE.shape)
     unit_LE = in_fair_loads(load_LE, fleet)
     exposed_LE = on_one_node(layout, fleet).reshape(count_LE.shape) & (len(np.unique(fleet.node_A)) > 1)
     can_grow_LE = (count_LE > 0) & (count_LE < (fleet.slots_A > 0).sum())
@@ -80,9 +91,13 @@ def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, 
     loss_R = left_R + 0.1 * layout.share_R * unit_LE[key_R]
     may_R = (count_LE[key_R] > 1) & may_LA[layout.layer_R, layout.actor_R]
     class_R = np.where(may_R, _class(left_R > HEADROOM, leaves_one_node_R(layout, fleet)), NEVER)
-    cheapest_first = np.lexsort((loss_R, class_R, layout.layer_R))
+    cost_R = class_R + loss_R / (1 + loss_R)
+    cheapest_L = np.full(layout.num_layers, np.inf)
+    np.minimum.at(cheapest_L, layout.layer_R, cost_R)
     # A layer whose experts are all cold has none, and is left out below.
-    gives_way_L = cheapest_first[np.minimum(np.searchsorted(layout.layer_R, every_L), layout.num_replicas - 1)]
+    gives_way_L = np.zeros(layout.num_layers, dtype=np.int64)
+    cheapest = np.flatnonzero(cost_R == cheapest_L[layout.layer_R])[::-1]
+    gives_way_L[layout.layer_R[cheapest]] = cheapest
     class_lost_L, lost_L = class_R[gives_way_L], loss_R[gives_way_L]
 
     free_L = (may_LA & (free_LA > 0)).any(axis=1)

@@ -56,12 +56,11 @@ def held(layout: Layout, fleet: Fleet) -> tuple[Bools, Ints]:
 
 def on_one_node(layout: Layout, fleet: Fleet) -> Bools:
     """Of each expert that stands, by its key, whether one node holds all its replicas: [L * E]."""
-    size = layout.num_layers * layout.max_experts
-    least_X = np.full(size, np.iinfo(np.int64).max)
-    most_X = np.full(size, -1)
-    np.minimum.at(least_X, layout.expert_key_R, fleet.node_A[layout.actor_R])
-    np.maximum.at(most_X, layout.expert_key_R, fleet.node_A[layout.actor_R])
-    alone_X: Bools = least_X == most_X
+    key_R, node_R = layout.expert_key_R, fleet.node_A[layout.actor_R]
+    node_X = np.full(layout.num_layers * layout.max_experts, -1)
+    node_X[key_R] = node_R  # of some replica
+    alone_X: Bools = node_X >= 0
+    alone_X[key_R[node_R != node_X[key_R]]] = False
     return alone_X
 
 
@@ -69,9 +68,9 @@ def leaves_one_node_R(layout: Layout, fleet: Fleet) -> Bools:
     """Of each replica, whether its expert would stand on one node only without it, though there are several nodes."""
     nodes, place_A = np.unique(fleet.node_A, return_inverse=True)
     key_R = layout.expert_key_R * len(nodes) + place_A[layout.actor_R]
-    keys, of_R, count_K = np.unique(key_R, return_inverse=True, return_counts=True)
-    nodes_X = np.bincount(keys // len(nodes))  # of each expert key
-    left_R = nodes_X[layout.expert_key_R] - (count_K[of_R] == 1)
+    count_XN = np.bincount(key_R, minlength=layout.num_layers * layout.max_experts * len(nodes))
+    nodes_X = np.count_nonzero(count_XN.reshape(-1, len(nodes)), axis=1)  # of each expert key
+    left_R = nodes_X[layout.expert_key_R] - (count_XN[key_R] == 1)
     leaves: Bools = (left_R <= 1) & (len(nodes) > 1)
     return leaves
 
