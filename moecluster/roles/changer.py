@@ -22,7 +22,7 @@ from moecluster.roles.leases import Leases
 from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.ordered_changes import SIZES, OrderedChanges
+from moecluster.roles.ordered_changes import SIZES, OrderedChanges, parse_expert
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.types import ExpertId, Operation, OperationPhase, Replica
@@ -78,6 +78,7 @@ class Changer:
         self._size_state = SizeState()
         self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
         self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
+        self._woken_s: dict[ExpertId, float] = {}  # when experts were woken
         self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
         self._closed = threading.Event()
         self._wake = threading.Event()
@@ -185,6 +186,8 @@ class Changer:
             self._log.update(operation.id, phase=OperationPhase.FAILED, detail=str(exc))
         else:
             self._finish(operation.id)
+            if operation.kind == "wake":
+                self._woken_s |= dict.fromkeys(map(parse_expert, operation.arguments), self._clock())
         self._first_tried_s.pop(operation.id)
         return True
 
@@ -264,7 +267,12 @@ class Changer:
     def _cool(self) -> None:
         """Unloads experts that nobody has wanted for long."""
         after_s = self._settings.scale_to_zero_after_s
-        idle = self._decider.idle_experts(after_s) - self._standing.cold if after_s else frozenset()
+        if not after_s:
+            return
+        since_s = self._clock() - after_s
+        # Tokens that wait for an expert may not be reported yet when it is woken.
+        self._woken_s = {expert: at_s for expert, at_s in self._woken_s.items() if at_s > since_s}
+        idle = self._decider.idle_experts(after_s) - self._standing.cold - self._woken_s.keys()
         if not idle:
             return
         target = {

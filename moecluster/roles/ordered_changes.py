@@ -74,12 +74,11 @@ class OrderedChanges:
 
     def _place(self, operation: Operation) -> None:
         """An expert onto exactly these actors, with equal shares; onto none: cold until a token wants it."""
-        layer, index = map(int, operation.arguments[0].split("/"))
-        expert, actors = ExpertId(layer=layer, index=index), operation.arguments[1:]
-        others = [r for r in self._standing.replicas_of(layer) if r.expert != expert]
+        expert, actors = parse_expert(operation.arguments[0]), operation.arguments[1:]
+        others = [r for r in self._standing.replicas_of(expert.layer) if r.expert != expert]
         self._check_room(expert, actors, others)
         placed = [Replica(expert=expert, actor=actor, share=1 / len(actors)) for actor in actors]
-        target = {layer: tuple(sorted((*others, *placed), key=lambda r: (r.expert, r.actor)))}
+        target = {expert.layer: tuple(sorted((*others, *placed), key=lambda r: (r.expert, r.actor)))}
         self._mover.apply(operation.id, target, exactly=[expert])
 
     def _check_room(self, expert: ExpertId, actors: Collection[str], others: list[Replica]) -> None:
@@ -96,12 +95,10 @@ class OrderedChanges:
 
     def _wake(self, operation: Operation) -> None:
         """Cold experts that a token wants are loaded where there is most room."""
-        for name in operation.arguments:
-            layer, index = map(int, name.split("/"))
-            expert = ExpertId(layer=layer, index=index)
+        for expert in map(parse_expert, operation.arguments):
             if expert not in self._standing.cold:
                 continue
-            replicas = self._standing.replicas_of(layer)
+            replicas = self._standing.replicas_of(expert.layer)
             taken = {a: 0 for a in self._standing.up() if a not in self._standing.leaving}
             for r in replicas:
                 if r.actor in taken:
@@ -111,7 +108,7 @@ class OrderedChanges:
             actor = min(taken, key=lambda a: (taken[a], number_of(a)))
             placed = (*replicas, Replica(expert=expert, actor=actor))
             self._mover.apply(
-                operation.id, {layer: tuple(sorted(placed, key=lambda r: (r.expert, r.actor)))}, urgent=True
+                operation.id, {expert.layer: tuple(sorted(placed, key=lambda r: (r.expert, r.actor)))}, urgent=True
             )
 
     def _fill(self, operation_id: str) -> None:
@@ -138,3 +135,9 @@ class OrderedChanges:
         if left:
             raise ResourceError(f"{', '.join(leaving)} still hold {len(left)} experts ({left[0]}, ...)")
         self._sizing.remove(leaving)
+
+
+def parse_expert(name: str) -> ExpertId:
+    """The expert that an operation's argument names: layer/index."""
+    layer, index = map(int, name.split("/"))
+    return ExpertId(layer=layer, index=index)

@@ -203,8 +203,9 @@ def test_experts_that_nobody_wants_are_unloaded_and_come_back(start) -> None:
 
     wait_until(only_two_are_left)
     assert actors_of(cluster, 0, 0) and actors_of(cluster, 0, 1)
-    with Traffic(cluster):
+    with Traffic(cluster) as traffic:
         wait_until(lambda: bool(actors_of(cluster, 0, 2)) and bool(actors_of(cluster, 0, 3)))
+        wait_until(lambda: traffic.calls > 5, "traffic")
 
 
 def test_hot_experts_are_spread_and_the_gain_is_measured(start) -> None:
