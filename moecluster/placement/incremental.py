@@ -6,7 +6,7 @@ most over its price; layers are taken by gain per byte until the budget is spent
 Cost: a solve of the shares per round, of the layers above the trigger only; none at all while shares suffice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from moecluster.placement.layout import (
     with_layers,
     with_shares,
 )
+from moecluster.placement.recount import recounted
 from moecluster.placement.relief import Wanted, relieved
 from moecluster.placement.replica_counts import least_worst_load_L
 from moecluster.placement.shares import least_max_shares, least_overflow
@@ -40,6 +41,7 @@ class MoveSettings:
     lifetime_s: float = 600.0  # how long a gain is expected to last before the load has changed
     transfer_bytes_per_s: float = 1e9  # at which an actor loads an expert
     transfer_slowdown: float = 0.1  # fraction of the cluster's work that is lost while an expert is loaded
+    rounds_a_budget: int = 3  # in so many the whole budget could be spent on replicas that follow counts
     max_rounds: int = 5  # of moves thought through per decision; what is left waits for the next one
 
 
@@ -76,7 +78,8 @@ def with_moves(
         load_LE[layers, :width],
         _fleet_of(fleet, layers),
         Wanted(bound_L=bound_L, tolerance=settings.min_gain / 2, most_moves_L=most_moves_L),
-        settings.max_rounds,
+        settings,
+        budget_bytes,
         None if coactivation_LEE is None else coactivation_LEE[layers, :width, :width],
     )
     saved_s = settings.lifetime_s / worst_L.sum()  # per unit of a layer's worst load
@@ -105,21 +108,23 @@ def _stages(
     load_LE: Floats,
     fleet: Fleet,
     wanted: Wanted,
-    max_rounds: int,
+    settings: MoveSettings,
+    budget_bytes: float,
     coactivation_LEE: Floats | None,
 ) -> list[_Stage]:
     """The standing layout, and what it is after each round; a layer without progress is let be."""
     nothing_L = np.zeros(layout.num_layers)
     stages = [_Stage(layout=layout, worst_L=_worst_L(layout, load_LE, fleet), bytes_L=nothing_L)]
     going = np.arange(layout.num_layers)
-    for _ in range(max_rounds):
+    for _ in range(settings.max_rounds):
         before = stages[-1]
         part = of_layers(before.layout, going)
         width, load, of_part = part.max_experts, load_LE[going, : part.max_experts], _fleet_of(fleet, going)
         left_L = wanted.most_moves_L[going] - (before.bytes_L[going] / of_part.expert_bytes_L).astype(np.int64)
         step = Wanted(bound_L=wanted.bound_L[going], tolerance=wanted.tolerance, most_moves_L=left_L)
         pairs = None if coactivation_LEE is None else coactivation_LEE[going, :width, :width]
-        moved = relieved(part, load, of_part, step, pairs)
+        fair_bytes_L = budget_bytes / settings.rounds_a_budget / len(going)  # grows as other layers are done
+        moved = _moved_once(part, load, of_part, step, fair_bytes_L / of_part.expert_bytes_L, pairs)
         moved = with_shares(moved, least_max_shares(moved, load, of_part, even=True).share_R)
         worst_L = _worst_L(moved, load, of_part)
         better = np.flatnonzero(worst_L < before.worst_L[going] * (1 - LEAST_PROGRESS))
@@ -132,6 +137,18 @@ def _stages(
         loaded_L = np.bincount(after.layer_R[added_R(layout, after)], minlength=layout.num_layers)
         stages.append(_Stage(layout=after, worst_L=after_L, bytes_L=loaded_L * fleet.expert_bytes_L))
     return stages
+
+
+def _moved_once(
+    layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted, fair_moves_L: Floats, pairs_LEE: Floats | None
+) -> Layout:
+    """One round: counts follow the load where shares can do nothing, in the other layers actors are relieved."""
+    most_L = np.minimum(np.ceil(fair_moves_L), wanted.most_moves_L).astype(np.int64)
+    moved = recounted(layout, load_LE, fleet, (1 + wanted.tolerance) * wanted.bound_L, most_L)
+    if moved is not layout:
+        done_L = np.bincount(moved.layer_R[added_R(layout, moved)], minlength=layout.num_layers) > 0
+        wanted = replace(wanted, most_moves_L=np.where(done_L, 0, wanted.most_moves_L))
+    return relieved(moved, load_LE, fleet, wanted, pairs_LEE)
 
 
 def _worst_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
