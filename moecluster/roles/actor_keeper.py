@@ -162,10 +162,14 @@ class ActorKeeper:
         """Look after the actor now: it may be gone, or there is something new to tell it."""
         self._wake.set()
 
-    def close(self) -> None:
-        """Leaves the actor alone, as it is."""
+    def let_go(self) -> None:
+        """As close, without waiting for the thread, which may be waiting for the actor."""
         self._closed.set()
         self._wake.set()
+
+    def close(self) -> None:
+        """Leaves the actor alone, as it is."""
+        self.let_go()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=self._health_period_s + 10.0)
 
@@ -207,6 +211,8 @@ class ActorKeeper:
         address = self._supervisor.address_of(self.actor, self._start_timeout_s)
         if address is None:
             raise Unavailable(f"{self.actor} was not started within {self._start_timeout_s:g} s")
+        if self._closed.is_set():
+            return
         control = self._connect(address)
         try:
             self._phase = "loading"

@@ -100,7 +100,7 @@ class Keepers:
         with self._lock:
             keeper = self._keepers.pop(actor, None)
         if keeper is not None:
-            keeper.close()
+            keeper.let_go()  # the changer, which asks, has more to do than to wait for an actor that is lost
         self._reports.forget(actor)
         self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was taken out of the cluster")
 

@@ -168,6 +168,8 @@ class Standing:
     def actor_up(self, address: ActorAddress, held: Iterable[ExpertId]) -> None:
         """The actor serves these experts; in one life of it, also what it was given before."""
         with self._lock:
+            if address.actor not in self._state.actors:
+                return  # it was taken out of the cluster meanwhile
             before = self._state.up.get(address.actor)
             same_life = before is not None and before.address == address
             more = before.held & self.kept(address.actor) if before is not None and same_life else frozenset()

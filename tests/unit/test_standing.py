@@ -96,6 +96,8 @@ def test_a_removed_actor_leaves_nothing(standing, board) -> None:
     standing.remove_actor("expert-1")
     assert standing.actors == ("expert-0",) and standing.leaving == frozenset()
     assert set(board.current(0.0).actors) == {"expert-0"}
+    standing.actor_up(address("expert-1"), [expert(0, 1)])
+    assert set(standing.up()) == {"expert-0"}, "its keeper was slow to hear of it"
     assert standing.lost() == {expert(0, 1), expert(3, 1)}, "removed too early, its experts would be lost, not cold"
 
 
