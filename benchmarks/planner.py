@@ -23,8 +23,9 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.expert_loads import Floats, day_of_windows, drifted, zipf_loads
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 from moecluster.placement.cold_plan import cold_plan
-from moecluster.placement.decision import Observation, Policy
+from moecluster.placement.decision import Decision, Observation, Policy, decision_of
 from moecluster.placement.eplb_policy import eplb_plan
+from moecluster.placement.forecast import Trend, forecast
 from moecluster.placement.layout import Fleet, Layout, added_R, balancedness_L, with_shares
 from moecluster.placement.policies import policy_named
 from moecluster.placement.replica_counts import least_worst_load_L
@@ -154,6 +155,21 @@ def compare_after_drift(bench: Bench) -> None:
             bench.add(f"{case}: re-share", times, "ms", target=RESHARE_TARGET_MS, better="lower")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForecastEplb:
+    """EPLB's plan for the load that `share` plans for: what of the lead over `eplb` is the forecast's alone."""
+
+    name: str = "eplb with the same forecast"
+
+    def first_state(self) -> Trend | None:
+        return None
+
+    def decide(self, seen: Observation, state: Trend | None) -> tuple[Decision, Trend | None]:
+        load_LE, trend = forecast(seen.load_LE, state)
+        plan = eplb_plan(load_LE, seen.layout.num_experts_L, seen.fleet)
+        return decision_of(seen, plan, "EPLB's plan for the load to come"), trend
+
+
 @dataclass(kw_only=True)
 class Contender:
     """A policy on its way through a day."""
@@ -200,6 +216,8 @@ def compare_through_a_day(bench: Bench) -> None:
         for name, scores in mean.items():
             bench.add(f"{case}: {name}", scores)
         bench.add(f"{case}: share - eplb", np.subtract(mean["share"], mean["eplb"]), target=0.0)
+        foreseeing = mean[ForecastEplb().name]
+        bench.add(f"{case}: share - eplb with the same forecast", np.subtract(mean["share"], foreseeing))
         own = [day["share"].moved for day in days]
         bench.add(f"{case}: replicas moved, share", own, better="lower")
         theirs = [day["eplb"].moved for day in days]
@@ -220,14 +238,15 @@ def run_day(bench: Bench, fleet: Fleet, exponent: float, seed: int) -> dict[str,
     windows = day_of_windows(np.random.default_rng(seed), NUM_LAYERS, NUM_EXPERTS, exponent, WINDOWS_A_DAY)
     for window, load_LE in enumerate(islice(windows, bench.effort.windows)):
         if previous_LE is None:
-            plans = {
-                "eplb": eplb_plan(load_LE, NUM_EXPERTS_L, fleet),
-                "share": cold_plan(load_LE, NUM_EXPERTS_L, fleet),
-            }
-            plans["static"] = plans["eplb"]
-            for name, plan in plans.items():
-                policy = policy_named(name)
-                contenders[name] = Contender(policy=policy, layout=plan, state=policy.first_state())
+            theirs, ours = eplb_plan(load_LE, NUM_EXPERTS_L, fleet), cold_plan(load_LE, NUM_EXPERTS_L, fleet)
+            starts: list[tuple[Policy[Any], Layout]] = [
+                (policy_named("eplb"), theirs),
+                (ForecastEplb(), theirs),
+                (policy_named("share"), ours),
+                (policy_named("static"), theirs),
+            ]
+            for policy, plan in starts:
+                contenders[policy.name] = Contender(policy=policy, layout=plan, state=policy.first_state())
         else:
             for contender in contenders.values():
                 contender.decide(previous_LE, WINDOW_S * window, fleet)

@@ -67,7 +67,9 @@ def with_moves(
     layout: with shares of least greatest load, as `least_max_shares` gives them; so has what comes back.
     """
     worst_L = _worst_L(layout, load_LE, fleet)
-    layers, bound_L = _layers_to_relieve(layout, load_LE, fleet, worst_L, settings.trigger)
+    # With one slot an actor nothing but counts matters: what moves gain is certain, and cheap to find.
+    trigger = settings.trigger if fleet.slots_A.max(initial=0) > 1 else settings.min_gain
+    layers, bound_L = _layers_to_relieve(layout, load_LE, fleet, worst_L, trigger)
     most_moves_L = np.minimum(budget_bytes / fleet.expert_bytes_L[layers], NO_LIMIT).astype(np.int64)
     if len(layers) == 0 or (most_moves_L < 1).all():
         return layout

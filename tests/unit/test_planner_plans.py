@@ -25,6 +25,7 @@ from moecluster.placement.layout import (
     without,
 )
 from moecluster.placement.policies import policy_named
+from moecluster.placement.recount import recounted
 from moecluster.placement.replica_counts import least_worst_load_L, minimax_counts
 from moecluster.placement.shares import least_max_shares
 from moecluster.placement.spare_slots import on_one_node
@@ -222,3 +223,47 @@ def test_gathering_keeps_layouts_valid(case: Case, seed: int):
     pairs_LEE += pairs_LEE.transpose(0, 2, 1)
     after = gathered(case.layout, case.load_LE, case.fleet, pairs_LEE)
     assert_valid(after, case.fleet)
+
+
+def through_a_drift(name: str, fleet: Fleet, num_experts: int, budget_bytes: float) -> tuple[float, float]:
+    """(mean balancedness, bytes moved) of a policy on 40 windows whose loads wander, each decided on the last one."""
+    rng = np.random.default_rng(3)
+    load_LE = zipf(num_experts, 1.0)
+    layout, policy = cold_plan(load_LE, np.array([num_experts]), fleet), policy_named(name)
+    state, scores, loaded_bytes = policy.first_state(), [], 0.0
+    for window in range(40):
+        seen = Observation(now_s=60.0 * window, load_LE=load_LE, fleet=fleet, layout=layout, budget_bytes=budget_bytes)
+        decision, state = policy.decide(seen, state)
+        layout, loaded_bytes = decision.layout, loaded_bytes + decision.moved_bytes
+        assert_valid(layout, fleet)
+        assert name != "share" or decision.moved_bytes <= budget_bytes
+        load_LE = load_LE * np.exp(0.1 * rng.standard_normal(load_LE.shape))
+        scores.append(float(balancedness_L(layout, load_LE, fleet)[0]))
+    return float(np.mean(scores)), loaded_bytes
+
+
+def test_with_one_slot_an_actor_counts_follow_the_load_as_eplb_has_them_for_far_fewer_bytes():
+    fleet = fleet_of(1, 40)
+    ours, our_bytes = through_a_drift("share", fleet, 10, budget_bytes=4.0)
+    theirs, their_bytes = through_a_drift("eplb", fleet, 10, budget_bytes=np.inf)
+    stale, _ = through_a_drift("static", fleet, 10, budget_bytes=0.0)
+    assert ours >= theirs - 0.002
+    assert ours > stale + 0.05
+    assert our_bytes < 0.15 * their_bytes
+
+
+def test_replicas_of_uneven_actors_follow_the_load_worst_first_and_within_the_moves_allowed():
+    fleet = Fleet(
+        slots_A=np.ones(6, dtype=np.int64),
+        speed_A=np.array([1.0, 1.0, 2.0, 1.0, 1.0, 4.0]),
+        node_A=np.arange(6),
+        expert_bytes_L=np.ones(1),
+    )
+    zeros_R = np.zeros(5, dtype=np.int64)
+    layout = make_layout(np.array([2]), zeros_R, np.array([0, 1, 1, 1, 1]), np.arange(5), np.array([1.0] + 4 * [0.25]))
+    load_LE = np.array([[12.0, 2.0]])
+    once = recounted(layout, load_LE, fleet, np.array([2.0]), np.array([1]))
+    assert once.actor_R[once.expert_R == 0].tolist() == [0, 5]  # the empty one first, though slower ones could be given
+    often = recounted(layout, load_LE, fleet, np.array([2.0]), np.array([9]))
+    assert often.actor_R[often.expert_R == 0].tolist() == [0, 1, 5]  # 12 / 6 is the goal
+    assert recounted(layout, load_LE, fleet, np.array([12.0]), np.array([9])) is layout

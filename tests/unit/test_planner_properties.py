@@ -182,7 +182,8 @@ def test_an_unknown_policy_suggests_a_known_one():
 
 
 def test_without_a_limit_of_bytes_what_pays_is_moved():
-    layout = make_layout(np.array([4]), np.zeros(4), np.arange(4), np.zeros(4), np.ones(4))
+    zeros_R = np.zeros(4, dtype=np.int64)
+    layout = make_layout(np.array([4]), zeros_R, np.arange(4), zeros_R, np.ones(4))
     fleet = Fleet(
         slots_A=np.array([4, 4]), speed_A=np.ones(2), node_A=np.array([0, 1]), expert_bytes_L=np.array([1000.0])
     )
