@@ -225,9 +225,9 @@ def test_gathering_keeps_layouts_valid(case: Case, seed: int):
     assert_valid(after, case.fleet)
 
 
-def through_a_drift(name: str, fleet: Fleet, num_experts: int, budget_bytes: float) -> tuple[float, float]:
+def through_a_drift(name: str, fleet: Fleet, num_experts: int, budget_bytes: float, seed: int) -> tuple[float, float]:
     """(mean balancedness, bytes moved) of a policy on 40 windows whose loads wander, each decided on the last one."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     load_LE = zipf(num_experts, 1.0)
     layout, policy = cold_plan(load_LE, np.array([num_experts]), fleet), policy_named(name)
     state, scores, loaded_bytes = policy.first_state(), [], 0.0
@@ -244,11 +244,13 @@ def through_a_drift(name: str, fleet: Fleet, num_experts: int, budget_bytes: flo
 
 def test_with_one_slot_an_actor_counts_follow_the_load_as_eplb_has_them_for_far_fewer_bytes():
     fleet = fleet_of(1, 40)
-    ours, our_bytes = through_a_drift("share", fleet, 10, budget_bytes=4.0)
-    theirs, their_bytes = through_a_drift("eplb", fleet, 10, budget_bytes=np.inf)
-    stale, _ = through_a_drift("static", fleet, 10, budget_bytes=0.0)
-    assert ours >= theirs - 0.002
-    assert ours > stale + 0.05
+    days = [
+        [through_a_drift(name, fleet, 10, budget_bytes, seed) for seed in range(5)]
+        for name, budget_bytes in (("share", 4.0), ("eplb", np.inf), ("static", 0.0))
+    ]
+    (ours, our_bytes), (theirs, their_bytes), (stale, _) = np.mean(days, axis=1)
+    assert ours >= theirs - 0.005  # the forecast takes a pure random walk for a trend now and then
+    assert ours > stale + 0.15
     assert our_bytes < 0.15 * their_bytes
 
 
