@@ -113,6 +113,10 @@ def actors_of(cluster: LoopbackCluster, layer: int, index: int) -> list[str]:
     return [r.actor for r in placement.replicas_of(ExpertId(layer=layer, index=index))]
 
 
+def standing_on(cluster: LoopbackCluster, actor: str) -> set[ExpertId]:
+    return set(cluster.controller.current(0.0).experts_on(actor))
+
+
 def held(cluster: LoopbackCluster, actor: str) -> set[ExpertId]:
     return set(cluster.services[actor].status().experts)
 
@@ -124,7 +128,7 @@ def assert_whole(cluster: LoopbackCluster) -> None:
         for index in range(count):
             replicas = placement.replicas_of(ExpertId(layer=layer, index=index))
             assert sum(r.share for r in replicas) == pytest.approx(1.0), (layer, index)
-    wait_until(lambda: all(held(cluster, a) == set(cluster.controller.current(0.0).experts_on(a)) for a in placement.actors))
+    wait_until(lambda: all(held(cluster, a) == standing_on(cluster, a) for a in placement.actors))
 
 
 def test_scaling_up_and_down_moves_experts_while_every_request_is_answered(start) -> None:

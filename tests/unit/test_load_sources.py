@@ -96,7 +96,8 @@ def test_work_is_told_with_the_life_that_did_it() -> None:
     source = DirectLoadSource(LAYER_EXPERTS)
     source.set_work("expert-0", "first", ActorWork(computed_rows=90, busy_s=3.0))
     source.set_work("expert-0", "second", ActorWork(computed_rows=10, expert_runs=4, busy_s=0.5))
-    assert source.read(0.0).work == {"expert-0": WorkCounter(life="second", computed_rows=10, expert_runs=4, busy_s=0.5)}
+    second = WorkCounter(life="second", computed_rows=10, expert_runs=4, busy_s=0.5)
+    assert source.read(0.0).work == {"expert-0": second}
 
 
 def test_reports_from_many_threads_lose_nothing() -> None:

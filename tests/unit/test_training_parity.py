@@ -153,7 +153,7 @@ def make_mortal(cluster: RestartingCluster, name: str, point: str, at: int, *, a
         kind = {Phase.TRAIN_FORWARD: "train_forward", Phase.BACKWARD: "backward"}.get(batch.phase, "forward")
         answer(kind, submit, batch, reply)
 
-    service.submit = mortal_submit  # type: ignore[method-assign]
+    service.submit = mortal_submit  # type: ignore[method-assign,assignment]
     for order in ("reduce", "prepare", "commit", "abort", "status", "export"):
         setattr(service, order, partial(answer, order, getattr(service, order)))
 
