@@ -272,6 +272,8 @@ def test_a_recording_that_is_interrupted_is_whole(controller, tmp_path, number) 
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell starts what it puts in the background with interrupts ignored, and so may these tests be started.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         deadline_s = time.monotonic() + WAIT_S
         while not out.exists() or out.read_bytes().count(b"\n") < 4:
