@@ -30,12 +30,12 @@ from moecluster.types import Operation
 
 NUM_EXPERTS = 16
 ZIPF_S = 1.2
-HIDDEN_SIZE = 1024
-INNER_SIZE = 8192
-TOKENS = 2048  # of a batch; each goes to one expert
+HIDDEN_SIZE = 512
+INNER_SIZE = 4096
+TOKENS = 8192  # of a batch; each goes to one expert
 NUM_BATCHES = 8
-WARM_UP_S = 20.0  # in which the controller finds its placement
-TURN_S = 10.0
+WARM_UP_S = 15.0  # in which the controller finds its placement
+TURN_S = 8.0
 TURNS = 5
 TARGET = 1.6
 
