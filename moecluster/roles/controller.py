@@ -357,7 +357,7 @@ class Controller:
                     actors=actors,
                     leaving=tuple(sorted(self._standing.leaving)),
                     replicas=tuple(r for r in self._standing.replicas() if r.actor in actors),
-                    operations=tuple(reversed(self._log.newest(OPERATIONS_IN_PICTURE))),
+                    operations=self._log.for_successor(OPERATIONS_IN_PICTURE),
                     cold=tuple(sorted(self._standing.cold)),
                 )
                 self._picture = encode_picture(picture)

@@ -11,7 +11,8 @@ from moecluster.errors import Exhausted, ResourceError
 from moecluster.metrics import Metrics
 from moecluster.types import Operation, OperationPhase
 
-MAX_KEPT = 256  # operations that have ended
+MAX_KEPT = 256  # operations that have ended ...
+MAX_KEPT_RESHARES = 32  # ... and of changes of shares, which come with every drift
 MAX_QUEUED = 64  # operations that wait
 
 
@@ -114,6 +115,13 @@ class OperationLog:
             found = tuple(reversed(self._operations.values()))
         return found[:limit] if limit else found
 
+    def for_successor(self, limit: int) -> tuple[Operation, ...]:
+        """All that have not ended, and the newest of the others, in the order in which they began."""
+        with self._lock:
+            ended = [o.id for o in self._operations.values() if o.phase.ended]
+            left_out = set(ended[:-limit])
+            return tuple(o for o in self._operations.values() if o.id not in left_out)
+
     def under_way(self) -> tuple[Operation, ...]:
         """Those that have not ended, the oldest first."""
         with self._lock:
@@ -139,8 +147,10 @@ class OperationLog:
         )
         with self._lock:
             self._operations[operation.id] = operation
-            ended = [o.id for o in self._operations.values() if o.phase.ended]
-            for old in ended[: max(len(ended) - MAX_KEPT, 0)]:
+            ended = [o for o in self._operations.values() if o.phase.ended]
+            reshares = [o.id for o in ended if o.kind == "reshare"]
+            others = [o.id for o in ended if o.kind != "reshare"]
+            for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
                 del self._operations[old]
         self._metrics.count_operation(kind, phase.value)
         self._on_change()

@@ -2,7 +2,7 @@ import pytest
 
 from moecluster.errors import Exhausted, ResourceError
 from moecluster.metrics import Metrics
-from moecluster.roles.operation_log import MAX_KEPT, MAX_QUEUED, OperationLog
+from moecluster.roles.operation_log import MAX_KEPT, MAX_KEPT_RESHARES, MAX_QUEUED, OperationLog
 from moecluster.types import Operation, OperationPhase
 
 
@@ -36,12 +36,25 @@ def test_operations_wait_in_order_up_to_a_bound(log) -> None:
 def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:
     waiting = log.order("drain", reason="", arguments=("node",))
     for _ in range(MAX_KEPT + 20):
-        log.update(log.begin("reshare", reason="").id, phase=OperationPhase.DONE)
-    last = log.begin("reshare", reason="")
+        log.update(log.begin("rebalance", reason="").id, phase=OperationPhase.DONE)
+    last = log.begin("rebalance", reason="")
     kept = log.newest()
     assert kept[0] == last and waiting in kept
     assert len(kept) == MAX_KEPT + 2
     assert log.newest(3) == kept[:3]
+
+
+def test_changes_of_shares_push_nothing_else_out(log) -> None:
+    waiting = log.order("scale", reason="", arguments=("3",))
+    moved = log.begin("rebalance", reason="")
+    log.update(moved.id, phase=OperationPhase.DONE)
+    for _ in range(MAX_KEPT + 20):
+        log.update(log.begin("reshare", reason="").id, phase=OperationPhase.DONE)
+    log.begin("reshare", reason="")
+    kinds = [o.kind for o in log.newest()]
+    assert kinds.count("reshare") == MAX_KEPT_RESHARES + 1 and kinds[-2:] == ["rebalance", "scale"]
+    left = log.for_successor(4)
+    assert left[0] == waiting and len(left) == 6, "what waits, four that ended, and the one that has begun"
 
 
 def test_ends_are_dated_and_counted(log, metrics) -> None:
