@@ -25,9 +25,18 @@ from moecluster.types import ActorAddress
 class LoopbackCluster:
     """num_actors expert actors, of which each can be killed and revived, a controller, and a router."""
 
-    def __init__(self, directory: str, *, num_actors: int = 2, max_running: int = 4, **controller: Any) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        num_actors: int = 2,
+        max_running: int = 4,
+        batch_invariant: bool = False,
+        **controller: Any,
+    ) -> None:
         """controller: fields of ControllerSettings that differ from the usual ones."""
         self._controller_settings = controller
+        self._batch_invariant = batch_invariant
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
@@ -39,7 +48,7 @@ class LoopbackCluster:
         self.placements = ControllerClient(router="router", resolve=lambda: self.controller_server.address)
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
-        self.remote = RemoteExperts(pool, timeout_s=20.0, metrics=self.metrics)
+        self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
         self.router = Router(directory, self.remote, max_running=max_running, metrics=self.metrics)
         self.router_server = serve_router(self.router)
 
@@ -75,7 +84,7 @@ class LoopbackCluster:
         self.services.pop(actor).close()
 
     def revive(self, actor: str) -> None:
-        self.services[actor] = ExpertService(name=actor)
+        self.services[actor] = ExpertService(name=actor, batch_invariant=self._batch_invariant)
         self.servers[actor] = serve_expert(self.services[actor])
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:

@@ -30,11 +30,14 @@ def start(checkpoint: str) -> Iterator[Callable[..., LoopbackCluster]]:
     """Starts clusters, and ends them."""
     started: list[LoopbackCluster] = []
 
-    def start_cluster(num_actors: int = 2, *, slots: int = SLOTS, **changer: Any) -> LoopbackCluster:
+    def start_cluster(
+        num_actors: int = 2, *, slots: int = SLOTS, batch_invariant: bool = False, **changer: Any
+    ) -> LoopbackCluster:
         settings: dict[str, Any] = {"policy": "share", "period_s": 0.05, "operation_timeout_s": 10.0, **changer}
         cluster = LoopbackCluster(
             checkpoint,
             num_actors=num_actors,
+            batch_invariant=batch_invariant,
             observer=ObserverSettings(window="sliding", window_s=2.0, slots_per_layer=slots),
             changer=ChangerSettings(**settings),
             mover=MoverSettings(drain_timeout_s=2.0),
@@ -48,9 +51,10 @@ def start(checkpoint: str) -> Iterator[Callable[..., LoopbackCluster]]:
 
 
 class Traffic:
-    """One layer called over and over in a thread; every answer must be the first one."""
+    """One layer called over and over in a thread; every answer must be the first one, within rounding or exactly."""
 
-    def __init__(self, cluster: LoopbackCluster) -> None:
+    def __init__(self, cluster: LoopbackCluster, *, exactly: bool = False) -> None:
+        self._tolerance = 0.0 if exactly else 1e-5
         generator = torch.Generator().manual_seed(0)
         self._x_TD = torch.randn(24, 32, generator=generator)
         self._ids_TK = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(24)])
@@ -69,7 +73,7 @@ class Traffic:
         while not self._ended.is_set():
             try:
                 y_TD = self._call()
-                if not torch.allclose(y_TD, self._first_TD, atol=1e-5):
+                if not torch.allclose(y_TD, self._first_TD, rtol=self._tolerance, atol=self._tolerance):
                     self.failures.append("another answer")
             except Exception as exc:
                 self.failures.append(repr(exc))
@@ -142,6 +146,16 @@ def test_scaling_up_and_down_moves_experts_while_every_request_is_answered(start
         done(cluster, cluster.controller.scale(2))
         assert set(cluster.controller.current(0.0).actors) == {"expert-0", "expert-1"}
         assert set(cluster.services) == {"expert-0", "expert-1"}, "the actors themselves are ended"
+        assert_whole(cluster)
+
+
+def test_in_batch_invariant_mode_no_bit_of_an_answer_changes_while_experts_move(start) -> None:
+    cluster = start(2, batch_invariant=True)
+    with Traffic(cluster, exactly=True):
+        done(cluster, cluster.controller.scale(3))
+        done(cluster, cluster.controller.place(ExpertId(layer=0, index=1), ["expert-0", "expert-1", "expert-2"]))
+        done(cluster, cluster.controller.place(ExpertId(layer=0, index=1), ["expert-2"]))
+        done(cluster, cluster.controller.scale(2))
         assert_whole(cluster)
 
 
