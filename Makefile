@@ -69,7 +69,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
-	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[plots]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[plots,serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

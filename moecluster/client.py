@@ -14,13 +14,14 @@ import grpc
 import torch
 
 from moecluster.errors import Unavailable
+from moecluster.generations import GenerationPiece, GenerationRequest, SamplingParameters
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc import codec
 from moecluster.rpc.router_messages import decode_piece, decode_router_status, encode_generation_request
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
-from moecluster.types import ExpertId, GenerationPiece, GenerationRequest, RouterStatus
+from moecluster.types import ExpertId, RouterStatus
 
 STATUS_TIMEOUT_S = 5.0
 
@@ -52,10 +53,7 @@ class Client:
             request_id=uuid.uuid4().hex,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
+            sampling=SamplingParameters(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         )
         return GenerationStream(self._stub, request, timeout_s=self._timeout_s, address=self._address)
 

@@ -59,6 +59,11 @@ class InvalidMessage(MoeClusterError, ValueError):
 class Exhausted(MoeClusterError):
     """A bounded queue is full; the caller may try again later."""
 
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        """retry_after_s: when it is likely to be worth a try; None: not known, or never for what is too large."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class NotHosted(MoeClusterError):
     """An expert of the message has no replica on the actor that was asked; or, found by a router, on none at all."""

@@ -87,6 +87,8 @@ class Placement:
     actors: Mapping[str, ActorAddress]
     replicas: tuple[Replica, ...]
     held: bool = False  # nothing moves until the training runs that asked for it have ended
+    weight_version: int = 0  # that new texts shall be written with
+    checkpoint: str = ""  # the directory of that version
 
     @property
     def number(self) -> tuple[int, int]:
@@ -239,6 +241,19 @@ class ActorState:
     restarts: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterState:
+    """What the controller knows of one router."""
+
+    router: str
+    address: str = ""  # host:port of its RouterService; empty: it has none
+    running: int = 0  # texts that are being written
+    waiting: int = 0  # texts that wait to be begun
+    weight_version: int = 0  # that new texts are written with
+    oldest_weight_version: int = 0  # that a text is still being written with
+    leaving: bool = False  # it shall get no new texts
+
+
 class OperationPhase(Enum):
     """How far an operation is."""
 
@@ -258,7 +273,7 @@ class Operation:
     """One change of placement or size."""
 
     id: str
-    kind: str  # reshare | rebalance | restore | scale | drain | place | wake | cool
+    kind: str  # reshare | rebalance | restore | scale | drain | place | update | wake | cool
     phase: OperationPhase = OperationPhase.QUEUED
     reason: str
     detail: str = ""  # what is being done, or why it failed
@@ -287,6 +302,8 @@ class ControllerStatus:
     replicas: int = 0
     cold_experts: int = 0  # without a replica on purpose
     operations: tuple[Operation, ...] = ()  # under way
+    router_states: tuple[RouterState, ...] = ()  # of those with a lease
+    weight_version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,36 +345,15 @@ class ClusterLoads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """A prompt to go on with. Its prompt is a text, or token ids."""
-
-    request_id: str
-    prompt: str = ""
-    prompt_ids: tuple[int, ...] = ()
-    max_new_tokens: int
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 0.0  # 0: off
-    top_k: int = 0  # 0: off
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationPiece:
-    """What a generation says at a time. The last piece has a finish_reason."""
-
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    finish_reason: str = ""  # stop | length | cancelled
-    prompt_tokens: int = 0  # in the last piece
-    experts: Mapping[ExpertId, int] = field(default_factory=dict)  # assignments of all its tokens, in the last piece
-
-
-@dataclass(frozen=True, kw_only=True)
 class RouterStatus:
     """What a router says of itself."""
 
     router: str
     model: str
     placement: tuple[int, int]
-    running: int  # generations
+    running: int  # texts that are being written
     rss_bytes: int
+    waiting: int = 0  # texts that wait to be begun
+    weight_version: int = 0  # that new texts are written with
+    max_tokens: int = 0  # prompt and continuation together
+    controller: str = ""  # host:port where the router reaches the controller; empty: it does not now

@@ -7,16 +7,36 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WatchRequest(_message.Message):
-    __slots__ = ("router", "applied_term", "applied_generation", "hold")
+    __slots__ = ("router", "applied_term", "applied_generation", "hold", "state")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     APPLIED_TERM_FIELD_NUMBER: _ClassVar[int]
     APPLIED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     router: str
     applied_term: int
     applied_generation: int
     hold: bool
-    def __init__(self, router: _Optional[str] = ..., applied_term: _Optional[int] = ..., applied_generation: _Optional[int] = ..., hold: bool = ...) -> None: ...
+    state: RouterState
+    def __init__(self, router: _Optional[str] = ..., applied_term: _Optional[int] = ..., applied_generation: _Optional[int] = ..., hold: bool = ..., state: _Optional[_Union[RouterState, _Mapping]] = ...) -> None: ...
+
+class RouterState(_message.Message):
+    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving")
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    router: str
+    address: str
+    running: int
+    waiting: int
+    weight_version: int
+    oldest_weight_version: int
+    leaving: bool
+    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ...) -> None: ...
 
 class ActorAddress(_message.Message):
     __slots__ = ("actor", "address", "incarnation", "node")
@@ -41,7 +61,7 @@ class Replica(_message.Message):
     def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., actor: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held")
+    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint")
     class LayerExpertsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +76,8 @@ class Placement(_message.Message):
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     LAYER_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorAddress]
@@ -63,7 +85,9 @@ class Placement(_message.Message):
     lease_s: float
     layer_experts: _containers.ScalarMap[int, int]
     held: bool
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ...) -> None: ...
+    weight_version: int
+    checkpoint: str
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class FailureReport(_message.Message):
     __slots__ = ("reporter", "actor", "incarnation", "reason")
@@ -134,7 +158,7 @@ class ActorState(_message.Message):
     def __init__(self, actor: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., phase: _Optional[str] = ..., experts: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
 
 class ControllerStatus(_message.Message):
-    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations")
+    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACTORS_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +169,8 @@ class ControllerStatus(_message.Message):
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     COLD_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_STATES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorState]
@@ -155,7 +181,9 @@ class ControllerStatus(_message.Message):
     replicas: int
     cold_experts: int
     operations: _containers.RepeatedCompositeFieldContainer[Operation]
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ...) -> None: ...
+    router_states: _containers.RepeatedCompositeFieldContainer[RouterState]
+    weight_version: int
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ...) -> None: ...
 
 class WantRequest(_message.Message):
     __slots__ = ("router", "experts")
@@ -261,6 +289,14 @@ class PlaceRequest(_message.Message):
     actors: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, operation_id: _Optional[str] = ..., expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., actors: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class UpdateRequest(_message.Message):
+    __slots__ = ("operation_id", "checkpoint")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    checkpoint: str
+    def __init__(self, operation_id: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
 class PlanRequest(_message.Message):
     __slots__ = ("policy",)
     POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -338,7 +374,7 @@ class Operation(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., phase: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., created_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., balancedness_before: _Optional[float] = ..., balancedness_predicted: _Optional[float] = ..., balancedness_measured: _Optional[float] = ..., moved_bytes: _Optional[int] = ..., added_replicas: _Optional[int] = ..., removed_replicas: _Optional[int] = ..., arguments: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ControllerPicture(_message.Message):
-    __slots__ = ("actors", "leaving", "replica_layers", "replica_experts", "replica_actors", "replica_shares", "operations", "cold")
+    __slots__ = ("actors", "leaving", "replica_layers", "replica_experts", "replica_actors", "replica_shares", "operations", "cold", "versions")
     ACTORS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     REPLICA_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +383,7 @@ class ControllerPicture(_message.Message):
     REPLICA_SHARES_FIELD_NUMBER: _ClassVar[int]
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
     COLD_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     actors: _containers.RepeatedScalarFieldContainer[str]
     leaving: _containers.RepeatedScalarFieldContainer[str]
     replica_layers: _containers.RepeatedScalarFieldContainer[int]
@@ -355,4 +392,13 @@ class ControllerPicture(_message.Message):
     replica_shares: _containers.RepeatedScalarFieldContainer[float]
     operations: _containers.RepeatedCompositeFieldContainer[Operation]
     cold: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
-    def __init__(self, actors: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[str]] = ..., replica_layers: _Optional[_Iterable[int]] = ..., replica_experts: _Optional[_Iterable[int]] = ..., replica_actors: _Optional[_Iterable[int]] = ..., replica_shares: _Optional[_Iterable[float]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., cold: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ...) -> None: ...
+    versions: _containers.RepeatedCompositeFieldContainer[WeightVersion]
+    def __init__(self, actors: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[str]] = ..., replica_layers: _Optional[_Iterable[int]] = ..., replica_experts: _Optional[_Iterable[int]] = ..., replica_actors: _Optional[_Iterable[int]] = ..., replica_shares: _Optional[_Iterable[float]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., cold: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ...) -> None: ...
+
+class WeightVersion(_message.Message):
+    __slots__ = ("version", "checkpoint")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    checkpoint: str
+    def __init__(self, version: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...

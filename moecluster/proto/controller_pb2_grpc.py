@@ -84,6 +84,11 @@ class ControllerServiceStub(object):
                 request_serializer=moecluster_dot_proto_dot_controller__pb2.PlaceRequest.SerializeToString,
                 response_deserializer=moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
                 _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Update',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+                _registered_method=True)
         self.Plan = channel.unary_unary(
                 '/moecluster.v1.ControllerService/Plan',
                 request_serializer=moecluster_dot_proto_dot_controller__pb2.PlanRequest.SerializeToString,
@@ -170,6 +175,13 @@ class ControllerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Update(self, request, context):
+        """New weights for experts and trunk, loaded beside the old ones and taken by every new text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Plan(self, request, context):
         """What the policy would do now; nothing is done.
         """
@@ -240,6 +252,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
             'Place': grpc.unary_unary_rpc_method_handler(
                     servicer.Place,
                     request_deserializer=moecluster_dot_proto_dot_controller__pb2.PlaceRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.Operation.SerializeToString,
+            ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.UpdateRequest.FromString,
                     response_serializer=moecluster_dot_proto_dot_controller__pb2.Operation.SerializeToString,
             ),
             'Plan': grpc.unary_unary_rpc_method_handler(
@@ -527,6 +544,33 @@ class ControllerService(object):
             target,
             '/moecluster.v1.ControllerService/Place',
             moecluster_dot_proto_dot_controller__pb2.PlaceRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Update',
+            moecluster_dot_proto_dot_controller__pb2.UpdateRequest.SerializeToString,
             moecluster_dot_proto_dot_controller__pb2.Operation.FromString,
             options,
             channel_credentials,

@@ -75,6 +75,12 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.Operation,
     ]
 
+    Update: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.UpdateRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+    """New weights for experts and trunk, loaded beside the old ones and taken by every new text."""
+
     Plan: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.PlanRequest,
         moecluster.proto.controller_pb2.PlanReply,
@@ -147,6 +153,12 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.PlaceRequest,
         moecluster.proto.controller_pb2.Operation,
     ]
+
+    Update: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.UpdateRequest,
+        moecluster.proto.controller_pb2.Operation,
+    ]
+    """New weights for experts and trunk, loaded beside the old ones and taken by every new text."""
 
     Plan: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.PlanRequest,
@@ -240,6 +252,14 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.PlaceRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]: ...
+
+    @abc.abstractmethod
+    def Update(
+        self,
+        request: moecluster.proto.controller_pb2.UpdateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]:
+        """New weights for experts and trunk, loaded beside the old ones and taken by every new text."""
 
     @abc.abstractmethod
     def Plan(

@@ -18,12 +18,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from moecluster.errors import MoeClusterError
+from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.metrics import Metrics
 from moecluster.models.streaming_decoder import StreamingDecoder
 from moecluster.roles.load_counts import LoadCounts
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.sampling import KeyedSampler
-from moecluster.types import ExpertId, GenerationPiece, GenerationRequest
+from moecluster.types import ExpertId
 
 
 class Generation:
@@ -90,9 +91,9 @@ class Generation:
 
     def _generate(self) -> None:
         request = self.request
-        processors = LogitsProcessorList([KeyedSampler(request)] if request.temperature > 0 else [])
+        processors = LogitsProcessorList([KeyedSampler(request.sampling)] if request.sampling.temperature > 0 else [])
         settings = GenerationConfig(
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=request.max_new_tokens or None,
             do_sample=False,  # sampled by KeyedSampler
             eos_token_id=self._end_ids() or None,
             pad_token_id=(self._end_ids() or [0])[0],

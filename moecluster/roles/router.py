@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moecluster.errors import CheckpointError, Exhausted, InvalidMessage, MoeClusterError, UnsupportedModelError
+from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.generation import Generation
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.types import GenerationPiece, GenerationRequest, RouterStatus
+from moecluster.types import RouterStatus
 
 MAX_RUNNING = 16
 JOIN_TIMEOUT_S = 5.0

@@ -9,20 +9,20 @@ import hashlib
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from moecluster.types import GenerationRequest
+from moecluster.generations import SamplingParameters
 
 
 class KeyedSampler(LogitsProcessor):
     """Adds the request's noise to the logits of each step, after temperature, top_k and top_p."""
 
-    def __init__(self, request: GenerationRequest) -> None:
-        assert request.temperature > 0
-        self._seed = request.seed
-        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(request.temperature))]
-        if request.top_k:
-            self._warpers.append(TopKLogitsWarper(top_k=request.top_k))
-        if 0 < request.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(top_p=request.top_p))
+    def __init__(self, sampling: SamplingParameters) -> None:
+        assert sampling.temperature > 0
+        self._seed = sampling.seed
+        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(top_k=sampling.top_k))
+        if 0 < sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(top_p=sampling.top_p))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """scores: float [1, vocabulary]."""

@@ -1,9 +1,9 @@
 """The controller's status to a message and back. What comes off the wire is checked here before it is used."""
 
 from moecluster.proto import controller_pb2
-from moecluster.rpc.fields import checked_count, checked_name
+from moecluster.rpc.fields import checked_address, checked_count, checked_name
 from moecluster.rpc.operation_messages import decode_operation, encode_operation
-from moecluster.types import ActorState, ControllerStatus
+from moecluster.types import ActorState, ControllerStatus, RouterState
 
 
 def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
@@ -29,6 +29,8 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
         replicas=status.replicas,
         cold_experts=status.cold_experts,
         operations=[encode_operation(operation) for operation in status.operations],
+        router_states=[encode_router_state(state) for state in status.router_states],
+        weight_version=status.weight_version,
     )
 
 
@@ -45,6 +47,8 @@ def decode_status(message: controller_pb2.ControllerStatus) -> ControllerStatus:
         replicas=message.replicas,
         cold_experts=message.cold_experts,
         operations=tuple(decode_operation(operation) for operation in message.operations),
+        router_states=tuple(decode_router_state(state) for state in message.router_states),
+        weight_version=message.weight_version,
     )
 
 
@@ -56,4 +60,30 @@ def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
         phase=checked_name(message.phase, "actors.phase"),
         experts=checked_count(message.experts, "actors.experts"),
         restarts=message.restarts,
+    )
+
+
+def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
+    """The message of what is known of a router."""
+    return controller_pb2.RouterState(
+        router=state.router,
+        address=state.address,
+        running=state.running,
+        waiting=state.waiting,
+        weight_version=state.weight_version,
+        oldest_weight_version=state.oldest_weight_version,
+        leaving=state.leaving,
+    )
+
+
+def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
+    """What a router says of itself, or the controller of it. Raises InvalidMessage, naming the field."""
+    return RouterState(
+        router=checked_name(message.router, "state.router"),
+        address=checked_address(message.address, "state.address") if message.address else "",
+        running=checked_count(message.running, "state.running"),
+        waiting=checked_count(message.waiting, "state.waiting"),
+        weight_version=message.weight_version,
+        oldest_weight_version=message.oldest_weight_version,
+        leaving=message.leaving,
     )

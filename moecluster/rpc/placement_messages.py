@@ -9,6 +9,7 @@ from moecluster.rpc.fields import (
     checked_address,
     checked_name,
     checked_optional_name,
+    checked_path,
     checked_share,
     decode_expert,
     encode_expert,
@@ -31,6 +32,8 @@ def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Pla
         layer_experts=placement.layer_experts,
         lease_s=lease_s,
         held=placement.held,
+        weight_version=placement.weight_version,
+        checkpoint=placement.checkpoint,
     )
 
 
@@ -67,6 +70,8 @@ def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, floa
         actors=actors,
         replicas=replicas,
         held=message.held,
+        weight_version=message.weight_version,
+        checkpoint=checked_path(message.checkpoint, "checkpoint") if message.checkpoint else "",
     )
     return placement, message.lease_s
 

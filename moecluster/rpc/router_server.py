@@ -8,13 +8,14 @@ import grpc
 import torch
 
 from moecluster.errors import MoeClusterError
+from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2, router_pb2_grpc
 from moecluster.rpc import codec
 from moecluster.rpc.fields import checked_amount, checked_name
 from moecluster.rpc.router_messages import decode_generation_request, encode_piece, encode_router_status
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
-from moecluster.types import GenerationPiece, GenerationRequest, RouterStatus
+from moecluster.types import RouterStatus
 
 
 class RouterHandler(Protocol):

@@ -1,6 +1,7 @@
 """Our errors as gRPC status codes and back: mapped once, at the edge."""
 
-from typing import NoReturn
+import math
+from typing import Any, NoReturn
 
 import grpc
 
@@ -18,6 +19,7 @@ from moecluster.errors import (
 )
 from moecluster.proto import expert_pb2
 
+RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
 LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
 
 # The first class that an error is an instance of decides.
@@ -51,6 +53,8 @@ def status_of(error: MoeClusterError) -> grpc.StatusCode:
 
 def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoReturn:
     """Ends an RPC with the error's status and its message as the detail."""
+    if isinstance(error, Exhausted) and error.retry_after_s is not None:
+        context.set_trailing_metadata(((RETRY_AFTER, f"{error.retry_after_s:.3f}"),))
     context.abort(status_of(error), str(error))
     raise AssertionError("abort raises")
 
@@ -61,6 +65,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     detail = error.details() or code.name
     if detail == LATE:
         detail = f"{peer}: no answer within the deadline"
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Exhausted(detail, retry_after_s=_retry_after_s(error))
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)
@@ -71,6 +77,16 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     if code == grpc.StatusCode.UNIMPLEMENTED:  # a port is given to another process when its owner is gone
         return Unavailable(f"{peer}: what listens there now is no such service")
     return MoeClusterError(f"{peer}: {code.name}: {detail}")
+
+
+def _retry_after_s(error: grpc.RpcError) -> float | None:
+    metadata: Any = error.trailing_metadata() or ()  # pairs, whatever their stub says
+    said = [value for key, value in metadata if key == RETRY_AFTER]
+    try:
+        after_s = float(said[0]) if said else math.nan
+    except ValueError:
+        return None
+    return after_s if math.isfinite(after_s) and after_s >= 0 else None
 
 
 def reply_code_of(error: MoeClusterError) -> "expert_pb2.ReplyCode":

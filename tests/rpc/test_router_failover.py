@@ -8,8 +8,9 @@ import torch
 
 from moecluster.client import Client, FailoverStream
 from moecluster.errors import InvalidMessage, Unavailable
+from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.rpc.router_server import serve_router
-from moecluster.types import GenerationPiece, GenerationRequest, RouterStatus
+from moecluster.types import RouterStatus
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
 

@@ -191,7 +191,7 @@ REFUSED = [
     (generation(prompt="", prompt_ids=[259]), INVALID, "prompt_ids"),
     (generation(prompt="", prompt_ids=[-1]), INVALID, "prompt_ids"),
     (generation(prompt="x" * 300), INVALID, "prompt"),
-    (generation(max_new_tokens=0), INVALID, "max_new_tokens"),
+    (generation(max_new_tokens=-1), INVALID, "max_new_tokens"),
     (generation(max_new_tokens=2**30), EXHAUSTED, "max_new_tokens"),
     (generation(prompt="x" * (2**20 + 1)), EXHAUSTED, "prompt"),
     (generation(temperature=float("nan")), INVALID, "temperature"),

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from moecluster.errors import DeadlineExceeded, MoeClusterError
+from moecluster.generations import GenerationRequest
 from moecluster.metrics import Metrics
 from moecluster.roles.router import Router
-from moecluster.types import GenerationRequest
 from tests.expert_cluster import ExpertCluster
 from tests.twin_actors import save_tiny_model
 

@@ -3,13 +3,13 @@ from typing import Any
 import pytest
 import torch
 
+from moecluster.generations import SamplingParameters
 from moecluster.roles.sampling import KeyedSampler, gumbel_noise
-from moecluster.types import GenerationRequest
 
 
-def request(**changes: object) -> GenerationRequest:
-    fields: dict[str, Any] = {"request_id": "r", "prompt": "x", "max_new_tokens": 1, "temperature": 1.0, **changes}
-    return GenerationRequest(**fields)
+def request(**changes: object) -> SamplingParameters:
+    fields: dict[str, Any] = {"temperature": 1.0, **changes}
+    return SamplingParameters(**fields)
 
 
 def draws(logits: torch.Tensor, count: int, **changes: object) -> torch.Tensor:
