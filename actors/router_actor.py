@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.rpc.router_server import serve_router
+from moecluster.serving.engine import EngineLimits
+from moecluster.serving.make_engine import make_engine
 from moecluster.types import ActorAddress
 
 POLL_S = 0.2
+MORE_CALLS = 64
 
 
 class RouterActor:
@@ -50,6 +54,7 @@ class RouterActor:
         self._router = Router(
             model_dir,
             self._experts,
+            make_engine=partial(make_engine, limits=engine_limits(config), metrics=self._metrics),
             name=name,
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
@@ -61,7 +66,9 @@ class RouterActor:
             announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint),
             metrics=self._metrics,
         )
-        self._server = serve_router(self._router, host=config.cluster.host)
+        # A call for every text that is written or waits, and some to spare for those that are refused or only look.
+        max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
+        self._server = serve_router(self._router, host=config.cluster.host, max_calls=max_calls)
 
     def endpoints(self) -> Endpoints:
         """Where the process is reached."""
@@ -99,6 +106,18 @@ def served_checkpoint(resolve: Callable[[], str], timeout_s: float) -> str:
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"no controller says within {timeout_s:g} s what is served: {exc}") from exc
             time.sleep(POLL_S)
+
+
+def engine_limits(config: Config) -> EngineLimits:
+    """How much the router's engine takes on."""
+    serve = config.serve
+    return EngineLimits(
+        max_running=serve.max_running,
+        max_waiting=serve.max_waiting,
+        max_waiting_tokens=serve.max_waiting_tokens,
+        max_cached_tokens=serve.max_cached_tokens,
+        max_batch_tokens=serve.max_batch_tokens,
+    )
 
 
 def make_remote_experts(config: Config, placements: ControllerClient, metrics: Metrics) -> RemoteExperts:

@@ -216,6 +216,15 @@ class ServeConfig(Section):
     temperature: float = setting(0.0, "sampling temperature; 0: greedy", minimum=0)
     top_p: float = setting(1.0, "sample from the smallest set with this probability", above=0, maximum=1)
     seed: int = setting(0, "seed of sampling", minimum=0)
+    max_running: int = setting(64, "texts that a router writes together", minimum=1)
+    max_waiting: int = setting(256, "texts that wait behind those in a router; beyond it they are refused", minimum=0)
+    max_waiting_tokens: int = setting(2**18, "tokens of the prompts that wait in a router", minimum=1)
+    max_cached_tokens: int = setting(
+        2**14, "room of a router's attention cache: tokens of all texts that are written, prompts included", minimum=64
+    )
+    max_batch_tokens: int = setting(
+        512, "tokens that a router computes at once; longer prompts are computed in parts", minimum=8
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
