@@ -19,7 +19,7 @@ from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.health_watch import HealthWatch
 from moecluster.rpc.router_server import serve_router
 from moecluster.rpc.server import RunningServer
-from moecluster.types import ActorAddress
+from moecluster.types import ActorAddress, RouterState
 
 
 class LoopbackCluster:
@@ -45,11 +45,17 @@ class LoopbackCluster:
             self.revive(name)
         self._directory = directory
         self.controller, self.controller_server = self.start_controller()
-        self.placements = ControllerClient(router="router", resolve=lambda: self.controller_server.address)
+        self._router_state = lambda: RouterState(router="router")
+        self.placements = ControllerClient(
+            router="router", resolve=lambda: self.controller_server.address, state=lambda: self._router_state()
+        )
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
         self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
-        self.router = Router(directory, self.remote, max_running=max_running, metrics=self.metrics)
+        self.router = Router(
+            directory, self.remote, max_running=max_running, metrics=self.metrics, on_change=self.placements.renew
+        )
+        self._router_state = self.router.state
         self.router_server = serve_router(self.router)
 
     def start_controller(self) -> tuple[Controller, RunningServer]:

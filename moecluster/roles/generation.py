@@ -22,6 +22,7 @@ from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.metrics import Metrics
 from moecluster.models.streaming_decoder import StreamingDecoder
 from moecluster.roles.load_counts import LoadCounts
+from moecluster.roles.model_versions import ModelUse
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.sampling import KeyedSampler
 from moecluster.types import ExpertId
@@ -39,15 +40,18 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase,
         experts: RemoteExperts,
         metrics: Metrics | None = None,
+        use: ModelUse[Any],
         on_end: Callable[["Generation"], None] = lambda generation: None,
     ) -> None:
-        """Starts at once. on_end is called by its thread, when it computes no more."""
+        """Starts at once. on_end is called by its thread, when it computes no more; use, the hold on the model, is
+        released then."""
         self.request = request
         self._prompt_ids = prompt_ids
         self._model = model
         self._experts = experts
         self._metrics = metrics
         self._on_end = on_end
+        self._use = use
         self._cancelled = threading.Event()
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -83,6 +87,7 @@ class Generation:
                 finish_reason=status,
                 prompt_tokens=len(self._prompt_ids),
                 experts=self._expert_counts(),
+                weight_version=self._use.version,
             )
         finally:
             self._cancelled.set()
@@ -115,6 +120,7 @@ class Generation:
             self._error = MoeClusterError(f"the generation failed: {exc!r}")
         finally:
             self._on_end(self)
+            self._use.release()
             self._tokens.put(None)
 
     def _end_ids(self) -> list[int]:

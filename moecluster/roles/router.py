@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,11 +17,21 @@ from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.generation import Generation
+from moecluster.roles.model_versions import ModelVersions, VersionExperts
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.types import RouterStatus
+from moecluster.types import RouterState, RouterStatus
 
 MAX_RUNNING = 16
 JOIN_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """What texts are written with."""
+
+    trunk: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tap: "_Tap"
 
 
 class Router:
@@ -36,21 +47,22 @@ class Router:
         device: str = "cpu",
         max_running: int = MAX_RUNNING,
         metrics: Metrics | None = None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer of a model directory. on_change: state() says something else about weights. Raises
+        CheckpointError or UnsupportedModelError."""
         self.name = name
         self.experts = experts
         self._max_running = max_running
         self._metrics = metrics
-        self._tap = _Tap(experts)
         self._dtype, self._device = dtype, device
         self._lock = threading.Lock()
         self._running: dict[str, Generation] = {}
-        self._path, self._model, self._tokenizer = self._load(path)
+        self._models = ModelVersions(path, experts, load=self._load, on_change=on_change)
 
     def reload(self, path: str | Path) -> None:
         """Takes trunk and tokenizer of another directory; generations that run go on with the old ones."""
-        self._path, self._model, self._tokenizer = self._load(path)
+        self._models.reload(path)
 
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
         """The pieces of a text as they come. An iterator that is left early ends its generation.
@@ -58,9 +70,10 @@ class Router:
         Raises InvalidMessage, naming the field, or Exhausted when too many generations run; while it runs, what
         reaching the experts raises.
         """
+        use = None
         try:
-            with self._lock:
-                model, tokenizer = self._model, self._tokenizer
+            use = self._models.use()
+            model, tokenizer = use.model.trunk, use.model.tokenizer
             prompt_ids = _prompt_ids(request, model, tokenizer)
             with self._lock:
                 if request.request_id in self._running:
@@ -75,8 +88,11 @@ class Router:
                     experts=self.experts,
                     metrics=self._metrics,
                     on_end=self._forget,
+                    use=use,
                 )
         except MoeClusterError:
+            if use is not None:
+                use.release()
             if self._metrics is not None:
                 self._metrics.count_request("refused")
             raise
@@ -98,7 +114,13 @@ class Router:
         timeout_s: for the experts' answers, if it is shorter than the router's own. Raises InvalidMessage for a layer
         without experts, or another width or dtype, and DeadlineExceeded.
         """
-        model = self._model
+        with self._models.use() as use:
+            return self._moe(use.model, layer, x_TD, timeout_s)
+
+    def _moe(
+        self, loaded: LoadedModel, layer: int, x_TD: torch.Tensor, timeout_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model = loaded.trunk
         record = next((found for found in moe_layers(model) if found.layer == layer), None)
         if record is None:
             raise InvalidMessage(f"layer: {layer} has no experts")
@@ -109,7 +131,7 @@ class Router:
             raise InvalidMessage(f"x.dtype: {x_TD.dtype}, and the model's is {self._dtype}")
         block = model.get_submodule(record.name.rpartition(".")[0])
         with self.experts.within(timeout_s):
-            return self._tap.run(block, x_TD.to(self._device))
+            return loaded.tap.run(block, x_TD.to(self._device))
 
     def status(self) -> RouterStatus:
         """Never waits; the placement is (0, 0) before the first one."""
@@ -119,10 +141,24 @@ class Router:
             placement = (0, 0)
         return RouterStatus(
             router=self.name,
-            model=str(self._path),
+            model=str(self._models.current[0]),
+            weight_version=self._models.in_use().newest,
             placement=placement,
             running=len(self._running),
             rss_bytes=psutil.Process().memory_info().rss,
+        )
+
+    def state(self) -> RouterState:
+        """What the controller is told. Never waits."""
+        weights = self._models.in_use()
+        return RouterState(
+            router=self.name,
+            running=len(self._running),
+            weight_version=weights.newest,
+            oldest_weight_version=weights.oldest,
+            ready_weight_version=weights.ready,
+            failed_weight_version=weights.failed,
+            problem=weights.problem,
         )
 
     def close(self) -> None:
@@ -133,12 +169,14 @@ class Router:
             generation.cancel()
         for generation in running:
             generation.join(JOIN_TIMEOUT_S)
+        self._models.close()
         self.experts.close()
 
-    def _load(self, path: str | Path) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
-        model = load_trunk(path, self._tap, self._dtype, self._device)
-        model.train(False)
-        return Path(path), model, load_tokenizer(path)
+    def _load(self, path: Path, experts: VersionExperts) -> LoadedModel:
+        tap = _Tap(experts)
+        trunk = load_trunk(path, tap, self._dtype, self._device)
+        trunk.train(False)
+        return LoadedModel(trunk=trunk, tokenizer=load_tokenizer(path), tap=tap)
 
     def _forget(self, generation: Generation) -> None:
         with self._lock:
@@ -148,7 +186,7 @@ class Router:
 class _Tap:
     """The trunk's backend: passes calls on to the experts, and lets `run` see those of its own thread."""
 
-    def __init__(self, experts: RemoteExperts) -> None:
+    def __init__(self, experts: VersionExperts) -> None:
         self._experts = experts
         self._seen = threading.local()
 
