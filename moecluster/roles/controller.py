@@ -157,6 +157,7 @@ class Controller:
                 log=self._log,
                 reports=self._reports,
                 not_prepared=self._keepers.not_prepared,
+                settled=self._keepers.settled,
                 clock=clock,
             ),
             supervisor=supervisor,

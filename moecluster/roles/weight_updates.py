@@ -46,15 +46,18 @@ class WeightUpdates:
         log: OperationLog,
         reports: ActorReports,
         not_prepared: Callable[[int], Mapping[str, MoeClusterError]],
+        settled: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """not_prepared: actors that could not load a version, and why."""
+        """not_prepared: actors that could not load a version, and why. settled: whether every router had the time to
+        say that it is there."""
         self._settings = settings
         self._standing = standing
         self._leases = leases
         self._log = log
         self._reports = reports
         self._not_prepared = not_prepared
+        self._settled = settled
         self._clock = clock
         self._known: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
         self._since_s = 0.0  # when this controller first saw it so
@@ -118,7 +121,8 @@ class WeightUpdates:
                 routers.append(name)
             if lease.state.failed_weight_version == version.version:
                 raise OperationFailed(f"{name} cannot load the trunk of the new version: {lease.state.problem}")
-        if not actors and not routers and self._standing.publish_version() is not None:
+        all_ready = not actors and not routers and self._settled()
+        if all_ready and self._standing.publish_version() is not None:
             self._end_texts(operation)
             return
         if self._clock() - since_s >= self._settings.prepare_timeout_s:
@@ -135,6 +139,8 @@ class WeightUpdates:
         """The new version is published: drops the old one when no text is written with it any more."""
         version = self._standing.weight_version
         since_s, told = self._seen(version, published=True)
+        if not self._settled():
+            return  # a successor does not know yet who writes
         writing = [
             name
             for name, lease in self._routers().items()
@@ -182,7 +188,8 @@ class WeightUpdates:
         return self._since_s, self._told
 
     def _say(self, operation: Operation, phase: OperationPhase, what: str, *names: list[str]) -> None:
-        detail = what + _names([name for group in names for name in group])
+        everybody = [name for group in names for name in group] or ["whoever has not been heard from yet"]
+        detail = what + _names(everybody)
         if (operation.phase, operation.detail) != (phase, detail):
             self._log.update(operation.id, phase=phase, detail=detail)
 
