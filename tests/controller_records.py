@@ -103,6 +103,7 @@ def placements(draw: st.DrawFn) -> Placement:
     layers = draw(layer_experts)
     actors = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     nodes = draw(st.lists(optional_names, min_size=len(actors), max_size=len(actors)))
+    following = draw(uint64s)
     return Placement(
         term=draw(st.integers(1, UINT64)),
         generation=draw(uint64s),
@@ -115,10 +116,8 @@ def placements(draw: st.DrawFn) -> Placement:
         held=draw(st.booleans()),
         weight_version=draw(uint64s),
         checkpoint=draw(optional_names),
-        **draw(
-            st.just({})
-            | st.fixed_dictionaries({"next_weight_version": st.integers(1, UINT64), "next_checkpoint": names})
-        ),
+        next_weight_version=following,
+        next_checkpoint=draw(names) if following else "",
     )
 
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,14 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
         # Whatever is started again comes up with what is served now.
         for actor in ("controller", "router", "expert-0"):
             pid = cluster.kill(actor, signal.SIGKILL)
-            wait_for(lambda actor=actor, pid=pid: cluster.pids().get(actor, pid) != pid, f"{actor} is started again")
+            wait_for(partial(is_started_again, cluster, actor, pid), f"{actor} is started again")
         status = cluster.wait_served()
         assert (status.weight_version, status.checkpoint) == (2, second)
         assert write(cluster.driver.router_address()) == after
+
+
+def is_started_again(cluster: RayCluster, actor: str, pid: int) -> bool:
+    return cluster.pids().get(actor, pid) != pid
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_batch_is_computed_in_its_version(service, checkpoints) -> None:
     stand(service, 2, (1, 2), generation=2)
     check(service, checkpoints, 2, batch_of())
     check(service, checkpoints, 1, batch_of(weight_version=1))
-    with pytest.raises(NotHosted, match="experts .* are not here in weight version 3") as refused:
+    with pytest.raises(NotHosted, match="are not here in weight version 3") as refused:
         ask(service, batch_of(weight_version=3))
     assert refused.value.placement == (1, 2), "it may come"
 
@@ -99,7 +100,7 @@ def test_what_came_before_a_version_was_named_is_of_the_one_that_is_served(check
 
 
 def test_the_peer_s_version_is_named(service) -> None:
-    def exported(version: int) -> torch.Tensor:
+    def exported(version: int) -> Any:
         tensors = list(service.export(experts=EXPERTS[:1], with_optimizer=False, weight_version=version))
         assert {t.weight_version for t in tensors} == {version or 1}
         return tensors[0].value

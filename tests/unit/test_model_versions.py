@@ -127,7 +127,7 @@ def test_a_text_keeps_its_version_and_the_last_one_closes_it(board, loads, make)
 def test_a_new_text_waits_until_the_router_knows_what_is_served(board, loads, make) -> None:
     versions = make("/1")
     assert seen(versions) == (0, 0, 0)
-    with pytest.raises(Unavailable, match="does not know within 0.1 s what is served: no controller"):
+    with pytest.raises(Unavailable, match="what is served: no controller has said so yet"):
         versions.use(0.1)
     board.say(4)  # the directory that it was started with is served no more
     with versions.use() as use:
