@@ -143,6 +143,35 @@ def place(
     run(name, expert, actors or (), nowhere, operation_id, wait, Console())
 
 
+@app.command(
+    epilog="Example: moecluster update ./Mixtral-v2    or: moecluster update ./tuned --experts 3/7 --keep-trunk"
+)
+def update(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="a checkpoint of the same shape, which all nodes see")
+    ],
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(help="take only these experts from it, layer/index or 4/*; may be repeated", show_default=False),
+    ] = None,
+    keep_trunk: Annotated[bool, typer.Option("--keep-trunk", help="take only experts from it")] = False,
+    out: Annotated[
+        str,
+        typer.Option(
+            help="where the checkpoint is put together, if it takes only a part; default: beside the one served",
+            show_default=False,
+        ),
+    ] = "",
+    operation_id: OperationId = "",
+    wait: Wait = True,
+    name: Name = "moecluster",
+) -> None:
+    """Replace weights while they serve: texts that are begun end with the old ones, and no request fails."""
+    from actors.commands.update import update as run
+
+    run(name, directory, experts or (), keep_trunk, out, operation_id, wait, Console())
+
+
 @app.command(epilog="Example: moecluster plan --dry-run    or: moecluster plan --policy eplb --json")
 def plan(
     policy: Annotated[

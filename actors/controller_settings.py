@@ -12,6 +12,7 @@ from moecluster.roles.load_sources import LoadSource
 from moecluster.roles.mover import MoverSettings
 from moecluster.roles.observer import ObserverSettings
 from moecluster.roles.prometheus_loads import PrometheusLoadSource
+from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.types import Replica
 
 ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
@@ -54,6 +55,9 @@ def controller_settings(
             load_timeout_s=cluster.start_timeout_s,
             drain_timeout_s=controller.drain_timeout_s,
             max_bytes_per_s=controller.max_move_bytes_per_s,
+        ),
+        update=UpdateSettings(
+            prepare_timeout_s=controller.operation_timeout_s, texts_timeout_s=controller.update_timeout_s
         ),
     )
 

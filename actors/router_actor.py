@@ -1,8 +1,7 @@
 """The shell of a router: a Router behind gRPC. A training rank runs in the process of the first one."""
 
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints
 from actors.training_host import Progress, TrainingHost
 from moecluster.config import Config, read_config
-from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.router import Router
-from moecluster.rpc.controller_calls import controller_status, set_checkpoint
+from moecluster.rpc.controller_calls import set_checkpoint
 from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_stream import GrpcExpertTransport
@@ -28,9 +26,8 @@ from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.rpc.router_server import serve_router
 from moecluster.serving.engine import EngineLimits
 from moecluster.serving.make_engine import make_engine
-from moecluster.types import ActorAddress
+from moecluster.types import ActorAddress, RouterState
 
-POLL_S = 0.2
 MORE_CALLS = 64
 
 
@@ -46,11 +43,12 @@ class RouterActor:
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)
-        self._placements = ControllerClient(router=name, resolve=resolve)
+        self._router: Router | None = None
+        self._placements = ControllerClient(router=name, resolve=resolve, state=self._state)
         self._experts = make_remote_experts(config, self._placements, self._metrics)
         self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
         if ray.get_runtime_context().was_current_actor_reconstructed:
-            model_dir = served_checkpoint(resolve, config.cluster.start_timeout_s)
+            model_dir = self._placements.current(config.cluster.start_timeout_s).checkpoint or model_dir
         self._router = Router(
             model_dir,
             self._experts,
@@ -59,6 +57,7 @@ class RouterActor:
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
             metrics=self._metrics,
+            on_change=self._placements.renew,
         )
         self._training = TrainingHost(
             self._experts,
@@ -78,7 +77,12 @@ class RouterActor:
 
     def reload(self, model_dir: str) -> None:
         """Takes trunk and tokenizer of another directory. Raises CheckpointError or UnsupportedModelError."""
+        assert self._router is not None
         self._router.reload(model_dir)
+
+    def _state(self) -> RouterState:
+        """What the controller is told with every renewal of the lease; of a router that is starting, its name."""
+        return self._router.state() if self._router is not None else RouterState(router=self._name)
 
     def train(self, tables: Mapping[str, Any], start: str) -> None:
         """Begins a training run from a directory. Raises UserError if one is under way."""
@@ -91,21 +95,6 @@ class RouterActor:
     def stop_training(self) -> None:
         """Ends the run after what it does now."""
         self._training.stop()
-
-
-def served_checkpoint(resolve: Callable[[], str], timeout_s: float) -> str:
-    """The directory that the experts are loaded from now: training may have gone on since the cluster was started.
-
-    Waits for the controller, which may be started again, too. Raises Unavailable after the timeout.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            return controller_status(resolve()).checkpoint
-        except MoeClusterError as exc:
-            if time.monotonic() > deadline_s:
-                raise Unavailable(f"no controller says within {timeout_s:g} s what is served: {exc}") from exc
-            time.sleep(POLL_S)
 
 
 def engine_limits(config: Config) -> EngineLimits:

@@ -149,7 +149,12 @@ class ControllerConfig(Section):
     move_budget_bytes: int = setting(1024 * MIB, "most that one decision may load; 0: shares only", minimum=0)
     max_move_bytes_per_s: int = setting(0, "pace of a copy from actor to actor; 0: as fast as it goes", minimum=0)
     drain_timeout_s: float = setting(10.0, "longest wait for routers and queues before an expert is unloaded", above=0)
-    operation_timeout_s: float = setting(600.0, "longest wait for an actor that an operation has asked for", above=0)
+    operation_timeout_s: float = setting(
+        600.0, "longest wait for an actor that an operation has asked for, or for all to load new weights", above=0
+    )
+    update_timeout_s: float = setting(
+        3600.0, "how long texts that were begun with old weights keep them: as long as the longest text takes", above=0
+    )
 
     min_expert_actors: int = setting(0, "fewest expert actors; 0: no fewer than now but by order, then 1", minimum=0)
     max_expert_actors: int = setting(

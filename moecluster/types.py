@@ -89,6 +89,8 @@ class Placement:
     held: bool = False  # nothing moves until the training runs that asked for it have ended
     weight_version: int = 0  # that new texts shall be written with
     checkpoint: str = ""  # the directory of that version
+    next_weight_version: int = 0  # being prepared: its trunk is to be loaded beside the other; 0: none
+    next_checkpoint: str = ""  # the directory of that version
 
     @property
     def number(self) -> tuple[int, int]:
@@ -99,6 +101,14 @@ class Placement:
 
     def experts_on(self, actor: str) -> tuple[ExpertId, ...]:
         return tuple(sorted(r.expert for r in self.replicas if r.actor == actor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightVersion:
+    """One state of all weights. Numbers grow from 1 on, and none is given twice."""
+
+    version: int
+    checkpoint: str  # a directory that holds all of it
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -217,9 +227,9 @@ class ExpertActorStatus:
     actor: str
     incarnation: str
     placement: tuple[int, int]
-    experts: tuple[ExpertId, ...]
-    hosted_bytes: int
-    weight_version: int
+    experts: tuple[ExpertId, ...]  # in the version that is served
+    hosted_bytes: int  # of all versions
+    weight_version: int  # that is served
     training_term: int
     committed: StepTag | None
     prepared: StepTag | None
@@ -227,6 +237,11 @@ class ExpertActorStatus:
     checkpoint: str = ""  # as the last set_placement said
     picture: bytes = b""  # likewise, if it was asked for
     work: ActorWork = field(default_factory=ActorWork)
+    other_versions: Mapping[int, tuple[ExpertId, ...]] = field(default_factory=dict)  # beside the one that is served
+
+    def held(self, version: int) -> tuple[ExpertId, ...]:
+        """The experts that it holds in a weight version."""
+        return self.experts if version == self.weight_version else self.other_versions.get(version, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +267,9 @@ class RouterState:
     weight_version: int = 0  # that new texts are written with
     oldest_weight_version: int = 0  # that a text is still being written with
     leaving: bool = False  # it shall get no new texts
+    ready_weight_version: int = 0  # the newest whose trunk is loaded
+    failed_weight_version: int = 0  # whose trunk could not be loaded; 0: none
+    problem: str = ""  # why
 
 
 class OperationPhase(Enum):

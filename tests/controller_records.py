@@ -15,6 +15,7 @@ from moecluster.types import (
     Placement,
     PlanPreview,
     Replica,
+    RouterState,
 )
 
 INT32 = 2**31 - 1
@@ -61,6 +62,18 @@ plans = st.builds(
 actor_states = st.builds(
     ActorState, actor=names, address=texts, incarnation=texts, phase=names, experts=int32s, restarts=uint64s
 )
+router_states = st.builds(
+    RouterState,
+    router=names,
+    running=int32s,
+    waiting=int32s,
+    weight_version=uint64s,
+    oldest_weight_version=uint64s,
+    leaving=st.booleans(),
+    ready_weight_version=uint64s,
+    failed_weight_version=uint64s,
+    problem=texts,
+)
 statuses = st.builds(
     ControllerStatus,
     term=uint64s,
@@ -73,6 +86,8 @@ statuses = st.builds(
     replicas=uint64s,
     cold_experts=uint64s,
     operations=operation_lists,
+    router_states=st.lists(router_states, max_size=3).map(tuple),
+    weight_version=uint64s,
 )
 load_snapshots = st.builds(
     LoadSnapshot,
@@ -88,6 +103,7 @@ def placements(draw: st.DrawFn) -> Placement:
     layers = draw(layer_experts)
     actors = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     nodes = draw(st.lists(optional_names, min_size=len(actors), max_size=len(actors)))
+    following = draw(uint64s)
     return Placement(
         term=draw(st.integers(1, UINT64)),
         generation=draw(uint64s),
@@ -98,6 +114,10 @@ def placements(draw: st.DrawFn) -> Placement:
         },
         replicas=draw(standing(layers, actors)),
         held=draw(st.booleans()),
+        weight_version=draw(uint64s),
+        checkpoint=draw(optional_names),
+        next_weight_version=following,
+        next_checkpoint=draw(names) if following else "",
     )
 
 

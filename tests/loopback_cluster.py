@@ -22,7 +22,7 @@ from moecluster.rpc.router_server import serve_router
 from moecluster.rpc.server import RunningServer
 from moecluster.serving.engine import EngineLimits
 from moecluster.serving.make_engine import make_engine
-from moecluster.types import ActorAddress
+from moecluster.types import ActorAddress, RouterState
 
 
 class LoopbackCluster:
@@ -49,7 +49,10 @@ class LoopbackCluster:
             self.revive(name)
         self._directory = directory
         self.controller, self.controller_server = self.start_controller()
-        self.placements = ControllerClient(router="router", resolve=lambda: self.controller_server.address)
+        self._router_state = lambda: RouterState(router="router")
+        self.placements = ControllerClient(
+            router="router", resolve=lambda: self.controller_server.address, state=lambda: self._router_state()
+        )
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
         self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
@@ -59,7 +62,9 @@ class LoopbackCluster:
             self.remote,
             make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
             metrics=self.metrics,
+            on_change=self.placements.renew,
         )
+        self._router_state = self.router.state
         self.router_server = serve_router(self.router)
 
     def start_controller(self) -> tuple[Controller, RunningServer]:

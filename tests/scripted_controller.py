@@ -18,6 +18,7 @@ from moecluster.types import (
     Placement,
     PlanPreview,
     Replica,
+    RouterState,
 )
 
 ACTORS = ("expert-0", "expert-1")
@@ -79,6 +80,7 @@ class ScriptedController(PlacementBoard):
         """fails: why every operation that is asked for fails in the end; empty: they succeed."""
         super().__init__()
         self.renewals: list[tuple[str, tuple[int, int], bool]] = []
+        self.states: list[RouterState] = []
         self.failures: list[tuple[str, str, str]] = []
         self.reports: list[LoadSnapshot] = []
         self.wanted: list[tuple[str, tuple[ExpertId, ...]]] = []
@@ -88,8 +90,9 @@ class ScriptedController(PlacementBoard):
         self._fails = fails
         self._operations = {OLD_OPERATION.id: OLD_OPERATION}
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool) -> None:
+    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
         self.renewals.append((router, applied, hold))
+        self.states.append(state)
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
@@ -144,6 +147,11 @@ class ScriptedController(PlacementBoard):
             if actor not in ACTORS:
                 raise UserError(f"{actor} is no expert actor; there are {', '.join(ACTORS)}")
         return self._begin("place", (str(expert), *actors), operation_id)
+
+    def update(self, checkpoint: str, *, operation_id: str) -> Operation:
+        if not checkpoint.startswith("/"):
+            raise UserError(f"{checkpoint} is torn")
+        return self._begin("update", (checkpoint,), operation_id)
 
     def plan(self, policy: str) -> PlanPreview:
         self.planned.append(policy)

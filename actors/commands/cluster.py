@@ -86,8 +86,15 @@ def _summary(seen: ControllerStatus | None) -> list[str]:
     cold = f", {seen.cold_experts} experts unloaded until a token wants them" if seen.cold_experts else ""
     return [
         f"term {seen.term}, placement {seen.generation}{held}: {seen.replicas} replicas{cold}",
-        f"policy {seen.policy}, routers with a lease: {seen.routers}; lost experts are loaded from {seen.checkpoint}",
+        f"policy {seen.policy}, routers with a lease: {seen.routers}",
+        f"weight version {seen.weight_version}: {seen.checkpoint}{_older(seen)}",
     ]
+
+
+def _older(seen: ControllerStatus) -> str:
+    """Routers that still write texts with older weights."""
+    behind = [s.router for s in seen.router_states if 0 < s.oldest_weight_version < seen.weight_version]
+    return f"; texts begun with older weights are still written by {', '.join(behind)}" if behind else ""
 
 
 def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:

@@ -1,4 +1,4 @@
-"""scale, drain and place, which begin operations; operations and explain, which show them."""
+"""scale, drain, place and update, which begin operations; operations and explain, which show them."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from actors.commands.controller import LiveController
-from actors.commands.shown import operations_table, shown_duration, shown_moves, shown_time, to_json
+from actors.commands.shown import operations_table, shown_bytes, shown_duration, shown_moves, shown_time, to_json
 from moecluster.errors import ConfigError, InvalidMessage, OperationFailed
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.types import ExpertId, Operation, OperationPhase
@@ -44,6 +44,12 @@ def place(
     where = _parse_expert(expert)
     order = _with_id("place", operation_id)
     _carry_out(name, lambda calls: calls.place(where, actors, operation_id=order), wait, console)
+
+
+def update(name: str, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
+    """Replaces all weights by those of a directory; returns the operation as far as it is."""
+    order = _with_id("update", operation_id)
+    return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=order), wait, console)
 
 
 def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
@@ -82,7 +88,7 @@ def explain(name: str, operation_id: str, as_json: bool, console: Console) -> No
     console.print(table)
 
 
-def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> None:
+def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:
     """Begins an operation and, if asked to, sees it through. Raises OperationFailed."""
     with LiveController(name) as controller:
         try:
@@ -94,10 +100,17 @@ def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: b
     if operation.phase is OperationPhase.FAILED:
         raise OperationFailed(f"{operation.id}: {operation.detail or 'the controller gives no reason'}")
     if operation.phase.ended:
-        line = f"{operation.id} is done after {shown_duration(operation)}: {shown_moves(operation)}"
+        line = f"{operation.id} is done after {shown_duration(operation)}: {_outcome(operation)}"
     else:
         line = f"{operation.id} is {operation.phase.value}; moecluster explain {operation.id} says how it goes"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return operation
+
+
+def _outcome(operation: Operation) -> str:
+    if operation.kind == "update":
+        return f"{operation.detail}; {shown_bytes(operation.moved_bytes)} of experts loaded"
+    return shown_moves(operation)
 
 
 def _see_through(controller: LiveController, operation: Operation, console: Console) -> Operation:

@@ -28,6 +28,9 @@ class ExpertReader(Protocol):
     def expert_bytes(self, expert: ExpertId) -> int:
         """See ExpertSource."""
 
+    def reads(self, expert: ExpertId) -> tuple[tuple[str, int | None], ...]:
+        """See ExpertSource."""
+
 
 class ExpertSource:
     """Loads experts one at a time, reading only their own bytes.
@@ -59,6 +62,11 @@ class ExpertSource:
         """Bytes that the expert has in the checkpoint, from headers alone."""
         self._check(expert)
         return self._reader.expert_bytes(expert)
+
+    def reads(self, expert: ExpertId) -> tuple[tuple[str, int | None], ...]:
+        """The checkpoint's keys that the expert is made of; with a row where a key holds all experts of the layer."""
+        self._check(expert)
+        return self._reader.reads(expert)
 
     def _check(self, expert: ExpertId) -> None:
         if not any(layer.layer == expert.layer and 0 <= expert.index < layer.num_experts for layer in self.layers):

@@ -40,10 +40,13 @@ class FamilyExperts:
 
     def expert_bytes(self, expert: ExpertId) -> int:
         total = 0
-        for key, row in (pair for source in self._sources(expert) for pair in self._reads(source, expert).values()):
+        for key, row in self.reads(expert):
             info = self._checkpoint.info(key)
             total += info.num_bytes if row is None else info.num_bytes // info.shape[0]
         return total
+
+    def reads(self, expert: ExpertId) -> tuple[tuple[str, int | None], ...]:
+        return tuple(pair for source in self._sources(expert) for pair in self._reads(source, expert).values())
 
     def _record(self, expert: ExpertId) -> MoeLayer:
         record = self._layout.record(expert)

@@ -62,6 +62,9 @@ class OwnExpertReader:
     def expert_bytes(self, expert: ExpertId) -> int:
         return sum(self._checkpoint.info(key).num_bytes for key in self._keys(expert).values())
 
+    def reads(self, expert: ExpertId) -> tuple[tuple[str, int | None], ...]:
+        return tuple((key, None) for key in self._keys(expert).values())
+
     def _keys(self, expert: ExpertId) -> dict[str, str]:
         """Name in the expert's state -> checkpoint key."""
         prefix = next(layer.name for layer in self.layers if layer.layer == expert.layer)

@@ -122,6 +122,9 @@ class SwigluExperts:
     def expert_bytes(self, expert: ExpertId) -> int:
         return self._layouts[expert.layer].num_bytes(self._checkpoint, expert.index)
 
+    def reads(self, expert: ExpertId) -> tuple[tuple[str, int | None], ...]:
+        return self._layouts[expert.layer].reads(expert.index)
+
 
 class PerExpertLayer:
     """A layer whose experts have keys of their own."""
@@ -152,6 +155,9 @@ class PerExpertLayer:
     def num_bytes(self, checkpoint: Checkpoint, index: int) -> int:
         return sum(checkpoint.info(key).num_bytes for key in self._keys(index))
 
+    def reads(self, index: int) -> tuple[tuple[str, int | None], ...]:
+        return tuple((key, None) for key in self._keys(index))
+
     def _keys(self, index: int) -> tuple[str, str, str]:
         start = f"{self._prefix}.{index}"
         names = self._naming
@@ -175,6 +181,9 @@ class FusedLayer:
 
     def num_bytes(self, checkpoint: Checkpoint, index: int) -> int:
         return sum(checkpoint.info(key).num_bytes // self._sizes.num_experts for key in self._keys.values())
+
+    def reads(self, index: int) -> tuple[tuple[str, int | None], ...]:
+        return tuple((key, index) for key in self._keys.values())
 
 
 def _shard(rows: Mapping[str, torch.Tensor]) -> ExpertShard:

@@ -54,7 +54,7 @@ def given_placement(
         if actor not in actors:
             raise ConfigError(f"{_KEY}.{actor}: no such expert actor; there are {actors[0]} to {actors[-1]}")
         for name in names:
-            for expert in _experts_named(name, actor, num_experts):
+            for expert in experts_named(name, num_experts, f"{_KEY}.{actor}"):
                 places = actors_of.setdefault(expert, [])
                 if actor in places:
                     raise ConfigError(f"{_KEY}.{actor}: expert {expert} is named twice; an actor holds one replica")
@@ -70,10 +70,12 @@ def given_placement(
     )
 
 
-def _experts_named(name: str, actor: str, num_experts: Mapping[int, int]) -> list[ExpertId]:
+def experts_named(name: str, num_experts: Mapping[int, int], setting: str) -> list[ExpertId]:
+    """The experts of layer/index, where * stands for every MoE layer or every index. Raises ConfigError, naming the
+    setting."""
     match = _EXPERT.fullmatch(name)
     if match is None:
-        raise ConfigError(f'{_KEY}.{actor}: got "{name}", expected layer/index such as 0/3, */1 or 2/*')
+        raise ConfigError(f'{setting}: got "{name}", expected layer/index such as 0/3, */1 or 2/*')
     layer_word, index_word = match.groups()
     layers = sorted(num_experts) if layer_word == "*" else [int(layer_word)]
     found = []
@@ -81,8 +83,8 @@ def _experts_named(name: str, actor: str, num_experts: Mapping[int, int]) -> lis
         count = num_experts.get(layer)
         if count is None:
             known = ", ".join(map(str, sorted(num_experts)))
-            raise ConfigError(f'{_KEY}.{actor}: "{name}": layer {layer} has no experts; MoE layers are {known}')
+            raise ConfigError(f'{setting}: "{name}": layer {layer} has no experts; MoE layers are {known}')
         if index_word != "*" and int(index_word) >= count:
-            raise ConfigError(f'{_KEY}.{actor}: "{name}": layer {layer} has experts 0 to {count - 1}')
+            raise ConfigError(f'{setting}: "{name}": layer {layer} has experts 0 to {count - 1}')
         found += [ExpertId(layer=layer, index=i) for i in (range(count) if index_word == "*" else [int(index_word)])]
     return found

@@ -21,7 +21,7 @@ class WatchRequest(_message.Message):
     def __init__(self, router: _Optional[str] = ..., applied_term: _Optional[int] = ..., applied_generation: _Optional[int] = ..., hold: bool = ..., state: _Optional[_Union[RouterState, _Mapping]] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving")
+    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving", "ready_weight_version", "failed_weight_version", "problem")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,9 @@ class RouterState(_message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     OLDEST_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    READY_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FAILED_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     router: str
     address: str
     running: int
@@ -36,7 +39,10 @@ class RouterState(_message.Message):
     weight_version: int
     oldest_weight_version: int
     leaving: bool
-    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ...) -> None: ...
+    ready_weight_version: int
+    failed_weight_version: int
+    problem: str
+    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ..., ready_weight_version: _Optional[int] = ..., failed_weight_version: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ActorAddress(_message.Message):
     __slots__ = ("actor", "address", "incarnation", "node")
@@ -61,7 +67,7 @@ class Replica(_message.Message):
     def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., actor: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint")
+    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint", "next_weight_version", "next_checkpoint")
     class LayerExpertsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +84,8 @@ class Placement(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorAddress]
@@ -87,7 +95,9 @@ class Placement(_message.Message):
     held: bool
     weight_version: int
     checkpoint: str
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    next_weight_version: int
+    next_checkpoint: str
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ..., next_weight_version: _Optional[int] = ..., next_checkpoint: _Optional[str] = ...) -> None: ...
 
 class FailureReport(_message.Message):
     __slots__ = ("reporter", "actor", "incarnation", "reason")
@@ -374,7 +384,7 @@ class Operation(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., phase: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., created_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., balancedness_before: _Optional[float] = ..., balancedness_predicted: _Optional[float] = ..., balancedness_measured: _Optional[float] = ..., moved_bytes: _Optional[int] = ..., added_replicas: _Optional[int] = ..., removed_replicas: _Optional[int] = ..., arguments: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ControllerPicture(_message.Message):
-    __slots__ = ("actors", "leaving", "replica_layers", "replica_experts", "replica_actors", "replica_shares", "operations", "cold", "versions")
+    __slots__ = ("actors", "leaving", "replica_layers", "replica_experts", "replica_actors", "replica_shares", "operations", "cold", "versions", "weight_version", "last_weight_version")
     ACTORS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     REPLICA_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -384,6 +394,8 @@ class ControllerPicture(_message.Message):
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
     COLD_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAST_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     actors: _containers.RepeatedScalarFieldContainer[str]
     leaving: _containers.RepeatedScalarFieldContainer[str]
     replica_layers: _containers.RepeatedScalarFieldContainer[int]
@@ -393,7 +405,9 @@ class ControllerPicture(_message.Message):
     operations: _containers.RepeatedCompositeFieldContainer[Operation]
     cold: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
     versions: _containers.RepeatedCompositeFieldContainer[WeightVersion]
-    def __init__(self, actors: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[str]] = ..., replica_layers: _Optional[_Iterable[int]] = ..., replica_experts: _Optional[_Iterable[int]] = ..., replica_actors: _Optional[_Iterable[int]] = ..., replica_shares: _Optional[_Iterable[float]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., cold: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ...) -> None: ...
+    weight_version: int
+    last_weight_version: int
+    def __init__(self, actors: _Optional[_Iterable[str]] = ..., leaving: _Optional[_Iterable[str]] = ..., replica_layers: _Optional[_Iterable[int]] = ..., replica_experts: _Optional[_Iterable[int]] = ..., replica_actors: _Optional[_Iterable[int]] = ..., replica_shares: _Optional[_Iterable[float]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., cold: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[WeightVersion, _Mapping]]] = ..., weight_version: _Optional[int] = ..., last_weight_version: _Optional[int] = ...) -> None: ...
 
 class WeightVersion(_message.Message):
     __slots__ = ("version", "checkpoint")

@@ -220,32 +220,38 @@ class UnloadReply(_message.Message):
     def __init__(self) -> None: ...
 
 class SetPlacementRequest(_message.Message):
-    __slots__ = ("term", "generation", "checkpoint", "picture")
+    __slots__ = ("term", "generation", "checkpoint", "picture", "weight_version", "weight_versions")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     PICTURE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     checkpoint: str
     picture: bytes
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ...) -> None: ...
+    weight_version: int
+    weight_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., weight_version: _Optional[int] = ..., weight_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SetPlacementReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ExportRequest(_message.Message):
-    __slots__ = ("experts", "with_optimizer", "step", "incarnation")
+    __slots__ = ("experts", "with_optimizer", "step", "incarnation", "weight_version")
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     WITH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     experts: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
     with_optimizer: bool
     step: int
     incarnation: str
-    def __init__(self, experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., with_optimizer: bool = ..., step: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
+    weight_version: int
+    def __init__(self, experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., with_optimizer: bool = ..., step: _Optional[int] = ..., incarnation: _Optional[str] = ..., weight_version: _Optional[int] = ...) -> None: ...
 
 class ExportChunk(_message.Message):
     __slots__ = ("expert", "name", "dtype", "shape", "offset_bytes", "content", "crc32", "weight_version")
@@ -344,7 +350,7 @@ class StatusRequest(_message.Message):
     def __init__(self, training_term: _Optional[int] = ..., with_picture: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "picture", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows", "expert_runs")
+    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "picture", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows", "expert_runs", "other_versions")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
@@ -364,6 +370,7 @@ class StatusReply(_message.Message):
     QUEUE_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_ROWS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_RUNS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     actor: str
     incarnation: str
     placement_term: int
@@ -383,4 +390,13 @@ class StatusReply(_message.Message):
     queue_wait_s: float
     queue_rows: int
     expert_runs: int
-    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., expert_runs: _Optional[int] = ...) -> None: ...
+    other_versions: _containers.RepeatedCompositeFieldContainer[HeldVersion]
+    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., expert_runs: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ...) -> None: ...
+
+class HeldVersion(_message.Message):
+    __slots__ = ("version", "experts")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    experts: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
+    def __init__(self, version: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ...) -> None: ...

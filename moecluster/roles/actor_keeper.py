@@ -8,13 +8,14 @@ from typing import Protocol
 
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleOrder, Unavailable
 from moecluster.rpc.interfaces import ExpertControl
-from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId
+from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId, WeightVersion
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 HANGS_AFTER = 2  # looks without an answer
+MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
 
 
 class ActorSupervisor(Protocol):
@@ -63,9 +64,25 @@ class Orders:
 
     term: int
     generation: int
-    checkpoint: str
+    versions: tuple[WeightVersion, ...]  # that stand, the newest last
+    weight_version: int  # of them: the one that new texts are written with
     dtype: str  # empty: the checkpoint's
     picture: bytes = b""  # what the controller leaves with its actors for its successor
+
+    @property
+    def checkpoint(self) -> str:
+        """The directory of the version that new texts are written with."""
+        return next(v.checkpoint for v in self.versions if v.version == self.weight_version)
+
+    @property
+    def written_with(self) -> tuple[WeightVersion, ...]:
+        """The versions that texts may be written with now, the oldest first."""
+        return tuple(v for v in self.versions if v.version <= self.weight_version)
+
+    @property
+    def next_version(self) -> WeightVersion | None:
+        """The version that is being prepared."""
+        return self.versions[-1] if self.versions[-1].version > self.weight_version else None
 
 
 class KeeperOwner(Protocol):
@@ -86,8 +103,23 @@ class KeeperOwner(Protocol):
     def settled(self) -> bool:
         """Whether routers had the time to take a placement of this controller: what it leaves out may be unloaded."""
 
-    def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
-        """The actor serves these experts; complete: all that it shall hold."""
+    def actor_up(
+        self,
+        address: ActorAddress,
+        held: Collection[ExpertId],
+        *,
+        versions: tuple[WeightVersion, ...],
+        complete: bool,
+    ) -> None:
+        """The actor serves these experts in these versions; complete: all that it shall hold."""
+
+    def actor_prepared(
+        self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
+    ) -> None:
+        """The actor holds these experts in the version that is next; loaded_bytes: since the last time."""
+
+    def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
+        """The actor cannot load the version that is next now; the keeper goes on trying."""
 
     def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
         """The actor has loaded experts after its start."""
@@ -240,36 +272,82 @@ class ActorKeeper:
         """Fences the actor and makes it hold what it shall, what nobody serves first. Returns what it was told."""
         orders = self._owner.orders()
         self._tell(control, orders)
-        held = set(control.status().experts)
+        status = control.status()
         assigned = self._owner.assigned(self.actor)
-        self._surplus = frozenset(held - self._owner.kept(self.actor))
-        held &= assigned
+        self._surplus = frozenset(set(status.experts).union(*status.other_versions.values())) - self._owner.kept(
+            self.actor
+        )
+        held = set(assigned).intersection(*(status.held(v.version) for v in orders.written_with))
         lost = self._owner.lost()
         parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
         if not parts:
-            self._owner.actor_up(address, held, complete=True)
+            self._owner.actor_up(address, held, versions=orders.written_with, complete=True)
         for part in parts:
             orders = self._load_part(control, orders, sorted(part))
             held |= part
-            self._owner.actor_up(address, held, complete=held == assigned)
+            self._owner.actor_up(address, held, versions=orders.written_with, complete=held == assigned)
         self._num_experts = len(held)
         return orders
 
     def _load_part(self, control: ExpertControl, orders: Orders, experts: Sequence[ExpertId]) -> Orders:
         while True:
-            loaded_bytes = control.load(
-                term=orders.term,
-                experts=experts,
-                checkpoint=orders.checkpoint,
-                dtype=orders.dtype,
-                replace=True,
-                timeout_s=self._load_timeout_s,
-            )
-            self._owner.actor_loaded(self.actor, loaded_bytes)
+            for version in orders.written_with:
+                loaded_bytes = self._load_version(control, orders, version, experts, replace=True)
+                self._owner.actor_loaded(self.actor, loaded_bytes)
             before, orders = orders, self._owner.orders()
-            if orders.checkpoint == before.checkpoint:
+            if set(orders.written_with) <= set(before.written_with):
                 return before  # what it was told; else the checkpoint moved on while loading: load the new one
             self._tell(control, orders)
+
+    def _load_version(
+        self,
+        control: ExpertControl,
+        orders: Orders,
+        version: WeightVersion,
+        experts: Sequence[ExpertId],
+        *,
+        replace: bool,
+    ) -> int:
+        return control.load(
+            term=orders.term,
+            experts=experts,
+            checkpoint=version.checkpoint,
+            weight_version=version.version,
+            dtype=orders.dtype,
+            replace=replace,
+            timeout_s=self._load_timeout_s,
+        )
+
+    def _prepare(
+        self,
+        control: ExpertControl,
+        address: ActorAddress,
+        orders: Orders,
+        assigned: frozenset[ExpertId],
+        status: ExpertActorStatus,
+    ) -> bool:
+        """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
+
+        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleOrder.
+        """
+        version = orders.next_version
+        if version is None:
+            return False
+        held = set(status.held(version.version))
+        missing = sorted(assigned - held)
+        part = [expert for expert in missing if expert.layer == missing[0].layer][:MAX_PREPARED_AT_ONCE]
+        loaded_bytes = 0
+        try:
+            if part:
+                loaded_bytes = self._load_version(control, orders, version, part, replace=False)
+        except (StaleOrder, Unavailable):
+            raise
+        except MoeClusterError as exc:
+            logger.info("%s does not load weight version %d: %s", self.actor, version.version, exc)
+            self._owner.preparing_failed(self.actor, version.version, exc)
+            return False
+        self._owner.actor_prepared(address, version.version, held.union(part), loaded_bytes=loaded_bytes)
+        return len(part) < len(missing)
 
     def _unload_surplus(self, control: ExpertControl, orders: Orders) -> None:
         """Not at once: a predecessor's placement, by which routers still went, may have named it."""
@@ -279,7 +357,12 @@ class ActorKeeper:
 
     def _tell(self, control: ExpertControl, orders: Orders) -> None:
         control.set_placement(
-            term=orders.term, generation=orders.generation, checkpoint=orders.checkpoint, picture=orders.picture
+            term=orders.term,
+            generation=orders.generation,
+            checkpoint=orders.checkpoint,
+            picture=orders.picture,
+            weight_version=orders.weight_version,
+            weight_versions=[v.version for v in orders.versions],
         )
 
     def _look_after(self, control: ExpertControl, address: ActorAddress, told: Orders) -> None:
@@ -301,6 +384,8 @@ class ActorKeeper:
                 self._owner.actor_reports(address, status)
                 if self._surplus and self._owner.settled():
                     self._unload_surplus(control, orders)
+                if self._prepare(control, address, orders, assigned, status):
+                    self._wake.set()
             except Exhausted:
                 continue  # busy, so alive
             except DeadlineExceeded:
@@ -315,7 +400,8 @@ class ActorKeeper:
                 logger.info("%s is lost: %s", self.actor, exc)
                 return
             # Only what was assigned before and after the answer: experts move meanwhile.
-            missing = (assigned & self._owner.assigned(self.actor)) - set(status.experts)
+            serves = set(status.experts).intersection(*(status.held(v.version) for v in orders.written_with))
+            missing = (assigned & self._owner.assigned(self.actor)) - serves
             if status.incarnation != address.incarnation or missing:
                 logger.info("%s has lost its experts", self.actor)
                 return

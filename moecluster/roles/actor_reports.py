@@ -33,14 +33,20 @@ class ActorReports:
         """An actor answered."""
         with self._lock:
             self._last[status.actor] = _Report(now_s=now_s, status=status)
-            if status.experts and status.hosted_bytes:
-                self._expert_bytes = status.hosted_bytes / len(status.experts)
+            held = len(status.experts) + sum(map(len, status.other_versions.values()))
+            if held and status.hosted_bytes:
+                self._expert_bytes = status.hosted_bytes / held
 
     def forget(self, actor: str) -> None:
         """The actor is lost, or gone."""
         with self._lock:
             self._last.pop(actor, None)
             self._before.pop(actor, None)
+
+    def with_other_versions(self) -> list[str]:
+        """Actors that held more weight versions than the one that they serve, when they last answered."""
+        with self._lock:
+            return sorted(actor for actor, report in self._last.items() if report.status.other_versions)
 
     def expert_bytes(self) -> float:
         """Of one expert, as an actor last had them on the average; 1 before any is known."""

@@ -25,8 +25,8 @@ class LoadSettings:
     experts: Sequence[ExpertId]
     checkpoint: str  # a directory; of a copy from a peer too: it says what experts of the model are
     dtype: str  # float32 | bfloat16 | float16; empty: float32
-    weight_version: int  # 0: what the actor serves, or the peer gives
-    replace: bool  # also what is in its slot already
+    weight_version: int  # 0: what the actor serves, or if it serves nothing, the peer
+    replace: bool  # also what is here already in that version
     optimizer: OptimizerSettings | None  # None: the experts are served, not trained
     training_term: int
     peer: ActorAddress | None

@@ -22,9 +22,10 @@ from moecluster.roles.leases import Leases
 from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.ordered_changes import SIZES, OrderedChanges, parse_expert
+from moecluster.roles.ordered_changes import KINDS, SIZES, OrderedChanges, parse_expert
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
+from moecluster.roles.weight_updates import WeightUpdates
 from moecluster.types import ExpertId, Operation, OperationPhase, Replica
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Changer:
         decider: Decider,
         mover: Mover,
         sizing: Sizing,
+        updates: WeightUpdates,
         supervisor: ActorSupervisor,
         reports: ActorReports,
         metrics: Metrics,
@@ -70,6 +72,7 @@ class Changer:
         self._decider = decider
         self._mover = mover
         self._sizing = sizing
+        self._updates = updates
         self._supervisor = supervisor
         self._reports = reports
         self._metrics = metrics
@@ -132,7 +135,7 @@ class Changer:
 
     def _look(self) -> None:
         """One round: recover, read, carry out what was ordered, then what the policy decides."""
-        held = self._leases.any_hold()
+        held = self._leases.any_hold() and (self._standing.held or self._updates.make_room())
         if held and not self._standing.held:
             self._let_every_expert_stand_once()
         self._standing.set_held(held)
@@ -142,6 +145,7 @@ class Changer:
         self._show_load()
         if held:
             return
+        self._updates.look()
         self._drain_leaving_nodes()
         if not self._carry_out_all():
             return
@@ -158,7 +162,7 @@ class Changer:
         for operation in self._log.queued():
             if self._closed.is_set():
                 return False
-            if waiting and operation.kind in SIZES:
+            if operation.kind not in KINDS or (waiting and operation.kind in SIZES):
                 continue
             try:
                 ended = self._carry_out(operation)

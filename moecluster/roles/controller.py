@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, UserError
 from moecluster.metrics import Metrics
+from moecluster.models.same_shape import check_same_shape
 from moecluster.roles.actor_keeper import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.changer import Changer, ChangerSettings
@@ -27,17 +28,22 @@ from moecluster.roles.ordered_changes import KINDS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.roles.take_over import newest_picture
+from moecluster.roles.weight_updates import KIND as UPDATE
+from moecluster.roles.weight_updates import UpdateSettings, WeightUpdates
 from moecluster.rpc.picture import ControllerPicture, encode_picture
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import (
     ClusterLoads,
     ControllerStatus,
+    ExpertActorStatus,
     ExpertId,
     LoadSnapshot,
     Operation,
     Placement,
     PlanPreview,
     Replica,
+    RouterState,
+    WeightVersion,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,6 +70,7 @@ class ControllerSettings:
     observer: ObserverSettings | None = None  # None: room for just what the replicas take
     changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
     mover: MoverSettings = field(default_factory=MoverSettings)
+    update: UpdateSettings = field(default_factory=UpdateSettings)
 
 
 class Controller:
@@ -143,6 +150,16 @@ class Controller:
             decider=self._decider,
             mover=mover,
             sizing=self._sizing,
+            updates=WeightUpdates(
+                settings.update,
+                standing=self._standing,
+                leases=self._leases,
+                log=self._log,
+                reports=self._reports,
+                not_prepared=self._keepers.not_prepared,
+                settled=self._keepers.settled,
+                clock=clock,
+            ),
             supervisor=supervisor,
             reports=self._reports,
             metrics=metrics,
@@ -190,9 +207,12 @@ class Controller:
         logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
         self._keepers.look(actor)
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool = False) -> None:
-        """The router counts for lease_s from now on. hold: nothing may move while it trains."""
-        if self._leases.renew(router, applied, hold=hold):
+    def renew_lease(
+        self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
+    ) -> None:
+        """The router counts for lease_s from now on. hold: nothing may move while it trains. state: what it says of
+        itself."""
+        if self._leases.renew(router, applied, hold=hold, state=state):
             self._changer.wake()
 
     def leases(self) -> dict[str, Lease]:
@@ -254,6 +274,19 @@ class Controller:
             raise ResourceError(f"place {expert}: an actor is named twice; it holds one replica of an expert")
         return self._order("place", "ordered", (str(expert), *actors), operation_id)
 
+    def update(self, checkpoint: str, *, operation_id: str = "") -> Operation:
+        """Begins to replace all weights by those of a directory, while they serve. Raises CheckpointError for one that
+        is not whole or of another shape than what is served, ResourceError while training holds the placement."""
+        if not operation_id or all(o.id != operation_id for o in self._log.newest()):
+            newest = self._standing.versions[-1]
+            if newest.checkpoint == checkpoint:
+                raise ResourceError(
+                    f"update: {checkpoint} is weight version {newest.version} already; write new weights to another "
+                    "directory"
+                )
+            check_same_shape(self._standing.checkpoint, checkpoint)
+        return self._order(UPDATE, "ordered", (checkpoint,), operation_id)
+
     def plan(self, policy: str) -> PlanPreview:
         """What a policy would do now; empty: the cluster's own. Does nothing."""
         return self._decider.preview(policy)
@@ -269,17 +302,20 @@ class Controller:
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
         term, generation = self._standing.number
+        leases = self._leases.standing()
         return ControllerStatus(
             term=term,
             generation=generation,
             actors=self._keepers.states(),
             checkpoint=self._standing.checkpoint,
-            routers=len(self._leases.standing()),
+            routers=len(leases),
             policy=self._settings.changer.policy,
             held=self._standing.held,
             replicas=len(self._standing.replicas()),
             cold_experts=len(self._standing.cold),
             operations=self._log.under_way(),
+            router_states=tuple(lease.state for _, lease in sorted(leases.items())),
+            weight_version=self._standing.weight_version,
         )
 
     def loads(self) -> ClusterLoads:
@@ -309,11 +345,13 @@ class Controller:
         picture = found or ControllerPicture(
             actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
         )
-        self._log.take_over(picture.operations, resumable=KINDS)
+        self._log.take_over(picture.operations, resumable=KINDS | {UPDATE})
         self._standing.begin(
             term=term + 1,
             generation=generation,
-            checkpoint=checkpoint,
+            versions=picture.versions or _version_of(seen, checkpoint),
+            weight_version=picture.weight_version,
+            last_version=picture.last_weight_version,
             actors=picture.actors,
             leaving=picture.leaving,
             replicas=picture.replicas,
@@ -353,15 +391,28 @@ class Controller:
         with self._lock:
             if self._picture is None:
                 actors = self._standing.actors
+                with self._standing.unchanged():
+                    versions, weight_version = self._standing.versions, self._standing.weight_version
+                    last_version = self._standing.last_version
                 picture = ControllerPicture(
                     actors=actors,
                     leaving=tuple(sorted(self._standing.leaving)),
                     replicas=tuple(r for r in self._standing.replicas() if r.actor in actors),
                     operations=self._log.for_successor(OPERATIONS_IN_PICTURE),
                     cold=tuple(sorted(self._standing.cold)),
+                    versions=versions,
+                    weight_version=weight_version,
+                    last_weight_version=last_version,
                 )
                 self._picture = encode_picture(picture)
             return self._picture
+
+
+def _version_of(seen: Sequence[ExpertActorStatus], checkpoint: str) -> tuple[WeightVersion, ...]:
+    """The version that stands where no picture says so: the first, or what the actors serve."""
+    return (
+        WeightVersion(version=max((status.weight_version for status in seen), default=0) or 1, checkpoint=checkpoint),
+    )
 
 
 def _slots_taken(settings: ControllerSettings) -> int:

@@ -64,7 +64,8 @@ class Exchange:
         """Answers that cover every kept assignment, in the order of the actors.
 
         Pure forward only: what fails goes to another replica, or waits until the experts are served again. Raises
-        DeadlineExceeded when nothing helped within the shorter timeout, and at once what no repetition can mend.
+        DeadlineExceeded when nothing helped within the shorter timeout, and at once what no repetition can mend:
+        StaleOrder if the weight version is gone.
         """
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         answers: Answers = []
@@ -90,7 +91,7 @@ class Exchange:
             for message in sent:
                 try:
                     answers.append((message.part, self._wait(message, deadline_s)))
-                except (Exhausted, NotHosted, StaleOrder, Unavailable, DeadlineExceeded) as exc:
+                except (Exhausted, NotHosted, Unavailable, DeadlineExceeded) as exc:
                     last = exc
                     lost.append(message.part.pair_slots_P.numpy())
                     self._note_failure(message, placement, exc, failing, attempt, deadline_s)

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 
 from moecluster.errors import CheckpointError, StaleOrder
 from moecluster.experts import compute
@@ -16,6 +16,8 @@ from moecluster.roles.hosted_experts import HostedExperts
 from moecluster.roles.peer_copy import copy_experts
 from moecluster.rpc.interfaces import ConnectPeer
 from moecluster.types import ExpertId
+
+MAX_SOURCES = 2  # directories that are kept open: as many as there are weight versions at once
 
 
 class ExpertLoader:
@@ -45,7 +47,8 @@ class ExpertLoader:
         """Returns the bytes loaded. Raises as ExpertService.load says."""
         source = self._source(settings.checkpoint)
         is_trained = settings.optimizer is not None
-        hosted = set(self._hosted.ids())
+        version = settings.weight_version or self._hosted.weight_version
+        hosted = set(self._hosted.ids(version))
         if settings.optimizer is not None:
             step = read_step(settings.checkpoint)
             with self._state_lock:
@@ -53,9 +56,8 @@ class ExpertLoader:
             hosted = {expert for expert in hosted if self._training.holds(expert)}  # what was only served comes anew
         wanted = [e for e in dict.fromkeys(settings.experts) if settings.replace or e not in hosted]
         self._hosted.widths |= {layer.layer: layer.hidden_size for layer in source.layers}
-        loaded_bytes, coming = 0, set(wanted)
+        loaded_bytes = 0
         for arrived in self._arriving(source, wanted, settings, order):
-            coming.discard(arrived.expert)
             if self._proofs is not None:
                 width, dtype = self._hosted.widths[arrived.expert.layer], wanted_dtype(source, (), settings.dtype)
                 self.run = self._proofs.add(arrived.module, width, dtype)
@@ -64,13 +66,12 @@ class ExpertLoader:
                 order.check(arrived.expert)
                 if arrived.expert in order.dropped:
                     continue
-                version = self._adopt_version(arrived, settings.weight_version, coming)
+                version = _agreed_version(arrived, version)
                 loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version)
                 if is_trained:
                     self._training.add(arrived.expert, arrived.module, state)
-                else:
+                elif version == self._hosted.weight_version:
                     self._training.remove(arrived.expert)
-        self._hosted.weight_version = settings.weight_version or self._hosted.weight_version
         order.finish(wanted)
         return loaded_bytes
 
@@ -78,7 +79,8 @@ class ExpertLoader:
         if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
             raise CheckpointError(f"{checkpoint}: no such directory on the node of {self._actor}")
         if checkpoint not in self._sources:
-            self._sources = {checkpoint: ExpertSource(checkpoint)}
+            newest = list(self._sources.items())[-(MAX_SOURCES - 1) :]
+            self._sources = {**dict(newest), checkpoint: ExpertSource(checkpoint)}
         return self._sources[checkpoint]
 
     def _arriving(
@@ -88,17 +90,15 @@ class ExpertLoader:
             return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order)
         return read_experts(source, wanted, settings.dtype, order, trainable=settings.optimizer is not None)
 
-    def _adopt_version(self, arrived: ArrivedExpert, ordered: int, coming: Set[ExpertId]) -> int:
-        """The weight version of an arrived expert. coming: those that the load has yet to bring.
 
-        One actor serves one version, so a peer's must be that of the experts that stay here. Raises StaleOrder.
-        """
-        version, served = arrived.weight_version, self._hosted.weight_version
-        if version is None:
-            return ordered or served
-        stays = set(self._hosted.ids()) - coming - {arrived.expert}
-        wanted = ordered or (served if stays else version)
-        if version != wanted:
-            raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {version}, {wanted} is wanted here")
-        self._hosted.weight_version = version
-        return version
+def _agreed_version(arrived: ArrivedExpert, wanted: int) -> int:
+    """The weight version of an arrived expert. wanted: 0 where neither the order nor this actor names one.
+
+    Raises StaleOrder if a peer gave another.
+    """
+    given = arrived.weight_version
+    if given is None or given == wanted:
+        return wanted
+    if wanted:
+        raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {given}, {wanted} is wanted here")
+    return given

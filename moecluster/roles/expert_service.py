@@ -182,9 +182,7 @@ class ExpertService:
             return [outcomes[i] for i in range(len(batches))]
 
     def _experts_of(self, batch: ComputeBatch) -> dict[int, nn.Module]:
-        if batch.weight_version not in (0, self._hosted.weight_version):
-            raise StaleOrder(f"weight version {batch.weight_version} is not served: {self._hosted.weight_version} is")
-        experts = self._hosted.layer(batch.layer, batch.experts, self._placement)
+        experts = self._hosted.layer(batch.layer, batch.experts, self._placement, batch.weight_version)
         parameter = next(experts[batch.experts[0]].parameters(), None)
         if parameter is not None and parameter.dtype != batch.x_ND.dtype:
             raise InvalidMessage(f"x.dtype: {batch.x_ND.dtype}, and the experts are {parameter.dtype}")
@@ -219,10 +217,11 @@ class ExpertService:
     ) -> int:
         """Loads experts out of a checkpoint directory, or out of a peer; what is hosted already stays unless replaced.
 
-        With an optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each
-        other, and no other order or batch for them; what came before an error stays. Raises CheckpointError,
-        InvalidMessage, DeadlineExceeded; StaleOrder for an older term, experts that were unloaded since, or a peer with
-        other weights than the experts here; Unavailable if the peer does not give what it should.
+        They come beside what is here of other weight versions; 0 stands for the version that is served. With an
+        optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each other,
+        and no other order or batch for them; what came before an error stays. Raises CheckpointError, InvalidMessage,
+        DeadlineExceeded; StaleOrder for an older term, experts that were unloaded since, or a peer with
+        another weight version; Unavailable if the peer does not give what it should.
         """
         if peer is not None and optimizer is not None:
             raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
@@ -241,7 +240,7 @@ class ExpertService:
             return self._loader.load(order, settings)
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
-        """Drops experts; unknown ones are fine. A load that is ordered meanwhile keeps its own.
+        """Drops experts in all versions; unknown ones are fine. A load that is ordered meanwhile keeps its own.
 
         Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleOrder.
         """
@@ -256,20 +255,54 @@ class ExpertService:
                     self._training.remove(expert)
         return_freed_memory()
 
-    def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
+    def set_placement(
+        self,
+        *,
+        term: int,
+        generation: int,
+        checkpoint: str = "",
+        picture: bytes = b"",
+        weight_version: int = 0,
+        weight_versions: Sequence[int] = (),
+    ) -> None:
         """The placement that now stands, what lost experts are loaded from, and the controller's picture.
 
-        status returns them; an empty picture leaves the last one. Raises StaleOrder, InvalidMessage.
+        status returns them; an empty picture leaves the last one. Experts of versions that do not stand any more are
+        dropped. Raises StaleOrder, InvalidMessage.
         """
         if len(picture) > MAX_PICTURE_BYTES:
             raise InvalidMessage(f"picture: {len(picture)} bytes, at most {MAX_PICTURE_BYTES}")
+        if weight_versions and weight_version not in weight_versions:
+            raise InvalidMessage(f"weight_version: {weight_version} is none of {list(weight_versions)[:5]}")
         with self._orders.admitted(term):
-            if (term, generation) >= self._placement:
-                self._placement, self._checkpoint = (term, generation), checkpoint
-                self._picture = picture or self._picture
+            if (term, generation) < self._placement:
+                return
+            self._placement, self._checkpoint = (term, generation), checkpoint
+            self._picture = picture or self._picture
+            surplus = self._hosted.surplus_versions(weight_version, weight_versions)
+            if not surplus and weight_version:
+                self._hosted.keep_versions(weight_version, weight_versions)
+        if surplus:
+            self._keep_versions(term, (term, generation), weight_version, weight_versions)
+
+    def _keep_versions(
+        self, term: int, placement: tuple[int, int], weight_version: int, weight_versions: Sequence[int]
+    ) -> None:
+        with self._state_lock, self._orders.admitted(term):
+            if self._placement != placement:
+                return  # something newer was said meanwhile
+            for expert in self._hosted.keep_versions(weight_version, weight_versions):
+                self._training.remove(expert)
+        return_freed_memory()
 
     def export(
-        self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
+        self,
+        *,
+        experts: Sequence[ExpertId],
+        with_optimizer: bool,
+        step: int = 0,
+        incarnation: str = "",
+        weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
         """Copies of the experts' tensors. Computing goes on meanwhile; experts in training stand still for their copy.
 
@@ -279,13 +312,13 @@ class ExpertService:
             raise StaleOrder(f"this is incarnation {self.incarnation}, not {incarnation}")
         for expert in experts:
             if not (self._training.has_begun or step or with_optimizer):
-                hosted = self._hosted.get(expert)
+                hosted = self._hosted.get(expert, weight_version)
                 tensors: Iterator[tuple[str, torch.Tensor]] = (
                     (name, plain(p)) for name, p in hosted.module.named_parameters()
                 )
             else:
                 with self._state_lock:
-                    hosted = self._hosted.get(expert)
+                    hosted = self._hosted.get(expert, weight_version)
                     tensors = iter(self._training_tensors(expert, hosted.module, with_optimizer, step))
             for name, value in tensors:
                 yield ExportedTensor(expert=expert, name=name, value=value, weight_version=hosted.weight_version)
@@ -324,15 +357,17 @@ class ExpertService:
     def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
         with self._state_lock:
             training = self._training.state if self._training.has_begun else None
+            # Read before the experts: a version that is named meanwhile is another one, and not one without experts.
+            weight_version = self._hosted.weight_version
             if training_term and training is not None:
                 training.fence(training_term)
             return ExpertActorStatus(
                 actor=self.name,
                 incarnation=self.incarnation,
                 placement=self._placement,
-                experts=self._hosted.ids(),
+                experts=self._hosted.ids(weight_version),
                 hosted_bytes=self._hosted.size_bytes(),
-                weight_version=self._hosted.weight_version,
+                weight_version=weight_version,
                 training_term=training.term if training is not None else 0,
                 committed=training.committed if training is not None else None,
                 prepared=training.prepared if training is not None else None,
@@ -340,4 +375,5 @@ class ExpertService:
                 checkpoint=self._checkpoint,
                 picture=self._picture if with_picture else b"",
                 work=replace(self._work, queue_rows=self._queue.rows),
+                other_versions=self._hosted.other_versions(weight_version),
             )

@@ -13,7 +13,7 @@ from moecluster.roles.load_sources import DirectLoadSource
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing
 from moecluster.roles.take_over import READ_TIMEOUT_S, read_actors
-from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId, OperationPhase
+from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId, OperationPhase, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Keepers:
         self._all_tried = threading.Event()
         self._opened_s: float | None = None  # when the first placement was published
         self._restores: dict[str, str] = {}  # actor that is lost -> operation
+        self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # version, and why it is not loaded there
 
     def read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
         """What those that answer say of themselves, before any order; by growing placement numbers."""
@@ -138,11 +139,14 @@ class Keepers:
 
     def orders(self) -> Orders:
         """What stands now."""
-        term, generation = self._standing.number
+        with self._standing.unchanged():
+            (term, generation), versions = self._standing.number, self._standing.versions
+            weight_version = self._standing.weight_version
         return Orders(
             term=term,
             generation=generation,
-            checkpoint=self._standing.checkpoint,
+            versions=versions,
+            weight_version=weight_version,
             dtype=self._settings.dtype,
             picture=self._picture(),
         )
@@ -163,13 +167,44 @@ class Keepers:
         """Whether every router that holds a lease had the time to take a placement of this term."""
         return self._opened_s is not None and self._clock() - self._opened_s >= self._settings.lease_s
 
-    def actor_up(self, address: ActorAddress, held: Collection[ExpertId], *, complete: bool) -> None:
+    def actor_up(
+        self,
+        address: ActorAddress,
+        held: Collection[ExpertId],
+        *,
+        versions: tuple[WeightVersion, ...],
+        complete: bool,
+    ) -> None:
         """The actor serves these experts: routers may use it."""
         if complete:
             self._end_restore(address.actor, OperationPhase.DONE)
             self._note_outcome(address.actor, None)
-        self._standing.actor_up(address, held)
+        self._standing.actor_up(address, held, versions=versions)
         self._on_news()
+
+    def actor_prepared(
+        self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
+    ) -> None:
+        """The actor holds these experts in the version that is next."""
+        with self._lock:
+            self._not_prepared.pop(address.actor, None)
+        if loaded_bytes:
+            operation = next((o for o in self._log.under_way() if o.kind == "update"), None)
+            if operation is not None:
+                self._log.count_moved(operation.id, loaded_bytes=loaded_bytes, added=0, removed=0)
+        if self._standing.actor_prepared(address, version, experts):
+            self._on_news()
+
+    def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
+        """The actor cannot load the version that is next now."""
+        with self._lock:
+            self._not_prepared[actor] = (version, error)
+        self._on_news()
+
+    def not_prepared(self, version: int) -> dict[str, MoeClusterError]:
+        """Actors that could not load a version when they were last told to, and why."""
+        with self._lock:
+            return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
 
     def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
         """The actor has loaded experts after its start."""

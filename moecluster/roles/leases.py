@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moecluster.types import RouterState
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
@@ -12,6 +14,7 @@ class Lease:
 
     expires_s: float
     applied: tuple[int, int]  # (term, generation) of the placement that it routes by
+    state: RouterState  # as the router said of itself
     hold: bool = False  # it trains: the placement must stay
 
 
@@ -24,13 +27,16 @@ class Leases:
         self._leases: dict[str, Lease] = {}
         self._changed = threading.Condition()
 
-    def renew(self, router: str, applied: tuple[int, int], *, hold: bool) -> bool:
-        """The router counts from now on. True if it begins or ceases to hold the placement."""
+    def renew(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState | None = None) -> bool:
+        """The router counts from now on. True if it begins or ceases to hold the placement, or uses or can use other
+        weight versions than before."""
+        state = state or RouterState(router=router)
         with self._changed:
             before = self._standing().get(router)
-            self._leases[router] = Lease(expires_s=self._clock() + self._lease_s, applied=applied, hold=hold)
+            lease = Lease(expires_s=self._clock() + self._lease_s, applied=applied, state=state, hold=hold)
+            self._leases[router] = lease
             self._changed.notify_all()
-            return hold != (before is not None and before.hold)
+            return hold != (before is not None and before.hold) or _weights(lease) != _weights(before)
 
     def standing(self) -> dict[str, Lease]:
         """Routers that hold a lease now."""
@@ -56,3 +62,16 @@ class Leases:
         now_s = self._clock()
         self._leases = {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s}
         return self._leases
+
+
+def _weights(lease: Lease | None) -> tuple[int, ...]:
+    """What a router says of weight versions."""
+    if lease is None:
+        return (0, 0, 0, 0)
+    state = lease.state
+    return (
+        state.weight_version,
+        state.oldest_weight_version,
+        state.ready_weight_version,
+        state.failed_weight_version,
+    )

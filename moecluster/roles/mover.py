@@ -16,7 +16,7 @@ from moecluster.roles.actor_keeper import Connect, ControlConnection
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing
-from moecluster.types import ActorAddress, ExpertId, OperationPhase, Replica
+from moecluster.types import ActorAddress, ExpertId, OperationPhase, Replica, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -165,27 +165,38 @@ class Mover:
             raise
 
     def _load(self, control: ControlConnection, experts: Iterable[ExpertId]) -> int:
-        """From peers where there are any, else, or if a peer fails, from the checkpoint. Returns the bytes."""
+        """In every version that texts are written with: from peers where there are any, else, or if a peer fails, from
+        the checkpoint. Returns the bytes."""
         by_peer: dict[ActorAddress | None, list[ExpertId]] = {}
         for expert in sorted(experts):
             by_peer.setdefault(next(iter(self._standing.holders(expert)), None), []).append(expert)
-        loaded_bytes = 0
-        for peer, group in by_peer.items():
+        return sum(
+            self._load_version(control, group, peer, version)
+            for version in self._standing.written_with
+            for peer, group in by_peer.items()
+        )
+
+    def _load_version(
+        self, control: ControlConnection, experts: list[ExpertId], peer: ActorAddress | None, version: WeightVersion
+    ) -> int:
+        if peer is not None:
             try:
-                loaded_bytes += self._load_group(control, group, peer)
+                return self._load_group(control, experts, peer, version)
             except MoeClusterError as exc:
                 # Stale: another controller, or other weights than those that are served. No checkpoint mends that.
-                if peer is None or isinstance(exc, StaleOrder):
+                if isinstance(exc, StaleOrder):
                     raise
                 logger.info("%s gave no copy (%s): loading from the checkpoint", peer.actor, exc)
-                loaded_bytes += self._load_group(control, group, None)
-        return loaded_bytes
+        return self._load_group(control, experts, None, version)
 
-    def _load_group(self, control: ControlConnection, experts: list[ExpertId], peer: ActorAddress | None) -> int:
+    def _load_group(
+        self, control: ControlConnection, experts: list[ExpertId], peer: ActorAddress | None, version: WeightVersion
+    ) -> int:
         return control.load(
             term=self._standing.number[0],
             experts=experts,
-            checkpoint=self._standing.checkpoint,
+            checkpoint=version.checkpoint,
+            weight_version=version.version,
             dtype=self._settings.dtype,
             peer=peer,
             max_bytes_per_s=self._settings.max_bytes_per_s,

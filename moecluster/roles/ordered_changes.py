@@ -10,7 +10,7 @@ from moecluster.roles.sizing import Sizing, number_of
 from moecluster.roles.standing import Standing
 from moecluster.types import ExpertId, Operation, Replica
 
-KINDS = frozenset({"scale", "drain", "place", "wake"})  # a successor goes on with these
+KINDS = frozenset({"scale", "drain", "place", "wake"})  # carried out here; a successor goes on with these
 SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors, and for each other
 
 

@@ -56,7 +56,9 @@ def copy_experts(
     order.interrupt = exports.close  # a peer that hangs holds up no newer order
     try:
         wanted = (expert for expert in experts if expert not in order.dropped)
-        copied = (_copy(exports, peer, source, expert, dtype, order, pace) for expert in wanted)
+        copied = (
+            _copy(exports, peer, source, expert, dtype, order, pace, settings.weight_version) for expert in wanted
+        )
         yield from finish(copied, trainable=False)
     finally:
         exports.close()
@@ -70,6 +72,7 @@ def _copy(
     dtype: torch.dtype,
     order: LoadOrder,
     pace: BytePace,
+    weight_version: int,
 ) -> ArrivedExpert:
     def keep_pace(num_bytes: int) -> None:
         order.check(expert)
@@ -81,7 +84,7 @@ def _copy(
     order.check(expert)
     module = source.empty(expert)
     try:
-        version = _fill(module, expert, dtype, exports, order.left_s, keep_pace)
+        version = _fill(module, expert, dtype, exports, order.left_s, keep_pace, weight_version)
     except MoeClusterError as exc:
         order.check(expert)  # our own order has ended, and the copy with it
         raise Unavailable(f"expert {expert} cannot be copied from {peer.actor}: {exc}") from exc
@@ -95,15 +98,23 @@ def _fill(
     exports: PeerExports,
     timeout_s: float,
     keep_pace: Callable[[int], None],
+    weight_version: int,
 ) -> int | None:
-    """Puts what the peer sends in the place of the module's parameters; returns its weight version."""
+    """Puts what the peer sends in the place of the module's parameters; returns its weight version. weight_version: 0
+    for whatever the peer serves."""
     missing = {name: tuple(value.shape) for name, value in module.named_parameters()}
     if not missing:
         return None
     largest_bytes = max(math.prod(shape) for shape in missing.values()) * dtype.itemsize
     state: dict[str, torch.Tensor] = {}
     versions: set[int] = set()
-    for sent in exports.tensors(expert, max_tensor_bytes=largest_bytes, timeout_s=timeout_s, pace=keep_pace):
+    for sent in exports.tensors(
+        expert,
+        weight_version=weight_version,
+        max_tensor_bytes=largest_bytes,
+        timeout_s=timeout_s,
+        pace=keep_pace,
+    ):
         shape = missing.pop(sent.name, None)
         if sent.expert != expert or shape is None:
             raise InvalidMessage(f"name: {sent.expert} {sent.name} was not asked for or came twice")

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,19 @@ class RemoteExperts:
         self._lock = threading.Lock()
         self._sent: dict[StepTag, dict[str, list[MessageKey]]] = {}
 
-    def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *,
+        weight_version: int = 0,
+    ) -> torch.Tensor:
         """y_TD in x_TD's dtype. Assignments with an index >= E are skipped.
 
-        Raises DeadlineExceeded, or inside training() AttemptAborted.
+        weight_version: of the experts, outside of training; 0: the one that is served. Raises DeadlineExceeded,
+        StaleOrder if the version is gone for good, or inside training() AttemptAborted.
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
         timeout_s = self._left_s()
@@ -73,7 +82,7 @@ class RemoteExperts:
                 "run the forward under torch.no_grad(), or inside RemoteExperts.training(...)"
             )
         with torch.no_grad():
-            return self._forward(layer, x_TD, ids_TK, weights_TK, timeout_s)
+            return self._forward(layer, x_TD, ids_TK, weights_TK, timeout_s, weight_version)
 
     @contextmanager
     def training(self, tag: StepTag, *, rank: int = 0, micro_batch: int = 0) -> Iterator[None]:
@@ -140,12 +149,19 @@ class RemoteExperts:
                 self._metrics.count_dropped(layer, dropped)
 
     def _forward(
-        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timeout_s: float
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        timeout_s: float,
+        weight_version: int,
     ) -> torch.Tensor:
         x_cpu_TD, weights_cpu_TK = x_TD.cpu(), weights_TK.to(device="cpu", dtype=torch.float32)
 
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
-            return _batch(layer, Phase.FORWARD, part, placement, deadline_s, x_cpu_TD, self._batch_invariant)
+            batch = _batch(layer, Phase.FORWARD, part, placement, deadline_s, x_cpu_TD, self._batch_invariant)
+            return replace(batch, weight_version=weight_version)
 
         answers = self._exchange.route(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch, timeout_s)
         return self._combine(answers, weights_cpu_TK, x_cpu_TD).to(x_TD.device)

@@ -17,9 +17,10 @@ from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
 from moecluster.models.tokenizer import load_tokenizer, prompt_ids
 from moecluster.models.trunk import load_trunk
+from moecluster.roles.model_versions import ModelVersions, VersionExperts
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.trunk_experts import TrunkExperts
-from moecluster.types import RouterStatus
+from moecluster.types import RouterState, RouterStatus
 
 
 class TextEngine(Protocol):
@@ -37,8 +38,13 @@ class TextEngine(Protocol):
     def waiting(self) -> int:
         """Texts that wait to be begun."""
 
-    def begin(self, request: GenerationRequest, prompt_ids: list[int]) -> Iterator[GenerationPiece]:
-        """Takes a text on; its pieces as they come. Raises InvalidMessage, naming the field, or Exhausted."""
+    def begin(
+        self, request: GenerationRequest, prompt_ids: list[int], *, on_over: Callable[[], object]
+    ) -> Iterator[GenerationPiece]:
+        """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
+
+        Raises InvalidMessage, naming the field, or Exhausted; then on_over is not called.
+        """
 
     def cancel(self, name: str) -> bool:
         """Ends a text; False if there is none of that name."""
@@ -54,7 +60,6 @@ MakeEngine = Callable[[PreTrainedModel, PreTrainedTokenizerBase, TrunkExperts], 
 class ServedModel:
     """A trunk in memory, and what writes on it."""
 
-    path: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     experts: TrunkExperts
@@ -74,24 +79,22 @@ class Router:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         metrics: Metrics | None = None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer of a model directory. on_change: state() says something else about weights. Raises
+        CheckpointError or UnsupportedModelError."""
         self.name = name
         self.experts = experts
         self._make_engine = make_engine
         self._metrics = metrics
         self._dtype, self._device = dtype, device
         self._lock = threading.Lock()
-        self._served = self._load(path)
-        self._former: list[ServedModel] = []  # whose last texts are still written
+        self._engines: list[TextEngine] = []  # of all trunks in memory
+        self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
 
     def reload(self, path: str | Path) -> None:
         """Takes trunk and tokenizer of another directory; texts that are being written go on with the old ones."""
-        served = self._load(path)
-        with self._lock:
-            self._former.append(self._served)
-            self._served = served
-        self._close_former()
+        self._models.reload(path)
 
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
         """The pieces of a text as they come. An iterator that is left early ends its text.
@@ -99,20 +102,22 @@ class Router:
         Raises InvalidMessage, naming the field, or Exhausted when too many texts wait; while it runs, what reaching the
         experts raises.
         """
-        self._close_former()
+        use = None
         try:
-            with self._lock:
-                served = self._served
-                ids = prompt_ids(request, served.tokenizer, served.model.config.get_text_config().vocab_size)
-                return served.engine.begin(request, ids)
+            use = self._models.use()
+            served = use.model
+            ids = prompt_ids(request, served.tokenizer, served.model.config.get_text_config().vocab_size)
+            return served.engine.begin(request, ids, on_over=use.release)
         except MoeClusterError:
+            if use is not None:
+                use.release()
             if self._metrics is not None:
                 self._metrics.count_request("refused")
             raise
 
     def cancel(self, request_id: str) -> bool:
         """Ends a text. False if none of that name is written."""
-        return any(served.engine.cancel(request_id) for served in self._all())
+        return any(engine.cancel(request_id) for engine in self._all_engines())
 
     def moe(
         self, layer: int, x_TD: torch.Tensor, timeout_s: float = math.inf
@@ -122,7 +127,12 @@ class Router:
         timeout_s: for the experts' answers, if it is shorter than the router's own. Raises InvalidMessage for a layer
         without experts, or another width or dtype, and DeadlineExceeded.
         """
-        served = self._served
+        with self._models.use() as use:
+            return self._moe(use.model, layer, x_TD, timeout_s)
+
+    def _moe(
+        self, served: ServedModel, layer: int, x_TD: torch.Tensor, timeout_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         record = next((found for found in moe_layers(served.model) if found.layer == layer), None)
         if record is None:
             raise InvalidMessage(f"layer: {layer} has no experts")
@@ -141,40 +151,56 @@ class Router:
             placement = self.experts.pool.placement(0.0).number
         except MoeClusterError:
             placement = (0, 0)
-        everyone = self._all()
+        path, served = self._models.current
+        engines = self._all_engines()
         return RouterStatus(
             router=self.name,
-            model=str(self._served.path),
+            model=str(path),
+            weight_version=self._models.in_use().newest,
             placement=placement,
-            running=sum(served.engine.running for served in everyone),
-            waiting=sum(served.engine.waiting for served in everyone),
-            max_tokens=self._served.engine.max_tokens,
+            running=sum(engine.running for engine in engines),
+            waiting=sum(engine.waiting for engine in engines),
+            max_tokens=served.engine.max_tokens,
             rss_bytes=psutil.Process().memory_info().rss,
+        )
+
+    def state(self) -> RouterState:
+        """What the controller is told. Never waits."""
+        weights, engines = self._models.in_use(), self._all_engines()
+        return RouterState(
+            router=self.name,
+            running=sum(engine.running for engine in engines),
+            waiting=sum(engine.waiting for engine in engines),
+            weight_version=weights.newest,
+            oldest_weight_version=weights.oldest,
+            ready_weight_version=weights.ready,
+            failed_weight_version=weights.failed,
+            problem=weights.problem,
         )
 
     def close(self) -> None:
         """Ends all texts, and the connections to the experts."""
-        for served in self._all():
-            served.engine.close()
+        for engine in self._all_engines():
+            engine.close()
+        self._models.close()
         self.experts.close()
 
-    def _all(self) -> list[ServedModel]:
+    def _all_engines(self) -> list[TextEngine]:
         with self._lock:
-            return [self._served, *self._former]
+            return list(self._engines)
 
-    def _close_former(self) -> None:
-        """Frees trunks whose last text has ended."""
-        with self._lock:
-            idle = [former for former in self._former if not (former.engine.running or former.engine.waiting)]
-            self._former = [former for former in self._former if former not in idle]
-        for former in idle:
-            former.engine.close()
-
-    def _load(self, path: str | Path) -> ServedModel:
-        experts = TrunkExperts(self.experts)
+    def _load(self, path: Path, version: VersionExperts) -> ServedModel:
+        experts = TrunkExperts(version)
         model = load_trunk(path, experts, self._dtype, self._device)
         model.train(False)
         experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
         tokenizer = load_tokenizer(path)
         engine = self._make_engine(model, tokenizer, experts)
-        return ServedModel(path=Path(path), model=model, tokenizer=tokenizer, experts=experts, engine=engine)
+        with self._lock:
+            self._engines.append(engine)
+        return ServedModel(model=model, tokenizer=tokenizer, experts=experts, engine=engine)
+
+    def _close(self, served: ServedModel) -> None:
+        with self._lock:
+            self._engines = [engine for engine in self._engines if engine is not served.engine]
+        served.engine.close()

@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts
 from moecluster.rpc.placement_board import NEVER, PlacementBoard
-from moecluster.types import ActorAddress, ExpertId, Placement, Replica
+from moecluster.types import ActorAddress, ExpertId, Placement, Replica, WeightVersion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +16,17 @@ class UpActor:
     """An actor that serves."""
 
     address: ActorAddress
-    held: frozenset[ExpertId]
+    held: frozenset[ExpertId]  # in every version that texts are written with
+    prepared: frozenset[ExpertId] = frozenset()  # in the version that is next
 
 
 @dataclass(kw_only=True)
 class _State:
     term: int = 0
     generation: int = 0
-    checkpoint: str = ""
+    versions: tuple[WeightVersion, ...] = (WeightVersion(version=1, checkpoint=""),)  # one or two, the newest last
+    published: int = 1  # of them: the version that new texts are written with
+    last_version: int = 1  # the highest number that was ever given
     held: bool = False
     actors: tuple[str, ...] = ()
     leaving: frozenset[str] = frozenset()
@@ -54,6 +58,10 @@ class Standing:
 
     # -- what stands --
 
+    def unchanged(self) -> AbstractContextManager[bool]:
+        """Nothing changes inside: several things are read that belong together."""
+        return self._lock
+
     @property
     def number(self) -> tuple[int, int]:
         with self._lock:
@@ -61,7 +69,42 @@ class Standing:
 
     @property
     def checkpoint(self) -> str:
-        return self._state.checkpoint
+        """The directory of the version that new texts are written with."""
+        with self._lock:
+            return self._published().checkpoint
+
+    @property
+    def weight_version(self) -> int:
+        """That new texts are written with."""
+        return self._state.published
+
+    @property
+    def versions(self) -> tuple[WeightVersion, ...]:
+        """Those that stand, the newest last: two while weights are replaced."""
+        return self._state.versions
+
+    @property
+    def last_version(self) -> int:
+        """The highest number that was ever given to a version."""
+        return self._state.last_version
+
+    @property
+    def written_with(self) -> tuple[WeightVersion, ...]:
+        """The versions that texts may be written with now, the oldest first: replicas are loaded in all of them."""
+        with self._lock:
+            return tuple(v for v in self._state.versions if v.version <= self._state.published)
+
+    @property
+    def next_version(self) -> WeightVersion | None:
+        """The version that is being prepared."""
+        with self._lock:
+            newest = self._state.versions[-1]
+            return newest if newest.version > self._state.published else None
+
+    def unprepared(self) -> list[str]:
+        """Actors that are up and do not hold all that they serve in the next version yet."""
+        with self._lock:
+            return sorted(a for a, up in self._state.up.items() if (up.held & self.assigned(a)) - up.prepared)
 
     @property
     def held(self) -> bool:
@@ -109,7 +152,7 @@ class Standing:
             return self.assigned(actor) | self._state.preparing.get(actor, frozenset())
 
     def holders(self, expert: ExpertId) -> list[ActorAddress]:
-        """The actors that serve the expert now."""
+        """The actors that serve the expert now, in every version that texts are written with."""
         with self._lock:
             return [
                 up.address
@@ -135,13 +178,18 @@ class Standing:
         *,
         term: int,
         generation: int,
-        checkpoint: str,
+        checkpoint: str = "",
+        versions: tuple[WeightVersion, ...] = (),
+        weight_version: int = 0,
+        last_version: int = 0,
         actors: Iterable[str],
         leaving: Iterable[str] = (),
         replicas: Iterable[Replica],
         cold: Iterable[ExpertId] = (),
     ) -> None:
-        """What a controller begins with; nothing is published before `open`."""
+        """What a controller begins with; nothing is published before `open`. checkpoint: of version 1, if no versions
+        are given."""
+        versions = versions or (WeightVersion(version=1, checkpoint=checkpoint),)
         with self._lock:
             by_layer: dict[int, list[Replica]] = {layer: [] for layer in sorted(self.layer_experts)}
             for replica in replicas:
@@ -149,7 +197,9 @@ class Standing:
             self._state = _State(
                 term=term,
                 generation=generation,
-                checkpoint=checkpoint,
+                versions=versions,
+                published=weight_version or versions[-1].version,
+                last_version=max(last_version, versions[-1].version),
                 actors=tuple(actors),
                 leaving=frozenset(leaving),
                 replicas={layer: tuple(rs) for layer, rs in by_layer.items()},
@@ -165,16 +215,34 @@ class Standing:
             if self._board.number == NEVER:
                 self._publish()
 
-    def actor_up(self, address: ActorAddress, held: Iterable[ExpertId]) -> None:
-        """The actor serves these experts; in one life of it, also what it was given before."""
+    def actor_up(
+        self, address: ActorAddress, held: Iterable[ExpertId], *, versions: tuple[WeightVersion, ...] = ()
+    ) -> None:
+        """The actor serves these experts; in one life of it, also what it was given before.
+
+        versions: those that it holds them in, if its loading took long enough for them to change: it serves nothing
+        before it holds all that texts are written with.
+        """
         with self._lock:
             if address.actor not in self._state.actors:
                 return  # it was taken out of the cluster meanwhile
+            if versions and not {v.version for v in self.written_with} <= {v.version for v in versions}:
+                held = ()
             before = self._state.up.get(address.actor)
             same_life = before is not None and before.address == address
             more = before.held & self.kept(address.actor) if before is not None and same_life else frozenset()
-            self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more)
+            prepared = before.prepared if before is not None and same_life else frozenset()
+            self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more, prepared=prepared)
             self._publish()
+
+    def actor_prepared(self, address: ActorAddress, version: int, experts: Iterable[ExpertId]) -> bool:
+        """The actor holds these experts in the version that is next. False if that is not new."""
+        with self._lock:
+            up, following = self._state.up.get(address.actor), self.next_version
+            if up is None or up.address != address or following is None or following.version != version:
+                return False
+            self._state.up[address.actor] = replace(up, prepared=frozenset(experts))
+            return up.prepared != frozenset(experts)
 
     def actor_down(self, actor: str) -> None:
         """The actor is lost. Fine if it was not up."""
@@ -183,9 +251,42 @@ class Standing:
                 self._publish()
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Lost experts are loaded from this directory from now on."""
+        """Lost experts are loaded from this directory from now on, in the version that new texts are written with."""
         with self._lock:
-            self._state.checkpoint = checkpoint
+            self._state.versions = tuple(
+                replace(v, checkpoint=checkpoint) if v.version == self._state.published else v
+                for v in self._state.versions
+            )
+            self._publish()
+
+    def begin_version(self, checkpoint: str) -> WeightVersion:
+        """A new version that is prepared from now on, beside the one that stands."""
+        with self._lock:
+            assert len(self._state.versions) == 1, "one version at a time is prepared"
+            version = WeightVersion(version=self._state.last_version + 1, checkpoint=checkpoint)
+            self._state.versions += (version,)
+            self._state.last_version = version.version
+            self._set_prepared_none()
+            self._publish()
+            return version
+
+    def publish_version(self) -> tuple[int, int] | None:
+        """New texts are written with the next version from now on: returns the number of the placement that says so.
+        None if an actor does not hold all that it serves in that version."""
+        with self._lock:
+            assert self.next_version is not None
+            if self.unprepared():
+                return None
+            self._state.published = self.next_version.version
+            self._set_prepared_none()
+            self._publish()
+            return self.number
+
+    def drop_other_versions(self) -> None:
+        """Only the version that new texts are written with stands from now on."""
+        with self._lock:
+            self._state.versions = (self._published(),)
+            self._set_prepared_none()
             self._publish()
 
     def set_held(self, held: bool) -> None:
@@ -255,6 +356,12 @@ class Standing:
             if up is not None:
                 self._state.up[actor] = replace(up, held=up.held - frozenset(experts))
 
+    def _published(self) -> WeightVersion:
+        return next(v for v in self._state.versions if v.version == self._state.published)
+
+    def _set_prepared_none(self) -> None:
+        self._state.up = {actor: replace(up, prepared=frozenset()) for actor, up in self._state.up.items()}
+
     def _publish(self) -> None:
         if not self._open:
             return
@@ -273,6 +380,10 @@ class Standing:
             actors={actor: up.address for actor, up in sorted(state.up.items())},
             replicas=with_whole_shares(live),
             held=state.held,
+            weight_version=state.published,
+            checkpoint=self._published().checkpoint,
+            next_weight_version=following.version if (following := self.next_version) is not None else 0,
+            next_checkpoint=following.checkpoint if following is not None else "",
         )
         self._board.publish(placement)
         self._metrics.set_generation(state.generation)

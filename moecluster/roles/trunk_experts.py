@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moecluster.errors import UnsupportedModelError
-from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.roles.model_versions import VersionExperts
 
 
 class RowWatcher(Protocol):
@@ -24,9 +24,8 @@ class RowWatcher(Protocol):
 class TrunkExperts:
     """Thread-safe: every thread has its own watcher, or none."""
 
-    def __init__(self, experts: RemoteExperts, *, weight_version: int = 0) -> None:
-        """weight_version: of the experts that belong to the trunk; 0: whatever is served."""
-        self.weight_version = weight_version
+    def __init__(self, experts: VersionExperts) -> None:
+        """experts: those of the trunk's weights."""
         self.layer_experts: Mapping[int, int] = {}  # MoE layer -> its number of experts, once the trunk is loaded
         self._experts = experts
         self._thread = threading.local()
@@ -43,6 +42,11 @@ class TrunkExperts:
         if getattr(self._thread, "wanted", False):
             self._thread.call = (y_TD, ids_TK, weights_TK)
         return y_TD
+
+    @property
+    def weight_version(self) -> int:
+        """Of trunk and experts; 0: not known yet."""
+        return self._experts.version
 
     def watch(self, watcher: RowWatcher) -> None:
         """From now on the watcher sees the calls of this thread."""

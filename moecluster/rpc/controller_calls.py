@@ -18,6 +18,7 @@ from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ClusterLoads, ControllerStatus, ExpertId, Operation, PlanPreview
 
 TIMEOUT_S = 10.0
+CHECK_TIMEOUT_S = 60.0  # of orders before which a checkpoint is looked at
 
 AnswerT = TypeVar("AnswerT")
 
@@ -79,6 +80,11 @@ class ControllerCalls:
         request = controller_pb2.PlaceRequest(operation_id=operation_id, expert=encode_expert(expert), actors=actors)
         return self._call(self._stub.Place, request, decode_operation)
 
+    def update(self, checkpoint: str, *, operation_id: str = "") -> Operation:
+        """Replaces all weights by those of a directory, while they serve."""
+        request = controller_pb2.UpdateRequest(operation_id=operation_id, checkpoint=checkpoint)
+        return self._call(self._stub.Update, request, decode_operation, max(self._timeout_s, CHECK_TIMEOUT_S))
+
     def plan(self, policy: str = "") -> PlanPreview:
         """What a policy, by default the cluster's, would do now. Nothing is done."""
         return self._call(self._stub.Plan, controller_pb2.PlanRequest(policy=policy), decode_plan)
@@ -94,9 +100,15 @@ class ControllerCalls:
         request = controller_pb2.ListOperationsRequest(limit=limit)
         return self._call(self._stub.ListOperations, request, decode_operations)
 
-    def _call(self, method: Callable[..., Any], request: Any, decode: Callable[[Any], AnswerT]) -> AnswerT:
+    def _call(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        decode: Callable[[Any], AnswerT],
+        timeout_s: float | None = None,
+    ) -> AnswerT:
         try:
-            reply = method(request, timeout=self._timeout_s)
+            reply = method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as exc:
             raise from_rpc_error(exc, f"controller at {self.address}") from exc
         except ValueError as exc:  # the channel was closed

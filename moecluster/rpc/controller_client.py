@@ -12,13 +12,14 @@ import grpc
 from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
+from moecluster.rpc.controller_messages import encode_router_state
 from moecluster.rpc.fields import MAX_REASON_LENGTH, encode_expert
 from moecluster.rpc.load_messages import encode_load
 from moecluster.rpc.placement_board import NEVER, PlacementBoard
 from moecluster.rpc.placement_messages import decode_placement
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
-from moecluster.types import ExpertId, LoadSnapshot, Placement
+from moecluster.types import ExpertId, LoadSnapshot, Placement, RouterState
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,17 @@ class ControllerClient:
     """
 
     def __init__(
-        self, *, router: str, resolve: Callable[[], str], credentials: grpc.ChannelCredentials | None = None
+        self,
+        *,
+        router: str,
+        resolve: Callable[[], str],
+        credentials: grpc.ChannelCredentials | None = None,
+        state: Callable[[], RouterState] | None = None,
     ) -> None:
-        """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable."""
+        """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable. state:
+        what the router says of itself at every renewal, by default its name; never waits, never raises."""
         self.router = router
+        self._state = state or (lambda: RouterState(router=router))
         self._resolve = resolve
         self._credentials = credentials
         self._board = PlacementBoard()
@@ -110,6 +118,10 @@ class ControllerClient:
         self._hold = False
         self._applied.put(None)
 
+    def renew(self) -> None:
+        """Tells the controller at once how the router is."""
+        self._applied.put(None)
+
     def close(self) -> None:
         """Ends the stream and all waits."""
         self._closed.set()
@@ -172,7 +184,11 @@ class ControllerClient:
         while not broken.is_set() and not self._closed.is_set():
             term, generation = self._board.number
             yield controller_pb2.WatchRequest(
-                router=self.router, applied_term=term, applied_generation=generation, hold=self._hold
+                router=self.router,
+                applied_term=term,
+                applied_generation=generation,
+                hold=self._hold,
+                state=encode_router_state(self._state()),  # asked after the number was read, which it may depend on
             )
             try:
                 self._applied.get(timeout=self._renew_s)

@@ -1,7 +1,7 @@
 """The controller's status to a message and back. What comes off the wire is checked here before it is used."""
 
 from moecluster.proto import controller_pb2
-from moecluster.rpc.fields import checked_address, checked_count, checked_name
+from moecluster.rpc.fields import MAX_REASON_LENGTH, checked_address, checked_count, checked_name
 from moecluster.rpc.operation_messages import decode_operation, encode_operation
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
@@ -73,6 +73,9 @@ def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
         weight_version=state.weight_version,
         oldest_weight_version=state.oldest_weight_version,
         leaving=state.leaving,
+        ready_weight_version=state.ready_weight_version,
+        failed_weight_version=state.failed_weight_version,
+        problem=state.problem[:MAX_REASON_LENGTH],
     )
 
 
@@ -86,4 +89,7 @@ def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
         weight_version=message.weight_version,
         oldest_weight_version=message.oldest_weight_version,
         leaving=message.leaving,
+        ready_weight_version=message.ready_weight_version,
+        failed_weight_version=message.failed_weight_version,
+        problem=message.problem[:MAX_REASON_LENGTH],
     )

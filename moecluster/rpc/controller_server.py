@@ -8,7 +8,7 @@ import grpc
 
 from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
-from moecluster.rpc.controller_messages import encode_status
+from moecluster.rpc.controller_messages import decode_router_state, encode_status
 from moecluster.rpc.fields import (
     MAX_REASON_LENGTH,
     checked_count,
@@ -26,7 +26,15 @@ from moecluster.rpc.placement_board import NEVER
 from moecluster.rpc.placement_messages import encode_placement
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
-from moecluster.types import ClusterLoads, ControllerStatus, ExpertId, LoadSnapshot, Operation, PlanPreview
+from moecluster.types import (
+    ClusterLoads,
+    ControllerStatus,
+    ExpertId,
+    LoadSnapshot,
+    Operation,
+    PlanPreview,
+    RouterState,
+)
 
 WAIT_S = 1.0  # between looks at whether a subscriber is still there
 READY_WAIT_S = 5.0  # of an order for a controller that is starting
@@ -39,8 +47,9 @@ class ControllerHandler(PlacementSource, Protocol):
 
     lease_s: float
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool) -> None:
-        """A router is there, and has applied this placement. hold: it trains, so the placement must stay."""
+    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
+        """A router is there, and has applied this placement. hold: it trains, so the placement must stay. state: what
+        it says of itself."""
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
         """What a router counted in its last window."""
@@ -66,6 +75,9 @@ class ControllerHandler(PlacementSource, Protocol):
 
     def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str) -> Operation:
         """Begins to let an expert stand on exactly these actors; none: nowhere. operation_id as in scale."""
+
+    def update(self, checkpoint: str, *, operation_id: str) -> Operation:
+        """Begins to replace all weights by those of a directory. operation_id as in scale."""
 
     def plan(self, policy: str) -> PlanPreview:
         """What a policy would do now; empty: the cluster's own. Does nothing."""
@@ -174,6 +186,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
         return self._answer_when_ready(context, place)
 
+    def Update(self, request: controller_pb2.UpdateRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def update() -> controller_pb2.Operation:
+            checkpoint = checked_path(request.checkpoint, "checkpoint")
+            operation = self._handler.update(checkpoint, operation_id=_operation_id(request.operation_id))
+            return encode_operation(operation)
+
+        return self._answer_when_ready(context, update)
+
     def Plan(self, request: controller_pb2.PlanRequest, context: grpc.ServicerContext) -> controller_pb2.PlanReply:
         def plan() -> controller_pb2.PlanReply:
             return encode_plan(self._handler.plan(checked_optional_name(request.policy, "policy")))
@@ -219,7 +239,7 @@ class _Subscription:
             for request in self._requests:
                 router = checked_name(request.router, "router")
                 applied = (request.applied_term, request.applied_generation)
-                self._handler.renew_lease(router, applied, hold=request.hold)
+                self._handler.renew_lease(router, applied, hold=request.hold, state=_state(request, router))
         except InvalidMessage as exc:
             self.error = exc
         except grpc.RpcError:
@@ -255,3 +275,13 @@ def _answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> Answe
 
 def _operation_id(given: str) -> str:
     return checked_optional_name(given, "operation_id")
+
+
+def _state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
+    """What the router says of itself; of one that says nothing, its name."""
+    if not request.HasField("state"):
+        return RouterState(router=router)
+    state = decode_router_state(request.state)
+    if state.router != router:
+        raise InvalidMessage(f"state.router: {state.router[:40]!r}, and the stream is of {router[:40]!r}")
+    return state

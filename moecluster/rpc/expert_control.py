@@ -1,6 +1,6 @@
 """Orders to an expert actor over gRPC: the client of all unary calls of ExpertService."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -28,6 +28,10 @@ EXPORT_TIMEOUT_S = 600.0
 
 def _refs(experts: Sequence[ExpertId]) -> list[tensor_pb2.ExpertRef]:
     return [tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in experts]
+
+
+def _experts(refs: Iterable[tensor_pb2.ExpertRef]) -> tuple[ExpertId, ...]:
+    return tuple(ExpertId(layer=ref.layer, index=ref.index) for ref in refs)
 
 
 class GrpcExpertControl:
@@ -89,17 +93,41 @@ class GrpcExpertControl:
         request = expert_pb2.UnloadRequest(term=term, experts=_refs(experts), drain_timeout_s=drain_timeout_s)
         self._call(self._stub.Unload, request, self._timeout_s + drain_timeout_s)
 
-    def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
+    def set_placement(
+        self,
+        *,
+        term: int,
+        generation: int,
+        checkpoint: str = "",
+        picture: bytes = b"",
+        weight_version: int = 0,
+        weight_versions: Sequence[int] = (),
+    ) -> None:
         request = expert_pb2.SetPlacementRequest(
-            term=term, generation=generation, checkpoint=checkpoint, picture=picture
+            term=term,
+            generation=generation,
+            checkpoint=checkpoint,
+            picture=picture,
+            weight_version=weight_version,
+            weight_versions=weight_versions,
         )
         self._call(self._stub.SetPlacement, request)
 
     def export(
-        self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
+        self,
+        *,
+        experts: Sequence[ExpertId],
+        with_optimizer: bool,
+        step: int = 0,
+        incarnation: str = "",
+        weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
         request = expert_pb2.ExportRequest(
-            experts=_refs(experts), with_optimizer=with_optimizer, step=step, incarnation=incarnation
+            experts=_refs(experts),
+            with_optimizer=with_optimizer,
+            step=step,
+            incarnation=incarnation,
+            weight_version=weight_version,
         )
         try:
             yield from export_chunks.assemble(self._stub.Export(request, timeout=EXPORT_TIMEOUT_S))
@@ -142,7 +170,7 @@ class GrpcExpertControl:
             actor=reply.actor,
             incarnation=reply.incarnation,
             placement=(reply.placement_term, reply.generation),
-            experts=tuple(ExpertId(layer=e.layer, index=e.index) for e in reply.experts),
+            experts=_experts(reply.experts),
             hosted_bytes=reply.hosted_bytes,
             weight_version=reply.weight_version,
             training_term=reply.training_term,
@@ -159,6 +187,7 @@ class GrpcExpertControl:
                 queue_wait_s=reply.queue_wait_s,
                 queue_rows=reply.queue_rows,
             ),
+            other_versions={held.version: _experts(held.experts) for held in reply.other_versions},
         )
 
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:

@@ -1,7 +1,7 @@
 """ExpertService at the server's edge: unary orders here, the Compute stream in compute_session.py."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import grpc
@@ -33,6 +33,10 @@ def _experts(refs: "list[tensor_pb2.ExpertRef]") -> tuple[ExpertId, ...]:
     if any(e.layer < 0 or e.index < 0 for e in experts):
         raise InvalidMessage("experts: a negative layer or index")
     return experts
+
+
+def _refs(experts: Sequence[ExpertId]) -> list[tensor_pb2.ExpertRef]:
+    return [tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in experts]
 
 
 def _step(message: StepOrder) -> StepTag:
@@ -129,6 +133,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 generation=request.generation,
                 checkpoint=request.checkpoint,
                 picture=request.picture,
+                weight_version=request.weight_version,
+                weight_versions=tuple(request.weight_versions),
             )
             return expert_pb2.SetPlacementReply()
 
@@ -143,6 +149,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 with_optimizer=request.with_optimizer,
                 step=request.step,
                 incarnation=request.incarnation,
+                weight_version=request.weight_version,
             )
             for tensor in exported:
                 yield from export_chunks.cut(tensor)
@@ -195,7 +202,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 incarnation=found.incarnation,
                 placement_term=found.placement[0],
                 generation=found.placement[1],
-                experts=[tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in found.experts],
+                experts=_refs(found.experts),
                 hosted_bytes=found.hosted_bytes,
                 weight_version=found.weight_version,
                 training_term=found.training_term,
@@ -208,6 +215,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 batches=found.work.batches,
                 queue_wait_s=found.work.queue_wait_s,
                 queue_rows=found.work.queue_rows,
+                other_versions=[
+                    expert_pb2.HeldVersion(version=version, experts=_refs(experts))
+                    for version, experts in found.other_versions.items()
+                ],
             )
             if found.committed is not None:
                 reply.committed.CopyFrom(codec.encode_step(found.committed))

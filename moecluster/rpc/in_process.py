@@ -41,9 +41,11 @@ class InProcessPeerExports:
         self._incarnation = incarnation
 
     def tensors(
-        self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
+        self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
     ) -> Iterator[ExportedTensor]:
-        for tensor in self._peer.export(experts=[expert], with_optimizer=False, incarnation=self._incarnation):
+        for tensor in self._peer.export(
+            experts=[expert], with_optimizer=False, incarnation=self._incarnation, weight_version=weight_version
+        ):
             pace(tensor.value.nbytes)
             yield tensor
 

@@ -82,7 +82,7 @@ class ExportedTensor:
     expert: ExpertId
     name: str  # a parameter's name, or optimizer/NAME/PARAMETER
     value: torch.Tensor
-    weight_version: int = 0  # that the actor serves
+    weight_version: int = 0  # of the expert
 
 
 class ExpertControl(Participant, Protocol):
@@ -105,26 +105,47 @@ class ExpertControl(Participant, Protocol):
     ) -> int:
         """Loads experts, and their optimizer state where the checkpoint has it. Returns the bytes loaded.
 
+        They are loaded beside those of other weight versions; 0 stands for the version that is served.
+
         With a peer the weights are copied from there, at most max_bytes_per_s of them (0: as fast as it goes); what the
         peer cannot give raises Unavailable, and what came before stays.
         """
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
-        """Drops experts, once nothing that waits wants them or the time is over; unknown ones are fine."""
+        """Drops experts in all versions, once nothing that waits wants them or the time is over; unknown ones are
+        fine."""
 
-    def set_placement(self, *, term: int, generation: int, checkpoint: str = "", picture: bytes = b"") -> None:
+    def set_placement(
+        self,
+        *,
+        term: int,
+        generation: int,
+        checkpoint: str = "",
+        picture: bytes = b"",
+        weight_version: int = 0,
+        weight_versions: Sequence[int] = (),
+    ) -> None:
         """Tells the actor the placement that now stands, and what lost experts are loaded from; status returns both.
 
         picture: what the controller wants its successor to read, at most MAX_PICTURE_BYTES; b"" leaves the last one.
+        weight_version: what a batch without one means. weight_versions: those that stand; experts of others are
+        dropped.
         """
 
     def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
         """Fences with the term if it is not 0, then reports."""
 
     def export(
-        self, *, experts: Sequence[ExpertId], with_optimizer: bool, step: int = 0, incarnation: str = ""
+        self,
+        *,
+        experts: Sequence[ExpertId],
+        with_optimizer: bool,
+        step: int = 0,
+        incarnation: str = "",
+        weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
-        """Streams the experts' tensors; with an incarnation, only that life of the actor does."""
+        """Streams the experts' tensors; with an incarnation, only that life of the actor does. weight_version: 0 for
+        the one that is served."""
 
 
 Pace = Callable[[int], None]  # told of bytes that came, before more are taken; it may wait, and raise to end
@@ -134,9 +155,12 @@ class PeerExports(Protocol):
     """What one life of another actor holds, as experts are copied from there."""
 
     def tensors(
-        self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
+        self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
     ) -> Iterator[ExportedTensor]:
-        """The expert's parameters. Raises what the peer raises, InvalidMessage for content that is not as announced."""
+        """The expert's parameters in a version; 0: in the one that the peer serves.
+
+        Raises what the peer raises, InvalidMessage for content that is not as announced.
+        """
 
     def close(self) -> None:
         """Ends the connection."""

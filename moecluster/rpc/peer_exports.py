@@ -27,10 +27,12 @@ class GrpcPeerExports:
         self._is_connected = False
 
     def tensors(
-        self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
+        self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
     ) -> Iterator[ExportedTensor]:
         request = expert_pb2.ExportRequest(
-            experts=[tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index)], incarnation=self._peer.incarnation
+            experts=[tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index)],
+            incarnation=self._peer.incarnation,
+            weight_version=weight_version,
         )
         try:
             if not self._is_connected:

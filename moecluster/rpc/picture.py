@@ -6,10 +6,12 @@ from google.protobuf.message import DecodeError
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import controller_pb2
-from moecluster.rpc.fields import checked_names, checked_share, decode_experts, encode_expert
+from moecluster.rpc.fields import checked_names, checked_path, checked_share, decode_experts, encode_expert
 from moecluster.rpc.operation_messages import decode_operation, encode_operation
 from moecluster.rpc.placement_messages import check_distinct
-from moecluster.types import ExpertId, Operation, Replica
+from moecluster.types import ExpertId, Operation, Replica, WeightVersion
+
+MAX_VERSIONS = 2  # that stand at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,9 @@ class ControllerPicture:
     replicas: tuple[Replica, ...]  # on those actors
     operations: tuple[Operation, ...]  # the newest
     cold: tuple[ExpertId, ...]  # without a replica on purpose
+    versions: tuple[WeightVersion, ...] = ()  # that stand, the newest last; none: of a controller that knew of none
+    weight_version: int = 0  # of those: that new texts are written with
+    last_weight_version: int = 0  # the highest number that was ever given
 
 
 def encode_picture(picture: ControllerPicture) -> bytes:
@@ -35,6 +40,9 @@ def encode_picture(picture: ControllerPicture) -> bytes:
         replica_shares=[r.share for r in picture.replicas],
         operations=[encode_operation(operation) for operation in picture.operations],
         cold=[encode_expert(expert) for expert in picture.cold],
+        versions=[controller_pb2.WeightVersion(version=v.version, checkpoint=v.checkpoint) for v in picture.versions],
+        weight_version=picture.weight_version,
+        last_weight_version=picture.last_weight_version,
     )
     return message.SerializeToString()
 
@@ -55,7 +63,26 @@ def decode_picture(content: bytes) -> ControllerPicture:
         replicas=_decode_replicas(message, actors),
         operations=tuple(decode_operation(operation) for operation in message.operations),
         cold=decode_experts(message.cold, "cold"),
+        versions=_decode_versions(message),
+        weight_version=message.weight_version,
+        last_weight_version=message.last_weight_version,
     )
+
+
+def _decode_versions(message: controller_pb2.ControllerPicture) -> tuple[WeightVersion, ...]:
+    versions = tuple(
+        WeightVersion(version=v.version, checkpoint=checked_path(v.checkpoint, "versions.checkpoint"))
+        for v in message.versions
+    )
+    numbers = [v.version for v in versions]
+    if len(numbers) > MAX_VERSIONS or 0 in numbers or sorted(set(numbers)) != numbers:
+        raise InvalidMessage(f"versions: {numbers[:5]}, expected at most {MAX_VERSIONS} growing numbers above 0")
+    if numbers and (message.weight_version not in numbers or message.last_weight_version < numbers[-1]):
+        raise InvalidMessage(
+            f"weight_version: {message.weight_version} and last_weight_version: {message.last_weight_version} "
+            f"do not go with versions {numbers}"
+        )
+    return versions
 
 
 def _decode_replicas(message: controller_pb2.ControllerPicture, actors: tuple[str, ...]) -> tuple[Replica, ...]:

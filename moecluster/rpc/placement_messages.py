@@ -34,6 +34,8 @@ def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Pla
         held=placement.held,
         weight_version=placement.weight_version,
         checkpoint=placement.checkpoint,
+        next_weight_version=placement.next_weight_version,
+        next_checkpoint=placement.next_checkpoint,
     )
 
 
@@ -72,6 +74,10 @@ def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, floa
         held=message.held,
         weight_version=message.weight_version,
         checkpoint=checked_path(message.checkpoint, "checkpoint") if message.checkpoint else "",
+        next_weight_version=message.next_weight_version,
+        next_checkpoint=(
+            checked_path(message.next_checkpoint, "next_checkpoint") if message.next_weight_version else ""
+        ),
     )
     return placement, message.lease_s
 

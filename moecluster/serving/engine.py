@@ -91,9 +91,18 @@ class Engine:
         """Texts that wait to be begun."""
         return len(self._waiting)
 
-    def begin(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> Iterator[GenerationPiece]:
-        """Takes a text on; its pieces as they come. Raises Exhausted if too much waits, InvalidMessage if it is longer
-        than there is room for, or one of its name runs already."""
+    def begin(
+        self,
+        request: GenerationRequest,
+        prompt_ids: Sequence[int],
+        *,
+        on_over: Callable[[], object] = lambda: None,
+    ) -> Iterator[GenerationPiece]:
+        """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
+
+        Raises Exhausted if too much waits, InvalidMessage if it is longer than there is room for, or one of its name
+        runs already; then on_over is not called.
+        """
         room = self.max_tokens - len(prompt_ids)
         if max(request.max_new_tokens, 1) > room:
             raise InvalidMessage(
@@ -103,6 +112,7 @@ class Engine:
         text = self._make_text(request, prompt_ids, request.max_new_tokens or room)
         with self._lock:
             self._admit(text)
+            text.on_over(on_over)
             text.on_leave(lambda: self.cancel(text.name))
             if text.is_complete:
                 text.end()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ def make_engine(
         end_ids=end_ids(model),
         tokenizer=tokenizer,
         token_bytes=TokenBytes(tokenizer),
-        weight_version=experts.weight_version,
+        experts=experts,
         metrics=metrics,
     )
     return Engine(
@@ -56,6 +57,8 @@ def end_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def _make_text(
-    request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int, **model: object
+    request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int, *, experts: TrunkExperts, **model: Any
 ) -> RunningText:
-    return RunningText(request, prompt_ids, max_new_tokens=max_new_tokens, **model)  # type: ignore[arg-type]
+    return RunningText(
+        request, prompt_ids, max_new_tokens=max_new_tokens, weight_version=experts.weight_version, **model
+    )

@@ -59,6 +59,7 @@ class RunningText:
         self._reason = ""  # why what was written elsewhere is all already
         self._last_s = time.monotonic()
         self._on_leave: Callable[[], object] = lambda: None
+        self._on_over: Callable[[], object] = lambda: None
         for token in request.generated_ids:
             if not self._reason:
                 _, self._reason = self._take(token)
@@ -116,6 +117,10 @@ class RunningText:
         """The text cannot go on."""
         self._close(error, "failed")
 
+    def on_over(self, over: Callable[[], object]) -> None:
+        """What is called once, when nothing more is written."""
+        self._on_over = over
+
     # -- the reader's side --
 
     def on_leave(self, leave: Callable[[], object]) -> None:
@@ -168,6 +173,7 @@ class RunningText:
                 return
             self._over = True
         self._pieces.put(last)
+        self._on_over()
         if self._metrics is not None:
             self._metrics.count_request(status)
 

@@ -136,7 +136,7 @@ def test_errors_keep_their_kind_over_the_stream(connect: Connect, service: Exper
     assert caught.value.placement == (4, 9)
     with pytest.raises(StaleOrder, match="not before"):
         result_of(transport, batch_of(incarnation="before"))
-    with pytest.raises(StaleOrder, match="weight version 7"):
+    with pytest.raises(NotHosted, match="weight version 7"):
         result_of(transport, batch_of(weight_version=7))
     with pytest.raises(InvalidMessage, match=r"x\.shape: rows of 7"):
         result_of(transport, make_batch({0: [0]}, rows=1, width=7, layer=LAYER))

@@ -156,7 +156,7 @@ def test_load_and_unload(control: GrpcExpertControl, checkpoint: Path) -> None:
         term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=OptimizerSettings(name="sgd"), training_term=1
     )
     assert loaded == held * 3 // 4 and control.status().hosted_bytes == held
-    assert control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=4) == 0
+    assert control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=4) > 0  # beside the other
     assert control.status().weight_version == 4
 
 

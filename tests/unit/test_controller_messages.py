@@ -22,7 +22,16 @@ from moecluster.rpc.operation_messages import (
 )
 from moecluster.rpc.picture import ControllerPicture, decode_picture, encode_picture
 from moecluster.rpc.placement_messages import decode_placement, encode_placement
-from moecluster.types import ActorState, ClusterLoads, ControllerStatus, LoadSnapshot, Operation, Placement, PlanPreview
+from moecluster.types import (
+    ActorState,
+    ClusterLoads,
+    ControllerStatus,
+    LoadSnapshot,
+    Operation,
+    Placement,
+    PlanPreview,
+    WeightVersion,
+)
 from tests.controller_records import (
     cluster_loads,
     experts,
@@ -78,12 +87,16 @@ def test_loads_of_a_cluster(loads: ClusterLoads) -> None:
 @st.composite
 def pictures(draw: st.DrawFn) -> ControllerPicture:
     actors = draw(st.lists(names, min_size=1, max_size=4, unique=True))
+    numbers = sorted(draw(st.lists(st.integers(1, 99), max_size=2, unique=True)))
     return ControllerPicture(
         actors=tuple(actors),
         leaving=tuple(draw(st.lists(st.sampled_from(actors), unique=True))),
         replicas=draw(standing(draw(layer_experts), actors)),
         operations=draw(operation_lists),
         cold=tuple(draw(st.lists(experts, max_size=3, unique=True))),
+        versions=tuple(WeightVersion(version=number, checkpoint=draw(names)) for number in numbers),
+        weight_version=draw(st.sampled_from(numbers)) if numbers else 0,
+        last_weight_version=draw(st.integers(99, 200)) if numbers else 0,
     )
 
 
@@ -106,6 +119,10 @@ def test_a_picture_of_nothing_is_empty() -> None:
     assert decode_picture(b"") == empty and encode_picture(empty) == b""
 
 
+def version_message(version: int, checkpoint: str = "/m") -> controller_pb2.WeightVersion:
+    return controller_pb2.WeightVersion(version=version, checkpoint=checkpoint)
+
+
 def picture_message(**changes: Any) -> controller_pb2.ControllerPicture:
     fields: dict[str, Any] = {
         "actors": ["expert-0", "expert-1"],
@@ -121,6 +138,15 @@ def picture_message(**changes: Any) -> controller_pb2.ControllerPicture:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
+        ({"versions": [version_message(2), version_message(1)]}, "versions"),
+        ({"versions": [version_message(0)]}, "versions"),
+        (
+            {"versions": [version_message(i) for i in (1, 2, 3)], "weight_version": 1, "last_weight_version": 3},
+            "versions",
+        ),
+        ({"versions": [version_message(1, "")], "weight_version": 1, "last_weight_version": 1}, "versions.checkpoint"),
+        ({"versions": [version_message(1)], "weight_version": 2, "last_weight_version": 2}, "weight_version"),
+        ({"versions": [version_message(3)], "weight_version": 3, "last_weight_version": 2}, "weight_version"),
         ({"actors": ["expert-0", "expert-0"]}, "actors"),
         ({"actors": ["expert-0", ""]}, "actors"),
         ({"leaving": ["expert-7"]}, "leaving"),

@@ -240,7 +240,7 @@ def test_only_the_served_weight_version_answers(service: ExpertService, checkpoi
     assert service.status().weight_version == 3
     for version in (0, 3):
         assert ask(service, batch_of(weight_version=version)).y_ND is not None
-    with pytest.raises(StaleOrder, match="weight version 2 is not served: 3 is"):
+    with pytest.raises(StaleOrder, match="weight version 2 is not served any more: 3 is"):
         ask(service, batch_of(weight_version=2))
 
 

@@ -1,7 +1,9 @@
 import threading
 import time
+from dataclasses import replace
 
 from moecluster.roles.leases import Leases
+from moecluster.types import RouterState
 
 
 def test_a_router_counts_while_its_lease_lasts() -> None:
@@ -41,3 +43,14 @@ def test_a_router_whose_lease_ends_is_not_waited_for() -> None:
     began_s = time.monotonic()
     assert leases.wait_applied((1, 2), 10.0)
     assert time.monotonic() - began_s < 5.0
+
+
+def test_a_lease_keeps_what_the_router_says_of_itself() -> None:
+    leases = Leases(10.0)
+    leases.renew("one", (1, 1), hold=False)
+    assert leases.standing()["one"].state == RouterState(router="one")
+    state = RouterState(router="one", running=3, weight_version=2, oldest_weight_version=1, ready_weight_version=2)
+    assert leases.renew("one", (1, 1), hold=False, state=state), "it uses other weights than before"
+    assert not leases.renew("one", (1, 1), hold=False, state=replace(state, running=4))
+    assert leases.standing()["one"].state.running == 4
+    assert leases.renew("one", (1, 1), hold=False, state=replace(state, oldest_weight_version=2))

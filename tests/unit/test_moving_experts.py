@@ -66,7 +66,7 @@ class HeldPeer:
         return self
 
     def tensors(
-        self, expert: ExpertId, *, max_tensor_bytes: int, timeout_s: float, pace: Pace
+        self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
     ) -> Iterator[ExportedTensor]:
         self.copies[expert] += 1
         if expert != EXPERTS[0]:
@@ -75,7 +75,13 @@ class HeldPeer:
                 if self.closed.is_set():
                     raise Unavailable("the connection was closed")
         exports = InProcessPeerExports(self._service, self.address.incarnation)
-        yield from exports.tensors(expert, max_tensor_bytes=max_tensor_bytes, timeout_s=timeout_s, pace=pace)
+        yield from exports.tensors(
+            expert,
+            weight_version=weight_version,
+            max_tensor_bytes=max_tensor_bytes,
+            timeout_s=timeout_s,
+            pace=pace,
+        )
 
     def close(self) -> None:
         self.closed.set()
@@ -251,14 +257,15 @@ def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> No
     with pytest.raises(StaleOrder, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
         move.load()
     assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS[:1], 2)
-    move.load(replace=True)  # nothing of the old version stays
+    move.load(weight_version=3)  # beside the other
     assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS, 3)
+    assert move.service.status().other_versions == {2: EXPERTS[:1]}
 
 
 def test_the_version_that_is_ordered_is_the_one_that_comes(move: Move, checkpoint: Path) -> None:
     at_version(move.peer._service, checkpoint, 3)
     move.peer.go.set()
-    with pytest.raises(StaleOrder, match="the peer has weight version 3, 4 is wanted here"):
+    with pytest.raises(Unavailable, match="expert 1/0 is not here in weight version 4"):
         move.load(weight_version=4)
     assert move.service.status().experts == ()
     assert move.load(weight_version=3) > 0 and move.service.status().weight_version == 3

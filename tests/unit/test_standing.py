@@ -109,3 +109,63 @@ def test_shares_are_made_whole() -> None:
         Replica(expert=expert(0, 1), actor="expert-1", share=0.0),
     )
     assert [r.share for r in with_whole_shares(replicas)] == [0.5, 0.5, 0.5, 0.5]
+
+
+def prepare_all(standing: Standing, version: int) -> None:
+    for actor in ACTORS:
+        standing.actor_prepared(address(actor), version, standing.assigned(actor))
+
+
+def test_a_version_is_published_once_every_actor_that_is_up_holds_it(standing, board) -> None:
+    bring_up(standing)
+    assert (board.current(0.0).weight_version, board.current(0.0).checkpoint) == (1, "/m")
+    version = standing.begin_version("/n")
+    placement = board.current(0.0)
+    assert (placement.weight_version, placement.next_weight_version, placement.next_checkpoint) == (1, 2, "/n")
+    assert standing.written_with == standing.versions[:1] and standing.next_version == version
+    standing.actor_prepared(address("expert-0"), 2, standing.assigned("expert-0"))
+    assert standing.publish_version() is None and standing.unprepared() == ["expert-1"]
+    standing.actor_prepared(address("expert-1", "another life"), 2, standing.assigned("expert-1"))
+    assert standing.unprepared() == ["expert-1"]
+    standing.actor_down("expert-1")
+    assert standing.publish_version() == standing.number, "a lost one comes back with both"
+    placement = board.current(0.0)
+    assert (placement.weight_version, placement.checkpoint, placement.next_weight_version) == (2, "/n", 0)
+    assert [v.version for v in standing.written_with] == [1, 2]
+    standing.drop_other_versions()
+    assert [v.version for v in standing.versions] == [2]
+
+
+def test_an_actor_that_was_told_of_the_old_version_only_serves_nothing(standing) -> None:
+    bring_up(standing)
+    old = standing.versions
+    standing.actor_down("expert-1")
+    standing.begin_version("/n")
+    standing.actor_prepared(address("expert-0"), 2, standing.assigned("expert-0"))
+    assert standing.publish_version() is not None
+    standing.actor_up(address("expert-1"), standing.assigned("expert-1"), versions=old)
+    assert standing.up()["expert-1"].held == frozenset()
+    standing.actor_up(address("expert-1"), standing.assigned("expert-1"), versions=standing.versions)
+    assert standing.lost() == frozenset()
+
+
+def test_experts_that_move_are_prepared_where_they_stand_now(standing) -> None:
+    bring_up(standing)
+    standing.begin_version("/n")
+    prepare_all(standing, 2)
+    assert standing.unprepared() == []
+    moved = dataclasses.replace(standing.replicas_of(3)[1], actor="expert-0")
+    standing.commit({3: (standing.replicas_of(3)[0], moved)}, {"expert-0": frozenset([expert(3, 1)])})
+    assert standing.unprepared() == ["expert-0"]
+    prepare_all(standing, 2)
+    assert standing.unprepared() == []
+
+
+def test_a_version_that_was_given_up_leaves_its_number_unused(standing, board) -> None:
+    bring_up(standing)
+    standing.begin_version("/torn")
+    standing.drop_other_versions()
+    assert board.current(0.0).next_weight_version == 0 and standing.last_version == 2
+    assert standing.begin_version("/n").version == 3
+    standing.set_checkpoint("/trained")
+    assert [v.checkpoint for v in standing.versions] == ["/trained", "/n"]

@@ -1,0 +1,219 @@
+"""A checkpoint put together out of two: some experts, and the trunk or not, of one, all else of the other.
+
+What comes out is an ordinary directory that anybody can read: every tensor stands in exactly one file. A shard of which
+every tensor is wanted is linked; of the others, what is wanted is copied, byte for byte.
+"""
+
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moecluster.errors import CheckpointError
+from moecluster.models.checkpoint import INDEX_NAME, TensorInfo
+from moecluster.models.expert_source import ExpertSource
+from moecluster.models.same_shape import check_same_shape
+from moecluster.types import ExpertId
+
+MAX_SHARD_BYTES = 4 * 2**30  # of the shards that are written
+SCALES = ("_scale_inv", "_blocks", "_scales")  # endings of what belongs to a quantized tensor
+PLAIN_FILES = (".json", ".txt", ".model", ".jinja")  # beside the weights: configuration, tokenizer, templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Bytes of a shard."""
+
+    file: Path
+    begin: int
+    num_bytes: int
+
+
+def compose(
+    served: str | Path, update: str | Path, out: str | Path, *, experts: Collection[ExpertId], keep_trunk: bool
+) -> None:
+    """Writes the directory `out`: these experts out of `update`, the other ones out of `served`; the trunk, tokenizer
+    and configuration out of `update`, or with keep_trunk out of `served`.
+
+    The directory appears when it is complete. Raises CheckpointError if it is there already, if one of the two is torn
+    or of another shape or stored in another form than the other, or if the disk is full.
+    """
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out} is there already: name a directory that is not")
+    check_same_shape(served, update)
+    old, new = ExpertSource(served), ExpertSource(update)
+    _check_same_form(old, new)
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.mkdir(parents=True)
+        _copy_plain_files(old.checkpoint.path if keep_trunk else new.checkpoint.path, aside)
+        _write_weights(old, new, aside, experts, keep_trunk=keep_trunk)
+        _sync(aside)
+        aside.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_weights(
+    old: ExpertSource, new: ExpertSource, directory: Path, experts: Collection[ExpertId], *, keep_trunk: bool
+) -> None:
+    pieces = _pieces(old, new, experts, keep_trunk=keep_trunk)
+    whole: dict[str, Path] = {}  # key -> the shard that holds it, where it holds nothing else
+    for source in (old, new):
+        for file, keys in _by_file(source.checkpoint.tensors).items():
+            if all(pieces[key] == [_all_of(source.checkpoint.tensors[key])] for key in keys):
+                whole |= dict.fromkeys(keys, file)
+    cut = _shards_to_write({key: pieces[key] for key in old.checkpoint.tensors if key not in whole}, old)
+    linked = sorted(set(whole.values()))
+    count = len(linked) + len(cut)
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(linked, start=1):
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        _link(file, directory / name)
+        weight_map |= {key: name for key, of in whole.items() if of == file}
+    for number, tensors in enumerate(cut, start=len(linked) + 1):
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_shard(directory / name, tensors, old.checkpoint.tensors)
+        weight_map |= dict.fromkeys(tensors, name)
+    total_size = sum(info.num_bytes for info in old.checkpoint.tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _pieces(
+    old: ExpertSource, new: ExpertSource, experts: Collection[ExpertId], *, keep_trunk: bool
+) -> dict[str, list[_Piece]]:
+    """Key -> where its bytes come from, in their order."""
+    of_experts = set()
+    pieces: dict[str, list[_Piece]] = {}
+    for layer in old.layers:
+        for index in range(layer.num_experts):
+            expert = ExpertId(layer=layer.layer, index=index)
+            source = new if expert in experts else old
+            for key, row in old.reads(expert):
+                for stored in _stored_keys(old, key):
+                    of_experts.add(stored)
+                    info = source.checkpoint.tensors[stored]
+                    if row is None:
+                        pieces[stored] = [_all_of(info)]
+                    else:
+                        row_bytes = info.num_bytes // info.shape[0]
+                        begin = info.begin + row * row_bytes
+                        rows = pieces.setdefault(stored, [])
+                        _append(rows, _Piece(file=info.file, begin=begin, num_bytes=row_bytes))
+    trunk = old if keep_trunk else new
+    for key in old.checkpoint.tensors.keys() - of_experts:
+        pieces[key] = [_all_of(trunk.checkpoint.tensors[key])]
+    return pieces
+
+
+def _stored_keys(source: ExpertSource, key: str) -> list[str]:
+    return [name for name in (key, *(key + ending for ending in SCALES)) if name in source.checkpoint.tensors]
+
+
+def _append(pieces: list[_Piece], more: _Piece) -> None:
+    """Experts in order: bytes that follow each other in a file are one piece."""
+    last = pieces[-1] if pieces else None
+    if last is not None and (last.file, last.begin + last.num_bytes) == (more.file, more.begin):
+        pieces[-1] = _Piece(file=last.file, begin=last.begin, num_bytes=last.num_bytes + more.num_bytes)
+    else:
+        pieces.append(more)
+
+
+def _all_of(info: TensorInfo) -> _Piece:
+    return _Piece(file=info.file, begin=info.begin, num_bytes=info.num_bytes)
+
+
+def _by_file(tensors: Mapping[str, TensorInfo]) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    for key, info in tensors.items():
+        found.setdefault(info.file, []).append(key)
+    return found
+
+
+def _shards_to_write(pieces: Mapping[str, list[_Piece]], source: ExpertSource) -> list[dict[str, list[_Piece]]]:
+    """Tensors together that stood together, in shards of bounded size."""
+    shards: list[dict[str, list[_Piece]]] = []
+    room_bytes = 0
+    for key in sorted(pieces, key=lambda k: (source.checkpoint.tensors[k].file, source.checkpoint.tensors[k].begin)):
+        num_bytes = source.checkpoint.tensors[key].num_bytes
+        if not shards or num_bytes > room_bytes:
+            shards.append({})
+            room_bytes = MAX_SHARD_BYTES
+        shards[-1][key] = pieces[key]
+        room_bytes -= num_bytes
+    return shards
+
+
+def _write_shard(path: Path, tensors: Mapping[str, list[_Piece]], infos: Mapping[str, TensorInfo]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in tensors:
+        begin, end = end, end + infos[key].num_bytes
+        header[key] = {"dtype": infos[key].dtype, "shape": list(infos[key].shape), "data_offsets": [begin, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.flush()
+        for pieces in tensors.values():
+            for piece in pieces:
+                _copy_bytes(piece, file.fileno())
+        os.fsync(file.fileno())
+
+
+def _copy_bytes(piece: _Piece, out: int) -> None:
+    """From file to file within the kernel."""
+    with piece.file.open("rb", buffering=0) as file:
+        at, left = piece.begin, piece.num_bytes
+        while left:
+            count = os.sendfile(out, file.fileno(), at, left)
+            if not count:
+                raise CheckpointError(f"{piece.file} is torn: it ends at {at}; copy it again")
+            at, left = at + count, left - count
+
+
+def _link(file: Path, link: Path) -> None:
+    """A hard link outlives the directory that it is made from; a symbolic one crosses file systems."""
+    try:
+        os.link(file.resolve(), link)
+    except OSError:
+        link.symlink_to(file.resolve())
+
+
+def _copy_plain_files(source: Path, directory: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.suffix in PLAIN_FILES and file.name != INDEX_NAME and file.is_file():
+            shutil.copyfile(file, directory / file.name)
+
+
+def _check_same_form(old: ExpertSource, new: ExpertSource) -> None:
+    ours, theirs = old.checkpoint.tensors, new.checkpoint.tensors
+    for key in sorted(ours.keys() ^ theirs.keys()):
+        has, lacks = (old, new) if key in ours else (new, old)
+        raise CheckpointError(
+            f"{has.checkpoint.path} has {key} and {lacks.checkpoint.path} has not: to be put together, both must be "
+            "stored in the same form"
+        )
+    for key, info in sorted(ours.items()):
+        if info.dtype != theirs[key].dtype:
+            raise CheckpointError(
+                f"{key} is {info.dtype} in {old.checkpoint.path} and {theirs[key].dtype} in {new.checkpoint.path}: to "
+                "be put together, both must be stored in the same form"
+            )
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
