@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from moecluster.errors import CheckpointError
-from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.checkpoint import Checkpoint, TensorInfo
 from moecluster.models.own_experts import own_experts
 from moecluster.models.swiglu_experts import swiglu_experts
 from moecluster.types import ExpertId, MoeLayer
+
+Origin = tuple[tuple[int | None, ...], ...]
 
 
 class ExpertReader(Protocol):
@@ -67,6 +69,20 @@ class ExpertSource:
         """The checkpoint's keys that the expert is made of; with a row where a key holds all experts of the layer."""
         self._check(expert)
         return self._reader.reads(expert)
+
+    def origin(self, expert: ExpertId) -> Origin | None:
+        """Where on the disk the expert's bytes lie: experts of one origin are equal. None if that cannot be told."""
+        parts = []
+        try:
+            for key, row in self.reads(expert):
+                info = self.checkpoint.info(key)
+                if not isinstance(info, TensorInfo):
+                    return None
+                file = info.file.stat()
+                parts.append((file.st_dev, file.st_ino, file.st_mtime_ns, info.begin, info.num_bytes, row))
+        except (CheckpointError, OSError):
+            return None  # loading says what is wrong
+        return tuple(parts)
 
     def _check(self, expert: ExpertId) -> None:
         if not any(layer.layer == expert.layer and 0 <= expert.index < layer.num_experts for layer in self.layers):

@@ -2,13 +2,15 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
 
 from moecluster.errors import CheckpointError, StaleOrder
 from moecluster.experts import compute
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.expert_source import ExpertSource, Origin
 from moecluster.models.training_files import read_optimizer_state, read_step
-from moecluster.roles.arriving_experts import ArrivedExpert, LoadSettings, read_experts, wanted_dtype
+from moecluster.roles.arriving_experts import DTYPES, ArrivedExpert, LoadSettings, read_experts, wanted_dtype
 from moecluster.roles.block_proofs import BlockProofs
 from moecluster.roles.controller_orders import LoadOrder
 from moecluster.roles.expert_training import ExpertTraining
@@ -56,8 +58,11 @@ class ExpertLoader:
             hosted = {expert for expert in hosted if self._training.holds(expert)}  # what was only served comes anew
         wanted = [e for e in dict.fromkeys(settings.experts) if settings.replace or e not in hosted]
         self._hosted.widths |= {layer.layer: layer.hidden_size for layer in source.layers}
+        wanted_dtype(source, wanted, settings.dtype)
+        origins = {expert: source.origin(expert) for expert in wanted} if not is_trained else {}
+        shared = self._share(wanted, origins, version, settings, order)
         loaded_bytes = 0
-        for arrived in self._arriving(source, wanted, settings, order):
+        for arrived in self._arriving(source, [e for e in wanted if e not in shared], settings, order):
             if self._proofs is not None:
                 width, dtype = self._hosted.widths[arrived.expert.layer], wanted_dtype(source, (), settings.dtype)
                 self.run = self._proofs.add(arrived.module, width, dtype)
@@ -67,13 +72,38 @@ class ExpertLoader:
                 if arrived.expert in order.dropped:
                     continue
                 version = _agreed_version(arrived, version)
-                loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version)
+                origin = origins.get(arrived.expert) if settings.peer is None else None
+                loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version, origin=origin)
                 if is_trained:
                     self._training.add(arrived.expert, arrived.module, state)
                 elif version == self._hosted.weight_version:
                     self._training.remove(arrived.expert)
         order.finish(wanted)
         return loaded_bytes
+
+    def _share(
+        self,
+        wanted: Sequence[ExpertId],
+        origins: Mapping[ExpertId, Origin | None],
+        version: int,
+        settings: LoadSettings,
+        order: LoadOrder,
+    ) -> set[ExpertId]:
+        """Takes what is here in another version and comes from the same bytes: in a checkpoint of which only some
+        experts are new, all the others."""
+        shared = set()
+        for expert in wanted:
+            origin = origins.get(expert)
+            same = self._hosted.equal_to(expert, origin) if origin else None
+            if same is None or same.weight_version == version or not _is_of(same.module, settings.dtype):
+                continue
+            with self._state_lock:
+                order.check(expert)
+                if expert in order.dropped or self._training.holds(expert):
+                    continue
+                self._hosted.add(expert, same.module, version, origin=origin)
+            shared.add(expert)
+        return shared
 
     def _source(self, checkpoint: str) -> ExpertSource:
         if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
@@ -102,3 +132,8 @@ def _agreed_version(arrived: ArrivedExpert, wanted: int) -> int:
     if wanted:
         raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {given}, {wanted} is wanted here")
     return given
+
+
+def _is_of(module: nn.Module, dtype: str) -> bool:
+    """Whether an expert that is here has the dtype that is wanted."""
+    return next((p.dtype for p in module.parameters()), None) == DTYPES.get(dtype or "float32")

@@ -272,6 +272,8 @@ class ExpertService:
         """
         if len(picture) > MAX_PICTURE_BYTES:
             raise InvalidMessage(f"picture: {len(picture)} bytes, at most {MAX_PICTURE_BYTES}")
+        if 0 in weight_versions:
+            raise InvalidMessage("weight_versions: they begin at 1")
         if weight_versions and weight_version not in weight_versions:
             raise InvalidMessage(f"weight_version: {weight_version} is none of {list(weight_versions)[:5]}")
         with self._orders.admitted(term):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from moecluster.errors import NotHosted, StaleOrder
+from moecluster.models.expert_source import Origin
 from moecluster.types import ExpertId
 
 
@@ -17,6 +18,7 @@ class Hosted:
     module: nn.Module  # its parameters never change, unless it is trained here
     size_bytes: int
     weight_version: int
+    origin: Origin | None = None  # where on the disk it was read from; None: from elsewhere
 
 
 class HostedExperts:
@@ -74,15 +76,21 @@ class HostedExperts:
             modules = {id(h.module): h.size_bytes for hosted in self._hosted.values() for h in hosted.values()}
             return sum(modules.values())
 
-    def add(self, expert: ExpertId, module: nn.Module, weight_version: int = 0) -> int:
+    def add(self, expert: ExpertId, module: nn.Module, weight_version: int = 0, *, origin: Origin | None = None) -> int:
         """Puts an expert into a slot, in place of an older one of its version. Returns its bytes."""
         size_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
         with self._lock:
-            hosted = Hosted(module=module, size_bytes=size_bytes, weight_version=weight_version)
+            hosted = Hosted(module=module, size_bytes=size_bytes, weight_version=weight_version, origin=origin)
             self._hosted.setdefault(weight_version, {})[expert] = hosted
             at = (weight_version, expert.layer)
             self._layers = self._layers | {at: {**self._layers.get(at, {}), expert.index: module}}
         return size_bytes
+
+    def equal_to(self, expert: ExpertId, origin: Origin) -> Hosted | None:
+        """The expert in whatever version was read from the same bytes."""
+        with self._lock:
+            versions = [hosted[expert] for hosted in self._hosted.values() if expert in hosted]
+        return next((hosted for hosted in versions if hosted.origin == origin), None)
 
     def remove(self, expert: ExpertId) -> None:
         """Empties the expert's slot in every version; an unknown one is fine."""

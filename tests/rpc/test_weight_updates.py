@@ -126,6 +126,7 @@ def test_the_old_version_stays_until_its_last_text_has_ended(start, versions, al
         operation = cluster.controller.update(versions[1])
         wait_until(lambda: "still written by router" in cluster.controller.operation(operation.id).detail)
         assert cluster.controller.operation(operation.id).phase is OperationPhase.COMMITTING
+        wait_until(lambda: cluster.router.state().weight_version == 2)
         assert write(cluster, PROMPTS[0]).ids == alone[1][PROMPTS[0]]
         assert old.version == 1 and torch.equal(call_layer(cluster, 1), first)
         # Experts move meanwhile, in both versions, and a lost actor comes back with both.

@@ -85,8 +85,26 @@ ORDERS: list[tuple[str, Message, grpc.StatusCode, str]] = [
         INVALID,
         "picture: 67108865 bytes, at most 67108864",
     ),
+    (
+        "SetPlacement",
+        expert_pb2.SetPlacementRequest(term=1, weight_version=3, weight_versions=[1, 2]),
+        INVALID,
+        "weight_version: 3 is none of [1, 2]",
+    ),
+    (
+        "SetPlacement",
+        expert_pb2.SetPlacementRequest(term=1, weight_versions=[0]),
+        INVALID,
+        "weight_versions: they begin at 1",
+    ),
     ("Export", expert_pb2.ExportRequest(incarnation="another"), grpc.StatusCode.OUT_OF_RANGE, "not another"),
     ("Export", expert_pb2.ExportRequest(experts=NEGATIVE), INVALID, "experts: a negative"),
+    (
+        "Export",
+        expert_pb2.ExportRequest(experts=[tensor_pb2.ExpertRef(layer=1)], weight_version=7),
+        grpc.StatusCode.NOT_FOUND,
+        "1/0 is not here in weight version 7",
+    ),
     ("Export", expert_pb2.ExportRequest(experts=[tensor_pb2.ExpertRef(layer=7)]), grpc.StatusCode.NOT_FOUND, "7/0"),
     ("Reduce", expert_pb2.ReduceRequest(), INVALID, "step: missing"),
     (
@@ -141,6 +159,8 @@ def fill(message: Message, rng: random.Random) -> None:
             inner = getattr(message, field.name)
             for target in [inner.add() for _ in range(rng.choice([1, 3, 50]))] if field.is_repeated else [inner]:
                 fill(target, rng)
+        elif field.is_repeated:
+            getattr(message, field.name).extend(rng.choices(EXTREMES[field.cpp_type], k=rng.choice([1, 3, 50])))
         else:
             value = rng.choice(EXTREMES[field.cpp_type])
             setattr(message, field.name, value.encode() if field.type == FieldDescriptor.TYPE_BYTES else value)

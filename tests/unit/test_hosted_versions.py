@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moecluster.errors import InvalidMessage, NotHosted, StaleOrder
+from moecluster.models.composed_checkpoint import compose
 from moecluster.roles.expert_service import ExpertService
 from moecluster.types import ComputeBatch
 from tests.families import make_model, save
@@ -108,3 +109,32 @@ def test_the_peer_s_version_is_named(service) -> None:
     assert torch.equal(exported(0), exported(1)) and not torch.equal(exported(0), exported(2))
     with pytest.raises(NotHosted, match="expert 1/0 is not here in weight version 3"):
         exported(3)
+
+
+def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(checkpoints, tmp_path) -> None:
+    # What shares a shard with an expert that is replaced is written anew: one expert a shard is best.
+    make_model("moecluster", 0).save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    make_model("moecluster", 1).save_pretrained(tmp_path / "others", max_shard_size="10KB")
+    compose(tmp_path / "shards", tmp_path / "others", tmp_path / "mixed", experts=EXPERTS[2:3], keep_trunk=True)
+    with closing(ExpertService(name="expert-0")) as service:
+        stand(service, 1, (1, 2))
+
+        def load_from(directory: str, version: int) -> int:
+            checkpoint = str(tmp_path / directory)
+            return service.load(term=1, experts=EXPERTS, checkpoint=checkpoint, weight_version=version)
+
+        whole = load_from("shards", 1)
+        added = load_from("mixed", 2)
+        assert whole // 4 <= added < whole, "the others are shared"
+        assert service.status().hosted_bytes == whole + added
+        stand(service, 2, (2,), generation=2)
+        assert service.status().hosted_bytes == whole
+        modules = load_modules(checkpoints[0]) | {2: load_modules(checkpoints[1])[2]}
+        check_rows(modules, batch_of(), ask(service, batch_of()))
+        # A file that was written anew is another origin, though its name is the same.
+        for file in (tmp_path / "mixed").glob("*.safetensors"):
+            content = file.read_bytes()
+            file.unlink()
+            file.write_bytes(content)
+        stand(service, 2, (2, 3), generation=3)
+        assert load_from("mixed", 3) == whole
