@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from actors import cli_requests
 from moecluster.errors import MoeClusterError, UserError
 
 app = typer.Typer(
@@ -290,6 +291,9 @@ def simulate(
         json=json,
     )
     run(choice, Console())
+
+
+cli_requests.add_to(app)
 
 
 def main() -> None:

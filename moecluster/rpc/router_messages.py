@@ -65,7 +65,7 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
     if message.messages_json:
         _check_messages(message.messages_json)
     checked_count(message.max_new_tokens, "max_new_tokens")
-    # As many are fine: only the last piece was lost, which says why the text ended and brings what was held back of it.
+    # As many as max_new_tokens are right: the router that wrote them was lost before it said that this is the end.
     if 0 < message.max_new_tokens < len(message.generated_ids):
         raise InvalidMessage(f"generated_ids: {len(message.generated_ids)}, more than max_new_tokens")
     return GenerationRequest(

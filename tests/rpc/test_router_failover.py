@@ -11,8 +11,8 @@ import pytest
 from moecluster.client import AsyncClient, Client
 from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.rpc.router_server import serve_router
+from tests.breaking_router import PROMPT_TOKENS, BreakingRouter, serving_routers
 from tests.loopback_cluster import LoopbackCluster
-from tests.scripted_router import PROMPT_TOKENS, ScriptedRouter, serving_routers
 from tests.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
@@ -73,7 +73,7 @@ def whole(written: tuple[str, Any]) -> None:
 @BOTH
 def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
     for lost_after in range(NUM_IDS + 1):  # the last one: only the piece that says why it ended is lost
-        first, second = ScriptedRouter(TEXT, lost_after=lost_after), ScriptedRouter(TEXT)
+        first, second = BreakingRouter(TEXT, lost_after=lost_after), BreakingRouter(TEXT)
         with serving_routers(first, second) as addresses:
             write(addresses, whole)
         assert len(first.requests) == 1
@@ -85,14 +85,14 @@ def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(
 
 @BOTH
 def test_a_text_passes_through_as_many_routers_as_are_lost(write) -> None:
-    routers = [*(ScriptedRouter(TEXT, lost_after=i) for i in (2, 4, 9)), ScriptedRouter(TEXT, silent_end=True)]
-    with serving_routers(*routers, ScriptedRouter(TEXT)) as addresses:
+    routers = [*(BreakingRouter(TEXT, lost_after=i) for i in (2, 4, 9)), BreakingRouter(TEXT, silent_end=True)]
+    with serving_routers(*routers, BreakingRouter(TEXT)) as addresses:
         write(addresses, whole)
 
 
 @BOTH
 def test_a_router_that_has_written_is_asked_again_when_all_others_are_lost(write) -> None:
-    class Reviving(ScriptedRouter):
+    class Reviving(BreakingRouter):
         def generate(self, request):  # a little further each time
             self._lost_after = len(request.generated_ids) + 5
             return super().generate(request)
@@ -107,7 +107,7 @@ def test_a_router_that_has_written_is_asked_again_when_all_others_are_lost(write
 @BOTH
 def test_where_the_routers_are_now_is_asked_only_when_all_known_ones_are_lost(write) -> None:
     asked = []
-    with serving_routers(ScriptedRouter(TEXT, lost_after=3), ScriptedRouter(TEXT)) as (first, second):
+    with serving_routers(BreakingRouter(TEXT, lost_after=3), BreakingRouter(TEXT)) as (first, second):
 
         def discover() -> list[str]:
             asked.append(time.monotonic())
@@ -122,8 +122,8 @@ def test_where_the_routers_are_now_is_asked_only_when_all_known_ones_are_lost(wr
 
 @BOTH
 def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_time_to_wait(write) -> None:
-    full = ScriptedRouter(TEXT, full=Exhausted("too many", retry_after_s=7.5))
-    with serving_routers(full, ScriptedRouter(TEXT)) as (busy, free):
+    full = BreakingRouter(TEXT, full=Exhausted("too many", retry_after_s=7.5))
+    with serving_routers(full, BreakingRouter(TEXT)) as (busy, free):
         write([busy, free], whole)
         with pytest.raises(Exhausted, match="too many") as caught:
             write([busy, NOBODY], whole)
@@ -132,11 +132,11 @@ def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_
 
 @BOTH
 def test_with_patience_a_text_waits_for_a_router_that_comes_back(write) -> None:
-    server = serve_router(ScriptedRouter(TEXT))
+    server = serve_router(BreakingRouter(TEXT))
     port = int(server.address.rpartition(":")[2])
     server.stop(0.0)
     back: list[Any] = []
-    timer = threading.Timer(0.5, lambda: back.append(serve_router(ScriptedRouter(TEXT), port=port)))
+    timer = threading.Timer(0.5, lambda: back.append(serve_router(BreakingRouter(TEXT), port=port)))
     timer.start()
     try:
         write([server.address], whole, patience_s=20.0)
@@ -157,13 +157,13 @@ def test_no_router_that_serves_is_said(write) -> None:
 
 @BOTH
 def test_the_whole_text_has_one_deadline(write) -> None:
-    routers = ScriptedRouter(TEXT, lost_after=2), ScriptedRouter(TEXT, hold_after=4)
+    routers = BreakingRouter(TEXT, lost_after=2), BreakingRouter(TEXT, hold_after=4)
     with serving_routers(*routers) as addresses, pytest.raises(DeadlineExceeded):
         write(addresses, whole, timeout_s=1.0)
 
 
 def test_a_wrong_request_is_not_carried_from_router_to_router() -> None:
-    router, other = ScriptedRouter(TEXT), ScriptedRouter(TEXT)
+    router, other = BreakingRouter(TEXT), BreakingRouter(TEXT)
     with (
         serving_routers(router, other) as addresses,
         Client(addresses) as client,
@@ -174,7 +174,7 @@ def test_a_wrong_request_is_not_carried_from_router_to_router() -> None:
 
 
 def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_early() -> None:
-    with serving_routers(router := ScriptedRouter(TEXT)) as addresses, Client(addresses) as client:
+    with serving_routers(router := BreakingRouter(TEXT)) as addresses, Client(addresses) as client:
         said = [{"role": "user", "content": "who?"}]
         options: dict[str, Any] = {"min_p": 0.125, "logit_bias": {3: 1.5}, "presence_penalty": 0.5, "top_logprobs": 2}
         assert client.chat(said, stop=["a", "b"], ignore_eos=True, **options).text() == TEXT
@@ -189,7 +189,7 @@ def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_
 
 
 def test_texts_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> None:
-    one, two = ScriptedRouter(TEXT), ScriptedRouter(TEXT)
+    one, two = BreakingRouter(TEXT), BreakingRouter(TEXT)
     with serving_routers(one, two) as addresses, Client([*addresses, NOBODY]) as client:
         assert [client.generate(PROMPT).text() for _ in range(8)] == [TEXT] * 8
         assert {len(one.requests), len(two.requests)} <= {3, 4, 5}
@@ -197,7 +197,7 @@ def test_texts_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> No
 
 
 def test_a_text_is_cancelled_from_another_thread_or_by_its_name() -> None:
-    with serving_routers(router := ScriptedRouter(TEXT, hold_after=3)) as addresses, Client(addresses) as client:
+    with serving_routers(router := BreakingRouter(TEXT, hold_after=3)) as addresses, Client(addresses) as client:
         text = client.generate(PROMPT)
         threading.Timer(0.3, text.cancel).start()
         assert len(list(text)) == 3 and text.finish_reason == "cancelled"
@@ -222,7 +222,7 @@ def run_async(addresses: Any, use: Callable[[AsyncClient], Awaitable[None]]) -> 
 
 
 def test_asyncio_a_text_is_cancelled_by_itself_by_its_name_and_with_its_task() -> None:
-    router = ScriptedRouter(TEXT, hold_after=3)
+    router = BreakingRouter(TEXT, hold_after=3)
 
     async def use(client: AsyncClient) -> None:
         text = client.generate(PROMPT)

@@ -15,7 +15,7 @@ from moecluster.types import ExpertId, RouterStatus
 PROMPT_TOKENS = 7
 
 
-class ScriptedRouter:
+class BreakingRouter:
     """Goes on behind generated_ids as the contract wants it: with the detokenising state that they lead to."""
 
     def __init__(
@@ -86,11 +86,11 @@ class ScriptedRouter:
         raise InvalidMessage("layer: it has none")
 
     def status(self) -> RouterStatus:
-        return RouterStatus(router="scripted", model="", placement=(0, 0), running=0, rss_bytes=0)
+        return RouterStatus(router="breaking", model="", placement=(0, 0), running=0, rss_bytes=0)
 
 
 @contextmanager
-def serving_routers(*routers: ScriptedRouter) -> Iterator[list[str]]:
+def serving_routers(*routers: BreakingRouter) -> Iterator[list[str]]:
     """Their addresses, while they serve."""
     servers = [serve_router(router) for router in routers]
     try:
