@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ class Trouble:
 class StandIn:
     """Its script, and what it was asked."""
 
-    troubles: dict[str, Sequence[Trouble]] = field(default_factory=dict)  # prompt -> for its attempts in turn
+    troubles: Mapping[str, Sequence[Trouble]] = field(default_factory=dict)  # prompt -> for its attempts in turn
     key: str = ""
     delay_s: float = 0.0  # before an answer, and before its first token
     token_s: float = 0.0  # between tokens

@@ -1,6 +1,5 @@
 """batch: a file of requests through the HTTP front, to a file of answers."""
 
-import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from actors.commands.event_loop import run_until_signalled
 from moecluster.errors import ConfigError, DataError, MoeClusterError
 from moecluster.serving.http_front import open_front, read_api_key
 from moecluster.serving.offline.journal import Journal, Output, is_complete, journal_path
@@ -51,7 +51,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
             began_s = time.monotonic()
             try:
                 with _Shown(len(lines), tally, console) as shown:
-                    asyncio.run(_run(lines, journal, api_key, choice, shown))
+                    run_until_signalled(_run(lines, journal, api_key, choice, shown))
             except (MoeClusterError, KeyboardInterrupt, SystemExit):
                 kept = f"{journal.done} of {len(lines)} lines are kept in {journal.path}"
                 console.print(f"{kept}; the same command goes on behind them", highlight=False, soft_wrap=True)

@@ -1,18 +1,17 @@
 """bench serve: load against an HTTP front; a table, every figure as JSON, a picture."""
 
-import asyncio
 import dataclasses
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from actors.commands.event_loop import run_until_signalled
 from actors.commands.reports import check_writable, write_report
 from moecluster.errors import ConfigError, Unavailable
 from moecluster.serving.bench.load import OnEnd, closed_loop, open_loop
@@ -58,12 +57,13 @@ def bench_serve(choice: LoadChoice, console: Console) -> None:
     choice = _checked(choice)
     api_key = read_api_key(choice.api_key_env)
     words = read_words(choice.text) if choice.text is not None else []
-    model, measured = asyncio.run(_measure(choice, api_key, words, console))
+    model, measured = run_until_signalled(_measure(choice, api_key, words, console))
     slo = _slo(choice)
     summary = summarize(measured, slo)
     title = f"{model} at {choice.base_url}: {_load_name(choice)}"
     console.print(title, highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(summary, slo))
+    console.print(_times_table(summary))
+    console.print(_totals_table(summary, slo))
     _show_errors(measured, console)
     load = {**dataclasses.asdict(choice), "model": model, "text": _shown(choice.text)}
     report = {
@@ -189,8 +189,8 @@ def _load_name(choice: LoadChoice) -> str:
     return f"{choice.concurrency} clients at once"
 
 
-def _table(summary: Summary, slo: Slo) -> Table:
-    table = Table("", "mean", "p50", "p90", "p99", "max")
+def _times_table(summary: Summary) -> Table:
+    table = Table("", "mean", "p50", "p90", "p99", "max", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, found in (
@@ -201,13 +201,18 @@ def _table(summary: Summary, slo: Slo) -> Table:
         ("sent late by this program", summary.sent_late_s),
     ):
         table.add_row(name, *_cells(found))
-    table.add_section()
+    return table
+
+
+def _totals_table(summary: Summary, slo: Slo) -> Table:
+    table = Table("", "", box=None, pad_edge=False, show_header=False)
+    table.columns[1].justify = "right"
     for name, value in _totals(summary, slo):
         table.add_row(name, value)
     return table
 
 
-def _totals(summary: Summary, slo: Slo) -> list[tuple[str, Any]]:
+def _totals(summary: Summary, slo: Slo) -> list[tuple[str, str]]:
     rows = [
         ("requests, completed", f"{summary.requests:,}, {summary.completed:,}"),
         ("duration", f"{summary.duration_s:,.1f} s"),

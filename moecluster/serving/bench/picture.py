@@ -20,9 +20,10 @@ def draw_load(measured: Sequence[Measured], slo: Slo, title: str, path: Path) ->
     panels = figure.subplots(2, 2)
     ended = [m for m in measured if not m.error]
     first_s = [s for m in ended if (s := m.time_to_first_token_s) is not None]
-    _distribution(panels[0, 0], first_s, "time to first token, ms", "requests", slo.time_to_first_token_s)
+    _distribution(panels[0, 0], first_s, "time to first token, ms", "requests", slo.time_to_first_token_s, "SLO")
     gaps_s = [s for m in ended for s in m.inter_token_s]
-    _distribution(panels[0, 1], gaps_s, "between two tokens, ms", "tokens", slo.inter_token_s)
+    limit = "SLO (of a request's mean)"
+    _distribution(panels[0, 1], gaps_s, "between two tokens, ms", "tokens", slo.inter_token_s, limit)
     duration_s = max(max((m.ended_s for m in measured), default=0.0), 1e-9)
     _throughput(panels[1, 0], measured, duration_s)
     _in_flight(panels[1, 1], measured, duration_s)
@@ -30,7 +31,9 @@ def draw_load(measured: Sequence[Measured], slo: Slo, title: str, path: Path) ->
     figure.savefig(path)
 
 
-def _distribution(axes: Axes, seconds: Sequence[float], quantity: str, what: str, limit_s: float | None) -> None:
+def _distribution(
+    axes: Axes, seconds: Sequence[float], quantity: str, what: str, limit_s: float | None, limit: str
+) -> None:
     """The part of all that took at most so long."""
     if seconds:
         sorted_ms = 1e3 * np.sort(np.asarray(seconds))
@@ -42,7 +45,7 @@ def _distribution(axes: Axes, seconds: Sequence[float], quantity: str, what: str
         if sorted_ms[0] > 0 and sorted_ms[-1] > 20 * sorted_ms[0]:
             axes.set_xscale("log")
     if limit_s is not None:
-        axes.axvline(1e3 * limit_s, color="tab:red", linewidth=1.2, label=f"SLO: {1e3 * limit_s:,.4g} ms")
+        axes.axvline(1e3 * limit_s, color="tab:red", linewidth=1.2, label=f"{limit}: {1e3 * limit_s:,.4g} ms")
     axes.set_ylim(0, 101)
     axes.set_xlabel(quantity)
     _name(axes, f"{what} within it, %", legend=bool(seconds) or limit_s is not None)
