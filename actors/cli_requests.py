@@ -25,6 +25,9 @@ def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="requests, in OpenAI's batch format")],
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="the answers, in the order of the requests")],
     base_url: BaseUrl = FRONT,
+    cluster: Annotated[
+        str, typer.Option(help="without a front: the name of a cluster that moecluster up started here")
+    ] = "",
     concurrency: Annotated[int, typer.Option(help="requests under way at once", min=1, max=4096)] = 32,
     attempts: Annotated[int, typer.Option(help="for a request that breaks or gets a 5xx", min=1)] = 5,
     patience_s: Annotated[float, typer.Option(help="for a front that is away or takes no requests", min=0.0)] = 600.0,
@@ -37,6 +40,7 @@ def batch(
 
     choice = BatchChoice(
         base_url=base_url,
+        cluster=cluster,
         api_key_env=api_key_env,
         concurrency=concurrency,
         attempts=attempts,

@@ -25,6 +25,7 @@ class BatchChoice:
     """How the lines are sent."""
 
     base_url: str
+    cluster: str  # go to this one through a front of our own; empty: to base_url
     api_key_env: str
     concurrency: int
     attempts: int
@@ -36,7 +37,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
     """Sends every line of source that is not done yet, and writes out when all are."""
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f'OUT: got "{out}", expected a file in a folder that is there')
-    api_key = read_api_key(choice.api_key_env)
+    api_key = "" if choice.cluster else read_api_key(choice.api_key_env)
     tally = Tally()
     with BatchInput(source) as lines:
         if _is_there(out, lines):
@@ -51,7 +52,10 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
             began_s = time.monotonic()
             try:
                 with _Shown(len(lines), tally, console) as shown:
-                    run_until_signalled(_run(lines, journal, api_key, choice, shown))
+                    if choice.cluster:
+                        _run_through_own_front(lines, journal, choice, shown, console)
+                    else:
+                        run_until_signalled(_run(lines, journal, choice.base_url, api_key, choice, shown))
             except (MoeClusterError, KeyboardInterrupt, SystemExit):
                 kept = f"{journal.done} of {len(lines)} lines are kept in {journal.path}"
                 console.print(f"{kept}; the same command goes on behind them", highlight=False, soft_wrap=True)
@@ -71,9 +75,20 @@ def _is_there(out: Path, lines: BatchInput) -> bool:
     return True
 
 
-async def _run(lines: BatchInput, journal: Journal, api_key: str, choice: BatchChoice, shown: "_Shown") -> None:
+def _run_through_own_front(
+    lines: BatchInput, journal: Journal, choice: BatchChoice, shown: "_Shown", console: Console
+) -> None:
+    from actors.commands.own_front import front_to  # brings FastAPI and gRPC along
+
+    with front_to(choice.cluster, choice.concurrency, console) as own:
+        run_until_signalled(_run(lines, journal, own.url, own.api_key, choice, shown))
+
+
+async def _run(
+    lines: BatchInput, journal: Journal, base_url: str, api_key: str, choice: BatchChoice, shown: "_Shown"
+) -> None:
     async with open_front(
-        choice.base_url, api_key=api_key, max_connections=choice.concurrency, timeout_s=choice.timeout_s
+        base_url, api_key=api_key, max_connections=choice.concurrency, timeout_s=choice.timeout_s
     ) as front:
         retries = Retries(attempts=choice.attempts, patience_s=choice.patience_s)
         await run_batch(lines, journal, front, concurrency=choice.concurrency, retries=retries, on_done=shown.advance)

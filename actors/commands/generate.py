@@ -1,25 +1,16 @@
 """generate: a text from a model, streamed to the terminal as it comes."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from actors import state
 from actors.commands.cluster import found, serves
+from actors.commands.routers import find_routers
 from actors.commands.target import read_target, trained_model
-from actors.launch import bring_up, join, leave, take_down
-from actors.state import UpCluster
+from actors.launch import bring_up, take_down
 from moecluster.client import Client, TextOptions
-from moecluster.errors import ConfigError, InvalidMessage, Unavailable
-
-if TYPE_CHECKING:
-    from actors.driver import Cluster
-
-PATIENCE_S = 60.0  # a router's process imports torch and transformers, and loads the trunk
-RETRY_S = 0.5
+from moecluster.errors import ConfigError, InvalidMessage
 
 
 def generate(
@@ -40,7 +31,7 @@ def generate(
         cluster = found(config.cluster.name)
         serves(cluster, model_dir)
         _write(
-            Client(cluster.router_addresses, discover=lambda: _find_routers(cluster, console)),
+            Client(cluster.router_addresses, discover=lambda: find_routers(cluster, console)),
             prompt,
             chat,
             asked,
@@ -93,29 +84,3 @@ def _write(client: Client, prompt: str, chat: bool, options: TextOptions, consol
             raise ConfigError(str(exc)) from exc
     print(flush=True)
     console.print(f"{len(text.ids)} tokens after a prompt of {text.prompt_tokens}, ended by: {text.finish_reason}")
-
-
-def _find_routers(cluster: UpCluster, console: Console) -> tuple[str, ...]:
-    """Addresses of the routers as Ray finds them now: joining it takes seconds, so only when those noted are lost."""
-    console.print("no router answers where it was; asking Ray where they are now")
-    joined = join(cluster.name, cluster.ray_address, cluster.local_ray)
-    try:
-        addresses = _wait_for_routers(joined)
-    finally:
-        leave()
-    noted = state.load(cluster.name)
-    if noted is not None:  # else it was taken down meanwhile
-        state.save(replace(noted, router_addresses=addresses))
-    return addresses
-
-
-def _wait_for_routers(cluster: "Cluster") -> tuple[str, ...]:
-    """Ray starts a router that was lost again. Raises Unavailable if none is back in time."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return cluster.router_addresses()
-        except Unavailable:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(RETRY_S)

@@ -15,13 +15,18 @@ from typing import Any
 import httpx
 import pytest
 
+from actors import state
+from actors.state import UpCluster
+from moecluster.client import Client
 from moecluster.errors import ConfigError, Unavailable
 from moecluster.serving.http_front import open_front
 from moecluster.serving.offline.journal import Journal, journal_path
 from moecluster.serving.offline.lines import BatchInput
 from moecluster.serving.offline.run import run_batch
 from moecluster.serving.offline.sending import Retries
+from tests.loopback_cluster import LoopbackCluster
 from tests.openai_stand_in import StandIn, Trouble, answer_to, serving
+from tests.twin_actors import save_tiny_model
 
 WAIT_S = 60.0
 COMMAND = (sys.executable, "-c", "from actors.cli import main; main()", "batch")
@@ -227,3 +232,35 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path) -> None:
     assert "is there already, and not the answers" in said(command(source, tmp_path / "other.jsonl"), 2)
     assert (tmp_path / "other.jsonl").read_text() == "mine\n"
     assert "OUT: got" in said(command(source, tmp_path / "nowhere" / "x.jsonl"), 2)
+
+
+def test_straight_to_a_cluster_through_a_front_of_its_own(tmp_path, monkeypatch) -> None:
+    model = tmp_path / "tiny"
+    save_tiny_model(model)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    requests = [
+        {"custom_id": f"{i}", "method": "POST", "url": "/v1/completions", "body": {"model": name, "prompt": prompt}}
+        for i, (name, prompt) in enumerate((name, prompt) for name in ("tiny", "mine") for prompt in ("def", "class"))
+    ]
+    for request in requests:
+        request["body"] |= {"max_tokens": 8, "temperature": 0}  # type: ignore[operator]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    with LoopbackCluster(str(model)) as cluster:
+        state.save(
+            UpCluster(
+                name="mine",
+                ray_address="",
+                model=str(model),
+                router_addresses=(cluster.router_server.address,),
+                controller_address=cluster.controller_server.address,
+                local_ray=None,
+            )
+        )
+        # concurrency as the present router's bound
+        said(command(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--cluster", "mine", "--concurrency", 2), 0)
+        with Client(cluster.router_server.address) as client:
+            expected = {prompt: client.generate(prompt, max_new_tokens=8).text() for prompt in ("def", "class")}
+    outputs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [text_of(output) for output in outputs] == [expected["def"], expected["class"]] * 2
+    missing = said(command(tmp_path / "in.jsonl", tmp_path / "other.jsonl", "--cluster", "nobody"), 2)
+    assert "no cluster nobody is up" in missing
