@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.loopback_cluster import LoopbackCluster
 from tests.openai_stand_in import StandIn, Trouble, serving
+from tests.running_front import running_front
+from tests.twin_actors import save_tiny_model
 
 COMMAND = (sys.executable, "-c", "from actors.cli import main; main()", "bench", "serve")
 WAIT_S = 60.0
@@ -122,3 +125,15 @@ def test_a_front_that_is_not_there_and_a_wrong_key_are_said_at_once() -> None:
     with serving(StandIn(key="sk-right")) as stand_in:
         assert "refuses the API key" in bench("--base-url", stand_in.url, code=2, MOECLUSTER_API_KEY="sk-wrong")
         bench("--base-url", stand_in.url, "--num-prompts", 2, MOECLUSTER_API_KEY="sk-right")
+
+
+def test_against_the_real_front_over_a_real_cluster(tmp_path) -> None:
+    model = save_tiny_model(tmp_path)
+    with LoopbackCluster(model) as cluster, running_front([cluster.router_server.address]) as front:
+        bench(
+            *("--base-url", front.url, "--concurrency", 2, "--num-prompts", 6, "--input-tokens", "8-16"),
+            *("--output-tokens", 6, "--json", tmp_path / "load.json"),
+        )
+    summary = load(tmp_path / "load.json")["summary"]
+    assert (summary["completed"], summary["errors"]) == (6, {})
+    assert 6 * 8 <= summary["prompt_tokens"] <= 6 * 16 and 0 < summary["output_tokens"] <= 36
