@@ -213,7 +213,7 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(Section):
-    """How text is generated."""
+    """How text is generated, and how the HTTP front takes requests for it."""
 
     section: ClassVar[str] = "serve"
 
@@ -231,6 +231,21 @@ class ServeConfig(Section):
         512, "tokens that a router computes at once; longer prompts are computed in parts", minimum=8
     )
 
+    host: str = setting("127.0.0.1", "address that the HTTP front listens on")
+    port: int = setting(8000, "port of the HTTP front; 0: any free one", minimum=0, maximum=65535)
+    model_name: str = setting("", "the model's name in the API; empty: that of its directory, preset or TOML file")
+    max_body_bytes: int = setting(8 * MIB, "largest body of an HTTP request; beyond it: 413", minimum=1024)
+    max_buffered_bytes: int = setting(256 * MIB, "bodies of all requests in flight; beyond it: 429", minimum=1024)
+    max_inflight: int = setting(256, "requests, and texts, in flight in the front; beyond it: 429", minimum=1)
+    body_timeout_s: float = setting(60.0, "longest wait for a request's body", above=0)
+    request_timeout_s: float = setting(3600.0, "longest time that a text may take", above=0)
+    router_patience_s: float = setting(60.0, "how long a text waits for a router that writes it", above=0)
+    grace_s: float = setting(30.0, "time that begun answers have to end when the front is asked to", minimum=0)
+
+    def check(self) -> None:
+        if self.max_buffered_bytes < self.max_body_bytes:
+            raise self.complain("max_buffered_bytes", f"expected at least max_body_bytes = {self.max_body_bytes}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SecurityConfig(Section):
@@ -239,3 +254,5 @@ class SecurityConfig(Section):
     section: ClassVar[str] = "security"
 
     ray_auth: str = setting("token", "authentication of a Ray cluster started here", choices=("token", "disabled"))
+    api_keys_file: str = setting("", "API keys that the HTTP front lets in, one a line; empty: it asks for none")
+    allow_without_keys: bool = setting(False, "let the HTTP front listen beyond the loopback without API keys")

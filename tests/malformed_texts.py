@@ -41,8 +41,8 @@ def strange_generated_ids(rng: random.Random, request: router_pb2.GenerateReques
     request.generated_ids.append(rng.choice([-1, 259, 2**31 - 1]))
 
 
-def nothing_left(rng: random.Random, request: router_pb2.GenerateRequest) -> None:
-    request.generated_ids.extend([65] * rng.randint(2, 9))
+def more_than_wanted(rng: random.Random, request: router_pb2.GenerateRequest) -> None:
+    request.generated_ids.extend([65] * rng.randint(3, 9))
 
 
 def strange_length(rng: random.Random, request: router_pb2.GenerateRequest) -> None:
@@ -108,7 +108,7 @@ BREAKS: tuple[Break, ...] = (
     huge_prompt,
     strange_ids,
     strange_generated_ids,
-    nothing_left,
+    more_than_wanted,
     strange_length,
     strange_messages,
     strange_stop,
