@@ -1,5 +1,6 @@
 """Generation under load while the cluster is changed and killed at random: what is asserted of it, and its figures."""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,13 +41,14 @@ class Found:
 def soak(directory: Path, *, operations: int, kills: int, duration_s: float, seed: int) -> Found:
     """Asserts that no request failed, that no text was wrong, that every operation was done (or, if it failed, met a
     kill), and that the cluster is whole afterwards."""
-    model = save_decided_model(directory, num_experts=NUM_EXPERTS)
+    model = save_decided_model(directory / "model", num_experts=NUM_EXPERTS)
+    checkpoints = (model, str(shutil.copytree(model, directory / "copy")))
     with RayCluster(model, SETTINGS) as cluster:
         texts = {prompt: generate(cluster, prompt) for prompt in PROMPTS}
         undisturbed = {prompt: text.ids for prompt, text in texts.items()}
         assert len(set(undisturbed.values())) == len(PROMPTS)
         wanted = {expert for text in texts.values() for expert, count in text.experts.items() if count}
-        changes = RandomChanges(cluster, wanted=sorted(wanted), seed=seed)
+        changes = RandomChanges(cluster, wanted=sorted(wanted), checkpoints=checkpoints, seed=seed)
         with Clients(cluster) as clients:
             changes.run(operations=operations, kills=kills, duration_s=duration_s)
         excused = count_near_ties(clients.texts, undisturbed, model)

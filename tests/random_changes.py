@@ -1,6 +1,6 @@
 """A cluster that is changed and killed at random while it serves: the run that faults and soak tests share.
 
-changes = RandomChanges(cluster, wanted=experts, seed=0)
+changes = RandomChanges(cluster, wanted=experts, checkpoints=copies_of_the_model, seed=0)
 changes.run(operations=40, kills=20, duration_s=600)
 changes.happened        # what was done, when it began and ended, and what became of it
 """
@@ -24,8 +24,8 @@ from tests.happenings import Happening
 from tests.ray_cluster import RayCluster, wait_for
 
 MIN_ACTORS, MAX_ACTORS = 2, 5
-# As often as 40 operations have them; starts outnumber ends by as many as a run of them should end with.
-KINDS = {"scale up": 9, "scale down": 5, "drain": 4, "move": 8, "replicate": 7, "scale to zero": 7}
+# As often as 44 operations have them; starts outnumber ends by as many as a run of them should end with.
+KINDS = {"scale up": 9, "scale down": 5, "drain": 4, "move": 8, "replicate": 7, "scale to zero": 7, "update": 4}
 KILLS = (EXPERT_PREFIX, CONTROLLER, EXPERT_PREFIX)  # two experts for each controller
 ORDER_PATIENCE_S = 60.0
 OPERATION_TIMEOUT_S = 120.0
@@ -76,13 +76,17 @@ class PatientCalls:
 class RandomChanges:
     """One run. Everything random is drawn from the seed; what meets what depends on the time that things take."""
 
-    def __init__(self, cluster: RayCluster, *, wanted: Sequence[ExpertId], seed: int) -> None:
-        """wanted: experts that the load has tokens for, so that they come back from nowhere."""
+    def __init__(
+        self, cluster: RayCluster, *, wanted: Sequence[ExpertId], checkpoints: Sequence[str], seed: int
+    ) -> None:
+        """wanted: experts that the load has tokens for, so that they come back from nowhere. checkpoints: directories
+        of equal weights, the one that is served among them."""
         self.happened: list[Happening] = []
         self.refused: list[str] = []  # orders that the cluster refused, for which others were drawn
         self.unordered: dict[str, Operation] = {}  # what the controller did by itself, by id
         self._cluster = cluster
         self._wanted = sorted(wanted)
+        self._checkpoints = checkpoints
         self._choose = random.Random(seed)
         self._calls = PatientCalls(cluster)
         self._seed = seed
@@ -196,6 +200,13 @@ class RandomChanges:
                 what=f"drain {actor}",
                 ask=lambda calls, name: calls.drain(actor, operation_id=name),
                 seen=lambda: actor not in self._cluster.driver.actors(),
+            )
+        if kind == "update":
+            checkpoint = self._choose.choice([path for path in self._checkpoints if path != status.checkpoint])
+            return _Order(
+                what=f"update {checkpoint.rpartition('/')[2]}",
+                ask=lambda calls, name: calls.update(checkpoint, operation_id=name),
+                seen=lambda: self._status().checkpoint == checkpoint,
             )
         expert = self._choose.choice(self._wanted)
         count = {"move": 1, "replicate": 2, "scale to zero": 0}[kind]
