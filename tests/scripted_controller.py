@@ -18,6 +18,7 @@ from moecluster.types import (
     Placement,
     PlanPreview,
     Replica,
+    RouterState,
 )
 
 ACTORS = ("expert-0", "expert-1")
@@ -79,6 +80,7 @@ class ScriptedController(PlacementBoard):
         """fails: why every operation that is asked for fails in the end; empty: they succeed."""
         super().__init__()
         self.renewals: list[tuple[str, tuple[int, int], bool]] = []
+        self.states: dict[str, RouterState] = {}  # as each router told last
         self.failures: list[tuple[str, str, str]] = []
         self.reports: list[LoadSnapshot] = []
         self.wanted: list[tuple[str, tuple[ExpertId, ...]]] = []
@@ -88,8 +90,9 @@ class ScriptedController(PlacementBoard):
         self._fails = fails
         self._operations = {OLD_OPERATION.id: OLD_OPERATION}
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool) -> None:
+    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
         self.renewals.append((router, applied, hold))
+        self.states[router] = state
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
@@ -122,6 +125,7 @@ class ScriptedController(PlacementBoard):
             replicas=6,
             cold_experts=1,
             operations=tuple(o for o in self._operations.values() if not o.phase.ended),
+            router_states=tuple(state for _, state in sorted(self.states.items())),
         )
 
     def loads(self) -> ClusterLoads:

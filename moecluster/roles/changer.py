@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.metrics import Metrics
+from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.initial import all_experts
 from moecluster.placement.layout import balancedness_L
-from moecluster.placement.scaling import SizeObservation, SizeSettings, SizeState, decide_size
+from moecluster.placement.scaling import SizeObservation, SizeSettings, decide_size
 from moecluster.roles.actor_keeper import ActorSupervisor
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.decider import Decider, LayerReplicas

@@ -38,6 +38,7 @@ from moecluster.types import (
     Placement,
     PlanPreview,
     Replica,
+    RouterState,
 )
 
 logger = logging.getLogger(__name__)
@@ -190,9 +191,11 @@ class Controller:
         logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
         self._keepers.look(actor)
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool = False) -> None:
-        """The router counts for lease_s from now on. hold: nothing may move while it trains."""
-        if self._leases.renew(router, applied, hold=hold):
+    def renew_lease(
+        self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
+    ) -> None:
+        """The router counts for lease_s from now on, and stands as it says. hold: nothing may move while it trains."""
+        if self._leases.renew(router, applied, hold=hold, state=state):
             self._changer.wake()
 
     def leases(self) -> dict[str, Lease]:
@@ -269,17 +272,19 @@ class Controller:
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
         term, generation = self._standing.number
+        routers = self._leases.states()
         return ControllerStatus(
             term=term,
             generation=generation,
             actors=self._keepers.states(),
             checkpoint=self._standing.checkpoint,
-            routers=len(self._leases.standing()),
+            routers=len(routers),
             policy=self._settings.changer.policy,
             held=self._standing.held,
             replicas=len(self._standing.replicas()),
             cold_experts=len(self._standing.cold),
             operations=self._log.under_way(),
+            router_states=tuple(routers.values()),
         )
 
     def loads(self) -> ClusterLoads:

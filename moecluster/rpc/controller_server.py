@@ -8,7 +8,7 @@ import grpc
 
 from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
-from moecluster.rpc.controller_messages import encode_status
+from moecluster.rpc.controller_messages import decode_router_state, encode_status
 from moecluster.rpc.fields import (
     MAX_REASON_LENGTH,
     checked_count,
@@ -26,7 +26,15 @@ from moecluster.rpc.placement_board import NEVER
 from moecluster.rpc.placement_messages import encode_placement
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
-from moecluster.types import ClusterLoads, ControllerStatus, ExpertId, LoadSnapshot, Operation, PlanPreview
+from moecluster.types import (
+    ClusterLoads,
+    ControllerStatus,
+    ExpertId,
+    LoadSnapshot,
+    Operation,
+    PlanPreview,
+    RouterState,
+)
 
 WAIT_S = 1.0  # between looks at whether a subscriber is still there
 READY_WAIT_S = 5.0  # of an order for a controller that is starting
@@ -39,8 +47,9 @@ class ControllerHandler(PlacementSource, Protocol):
 
     lease_s: float
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool) -> None:
-        """A router is there, and has applied this placement. hold: it trains, so the placement must stay."""
+    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
+        """A router is there, and has applied this placement. hold: it trains, so the placement must stay. state: what
+        it says of itself."""
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
         """What a router counted in its last window."""
@@ -219,7 +228,7 @@ class _Subscription:
             for request in self._requests:
                 router = checked_name(request.router, "router")
                 applied = (request.applied_term, request.applied_generation)
-                self._handler.renew_lease(router, applied, hold=request.hold)
+                self._handler.renew_lease(router, applied, hold=request.hold, state=_router_state(request, router))
         except InvalidMessage as exc:
             self.error = exc
         except grpc.RpcError:
@@ -251,6 +260,16 @@ def _answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> Answe
         return call()
     except MoeClusterError as exc:
         abort_with(context, exc)
+
+
+def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
+    """What the router says of itself; nothing but its name if it says nothing."""
+    if not request.HasField("state"):
+        return RouterState(router=router)
+    state = decode_router_state(request.state)
+    if state.router != router:
+        raise InvalidMessage(f"state.router: {state.router}, and the lease is {router}'s")
+    return state
 
 
 def _operation_id(given: str) -> str:
