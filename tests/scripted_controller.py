@@ -24,6 +24,7 @@ from moecluster.types import (
 ACTORS = ("expert-0", "expert-1")
 LAYER_EXPERTS = {0: 2, 3: 4}
 MAX_ACTORS = 8
+MAX_ROUTERS = 4
 NOW_S = 1_700_000_000.0
 
 LOADS = ClusterLoads(
@@ -135,6 +136,11 @@ class ScriptedController(PlacementBoard):
         if expert_actors > MAX_ACTORS:
             raise UserError(f"{expert_actors} expert actors: at most {MAX_ACTORS} (cluster.max_expert_actors)")
         return self._begin("scale", (str(expert_actors),), operation_id)
+
+    def scale_routers(self, routers: int, *, operation_id: str) -> Operation:
+        if routers > MAX_ROUTERS:
+            raise UserError(f"{routers} routers: at most {MAX_ROUTERS} (serve.max_routers)")
+        return self._begin("scale-routers", (str(routers),), operation_id)
 
     def drain(self, node: str, *, operation_id: str) -> Operation:
         if node not in ("node-a", *ACTORS):

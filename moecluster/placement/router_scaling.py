@@ -2,8 +2,8 @@
 
 A router that is asked for serves only after its cold start: seconds for a process with torch and transformers, and its
 trunk on top. So a burst waits for upscale_delay_s and the cold start together. An upscale delay far below a cold start
-gains little, and starts routers for bursts that are over when they come. A downscale delay ought to be many cold starts:
-to have been wrong costs one. A router that is still leaving is taken back without one.
+gains little, and starts routers for bursts that are over when they come. A downscale delay ought to be many cold
+starts: to have been wrong costs one. A router that is still leaving is taken back without one.
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,8 @@ from moecluster.roles.leases import Leases
 from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.ordered_changes import SIZES, OrderedChanges, parse_expert
+from moecluster.roles.ordered_changes import KINDS, SIZES, OrderedChanges, parse_expert
+from moecluster.roles.router_sizing import KIND as ROUTERS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.types import ExpertId, Operation, OperationPhase, Replica
@@ -127,7 +128,7 @@ class Changer:
                 # A mistake of ours must end neither the recoveries to come nor leave an operation under way for ever.
                 logger.exception("no change was made")
                 for operation in self._log.under_way():
-                    if operation.phase is not OperationPhase.QUEUED and operation.kind != "restore":
+                    if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
                         detail = "the controller failed inside; its log says how"
                         self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
 
@@ -156,7 +157,7 @@ class Changer:
         """What is queued; False if a recovery comes first. Sizes are changed in their order, and while one waits for
         actors all else goes on."""
         waiting = False
-        for operation in self._log.queued():
+        for operation in self._log.queued(KINDS):
             if self._closed.is_set():
                 return False
             if waiting and operation.kind in SIZES:

@@ -24,6 +24,8 @@ from moecluster.roles.mover import Mover, MoverSettings
 from moecluster.roles.observer import Observer, ObserverSettings
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS
+from moecluster.roles.router_sizing import KIND as ROUTERS
+from moecluster.roles.router_sizing import RouterSizing, RouterSizingSettings, RouterSupervisor
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.roles.take_over import newest_picture
@@ -65,6 +67,7 @@ class ControllerSettings:
     observer: ObserverSettings | None = None  # None: room for just what the replicas take
     changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
     mover: MoverSettings = field(default_factory=MoverSettings)
+    routers: RouterSizingSettings = field(default_factory=RouterSizingSettings)
 
 
 class Controller:
@@ -79,10 +82,12 @@ class Controller:
         watch: Watch,
         metrics: Metrics,
         source: LoadSource | None = None,
+        routers: RouterSupervisor | None = None,
         on_deposed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """source: where loads come from; by default the routers' reports. on_deposed is called when another controller
+        """source: where loads come from; by default the routers' reports. routers: None: they are not started or ended
+        from here. on_deposed is called when another controller
         has taken over. clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
@@ -149,6 +154,16 @@ class Controller:
             metrics=metrics,
             clock=clock,
         )
+        self._routers: RouterSizing | None = None
+        if routers is not None:
+            self._routers = RouterSizing(
+                settings.routers,
+                supervisor=routers,
+                leases=self._leases,
+                log=self._log,
+                checkpoint=lambda: self._standing.checkpoint,
+                clock=clock,
+            )
         self._picture: bytes | None = None  # encoded; None: to be made anew
 
     def start(self, timeout_s: float) -> None:
@@ -169,9 +184,13 @@ class Controller:
         self._standing.open()
         self._keepers.opened()
         self._changer.start()
+        if self._routers is not None:
+            self._routers.start()
 
     def close(self) -> None:
         """Leaves the actors as they are: a successor finds them."""
+        if self._routers is not None:
+            self._routers.close()
         self._changer.close()
         self._keepers.close()
         self._board.close()
@@ -235,6 +254,13 @@ class Controller:
         self._sizing.check_size(expert_actors, "scale")
         return self._order("scale", "ordered", (str(expert_actors),), operation_id)
 
+    def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
+        """Begins to make it so many routers; goes on while training holds the placement. Raises ResourceError beyond
+        the limits."""
+        if self._routers is None:
+            raise ResourceError("scale: the routers of this cluster are started and ended by other means")
+        return self._routers.order(routers, operation_id=operation_id)
+
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
         """Begins to empty a node (its id, or how it begins), or one expert actor. Raises ResourceError if there is
         none of that name."""
@@ -272,7 +298,7 @@ class Controller:
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
         term, generation = self._standing.number
-        routers = self._leases.states()
+        routers = self._routers.states() if self._routers is not None else tuple(self._leases.states().values())
         return ControllerStatus(
             term=term,
             generation=generation,
@@ -284,7 +310,7 @@ class Controller:
             replicas=len(self._standing.replicas()),
             cold_experts=len(self._standing.cold),
             operations=self._log.under_way(),
-            router_states=tuple(routers.values()),
+            router_states=routers,
         )
 
     def loads(self) -> ClusterLoads:
@@ -314,7 +340,7 @@ class Controller:
         picture = found or ControllerPicture(
             actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
         )
-        self._log.take_over(picture.operations, resumable=KINDS)
+        self._log.take_over(picture.operations, resumable=KINDS | {ROUTERS})
         self._standing.begin(
             term=term + 1,
             generation=generation,

@@ -70,6 +70,9 @@ class ControllerHandler(PlacementSource, Protocol):
         """Begins to make it so many actors. operation_id: empty, or one that a caller chose: known, it is not begun
         again but returned (UserError if it asked for something else)."""
 
+    def scale_routers(self, routers: int, *, operation_id: str) -> Operation:
+        """Begins to make it so many routers. operation_id as in scale."""
+
     def drain(self, node: str, *, operation_id: str) -> Operation:
         """Begins to empty a node, or one expert actor. operation_id as in scale."""
 
@@ -159,9 +162,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
     def Scale(self, request: controller_pb2.ScaleRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
         def scale() -> controller_pb2.Operation:
-            expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
-            operation = self._handler.scale(expert_actors, operation_id=_operation_id(request.operation_id))
-            return encode_operation(operation)
+            operation_id = _operation_id(request.operation_id)
+            if not request.routers:
+                expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
+                return encode_operation(self._handler.scale(expert_actors, operation_id=operation_id))
+            if request.expert_actors:
+                raise InvalidMessage("routers: given beside expert_actors, expected one of the two")
+            routers = checked_count(request.routers, "routers", least=1)
+            return encode_operation(self._handler.scale_routers(routers, operation_id=operation_id))
 
         return self._answer_when_ready(context, scale)
 
