@@ -1,31 +1,36 @@
-"""The shell of a router: a Router behind gRPC. A training rank runs in the process of the first one."""
+"""The shell of a router: a Router behind gRPC. A training rank runs in the process of the first one.
+
+What brings transformers along, which takes seconds and 100 MB, is imported in a router's own process alone: the
+controller, which starts routers, does without.
+"""
 
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 
 from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints
-from actors.training_host import Progress, TrainingHost
 from moecluster.config import Config, read_config
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.roles.router import Router
 from moecluster.rpc.controller_calls import controller_status, set_checkpoint
 from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.rpc.router_server import serve_router
-from moecluster.types import ActorAddress
+from moecluster.types import ActorAddress, RouterState
+
+if TYPE_CHECKING:
+    from actors.training_host import Progress
 
 POLL_S = 0.2
 
@@ -35,6 +40,9 @@ class RouterActor:
 
     def __init__(self, tables: Mapping[str, Any], name: str, model_dir: str, metrics_port: int) -> None:
         """model_dir: trunk and tokenizer at first; a router that is started again takes what the controller names."""
+        from actors.training_host import TrainingHost
+        from moecluster.roles.router import Router
+
         config = read_config(tables)
         self._config = config
         self._name = name
@@ -42,7 +50,8 @@ class RouterActor:
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)
-        self._placements = ControllerClient(router=name, resolve=resolve)
+        self._serving: tuple[Router, str] | None = None  # and where it listens
+        self._placements = ControllerClient(router=name, resolve=resolve, state=self._state)
         self._experts = make_remote_experts(config, self._placements, self._metrics)
         self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -54,6 +63,7 @@ class RouterActor:
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
             metrics=self._metrics,
+            controller=lambda: self._placements.controller,
         )
         self._training = TrainingHost(
             self._experts,
@@ -62,6 +72,7 @@ class RouterActor:
             metrics=self._metrics,
         )
         self._server = serve_router(self._router, host=config.cluster.host)
+        self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
         """Where the process is reached."""
@@ -77,13 +88,28 @@ class RouterActor:
         """Begins a training run from a directory. Raises UserError if one is under way."""
         self._training.start(read_config(tables), Path(start))
 
-    def training_progress(self, since: int) -> Progress:
+    def training_progress(self, since: int) -> "Progress":
         """What the run has told since event number `since`."""
         return self._training.progress(since)
 
     def stop_training(self) -> None:
         """Ends the run after what it does now."""
         self._training.stop()
+
+    def _state(self) -> RouterState:
+        """What the controller is told with every renewal of the lease; before the router serves, its name alone."""
+        if self._serving is None:
+            return RouterState(router=self._name)
+        router, address = self._serving
+        status = router.status()
+        return RouterState(
+            router=self._name,
+            address=address,
+            running=status.running,
+            waiting=status.waiting,
+            weight_version=status.weight_version,
+            oldest_weight_version=status.weight_version,
+        )
 
 
 def served_checkpoint(resolve: Callable[[], str], timeout_s: float) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -36,12 +36,17 @@ class Router:
         device: str = "cpu",
         max_running: int = MAX_RUNNING,
         metrics: Metrics | None = None,
+        controller: Callable[[], str] = lambda: "",
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError.
+
+        controller: host:port where the controller is reached now, or nothing.
+        """
         self.name = name
         self.experts = experts
         self._max_running = max_running
         self._metrics = metrics
+        self._controller = controller
         self._tap = _Tap(experts)
         self._dtype, self._device = dtype, device
         self._lock = threading.Lock()
@@ -123,6 +128,7 @@ class Router:
             placement=placement,
             running=len(self._running),
             rss_bytes=psutil.Process().memory_info().rss,
+            controller=self._controller(),
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which routers there are: some more are started under a queue or by order, those that are too many leave and are ended.
+"""Which routers there are: more are started under a queue or by order, those that are too many leave and are ended.
 
 A router that leaves is shown as such with its state, so that fronts send it no new texts. It takes those that come all
 the same, and is ended when it has none any more, or after a timeout: then its texts go on at another router, as they do
