@@ -2,8 +2,8 @@
 
 The shape is Ray Serve's autoscaling policy: a wish must last for a delay before it is acted on, upwards shortly,
 downwards long, so that bursts and pauses do not make processes come and go. What is acted on is the least change that
-was wished for all along. A size at which there was a queue is not gone back to for some time, however idle the larger
-one is: the queue was the reason.
+was wished for all along. A size at which there was a queue, though it would do for the work, is not gone back to for
+some time, however idle the larger one is: the queue was the reason.
 """
 
 import math
@@ -20,7 +20,7 @@ class SizeState:
     more_since_s: float | None = None
     fewer_since_s: float | None = None
     nearest: int = 0  # of the sizes wished for since then: the least change
-    crowded: int = 0  # a size at which there was a queue ...
+    crowded: int = 0  # a size at which there was a queue all the same ...
     crowded_until_s: float = 0.0  # ... and until when it is not gone back to
 
 
@@ -48,6 +48,7 @@ def act_on(
     now_s, size = wish.now_s, wish.size
     crowded = state.crowded if now_s < state.crowded_until_s else 0
     wished = math.ceil(wish.work - 1e-9)
+    unexplained = wish.queues and wished <= size  # going by the work alone, they would do
     if wish.queues:
         wished = max(wished, size + 1)
     wished = min(max(wished, wish.lowest, min(crowded + 1, size)), wish.highest)
@@ -57,7 +58,7 @@ def act_on(
         if now_s - since_s < upscale_delay_s:
             return size, 0.0, replace(state, more_since_s=since_s, fewer_since_s=None, nearest=nearest)
         after = replace(state, more_since_s=None, fewer_since_s=None)
-        if wish.queues:
+        if unexplained:
             after = replace(after, crowded=size, crowded_until_s=now_s + CROWDED_DELAYS * downscale_delay_s)
         return nearest, now_s - since_s, after
     if wished < size and wish.calm and wish.work / max(wished, 1) <= ROOMY:

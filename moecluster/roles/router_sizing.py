@@ -138,7 +138,8 @@ class RouterSizing:
 
     def _run(self) -> None:
         while not self._closed.is_set():
-            self._wake.wait(self._settings.period_s if self._change is None else STEP_S)
+            period_s = self._settings.period_s
+            self._wake.wait(period_s if self._change is None else min(STEP_S, period_s))
             self._wake.clear()
             if self._closed.is_set():
                 return
