@@ -111,17 +111,22 @@ def params(target: Target, settings: Settings = None) -> None:
     run(target, settings or (), Console())
 
 
-@app.command(epilog="Example: moecluster scale 4    or: moecluster scale 4 --id evening --no-wait")
+@app.command(epilog="Example: moecluster scale 4    or: moecluster scale --routers 2 --id evening --no-wait")
 def scale(
-    number: Annotated[int, typer.Argument(metavar="N", help="how many expert actors there shall be")],
+    number: Annotated[
+        int | None, typer.Argument(metavar="N", help="how many expert actors there shall be", show_default=False)
+    ] = None,
+    routers: Annotated[
+        int | None, typer.Option(help="how many routers there shall be, instead of N", show_default=False)
+    ] = None,
     operation_id: OperationId = "",
     wait: Wait = True,
     name: Name = "moecluster",
 ) -> None:
-    """Start expert actors, or empty and end some, while the cluster serves."""
+    """Start expert actors or routers, or empty and end some, while the cluster serves."""
     from actors.commands.operations import scale as run
 
-    run(name, number, operation_id, wait, Console())
+    run(name, number, routers, operation_id, wait, Console())
 
 
 @app.command(epilog="Example: moecluster drain expert-1    or: moecluster drain host-7")

@@ -242,9 +242,21 @@ class ServeConfig(Section):
     router_patience_s: float = setting(60.0, "how long a text waits for a router that writes it", above=0)
     grace_s: float = setting(30.0, "time that begun answers have to end when the front is asked to", minimum=0)
 
+    min_routers: int = setting(0, "fewest routers; 0: no fewer than now but by order, then 1", minimum=0)
+    max_routers: int = setting(
+        0, "most routers; 0: no more than cluster.num_routers but by order, then 4 times as many", minimum=0
+    )
+    target_texts: float = setting(32.0, "texts, running and waiting, that a router shall have at once", above=0)
+    target_waiting: float = setting(1.0, "texts that may wait at a router before more routers help", above=0)
+    upscale_delay_s: float = setting(10.0, "how long routers must be too few before more are started", minimum=0)
+    downscale_delay_s: float = setting(300.0, "how long routers must be too many before some leave", minimum=0)
+    router_drain_timeout_s: float = setting(300.0, "longest wait for the texts of a router that leaves", above=0)
+
     def check(self) -> None:
         if self.max_buffered_bytes < self.max_body_bytes:
             raise self.complain("max_buffered_bytes", f"expected at least max_body_bytes = {self.max_body_bytes}")
+        if self.max_routers and self.max_routers < self.min_routers:
+            raise self.complain("max_routers", f"expected at least min_routers = {self.min_routers}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -295,7 +295,7 @@ class Operation:
     """One change of placement or size."""
 
     id: str
-    kind: str  # reshare | rebalance | restore | scale | drain | place | update | wake | cool
+    kind: str  # reshare | rebalance | restore | scale | scale-routers | drain | place | update | wake | cool
     phase: OperationPhase = OperationPhase.QUEUED
     reason: str
     detail: str = ""  # what is being done, or why it failed

@@ -80,13 +80,18 @@ class Router:
         device: str = "cpu",
         metrics: Metrics | None = None,
         on_change: Callable[[], None] = lambda: None,
+        controller: Callable[[], str] = lambda: "",
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. on_change: state() says something else about weights. Raises
-        CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError.
+
+        on_change: state() says something else about weights. controller: host:port where the controller is reached
+        now, or nothing.
+        """
         self.name = name
         self.experts = experts
         self._make_engine = make_engine
         self._metrics = metrics
+        self._controller = controller
         self._dtype, self._device = dtype, device
         self._lock = threading.Lock()
         self._engines: list[TextEngine] = []  # of all trunks in memory
@@ -162,6 +167,7 @@ class Router:
             waiting=sum(engine.waiting for engine in engines),
             max_tokens=served.engine.max_tokens,
             rss_bytes=psutil.Process().memory_info().rss,
+            controller=self._controller(),
         )
 
     def state(self) -> RouterState:

@@ -9,10 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
+from moecluster.sections import ServeConfig
 from moecluster.serving.running_text import RunningText
 from moecluster.types import ExpertId
 
@@ -31,6 +32,17 @@ class EngineLimits:
     max_waiting_tokens: int = 2**18  # of their prompts
     max_cached_tokens: int = 2**14  # of all running texts, prompts included
     max_batch_tokens: int = 512  # computed at once
+
+    @classmethod
+    def of(cls, serve: ServeConfig) -> Self:
+        """Those of the settings."""
+        return cls(
+            max_running=serve.max_running,
+            max_waiting=serve.max_waiting,
+            max_waiting_tokens=serve.max_waiting_tokens,
+            max_cached_tokens=serve.max_cached_tokens,
+            max_batch_tokens=serve.max_batch_tokens,
+        )
 
 
 class Writer(Protocol):
