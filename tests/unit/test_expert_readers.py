@@ -104,7 +104,6 @@ def test_layers_beyond_the_model_are_left_out(
         {"hidden_size": 16},
         {"num_hidden_layers": 3},
         {"model_type": "jamba"},
-        {"quantization_config": {"quant_method": "fp8"}},
     ],
 )
 def test_settings_that_do_not_fit_are_left_to_transformers(directory: Path, settings: dict[str, object]) -> None:
