@@ -20,7 +20,7 @@ from moecluster.models.headers import FLOATS, TensorInfo
 FP8_SCALE = "_scale_inv"
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 MXFP4_BLOCK = 32  # values that share an exponent
-PIECE_VALUES = 2**20  # dequantised at once: small enough to stay in the processor's cache, beside what it is made of
+PIECE_VALUES = 2**18  # dequantised at once: small enough to stay in the processor's cache, beside what it is made of
 
 _STORED = {**FLOATS, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 _FP8_SCALES = ("F32", "BF16", "F16", "F8_E8M0")

@@ -17,10 +17,11 @@ from moecluster.errors import CheckpointError
 from moecluster.models.block_scaled import Quantized, quantized_tensors
 from moecluster.models.checkpoint_files import CONFIG_NAME, CheckpointFiles, LocalFiles
 from moecluster.models.headers import INDEX_NAME, SINGLE_FILE_NAME, TensorInfo, read_headers
+from moecluster.models.mapped_memory import empty_mapped
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "OpenCheckpoint"]
 
-CONVERTED_AT_ONCE = 2**20  # elements
+CONVERTED_AT_ONCE = 2**18  # elements: they stay in the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ class Checkpoint:
         """
         info = self._readable(key)
         shape = info.shape if row is None else (1, *info.shape[1:])
-        tensor = torch.empty(shape, dtype=dtype or info.torch_dtype)
+        assert info.torch_dtype is not None
+        tensor = empty_mapped(shape, dtype or info.torch_dtype)
         self.read_into(tensor, key, row)
         return tensor
 

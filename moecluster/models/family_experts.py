@@ -11,6 +11,7 @@ from moecluster.hf.keys import ParameterSource, convert_rows, expert_sources
 from moecluster.hf.shard import ExpertShard
 from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.expert_layout import ExpertLayout
+from moecluster.models.mapped_memory import empty_mapped
 from moecluster.models.model_config import read_loadable_config
 from moecluster.types import ExpertId, MoeLayer
 
@@ -91,7 +92,12 @@ class FamilyExperts:
                     f"expert {expert} of {self._checkpoint.path} cannot be put together for {source.parameter}: "
                     f"its tensors have shapes {[list(tensor.shape) for tensor in tensors.values()]}"
                 ) from error
-            rows |= {name.rpartition(".")[2]: value for name, value in converted.items()}
+            for name, value in converted.items():
+                row = value
+                if source.converter is not None:  # what conversions allocate is the reading thread's malloc's
+                    row = empty_mapped(tuple(value.shape), dtype)
+                    row.copy_(value)
+                rows[name.rpartition(".")[2]] = row
         return rows
 
     def _check_shapes(

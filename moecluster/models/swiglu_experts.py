@@ -17,6 +17,7 @@ from moecluster.hf.shard import ExpertShard
 from moecluster.models.block_scaled import Quantized
 from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.headers import TensorInfo
+from moecluster.models.mapped_memory import empty_mapped
 from moecluster.types import ExpertId, MoeLayer
 
 
@@ -144,7 +145,7 @@ class PerExpertLayer:
     def read(self, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         gate, up, down = self._keys(index)
         inner, hidden = self._sizes.inner_size, self._sizes.hidden_size
-        gate_up = torch.empty(2 * inner, hidden, dtype=dtype)
+        gate_up = empty_mapped((2 * inner, hidden), dtype)
         checkpoint.read_into(gate_up[:inner], gate)
         checkpoint.read_into(gate_up[inner:], up)
         return {"gate_up_proj": gate_up, "down_proj": checkpoint.read(down, dtype=dtype)}

@@ -37,8 +37,8 @@ def load_trunk(
     """Loads a model whose experts are the backend's; in evaluation mode, with gradients on.
 
     path: a directory of this host, or a checkpoint that is open already. Only the trunk's bytes are read, and peak
-    memory is the trunk's. Raises CheckpointError if the directory is torn or any weight of the trunk is missing or of another
-    shape, UnsupportedModelError if the model is no MoE, cannot be dequantised, or cannot be attached.
+    memory is the trunk's. Raises CheckpointError if the directory is torn or any weight of the trunk is missing or
+    of another shape, UnsupportedModelError if the model is no MoE, cannot be dequantised, or cannot be attached.
     """
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     directory = checkpoint.files.metadata

@@ -13,6 +13,7 @@ from moecluster.roles.block_proofs import BlockProofs
 from moecluster.roles.controller_orders import LoadOrder
 from moecluster.roles.expert_training import ExpertTraining
 from moecluster.roles.hosted_experts import HostedExperts
+from moecluster.roles.packer import Packer
 from moecluster.roles.peer_copy import copy_experts
 from moecluster.rpc.interfaces import ConnectPeer
 from moecluster.types import ExpertId
@@ -39,6 +40,7 @@ class ExpertLoader:
         self._state_lock = state_lock
         self._connect_peer = connect_peer
         self._proofs = BlockProofs() if batch_invariant else None
+        self.packer = Packer(actor, always_at_once=batch_invariant)
         self._sources: dict[str, ExpertSource] = {}
 
     def load(self, order: LoadOrder, settings: LoadSettings) -> int:
@@ -85,8 +87,9 @@ class ExpertLoader:
         self, source: ExpertSource, wanted: list[ExpertId], settings: LoadSettings, order: LoadOrder
     ) -> Iterator[ArrivedExpert]:
         if settings.peer is not None:
-            return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order)
-        return read_experts(source, wanted, settings.dtype, order, trainable=settings.optimizer is not None)
+            return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order, self.packer)
+        packer = None if settings.optimizer is not None else self.packer
+        return read_experts(source, wanted, settings.dtype, order, packer)
 
     def _adopt_version(self, arrived: ArrivedExpert, ordered: int, coming: Set[ExpertId]) -> int:
         """The weight version of an arrived expert. coming: those that the load has yet to bring.

@@ -19,11 +19,12 @@ from moecluster.errors import (
 from moecluster.experts import compute
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
-from moecluster.roles.arriving_experts import LoadSettings, return_freed_memory
+from moecluster.roles.arriving_experts import LoadSettings
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
 from moecluster.roles.controller_orders import ControllerOrders
 from moecluster.roles.expert_loader import ExpertLoader
 from moecluster.roles.expert_training import ExpertTraining
+from moecluster.roles.freed_memory import return_freed_memory
 from moecluster.roles.hosted_experts import HostedExperts
 from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
 from moecluster.rpc.peer_exports import GrpcPeerExports
@@ -113,6 +114,11 @@ class ExpertService:
         """Computes what waits, then ends."""
         self._queue.close()
         self._thread.join(JOIN_TIMEOUT_S)
+        self._loader.packer.close()
+
+    def wait_packed(self, timeout_s: float) -> bool:
+        """Whether every expert that is served has the layout that is computed fastest with, within the timeout."""
+        return self._loader.packer.wait(timeout_s)
 
     def _compute_forever(self) -> None:
         while self._queue.wait():
