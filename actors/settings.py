@@ -57,6 +57,8 @@ def process_environment(threads: int) -> dict[str, str]:
         # Idle OpenMP threads of one process must not spin on the cores of another.
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
+        # malloc gives back what is free at the end of its first arena only; experts that moved away would leave more.
+        "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -377,12 +377,12 @@ def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) ->
     build_model(WIDE, seed=0).save_pretrained(tmp_path)
     experts = [ExpertId(layer=0, index=index) for index in range(WIDE.num_experts)]
     process = psutil.Process()
-    with closing(ExpertService(name="expert-0")) as service:
+    # Packed by the loading thread. Where another does it, memory goes back only in an actor, whose threads share one
+    # arena of malloc (actors/settings.py).
+    with closing(ExpertService(name="expert-0", batch_invariant=True)) as service:
 
         def load() -> int:
-            loaded_bytes = service.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)
-            assert service.wait_packed(30.0)
-            return loaded_bytes
+            return service.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)
 
         def compute() -> None:
             rows = torch.float32 if dtype == "float32" else torch.bfloat16
@@ -398,9 +398,8 @@ def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) ->
         service.unload(term=1, experts=experts)
         left_bytes = process.memory_info().rss - before_bytes
     assert hosted_bytes >= 8 * 3 * 512 * 2048 * 2
-    # The packing thread's malloc keeps what is free at the end of its arena: less than two weights, of eight experts.
-    assert 0.75 * hosted_bytes < held_bytes < 1.3 * hosted_bytes
-    assert left_bytes < 0.25 * hosted_bytes
+    assert 0.9 * hosted_bytes < held_bytes < 1.3 * hosted_bytes
+    assert left_bytes < 0.1 * hosted_bytes
 
 
 # -- what status says --
