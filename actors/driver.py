@@ -11,12 +11,13 @@ import ray
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
 
+from actors.checkpoint_source import CheckpointSource
 from actors.controller_actor import ControllerActor
 from actors.controller_settings import controller_settings
 from actors.expert_actor import ExpertActor
 from actors.ray_calls import call, find_actor
 from actors.router_actor import RouterActor
-from actors.settings import CONTROLLER, ROUTER, Endpoints, expert_names, is_router, metrics_ports, router_names
+from actors.settings import CONTROLLER, ROUTER, SOURCE, Endpoints, expert_names, is_router, metrics_ports, router_names
 from actors.spawn import spawn
 from actors.training_host import Progress
 from moecluster.config import Config
@@ -88,6 +89,11 @@ class Cluster:
                 ControllerActor, "controller", config, CONTROLLER,
                 tables, model_dir, replicas, layer_experts, ports[CONTROLLER],
             )  # fmt: skip
+            if has_other_nodes(config):
+                node = ray.get_runtime_context().get_node_id()
+                handles[SOURCE] = spawn(
+                    CheckpointSource, "source", config, SOURCE, model_dir, config.cluster.host, node=node
+                )
             for name in router_names(config):
                 handles[name] = spawn(RouterActor, "router", config, name, tables, name, model_dir, ports[name])
             self._wait_ready(handles, config.cluster.start_timeout_s)
@@ -212,6 +218,11 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
             f"{', '.join(f'{count:g} {kind}s' for kind, count in needed.items() if count)}, free are {free}; "
             "lower cluster.num_expert_actors, cluster.num_routers or the CPUs and GPUs per actor, or add nodes"
         )
+
+
+def has_other_nodes(config: Config) -> bool:
+    """Whether actors may stand where the checkpoint is not: any Ray but one of this host alone may have more nodes."""
+    return bool(config.cluster.address) or len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
 def check_ports(config: Config) -> None:

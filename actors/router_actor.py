@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 
+from actors.checkpoint_source import checkpoint_opener
 from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints
 from actors.training_host import Progress, TrainingHost
@@ -54,6 +55,7 @@ class RouterActor:
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
             metrics=self._metrics,
+            open_elsewhere=checkpoint_opener(config.cluster.name),
         )
         self._training = TrainingHost(
             self._experts,

@@ -8,6 +8,7 @@ from moecluster.config import Config
 CONTROLLER = "controller"
 ROUTER = "router"  # the first one: training runs there
 EXPERT_PREFIX = "expert-"
+SOURCE = "checkpoint-source"  # where other nodes read the checkpoint, if there are any
 
 
 def router_names(config: Config) -> tuple[str, ...]:
@@ -68,12 +69,13 @@ def process_environment(threads: int) -> dict[str, str]:
 
 
 def options(config: Config, role: str) -> dict[str, Any]:
-    """Ray's resources and environment for an actor of a role: expert, router or controller."""
+    """Ray's resources and environment for an actor of a role: expert, router, controller or source."""
     cluster = config.cluster
     cpus, gpus, threads = {
         "expert": (cluster.cpus_per_expert_actor, cluster.gpus_per_expert_actor, config.experts.threads),
         "router": (cluster.cpus_per_router, cluster.gpus_per_router, config.router.threads),
         "controller": (0.0, 0.0, 1),
+        "source": (0.0, 0.0, 1),
     }[role]
     return {
         "num_cpus": cpus,

@@ -6,6 +6,7 @@ by piece on the way, so that there is never a second copy of it.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from moecluster.models.checkpoint_files import CONFIG_NAME, CheckpointFiles, Loc
 from moecluster.models.headers import INDEX_NAME, SINGLE_FILE_NAME, TensorInfo, read_headers
 from moecluster.models.mapped_memory import empty_mapped
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "OpenCheckpoint"]
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "OpenCheckpoint", "open_checkpoint"]
 
 CONVERTED_AT_ONCE = 2**18  # elements: they stay in the processor's cache
 
@@ -107,7 +108,14 @@ class Checkpoint:
         return info
 
 
-OpenCheckpoint = Callable[[str], Checkpoint]
+OpenCheckpoint = Callable[[str], Checkpoint]  # raises CheckpointError if there is none of that name
+
+
+def open_checkpoint(path: str | Path, elsewhere: OpenCheckpoint | None) -> Checkpoint:
+    """Opens a directory of this host, or, where this host does not see it, as elsewhere does. Raises as `of`."""
+    if elsewhere is not None and not os.path.isdir(path):  # False for any string, unlike Path.is_dir
+        return elsewhere(str(path))
+    return Checkpoint.open(path)
 
 
 def _read_config(files: CheckpointFiles) -> Mapping[str, Any]:

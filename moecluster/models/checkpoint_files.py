@@ -8,7 +8,7 @@ from typing import Protocol
 from moecluster.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
-WEIGHTS_SUFFIX = ".safetensors"
+WEIGHTS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 # What else belongs to a model: configuration, tokenizer, chat template. Weights in other formats are left alone.
 METADATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(\.json|\.jsonl|\.txt|\.jinja|\.model|\.tiktoken|\.spm)")
 
@@ -40,7 +40,8 @@ class LocalFiles:
             raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
 
     def weights(self) -> Mapping[str, int]:
-        return {file.name: file.stat().st_size for file in self.path.glob(f"*{WEIGHTS_SUFFIX}") if file.is_file()}
+        found = [file for file in self.path.iterdir() if WEIGHTS_NAME.fullmatch(file.name) and file.is_file()]
+        return {file.name: file.stat().st_size for file in found}
 
     def read_into(self, name: str, begin: int, out: memoryview) -> None:
         file = self.path / name

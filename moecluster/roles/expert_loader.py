@@ -6,6 +6,7 @@ from collections.abc import Iterator, Set
 
 from moecluster.errors import CheckpointError, StaleOrder
 from moecluster.experts import compute
+from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.training_files import read_optimizer_state, read_step
 from moecluster.roles.arriving_experts import ArrivedExpert, LoadSettings, read_experts, wanted_dtype
@@ -30,23 +31,25 @@ class ExpertLoader:
         state_lock: threading.RLock,
         *,
         connect_peer: ConnectPeer,
+        open_elsewhere: OpenCheckpoint | None,
         batch_invariant: bool,
     ) -> None:
-        """state_lock: held while slots and training change."""
+        """state_lock: held while slots and training change. open_elsewhere: for checkpoints not on this node."""
         self.run: compute.RunExpert = compute.run_plainly  # how the experts in the slots are to be run
         self._actor = actor
         self._hosted = hosted
         self._training = training
         self._state_lock = state_lock
         self._connect_peer = connect_peer
+        self._open_elsewhere = open_elsewhere
         self._proofs = BlockProofs() if batch_invariant else None
         self.packer = Packer(actor, always_at_once=batch_invariant)
         self._sources: dict[str, ExpertSource] = {}
 
     def load(self, order: LoadOrder, settings: LoadSettings) -> int:
         """Returns the bytes loaded. Raises as ExpertService.load says."""
-        source = self._source(settings.checkpoint)
         is_trained = settings.optimizer is not None
+        source = self._source(settings.checkpoint, here=is_trained)
         hosted = set(self._hosted.ids())
         if settings.optimizer is not None:
             step = read_step(settings.checkpoint)
@@ -76,11 +79,13 @@ class ExpertLoader:
         order.finish(wanted)
         return loaded_bytes
 
-    def _source(self, checkpoint: str) -> ExpertSource:
-        if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
+    def _source(self, checkpoint: str, *, here: bool) -> ExpertSource:
+        """here: the directory must be on this node, as training reads more of it than weights."""
+        elsewhere = None if here else self._open_elsewhere
+        if elsewhere is None and not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
             raise CheckpointError(f"{checkpoint}: no such directory on the node of {self._actor}")
         if checkpoint not in self._sources:
-            self._sources = {checkpoint: ExpertSource(checkpoint)}
+            self._sources = {checkpoint: ExpertSource(open_checkpoint(checkpoint, elsewhere))}
         return self._sources[checkpoint]
 
     def _arriving(

@@ -19,6 +19,7 @@ from moecluster.errors import (
 from moecluster.experts import compute
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint
 from moecluster.roles.arriving_experts import LoadSettings
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
 from moecluster.roles.controller_orders import ControllerOrders
@@ -62,8 +63,12 @@ class ExpertService:
         batch_invariant: bool = False,
         metrics: Metrics | None = None,
         connect_peer: ConnectPeer = GrpcPeerExports,
+        open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """Begins to compute; ends with close(). connect_peer: the way to an actor that experts are copied from."""
+        """Begins to compute; ends with close(). connect_peer: the way to an actor that experts are copied from.
+
+        open_elsewhere: opens checkpoints that this node does not see.
+        """
         self.name = name
         self.incarnation = secrets.token_hex(8)
         self._metrics = metrics
@@ -81,6 +86,7 @@ class ExpertService:
             self._training,
             self._state_lock,
             connect_peer=connect_peer,
+            open_elsewhere=open_elsewhere,
             batch_invariant=batch_invariant,
         )
         self._placement = (0, 0)

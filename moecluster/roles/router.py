@@ -14,6 +14,7 @@ from moecluster.errors import CheckpointError, Exhausted, InvalidMessage, MoeClu
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.generation import Generation
 from moecluster.roles.remote_experts import RemoteExperts
@@ -36,14 +37,19 @@ class Router:
         device: str = "cpu",
         max_running: int = MAX_RUNNING,
         metrics: Metrics | None = None,
+        open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError.
+
+        open_elsewhere: opens checkpoints that this node does not see.
+        """
         self.name = name
         self.experts = experts
         self._max_running = max_running
         self._metrics = metrics
         self._tap = _Tap(experts)
         self._dtype, self._device = dtype, device
+        self._open_elsewhere = open_elsewhere
         self._lock = threading.Lock()
         self._running: dict[str, Generation] = {}
         self._path, self._model, self._tokenizer = self._load(path)
@@ -136,9 +142,10 @@ class Router:
         self.experts.close()
 
     def _load(self, path: str | Path) -> tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]:
-        model = load_trunk(path, self._tap, self._dtype, self._device)
+        checkpoint = open_checkpoint(path, self._open_elsewhere)
+        model = load_trunk(checkpoint, self._tap, self._dtype, self._device)
         model.train(False)
-        return Path(path), model, load_tokenizer(path)
+        return Path(path), model, load_tokenizer(checkpoint.files.metadata)
 
     def _forget(self, generation: Generation) -> None:
         with self._lock:
