@@ -1,5 +1,6 @@
 """What the processes of actors are started with: names, ports, threads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ CONTROLLER = "controller"
 ROUTER = "router"  # the first one: training runs there
 EXPERT_PREFIX = "expert-"
 SOURCE = "checkpoint-source"  # where other nodes read the checkpoint, if there are any
+
+
+OnLoading = Callable[[int, int], None]  # told of the bytes of experts that are loaded, of how many
 
 
 def router_names(config: Config) -> tuple[str, ...]:

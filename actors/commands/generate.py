@@ -9,6 +9,7 @@ from rich.console import Console
 
 from actors import state
 from actors.commands.cluster import found, serves
+from actors.commands.loading_bar import loading_bar
 from actors.commands.target import read_target, trained_model
 from actors.launch import bring_up, join, leave, take_down
 from actors.state import UpCluster
@@ -34,8 +35,8 @@ def generate(target: str, prompt: str, max_new_tokens: int, settings: Sequence[s
         serves(cluster, model_dir)
         _stream(_routers(cluster, console), prompt, max_new_tokens, config, console)
         return
-    with console.status(f"no cluster {config.cluster.name} is up: starting one for this text"):
-        cluster = bring_up(config, model_dir)
+    with loading_bar(console, f"no cluster {config.cluster.name} is up: starting one for this text") as on_loading:
+        cluster = bring_up(config, model_dir, on_loading)
     console.print("started a cluster for this text alone (moecluster up keeps one)")
     try:
         _stream(cluster.router_addresses, prompt, max_new_tokens, config, console)

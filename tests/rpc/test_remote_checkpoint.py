@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -28,6 +29,7 @@ from moecluster.rpc import checkpoint_client, checkpoint_server
 from moecluster.rpc.checkpoint_client import RemoteFiles, SourceAddress
 from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
 from moecluster.rpc.server import RunningServer, open_channel
+from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ExpertId, OptimizerSettings
 from tests.families import make_model, save
 from tests.parity import LocalExperts, batch_for, load_routed
@@ -142,15 +144,15 @@ def test_an_expert_actor_loads_what_its_node_does_not_see(small: Path) -> None:
         ({"begin": 10**9}, InvalidMessage),
     ],
 )
-def test_nothing_else_can_be_read(small: Path, change: dict[str, object], error: type[MoeClusterError]) -> None:
+def test_nothing_else_can_be_read(small: Path, change: dict[str, Any], error: type[MoeClusterError]) -> None:
     with announced(small) as (server, source), open_channel(server.address) as channel:
-        wanted = {"id": source.id, "name": SINGLE_FILE_NAME, "begin": 0, "num_bytes": 10}
+        wanted: dict[str, Any] = {"id": source.id, "name": SINGLE_FILE_NAME, "begin": 0, "num_bytes": 10}
         stub = CheckpointServiceStub(channel)
         whole = list(stub.Read(checkpoint_pb2.CheckpointReadRequest(**wanted), timeout=10.0))
         assert b"".join(chunk.content for chunk in whole) == (small / SINGLE_FILE_NAME).read_bytes()[:10]
         with pytest.raises(grpc.RpcError) as refused:
             list(stub.Read(checkpoint_pb2.CheckpointReadRequest(**(wanted | change)), timeout=10.0))
-        assert isinstance(checkpoint_client.from_rpc_error(refused.value), error)
+        assert isinstance(from_rpc_error(refused.value), error)
         names = {file.name for file in stub.Files(checkpoint_pb2.CheckpointFilesRequest(id=source.id)).files}
         assert names == {file.name for file in small.iterdir()} - {SECRET}
 
