@@ -1,6 +1,7 @@
 """Experts on their way into an actor: out of a checkpoint here, out of another actor in peer_copy.py."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +73,14 @@ def finish(arrived: Iterable[ArrivedExpert], packer: Packer | None) -> Iterator[
     packer: None for experts that are trained.
     """
     brought_bytes = 0  # since freed memory was returned
-    for expert in arrived:
-        module = expert.module.requires_grad_(packer is None)
-        brought_bytes += sum(p.numel() * p.element_size() for p in module.parameters())
-        if brought_bytes >= RETURN_EVERY_BYTES:
-            return_freed_memory()
-            brought_bytes = 0
-        if packer is not None:
-            packer.take(module)
-        yield expert
+    with packer.held() if packer is not None else nullcontext():
+        for expert in arrived:
+            module = expert.module.requires_grad_(packer is None)
+            brought_bytes += sum(p.numel() * p.element_size() for p in module.parameters())
+            if brought_bytes >= RETURN_EVERY_BYTES:
+                return_freed_memory()
+                brought_bytes = 0
+            if packer is not None:
+                packer.take(module)
+            yield expert
     return_freed_memory()

@@ -1,8 +1,8 @@
 """Brings the weights of experts into the CPU's own layout, large ones while they serve already.
 
 Packing takes longer than reading a checkpoint does, and a plain weight gives the same answers: in bfloat16 bit for bit,
-in float32 within rounding. So a load does not wait for it. In batch-invariant mode not even rounding may change while
-an expert serves: there each is packed before.
+in float32 within rounding. So a load does not wait for it, but it for the load. In batch-invariant mode not even
+rounding may change while an expert serves: there each is packed before.
 """
 
 import os
@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -35,6 +37,9 @@ class Packer:
         self._always_at_once = always_at_once
         self._waiting: queue.SimpleQueue[weakref.ref[Packable] | None] = queue.SimpleQueue()
         self._left = 0  # experts that wait or are being packed
+        self._loads = 0  # under way: they are to have the cores and the memory's bandwidth
+        self._may_pack = threading.Event()
+        self._may_pack.set()
         self._lock = threading.Lock()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -55,6 +60,20 @@ class Packer:
                 self._thread = threading.Thread(target=self._run, name=f"pack-{self._name}", daemon=True)
                 self._thread.start()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing is packed behind a load before it has ended."""
+        with self._lock:
+            self._loads += 1
+            self._may_pack.clear()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._loads -= 1
+                if not self._loads:
+                    self._may_pack.set()
+
     def wait(self, timeout_s: float) -> bool:
         """Whether all that was taken is packed, within the timeout."""
         deadline_s = time.monotonic() + timeout_s
@@ -66,6 +85,7 @@ class Packer:
         """Leaves plain what is plain yet."""
         with self._lock:
             self._closed = True
+            self._may_pack.set()
             thread = self._thread
         self._waiting.put(None)
         if thread is not None:
@@ -76,6 +96,7 @@ class Packer:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         freed_bytes = 0  # since freed memory was returned
         while (waiting := self._waiting.get()) is not None:
+            self._may_pack.wait()
             module = waiting()
             if module is not None:
                 freed_bytes += self._pack(module)
@@ -91,6 +112,7 @@ class Packer:
         one. Returns the bytes of the plain ones."""
         freed_bytes = 0
         for owner, name in module.packable():
+            self._may_pack.wait()
             if self._closed:
                 break
             value: nn.Parameter = getattr(owner, name)
