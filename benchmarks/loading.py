@@ -2,8 +2,11 @@
 
 Side by side, in turns: reading the same files by `readinto` into one buffer that is used again and again, which is the
 fastest that the page cache gives, by one process and by four; reading them into memory that stays, as any loader must;
-and the actors' load, from the first order to the last answer, served with from then on. Then all of it once more with
-the files thrown out of the page cache: what the disk gives. Packing goes on behind the load, and is timed by itself.
+and the actors' load, from the first order to the last answer, served with from then on. Then once more with the files
+thrown out of the page cache: what the disk gives. Packing goes on behind the load, and is timed by itself.
+
+Where the host of a virtual machine takes back memory that is free for seconds, every page of it costs several times as
+much when it comes again. So each turn loads twice, the second time right after unloading, and both are shown.
 
     python -m benchmarks.loading
     python -m benchmarks.loading --gigabytes 0.2    # shows that it works
@@ -220,7 +223,7 @@ def write_checkpoint(directory: Path, dtype: str, gigabytes: float) -> int:
 
 
 def measure(directory: Path, dtype: str, runs: int) -> Found:
-    """Everything in turns. A first turn is not counted: fresh pages of a virtual machine come from its host."""
+    """Everything in turns; the first is not counted."""
     files = sorted(directory.glob("*.safetensors"))
     found = Found()
     config = read_config({"cluster": {"name": "bench-loading", "num_expert_actors": NUM_ACTORS}})
@@ -231,9 +234,11 @@ def measure(directory: Path, dtype: str, runs: int) -> Found:
         for run in range(runs + 1):
             kept = found if run else Found()
             read_plainly(readers, files, kept, "warm")
+            load(actors, kept, "warm, first")
             load(actors, kept, "warm")
             throw_out(files)
             kept.add("read, 1 process, cold", rate(readers, [files], keep=False))
+            weigh(actors, kept)
             throw_out(files)
             load(actors, kept, "cold")
     return found
@@ -255,10 +260,16 @@ def rate(readers: ProcessPoolExecutor, parts: Sequence[Sequence[Path]], *, keep:
 
 
 def load(actors: Actors, found: Found, cache: str) -> None:
-    with Memory(actors.pids) as memory:
-        load_s, pack_s, loaded_bytes = actors.load()
+    load_s, pack_s, loaded_bytes = actors.load()
     found.add(f"load, {cache}", loaded_bytes / load_s)
     found.add(f"packed after, {cache}", pack_s)
+    actors.unload()
+
+
+def weigh(actors: Actors, found: Found) -> None:
+    """A load by itself: looking at a process's pages holds up whoever wants new ones."""
+    with Memory(actors.pids) as memory:
+        actors.load()
     hosted = actors.hosted_bytes()
     found.add("resident beside its part", max(memory.resident_bytes[name] - hosted[name] for name in actors.names))
     found.add("private beside its part", max(memory.private_bytes[name] - hosted[name] for name in actors.names))
@@ -277,14 +288,13 @@ def rows_of(dtype: str, found: Found) -> list[Row]:
     def beside(name: str, target: float | None) -> Row:
         runs = [value / MB for value in found.runs[name]]
         target = None if target is None else target / MB
-        return Row(
-            name=f"{dtype}: most that an actor holds, {name}", runs=runs, unit="MB", target=target, better="lower"
-        )
+        return Row(name=f"{dtype}: an actor's memory, {name}", runs=runs, unit="MB", target=target, better="lower")
 
     stays = "read into memory that stays"
     return [
         *(gigabytes(f"read, {n}, warm") for n in ("1 process", "4 processes")),
         *(gigabytes(f"{stays}, {n}, warm") for n in ("1 process", "4 processes")),
+        gigabytes("load, warm, first"),
         gigabytes("load, warm"),
         part("load, warm", "read, 1 process, warm", WANTED_RATE),
         part("load, warm", "read, 4 processes, warm", None),

@@ -31,7 +31,7 @@ def make_glu(inner: int, dtype: torch.dtype = torch.float32) -> GluExpert:
 
 
 def make_shard(inner: int, dtype: torch.dtype = torch.float32) -> ExpertShard:
-    rows = {"gate_up_proj": torch.randn(2 * inner, 64), "down_proj": torch.randn(64, inner)}
+    rows = {"gate_up_proj": torch.randn(2 * inner, 64) * 0.1, "down_proj": torch.randn(64, inner) * 0.1}
     shard = ExpertShard(
         {name: row.to(dtype) for name, row in rows.items()},
         up_name="gate_up_proj",
@@ -120,4 +120,24 @@ def test_closing_leaves_the_rest_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     packer.close()
     assert not is_packed(modules[-1])
     packer.take(make_glu(LARGE))
+    assert not any(thread.name == "pack-test" for thread in threading.enumerate())
+
+
+def test_packing_waits_for_loads(packer: Packer) -> None:
+    module = make_glu(LARGE)
+    with packer.held(), packer.held():
+        packer.take(module)
+        assert not packer.wait(0.2)
+        assert not is_packed(module)
+    assert packer.wait(WAIT_S)
+    assert is_packed(module)
+
+
+def test_closing_amid_a_load_waits_for_nothing() -> None:
+    packer = Packer("test", always_at_once=False)
+    module = make_glu(LARGE)
+    with packer.held():
+        packer.take(module)
+        packer.close()
+    assert not is_packed(module)
     assert not any(thread.name == "pack-test" for thread in threading.enumerate())
