@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
-from moecluster.models.headers import FLOATS, TensorInfo
+from moecluster.models.headers import STORED, TensorInfo
 
 FP8_SCALE = "_scale_inv"
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 MXFP4_BLOCK = 32  # values that share an exponent
 PIECE_VALUES = 2**18  # dequantised at once: small enough to stay in the processor's cache, beside what it is made of
 
-_STORED = {**FLOATS, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 _FP8_SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -137,7 +136,7 @@ Quantized = Fp8Tensor | Mxfp4Tensor
 
 def _read_stored(info: TensorInfo, row: int | None, read: ReadBytes) -> torch.Tensor:
     """A small stored tensor, or its row, in its own dtype."""
-    dtype = _STORED[info.dtype]
+    dtype = STORED[info.dtype]
     shape = info.shape if row is None else info.shape[1:]
     content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     read(info, 0 if row is None else row * len(content), content)

@@ -17,7 +17,7 @@ import torch
 from moecluster.errors import CheckpointError
 from moecluster.models.block_scaled import Quantized, quantized_tensors
 from moecluster.models.checkpoint_files import CONFIG_NAME, CheckpointFiles, LocalFiles
-from moecluster.models.headers import INDEX_NAME, SINGLE_FILE_NAME, TensorInfo, read_headers
+from moecluster.models.headers import INDEX_NAME, INTEGERS, SINGLE_FILE_NAME, TensorInfo, read_headers
 from moecluster.models.mapped_memory import empty_mapped
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "OpenCheckpoint", "open_checkpoint"]
@@ -70,6 +70,15 @@ class Checkpoint:
         assert info.torch_dtype is not None
         tensor = empty_mapped(shape, dtype or info.torch_dtype)
         self.read_into(tensor, key, row)
+        return tensor
+
+    def read_stored(self, key: str) -> torch.Tensor:
+        """The tensor as `read` gives it; integers and truth values, which a trunk's buffers may be, as they are."""
+        info = self.info(key)
+        if not isinstance(info, TensorInfo) or info.dtype not in INTEGERS:
+            return self.read(key)
+        tensor = torch.empty(info.shape, dtype=INTEGERS[info.dtype])
+        self._read_bytes(info, 0, tensor.view(-1).view(torch.uint8))
         return tensor
 
     def read_into(self, out: torch.Tensor, key: str, row: int | None = None) -> None:

@@ -22,7 +22,10 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1}  # of an element, of what quantized tensors are made of
+INTEGERS = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+STORED = {**FLOATS, **INTEGERS, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,7 @@ def _tensor_info(file: Path, data_begin: int, entry: Mapping[str, Any]) -> Tenso
         begin=data_begin + begin,
         num_bytes=end - begin,
     )
-    itemsize = info.torch_dtype.itemsize if info.torch_dtype is not None else _BYTES.get(info.dtype)
-    if begin < 0 or (itemsize is not None and info.num_bytes != math.prod(info.shape) * itemsize):
+    dtype = STORED.get(info.dtype)
+    if begin < 0 or (dtype is not None and info.num_bytes != math.prod(info.shape) * dtype.itemsize):
         raise ValueError(f"bytes {begin} to {end} hold no {info.dtype} of shape {info.shape}")
     return info

@@ -25,7 +25,7 @@ class _Stored:
     key: str
 
     def __getitem__(self, whole: Any) -> torch.Tensor:
-        return self.checkpoint.read(self.key)
+        return self.checkpoint.read_stored(self.key)
 
 
 def load_trunk(

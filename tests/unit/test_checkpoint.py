@@ -204,3 +204,22 @@ def test_quantized_weights_that_nothing_tells_how_to_read_are_refused(directory:
         ExpertSource(directory)
     with pytest.raises(UnsupportedModelError, match="is quantized by 'gptq'"):
         load_trunk(directory, no_experts)
+
+
+def test_integers_are_read_as_they_are(directory: Path) -> None:
+    stored = {"ids": torch.arange(6).view(2, 3), "mask": torch.tensor([True, False]), "one": torch.tensor(7)}
+    rewrite(directory, lambda tensors: tensors.update(stored))
+    checkpoint = Checkpoint.open(directory)
+    for key, value in stored.items():
+        found = checkpoint.read_stored(key)
+        assert found.dtype == value.dtype and torch.equal(found, value)
+    with pytest.raises(CheckpointError, match=r"ids in .* is I64"):
+        checkpoint.read("ids")
+
+
+def test_a_trunk_whose_file_shrinks_while_it_is_read(directory: Path) -> None:
+    checkpoint = Checkpoint.open(directory)
+    file = directory / SINGLE_FILE_NAME
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is torn: it ends \d+ bytes too soon"):
+        load_trunk(checkpoint, no_experts)
