@@ -15,6 +15,7 @@ from moecluster.roles.prometheus_loads import PrometheusLoadSource
 from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.types import Replica
 
+GRACE_LEASES = 3  # without a sign of a router, before an update goes on without it
 ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
 
 
@@ -57,7 +58,9 @@ def controller_settings(
             max_bytes_per_s=controller.max_move_bytes_per_s,
         ),
         update=UpdateSettings(
-            prepare_timeout_s=controller.operation_timeout_s, texts_timeout_s=controller.update_timeout_s
+            prepare_timeout_s=controller.operation_timeout_s,
+            texts_timeout_s=controller.update_timeout_s,
+            router_grace_s=GRACE_LEASES * controller.lease_s,
         ),
     )
 
