@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from actors import cli_requests
 from moecluster.errors import MoeClusterError, UserError
 
 app = typer.Typer(
@@ -58,17 +59,25 @@ def down(name: Name = "moecluster") -> None:
     run(name, Console())
 
 
-@app.command(epilog='Example: moecluster generate demo "def main(" --max-new-tokens 64')
+@app.command(epilog='Example: moecluster generate demo "def main(" --max-new-tokens 64 --temperature 0.7 --seed 1')
 def generate(
     target: Target,
-    prompt: Annotated[str, typer.Argument(help="the text to go on from")],
+    prompt: Annotated[str, typer.Argument(help="the text to go on from; with --chat, what a user says")],
     max_new_tokens: Annotated[int, typer.Option(help="longest continuation in tokens", min=1)] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: serve.temperature]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="0 is off [default: serve.top_p]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="only so many tokens; 0 is off")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same draws the same text [default: serve.seed]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a text that ends it; may be repeated")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="write an answer, by the model's chat template")] = False,
     settings: Settings = None,
 ) -> None:
     """Write a prompt's continuation token by token, through the cluster that is up, or one started for it."""
     from actors.commands.generate import generate as run
+    from actors.commands.generate import given_options
 
-    run(target, prompt, max_new_tokens, settings or (), Console(stderr=True))
+    options = given_options(max_new_tokens, temperature, top_p, top_k, seed, stop)
+    run(target, prompt, chat, options, settings or (), Console(stderr=True))
 
 
 @app.command(epilog="Example: moecluster train demo --set train.steps=100    or: moecluster train my.toml")
@@ -102,17 +111,22 @@ def params(target: Target, settings: Settings = None) -> None:
     run(target, settings or (), Console())
 
 
-@app.command(epilog="Example: moecluster scale 4    or: moecluster scale 4 --id evening --no-wait")
+@app.command(epilog="Example: moecluster scale 4    or: moecluster scale --routers 2 --id evening --no-wait")
 def scale(
-    number: Annotated[int, typer.Argument(metavar="N", help="how many expert actors there shall be")],
+    number: Annotated[
+        int | None, typer.Argument(metavar="N", help="how many expert actors there shall be", show_default=False)
+    ] = None,
+    routers: Annotated[
+        int | None, typer.Option(help="how many routers there shall be, instead of N", show_default=False)
+    ] = None,
     operation_id: OperationId = "",
     wait: Wait = True,
     name: Name = "moecluster",
 ) -> None:
-    """Start expert actors, or empty and end some, while the cluster serves."""
+    """Start expert actors or routers, or empty and end some, while the cluster serves."""
     from actors.commands.operations import scale as run
 
-    run(name, number, operation_id, wait, Console())
+    run(name, number, routers, operation_id, wait, Console())
 
 
 @app.command(epilog="Example: moecluster drain expert-1    or: moecluster drain host-7")
@@ -311,6 +325,9 @@ def simulate(
         json=json,
     )
     run(choice, Console())
+
+
+cli_requests.add_to(app)
 
 
 def main() -> None:

@@ -39,9 +39,11 @@ class ControllerActor:
         port = metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._start_timeout_s = config.cluster.start_timeout_s
+        supervisor = RaySupervisor(config)
         self._controller = Controller(
             controller_settings(config, model_dir, replicas, layer_experts),
-            supervisor=RaySupervisor(config),
+            supervisor=supervisor,
+            routers=supervisor,
             connect=_connect,
             watch=_watch,
             metrics=metrics,

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from actors.settings import expert_names
+from actors.settings import ORDERED_GROWTH, expert_names, most_routers
 from moecluster.config import Config
 from moecluster.errors import ConfigError
+from moecluster.placement.router_scaling import RouterSizeSettings
 from moecluster.placement.scaling import SizeSettings
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.controller import ControllerSettings
@@ -12,11 +13,11 @@ from moecluster.roles.load_sources import LoadSource
 from moecluster.roles.mover import MoverSettings
 from moecluster.roles.observer import ObserverSettings
 from moecluster.roles.prometheus_loads import PrometheusLoadSource
+from moecluster.roles.router_sizing import RouterSizingSettings
 from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.types import Replica
 
 GRACE_LEASES = 3  # without a sign of a router, before an update goes on without it
-ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
 
 
 def controller_settings(
@@ -62,6 +63,15 @@ def controller_settings(
             texts_timeout_s=controller.update_timeout_s,
             router_grace_s=GRACE_LEASES * controller.lease_s,
         ),
+        routers=RouterSizingSettings(
+            min_routers=config.serve.min_routers or 1,
+            max_routers=most_routers(config),
+            size=router_limits(config),
+            period_s=controller.period_s,
+            lease_s=controller.lease_s,
+            start_timeout_s=controller.operation_timeout_s,
+            drain_timeout_s=config.serve.router_drain_timeout_s,
+        ),
     )
 
 
@@ -84,6 +94,27 @@ def size_limits(config: Config) -> SizeSettings | None:
         target_utilisation=controller.target_utilisation,
         upscale_delay_s=controller.upscale_delay_s,
         downscale_delay_s=controller.downscale_delay_s,
+    )
+
+
+def router_limits(config: Config) -> RouterSizeSettings | None:
+    """Between which numbers of routers the controller chooses; None if it shall not. Raises ConfigError for limits that
+    exclude the number that the cluster starts with."""
+    serve, routers = config.serve, config.cluster.num_routers
+    if not serve.min_routers and not serve.max_routers:
+        return None
+    lowest, highest = serve.min_routers or routers, serve.max_routers or routers
+    if not lowest <= routers <= highest:
+        raise ConfigError(
+            f"cluster.num_routers: got {routers}, expected {lowest} to {highest} (serve.min_routers, serve.max_routers)"
+        )
+    return RouterSizeSettings(
+        min_routers=lowest,
+        max_routers=highest,
+        target_texts=serve.target_texts,
+        target_waiting=serve.target_waiting,
+        upscale_delay_s=serve.upscale_delay_s,
+        downscale_delay_s=serve.downscale_delay_s,
     )
 
 

@@ -159,13 +159,12 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends all actors of the namespace, and waits until they are gone."""
-        for name in sorted(self.actors(), key=_stop_order):
-            try:
-                ray.kill(self._handle(name), no_restart=True)
-            except Unavailable:
-                continue  # gone meanwhile
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
-        while self.exists() and time.monotonic() < deadline_s:
+        # Again and again: the controller may have asked for another actor just before its end.
+        while (names := self.actors()) and time.monotonic() < deadline_s:
+            for name in sorted(names, key=_stop_order):
+                with suppress(Unavailable):  # gone meanwhile
+                    ray.kill(self._handle(name), no_restart=True)
             time.sleep(POLL_S)
 
     def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Expert actors as Ray keeps them, for the controller: found, started again, asked for, and ended."""
+"""Expert actors and routers as Ray keeps them, for the controller: found, started again, asked for, and ended."""
 
 import time
 from collections.abc import Collection
@@ -9,11 +9,12 @@ from ray.exceptions import RayError
 from ray.util import list_named_actors
 
 from actors.expert_actor import ExpertActor
-from actors.ray_calls import call, find_actor
-from actors.settings import EXPERT_PREFIX, metrics_port
+from actors.ray_calls import call, find_actor, last_line
+from actors.router_actor import RouterActor
+from actors.settings import EXPERT_PREFIX, is_router, metrics_port
 from actors.spawn import spawn
 from moecluster.config import Config
-from moecluster.errors import MoeClusterError
+from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.types import ActorAddress
 
 POLL_S = 0.05
@@ -22,7 +23,7 @@ GCS_TIMEOUT_S = 2.0
 
 
 class RaySupervisor:
-    """An ActorSupervisor. Every call ends within a finite time."""
+    """An ActorSupervisor and a RouterSupervisor. Every call ends within a finite time."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -51,13 +52,11 @@ class RaySupervisor:
 
     def known(self) -> tuple[str, ...]:
         """The expert actors of the namespace: alive, or being started."""
-        return tuple(
-            sorted(
-                a["name"]
-                for a in list_named_actors(all_namespaces=True)
-                if a["namespace"] == self._namespace and a["name"].startswith(EXPERT_PREFIX)
-            )
-        )
+        return tuple(name for name in self._names() if name.startswith(EXPERT_PREFIX))
+
+    def known_routers(self) -> tuple[str, ...]:
+        """The routers of the namespace: alive, or being started."""
+        return tuple(name for name in self._names() if is_router(name))
 
     def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
         """Asks Ray for an actor. While no node has room, it waits there, and Ray's autoscaler sees it."""
@@ -65,6 +64,15 @@ class RaySupervisor:
         spawn(
             ExpertActor, "expert", self._config, actor, self._config.to_tables(), actor, port, avoid_nodes=avoid_nodes
         )
+
+    def create_router(self, router: str, checkpoint: str) -> None:
+        """Asks Ray for a router, as create does for an expert actor."""
+        port = metrics_port(self._config, router)
+        spawn(RouterActor, "router", self._config, router, self._config.to_tables(), router, checkpoint, port)
+
+    def remove_router(self, router: str) -> None:
+        """Ends a router for good."""
+        self.remove(router)
 
     def remove(self, actor: str) -> None:
         """Ends an actor for good, so that its node may be freed."""
@@ -79,3 +87,11 @@ class RaySupervisor:
             return frozenset(self._gcs.get_draining_nodes(timeout=GCS_TIMEOUT_S))
         except (RayError, RuntimeError):
             return frozenset()  # no answer now: the next look asks again
+
+    def _names(self) -> list[str]:
+        """The named actors of the namespace. Raises Unavailable if Ray does not say."""
+        try:
+            found = list_named_actors(all_namespaces=True)
+        except (RayError, RuntimeError) as exc:
+            raise Unavailable(f"Ray does not say which actors there are: {last_line(exc)}") from exc
+        return sorted(a["name"] for a in found if a["namespace"] == self._namespace)

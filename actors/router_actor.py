@@ -1,22 +1,26 @@
-"""The shell of a router: a Router behind gRPC. A training rank runs in the process of the first one."""
+"""The shell of a router: a Router behind gRPC. A training rank runs in the process of the first one.
+
+What brings transformers along, which takes seconds and 100 MB, is imported in a router's own process alone: the
+controller, which starts routers, does without.
+"""
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 
 from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints
-from actors.training_host import Progress, TrainingHost
 from moecluster.config import Config, read_config
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.roles.router import Router
 from moecluster.rpc.controller_calls import set_checkpoint
 from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.expert_control import GrpcExpertControl
@@ -25,12 +29,22 @@ from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.rpc.router_server import serve_router
 from moecluster.types import ActorAddress, RouterState
 
+if TYPE_CHECKING:
+    from actors.training_host import Progress
+
+MORE_CALLS = 64
+
 
 class RouterActor:
     """Loads the trunk, and reaches the experts by the controller's placement."""
 
     def __init__(self, tables: Mapping[str, Any], name: str, model_dir: str, metrics_port: int) -> None:
         """model_dir: trunk and tokenizer at first; a router that is started again takes what the controller names."""
+        from actors.training_host import TrainingHost
+        from moecluster.roles.router import Router
+        from moecluster.serving.engine import EngineLimits
+        from moecluster.serving.make_engine import make_engine
+
         config = read_config(tables)
         self._config = config
         self._name = name
@@ -38,7 +52,7 @@ class RouterActor:
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)
-        self._router: Router | None = None
+        self._serving: tuple[Router, str] | None = None  # and where it listens
         self._placements = ControllerClient(router=name, resolve=resolve, state=self._state)
         self._experts = make_remote_experts(config, self._placements, self._metrics)
         self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
@@ -47,11 +61,13 @@ class RouterActor:
         self._router = Router(
             model_dir,
             self._experts,
+            make_engine=partial(make_engine, limits=EngineLimits.of(config.serve), metrics=self._metrics),
             name=name,
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
             metrics=self._metrics,
             on_change=self._placements.renew,
+            controller=lambda: self._placements.controller,
         )
         self._training = TrainingHost(
             self._experts,
@@ -59,7 +75,10 @@ class RouterActor:
             announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint),
             metrics=self._metrics,
         )
-        self._server = serve_router(self._router, host=config.cluster.host)
+        # A call for every text that is written or waits, and some to spare for those that are refused or only look.
+        max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
+        self._server = serve_router(self._router, host=config.cluster.host, max_calls=max_calls)
+        self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
         """Where the process is reached."""
@@ -69,24 +88,26 @@ class RouterActor:
 
     def reload(self, model_dir: str) -> None:
         """Takes trunk and tokenizer of another directory. Raises CheckpointError or UnsupportedModelError."""
-        assert self._router is not None
         self._router.reload(model_dir)
-
-    def _state(self) -> RouterState:
-        """What the controller is told with every renewal of the lease; of a router that is starting, its name."""
-        return self._router.state() if self._router is not None else RouterState(router=self._name)
 
     def train(self, tables: Mapping[str, Any], start: str) -> None:
         """Begins a training run from a directory. Raises UserError if one is under way."""
         self._training.start(read_config(tables), Path(start))
 
-    def training_progress(self, since: int) -> Progress:
+    def training_progress(self, since: int) -> "Progress":
         """What the run has told since event number `since`."""
         return self._training.progress(since)
 
     def stop_training(self) -> None:
         """Ends the run after what it does now."""
         self._training.stop()
+
+    def _state(self) -> RouterState:
+        """What the controller is told with every renewal of the lease; before the router serves, its name alone."""
+        if self._serving is None:
+            return RouterState(router=self._name)
+        router, address = self._serving
+        return replace(router.state(), address=address)
 
 
 def make_remote_experts(config: Config, placements: ControllerClient, metrics: Metrics) -> RemoteExperts:

@@ -8,11 +8,17 @@ from moecluster.config import Config
 CONTROLLER = "controller"
 ROUTER = "router"  # the first one: training runs there
 EXPERT_PREFIX = "expert-"
+ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
 
 
 def router_names(config: Config) -> tuple[str, ...]:
     """The names of the routers, in order: router, router-1, ..."""
     return (ROUTER, *(f"{ROUTER}-{i}" for i in range(1, config.cluster.num_routers)))
+
+
+def most_routers(config: Config) -> int:
+    """How many routers there may ever be at once."""
+    return max(config.serve.max_routers or ORDERED_GROWTH * config.cluster.num_routers, config.cluster.num_routers)
 
 
 def is_router(actor: str) -> bool:
@@ -43,11 +49,16 @@ def metrics_ports(config: Config) -> dict[str, int]:
 
 
 def metrics_port(config: Config, actor: str) -> int:
-    """Port of one actor's /metrics. Expert actors that join later go on counting from the last."""
+    """Port of one actor's /metrics. Actors that join later go on counting from the last: first all the routers that
+    there may be, then expert actors."""
     ports = metrics_ports(config)
     if actor in ports or not config.cluster.metrics_port:
         return ports.get(actor, 0)
-    return max(ports.values()) + 1 + int(actor.removeprefix(EXPERT_PREFIX)) - config.cluster.num_expert_actors
+    cluster, next_port = config.cluster, max(ports.values()) + 1
+    if is_router(actor):
+        return next_port + int(actor.removeprefix(f"{ROUTER}-")) - cluster.num_routers
+    next_port += most_routers(config) - cluster.num_routers
+    return next_port + int(actor.removeprefix(EXPERT_PREFIX)) - cluster.num_expert_actors
 
 
 def process_environment(threads: int) -> dict[str, str]:

@@ -213,7 +213,7 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(Section):
-    """How text is generated."""
+    """How text is generated, and how the HTTP front takes requests for it."""
 
     section: ClassVar[str] = "serve"
 
@@ -221,6 +221,42 @@ class ServeConfig(Section):
     temperature: float = setting(0.0, "sampling temperature; 0: greedy", minimum=0)
     top_p: float = setting(1.0, "sample from the smallest set with this probability", above=0, maximum=1)
     seed: int = setting(0, "seed of sampling", minimum=0)
+    max_running: int = setting(64, "texts that a router writes together", minimum=1)
+    max_waiting: int = setting(256, "texts that wait behind those in a router; beyond it they are refused", minimum=0)
+    max_waiting_tokens: int = setting(2**18, "tokens of the prompts that wait in a router", minimum=1)
+    max_cached_tokens: int = setting(
+        2**14, "room of a router's attention cache: tokens of all texts that are written, prompts included", minimum=64
+    )
+    max_batch_tokens: int = setting(
+        512, "tokens that a router computes at once; longer prompts are computed in parts", minimum=8
+    )
+
+    host: str = setting("127.0.0.1", "address that the HTTP front listens on")
+    port: int = setting(8000, "port of the HTTP front; 0: any free one", minimum=0, maximum=65535)
+    model_name: str = setting("", "the model's name in the API; empty: that of its directory, preset or TOML file")
+    max_body_bytes: int = setting(8 * MIB, "largest body of an HTTP request; beyond it: 413", minimum=1024)
+    max_buffered_bytes: int = setting(256 * MIB, "bodies of all requests in flight; beyond it: 429", minimum=1024)
+    max_inflight: int = setting(256, "requests, and texts, in flight in the front; beyond it: 429", minimum=1)
+    body_timeout_s: float = setting(60.0, "longest wait for a request's body", above=0)
+    request_timeout_s: float = setting(3600.0, "longest time that a text may take", above=0)
+    router_patience_s: float = setting(60.0, "how long a text waits for a router that writes it", above=0)
+    grace_s: float = setting(30.0, "time that begun answers have to end when the front is asked to", minimum=0)
+
+    min_routers: int = setting(0, "fewest routers; 0: no fewer than now but by order, then 1", minimum=0)
+    max_routers: int = setting(
+        0, "most routers; 0: no more than cluster.num_routers but by order, then 4 times as many", minimum=0
+    )
+    target_texts: float = setting(32.0, "texts, running and waiting, that a router shall have at once", above=0)
+    target_waiting: float = setting(1.0, "texts that may wait at a router before more routers help", above=0)
+    upscale_delay_s: float = setting(10.0, "how long routers must be too few before more are started", minimum=0)
+    downscale_delay_s: float = setting(300.0, "how long routers must be too many before some leave", minimum=0)
+    router_drain_timeout_s: float = setting(300.0, "longest wait for the texts of a router that leaves", above=0)
+
+    def check(self) -> None:
+        if self.max_buffered_bytes < self.max_body_bytes:
+            raise self.complain("max_buffered_bytes", f"expected at least max_body_bytes = {self.max_body_bytes}")
+        if self.max_routers and self.max_routers < self.min_routers:
+            raise self.complain("max_routers", f"expected at least min_routers = {self.min_routers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,3 +266,5 @@ class SecurityConfig(Section):
     section: ClassVar[str] = "security"
 
     ray_auth: str = setting("token", "authentication of a Ray cluster started here", choices=("token", "disabled"))
+    api_keys_file: str = setting("", "API keys that the HTTP front lets in, one a line; empty: it asks for none")
+    allow_without_keys: bool = setting(False, "let the HTTP front listen beyond the loopback without API keys")

@@ -4,11 +4,15 @@ Shape letters, used as name suffixes everywhere: T tokens, D model width, F expe
 K experts per token, L layers, R replicas, A expert actors, N unique rows in one message, P (row, expert) pairs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # what only passes texts on, as the HTTP front does, starts without torch
+    import torch
 
 
 class Phase(Enum):
@@ -291,7 +295,7 @@ class Operation:
     """One change of placement or size."""
 
     id: str
-    kind: str  # reshare | rebalance | restore | scale | drain | place | update | wake | cool
+    kind: str  # reshare | rebalance | restore | scale | scale-routers | drain | place | update | wake | cool
     phase: OperationPhase = OperationPhase.QUEUED
     reason: str
     detail: str = ""  # what is being done, or why it failed

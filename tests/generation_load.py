@@ -88,8 +88,9 @@ def generate(cluster: RayCluster, prompt: str) -> Text:
     with cluster.client() as client:
         stream = client.generate(prompt, max_new_tokens=NEW_TOKENS)
         try:
-            for _ in stream:
-                pieces_s.append(time.monotonic())
+            for piece in stream:
+                if piece.ids:
+                    pieces_s.append(time.monotonic())
             if stream.finish_reason not in ("stop", "length"):
                 failure = f"ended by {stream.finish_reason!r}"
         except MoeClusterError as exc:

@@ -1,6 +1,7 @@
 """A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, Self
 
 from moecluster.metrics import Metrics
@@ -20,6 +21,8 @@ from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.health_watch import HealthWatch
 from moecluster.rpc.router_server import serve_router
 from moecluster.rpc.server import RunningServer
+from moecluster.serving.engine import EngineLimits
+from moecluster.serving.make_engine import make_engine
 from moecluster.types import ActorAddress, RouterState
 
 
@@ -32,6 +35,7 @@ class LoopbackCluster:
         *,
         num_actors: int = 2,
         max_running: int = 4,
+        max_waiting: int = 0,
         batch_invariant: bool = False,
         **controller: Any,
     ) -> None:
@@ -53,8 +57,13 @@ class LoopbackCluster:
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
         self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
+        limits = EngineLimits(max_running=max_running, max_waiting=max_waiting, max_cached_tokens=4096)
         self.router = Router(
-            directory, self.remote, max_running=max_running, metrics=self.metrics, on_change=self.placements.renew
+            directory,
+            self.remote,
+            make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
+            metrics=self.metrics,
+            on_change=self.placements.renew,
         )
         self._router_state = self.router.state
         self.router_server = serve_router(self.router)

@@ -24,6 +24,7 @@ from moecluster.types import (
 ACTORS = ("expert-0", "expert-1")
 LAYER_EXPERTS = {0: 2, 3: 4}
 MAX_ACTORS = 8
+MAX_ROUTERS = 4
 NOW_S = 1_700_000_000.0
 
 LOADS = ClusterLoads(
@@ -80,7 +81,7 @@ class ScriptedController(PlacementBoard):
         """fails: why every operation that is asked for fails in the end; empty: they succeed."""
         super().__init__()
         self.renewals: list[tuple[str, tuple[int, int], bool]] = []
-        self.states: list[RouterState] = []
+        self.states: dict[str, RouterState] = {}  # as each router told last
         self.failures: list[tuple[str, str, str]] = []
         self.reports: list[LoadSnapshot] = []
         self.wanted: list[tuple[str, tuple[ExpertId, ...]]] = []
@@ -92,7 +93,7 @@ class ScriptedController(PlacementBoard):
 
     def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
         self.renewals.append((router, applied, hold))
-        self.states.append(state)
+        self.states[router] = state
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
@@ -125,6 +126,7 @@ class ScriptedController(PlacementBoard):
             replicas=6,
             cold_experts=1,
             operations=tuple(o for o in self._operations.values() if not o.phase.ended),
+            router_states=tuple(state for _, state in sorted(self.states.items())),
         )
 
     def loads(self) -> ClusterLoads:
@@ -134,6 +136,11 @@ class ScriptedController(PlacementBoard):
         if expert_actors > MAX_ACTORS:
             raise UserError(f"{expert_actors} expert actors: at most {MAX_ACTORS} (cluster.max_expert_actors)")
         return self._begin("scale", (str(expert_actors),), operation_id)
+
+    def scale_routers(self, routers: int, *, operation_id: str) -> Operation:
+        if routers > MAX_ROUTERS:
+            raise UserError(f"{routers} routers: at most {MAX_ROUTERS} (serve.max_routers)")
+        return self._begin("scale-routers", (str(routers),), operation_id)
 
     def drain(self, node: str, *, operation_id: str) -> Operation:
         if node not in ("node-a", *ACTORS):

@@ -15,7 +15,7 @@ from actors.settings import Endpoints
 from actors.state import UpCluster
 from moecluster.errors import ResourceError, Unavailable
 from moecluster.rpc.controller_calls import controller_status
-from moecluster.types import ActorState, ControllerStatus
+from moecluster.types import ActorState, ControllerStatus, RouterState
 
 
 def up(target: str, settings: Sequence[str], console: Console) -> None:
@@ -98,15 +98,19 @@ def _older(seen: ControllerStatus) -> str:
 
 
 def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
-    table = Table("actor", "phase", "experts", "restarts", "gRPC", "/metrics", "pid", box=None, pad_edge=False)
+    columns = ("actor", "phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid")
+    table = Table(*columns, box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
+    routers = {router.router: router for router in seen.router_states} if seen is not None else {}
     for name in sorted(endpoints.keys() | states.keys()):
-        reached = endpoints.get(name)
+        reached, router = endpoints.get(name), routers.get(name)
         table.add_row(
             name,
-            _phase(reached, states.get(name)),
+            _phase(reached, states.get(name), router),
             str(states[name].experts) if name in states else "",
             str(states[name].restarts) if name in states else "",
+            str(router.running) if router else "",
+            str(router.waiting) if router else "",
             reached.address if reached else "",
             reached.metrics_address if reached else "",
             str(reached.pid) if reached else "",
@@ -114,9 +118,11 @@ def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None
     return table
 
 
-def _phase(reached: Endpoints | None, actor: ActorState | None) -> str:
+def _phase(reached: Endpoints | None, actor: ActorState | None, router: RouterState | None) -> str:
     if actor is not None:
         return actor.phase
+    if router is not None and router.leaving:
+        return "leaving"
     return "serving" if reached is not None else "restarting"
 
 

@@ -188,7 +188,7 @@ def _kill_and_compare(client: Client, sample: Sample, cluster: "Cluster", victim
     stream = _write_on(client, sample.prompt)
     pieces, longest_s, last_s, killed = [], 0.0, time.monotonic(), False
     for piece in stream:
-        pieces.append(piece)
+        pieces.append(piece.text)
         longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
         if not killed and len(stream.ids) >= KILL_AFTER_TOKENS:
             os.kill(endpoints.pid, signal.SIGKILL)

@@ -1,91 +1,86 @@
 """generate: a text from a model, streamed to the terminal as it comes."""
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from actors import state
 from actors.commands.cluster import found, serves
+from actors.commands.routers import find_routers
 from actors.commands.target import read_target, trained_model
-from actors.launch import bring_up, join, leave, take_down
-from actors.state import UpCluster
-from moecluster.client import FailoverStream
-from moecluster.config import Config
-from moecluster.errors import ConfigError, InvalidMessage, Unavailable
-
-if TYPE_CHECKING:
-    from actors.driver import Cluster
-
-PATIENCE_S = 60.0  # a router's process imports torch and transformers, and loads the trunk
-RETRY_S = 0.5
+from actors.launch import bring_up, take_down
+from moecluster.client import Client, TextOptions
+from moecluster.errors import ConfigError, InvalidMessage
 
 
-def generate(target: str, prompt: str, max_new_tokens: int, settings: Sequence[str], console: Console) -> None:
-    """Writes the prompt's continuation to standard output; everything else goes to the console (standard error)."""
+def generate(
+    target: str, prompt: str, chat: bool, options: TextOptions, settings: Sequence[str], console: Console
+) -> None:
+    """Writes the prompt's continuation to standard output; everything else goes to the console (standard error).
+
+    chat: the prompt is what a user says, and the answer is written. options: those that were given; of the others,
+    temperature, top_p and seed are the configuration's.
+    """
     if not prompt:
         raise ConfigError('PROMPT: got an empty text, expected something to go on from, for example "def main("')
     config = read_target(target, settings)
     model_dir = trained_model(config)
+    serve = config.serve
+    asked: TextOptions = {"temperature": serve.temperature, "top_p": serve.top_p, "seed": serve.seed, **options}
     if state.load(config.cluster.name) is not None:
         cluster = found(config.cluster.name)
         serves(cluster, model_dir)
-        _stream(_routers(cluster, console), prompt, max_new_tokens, config, console)
+        _write(
+            Client(cluster.router_addresses, discover=lambda: find_routers(cluster, console)),
+            prompt,
+            chat,
+            asked,
+            console,
+        )
         return
     with console.status(f"no cluster {config.cluster.name} is up: starting one for this text"):
         cluster = bring_up(config, model_dir)
     console.print("started a cluster for this text alone (moecluster up keeps one)")
     try:
-        _stream(cluster.router_addresses, prompt, max_new_tokens, config, console)
+        _write(Client(cluster.router_addresses), prompt, chat, asked, console)
     finally:
         take_down(cluster)
 
 
-def _stream(addresses: Iterable[str], prompt: str, max_new_tokens: int, config: Config, console: Console) -> None:
-    serve = config.serve
-    text = FailoverStream(
-        addresses,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=serve.temperature,
-        top_p=serve.top_p,
-        seed=serve.seed,
-    )
-    try:
-        for piece in text:
-            print(piece, end="", flush=True)
-    except InvalidMessage as exc:
-        raise ConfigError(str(exc)) from exc
-    print(flush=True)
-    done = text.stream
-    assert done is not None, "a text that has ended was begun"
-    console.print(f"{len(done.ids)} tokens after a prompt of {done.prompt_tokens}, ended by: {done.finish_reason}")
+def given_options(
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: Sequence[str] | None,
+) -> TextOptions:
+    """What was given on the command line; None was not."""
+    options: TextOptions = {"max_new_tokens": max_new_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    if top_p is not None:
+        options["top_p"] = top_p
+    if top_k is not None:
+        options["top_k"] = top_k
+    if seed is not None:
+        options["seed"] = seed
+    if stop is not None:
+        options["stop"] = stop
+    return options
 
 
-def _routers(cluster: UpCluster, console: Console) -> Iterator[str]:
-    """Addresses of the routers: as they were noted, then, since joining Ray takes seconds, as Ray finds them now."""
-    yield from cluster.router_addresses
-    console.print("no router answers where it was; asking Ray where they are now")
-    joined = join(cluster.name, cluster.ray_address, cluster.local_ray)
-    try:
-        addresses = _wait_for_routers(joined)
-    finally:
-        leave()
-    noted = state.load(cluster.name)
-    if noted is not None:  # else it was taken down meanwhile
-        state.save(replace(noted, router_addresses=addresses))
-    yield from addresses
-
-
-def _wait_for_routers(cluster: "Cluster") -> tuple[str, ...]:
-    """Ray starts a router that was lost again. Raises Unavailable if none is back in time."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while True:
+def _write(client: Client, prompt: str, chat: bool, options: TextOptions, console: Console) -> None:
+    with client:
         try:
-            return cluster.router_addresses()
-        except Unavailable:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(RETRY_S)
+            text = (
+                client.chat([{"role": "user", "content": prompt}], **options)
+                if chat
+                else client.generate(prompt, **options)
+            )
+            for piece in text:
+                print(piece.text, end="", flush=True)
+        except InvalidMessage as exc:
+            raise ConfigError(str(exc)) from exc
+    print(flush=True)
+    console.print(f"{len(text.ids)} tokens after a prompt of {text.prompt_tokens}, ended by: {text.finish_reason}")

@@ -21,12 +21,25 @@ POLL_S = 0.2
 _EXPERT = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
-def scale(name: str, expert_actors: int, operation_id: str, wait: bool, console: Console) -> None:
-    """Makes it so many expert actors."""
-    if expert_actors < 1:
+def scale(
+    name: str, expert_actors: int | None, routers: int | None, operation_id: str, wait: bool, console: Console
+) -> None:
+    """Makes it so many expert actors, or so many routers."""
+    if (expert_actors is None) == (routers is None):
+        raise ConfigError("N: expected a number of expert actors, or --routers with a number of routers instead")
+    if expert_actors is not None and expert_actors < 1:
         raise ConfigError(f"N: got {expert_actors}, expected at least 1 expert actor")
-    order = _with_id("scale", operation_id)
-    _carry_out(name, lambda calls: calls.scale(expert_actors, operation_id=order), wait, console)
+    if routers is not None and routers < 1:
+        raise ConfigError(f"--routers: got {routers}, expected at least 1 router")
+    order = _with_id("scale" if routers is None else "scale-routers", operation_id)
+
+    def ask(calls: ControllerCalls) -> Operation:
+        if routers is not None:
+            return calls.scale_routers(routers, operation_id=order)
+        assert expert_actors is not None
+        return calls.scale(expert_actors, operation_id=order)
+
+    _carry_out(name, ask, wait, console)
 
 
 def drain(name: str, node: str, operation_id: str, wait: bool, console: Console) -> None:
@@ -110,6 +123,8 @@ def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: b
 def _outcome(operation: Operation) -> str:
     if operation.kind == "update":
         return f"{operation.detail}; {shown_bytes(operation.moved_bytes)} of experts loaded"
+    if operation.kind == "scale-routers":
+        return f"routers: {operation.arguments[0]}"
     return shown_moves(operation)
 
 

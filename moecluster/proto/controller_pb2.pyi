@@ -274,12 +274,14 @@ class LoadsReply(_message.Message):
     def __init__(self, time_s: _Optional[float] = ..., routers: _Optional[_Iterable[_Union[RouterLoads, _Mapping]]] = ..., actors: _Optional[_Iterable[_Union[ActorLoads, _Mapping]]] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., expert_bytes: _Optional[_Mapping[int, float]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("operation_id", "expert_actors")
+    __slots__ = ("operation_id", "expert_actors", "routers")
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     EXPERT_ACTORS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     operation_id: str
     expert_actors: int
-    def __init__(self, operation_id: _Optional[str] = ..., expert_actors: _Optional[int] = ...) -> None: ...
+    routers: int
+    def __init__(self, operation_id: _Optional[str] = ..., expert_actors: _Optional[int] = ..., routers: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("operation_id", "node")

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.metrics import Metrics
+from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.initial import all_experts
 from moecluster.placement.layout import balancedness_L
-from moecluster.placement.scaling import SizeObservation, SizeSettings, SizeState, decide_size
+from moecluster.placement.scaling import SizeObservation, SizeSettings, decide_size
 from moecluster.roles.actor_keeper import ActorSupervisor
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.decider import Decider, LayerReplicas
@@ -23,6 +24,7 @@ from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS, SIZES, OrderedChanges, parse_expert
+from moecluster.roles.router_sizing import KIND as ROUTERS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.roles.weight_updates import WeightUpdates
@@ -129,7 +131,7 @@ class Changer:
                 # A mistake of ours must end neither the recoveries to come nor leave an operation under way for ever.
                 logger.exception("no change was made")
                 for operation in self._log.under_way():
-                    if operation.phase is not OperationPhase.QUEUED and operation.kind != "restore":
+                    if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
                         detail = "the controller failed inside; its log says how"
                         self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
 
@@ -159,7 +161,7 @@ class Changer:
         """What is queued; False if a recovery comes first. Sizes are changed in their order, and while one waits for
         actors all else goes on."""
         waiting = False
-        for operation in self._log.queued():
+        for operation in self._log.queued(KINDS):
             if self._closed.is_set():
                 return False
             if operation.kind not in KINDS or (waiting and operation.kind in SIZES):

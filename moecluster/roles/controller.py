@@ -25,6 +25,8 @@ from moecluster.roles.mover import Mover, MoverSettings
 from moecluster.roles.observer import Observer, ObserverSettings
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS
+from moecluster.roles.router_sizing import KIND as ROUTERS
+from moecluster.roles.router_sizing import RouterSizing, RouterSizingSettings, RouterSupervisor
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
 from moecluster.roles.take_over import newest_picture
@@ -71,6 +73,7 @@ class ControllerSettings:
     changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
     mover: MoverSettings = field(default_factory=MoverSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
+    routers: RouterSizingSettings = field(default_factory=RouterSizingSettings)
 
 
 class Controller:
@@ -85,10 +88,12 @@ class Controller:
         watch: Watch,
         metrics: Metrics,
         source: LoadSource | None = None,
+        routers: RouterSupervisor | None = None,
         on_deposed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """source: where loads come from; by default the routers' reports. on_deposed is called when another controller
+        """source: where loads come from; by default the routers' reports. routers: None: they are not started or ended
+        from here. on_deposed is called when another controller
         has taken over. clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
@@ -165,6 +170,16 @@ class Controller:
             metrics=metrics,
             clock=clock,
         )
+        self._routers: RouterSizing | None = None
+        if routers is not None:
+            self._routers = RouterSizing(
+                settings.routers,
+                supervisor=routers,
+                leases=self._leases,
+                log=self._log,
+                checkpoint=lambda: self._standing.checkpoint,
+                clock=clock,
+            )
         self._picture: bytes | None = None  # encoded; None: to be made anew
 
     def start(self, timeout_s: float) -> None:
@@ -185,9 +200,13 @@ class Controller:
         self._standing.open()
         self._keepers.opened()
         self._changer.start()
+        if self._routers is not None:
+            self._routers.start()
 
     def close(self) -> None:
         """Leaves the actors as they are: a successor finds them."""
+        if self._routers is not None:
+            self._routers.close()
         self._changer.close()
         self._keepers.close()
         self._board.close()
@@ -210,8 +229,7 @@ class Controller:
     def renew_lease(
         self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
     ) -> None:
-        """The router counts for lease_s from now on. hold: nothing may move while it trains. state: what it says of
-        itself."""
+        """The router counts for lease_s from now on, and stands as it says. hold: nothing may move while it trains."""
         if self._leases.renew(router, applied, hold=hold, state=state):
             self._changer.wake()
 
@@ -251,6 +269,13 @@ class Controller:
             )
         self._sizing.check_size(expert_actors, "scale")
         return self._order("scale", "ordered", (str(expert_actors),), operation_id)
+
+    def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
+        """Begins to make it so many routers; goes on while training holds the placement. Raises ResourceError beyond
+        the limits."""
+        if self._routers is None:
+            raise ResourceError("scale: the routers of this cluster are started and ended by other means")
+        return self._routers.order(routers, operation_id=operation_id)
 
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
         """Begins to empty a node (its id, or how it begins), or one expert actor. Raises ResourceError if there is
@@ -302,19 +327,19 @@ class Controller:
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
         term, generation = self._standing.number
-        leases = self._leases.standing()
+        routers = self._routers.states() if self._routers is not None else tuple(self._leases.states().values())
         return ControllerStatus(
             term=term,
             generation=generation,
             actors=self._keepers.states(),
             checkpoint=self._standing.checkpoint,
-            routers=len(leases),
+            routers=len(routers),
             policy=self._settings.changer.policy,
             held=self._standing.held,
             replicas=len(self._standing.replicas()),
             cold_experts=len(self._standing.cold),
             operations=self._log.under_way(),
-            router_states=tuple(lease.state for _, lease in sorted(leases.items())),
+            router_states=routers,
             weight_version=self._standing.weight_version,
         )
 
@@ -345,7 +370,7 @@ class Controller:
         picture = found or ControllerPicture(
             actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
         )
-        self._log.take_over(picture.operations, resumable=KINDS | {UPDATE})
+        self._log.take_over(picture.operations, resumable=KINDS | {UPDATE, ROUTERS})
         self._standing.begin(
             term=term + 1,
             generation=generation,

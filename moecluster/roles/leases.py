@@ -1,4 +1,4 @@
-"""Which routers are there, what they have applied, and whether one of them holds the placement."""
+"""Which routers are there, what they have applied, what they say of themselves, and whether one holds the placement."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ class Lease:
 
     expires_s: float
     applied: tuple[int, int]  # (term, generation) of the placement that it routes by
-    state: RouterState  # as the router said of itself
+    state: RouterState  # as it last told
     hold: bool = False  # it trains: the placement must stay
 
 
@@ -27,14 +27,22 @@ class Leases:
         self._leases: dict[str, Lease] = {}
         self._changed = threading.Condition()
 
-    def renew(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState | None = None) -> bool:
-        """The router counts from now on. True if it begins or ceases to hold the placement, or uses or can use other
-        weight versions than before."""
-        state = state or RouterState(router=router)
+    def renew(
+        self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
+    ) -> bool:
+        """The router counts from now on, and stands as it says. True if it begins or ceases to hold the placement, or
+        uses or can use other weight versions than before.
+
+        A new life of a router takes the place of the old one at once.
+        """
         with self._changed:
             before = self._standing().get(router)
-            lease = Lease(expires_s=self._clock() + self._lease_s, applied=applied, state=state, hold=hold)
-            self._leases[router] = lease
+            lease = self._leases[router] = Lease(
+                expires_s=self._clock() + self._lease_s,
+                applied=applied,
+                state=state or RouterState(router=router),
+                hold=hold,
+            )
             self._changed.notify_all()
             return hold != (before is not None and before.hold) or _weights(lease) != _weights(before)
 
@@ -42,6 +50,16 @@ class Leases:
         """Routers that hold a lease now."""
         with self._changed:
             return dict(self._standing())
+
+    def states(self) -> dict[str, RouterState]:
+        """What the routers that hold a lease now say of themselves, by their names, which are sorted."""
+        return {router: lease.state for router, lease in sorted(self.standing().items())}
+
+    def drop(self, router: str) -> None:
+        """The router was ended: it is waited for no more."""
+        with self._changed:
+            self._leases.pop(router, None)
+            self._changed.notify_all()
 
     def any_hold(self) -> bool:
         """Whether a router holds the placement as it is."""

@@ -4,7 +4,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moecluster.errors import Exhausted, ResourceError
@@ -104,10 +104,10 @@ class OperationLog:
             raise ResourceError(f'no operation "{operation_id}" is known; moecluster operations lists them')
         return operation
 
-    def queued(self) -> tuple[Operation, ...]:
-        """Those that wait, the oldest first."""
+    def queued(self, kinds: Collection[str]) -> tuple[Operation, ...]:
+        """Those of some kinds that wait, the oldest first."""
         with self._lock:
-            return tuple(o for o in self._operations.values() if o.phase is OperationPhase.QUEUED)
+            return tuple(o for o in self._operations.values() if o.phase is OperationPhase.QUEUED and o.kind in kinds)
 
     def newest(self, limit: int = 0) -> tuple[Operation, ...]:
         """The newest first; 0: all that are kept."""

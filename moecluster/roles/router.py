@@ -1,110 +1,128 @@
-"""The router: a model's trunk whose experts are elsewhere, and the generations that run on it."""
+"""The router: a model's trunk whose experts are elsewhere, and the texts that are written on it."""
 
 import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moecluster.errors import CheckpointError, Exhausted, InvalidMessage, MoeClusterError, UnsupportedModelError
+from moecluster.errors import InvalidMessage, MoeClusterError
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
+from moecluster.models.tokenizer import load_tokenizer, prompt_ids
 from moecluster.models.trunk import load_trunk
-from moecluster.roles.generation import Generation
 from moecluster.roles.model_versions import ModelVersions, VersionExperts
 from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.roles.trunk_experts import TrunkExperts
 from moecluster.types import RouterState, RouterStatus
 
-MAX_RUNNING = 16
-JOIN_TIMEOUT_S = 5.0
+
+class TextEngine(Protocol):
+    """What writes the texts of one trunk. Thread-safe."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most that one text may have, prompt included."""
+
+    @property
+    def running(self) -> int:
+        """Texts that are being written."""
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait to be begun."""
+
+    def begin(
+        self, request: GenerationRequest, prompt_ids: list[int], *, on_over: Callable[[], object]
+    ) -> Iterator[GenerationPiece]:
+        """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
+
+        Raises InvalidMessage, naming the field, or Exhausted; then on_over is not called.
+        """
+
+    def cancel(self, name: str) -> bool:
+        """Ends a text; False if there is none of that name."""
+
+    def close(self) -> None:
+        """Ends all texts."""
+
+
+MakeEngine = Callable[[PreTrainedModel, PreTrainedTokenizerBase, TrunkExperts], TextEngine]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """What texts are written with."""
+class ServedModel:
+    """A trunk in memory, and what writes on it."""
 
-    trunk: PreTrainedModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    tap: "_Tap"
+    experts: TrunkExperts
+    engine: TextEngine
 
 
 class Router:
-    """Generates text, and computes single MoE layers. Thread-safe; generations run side by side."""
+    """Writes texts, and computes single MoE layers. Thread-safe."""
 
     def __init__(
         self,
         path: str | Path,
         experts: RemoteExperts,
         *,
+        make_engine: MakeEngine,
         name: str = "router",
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        max_running: int = MAX_RUNNING,
         metrics: Metrics | None = None,
         on_change: Callable[[], None] = lambda: None,
+        controller: Callable[[], str] = lambda: "",
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. on_change: state() says something else about weights. Raises
-        CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError.
+
+        on_change: state() says something else about weights. controller: host:port where the controller is reached
+        now, or nothing.
+        """
         self.name = name
         self.experts = experts
-        self._max_running = max_running
+        self._make_engine = make_engine
         self._metrics = metrics
+        self._controller = controller
         self._dtype, self._device = dtype, device
         self._lock = threading.Lock()
-        self._running: dict[str, Generation] = {}
-        self._models = ModelVersions(path, experts, load=self._load, on_change=on_change)
+        self._engines: list[TextEngine] = []  # of all trunks in memory
+        self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
 
     def reload(self, path: str | Path) -> None:
-        """Takes trunk and tokenizer of another directory; generations that run go on with the old ones."""
+        """Takes trunk and tokenizer of another directory; texts that are being written go on with the old ones."""
         self._models.reload(path)
 
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
-        """The pieces of a text as they come. An iterator that is left early ends its generation.
+        """The pieces of a text as they come. An iterator that is left early ends its text.
 
-        Raises InvalidMessage, naming the field, or Exhausted when too many generations run; while it runs, what
-        reaching the experts raises.
+        Raises InvalidMessage, naming the field, or Exhausted when too many texts wait; while it runs, what reaching the
+        experts raises.
         """
         use = None
         try:
             use = self._models.use()
-            model, tokenizer = use.model.trunk, use.model.tokenizer
-            prompt_ids = _prompt_ids(request, model, tokenizer)
-            with self._lock:
-                if request.request_id in self._running:
-                    raise InvalidMessage(f"request_id: a generation named {request.request_id} runs already")
-                if len(self._running) >= self._max_running:
-                    raise Exhausted(f"{self._max_running} generations run already: try again later")
-                generation = self._running[request.request_id] = Generation(
-                    request,
-                    prompt_ids,
-                    model=model,
-                    tokenizer=tokenizer,
-                    experts=self.experts,
-                    metrics=self._metrics,
-                    on_end=self._forget,
-                    use=use,
-                )
+            served = use.model
+            ids = prompt_ids(request, served.tokenizer, served.model.config.get_text_config().vocab_size)
+            return served.engine.begin(request, ids, on_over=use.release)
         except MoeClusterError:
             if use is not None:
                 use.release()
             if self._metrics is not None:
                 self._metrics.count_request("refused")
             raise
-        return generation.pieces()
 
     def cancel(self, request_id: str) -> bool:
-        """Ends a generation at its next token. False if none of that name runs."""
-        with self._lock:
-            generation = self._running.get(request_id)
-        if generation is not None:
-            generation.cancel()
-        return generation is not None
+        """Ends a text. False if none of that name is written."""
+        return any(engine.cancel(request_id) for engine in self._all_engines())
 
     def moe(
         self, layer: int, x_TD: torch.Tensor, timeout_s: float = math.inf
@@ -118,20 +136,19 @@ class Router:
             return self._moe(use.model, layer, x_TD, timeout_s)
 
     def _moe(
-        self, loaded: LoadedModel, layer: int, x_TD: torch.Tensor, timeout_s: float
+        self, served: ServedModel, layer: int, x_TD: torch.Tensor, timeout_s: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        model = loaded.trunk
-        record = next((found for found in moe_layers(model) if found.layer == layer), None)
+        record = next((found for found in moe_layers(served.model) if found.layer == layer), None)
         if record is None:
             raise InvalidMessage(f"layer: {layer} has no experts")
-        width = model.config.get_text_config().hidden_size
+        width = served.model.config.get_text_config().hidden_size
         if x_TD.shape[1] != width:
             raise InvalidMessage(f"x.shape: width {x_TD.shape[1]}, and the model's is {width}")
         if x_TD.dtype != self._dtype:
             raise InvalidMessage(f"x.dtype: {x_TD.dtype}, and the model's is {self._dtype}")
-        block = model.get_submodule(record.name.rpartition(".")[0])
+        block = served.model.get_submodule(record.name.rpartition(".")[0])
         with self.experts.within(timeout_s):
-            return loaded.tap.run(block, x_TD.to(self._device))
+            return served.experts.run(block, x_TD.to(self._device))
 
     def status(self) -> RouterStatus:
         """Never waits; the placement is (0, 0) before the first one."""
@@ -139,21 +156,27 @@ class Router:
             placement = self.experts.pool.placement(0.0).number
         except MoeClusterError:
             placement = (0, 0)
+        path, served = self._models.current
+        engines = self._all_engines()
         return RouterStatus(
             router=self.name,
-            model=str(self._models.current[0]),
+            model=str(path),
             weight_version=self._models.in_use().newest,
             placement=placement,
-            running=len(self._running),
+            running=sum(engine.running for engine in engines),
+            waiting=sum(engine.waiting for engine in engines),
+            max_tokens=served.engine.max_tokens,
             rss_bytes=psutil.Process().memory_info().rss,
+            controller=self._controller(),
         )
 
     def state(self) -> RouterState:
         """What the controller is told. Never waits."""
-        weights = self._models.in_use()
+        weights, engines = self._models.in_use(), self._all_engines()
         return RouterState(
             router=self.name,
-            running=len(self._running),
+            running=sum(engine.running for engine in engines),
+            waiting=sum(engine.waiting for engine in engines),
             weight_version=weights.newest,
             oldest_weight_version=weights.oldest,
             ready_weight_version=weights.ready,
@@ -162,80 +185,28 @@ class Router:
         )
 
     def close(self) -> None:
-        """Ends all generations, and the connections to the experts."""
-        with self._lock:
-            running = list(self._running.values())
-        for generation in running:
-            generation.cancel()
-        for generation in running:
-            generation.join(JOIN_TIMEOUT_S)
+        """Ends all texts, and the connections to the experts."""
+        for engine in self._all_engines():
+            engine.close()
         self._models.close()
         self.experts.close()
 
-    def _load(self, path: Path, experts: VersionExperts) -> LoadedModel:
-        tap = _Tap(experts)
-        trunk = load_trunk(path, tap, self._dtype, self._device)
-        trunk.train(False)
-        return LoadedModel(trunk=trunk, tokenizer=load_tokenizer(path), tap=tap)
-
-    def _forget(self, generation: Generation) -> None:
+    def _all_engines(self) -> list[TextEngine]:
         with self._lock:
-            self._running.pop(generation.request.request_id, None)
+            return list(self._engines)
 
+    def _load(self, path: Path, version: VersionExperts) -> ServedModel:
+        experts = TrunkExperts(version)
+        model = load_trunk(path, experts, self._dtype, self._device)
+        model.train(False)
+        experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
+        tokenizer = load_tokenizer(path)
+        engine = self._make_engine(model, tokenizer, experts)
+        with self._lock:
+            self._engines.append(engine)
+        return ServedModel(model=model, tokenizer=tokenizer, experts=experts, engine=engine)
 
-class _Tap:
-    """The trunk's backend: passes calls on to the experts, and lets `run` see those of its own thread."""
-
-    def __init__(self, experts: VersionExperts) -> None:
-        self._experts = experts
-        self._seen = threading.local()
-
-    def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        y_TD = self._experts(layer, x_TD, ids_TK, weights_TK)
-        if getattr(self._seen, "wanted", False):
-            self._seen.call = (y_TD, ids_TK, weights_TK)
-        return y_TD
-
-    def run(self, block: nn.Module, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the experts of a block were asked, and said, for these rows."""
-        self._seen.wanted, self._seen.call = True, None
-        try:
-            with torch.no_grad():
-                block(x_TD.unsqueeze(0))
-        except TypeError as exc:
-            raise UnsupportedModelError(f"a {type(block).__name__} takes more than hidden states: {exc}") from exc
-        finally:
-            self._seen.wanted = False
-        assert self._seen.call is not None, "an attached block calls its experts"
-        y_TD, ids_TK, weights_TK = self._seen.call
-        return y_TD.reshape(len(x_TD), -1), ids_TK, weights_TK
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises CheckpointError."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as exc:
-        raise CheckpointError(
-            f"{path} has no tokenizer that can be read ({str(exc).splitlines()[0]}); copy its tokenizer files there"
-        ) from exc
-    return tokenizer
-
-
-def _prompt_ids(request: GenerationRequest, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt as ids that the model can take, with room for what is to come."""
-    ids = list(request.prompt_ids) if request.prompt_ids else list(tokenizer(request.prompt)["input_ids"])
-    field = "prompt_ids" if request.prompt_ids else "prompt"
-    if not ids:
-        raise InvalidMessage(f"{field}: empty, expected at least one token to go on from")
-    vocab_size = model.config.get_text_config().vocab_size
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise InvalidMessage(f"{field}: an id outside 0 to {vocab_size - 1}")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and len(ids) + request.max_new_tokens > limit:
-        raise InvalidMessage(
-            f"{field}: its {len(ids)} tokens and max_new_tokens = {request.max_new_tokens} exceed the model's {limit}"
-        )
-    return ids
+    def _close(self, served: ServedModel) -> None:
+        with self._lock:
+            self._engines = [engine for engine in self._engines if engine is not served.engine]
+        served.engine.close()

@@ -10,10 +10,10 @@ import torch
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.rpc.limits import MAX_MESSAGE_BYTES
 from moecluster.rpc.shared_memory import PeerSegment, Region, Segment
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
 
-MAX_MESSAGE_BYTES = 256 * 2**20
 MAX_CONTENT_BYTES = MAX_MESSAGE_BYTES - 2**20  # of a message's tensors; the rest is room for its other fields
 MAX_ROWS = 2**20
 MAX_WIDTH = 2**17

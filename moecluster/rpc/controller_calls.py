@@ -70,6 +70,11 @@ class ControllerCalls:
         request = controller_pb2.ScaleRequest(operation_id=operation_id, expert_actors=expert_actors)
         return self._call(self._stub.Scale, request, decode_operation)
 
+    def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
+        """Lets the cluster have so many routers."""
+        request = controller_pb2.ScaleRequest(operation_id=operation_id, routers=routers)
+        return self._call(self._stub.Scale, request, decode_operation)
+
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
         """Empties a node, or the expert actor of that name: its experts move elsewhere, then it ends."""
         request = controller_pb2.DrainRequest(operation_id=operation_id, node=node)

@@ -1,4 +1,5 @@
-"""A router's view of the controller: placements as they come, leases renewed, failures and wants reported."""
+"""A router's view of the controller: placements as they come; leases renewed, with what the router says of itself;
+failures and wants reported."""
 
 import logging
 import queue
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
 FIRST_RENEWAL_S = 1.0  # before the lease is known
+STATE_PERIOD_S = 0.25  # between looks at the router's own state; one that has changed renews the lease at once
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
 REPORT_TIMEOUT_S = 2.0
@@ -45,13 +47,16 @@ class ControllerClient:
         *,
         router: str,
         resolve: Callable[[], str],
-        credentials: grpc.ChannelCredentials | None = None,
         state: Callable[[], RouterState] | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable. state:
-        what the router says of itself at every renewal, by default its name; never waits, never raises."""
+        """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable.
+
+        state returns at once what the router, of this name, says of itself with every renewal; by default its name.
+        """
         self.router = router
         self._state = state or (lambda: RouterState(router=router))
+        self._reached = ""
         self._resolve = resolve
         self._credentials = credentials
         self._board = PlacementBoard()
@@ -65,6 +70,11 @@ class ControllerClient:
         self._applied: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry: tell the controller at once
         self._thread = threading.Thread(target=self._run, name="controller-client", daemon=True)
         self._thread.start()
+
+    @property
+    def controller(self) -> str:
+        """host:port where the controller's placements come from now; empty while none do."""
+        return self._reached
 
     def current(self, timeout_s: float) -> Placement:
         """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
@@ -168,29 +178,41 @@ class ControllerClient:
             for message in ControllerServiceStub(channel).WatchPlacement(self._renewals(broken)):
                 placement, lease_s = decode_placement(message)
                 self._renew_s = lease_s / RENEWALS_PER_LEASE
+                self._reached = address
                 self._board.publish(placement)
                 self._applied.put(None)
         except grpc.RpcError as exc:
             raise from_rpc_error(exc, f"controller at {address}") from exc
         finally:
             broken.set()
+            self._reached = ""
             self._applied.put(None)
             with self._lock:
                 self._channel = None
             channel.close()
 
     def _renewals(self, broken: threading.Event) -> Iterator[controller_pb2.WatchRequest]:
-        """Says what was applied: now, after every placement, and often enough to keep the lease."""
+        """Says what was applied and how the router stands: now, after every placement, when its state has changed, and
+        often enough to keep the lease."""
         while not broken.is_set() and not self._closed.is_set():
             term, generation = self._board.number
+            state = self._state()
             yield controller_pb2.WatchRequest(
                 router=self.router,
                 applied_term=term,
                 applied_generation=generation,
                 hold=self._hold,
-                state=encode_router_state(self._state()),  # asked after the number was read, which it may depend on
+                state=encode_router_state(state),
             )
+            self._wait_for_news(state)
+
+    def _wait_for_news(self, told: RouterState) -> None:
+        """Returns when there is something to say, or the lease is to be renewed."""
+        until_s = time.monotonic() + self._renew_s
+        while (left_s := until_s - time.monotonic()) > 0:
             try:
-                self._applied.get(timeout=self._renew_s)
+                self._applied.get(timeout=min(left_s, STATE_PERIOD_S))
+                return
             except queue.Empty:
-                continue
+                if self._state() != told:
+                    return

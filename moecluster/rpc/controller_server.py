@@ -70,6 +70,9 @@ class ControllerHandler(PlacementSource, Protocol):
         """Begins to make it so many actors. operation_id: empty, or one that a caller chose: known, it is not begun
         again but returned (UserError if it asked for something else)."""
 
+    def scale_routers(self, routers: int, *, operation_id: str) -> Operation:
+        """Begins to make it so many routers. operation_id as in scale."""
+
     def drain(self, node: str, *, operation_id: str) -> Operation:
         """Begins to empty a node, or one expert actor. operation_id as in scale."""
 
@@ -162,9 +165,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
     def Scale(self, request: controller_pb2.ScaleRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
         def scale() -> controller_pb2.Operation:
-            expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
-            operation = self._handler.scale(expert_actors, operation_id=_operation_id(request.operation_id))
-            return encode_operation(operation)
+            operation_id = _operation_id(request.operation_id)
+            if not request.routers:
+                expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
+                return encode_operation(self._handler.scale(expert_actors, operation_id=operation_id))
+            if request.expert_actors:
+                raise InvalidMessage("routers: given beside expert_actors, expected one of the two")
+            routers = checked_count(request.routers, "routers", least=1)
+            return encode_operation(self._handler.scale_routers(routers, operation_id=operation_id))
 
         return self._answer_when_ready(context, scale)
 
@@ -239,7 +247,7 @@ class _Subscription:
             for request in self._requests:
                 router = checked_name(request.router, "router")
                 applied = (request.applied_term, request.applied_generation)
-                self._handler.renew_lease(router, applied, hold=request.hold, state=_state(request, router))
+                self._handler.renew_lease(router, applied, hold=request.hold, state=_router_state(request, router))
         except InvalidMessage as exc:
             self.error = exc
         except grpc.RpcError:
@@ -273,15 +281,15 @@ def _answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> Answe
         abort_with(context, exc)
 
 
-def _operation_id(given: str) -> str:
-    return checked_optional_name(given, "operation_id")
-
-
-def _state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
-    """What the router says of itself; of one that says nothing, its name."""
+def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
+    """What the router says of itself; nothing but its name if it says nothing."""
     if not request.HasField("state"):
         return RouterState(router=router)
     state = decode_router_state(request.state)
     if state.router != router:
-        raise InvalidMessage(f"state.router: {state.router[:40]!r}, and the stream is of {router[:40]!r}")
+        raise InvalidMessage(f"state.router: {state.router}, and the lease is {router}'s")
     return state
+
+
+def _operation_id(given: str) -> str:
+    return checked_optional_name(given, "operation_id")

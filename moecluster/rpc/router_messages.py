@@ -65,8 +65,9 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
     if message.messages_json:
         _check_messages(message.messages_json)
     checked_count(message.max_new_tokens, "max_new_tokens")
-    if message.generated_ids and 0 < message.max_new_tokens <= len(message.generated_ids):
-        raise InvalidMessage("generated_ids: as many as max_new_tokens, so nothing is left to be written")
+    # As many as max_new_tokens are right: the router that wrote them was lost before it said that this is the end.
+    if 0 < message.max_new_tokens < len(message.generated_ids):
+        raise InvalidMessage(f"generated_ids: {len(message.generated_ids)}, more than max_new_tokens")
     return GenerationRequest(
         request_id=checked_name(message.request_id, "request_id"),
         prompt=message.prompt,

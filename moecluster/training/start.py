@@ -14,8 +14,8 @@ from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.models.expert_layout import ExpertLayout
 from moecluster.models.model_config import read_loadable_config
 from moecluster.models.own_build import build_expert, build_model
+from moecluster.models.tokenizer import load_tokenizer
 from moecluster.models.training_files import TrainingState, read_training_state
-from moecluster.roles.router import load_tokenizer
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
 from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from actors.settings import is_router
-from moecluster.client import Client, FailoverStream
+from moecluster.client import Client
 from moecluster.errors import MoeClusterError, StateLost, Unavailable, UserError
 from moecluster.rpc.controller_calls import ControllerCalls, set_checkpoint
 from moecluster.types import ExpertId, RouterStatus
@@ -90,10 +90,11 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
     bystander: dict[str, str] = {}
     writing = threading.Thread(target=lambda: bystander.update(texts(before[other])))
     writing.start()
-    pieces = iter(FailoverStream([before[victim], before[other]], PROMPTS[0], max_new_tokens=NEW_TOKENS))
-    begun = next(pieces)
-    cluster.kill(victim)
-    assert begun + "".join(pieces) == whole[PROMPTS[0]]
+    with Client([before[victim], before[other]]) as client:
+        pieces = iter(client.generate(PROMPTS[0], max_new_tokens=NEW_TOKENS))
+        begun = next(pieces).text
+        cluster.kill(victim)
+        assert begun + "".join(piece.text for piece in pieces) == whole[PROMPTS[0]]
     writing.join(60.0)
     assert bystander == whole
 

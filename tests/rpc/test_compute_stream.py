@@ -22,6 +22,7 @@ from moecluster.errors import (
 from moecluster.experts import compute
 from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc import codec
+from moecluster.rpc.limits import MAX_MESSAGE_BYTES
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase
 from tests.batches import assert_same_fields, make_batch
 from tests.small_actor import (
@@ -164,7 +165,7 @@ def test_a_batch_larger_than_a_message_is_refused_before_it_is_sent(
     connect: Connect, modules: dict[int, nn.Module]
 ) -> None:
     transport = connect("inline")
-    rows = codec.MAX_MESSAGE_BYTES // (4 * WIDTH) + 1
+    rows = MAX_MESSAGE_BYTES // (4 * WIDTH) + 1
     x_ND = torch.zeros(1, WIDTH).expand(rows, WIDTH)  # takes no memory
     with pytest.raises(InvalidMessage, match=rf"x: \d+ bytes in one message, at most {codec.MAX_CONTENT_BYTES}"):
         transport.submit(batch_of(x_ND=x_ND))

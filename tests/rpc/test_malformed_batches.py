@@ -12,6 +12,7 @@ from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc import codec
+from moecluster.rpc.limits import MAX_MESSAGE_BYTES
 from moecluster.rpc.shared_memory import Segment
 from tests.malformed_batches import FIELDS, malformed_batches
 from tests.raw_stream import GOOD, RawStream, check_good_answer, check_serves, raw_compute
@@ -163,6 +164,6 @@ def test_a_message_over_the_limit_is_refused_as_such_and_others_stream_on(
 ) -> None:
     compute = raw_compute(channel)
     with pytest.raises(grpc.RpcError) as caught:
-        list(compute(iter([bytes(codec.MAX_MESSAGE_BYTES + 1)]), timeout=60.0))
+        list(compute(iter([bytes(MAX_MESSAGE_BYTES + 1)]), timeout=60.0))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     check_good_answer(service, stream)

@@ -1,22 +1,25 @@
 """One text from several routers: from the first that serves, and whole although routers are lost meanwhile."""
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from moecluster.client import Client, FailoverStream
-from moecluster.errors import InvalidMessage, Unavailable
-from moecluster.generations import GenerationPiece, GenerationRequest
+from moecluster.client import AsyncClient, Client
+from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.rpc.router_server import serve_router
-from moecluster.types import RouterStatus
+from tests.breaking_router import PROMPT_TOKENS, BreakingRouter, serving_routers
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
 NOBODY = "127.0.0.1:1"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0.9, "seed": 3}
+TEXT = "naïve €5 \N{GRINNING FACE}!"  # of characters of one to four tokens
+NUM_IDS = len(TEXT.encode())
 
 
 @pytest.fixture(scope="module")
@@ -31,78 +34,239 @@ def expected(cluster: LoopbackCluster) -> str:
         return client.generate(PROMPT, **SETTINGS).text()
 
 
-class Writer:
-    """A router that writes what it is told to, to the end or until it is lost."""
-
-    def __init__(self, pieces: Sequence[str], *, lost: bool = False) -> None:
-        self._pieces = pieces
-        self._lost = lost
-
-    def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
-        for piece in self._pieces:
-            yield GenerationPiece(ids=(1,), text=piece)
-        if self._lost:
-            raise Unavailable("the connection is lost")
-        yield GenerationPiece(finish_reason="length")
-
-    def cancel(self, request_id: str) -> bool:
-        return False
-
-    def moe(self, layer: int, x_TD: torch.Tensor, timeout_s: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise InvalidMessage("layer: it has none")
-
-    def status(self) -> RouterStatus:
-        return RouterStatus(router="writer", model="", placement=(0, 0), running=0, rss_bytes=0)
+def from_threads(addresses: Any, use: Callable[[Any], Any], **settings: Any) -> Any:
+    """What `use` makes of a text of the client for threads."""
+    with Client(addresses, **settings) as client:
+        text = client.generate(PROMPT, max_new_tokens=NUM_IDS, logprobs=True, stop="?")
+        return use((text.text(), text))
 
 
-def test_a_router_that_is_not_there_is_passed_over_and_no_more_are_asked_than_needed(cluster, expected) -> None:
-    def addresses() -> Iterator[str]:
-        yield NOBODY
-        yield cluster.router_server.address
-        pytest.fail("the third address was asked for")
+def from_asyncio(addresses: Any, use: Callable[[Any], Any], **settings: Any) -> Any:
+    """The same of the client for asyncio."""
 
-    stream = FailoverStream(addresses(), PROMPT, **SETTINGS)
-    assert "".join(stream) == expected
-    assert stream.stream is not None and stream.stream.prompt_tokens == len(PROMPT)
+    async def run() -> Any:
+        if "discover" in settings:
+            found = settings["discover"]
 
+            async def discover() -> Any:
+                return found()
 
-def test_a_text_goes_on_where_a_lost_router_broke_it_off(cluster, expected) -> None:
-    first = serve_router(cluster.router)
-    pieces = iter(FailoverStream([first.address, NOBODY, cluster.router_server.address], PROMPT, **SETTINGS))
-    begun = [next(pieces) for _ in range(5)]
-    first.stop(0.0)
-    assert "".join([*begun, *pieces]) == expected
-    assert "".join(begun) != expected
+            settings["discover"] = discover
+        async with AsyncClient(addresses, **settings) as client:
+            text = client.generate(PROMPT, max_new_tokens=NUM_IDS, logprobs=True, stop="?")
+            return use((await text.text(), text))
+
+    return asyncio.run(run())
 
 
-def test_no_router_that_serves_is_said(cluster) -> None:
-    with pytest.raises(Unavailable, match="no router to ask"):
-        list(FailoverStream([], PROMPT, **SETTINGS))
-    with pytest.raises(Unavailable, match=f"router at {NOBODY}|failed to connect"):
-        list(FailoverStream([NOBODY], PROMPT, **SETTINGS))
+BOTH = pytest.mark.parametrize("write", [from_threads, from_asyncio])
 
 
-@pytest.mark.parametrize(
-    ("other", "complaint"),
-    [(["a", "b", "X", "d"], "writes another"), (["a", "b"], "ends it earlier"), (["ab", "X"], "writes another")],
-)
-def test_two_texts_are_never_pieced_together(other: list[str], complaint: str) -> None:
-    first, second = serve_router(Writer(["a", "b", "c"], lost=True)), serve_router(Writer(other))
-    seen = []
+def whole(written: tuple[str, Any]) -> None:
+    """A text as it is without any loss."""
+    text, stream = written
+    assert text == TEXT and bytes(stream.ids) == TEXT.encode()
+    assert [logprob.logprob for logprob in stream.logprobs] == [-float(i) for i in range(NUM_IDS)]
+    assert stream.finish_reason == "length" and stream.prompt_tokens == PROMPT_TOKENS
+
+
+@BOTH
+def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
+    for lost_after in range(NUM_IDS + 1):  # the last one: only the piece that says why it ended is lost
+        first, second = BreakingRouter(TEXT, lost_after=lost_after), BreakingRouter(TEXT)
+        with serving_routers(first, second) as addresses:
+            write(addresses, whole)
+        assert len(first.requests) == 1
+        (begun,), (continued,) = first.requests, second.requests
+        assert begun.generated_ids == () and bytes(continued.generated_ids) == TEXT.encode()[:lost_after]
+        assert (continued.prompt, continued.stop, continued.max_new_tokens) == (PROMPT, ("?",), NUM_IDS)
+        assert continued.request_id != begun.request_id and continued.sampling == begun.sampling
+
+
+@BOTH
+def test_a_text_passes_through_as_many_routers_as_are_lost(write) -> None:
+    routers = [*(BreakingRouter(TEXT, lost_after=i) for i in (2, 4, 9)), BreakingRouter(TEXT, silent_end=True)]
+    with serving_routers(*routers, BreakingRouter(TEXT)) as addresses:
+        write(addresses, whole)
+
+
+@BOTH
+def test_a_router_that_has_written_is_asked_again_when_all_others_are_lost(write) -> None:
+    class Reviving(BreakingRouter):
+        def generate(self, request):  # a little further each time
+            self._lost_after = len(request.generated_ids) + 5
+            return super().generate(request)
+
+    with serving_routers(router := Reviving(TEXT)) as addresses, pytest.raises(Unavailable, match="connection is lost"):
+        write([NOBODY, *addresses], whole)  # it never says why the text ended
+    assert len(router.requests) >= NUM_IDS / 5
+    names = [request.request_id for request in router.requests]
+    assert len(set(names)) == len(names)
+
+
+@BOTH
+def test_where_the_routers_are_now_is_asked_only_when_all_known_ones_are_lost(write) -> None:
+    asked = []
+    with serving_routers(BreakingRouter(TEXT, lost_after=3), BreakingRouter(TEXT)) as (first, second):
+
+        def discover() -> list[str]:
+            asked.append(time.monotonic())
+            return [second]
+
+        write([second], whole, discover=discover)
+        assert not asked
+        write([first], whole, discover=discover)
+        assert len(asked) == 1
+        write([], whole, discover=discover)
+
+
+@BOTH
+def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_time_to_wait(write) -> None:
+    full = BreakingRouter(TEXT, full=Exhausted("too many", retry_after_s=7.5))
+    with serving_routers(full, BreakingRouter(TEXT)) as (busy, free):
+        write([busy, free], whole)
+        with pytest.raises(Exhausted, match="too many") as caught:
+            write([busy, NOBODY], whole)
+        assert caught.value.retry_after_s == 7.5
+
+
+@BOTH
+def test_with_patience_a_text_waits_for_a_router_that_comes_back(write) -> None:
+    server = serve_router(BreakingRouter(TEXT))
+    port = int(server.address.rpartition(":")[2])
+    server.stop(0.0)
+    back: list[Any] = []
+    timer = threading.Timer(0.5, lambda: back.append(serve_router(BreakingRouter(TEXT), port=port)))
+    timer.start()
     try:
-        with pytest.raises(Unavailable, match=f"{complaint}.*the connection is lost"):
-            for piece in FailoverStream([first.address, second.address], PROMPT, max_new_tokens=4):
-                seen.append(piece)
-        assert seen == ["a", "b", "c"]
+        write([server.address], whole, patience_s=20.0)
     finally:
-        first.stop(0.0)
-        second.stop(0.0)
+        timer.join()
+        back[0].stop(0.0)
 
 
-def test_a_wrong_request_is_not_carried_from_router_to_router(cluster) -> None:
-    def addresses() -> Iterator[str]:
-        yield cluster.router_server.address
-        pytest.fail("another router would refuse it as well")
+@BOTH
+def test_no_router_that_serves_is_said(write) -> None:
+    with pytest.raises(Unavailable, match="no router to ask"):
+        write([], whole)
+    with pytest.raises(Unavailable, match=f"router at {NOBODY}|failed to connect"):
+        write([NOBODY], whole)
+    with pytest.raises(Unavailable, match="failed to connect"):
+        write([NOBODY], whole, patience_s=1.0)
 
-    with pytest.raises(InvalidMessage, match="exceed the model's 256"):
-        list(FailoverStream(addresses(), "x" * 300, **SETTINGS))
+
+@BOTH
+def test_the_whole_text_has_one_deadline(write) -> None:
+    routers = BreakingRouter(TEXT, lost_after=2), BreakingRouter(TEXT, hold_after=4)
+    with serving_routers(*routers) as addresses, pytest.raises(DeadlineExceeded):
+        write(addresses, whole, timeout_s=1.0)
+
+
+def test_a_wrong_request_is_not_carried_from_router_to_router() -> None:
+    router, other = BreakingRouter(TEXT), BreakingRouter(TEXT)
+    with (
+        serving_routers(router, other) as addresses,
+        Client(addresses) as client,
+        pytest.raises(InvalidMessage, match="it is wrong"),
+    ):
+        client.generate("wrong").text()
+    assert len(router.requests) == 1 and not other.requests
+
+
+def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_early() -> None:
+    with serving_routers(router := BreakingRouter(TEXT)) as addresses, Client(addresses) as client:
+        said = [{"role": "user", "content": "who?"}]
+        options: dict[str, Any] = {"min_p": 0.125, "logit_bias": {3: 1.5}, "presence_penalty": 0.5, "top_logprobs": 2}
+        assert client.chat(said, stop=["a", "b"], ignore_eos=True, **options).text() == TEXT
+        (request,) = router.requests
+        assert request.messages_json == '[{"role": "user", "content": "who?"}]' and request.prompt == ""
+        assert request.stop == ("a", "b") and request.ignore_eos and request.logprobs and request.top_logprobs == 2
+        assert request.sampling.min_p == 0.125 and dict(request.sampling.logit_bias) == {3: 1.5}
+        with pytest.raises(InvalidMessage, match="request"):
+            client.generate(PROMPT, top_k=2**40)
+        with pytest.raises(TypeError, match="temprature"):
+            client.generate(PROMPT, temprature=1.0)  # type: ignore[call-arg]
+
+
+def test_texts_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> None:
+    one, two = BreakingRouter(TEXT), BreakingRouter(TEXT)
+    with serving_routers(one, two) as addresses, Client([*addresses, NOBODY]) as client:
+        assert [client.generate(PROMPT).text() for _ in range(8)] == [TEXT] * 8
+        assert {len(one.requests), len(two.requests)} <= {3, 4, 5}
+        assert client.generate(PROMPT).address != NOBODY
+
+
+def test_a_text_is_cancelled_from_another_thread_or_by_its_name() -> None:
+    with serving_routers(router := BreakingRouter(TEXT, hold_after=3)) as addresses, Client(addresses) as client:
+        text = client.generate(PROMPT)
+        threading.Timer(0.3, text.cancel).start()
+        assert len(list(text)) == 3 and text.finish_reason == "cancelled"
+        router.cancelled.clear()
+        named = client.generate(PROMPT)
+        pieces = iter(named)
+        assert next(pieces).ids == tuple(TEXT[0].encode())
+        assert client.cancel(named.request.request_id)
+        list(pieces)
+        assert named.finish_reason == "cancelled"
+        assert not client.cancel("nobody")
+    with pytest.raises(MoeClusterError, match="closed"):
+        client.generate(PROMPT)
+
+
+def run_async(addresses: Any, use: Callable[[AsyncClient], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with AsyncClient(addresses) as client:
+            await asyncio.wait_for(use(client), 30.0)
+
+    asyncio.run(run())
+
+
+def test_asyncio_a_text_is_cancelled_by_itself_by_its_name_and_with_its_task() -> None:
+    router = BreakingRouter(TEXT, hold_after=3)
+
+    async def use(client: AsyncClient) -> None:
+        text = client.generate(PROMPT)
+        asyncio.get_running_loop().call_later(0.3, text.cancel)
+        assert len([piece async for piece in text]) == 3 and text.finish_reason == "cancelled"
+        router.cancelled.clear()
+        named = client.generate(PROMPT)
+        reading = asyncio.create_task(named.text())
+        while len(named.ids) < 3:
+            await asyncio.sleep(0.01)
+        assert await client.cancel(named.request.request_id) and not await client.cancel("nobody")
+        await reading
+        assert named.finish_reason == "cancelled"
+        router.cancelled.clear()
+        task = asyncio.create_task(client.chat([{"role": "user", "content": "x"}]).text())
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while not router.cancelled.is_set():  # the router hears of it
+            await asyncio.sleep(0.01)
+
+    with serving_routers(router) as addresses:
+        run_async(addresses, use)
+
+
+def test_a_real_router_that_is_not_there_is_passed_over(cluster, expected) -> None:
+    with Client([NOBODY, cluster.router_server.address]) as client:
+        stream = client.generate(PROMPT, **SETTINGS)
+        assert stream.text() == expected and stream.prompt_tokens == len(PROMPT)
+        assert client.generate(prompt_ids=list(PROMPT.encode()), **SETTINGS).text() == expected
+        assert client.status().router == "router"
+
+
+def test_asyncio_against_a_real_router(cluster, expected) -> None:
+    async def use(client: AsyncClient) -> None:
+        texts = [client.generate(PROMPT, **SETTINGS) for _ in range(3)]
+        assert await asyncio.gather(*(text.text() for text in texts)) == [expected] * 3
+        async with client.generate(PROMPT, max_new_tokens=200) as left:
+            async for _ in left:
+                break
+        while (await client.status()).running:
+            await asyncio.sleep(0.01)
+        with pytest.raises(InvalidMessage, match="exceed the model's 256"):
+            await client.generate("x" * 300, **SETTINGS).text()
+
+    run_async([NOBODY, cluster.router_server.address], use)

@@ -132,7 +132,7 @@ def test_too_many_generations_are_refused_and_the_others_go_on(client) -> None:
     pieces = [iter(stream) for stream in streams]
     for piece in pieces:
         next(piece)
-    with pytest.raises(Exhausted, match="4 generations run already"):
+    with pytest.raises(Exhausted, match="4 texts run and 0 wait already"):
         client.generate(PROMPT, max_new_tokens=1).text()
     assert next(pieces[0]) is not None
     for stream in streams:

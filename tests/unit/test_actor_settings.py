@@ -1,6 +1,6 @@
 """Names and ports of a cluster's actors."""
 
-from actors.settings import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, router_names
+from actors.settings import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, most_routers, router_names
 from moecluster.config import Config, read_config
 
 
@@ -23,6 +23,9 @@ def test_ports_follow_the_first_router_s_and_none_is_given_twice() -> None:
     assert metrics_ports(several) == {
         "router": 9000, "router-1": 9001, "controller": 9002, "expert-0": 9003, "expert-1": 9004,
     }  # fmt: skip
-    assert [metrics_port(several, f"expert-{i}") for i in range(4)] == [9003, 9004, 9005, 9006]
+    assert most_routers(several) == 8
+    assert [metrics_port(several, f"router-{i}") for i in (2, 3, 7)] == [9005, 9006, 9010]
+    assert [metrics_port(several, f"expert-{i}") for i in range(4)] == [9003, 9004, 9011, 9012]
     assert set(metrics_ports(config(num_routers=2)).values()) == {0}
     assert metrics_port(config(num_routers=2), "expert-5") == 0
+    assert metrics_port(config(num_routers=2), "router-5") == 0

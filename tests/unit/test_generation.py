@@ -1,6 +1,7 @@
 """A generation that breaks says so: never a text that merely ends early."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.generations import GenerationRequest
 from moecluster.metrics import Metrics
 from moecluster.roles.router import Router
+from moecluster.serving.engine import EngineLimits
+from moecluster.serving.make_engine import make_engine
 from tests.expert_cluster import ExpertCluster
 from tests.twin_actors import save_tiny_model
 
@@ -30,7 +33,9 @@ def test_an_error_amid_a_text_reaches_its_reader(
 ) -> None:
     directory, experts = cluster
     metrics = Metrics(model="tiny")
-    router = Router(Path(directory), experts.remote, metrics=metrics)
+    limits = EngineLimits(max_running=4, max_cached_tokens=1024)
+    make = partial(make_engine, limits=limits, metrics=metrics)
+    router = Router(Path(directory), experts.remote, make_engine=make, metrics=metrics)
     placement, calls = experts.pool.placement, 0
 
     def failing(timeout_s: float = 60.0) -> object:

@@ -54,3 +54,30 @@ def test_a_lease_keeps_what_the_router_says_of_itself() -> None:
     assert not leases.renew("one", (1, 1), hold=False, state=replace(state, running=4))
     assert leases.standing()["one"].state.running == 4
     assert leases.renew("one", (1, 1), hold=False, state=replace(state, oldest_weight_version=2))
+
+
+def test_a_router_stands_as_it_told_last_until_its_lease_ends() -> None:
+    now_s = [0.0]
+    leases = Leases(10.0, clock=lambda: now_s[0])
+    leases.renew("router-1", (1, 1), state=RouterState(router="router-1", address="a:1", running=2, waiting=1))
+    leases.renew("router", (1, 1))
+    assert list(leases.states().values()) == [
+        RouterState(router="router"),
+        RouterState(router="router-1", address="a:1", running=2, waiting=1),
+    ]
+    now_s[0] = 6.0
+    new_life = RouterState(router="router-1", address="a:2")
+    leases.renew("router-1", (0, 0), state=new_life)
+    assert leases.states()["router-1"] == new_life, "of the old life nothing is left"
+    now_s[0] = 12.0
+    assert list(leases.states()) == ["router-1"]
+
+
+def test_a_router_that_was_ended_is_waited_for_no_more() -> None:
+    leases = Leases(10.0)
+    leases.renew("router-1", (1, 1))
+    threading.Timer(0.05, lambda: leases.drop("router-1")).start()
+    began_s = time.monotonic()
+    assert leases.wait_applied((1, 2), 10.0)
+    assert time.monotonic() - began_s < 5.0 and not leases.states()
+    leases.drop("router-1")

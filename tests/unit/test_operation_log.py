@@ -28,9 +28,10 @@ def test_operations_wait_in_order_up_to_a_bound(log) -> None:
     orders = [log.order("scale", reason="", arguments=(str(i),)) for i in range(MAX_QUEUED)]
     with pytest.raises(Exhausted):
         log.order("scale", reason="", arguments=("1",))
-    assert log.queued()[0] == orders[0]
+    assert log.queued({"scale"})[0] == orders[0]
     log.update(orders[0].id, phase=OperationPhase.DONE)
-    assert log.queued()[0] == orders[1]
+    assert log.queued({"scale"})[0] == orders[1]
+    assert log.queued({"drain"}) == ()
 
 
 def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:

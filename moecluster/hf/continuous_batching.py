@@ -1,0 +1,196 @@
+"""transformers' continuous batching, with the choice of tokens and the end of texts in the caller's hands.
+
+Its manager gives the paged cache, the prefix cache, chunked prefill and the scheduling. Of its own sampling parameters
+all but three are the same for all texts, so the whole choice is made in its one hook, the logits processors: they
+return logits whose best token is the chosen one.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import OutputRouter
+from transformers.generation.logits_process import LogitsProcessorList
+
+from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.hf.modelling import MODEL_BUILDING
+
+PAGE_TOKENS = 32
+PROBE_TIMEOUT_S = 60.0
+CHOSEN = 1.0  # the logit of the chosen token, where all others are 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedLimits:
+    """Room of a manager. All of it is taken at the start."""
+
+    max_cached_tokens: int  # of all texts together, prompts included
+    max_batch_tokens: int  # computed at once: longer prompts are computed in parts
+    max_texts: int  # computed at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRows:
+    """The rows that one text has in a batch."""
+
+    name: str
+    num_rows: int
+    cached_tokens: int  # of the text, before these rows
+
+
+class BatchHooks(Protocol):
+    """What the manager's thread calls, for every batch."""
+
+    def begin_batch(self, rows: Sequence[BatchRows]) -> None:
+        """The next forward pass computes these rows, in this order."""
+
+    def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
+        """The next token of each text, and whether it is the text's last. logits_BV: float32, a row for each name."""
+
+    def failed(self, name: str, error: MoeClusterError) -> None:
+        """The text was given up."""
+
+
+class PagedBatches:
+    """Texts that are computed together on a paged cache, by a thread of its own. Ends with close()."""
+
+    def __init__(self, model: PreTrainedModel, limits: PagedLimits, hooks: BatchHooks) -> None:
+        """model: with its experts attached; nothing else may generate with it meanwhile."""
+        # Its errors reach the hooks; the log would only repeat them, with a traceback.
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+        config = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS,
+            num_blocks=-(-limits.max_cached_tokens // PAGE_TOKENS),
+            max_batch_tokens=limits.max_batch_tokens,
+            max_requests_per_batch=min(limits.max_texts, limits.max_batch_tokens),
+        )
+        # Ends are decided by the hooks alone.
+        settings = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=None)
+        with MODEL_BUILDING:  # it may switch the model's attention
+            self._manager: Any = model.init_continuous_batching(settings, config)  # type: ignore[operator]
+        self._manager.logit_processor = _Choice(hooks)
+        self._manager.output_router = _Failures(hooks)
+        self._manager.start()
+
+    def add(self, name: str, ids: Sequence[int]) -> None:
+        """Begins a text, given all its tokens so far. Raises Unavailable if the thread has ended."""
+        if self._manager.add_request(list(ids), request_id=name) is None:
+            raise Unavailable("the batches have ended")
+
+    def cancel(self, name: str) -> None:
+        """Ends a text before the next batch. Fine if there is none of that name."""
+        self._manager.cancel_request(name)
+
+    def is_running(self) -> bool:
+        """False once a batch has failed: then all texts are given up, and none is taken."""
+        return bool(self._manager.is_running()) and (
+            self._manager.background_thread_status.can_accept_new_requests() is None
+        )
+
+    def close(self, timeout_s: float) -> None:
+        """Gives up what is left, and frees the cache."""
+        self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
+
+
+class _Choice(ContinuousBatchingLogitsProcessorList):
+    """Stands where the manager keeps its logits processors; sees every batch before and after its forward pass."""
+
+    def __init__(self, hooks: BatchHooks) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self._hooks = hooks
+        self._states: list[Any] = []  # RequestState of the texts that get a token
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """None are given."""
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        # The manager has added the rows to position_offset already.
+        self._hooks.begin_batch(
+            [
+                BatchRows(
+                    name=future.state.request_id,
+                    num_rows=future.query_length,
+                    cached_tokens=future.state.position_offset - future.query_length,
+                )
+                for future in requests_in_batch
+            ]
+        )
+        self._states = [future.state for future in requests_in_batch if future.has_new_token]
+        return arg_storage
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
+    ) -> torch.Tensor:
+        names = [state.request_id for state in self._states]
+        chosen = self._hooks.choose(names, scores[: len(names)])  # further rows belong to unfinished prompts
+        only = torch.zeros_like(scores)
+        for row, (state, (token, is_last)) in enumerate(zip(self._states, chosen, strict=True)):
+            only[row, token] = CHOSEN
+            state._eos_token_ids = {token} if is_last else set()
+        return only
+
+
+class _Failures(OutputRouter):
+    """Takes what the manager gives out: finished texts are known already, failed ones go to the hooks."""
+
+    def __init__(self, hooks: BatchHooks) -> None:
+        super().__init__()
+        self._hooks = hooks
+
+    def deliver(self, output: Any) -> None:
+        """Keeps nothing."""
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        """Keeps nothing."""
+
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        if not isinstance(error, MoeClusterError):
+            error = MoeClusterError(f"the batch failed: {error!r}")
+        self._hooks.failed(state.request_id, error)
+
+
+def supports_paging(model: PreTrainedModel) -> bool:
+    """Whether the model's kind of attention runs on the paged cache: tries three tokens.
+
+    Families with latent attention (DeepSeek-V3), state spaces or convolutions do not.
+    """
+    probe = _Probe()
+    try:
+        batches = PagedBatches(model, PagedLimits(max_cached_tokens=128, max_batch_tokens=8, max_texts=1), probe)
+    except (ValueError, AttributeError, NotImplementedError):
+        return False
+    try:
+        batches.add("probe", [0, 0])
+        return probe.ended.wait(PROBE_TIMEOUT_S) and probe.works
+    except Unavailable:
+        return False
+    finally:
+        batches.close(PROBE_TIMEOUT_S)
+
+
+class _Probe:
+    """One text of two tokens: a prompt, and a step on the cache."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.works = False
+        self._chosen = 0
+
+    def begin_batch(self, rows: Sequence[BatchRows]) -> None:
+        """Nothing is counted."""
+
+    def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
+        self._chosen += len(names)
+        if self._chosen == 2:
+            self.works = True
+            self.ended.set()
+        return [(0, self._chosen >= 2) for _ in names]
+
+    def failed(self, name: str, error: MoeClusterError) -> None:
+        self.ended.set()

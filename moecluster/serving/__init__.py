@@ -1,0 +1,1 @@
+"""Writing texts for many clients at once, and the fronts that they come through."""

@@ -1,0 +1,1 @@
+"""Load against an HTTP front, and what its clients see of it."""

@@ -1,0 +1,200 @@
+"""The bodies that the front takes: OpenAI's, with vLLM's extras. What their schema allows is what is taken.
+
+Types are strict: "5" is no number. Fields that neither side knows are passed over, as OpenAI's clients expect.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
+
+from moecluster.rpc.router_messages import (
+    MAX_BIASES,
+    MAX_NEW_TOKENS,
+    MAX_PENALTY,
+    MAX_PROMPT_CHARACTERS,
+    MAX_PROMPT_IDS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOP_K,
+    MAX_TOP_LOGPROBS,
+)
+
+MAX_CHOICES = 128  # texts of one request
+MAX_MESSAGES = 4096
+MAX_ID = 2**31 - 1
+DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI has it
+
+
+def _whole(value: Any) -> Any:
+    """5.0 is an integer to JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _encodable(value: str) -> str:
+    """JSON can say half of a surrogate pair, which no text has."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise PydanticCustomError("text", "a text with a surrogate that is no character") from exc
+    return value
+
+
+class FirstError(FailFast):
+    """Of a long list of the wrong kind only the first error is noted."""
+
+    __hash__ = object.__hash__  # a part of a union is looked up
+
+
+# Limits stand before Python's own checks: there they cost nothing.
+Text = Annotated[str, Strict(), AfterValidator(_encodable)]
+Name = Annotated[str, Strict(), Field(min_length=1, max_length=256), AfterValidator(_encodable)]
+Prompt = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_encodable)]
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_CHOICES), FirstError()]
+TokenId = Annotated[int, Strict(), Field(ge=0, le=MAX_ID)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS), FirstError()]
+PromptIdLists = Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_CHOICES), FirstError()]
+Stop = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_STOP_CHARACTERS), AfterValidator(_encodable)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), FirstError()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+WHOLE = BeforeValidator(_whole)
+Flag = Annotated[bool, Strict()]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+MaxTokens = Annotated[int, Strict(), Field(ge=1, le=MAX_NEW_TOKENS), WHOLE]
+
+# Fields that would change the answer and that nothing here knows, with the values that ask for nothing.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "audio": (),
+    "modalities": (["text"],),
+    "web_search_options": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
+
+
+class StreamOptions(BaseModel):
+    """How a stream is told."""
+
+    include_usage: Flag | None = None
+
+
+class Body(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Annotated[Name, Field(description="as /v1/models lists it")]
+    n: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="texts of each prompt"), WHOLE] | None = 1
+    stream: Flag | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | Stops | None = None
+    seed: (
+        Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63, description="none: another one each time"), WHOLE] | None
+    ) = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = 1.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+                Annotated[Number, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MAX_BIASES, description="token id -> added to its logit"),
+        ]
+        | None
+    ) = None
+    top_k: Annotated[int, Strict(), Field(ge=-1, le=MAX_TOP_K, description="0 or -1: off"), WHOLE] | None = 0
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[Number, Field(gt=0, le=MAX_PENALTY)] | None = 1.0
+    ignore_eos: Flag | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, harmless in _UNSUPPORTED.items():
+            value = data.get(name)
+            if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
+                raise _unsupported(name)
+        return data
+
+
+class CompletionBody(Body):
+    """POST /v1/completions."""
+
+    prompt: Prompt | Prompts | PromptIds | PromptIdLists
+    max_tokens: MaxTokens | None = DEFAULT_MAX_TOKENS
+    logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+    echo: Flag | None = False
+    best_of: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="only as many as n"), WHOLE] | None = None
+
+
+def _text_parts_only(content: Any) -> Any:
+    """A clear word where a picture or a sound is sent."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError("unsupported", "only parts of type text are supported")
+    return content
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES), FirstError()],
+        BeforeValidator(_text_parts_only),
+    ]
+
+    @property
+    def text(self) -> str:
+        """The parts joined."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FirstError()]
+    max_completion_tokens: MaxTokens | None = None
+    max_tokens: MaxTokens | None = None
+    logprobs: Flag | None = False
+    top_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+
+
+def _unsupported(name: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "not supported here", {"name": name})

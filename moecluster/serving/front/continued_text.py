@@ -1,0 +1,123 @@
+"""One text, whatever becomes of the routers that write it: what one of them loses, another goes on with."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable, UserError
+from moecluster.generations import GenerationPiece, GenerationRequest
+from moecluster.serving.front.known_router import KnownRouter
+from moecluster.serving.front.router_directory import RouterDirectory
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3  # of routers that are there and cannot write the text, without a token between them
+LOOK_AGAIN_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """For how long a text is taken from router to router."""
+
+    request_timeout_s: float  # from its beginning to its end
+    router_patience_s: float  # without a router that writes
+
+
+class ContinuedText:
+    """A text that is written once, from its first to its last token."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        directory: RouterDirectory,
+        patience: Patience,
+        *,
+        begun: Callable[[], bool] = lambda: False,
+        on_failover: Callable[[], None] = lambda: None,
+    ) -> None:
+        """begun: whether its client was already told something, so that it waits where it would be refused."""
+        self._request = request
+        self._directory = directory
+        self._patience = patience
+        self._client_begun = begun
+        self._on_failover = on_failover
+        self._ids: list[int] = []
+        self._attempts = 0
+        self._failures = 0
+        now_s = time.monotonic()
+        self._deadline_s = now_s + patience.request_timeout_s
+        self._progress_s = now_s
+
+    async def pieces(self) -> AsyncGenerator[GenerationPiece]:
+        """Every token once; the last piece has a finish_reason, stop or length.
+
+        Raises InvalidMessage or another UserError for a wrong request, Exhausted when all routers refuse a text that is
+        not begun, DeadlineExceeded, and Unavailable when no router was found in time.
+        """
+        while True:
+            refused: list[Exhausted] = []
+            for router in self._directory.candidates():
+                before = len(self._ids)
+                try:
+                    async with aclosing(router.generate(self._next_request(), self._left_s())) as pieces:
+                        async for piece in pieces:
+                            _refuse_cancelled(piece)
+                            self._note(piece)
+                            yield piece
+                            if piece.finish_reason:
+                                return
+                    raise Unavailable(f"router at {router.address}: the text broke off")
+                except Exhausted as exc:
+                    refused.append(exc)
+                except (InvalidMessage, UserError):
+                    raise
+                except MoeClusterError as exc:
+                    self._lost(router, exc)
+                if len(self._ids) > before:
+                    break  # time has passed: another one may be the best now
+            if refused and not self._ids and not self._client_begun():
+                raise min(refused, key=lambda exc: exc.retry_after_s or 0.0)
+            self._check_patience()
+            await self._directory.wait_for_news(LOOK_AGAIN_S)
+
+    def _next_request(self) -> GenerationRequest:
+        """Under a name of its own: a router may still be busy with the last one."""
+        self._attempts += 1
+        name = f"{self._request.request_id}.{self._attempts}"
+        return dataclasses.replace(self._request, request_id=name, generated_ids=tuple(self._ids))
+
+    def _note(self, piece: GenerationPiece) -> None:
+        self._ids += piece.ids
+        self._progress_s = time.monotonic()
+        if piece.ids:
+            self._failures = 0
+
+    def _lost(self, router: KnownRouter, error: MoeClusterError) -> None:
+        self._directory.failed(router)
+        logger.info("a text was lost after %d tokens: %s", len(self._ids), error)
+        if self._ids:
+            self._on_failover()
+        if not isinstance(error, Unavailable):
+            self._failures += 1
+            if self._failures >= MAX_FAILURES:
+                raise error
+
+    def _left_s(self) -> float:
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(f"not written within {self._patience.request_timeout_s:g} s")
+        return left_s
+
+    def _check_patience(self) -> None:
+        self._left_s()
+        if time.monotonic() - self._progress_s > self._patience.router_patience_s:
+            raise Unavailable(f"no router was found within {self._patience.router_patience_s:g} s")
+
+
+def _refuse_cancelled(piece: GenerationPiece) -> None:
+    """A router that ends cancels what it writes. Nothing of such a piece is taken: the next router writes it."""
+    if piece.finish_reason == "cancelled":
+        raise Unavailable("the router gave the text up")

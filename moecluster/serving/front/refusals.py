@@ -1,0 +1,137 @@
+"""What is refused, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Response
+
+from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, UserError
+
+INVALID_REQUEST = "invalid_request_error"
+RATE_LIMIT = "rate_limit_error"
+SERVER = "server_error"
+
+RETRY_S = 1  # where a router does not say when a try is likely to be worth it
+MAX_MESSAGE_CHARACTERS = 500
+
+# What a router calls a field, and what it is in a body.
+_PARAMS = {"prompt_ids": "prompt", "messages_json": "messages", "max_new_tokens": "max_tokens"}
+_FIELD = re.compile(r"([a-z_]+)(?:\.[a-z_]+)*: ")
+_OVERFLOW = "exceed the model's"  # how a router says that prompt and continuation have no room
+_UNIONS = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": "a text or a list of texts",
+}
+# Of a pydantic location: what names a part of the body, and not a branch of a union.
+_INNER_FIELDS = frozenset({"role", "content", "type", "text", "include_usage"})
+
+
+class Refusal(MoeClusterError):
+    """An answer other than what was asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """status: of HTTP. kind: `type` in the body. param: the field of the request that is to blame."""
+        super().__init__(message)
+        self.status = status
+        self.message = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """As it is sent."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        """The whole answer."""
+        # ASCII: what a client sent may be quoted, and need not be encodable.
+        content = json.dumps(self.body()).encode("ascii")
+        return Response(content, self.status, dict(self.headers or {}), "application/json")
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> Refusal:
+    """400: the request itself is wrong, and would be refused again."""
+    return Refusal(400, message, param=param, code=code)
+
+
+def model_not_found(name: str) -> Refusal:
+    """404 for a model's name."""
+    return Refusal(404, f"The model `{name}` does not exist", param="model", code="model_not_found")
+
+
+def too_many(message: str, retry_after_s: float | None = None) -> Refusal:
+    """429: the same request may be taken later."""
+    after_s = max(math.ceil(RETRY_S if retry_after_s is None else retry_after_s), 1)
+    headers = {"Retry-After": str(after_s)}
+    return Refusal(429, message, kind=RATE_LIMIT, code="rate_limit_exceeded", headers=headers)
+
+
+def unavailable(message: str) -> Refusal:
+    """503: nobody is to blame who asked."""
+    return Refusal(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
+
+
+def refusal_of(error: MoeClusterError, model: str) -> Refusal:
+    """How an error of a model's routers is told. Where they are is nobody's business outside."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, InvalidMessage | UserError):
+        return _wrong_request(str(error))
+    if isinstance(error, Exhausted):
+        return too_many(f"{model} is busy: {error}", error.retry_after_s)
+    if isinstance(error, DeadlineExceeded):
+        return unavailable(f"{model} did not write the text within the time for a request; ask for fewer tokens")
+    return unavailable(f"no router of {model} serves now; try again")
+
+
+def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+    """400 for a body that is not what its schema says. errors: as pydantic lists them."""
+    broken = next((error for error in errors if error["type"] == "json_invalid"), None)
+    if broken is not None:
+        reason = broken.get("ctx", {}).get("error", "it cannot be parsed")
+        return bad_request(f"the body is not JSON: {reason}")
+    param = _param(errors[0])
+    if not param:
+        return bad_request("the body is no JSON object; is the header Content-Type: application/json missing?")
+    said = "; or: ".join(dict.fromkeys(str(error["msg"]) for error in errors if _param(error) == param))
+    expected = f"expected {_UNIONS[param]} ({said})" if param in _UNIONS else said
+    code = "unsupported_parameter" if errors[0]["type"] == "unsupported" else None
+    return bad_request(f"{param}: {expected}", param=param, code=code)
+
+
+def _param(error: Mapping[str, Any]) -> str:
+    """Such as messages[0].content."""
+    names = [name for name in error["loc"] if name != "body"]
+    if not names:
+        return str(error.get("ctx", {}).get("name", ""))
+    param = str(names[0])
+    for name in names[1:] if param not in _UNIONS else ():
+        if isinstance(name, int):
+            param += f"[{name}]"
+        elif name in _INNER_FIELDS:
+            param += f".{name}"
+    return param
+
+
+def _wrong_request(message: str) -> Refusal:
+    named = _FIELD.match(message)
+    if named is None:
+        return bad_request(message)
+    field = named.group(1)
+    param = _PARAMS.get(field, field)
+    code = "context_length_exceeded" if _OVERFLOW in message else None
+    return bad_request(message.replace(field, param, 1), param=param, code=code)

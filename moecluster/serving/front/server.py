@@ -1,0 +1,125 @@
+"""The front as a server: its socket, its start, its graceful end."""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import uvicorn
+
+from moecluster.errors import ConfigError, ResourceError
+from moecluster.sections import SecurityConfig, ServeConfig
+from moecluster.serving.front.app import Front, build_app
+from moecluster.serving.front.keys import ApiKeys, read_api_keys
+from moecluster.serving.front.metrics import FrontMetrics
+from moecluster.serving.front.router_directory import Whereabouts
+from moecluster.serving.front.served_model import ServedModel
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75  # longer than common proxies keep a connection: who closes first may cut off a request
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model to serve: what it is called, and where its cluster's routers were last seen."""
+
+    name: str
+    seeds: Whereabouts
+    alias: str = ""  # a second name, where it is the only model
+    rediscover: Callable[[], Whereabouts] | None = None  # see RouterDirectory
+
+
+class FrontServer:
+    """Listens from the start; `run` serves until a signal or `stop`."""
+
+    def __init__(self, settings: ServeConfig, keys: ApiKeys, sources: Sequence[ModelSource]) -> None:
+        """Raises ResourceError if the port is in use, ConfigError for names that are given twice."""
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"models: {', '.join(names)}: a name is given twice, and each must be its own")
+        self.metrics = FrontMetrics()
+        self.front = Front(settings, keys, self.metrics)
+        self._sources = sources
+        self._socket = _listen(settings.host, settings.port)
+        host, port = self._socket.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        config = uvicorn.Config(
+            build_app(self.front, self._make_models),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(settings.grace_s),
+        )
+        self._server = uvicorn.Server(config)
+
+    @property
+    def started(self) -> bool:
+        """Whether requests are answered."""
+        return self._server.started
+
+    def run(self) -> None:
+        """Serves until SIGINT or SIGTERM; begun answers have their time to end. The signal is raised again then."""
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Ends `run`, which runs in another thread, as a signal does."""
+        self._server.should_exit = True
+
+    async def _make_models(self, stack: AsyncExitStack) -> Sequence[ServedModel]:
+        models = []
+        for source in self._sources:
+            model = ServedModel(
+                source.name,
+                source.seeds,
+                self.front.settings,
+                self.metrics,
+                alias=source.alias,
+                rediscover=source.rediscover,
+            )
+            stack.push_async_callback(model.directory.close)
+            await model.directory.start()
+            models.append(model)
+        return models
+
+
+def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
+    """The keys that the settings name. Raises ConfigError where everybody on the network would be let in."""
+    keys = read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
+    if not (keys or security.allow_without_keys or _is_loopback(settings.host)):
+        raise ConfigError(
+            f"serve.host: {settings.host} is reached from other machines, and there are no API keys: give "
+            "security.api_keys_file, or set security.allow_without_keys = true if all who reach it may use it"
+        )
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(BACKLOG)
+    except OSError as exc:
+        listening.close()
+        raise ResourceError(
+            f"cannot listen on {host}:{port} ({exc.strerror or exc}); choose another serve.host, or a free serve.port"
+        ) from exc
+    listening.set_inheritable(False)
+    return listening

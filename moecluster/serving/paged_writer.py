@@ -1,0 +1,113 @@
+"""Texts written by continuous batching: each step computes a token of every running text, and parts of new prompts."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from moecluster.errors import MoeClusterError
+from moecluster.hf.continuous_batching import BatchRows, PagedBatches, PagedLimits
+from moecluster.roles.trunk_experts import TrunkExperts
+from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
+from moecluster.serving.expert_counts import ExpertCounts
+from moecluster.serving.running_text import RunningText
+from moecluster.serving.token_choice import ChosenToken, choose_tokens
+
+
+class PagedWriter:
+    """A Writer, and the hooks of its batches."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        experts: TrunkExperts,
+        limits: EngineLimits,
+        on_end: OnEnd,
+        on_failure: OnFailure,
+    ) -> None:
+        """experts: the model's backend."""
+        self.max_tokens = limits.max_cached_tokens
+        self._experts = experts
+        self._on_end, self._on_failure = on_end, on_failure
+        self._texts: dict[str, RunningText] = {}
+        self._counts = ExpertCounts()
+        self._lock = threading.Lock()
+        self._left: list[str] = []  # cancelled, to be forgotten by the thread that counts
+        self._batches = PagedBatches(
+            model,
+            PagedLimits(
+                max_cached_tokens=limits.max_cached_tokens,
+                max_batch_tokens=limits.max_batch_tokens,
+                max_texts=limits.max_running,
+            ),
+            self,
+        )
+
+    def write(self, text: RunningText) -> None:
+        with self._lock:
+            self._texts[text.name] = text
+        self._batches.add(text.name, text.ids)
+
+    def cancel(self, text: RunningText) -> None:
+        with self._lock:
+            if self._texts.pop(text.name, None) is None:
+                return
+            self._left.append(text.name)
+        self._batches.cancel(text.name)
+
+    def is_alive(self) -> bool:
+        return self._batches.is_running()
+
+    def close(self, timeout_s: float) -> None:
+        self._batches.close(timeout_s)
+
+    # -- what the batches' thread calls --
+
+    def begin_batch(self, rows: Sequence[BatchRows]) -> None:
+        self._experts.watch(self)
+        with self._lock:
+            left, self._left = self._left, []
+        for name in left:
+            self._counts.leave(name)
+        for row in rows:
+            text = self._texts.get(row.name)
+            if text is not None:
+                self._counts.enter(row.name)
+                text.computing(cached_tokens=row.cached_tokens)
+        self._counts.begin_rows([(row.name, row.num_rows) for row in rows])
+
+    def see(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.bool_] | None:
+        """Counts what each text gives to the experts; all rows are computed."""
+        self._counts.add(layer, ids_TK, num_experts)
+        return None
+
+    def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
+        with self._lock:
+            texts = [self._texts.get(name) for name in names]
+        there = [text for text in texts if text is not None]
+        if len(there) < len(texts):  # some were cancelled meanwhile
+            logits_BV = logits_BV[[row for row, text in enumerate(texts) if text is not None]]
+        tokens = iter(choose_tokens(there, logits_BV))
+        answers = []
+        for text in texts:
+            token = next(tokens) if text is not None else ChosenToken(id=0)
+            answers.append((token.id, text is None or self._push(text, token)))
+        return answers
+
+    def failed(self, name: str, error: MoeClusterError) -> None:
+        text = self._forget(name)
+        if text is not None:
+            self._on_failure(text, error)
+
+    def _push(self, text: RunningText, token: ChosenToken) -> bool:
+        is_last = text.push(token)
+        if is_last and self._forget(text.name) is not None:
+            self._on_end(text, self._counts.leave(text.name))
+        return is_last
+
+    def _forget(self, name: str) -> RunningText | None:
+        with self._lock:
+            return self._texts.pop(name, None)

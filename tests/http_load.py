@@ -1,0 +1,158 @@
+"""Clients of the HTTP front: streams of completions, one after another, and prompts whose texts are beyond doubt."""
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moecluster.models.streaming_decoder import StreamingDecoder
+
+CLEAR_GAP = 1e-3  # between the two best logits, in float32: far beyond what another grouping of a sum changes
+JOIN_TIMEOUT_S = 180.0
+REQUEST_TIMEOUT_S = 170.0
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 5}
+
+
+@torch.no_grad()
+def clear_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int, count: int
+) -> dict[str, str]:
+    """The first `count` prompts whose greedy text has no near tie, with it."""
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        ids = list(tokenizer(prompt)["input_ids"])
+        begun, decoder, text = len(ids), StreamingDecoder(tokenizer), ""
+        for _ in range(new_tokens):
+            best = model(torch.tensor([ids])).logits[0, -1].topk(2)
+            if float(best.values[0] - best.values[1]) < CLEAR_GAP:
+                break
+            ids.append(int(best.indices[0]))
+            text += decoder.push(ids[-1])
+        if len(ids) == begun + new_tokens:
+            found[prompt] = text + decoder.finish()
+        if len(found) == count:
+            return found
+    raise AssertionError(f"only {len(found)} of {count} prompts have texts without near ties")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedText:
+    """One request, as its client saw it. Times are of time.monotonic."""
+
+    prompt: str
+    sampled: bool
+    text: str
+    failure: str  # empty: none
+    tokens: int
+    pieces_s: tuple[float, ...]
+    started_s: float
+    ended_s: float
+
+
+class HttpClients:
+    """Clients that stream one text after another, from __enter__ to __exit__, in a thread with an event loop."""
+
+    def __init__(self, url: str, model: str, prompts: Sequence[str], *, number: int, new_tokens: int) -> None:
+        """Every fourth text is drawn by a seed."""
+        self.texts: list[StreamedText] = []
+        self._url, self._model = url, model
+        self._prompts = itertools.cycle(prompts)
+        self._turn = itertools.count()
+        self._number, self._new_tokens = number, new_tokens
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(JOIN_TIMEOUT_S)
+        assert not self._thread.is_alive(), "a stream hangs"
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=self._number + 1)
+        async with httpx.AsyncClient(base_url=self._url, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
+            await asyncio.gather(*(self._one_after_another(client) for _ in range(self._number)))
+
+    async def _one_after_another(self, client: httpx.AsyncClient) -> None:
+        while not self._over.is_set():
+            sampled = next(self._turn) % 4 == 3
+            self.texts.append(
+                await stream_text(
+                    client, self._model, next(self._prompts), new_tokens=self._new_tokens, sampled=sampled
+                )
+            )
+
+
+async def stream_text(
+    client: httpx.AsyncClient, model: str, prompt: str, *, new_tokens: int, sampled: bool
+) -> StreamedText:
+    """One streamed completion."""
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": new_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **(SAMPLED if sampled else {"temperature": 0}),
+    }
+    started_s, text, pieces_s, reason, failure, tokens = time.monotonic(), "", [], None, "", 0
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                failure = f"{answer.status_code}: {(await answer.aread()).decode()}"
+            else:
+                async for event in events(answer):
+                    failure = failure or str(event.get("error", ""))
+                    for choice in event.get("choices", []):
+                        text += choice["text"]
+                        reason = choice["finish_reason"] or reason
+                        pieces_s.append(time.monotonic())
+                    tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    except httpx.HTTPError as exc:
+        failure = repr(exc)
+    if not failure and reason not in ("stop", "length"):
+        failure = f"ended by {reason!r}"
+    return StreamedText(
+        prompt=prompt,
+        sampled=sampled,
+        text=text,
+        failure=failure,
+        tokens=tokens,
+        pieces_s=tuple(pieces_s),
+        started_s=started_s,
+        ended_s=time.monotonic(),
+    )
+
+
+async def events(answer: httpx.Response) -> Any:
+    """The JSON events of a stream; the stream must end with [DONE]."""
+    done = False
+    async for line in answer.aiter_lines():
+        if line == "data: [DONE]":
+            done = True
+        elif line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+    assert done, "the stream ended without [DONE]"
+
+
+def assert_all_right(
+    texts: Sequence[StreamedText], greedy: Mapping[str, str], sampled: Mapping[str, str], new_tokens: int
+) -> None:
+    """No request failed, no token was lost or repeated, every text is what it must be."""
+    failed = [f"{t.prompt!r} after {t.ended_s - t.started_s:.1f} s: {t.failure}" for t in texts if t.failure]
+    assert not failed, failed[:5]
+    for text in texts:
+        expected = (sampled if text.sampled else greedy)[text.prompt]
+        assert text.text == expected, (text.prompt, text.sampled, text.text, expected)
+        assert text.tokens == new_tokens

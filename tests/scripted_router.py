@@ -1,0 +1,143 @@
+"""A router over real gRPC that writes a text which prompt and seed decide, goes on behind generated_ids as the contract
+says, and does what a test wants it to: breaks off, refuses, waits.
+
+Token number i of a text is the word of id WORDS[(start + i) % len(WORDS)]; the start is drawn from prompt and seed.
+"""
+
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+
+from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError
+from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogprob
+from moecluster.rpc.router_server import serve_router
+from moecluster.types import RouterStatus
+
+WORDS = ("the", "red", "fox", "swam", "über", "grey", "ice", "and", "sang", "low", "notes", "till", "dawn")
+MAX_TOKENS = 4096
+LONGEST = 24  # words of a text without a limit
+
+
+def word_ids(request: GenerationRequest) -> list[int]:
+    """The whole text of a request, as ids."""
+    prompt = request.prompt or request.messages_json or ",".join(map(str, request.prompt_ids))
+    start = zlib.crc32(f"{prompt}|{request.sampling.seed}".encode())
+    return [(start + i) % len(WORDS) for i in range(request.max_new_tokens or LONGEST)]
+
+
+def words(ids: list[int]) -> str:
+    return "".join(f" {WORDS[i]}" for i in ids)
+
+
+class ScriptedRouter:
+    """RouterHandler and its server. Its fields may be changed while it serves."""
+
+    def __init__(self, name: str = "router", *, port: int = 0) -> None:
+        self.name = name
+        self.pace_s = 0.0  # between tokens
+        self.error: MoeClusterError | None = None  # instead of a text
+        self.break_after: int | None = None  # tokens, then `breaking`, once
+        self.breaking: MoeClusterError | None = None  # None: the last piece says cancelled
+        self.max_running = 64
+        self.hold = threading.Event()  # texts go on while it is set
+        self.hold.set()
+        self.requests: list[GenerationRequest] = []
+        self.running: dict[str, threading.Event] = {}
+        self.controller = ""
+        self.server = serve_router(self, port=port)
+        self.address = self.server.address
+
+    def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
+        if self.error is not None:
+            raise self.error
+        if len(self.running) >= self.max_running:
+            raise Exhausted(f"{self.max_running} texts run already", retry_after_s=1.4)
+        prompt_tokens = len(request.prompt_ids) or len((request.prompt or request.messages_json).split())
+        if prompt_tokens + request.max_new_tokens > MAX_TOKENS:
+            raise InvalidMessage(
+                f"prompt: its {prompt_tokens} tokens and max_new_tokens = {request.max_new_tokens} "
+                f"exceed the model's {MAX_TOKENS}"
+            )
+        self.requests.append(request)
+        self.running[request.request_id] = threading.Event()
+        return self._write(request, prompt_tokens)
+
+    def _write(self, request: GenerationRequest, prompt_tokens: int) -> Iterator[GenerationPiece]:
+        cancelled, ids = self.running[request.request_id], word_ids(request)
+        done = len(request.generated_ids)
+        assert list(request.generated_ids) == ids[:done], "another text was begun"
+        text, finish = words(ids[:done]), "length"
+        try:
+            for written, i in enumerate(ids[done:]):
+                if self.break_after == written:
+                    self.break_after = None
+                    if self.breaking is not None:
+                        raise self.breaking
+                    finish = "cancelled"
+                    break
+                while not cancelled.wait(self.pace_s) and not self.hold.is_set():
+                    time.sleep(0.01)
+                if cancelled.is_set():
+                    finish = "cancelled"
+                    break
+                piece = f" {WORDS[i]}"
+                text += piece
+                stop = next((stop for stop in request.stop if stop in text), None)
+                if stop is not None:
+                    before = text[: text.index(stop)]
+                    piece = before[len(text) - len(piece) :]
+                yield GenerationPiece(ids=(i,), text=piece, logprobs=self._logprobs(request, i))
+                if stop is not None:
+                    finish = "stop"
+                    break
+            yield GenerationPiece(finish_reason=finish, prompt_tokens=prompt_tokens, weight_version=1)
+        finally:
+            self.running.pop(request.request_id, None)
+
+    def _logprobs(self, request: GenerationRequest, i: int) -> tuple[TokenLogprob, ...]:
+        if not request.logprobs:
+            return ()
+        alternatives = [(i + k) % len(WORDS) for k in range(request.top_logprobs)]
+        top = tuple(_token(other, -0.5 - k) for k, other in enumerate(alternatives))
+        return (TokenLogprob(id=i, logprob=-0.5, token=f" {WORDS[i]}".encode(), top=top),)
+
+    def cancel(self, request_id: str) -> bool:
+        event = self.running.get(request_id)
+        if event is not None:
+            event.set()
+        return event is not None
+
+    def moe(self, layer: int, x_TD: torch.Tensor, timeout_s: float) -> Any:
+        raise InvalidMessage("layer: it has none")
+
+    def status(self) -> RouterStatus:
+        return RouterStatus(
+            router=self.name, model="words", placement=(1, 1), running=len(self.running), rss_bytes=1,
+            max_tokens=MAX_TOKENS, controller=self.controller,
+        )  # fmt: skip
+
+    def kill(self) -> None:
+        """Ends it amid whatever it does."""
+        self.server.stop(0.0)
+
+    def revive(self) -> None:
+        """Serves again at the same address, as a new process would."""
+        port = int(self.address.rpartition(":")[2])
+        self.server = serve_router(self, port=port)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hold.set()
+        for event in list(self.running.values()):
+            event.set()
+        self.server.stop(0.0)
+
+
+def _token(i: int, logprob: float) -> TokenLogprob:
+    return TokenLogprob(id=i, logprob=logprob, token=f" {WORDS[i]}".encode())

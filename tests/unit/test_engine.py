@@ -1,0 +1,203 @@
+"""The engine in one process: what it takes on, how texts end, and that one goes on from where another router broke off.
+
+Both ways of writing, on the same tiny model.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError
+from moecluster.generations import GenerationPiece, GenerationRequest, SamplingParameters
+from moecluster.hf.interface import moe_layers
+from moecluster.models.tokenizer import load_tokenizer
+from moecluster.models.trunk import load_trunk
+from moecluster.roles.model_versions import VersionExperts
+from moecluster.roles.trunk_experts import TrunkExperts
+from moecluster.serving import make_engine as making
+from moecluster.serving.engine import Engine, EngineLimits
+from moecluster.serving.make_engine import make_engine
+from tests.expert_cluster import ExpertCluster
+from tests.generation_load import save_decided_model
+
+PROMPT = tuple(b"The tower of")
+SAMPLED = SamplingParameters(temperature=1.2, top_p=0.95, seed=11, frequency_penalty=0.3, repetition_penalty=1.1)
+LIMITS = EngineLimits(max_running=4, max_waiting=2, max_cached_tokens=2048, max_batch_tokens=32)
+
+MakeTestEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ExpertCluster]]:
+    directory = tmp_path_factory.mktemp("model")
+    save_decided_model(directory)
+    with ExpertCluster(directory) as running:
+        yield directory, running
+
+
+@pytest.fixture(scope="module", params=["paged", "padded"])
+def engine(request: pytest.FixtureRequest, cluster: tuple[Path, ExpertCluster]) -> Iterator[MakeTestEngine]:
+    """Makes an engine of these limits, or gives the one that was made before."""
+    directory, experts = cluster
+    made: dict[EngineLimits, Engine] = {}
+
+    def make(limits: EngineLimits = LIMITS) -> Engine:
+        if limits not in made:
+            backend = TrunkExperts(VersionExperts(experts.remote, 0))
+            model = load_trunk(directory, backend)
+            backend.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
+            made[limits] = make_engine(model, load_tokenizer(directory), backend, limits=limits)
+        return made[limits]
+
+    with pytest.MonkeyPatch.context() as patches:
+        if request.param == "padded":
+            patches.setattr(making, "supports_paging", lambda model: False)
+        yield make
+    for running in made.values():
+        running.close()
+
+
+def ask(name: str = "r", **fields: Any) -> GenerationRequest:
+    return GenerationRequest(**{"request_id": name, "prompt_ids": PROMPT, "max_new_tokens": 24, **fields})
+
+
+def write(engine: Engine, request: GenerationRequest) -> list[GenerationPiece]:
+    return list(engine.begin(request, request.prompt_ids))
+
+
+def ids_of(pieces: list[GenerationPiece]) -> list[int]:
+    return [i for piece in pieces for i in piece.ids]
+
+
+def text_of(pieces: list[GenerationPiece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParameters(), SAMPLED])
+@pytest.mark.parametrize("received", [1, 7, 23])
+def test_a_text_goes_on_behind_what_another_router_wrote(engine, sampling, received) -> None:
+    running = engine()
+    whole = write(running, ask(sampling=sampling, logprobs=True, top_logprobs=2))
+    rest = write(
+        running,
+        ask(sampling=sampling, logprobs=True, top_logprobs=2, generated_ids=tuple(ids_of(whole)[:received])),
+    )
+    assert ids_of(rest) == ids_of(whole)[received:]
+    assert text_of(whole[:received]) + text_of(rest) == text_of(whole)
+    assert rest[-1].finish_reason == whole[-1].finish_reason == "length"
+    assert rest[-1].prompt_tokens == len(PROMPT)
+    for ours, theirs in zip(rest, whole[received:], strict=True):
+        assert [p.logprob for p in ours.logprobs] == pytest.approx([p.logprob for p in theirs.logprobs], abs=1e-4)
+
+
+def test_a_stop_text_across_the_break_is_found_and_never_shown(engine) -> None:
+    running = engine()
+    whole = text_of(write(running, ask()))
+    stop = whole[8:12]
+    cut = whole.index(stop)
+    stopped = write(running, ask(stop=(stop,)))
+    assert text_of(stopped) == whole[:cut] and stopped[-1].finish_reason == "stop"
+    for received in range(1, len(ids_of(stopped))):
+        shown = text_of(stopped[:received])
+        rest = write(running, ask(stop=(stop,), generated_ids=tuple(ids_of(stopped)[:received])))
+        assert shown + text_of(rest) == whole[:cut]
+
+
+def test_what_was_all_written_elsewhere_only_gets_its_end(engine) -> None:
+    running = engine()
+    whole = write(running, ask(max_new_tokens=5))
+    stop = text_of(whole)[:3]
+    pieces = write(running, ask(stop=(stop,), generated_ids=tuple(ids_of(whole)[:4])))
+    assert len(pieces) == 1 and pieces[0].finish_reason == "stop" and not pieces[0].ids
+
+
+def test_the_last_piece_says_what_the_text_took(engine) -> None:
+    running = engine()
+    pieces = write(running, ask(max_new_tokens=5))
+    last = pieces[-1]
+    assert (last.prompt_tokens, last.weight_version, last.finish_reason) == (len(PROMPT), 0, "length")
+    layers = {expert.layer for expert in last.experts}
+    # Every token but the last, which is not read any more, visits two experts of each layer.
+    assert sum(last.experts.values()) == len(layers) * 2 * (len(PROMPT) + 4)
+
+
+def test_a_prompt_that_was_read_before_is_not_computed_again(engine, request) -> None:
+    running = engine()
+    prompt = tuple(range(60, 60 + 100))
+    first = write(running, ask("a", prompt_ids=prompt, max_new_tokens=4))
+    again = write(running, ask("b", prompt_ids=prompt, max_new_tokens=4))
+    assert ids_of(first) == ids_of(again)
+    assert first[-1].cached_tokens == 0
+    assert again[-1].cached_tokens == (96 if "paged" in request.node.name else 0)
+
+
+def test_texts_beyond_the_bounds_are_refused_with_a_time_to_come_back(engine) -> None:
+    running = engine()
+    texts = [running.begin(ask(f"r{i}", max_new_tokens=220), PROMPT) for i in range(6)]
+    assert (running.running, running.waiting) == (4, 2)
+    with pytest.raises(Exhausted, match="4 texts run and 2 wait") as refused:
+        running.begin(ask("more"), PROMPT)
+    assert refused.value.retry_after_s is not None and 1 <= refused.value.retry_after_s <= 60
+    for i in range(6):
+        assert running.cancel(f"r{i}")
+    assert (running.running, running.waiting) == (0, 0)
+    assert [list(text)[-1].finish_reason for text in texts] == ["cancelled"] * 6
+    assert len(ids_of(write(running, ask("after", max_new_tokens=3)))) == 3
+
+
+def test_a_cancelled_text_leaves_its_place_to_the_next(engine) -> None:
+    running = engine(replace(LIMITS, max_running=1))
+    first = running.begin(ask("first", max_new_tokens=220), PROMPT)
+    next(first)
+    second = running.begin(ask("second", max_new_tokens=3), PROMPT)
+    started_s = time.monotonic()
+    first.close()  # its reader goes away
+    assert len(ids_of(list(second))) == 3
+    assert time.monotonic() - started_s < 5.0
+    assert not running.cancel("first")
+
+
+def test_a_text_that_there_is_no_room_for_is_refused_by_name(engine) -> None:
+    running = engine()
+    with pytest.raises(InvalidMessage, match=r"prompt_ids: its 12 tokens and max_new_tokens = 5000 exceed"):
+        running.begin(ask(max_new_tokens=5000), PROMPT)
+    with pytest.raises(InvalidMessage, match="runs already"):
+        kept = running.begin(ask("same", max_new_tokens=200), PROMPT)
+        running.begin(ask("same"), PROMPT)
+    kept.close()
+
+
+def test_texts_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) -> None:
+    running = engine()
+    expected = ids_of(write(running, ask("before")))
+    pool, calls = cluster[1].pool, 0
+    placement = pool.placement
+
+    def failing(timeout_s: float = 60.0) -> object:
+        nonlocal calls
+        calls += 1
+        if calls >= 8:
+            raise KeyError("expert-1")
+        return placement(timeout_s)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(pool, "placement", failing)
+        failed = running.begin(ask("failed"), PROMPT)
+        with pytest.raises(MoeClusterError, match="expert-1"):
+            list(failed)
+    assert ids_of(write(running, ask("after"))) == expected
+
+
+def test_many_texts_through_few_places_are_what_each_is_alone(engine) -> None:
+    running = engine(replace(LIMITS, max_waiting=40))
+    requests = [
+        ask(f"r{i}", prompt_ids=PROMPT[: 1 + i % len(PROMPT)], max_new_tokens=3 + i, sampling=SAMPLED)
+        for i in range(20)
+    ]
+    alone = [ids_of(write(running, replace(request, request_id=f"alone-{i}"))) for i, request in enumerate(requests)]
+    texts = [running.begin(request, request.prompt_ids) for request in requests]
+    assert [ids_of(list(text)) for text in texts] == alone

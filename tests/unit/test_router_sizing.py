@@ -1,0 +1,322 @@
+"""Routers that come and leave, over a supervisor of this process: what it starts serves when the test says so."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from moecluster.errors import ResourceError, Unavailable
+from moecluster.metrics import Metrics
+from moecluster.placement.router_scaling import RouterSizeSettings
+from moecluster.roles.leases import Leases
+from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.router_sizing import KIND, RouterSizing, RouterSizingSettings
+from moecluster.types import Operation, OperationPhase, RouterState
+
+WAIT_S = 10.0
+LEASE_S = 10.0
+IDLE_S = 3.0
+
+
+class Routers:
+    """A RouterSupervisor, and all else that a RouterSizing works with."""
+
+    def __init__(self, *names: str) -> None:
+        self.now_s = 100.0
+        self.there: dict[str, str] = dict.fromkeys(names, "/first")  # router -> checkpoint that it was started with
+        self.ended: list[str] = []
+        self.refusal: Exception | None = None
+        self.leases = Leases(1e6, clock=lambda: self.now_s)
+        self.log = OperationLog(Metrics(model="tiny"))
+        for name in names:
+            self.tell(name)
+
+    def known_routers(self) -> tuple[str, ...]:
+        return tuple(self.there)
+
+    def create_router(self, router: str, checkpoint: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.there.setdefault(router, checkpoint)
+
+    def remove_router(self, router: str) -> None:
+        if self.there.pop(router, None) is not None:
+            self.ended.append(router)
+
+    def tell(self, router: str, running: int = 0, waiting: int = 0) -> None:
+        """The router serves, and has so many texts."""
+        state = RouterState(router=router, address="127.0.0.1:5000", running=running, waiting=waiting)
+        self.leases.renew(router, (1, 1), state=state)
+
+    def phase(self, operation: Operation) -> OperationPhase:
+        return self.log.get(operation.id).phase
+
+    def detail(self, operation: Operation) -> str:
+        return self.log.get(operation.id).detail
+
+
+Make = Callable[..., RouterSizing]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Starts what is tested over some routers, and closes it."""
+    made: list[RouterSizing] = []
+
+    def start(routers: Routers, **settings: Any) -> RouterSizing:
+        sizing = RouterSizing(
+            RouterSizingSettings(
+                period_s=0.01,
+                lease_s=LEASE_S,
+                start_timeout_s=60.0,
+                drain_timeout_s=300.0,
+                idle_s=IDLE_S,
+                **{"max_routers": 4, **settings},
+            ),
+            supervisor=routers,
+            leases=routers.leases,
+            log=routers.log,
+            checkpoint=lambda: "/newest",
+            clock=lambda: routers.now_s,
+        )
+        sizing.start()
+        made.append(sizing)
+        return sizing
+
+    yield start
+    for sizing in made:
+        sizing.close()
+
+
+def wait_until(condition: Callable[[], bool], what: str = "it") -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what} did not come true"
+        time.sleep(0.005)
+
+
+def stays(condition: Callable[[], bool]) -> bool:
+    """Whether it is true over many looks."""
+    until_s = time.monotonic() + 0.15
+    while time.monotonic() < until_s:
+        if not condition():
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def leaving(sizing: RouterSizing) -> list[str]:
+    return [state.router for state in sizing.states() if state.leaving]
+
+
+def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits_until_they_serve(make) -> None:
+    routers = Routers("router", "router-2")
+    sizing = make(routers)
+    operation = sizing.order(4, operation_id="grow")
+    wait_until(lambda: len(routers.there) == 4)
+    assert routers.there == {"router": "/first", "router-2": "/first", "router-1": "/newest", "router-3": "/newest"}
+    wait_until(lambda: routers.detail(operation) == "waits: router-1 does not serve yet; router-3 does not serve yet")
+    assert routers.phase(operation) is OperationPhase.PREPARING
+    routers.tell("router-1")
+    routers.leases.renew("router-3", (1, 1))  # it has a lease before it listens
+    assert stays(lambda: not routers.phase(operation).ended)
+    routers.tell("router-3")
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    assert sizing.order(4, operation_id="grow").id == "grow" and len(routers.log.newest()) == 1
+
+
+def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_text(make) -> None:
+    routers = Routers("router", "router-1", "router-2")
+    routers.tell("router-2", running=2)
+    routers.tell("router-1", waiting=1)
+    sizing = make(routers)
+    operation = sizing.order(1)
+    wait_until(lambda: leaving(sizing) == ["router-1", "router-2"])
+    text = "waits: router-1 leaves with 1 text to end; router-2 leaves with 2 texts to end"
+    wait_until(lambda: routers.detail(operation) == text)
+    assert routers.phase(operation) is OperationPhase.COMMITTING
+    routers.now_s += 2 * LEASE_S
+    assert stays(lambda: not routers.ended)
+    routers.tell("router-1")
+    wait_until(lambda: "router-1 leaves;" in routers.detail(operation))
+    assert stays(lambda: not routers.ended), "fronts must see first that it leaves"
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.ended == ["router-1"])
+    routers.tell("router-2")
+    assert stays(lambda: len(routers.ended) == 1)
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    assert list(routers.there) == ["router"] == [state.router for state in sizing.states()]
+
+
+def test_a_text_that_still_comes_is_waited_for_too(make) -> None:
+    routers = Routers("router", "router-1")
+    sizing = make(routers)
+    sizing.order(1)
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    routers.tell("router-1", running=1)
+    assert stays(lambda: not routers.ended)
+    routers.now_s += IDLE_S
+    assert stays(lambda: not routers.ended)
+    routers.tell("router-1")
+    assert stays(lambda: not routers.ended), "without a text only since now"
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.ended == ["router-1"])
+
+
+def test_a_router_whose_texts_do_not_end_is_ended_after_the_timeout(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.tell("router-1", running=1)
+    sizing = make(routers)
+    operation = sizing.order(1)
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    routers.now_s += 299.0
+    assert stays(lambda: not routers.ended)
+    routers.now_s += 1.0
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    assert routers.ended == ["router-1"]
+
+
+def test_one_that_leaves_is_taken_back_instead_of_starting_another(make) -> None:
+    routers = Routers("router", "router-1", "router-2")
+    for name in routers.there:
+        routers.tell(name, running=1)
+    sizing = make(routers)
+    fewer = sizing.order(1)
+    wait_until(lambda: leaving(sizing) == ["router-1", "router-2"])
+    more = sizing.order(2)
+    wait_until(lambda: leaving(sizing) == ["router-2"])
+    assert routers.phase(fewer) is OperationPhase.FAILED
+    assert routers.detail(fewer) == f"{more.id} has taken its place"
+    most = sizing.order(4)
+    wait_until(lambda: len(routers.there) == 4)
+    assert leaving(sizing) == [] and routers.ended == []
+    routers.tell("router-3")
+    wait_until(lambda: routers.phase(most) is OperationPhase.DONE)
+
+
+def test_a_successor_goes_on_and_ends_nobody_before_it_has_heard_of_them(make) -> None:
+    routers = Routers("router", "router-1", "router-2")
+    sizing = make(routers)
+    routers.tell("router-2", running=1)
+    operation = sizing.order(2)
+    wait_until(lambda: leaving(sizing) == ["router-2"])
+    sizing.close()
+    left = routers.log.for_successor(10)
+    routers.leases, routers.log = Leases(1e6, clock=lambda: routers.now_s), OperationLog(Metrics(model="tiny"))
+    routers.log.take_over(left, resumable=frozenset({KIND}))
+    second = make(routers)
+    assert stays(lambda: not routers.ended)
+    routers.now_s += LEASE_S / 2
+    assert stays(lambda: not routers.ended)
+    for name, running in (("router", 0), ("router-1", 0), ("router-2", 1)):
+        routers.tell(name, running=running)
+    wait_until(lambda: leaving(second) == ["router-2"])
+    routers.now_s += 2 * LEASE_S
+    assert stays(lambda: not routers.ended)
+    routers.tell("router-2")
+    wait_until(lambda: "router-2 leaves" in routers.detail(operation))
+    assert stays(lambda: not routers.ended)
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    assert routers.ended == ["router-2"]
+
+
+def test_one_that_leaves_and_is_not_heard_of_is_gone(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.leases.drop("router-1")
+    sizing = make(routers)
+    operation = sizing.order(1)
+    wait_until(lambda: routers.detail(operation) == "waits: router-1 is not heard of")
+    routers.now_s += LEASE_S - 1.0
+    assert stays(lambda: not routers.ended)
+    routers.now_s += 1.0
+    assert stays(lambda: not routers.ended)
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.ended == ["router-1"])
+
+
+def test_routers_that_never_come_are_given_up_and_others_are_left_alone(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.leases.drop("router-1")  # Ray starts it again
+    sizing = make(routers)
+    operation = sizing.order(3)
+    wait_until(lambda: "router-2" in routers.there)
+    routers.now_s += 61.0
+    wait_until(lambda: routers.phase(operation) is OperationPhase.FAILED)
+    assert "router-2 does not serve yet, after 60 s; is the Ray cluster short" in routers.detail(operation)
+    assert routers.ended == ["router-2"] and list(routers.there) == ["router", "router-1"]
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("Ray is away"), RuntimeError("a mistake of ours")])
+def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, refusal) -> None:
+    routers = Routers("router")
+    routers.refusal = refusal
+    sizing = make(routers)
+    operation = sizing.order(2)
+    if isinstance(refusal, Unavailable):
+        wait_until(lambda: routers.detail(operation) == "waits: Ray is away")
+        routers.now_s += 61.0
+    wait_until(lambda: routers.phase(operation) is OperationPhase.FAILED)
+    routers.refusal = None
+    again = sizing.order(2)
+    wait_until(lambda: "router-1" in routers.there)
+    routers.tell("router-1")
+    wait_until(lambda: routers.phase(again) is OperationPhase.DONE)
+
+
+@pytest.mark.parametrize("wanted", [0, 5, -1])
+def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
+    sizing = make(Routers("router"))
+    with pytest.raises(
+        ResourceError, match=rf"scale: {wanted} routers are beyond the limits, which are 1 to 4 \(serve"
+    ):
+        sizing.order(wanted)
+
+
+SIZE = RouterSizeSettings(min_routers=1, max_routers=3, target_texts=4.0, upscale_delay_s=5.0, downscale_delay_s=50.0)
+
+
+def test_texts_bring_routers_and_their_end_ends_them_with_the_reason_in_the_log(make) -> None:
+    routers = Routers("router")
+    routers.tell("router", running=4, waiting=8)
+    routers.tell("a test's own", running=99)  # it has a lease, and is no router of the cluster
+    make(routers, size=SIZE)
+    routers.now_s += LEASE_S - 1.0
+    assert stays(lambda: not routers.log.newest()), "routers must be heard first"
+    routers.now_s += 1.0
+    time.sleep(0.05)
+    routers.now_s += 5.0
+    wait_until(lambda: len(routers.there) == 3)
+    operation = routers.log.newest(1)[0]
+    assert (operation.kind, operation.arguments) == (KIND, ("3",)) and "8.0 of which wait" in operation.reason
+    for name in routers.there:
+        routers.tell(name)
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    wait_until(lambda: len(routers.log.newest()) == 2)
+    time.sleep(0.05)
+    routers.now_s += IDLE_S
+    wait_until(lambda: list(routers.there) == ["router"])
+
+
+def test_under_new_load_those_that_leave_by_decision_are_taken_back_and_by_order_not(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.tell("router-1", running=1)
+    sizing = make(routers, size=SIZE)
+    routers.now_s += LEASE_S
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    routers.tell("router", running=8)
+    time.sleep(0.05)
+    routers.now_s += 5.0
+    wait_until(lambda: leaving(sizing) == [])
+    assert list(routers.there) == ["router", "router-1"]
+    ordered = sizing.order(1)
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    assert stays(lambda: leaving(sizing) == ["router-1"] and not routers.phase(ordered).ended)
