@@ -63,7 +63,6 @@ class WeightUpdates:
         self._known: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
         self._since_s = 0.0  # when this controller first saw it so
         self._told = (0, 0)  # a placement that says so
-        self._seen_routers: dict[str, tuple[Lease, float]] = {}  # that write texts, and when they last had a lease
 
     def look(self) -> None:
         """Takes the update that is under way, or the first that waits, as far as it goes now."""
@@ -180,14 +179,8 @@ class WeightUpdates:
 
     def _routers(self) -> dict[str, Lease]:
         """Those that write texts, as they last were; others say of no version that they use it."""
-        now_s = self._clock()
-        self._seen_routers |= {name: (lease, now_s) for name, lease in self._leases.standing().items()}
-        self._seen_routers = {
-            name: (lease, at_s)
-            for name, (lease, at_s) in sorted(self._seen_routers.items())
-            if lease.state.weight_version and now_s - at_s <= self._settings.router_grace_s
-        }
-        return {name: lease for name, (lease, _) in self._seen_routers.items()}
+        heard = self._leases.heard(self._settings.router_grace_s)
+        return {name: lease for name, lease in sorted(heard.items()) if lease.state.weight_version}
 
     def _seen(self, version: int, *, published: bool) -> tuple[float, tuple[int, int]]:
         """Since when the version stands so, and a placement that says so."""
