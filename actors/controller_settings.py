@@ -17,6 +17,8 @@ from moecluster.roles.router_sizing import RouterSizingSettings
 from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.types import Replica
 
+GRACE_LEASES = 3  # without a sign of a router, before an update goes on without it
+
 
 def controller_settings(
     config: Config, model_dir: str, replicas: tuple[Replica, ...], layer_experts: Mapping[int, int]
@@ -57,7 +59,9 @@ def controller_settings(
             max_bytes_per_s=controller.max_move_bytes_per_s,
         ),
         update=UpdateSettings(
-            prepare_timeout_s=controller.operation_timeout_s, texts_timeout_s=controller.update_timeout_s
+            prepare_timeout_s=controller.operation_timeout_s,
+            texts_timeout_s=controller.update_timeout_s,
+            router_grace_s=GRACE_LEASES * controller.lease_s,
         ),
         routers=RouterSizingSettings(
             min_routers=config.serve.min_routers or 1,

@@ -12,6 +12,7 @@ from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.router import Router
+from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.expert_control import GrpcExpertControl
@@ -77,6 +78,7 @@ class LoopbackCluster:
             "lease_s": 0.6,
             "health_period_s": 0.5,
             "start_timeout_s": 1.0,
+            "update": UpdateSettings(router_grace_s=1.8),
         }
         controller = Controller(
             ControllerSettings(**(settings | self._controller_settings)),

@@ -340,8 +340,12 @@ class ActorKeeper:
         try:
             if part:
                 loaded_bytes = self._load_version(control, orders, version, part, replace=False)
-        except (StaleOrder, Unavailable):
+        except Unavailable:
             raise
+        except StaleOrder as exc:
+            logger.info("%s did not load weight version %d: %s", self.actor, version.version, exc)
+            self._tell(control, orders)  # which another controller's actor refuses; else experts were moved meanwhile
+            return True
         except MoeClusterError as exc:
             logger.info("%s does not load weight version %d: %s", self.actor, version.version, exc)
             self._owner.preparing_failed(self.actor, version.version, exc)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from moecluster.types import RouterState
 
+KEPT_S = 3600.0  # how long it is known of a router that it was there
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
@@ -51,6 +53,12 @@ class Leases:
         with self._changed:
             return dict(self._standing())
 
+    def heard(self, grace_s: float) -> dict[str, Lease]:
+        """Routers that hold a lease, or did not longer ago than that."""
+        with self._changed:
+            since_s = self._clock() - min(grace_s, KEPT_S)
+            return {router: lease for router, lease in self._leases.items() if lease.expires_s > since_s}
+
     def states(self) -> dict[str, RouterState]:
         """What the routers that hold a lease now say of themselves, by their names, which are sorted."""
         return {router: lease.state for router, lease in sorted(self.standing().items())}
@@ -78,8 +86,8 @@ class Leases:
 
     def _standing(self) -> dict[str, Lease]:
         now_s = self._clock()
-        self._leases = {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s}
-        return self._leases
+        self._leases = {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s - KEPT_S}
+        return {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s}
 
 
 def _weights(lease: Lease | None) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class UpdateSettings:
 
     prepare_timeout_s: float = 600.0  # until everybody has loaded the new version
     texts_timeout_s: float = 3600.0  # for texts that were begun with the old version; as long as the longest text
+    router_grace_s: float = 30.0  # how long a router is waited for whose lease ran out: loading a trunk is hard work
 
 
 class WeightUpdates:
@@ -177,8 +178,9 @@ class WeightUpdates:
             self._end_texts(None)
 
     def _routers(self) -> dict[str, Lease]:
-        """Those that write texts; others say of no version that they use it."""
-        return {n: lease for n, lease in sorted(self._leases.standing().items()) if lease.state.weight_version}
+        """Those that write texts, as they last were; others say of no version that they use it."""
+        heard = self._leases.heard(self._settings.router_grace_s)
+        return {name: lease for name, lease in sorted(heard.items()) if lease.state.weight_version}
 
     def _seen(self, version: int, *, published: bool) -> tuple[float, tuple[int, int]]:
         """Since when the version stands so, and a placement that says so."""

@@ -18,7 +18,7 @@ from moecluster.roles.mover import MoverSettings
 from moecluster.roles.observer import ObserverSettings
 from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.rpc.controller_calls import ControllerCalls
-from moecluster.types import ExpertId, OperationPhase
+from moecluster.types import ExpertId, OperationPhase, RouterState
 from tests.loopback_cluster import LoopbackCluster
 from tests.weight_versions import PROMPTS, Clients, done, ended, save_version, texts_alone, wait_until, write
 
@@ -288,3 +288,36 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
     done(cluster, operation)
     cluster.controller.renew_lease("trainer", (0, 0), hold=True)
     wait_until(lambda: cluster.controller.current(0.0).held)
+
+
+def test_an_expert_that_moves_while_its_new_version_is_loaded_ends_nothing(start, versions, alone, monkeypatch) -> None:
+    load = ExpertLoader.load
+    expert, begun = ExpertId(layer=0, index=0), threading.Event()
+
+    def load_until_unloaded(self: ExpertLoader, order: Any, settings: Any) -> int:
+        if settings.weight_version == 2 and self._actor == "expert-0" and expert in settings.experts:
+            begun.set()
+            wait_until(lambda: order.dropped, "the unload")
+        return load(self, order, settings)
+
+    monkeypatch.setattr(ExpertLoader, "load", load_until_unloaded)
+    cluster = start()
+    with Clients(cluster, alone):
+        operation = cluster.controller.update(versions[1])
+        assert begun.wait(10.0)
+        done(cluster, cluster.controller.place(expert, ["expert-1"]))
+        done(cluster, operation)
+    assert held_versions(cluster) == {2}
+
+
+def test_a_router_that_is_not_heard_is_waited_for_beyond_its_lease(start, versions) -> None:
+    cluster = start()
+    silent = RouterState(router="silent", weight_version=1, oldest_weight_version=1, ready_weight_version=2)
+    cluster.controller.renew_lease("silent", (1, 1000), state=silent)
+    begun_s = time.monotonic()
+    operation = cluster.controller.update(versions[1])
+    wait_until(lambda: "written by silent" in cluster.controller.operation(operation.id).detail)
+    wait_until(lambda: "silent" not in cluster.controller.leases())
+    assert not cluster.controller.operation(operation.id).phase.ended
+    done(cluster, operation)
+    assert time.monotonic() - begun_s > 1.8

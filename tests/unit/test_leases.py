@@ -81,3 +81,14 @@ def test_a_router_that_was_ended_is_waited_for_no_more() -> None:
     assert leases.wait_applied((1, 2), 10.0)
     assert time.monotonic() - began_s < 5.0 and not leases.states()
     leases.drop("router-1")
+
+
+def test_a_router_is_known_beyond_its_lease_unless_it_was_ended() -> None:
+    now_s = [0.0]
+    leases = Leases(10.0, clock=lambda: now_s[0])
+    leases.renew("silent", (1, 1))
+    leases.renew("ended", (1, 1))
+    leases.drop("ended")
+    now_s[0] = 30.0
+    assert leases.standing() == {} and leases.heard(15.0) == {}
+    assert set(leases.heard(25.0)) == {"silent"}
