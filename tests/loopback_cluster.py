@@ -11,6 +11,7 @@ from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.router import Router
+from moecluster.roles.router_sizing import RouterSupervisor
 from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.expert_control import GrpcExpertControl
@@ -19,7 +20,7 @@ from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.health_watch import HealthWatch
 from moecluster.rpc.router_server import serve_router
 from moecluster.rpc.server import RunningServer
-from moecluster.types import ActorAddress
+from moecluster.types import ActorAddress, RouterState
 
 
 class LoopbackCluster:
@@ -32,9 +33,13 @@ class LoopbackCluster:
         num_actors: int = 2,
         max_running: int = 4,
         batch_invariant: bool = False,
+        router_supervisor: RouterSupervisor | None = None,
         **controller: Any,
     ) -> None:
-        """controller: fields of ControllerSettings that differ from the usual ones."""
+        """router_supervisor: what starts more routers. controller: fields of ControllerSettings that differ from the
+        usual ones."""
+        self._router_supervisor = router_supervisor
+        self.told = RouterState(router="router")  # what the router says of itself
         self._controller_settings = controller
         self._batch_invariant = batch_invariant
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
@@ -45,7 +50,9 @@ class LoopbackCluster:
             self.revive(name)
         self._directory = directory
         self.controller, self.controller_server = self.start_controller()
-        self.placements = ControllerClient(router="router", resolve=lambda: self.controller_server.address)
+        self.placements = ControllerClient(
+            router="router", resolve=lambda: self.controller_server.address, state=lambda: self.told
+        )
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
         self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
@@ -69,6 +76,7 @@ class LoopbackCluster:
             connect=_control,
             watch=_watch,
             metrics=Metrics(model="tiny"),
+            routers=self._router_supervisor,
         )
         controller.start(20.0)
         return controller, serve_controller(controller)
