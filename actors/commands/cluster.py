@@ -56,7 +56,7 @@ def status(name: str, as_json: bool, console: Console) -> None:
     console.print(f"cluster {cluster.name} serves {cluster.model}")
     for line in _summary(seen):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(endpoints, seen))
+    console.print(actors_table(endpoints, seen))
     if seen is not None and seen.operations:
         console.print(operations_table(seen.operations))
 
@@ -99,7 +99,8 @@ def _older(seen: ControllerStatus) -> str:
     return f"; texts begun with older weights are still written by {', '.join(behind)}" if behind else ""
 
 
-def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
+def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
+    """A line for each actor: where it is reached, and what the controller knows of it, if it answers."""
     columns = ("actor", "phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid")
     table = Table(*columns, box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}

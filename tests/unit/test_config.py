@@ -62,6 +62,7 @@ def test_values_arrive_as_declared() -> None:
         ({"model": {"num_kv_heads": 3}}, ["model.num_kv_heads", "divisor of num_heads = 4"]),
         ({"model": {"first_dense_layers": 4}}, ["model.moe_every", "no layer is MoE"]),
         ({"model": {"dtype": "float8"}}, ["model.dtype", "float32, bfloat16"]),
+        ({"serve": {"min_routers": 3, "max_routers": 2}}, ["serve.max_routers", "at least min_routers = 3"]),
         ({"controller": {"placement": "random"}}, ["controller.placement", "contiguous"]),
         ({"controller": {"placement": 3}}, ["controller.placement", "a string or a table"]),
         ({"controller": {"placement": {"expert-0": "0/1"}}}, ["controller.placement.expert-0", "a list, each"]),
