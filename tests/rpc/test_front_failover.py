@@ -254,4 +254,3 @@ def test_when_all_are_lost_others_are_asked_where_the_cluster_is(second) -> None
     with running_front(source, router_patience_s=20.0) as front:
         assert_whole(ask(front), second)
     assert len(asked) == 2
-

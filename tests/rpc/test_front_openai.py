@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -194,7 +195,12 @@ def test_n_texts_of_a_chat_differ_by_their_seed(client, router) -> None:
 
 def test_the_async_client_has_many_texts_at_once(front) -> None:
     async def ask(client: openai.AsyncOpenAI, i: int) -> tuple[str, str]:
-        settings = {"model": "model", "messages": [{"role": "user", "content": str(i)}], "max_tokens": 9, "seed": i}
+        settings: dict[str, Any] = {
+            "model": "model",
+            "messages": [{"role": "user", "content": str(i)}],
+            "max_tokens": 9,
+            "seed": i,
+        }
         whole = await client.chat.completions.create(**settings)
         stream = await client.chat.completions.create(**settings, stream=True)
         return whole.choices[0].message.content, "".join([p.choices[0].delta.content or "" async for p in stream])
@@ -224,7 +230,7 @@ def test_models_are_listed_and_found(front, client) -> None:
 
 
 def test_wrong_requests_name_their_field(client) -> None:
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"prompt": "x", "temperature": 3}, "temperature"),
         ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
@@ -245,7 +251,7 @@ def test_wrong_requests_name_their_field(client) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(model="model", **body)
         assert refused.value.param == param and refused.value.type == "invalid_request_error", refused.value.body
-    chats = [
+    chats: list[tuple[dict[str, Any], str]] = [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
@@ -291,7 +297,12 @@ def test_texts_of_a_real_cluster(tmp_path: Path) -> None:
         with Client(cluster.router_server.address) as direct:
             reference = direct.generate("def add(a, b):", max_new_tokens=24).text()
         with front.openai() as client:
-            settings = {"model": "model", "prompt": "def add(a, b):", "max_tokens": 24, "temperature": 0}
+            settings: dict[str, Any] = {
+                "model": "model",
+                "prompt": "def add(a, b):",
+                "max_tokens": 24,
+                "temperature": 0,
+            }
             assert client.completions.create(**settings).choices[0].text == reference
             streamed = [piece.choices[0].text for piece in client.completions.create(**settings, stream=True)]
             assert "".join(streamed) == reference and len(streamed) > 5
