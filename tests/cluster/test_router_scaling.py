@@ -119,7 +119,7 @@ def test_a_controller_that_is_started_again_finds_the_routers_and_goes_on(cluste
             calls.scale_routers(1, operation_id="shrink")
         wait_for(lambda: routers(cluster)["router-1"].leaving, "it leaves")
         cluster.kill("controller")
-        whole = begun + "".join(pieces)
+        whole = begun.text + "".join(piece.text for piece in pieces)
     with cluster.client() as client:
         assert client.generate(PROMPTS[0], max_new_tokens=200).text() == whole
     wait_for(lambda: [n for n in cluster.driver.actors() if is_router(n)] == ["router"], "it is ended")
