@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moecluster.errors import CheckpointError, ResourceError, StaleOrder
+from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.expert_loader import ExpertLoader
@@ -218,10 +219,10 @@ def test_what_an_actor_cannot_load_leaves_the_old_version(start, versions, alone
 def test_a_trunk_that_cannot_be_loaded_leaves_the_old_version(start, versions, alone, monkeypatch) -> None:
     cluster = start()
 
-    def torn_trunk(path: Path, *args: Any) -> Any:
-        if str(path) == versions[1]:
-            raise CheckpointError(f"{path} has no model.norm.weight")
-        return load_trunk(path, *args)
+    def torn_trunk(checkpoint: Checkpoint, *args: Any) -> Any:
+        if str(checkpoint.path) == versions[1]:
+            raise CheckpointError(f"{checkpoint.path} has no model.norm.weight")
+        return load_trunk(checkpoint, *args)
 
     monkeypatch.setattr("moecluster.roles.router.load_trunk", torn_trunk)
     with Clients(cluster, alone):
