@@ -80,6 +80,54 @@ def generate(
     run(target, prompt, chat, options, settings or (), Console(stderr=True))
 
 
+Host = Annotated[str | None, typer.Option(help="address to listen on (serve.host)", show_default=False)]
+Port = Annotated[int | None, typer.Option(help="port to listen on; 0: any (serve.port, 8000)", show_default=False)]
+ApiKeysFile = Annotated[
+    str | None, typer.Option(help="API keys, one a line (security.api_keys_file)", show_default=False)
+]
+
+
+@app.command(epilog="Example: moecluster serve demo    or: moecluster serve ./Mixtral-tiny --port 8080")
+def serve(
+    target: Target = "demo",
+    host: Host = None,
+    port: Port = None,
+    api_keys_file: ApiKeysFile = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="the model's name (serve.model_name)", show_default=False)
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=CLUSTER", help="another cluster's model; may be repeated", show_default=False),
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Serve a model over HTTP as OpenAI does, through the cluster that is up, or one started for it."""
+    from actors.commands.serve import FrontOptions
+    from actors.commands.serve import serve as run
+
+    options = FrontOptions(host=host, port=port, api_keys_file=api_keys_file, model_name=model_name)
+    run(target, settings or (), options, also or (), Console())
+
+
+@app.command(epilog="Example: moecluster front --model mixtral=moecluster --model small=second")
+def front(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=CLUSTER", help="a model and its cluster; may be repeated", show_default=False),
+    ] = None,
+    host: Host = None,
+    port: Port = None,
+    api_keys_file: ApiKeysFile = None,
+    settings: Settings = None,
+) -> None:
+    """Serve the models of clusters that are up over HTTP, and start none."""
+    from actors.commands.serve import FrontOptions
+    from actors.commands.serve import front as run
+
+    run(model or (), settings or (), FrontOptions(host=host, port=port, api_keys_file=api_keys_file), Console())
+
+
 @app.command(epilog="Example: moecluster train demo --set train.steps=100    or: moecluster train my.toml")
 def train(
     target: Target = "demo",

@@ -3,20 +3,33 @@
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from ray.util import list_named_actors
 
+from actors.checkpoint_source import CheckpointSource
 from actors.controller_actor import ControllerActor
 from actors.controller_settings import controller_settings
 from actors.expert_actor import ExpertActor
+from actors.loading_progress import HostedBytes, bytes_to_load
 from actors.ray_calls import call, find_actor
 from actors.router_actor import RouterActor
-from actors.settings import CONTROLLER, ROUTER, Endpoints, expert_names, is_router, metrics_ports, router_names
+from actors.settings import (
+    CONTROLLER,
+    ROUTER,
+    SOURCE,
+    Endpoints,
+    OnLoading,
+    expert_names,
+    is_router,
+    metrics_ports,
+    router_names,
+)
 from actors.spawn import spawn
 from actors.training_host import Progress
 from moecluster.config import Config
@@ -63,9 +76,10 @@ class Cluster:
         """The driver has joined Ray. Nothing is started or asked."""
         self.name = name
 
-    def start(self, config: Config, model_dir: str) -> None:
+    def start(self, config: Config, model_dir: str, on_loading: OnLoading | None = None) -> None:
         """Starts the actors and loads the experts; returns when all of them serve.
 
+        on_loading: told over and over how much is loaded.
         Raises UserError if a model, a placement, the resources or a port do not fit; then nothing is left behind.
         """
         if self.exists():
@@ -73,7 +87,8 @@ class Cluster:
                 f"the cluster {self.name} is up already; take it down first (moecluster down), "
                 "or give this one another cluster.name"
             )
-        layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(model_dir).layers}
+        source = ExpertSource(model_dir)
+        layer_experts = {layer.layer: layer.num_experts for layer in source.layers}
         names = expert_names(config)
         replicas = initial_placement(config.controller.placement, layer_experts, names)
         controller_settings(config, model_dir, replicas, layer_experts)  # complains now, not in the actor
@@ -88,9 +103,23 @@ class Cluster:
                 ControllerActor, "controller", config, CONTROLLER,
                 tables, model_dir, replicas, layer_experts, ports[CONTROLLER],
             )  # fmt: skip
+            if has_other_nodes(config):
+                node = ray.get_runtime_context().get_node_id()
+                handles[SOURCE] = spawn(
+                    CheckpointSource, "source", config, SOURCE, model_dir, config.cluster.host, node=node
+                )
             for name in router_names(config):
                 handles[name] = spawn(RouterActor, "router", config, name, tables, name, model_dir, ports[name])
-            self._wait_ready(handles, config.cluster.start_timeout_s)
+            deadline_s = time.monotonic() + config.cluster.start_timeout_s
+            endpoints = self._wait_ready(handles, config.cluster.start_timeout_s)
+            total_bytes = bytes_to_load(source, replicas, getattr(torch, config.model.dtype))
+            with HostedBytes({name: endpoints[name].address for name in names}) as hosted:
+
+                def look() -> None:
+                    if on_loading is not None:
+                        on_loading(hosted.total(), total_bytes)
+
+                self._wait_loaded(deadline_s, look)
         except BaseException:
             self.stop()
             raise
@@ -167,13 +196,14 @@ class Cluster:
                     ray.kill(self._handle(name), no_restart=True)
             time.sleep(POLL_S)
 
-    def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> None:
+    def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> dict[str, Endpoints]:
         """By the handles, not by name: one that cannot start has no name any more, and its handle says why."""
         deadline_s = time.monotonic() + timeout_s
+        found: dict[str, Endpoints] = {}
         for name, handle in handles.items():
             left_s = max(deadline_s - time.monotonic(), 0.0)
             try:
-                call(handle.endpoints.remote(), left_s, name)
+                found[name] = call(handle.endpoints.remote(), left_s, name)
             except DeadlineExceeded as exc:
                 raise ResourceError(
                     f"{name} was not started within {timeout_s:g} s; is the Ray cluster short of CPUs or memory? "
@@ -181,8 +211,16 @@ class Cluster:
                 ) from exc
             except Unavailable as exc:
                 raise ResourceError(str(exc)) from exc
+        return found
+
+    def _wait_loaded(self, deadline_s: float, look: Callable[[], None]) -> None:
+        """Until the first placement stands; look is called meanwhile, and once after."""
         left_s = max(deadline_s - time.monotonic(), 0.0)
-        call(self._handle(CONTROLLER).wait_started.remote(left_s), left_s + CALL_TIMEOUT_S, CONTROLLER)
+        started: Any = self._handle(CONTROLLER).wait_started.remote(left_s)
+        while not ray.wait([started], timeout=POLL_S)[0] and time.monotonic() < deadline_s:
+            look()
+        call(started, CALL_TIMEOUT_S, CONTROLLER)
+        look()
 
     def _endpoints_of(self, name: str) -> Endpoints:
         endpoints: Endpoints = call(self._handle(name).endpoints.remote(), CALL_TIMEOUT_S, name)
@@ -211,6 +249,11 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
             f"{', '.join(f'{count:g} {kind}s' for kind, count in needed.items() if count)}, free are {free}; "
             "lower cluster.num_expert_actors, cluster.num_routers or the CPUs and GPUs per actor, or add nodes"
         )
+
+
+def has_other_nodes(config: Config) -> bool:
+    """Whether actors may stand where the checkpoint is not: any Ray but one of this host alone may have more nodes."""
+    return bool(config.cluster.address) or len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
 def check_ports(config: Config) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from actors.checkpoint_source import checkpoint_opener
 from actors.settings import Endpoints
 from moecluster.config import read_config
 from moecluster.metrics import Metrics
@@ -29,6 +30,7 @@ class ExpertActor:
             activation_budget_bytes=config.experts.activation_budget_bytes,
             batch_invariant=config.experts.batch_invariant,
             metrics=self._metrics,
+            open_elsewhere=checkpoint_opener(config.cluster.name),
         )
         self._server = serve_expert(self._service, host=config.cluster.host)
 

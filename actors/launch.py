@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from actors import state
 from actors.local_ray import LocalRay, ray_environment, start_local_ray, stop_local_ray
+from actors.settings import OnLoading
 from actors.state import UpCluster
 from moecluster.config import Config
 from moecluster.errors import ResourceError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from actors.driver import Cluster
 
 
-def bring_up(config: Config, model_dir: str) -> UpCluster:
+def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None) -> UpCluster:
     """Starts Ray, if no address of one is given, and the cluster on it. Raises UserError, with nothing left behind."""
     name = config.cluster.name
     noted = state.load(name)
@@ -31,7 +32,7 @@ def bring_up(config: Config, model_dir: str) -> UpCluster:
     address = local.address if local is not None else config.cluster.address
     try:
         cluster = join(name, address, local)
-        cluster.start(config, model_dir)
+        cluster.start(config, model_dir, on_loading)
         up = UpCluster(
             name=name,
             ray_address=address,

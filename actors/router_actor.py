@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
+from actors.checkpoint_source import checkpoint_opener
 from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints
 from moecluster.config import Config, read_config
@@ -68,6 +69,7 @@ class RouterActor:
             metrics=self._metrics,
             on_change=self._placements.renew,
             controller=lambda: self._placements.controller,
+            open_elsewhere=checkpoint_opener(config.cluster.name),
         )
         self._training = TrainingHost(
             self._experts,

@@ -1,5 +1,6 @@
 """What the processes of actors are started with: names, ports, threads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,10 @@ CONTROLLER = "controller"
 ROUTER = "router"  # the first one: training runs there
 EXPERT_PREFIX = "expert-"
 ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
+SOURCE = "checkpoint-source"  # where other nodes read the checkpoint, if there are any
+
+
+OnLoading = Callable[[int, int], None]  # told of the bytes of experts that are loaded, of how many
 
 
 def router_names(config: Config) -> tuple[str, ...]:
@@ -68,6 +73,8 @@ def process_environment(threads: int) -> dict[str, str]:
         # Idle OpenMP threads of one process must not spin on the cores of another.
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
+        # malloc gives back what is free at the end of its first arena only; experts that moved away would leave more.
+        "MALLOC_ARENA_MAX": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -77,12 +84,13 @@ def process_environment(threads: int) -> dict[str, str]:
 
 
 def options(config: Config, role: str) -> dict[str, Any]:
-    """Ray's resources and environment for an actor of a role: expert, router or controller."""
+    """Ray's resources and environment for an actor of a role: expert, router, controller or source."""
     cluster = config.cluster
     cpus, gpus, threads = {
         "expert": (cluster.cpus_per_expert_actor, cluster.gpus_per_expert_actor, config.experts.threads),
         "router": (cluster.cpus_per_router, cluster.gpus_per_router, config.router.threads),
         "controller": (0.0, 0.0, 1),
+        "source": (0.0, 0.0, 1),
     }[role]
     return {
         "num_cpus": cpus,

@@ -13,14 +13,21 @@ NODE_LABEL = "ray.io/node-id"
 
 
 def spawn(
-    shell: type, role: str, config: Config, name: str, *arguments: Any, avoid_nodes: Collection[str] = ()
+    shell: type,
+    role: str,
+    config: Config,
+    name: str,
+    *arguments: Any,
+    avoid_nodes: Collection[str] = (),
+    node: str = "",
 ) -> "ActorHandle[Any]":
     """Starts a detached actor in the cluster's namespace, or finds it. It waits until Ray has room for it.
 
-    role: expert, router or controller. All are started again for ever, and find their state anew.
-    avoid_nodes: ids of Ray nodes that it must not be started on.
+    role: expert, router, controller or source. All are started again for ever, and find their state anew.
+    avoid_nodes: ids of Ray nodes that it must not be started on; node: of the only one that it may be on.
     """
-    placed: dict[str, Any] = {"label_selector": {NODE_LABEL: f"!in({','.join(avoid_nodes)})"}} if avoid_nodes else {}
+    selector = node or (f"!in({','.join(avoid_nodes)})" if avoid_nodes else "")
+    placed: dict[str, Any] = {"label_selector": {NODE_LABEL: selector}} if selector else {}
     actor_class: Any = ray.remote(shell)
     handle: ActorHandle[Any] = actor_class.options(
         name=name,

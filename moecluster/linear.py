@@ -29,7 +29,7 @@ class RowLinear(nn.Linear):
 
 def can_pack(weight_OI: torch.Tensor) -> bool:
     """Whether this CPU has a packed form for the weight."""
-    if weight_OI.device.type != "cpu" or weight_OI.dim() != 2 or weight_OI.dtype not in PACKABLE:
+    if weight_OI.is_mkldnn or weight_OI.device.type != "cpu" or weight_OI.dim() != 2 or weight_OI.dtype not in PACKABLE:
         return False
     if not torch.backends.mkldnn.is_available():
         return False

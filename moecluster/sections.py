@@ -47,7 +47,11 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     path: str = setting("", "directory of a Hugging Face checkpoint; if given, it alone says the architecture")
-    dtype: str = setting("float32", "type of parameters and activations", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        "type of parameters and activations; float16 to serve only",
+        choices=("float32", "bfloat16", "float16"),
+    )
     vocab_size: int = setting(259, "token ids; 259: the 256 bytes and begin, end and padding marks", minimum=1)
     hidden_size: int = setting(128, "width D of the trunk", minimum=1)
     num_layers: int = setting(4, "decoder layers", minimum=1)

@@ -130,17 +130,19 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def make_config(family: str) -> PreTrainedConfig:
+def make_config(family: str, **settings: Any) -> PreTrainedConfig:
     register_own_family()
-    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **settings})
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
+def make_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A float32 model in evaluation mode that runs its experts with transformers' own eager loop.
 
     Every parameter is drawn anew, wide enough that experts, gates and biases matter: families initialize differently.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(make_config(family), experts_implementation="eager")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        make_config(family, **settings), experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

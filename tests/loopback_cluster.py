@@ -12,6 +12,7 @@ from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.router import Router
+from moecluster.roles.router_sizing import RouterSupervisor
 from moecluster.roles.weight_updates import UpdateSettings
 from moecluster.rpc.controller_client import ControllerClient
 from moecluster.rpc.controller_server import serve_controller
@@ -37,9 +38,13 @@ class LoopbackCluster:
         max_running: int = 4,
         max_waiting: int = 0,
         batch_invariant: bool = False,
+        router_supervisor: RouterSupervisor | None = None,
         **controller: Any,
     ) -> None:
-        """controller: fields of ControllerSettings that differ from the usual ones."""
+        """router_supervisor: what starts more routers. controller: fields of ControllerSettings that differ from the
+        usual ones."""
+        self._router_supervisor = router_supervisor
+        self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
         self._controller_settings = controller
         self._batch_invariant = batch_invariant
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
@@ -50,9 +55,11 @@ class LoopbackCluster:
             self.revive(name)
         self._directory = directory
         self.controller, self.controller_server = self.start_controller()
-        self._router_state = lambda: RouterState(router="router")
+        self._own_state = lambda: RouterState(router="router")
         self.placements = ControllerClient(
-            router="router", resolve=lambda: self.controller_server.address, state=lambda: self._router_state()
+            router="router",
+            resolve=lambda: self.controller_server.address,
+            state=lambda: self.told or self._own_state(),
         )
         self.metrics = Metrics(model="tiny")
         pool = ExpertPool(self.placements, connect=_connect, control=_control)
@@ -65,7 +72,7 @@ class LoopbackCluster:
             metrics=self.metrics,
             on_change=self.placements.renew,
         )
-        self._router_state = self.router.state
+        self._own_state = self.router.state
         self.router_server = serve_router(self.router)
 
     def start_controller(self) -> tuple[Controller, RunningServer]:
@@ -86,6 +93,7 @@ class LoopbackCluster:
             connect=_control,
             watch=_watch,
             metrics=Metrics(model="tiny"),
+            routers=self._router_supervisor,
         )
         controller.start(20.0)
         return controller, serve_controller(controller)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecluster.hf.interface import Backend
+from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId
@@ -110,7 +111,7 @@ def expert_gradients(model: PreTrainedModel, layer_name: str, index: int) -> dic
     }
 
 
-def load_routed(directory: str | Path, backend: Backend) -> PreTrainedModel:
+def load_routed(directory: str | Path | Checkpoint, backend: Backend) -> PreTrainedModel:
     model = load_trunk(directory, backend)
     model.eval()
     return model

@@ -36,12 +36,17 @@ POLL_S = 0.1
 class RayCluster:
     """Expert actors, a controller and a router in a Ray namespace of their own. The test has joined Ray."""
 
-    def __init__(self, directory: str | Path, tables: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        tables: Mapping[str, Any] | None = None,
+        on_loading: Callable[[int, int], None] | None = None,
+    ) -> None:
         """tables: settings other than the defaults, by section. Returns when all actors serve."""
         name = f"test-{uuid.uuid4().hex[:8]}"
         self.config = read_config(override(tables or {}, {"cluster.name": name}))
         self.driver = Cluster(name)
-        self.driver.start(self.config, str(directory))
+        self.driver.start(self.config, str(directory), on_loading)
         self.router_address = self.driver.router_address()
 
     def __enter__(self) -> Self:

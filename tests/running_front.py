@@ -46,8 +46,8 @@ def running_front(
         else ModelSource(name="model", alias="cluster", seeds=Whereabouts(routers=tuple(source)))
         for source in sources
     ]
-    server = FrontServer(ServeConfig(**{"port": 0, "grace_s": 2.0, **settings}), ApiKeys(keys), models)
-    thread = threading.Thread(target=server.run, name="front", daemon=True)
+    server = FrontServer(ServeConfig(**{"port": 0, "grace_s": 2.0, **settings}), ApiKeys(keys))
+    thread = threading.Thread(target=server.run, args=(models,), name="front", daemon=True)
     thread.start()
     wait_for(lambda: server.started)
     try:

@@ -43,8 +43,9 @@ class ScriptedRouter:
         self.break_after: int | None = None  # tokens, then `breaking`, once
         self.breaking: MoeClusterError | None = None  # None: the last piece says cancelled
         self.max_running = 64
-        self.hold = threading.Event()  # texts go on while it is set
+        self.hold = threading.Event()  # texts go on while it is set,
         self.hold.set()
+        self.free_tokens = 0  # or until they have so many tokens
         self.requests: list[GenerationRequest] = []
         self.running: dict[str, threading.Event] = {}
         self.controller = ""
@@ -71,6 +72,8 @@ class ScriptedRouter:
         done = len(request.generated_ids)
         assert list(request.generated_ids) == ids[:done], "another text was begun"
         text, finish = words(ids[:done]), "length"
+        if any(stop in text for stop in request.stop):
+            ids, finish = ids[:done], "stop"  # it was lost before it said so
         try:
             for written, i in enumerate(ids[done:]):
                 if self.break_after == written:
@@ -79,7 +82,7 @@ class ScriptedRouter:
                         raise self.breaking
                     finish = "cancelled"
                     break
-                while not cancelled.wait(self.pace_s) and not self.hold.is_set():
+                while not cancelled.wait(self.pace_s) and written >= self.free_tokens and not self.hold.is_set():
                     time.sleep(0.01)
                 if cancelled.is_set():
                     finish = "cancelled"
@@ -94,6 +97,9 @@ class ScriptedRouter:
                 if stop is not None:
                     finish = "stop"
                     break
+            if self.break_after == len(ids) - done and self.breaking is not None:
+                self.break_after = None
+                raise self.breaking
             yield GenerationPiece(finish_reason=finish, prompt_tokens=prompt_tokens, weight_version=1)
         finally:
             self.running.pop(request.request_id, None)

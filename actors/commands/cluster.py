@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import state
+from actors.commands.loading_bar import loading_bar
 from actors.commands.shown import operations_table, to_json
 from actors.commands.target import model_to_serve, read_target
 from actors.launch import bring_up, join, leave, take_down
@@ -23,8 +24,9 @@ def up(target: str, settings: Sequence[str], console: Console) -> None:
     config = read_target(target, settings)
     model_dir = model_to_serve(config)
     routers = "a router" if config.cluster.num_routers == 1 else f"{config.cluster.num_routers} routers"
-    with console.status(f"starting {config.cluster.num_expert_actors} expert actors, {routers} and a controller"):
-        cluster = bring_up(config, model_dir)
+    actors = f"{config.cluster.num_expert_actors} expert actors"
+    with loading_bar(console, f"starting {actors}, {routers} and a controller") as on_loading:
+        cluster = bring_up(config, model_dir, on_loading)
     console.print(f"cluster {cluster.name} is up and serves {cluster.model}")
     for address in cluster.router_addresses:
         console.print(f"  router (gRPC)  {address}")
@@ -54,7 +56,7 @@ def status(name: str, as_json: bool, console: Console) -> None:
     console.print(f"cluster {cluster.name} serves {cluster.model}")
     for line in _summary(seen):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(endpoints, seen))
+    console.print(actors_table(endpoints, seen))
     if seen is not None and seen.operations:
         console.print(operations_table(seen.operations))
 
@@ -97,7 +99,8 @@ def _older(seen: ControllerStatus) -> str:
     return f"; texts begun with older weights are still written by {', '.join(behind)}" if behind else ""
 
 
-def _table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
+def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
+    """A line for each actor: where it is reached, and what the controller knows of it, if it answers."""
     columns = ("actor", "phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid")
     table = Table(*columns, box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}

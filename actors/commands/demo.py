@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from actors.commands.loading_bar import loading_bar
 from actors.commands.target import read_target
 from actors.commands.train import run as run_training
 from actors.launch import bring_up, join, leave, take_down
@@ -63,8 +64,8 @@ def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
 
     start = str(prepare_start(config).resolve())
     _head(console, 2, f"The cluster: {config.cluster.num_expert_actors} expert actors, a router, a controller")
-    with console.status("starting"):
-        up = bring_up(config, start)
+    with loading_bar(console, "starting") as on_loading:
+        up = bring_up(config, start, on_loading)
     try:
         cluster = join(up.name, up.ray_address, up.local_ray)
         for name, endpoints in cluster.endpoints().items():

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from actors import state
 from actors.commands.cluster import found, serves
+from actors.commands.loading_bar import loading_bar
 from actors.commands.routers import find_routers
 from actors.commands.target import read_target, trained_model
 from actors.launch import bring_up, take_down
@@ -38,8 +39,8 @@ def generate(
             console,
         )
         return
-    with console.status(f"no cluster {config.cluster.name} is up: starting one for this text"):
-        cluster = bring_up(config, model_dir)
+    with loading_bar(console, f"no cluster {config.cluster.name} is up: starting one for this text") as on_loading:
+        cluster = bring_up(config, model_dir, on_loading)
     console.print("started a cluster for this text alone (moecluster up keeps one)")
     try:
         _write(Client(cluster.router_addresses), prompt, chat, asked, console)

@@ -46,8 +46,8 @@ def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFron
         rediscover=lambda: Whereabouts(routers=find_routers(cluster, console)),
     )
     settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)
-    server = FrontServer(settings, ApiKeys([api_key]), [source])
-    thread = threading.Thread(target=server.run, name="front", daemon=True)
+    server = FrontServer(settings, ApiKeys([api_key]))
+    thread = threading.Thread(target=server.run, args=([source],), name="front", daemon=True)
     thread.start()
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors import state
 from actors.commands.cluster import found
+from actors.commands.loading_bar import loading_bar
 from actors.commands.target import read_target
 from actors.launch import bring_up, join, leave, take_down
 from actors.state import UpCluster
@@ -96,8 +97,8 @@ def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster
         yield up
         return
     console.print(f"no cluster {config.cluster.name} is up: starting one for this run (moecluster up keeps one)")
-    with console.status("starting the actors"):
-        up = bring_up(config, start)
+    with loading_bar(console, "starting the actors") as on_loading:
+        up = bring_up(config, start, on_loading)
     try:
         yield up
     finally:

@@ -37,6 +37,7 @@ NUM_ACTORS = 2
 EXPERTS_PER_ACTOR = NUM_EXPERTS // NUM_ACTORS
 SHARED_MEMORY_BYTES = 32 * 2**20
 START_TIMEOUT_S = 120.0
+PACK_TIMEOUT_S = 60.0
 ACTOR_ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
@@ -64,6 +65,7 @@ class ExpertActor:
             optimizer=OptimizerSettings() if setup.trained else None,
             training_term=1 if setup.trained else 0,
         )
+        assert self.service.wait_packed(PACK_TIMEOUT_S)
         self.server = serve_expert(self.service)
 
     def address(self) -> ActorAddress:

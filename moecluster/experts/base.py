@@ -40,11 +40,15 @@ class Expert(nn.Module):
     def activate(self, x_nF: torch.Tensor) -> torch.Tensor:
         return ACTIVATIONS[self.activation](x_nF)
 
+    def packable(self) -> list[tuple[nn.Module, str]]:
+        """Owner and name of every weight that this CPU has a packed form for."""
+        layers = [layer for layer in self.children() if isinstance(layer, RowLinear)]
+        return [(layer, "weight") for layer in layers if can_pack(layer.weight)]
+
     def pack(self) -> None:
-        """Packs the weights for serving, where this CPU has a packed form."""
-        for layer in self.children():
-            if isinstance(layer, RowLinear) and can_pack(layer.weight):
-                layer.weight = pack(layer.weight)
+        """Packs the weights for serving."""
+        for owner, name in self.packable():
+            setattr(owner, name, pack(getattr(owner, name)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

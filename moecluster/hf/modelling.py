@@ -1,13 +1,21 @@
 """Model classes of transformers: built empty on the meta device, or with experts that never exist."""
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
@@ -60,26 +68,46 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def load_without_experts(config: PreTrainedConfig, path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """The model with its trunk's weights out of a directory, and transformers' loading report.
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint that is read when it is indexed: as much of safetensors' slices as transformers uses."""
 
-    Its experts modules hold no parameters, so that no byte of theirs is read.
+    def __getitem__(self, whole: Any) -> torch.Tensor:
+        """The tensor; `...` is all that is ever asked for."""
+
+
+def load_without_experts(
+    config: PreTrainedConfig, weights: Mapping[str, StoredTensor], directory: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Any]:
+    """The model with its trunk's weights, by checkpoint key, and transformers' loading report.
+
+    Its experts modules hold no parameters, so that no byte of theirs is read. directory: has its generation config.
     """
     register_backend()
     trunk_class = _without_experts(model_class(config))
     with MODEL_BUILDING:
         loaded: Any = trunk_class.from_pretrained(
-            str(path),
+            None,
+            state_dict=dict(weights),
             config=config,
             dtype=dtype,
             experts_implementation=BACKEND_NAME,
-            local_files_only=True,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported, so that the caller can name them in one line
             output_loading_info=True,
         )
     model, report = loaded
+    if model.can_generate():
+        model.generation_config = _generation_config(directory)
     return model, report
+
+
+def _generation_config(directory: Path) -> GenerationConfig:
+    """As transformers finds it: in its own file, else in the model's configuration."""
+    try:
+        return GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            str(directory), config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
 
 
 def _without_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:

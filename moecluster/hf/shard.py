@@ -63,11 +63,14 @@ class ExpertShard(nn.Module):
         rows = {name: value.detach()[index].clone() for name, value in experts.named_parameters(recurse=False)}
         return cls.of_family(experts, rows)
 
+    def packable(self) -> list[tuple[nn.Module, str]]:
+        """Owner and name of every weight that this CPU has a packed form for; a transposed layout stays as it is."""
+        return [(self, name) for name, value in self.named_parameters() if not self._is_transposed and can_pack(value)]
+
     def pack(self) -> None:
-        """Packs the weights for serving; a transposed layout stays as it is."""
-        for name, value in list(self.named_parameters()):
-            if not self._is_transposed and can_pack(value):
-                setattr(self, name, pack(value))
+        """Packs the weights for serving."""
+        for owner, name in self.packable():
+            setattr(owner, name, pack(getattr(owner, name)))
 
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
         """x_nD: rows in the parameters' dtype. Returns y_nD, not yet multiplied by the gate weight."""

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecluster.errors import CheckpointError
-from moecluster.models.checkpoint import INDEX_NAME, TensorInfo
 from moecluster.models.expert_source import ExpertSource
+from moecluster.models.headers import INDEX_NAME, TensorInfo, read_headers
 from moecluster.models.same_shape import check_same_shape
 from moecluster.types import ExpertId
 
 MAX_SHARD_BYTES = 4 * 2**30  # of the shards that are written
 SCALES = ("_scale_inv", "_blocks", "_scales")  # endings of what belongs to a quantized tensor
 PLAIN_FILES = (".json", ".txt", ".model", ".jinja")  # beside the weights: configuration, tokenizer, templates
+
+
+Stored = Mapping[str, TensorInfo]  # key -> what the shards hold, quantized tensors in their parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +50,13 @@ def compose(
         raise CheckpointError(f"{out} is there already: name a directory that is not")
     check_same_shape(served, update)
     old, new = ExpertSource(served), ExpertSource(update)
-    _check_same_form(old, new)
+    ours, theirs = read_headers(old.checkpoint.files), read_headers(new.checkpoint.files)
+    _check_same_form(old, new, ours, theirs)
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     try:
         aside.mkdir(parents=True)
         _copy_plain_files(old.checkpoint.path if keep_trunk else new.checkpoint.path, aside)
-        _write_weights(old, new, aside, experts, keep_trunk=keep_trunk)
+        _write_weights(aside, _pieces(old, ours, theirs, experts, keep_trunk=keep_trunk), ours, theirs)
         _sync(aside)
         aside.rename(out)
         _sync(out.parent)
@@ -62,16 +66,13 @@ def compose(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_weights(
-    old: ExpertSource, new: ExpertSource, directory: Path, experts: Collection[ExpertId], *, keep_trunk: bool
-) -> None:
-    pieces = _pieces(old, new, experts, keep_trunk=keep_trunk)
+def _write_weights(directory: Path, pieces: Mapping[str, list[_Piece]], ours: Stored, theirs: Stored) -> None:
     whole: dict[str, Path] = {}  # key -> the shard that holds it, where it holds nothing else
-    for source in (old, new):
-        for file, keys in _by_file(source.checkpoint.tensors).items():
-            if all(pieces[key] == [_all_of(source.checkpoint.tensors[key])] for key in keys):
+    for stored in (ours, theirs):
+        for file, keys in _by_file(stored).items():
+            if all(pieces[key] == [_all_of(stored[key])] for key in keys):
                 whole |= dict.fromkeys(keys, file)
-    cut = _shards_to_write({key: pieces[key] for key in old.checkpoint.tensors if key not in whole}, old)
+    cut = _shards_to_write({key: pieces[key] for key in ours if key not in whole}, ours)
     linked = sorted(set(whole.values()))
     count = len(linked) + len(cut)
     weight_map: dict[str, str] = {}
@@ -81,27 +82,27 @@ def _write_weights(
         weight_map |= {key: name for key, of in whole.items() if of == file}
     for number, tensors in enumerate(cut, start=len(linked) + 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        _write_shard(directory / name, tensors, old.checkpoint.tensors)
+        _write_shard(directory / name, tensors, ours)
         weight_map |= dict.fromkeys(tensors, name)
-    total_size = sum(info.num_bytes for info in old.checkpoint.tensors.values())
+    total_size = sum(info.num_bytes for info in ours.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _pieces(
-    old: ExpertSource, new: ExpertSource, experts: Collection[ExpertId], *, keep_trunk: bool
+    layout: ExpertSource, ours: Stored, theirs: Stored, experts: Collection[ExpertId], *, keep_trunk: bool
 ) -> dict[str, list[_Piece]]:
-    """Key -> where its bytes come from, in their order."""
+    """Key -> where its bytes come from, in their order. layout: says under which keys an expert stands, in both."""
     of_experts = set()
     pieces: dict[str, list[_Piece]] = {}
-    for layer in old.layers:
+    for layer in layout.layers:
         for index in range(layer.num_experts):
             expert = ExpertId(layer=layer.layer, index=index)
-            source = new if expert in experts else old
-            for key, row in old.reads(expert):
-                for stored in _stored_keys(old, key):
+            tensors = theirs if expert in experts else ours
+            for key, row in layout.reads(expert):
+                for stored in _stored_keys(ours, key):
                     of_experts.add(stored)
-                    info = source.checkpoint.tensors[stored]
+                    info = tensors[stored]
                     if row is None:
                         pieces[stored] = [_all_of(info)]
                     else:
@@ -109,14 +110,14 @@ def _pieces(
                         begin = info.begin + row * row_bytes
                         rows = pieces.setdefault(stored, [])
                         _append(rows, _Piece(file=info.file, begin=begin, num_bytes=row_bytes))
-    trunk = old if keep_trunk else new
-    for key in old.checkpoint.tensors.keys() - of_experts:
-        pieces[key] = [_all_of(trunk.checkpoint.tensors[key])]
+    trunk = ours if keep_trunk else theirs
+    for key in ours.keys() - of_experts:
+        pieces[key] = [_all_of(trunk[key])]
     return pieces
 
 
-def _stored_keys(source: ExpertSource, key: str) -> list[str]:
-    return [name for name in (key, *(key + ending for ending in SCALES)) if name in source.checkpoint.tensors]
+def _stored_keys(stored: Stored, key: str) -> list[str]:
+    return [name for name in (key, *(key + ending for ending in SCALES)) if name in stored]
 
 
 def _append(pieces: list[_Piece], more: _Piece) -> None:
@@ -132,19 +133,19 @@ def _all_of(info: TensorInfo) -> _Piece:
     return _Piece(file=info.file, begin=info.begin, num_bytes=info.num_bytes)
 
 
-def _by_file(tensors: Mapping[str, TensorInfo]) -> dict[Path, list[str]]:
+def _by_file(tensors: Stored) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     for key, info in tensors.items():
         found.setdefault(info.file, []).append(key)
     return found
 
 
-def _shards_to_write(pieces: Mapping[str, list[_Piece]], source: ExpertSource) -> list[dict[str, list[_Piece]]]:
+def _shards_to_write(pieces: Mapping[str, list[_Piece]], stored: Stored) -> list[dict[str, list[_Piece]]]:
     """Tensors together that stood together, in shards of bounded size."""
     shards: list[dict[str, list[_Piece]]] = []
     room_bytes = 0
-    for key in sorted(pieces, key=lambda k: (source.checkpoint.tensors[k].file, source.checkpoint.tensors[k].begin)):
-        num_bytes = source.checkpoint.tensors[key].num_bytes
+    for key in sorted(pieces, key=lambda k: (stored[k].file, stored[k].begin)):
+        num_bytes = stored[key].num_bytes
         if not shards or num_bytes > room_bytes:
             shards.append({})
             room_bytes = MAX_SHARD_BYTES
@@ -153,7 +154,7 @@ def _shards_to_write(pieces: Mapping[str, list[_Piece]], source: ExpertSource) -
     return shards
 
 
-def _write_shard(path: Path, tensors: Mapping[str, list[_Piece]], infos: Mapping[str, TensorInfo]) -> None:
+def _write_shard(path: Path, tensors: Mapping[str, list[_Piece]], infos: Stored) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key in tensors:
@@ -195,8 +196,7 @@ def _copy_plain_files(source: Path, directory: Path) -> None:
             shutil.copyfile(file, directory / file.name)
 
 
-def _check_same_form(old: ExpertSource, new: ExpertSource) -> None:
-    ours, theirs = old.checkpoint.tensors, new.checkpoint.tensors
+def _check_same_form(old: ExpertSource, new: ExpertSource, ours: Stored, theirs: Stored) -> None:
     for key in sorted(ours.keys() ^ theirs.keys()):
         has, lacks = (old, new) if key in ours else (new, old)
         raise CheckpointError(

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from moecluster.errors import CheckpointError
-from moecluster.models.checkpoint import Checkpoint, TensorInfo
+from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.headers import TensorInfo
 from moecluster.models.own_experts import own_experts
 from moecluster.models.swiglu_experts import swiglu_experts
 from moecluster.types import ExpertId, MoeLayer
@@ -42,9 +43,10 @@ class ExpertSource:
     that need it. Every method raises CheckpointError for a checkpoint that is torn, incomplete or of another shape.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises CheckpointError or UnsupportedModelError."""
-        self.checkpoint = Checkpoint.open(path)
+    def __init__(self, path: str | Path | Checkpoint) -> None:
+        """path: a directory of this host, or a checkpoint that is open already. Raises CheckpointError or
+        UnsupportedModelError."""
+        self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
         self._reader: ExpertReader = (
             own_experts(self.checkpoint) or swiglu_experts(self.checkpoint) or _family_experts(self.checkpoint)
         )

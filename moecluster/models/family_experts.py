@@ -11,6 +11,7 @@ from moecluster.hf.keys import ParameterSource, convert_rows, expert_sources
 from moecluster.hf.shard import ExpertShard
 from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.expert_layout import ExpertLayout
+from moecluster.models.mapped_memory import empty_mapped
 from moecluster.models.model_config import read_loadable_config
 from moecluster.types import ExpertId, MoeLayer
 
@@ -21,17 +22,17 @@ class FamilyExperts:
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError or UnsupportedModelError."""
         self._checkpoint = checkpoint
-        self._layout = ExpertLayout(read_loadable_config(checkpoint.path))
+        self._layout = ExpertLayout(read_loadable_config(checkpoint.files.metadata))
         self._model = self._layout.model
         self.layers: tuple[MoeLayer, ...] = self._layout.layers
 
     def load(self, expert: ExpertId, dtype: torch.dtype) -> nn.Module:
         container = self._model.get_submodule(self._record(expert).name)
-        rows = self._read_rows(expert)
+        rows = self._read_rows(expert, dtype)
         expected = {name: tuple(value.shape[1:]) for name, value in container.named_parameters(recurse=False)}
         self._check_shapes(expert, expected, rows)
         # Parameters of one model must keep one order, whatever the order of the checkpoint's keys.
-        return ExpertShard.of_family(container, {name: rows[name].to(dtype).contiguous() for name in expected})
+        return ExpertShard.of_family(container, {name: rows[name].contiguous() for name in expected})
 
     def empty(self, expert: ExpertId) -> nn.Module:
         container = self._model.get_submodule(self._record(expert).name)
@@ -81,12 +82,12 @@ class FamilyExperts:
             reads[pattern] = (keys[0], expert.index)
         return reads
 
-    def _read_rows(self, expert: ExpertId) -> dict[str, torch.Tensor]:
+    def _read_rows(self, expert: ExpertId, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Parameter name -> the expert's row."""
         rows: dict[str, torch.Tensor] = {}
         for source in self._sources(expert):
             reads = self._reads(source, expert)
-            tensors = {pattern: self._checkpoint.read(key, row) for pattern, (key, row) in reads.items()}
+            tensors = {pattern: self._checkpoint.read(key, row, dtype) for pattern, (key, row) in reads.items()}
             try:
                 converted = convert_rows(self._model, source, tensors)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -94,7 +95,12 @@ class FamilyExperts:
                     f"expert {expert} of {self._checkpoint.path} cannot be put together for {source.parameter}: "
                     f"its tensors have shapes {[list(tensor.shape) for tensor in tensors.values()]}"
                 ) from error
-            rows |= {name.rpartition(".")[2]: value for name, value in converted.items()}
+            for name, value in converted.items():
+                row = value
+                if source.converter is not None:  # what conversions allocate is the reading thread's malloc's
+                    row = empty_mapped(tuple(value.shape), dtype)
+                    row.copy_(value)
+                rows[name.rpartition(".")[2]] = row
         return rows
 
     def _check_shapes(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from moecluster.errors import UnsupportedModelError
 from moecluster.hf.modelling import read_config
+from moecluster.models.block_scaled import quantization_method
 from moecluster.models.own_build import register_own_family
 
 
@@ -16,8 +16,11 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
 
 
 def read_loadable_config(path: str | Path) -> PreTrainedConfig:
-    """The same, for a model whose weights shall be read: quantized ones cannot be yet."""
+    """The same, of the model as it is once its weights are read: nothing of it is quantized any more.
+
+    Raises UnsupportedModelError for a quantization that cannot be dequantised.
+    """
     config = read_model_config(path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{path} is quantized: give a checkpoint in float32, float16 or bfloat16")
+    if quantization_method(path, getattr(config, "quantization_config", None)) is not None:
+        del config.quantization_config
     return config

@@ -44,7 +44,7 @@ class OwnExpertReader:
             raise UnsupportedModelError(f"{CONFIG_NAME} in {checkpoint.path} cannot be used: {error}") from error
 
     def load(self, expert: ExpertId, dtype: torch.dtype) -> nn.Module:
-        state = {name: self._checkpoint.read(key).to(dtype) for name, key in self._keys(expert).items()}
+        state = {name: self._checkpoint.read(key, dtype=dtype) for name, key in self._keys(expert).items()}
         for name, value in self._empty.state_dict().items():
             if state[name].shape != value.shape:
                 raise CheckpointError(

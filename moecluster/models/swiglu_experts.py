@@ -14,7 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from moecluster.hf.shard import ExpertShard
-from moecluster.models.checkpoint import Checkpoint, TensorInfo
+from moecluster.models.block_scaled import Quantized
+from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.headers import TensorInfo
+from moecluster.models.mapped_memory import empty_mapped
 from moecluster.types import ExpertId, MoeLayer
 
 
@@ -75,7 +78,7 @@ def swiglu_experts(checkpoint: Checkpoint) -> "SwigluExperts | None":
     config = checkpoint.config()
     naming = NAMINGS.get(str(config.get("model_type")))
     sizes = Sizes.of(config)
-    if naming is None or sizes is None or config.get("hidden_act") != "silu" or config.get("quantization_config"):
+    if naming is None or sizes is None or config.get("hidden_act") != "silu":
         return None
     layouts: dict[int, PerExpertLayer | FusedLayer] = {}
     for number in range(sizes.num_layers):
@@ -111,8 +114,7 @@ class SwigluExperts:
         )
 
     def load(self, expert: ExpertId, dtype: torch.dtype) -> nn.Module:
-        rows = self._layouts[expert.layer].read(self._checkpoint, expert.index)
-        return _shard({name: row.to(dtype) for name, row in rows.items()})
+        return _shard(self._layouts[expert.layer].read(self._checkpoint, expert.index, dtype))
 
     def empty(self, expert: ExpertId) -> nn.Module:
         inner, hidden = self._sizes.inner_size, self._sizes.hidden_size
@@ -143,14 +145,13 @@ class PerExpertLayer:
         further = self._keys(self._sizes.num_experts)[0]
         return all(_fits(info, shape) for info, shape in found) and further not in checkpoint.tensors
 
-    def read(self, checkpoint: Checkpoint, index: int) -> dict[str, torch.Tensor]:
+    def read(self, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         gate, up, down = self._keys(index)
         inner, hidden = self._sizes.inner_size, self._sizes.hidden_size
-        dtype = checkpoint.info(gate).torch_dtype
-        gate_up = torch.empty(2 * inner, hidden, dtype=dtype)
+        gate_up = empty_mapped((2 * inner, hidden), dtype)
         checkpoint.read_into(gate_up[:inner], gate)
         checkpoint.read_into(gate_up[inner:], up)
-        return {"gate_up_proj": gate_up, "down_proj": checkpoint.read(down)}
+        return {"gate_up_proj": gate_up, "down_proj": checkpoint.read(down, dtype=dtype)}
 
     def num_bytes(self, checkpoint: Checkpoint, index: int) -> int:
         return sum(checkpoint.info(key).num_bytes for key in self._keys(index))
@@ -176,8 +177,8 @@ class FusedLayer:
         shapes = {"gate_up_proj": (count, 2 * inner, hidden), "down_proj": (count, hidden, inner)}
         return all(_fits(checkpoint.tensors.get(key), shapes[name]) for name, key in self._keys.items())
 
-    def read(self, checkpoint: Checkpoint, index: int) -> dict[str, torch.Tensor]:
-        return {name: checkpoint.read(key, index)[0] for name, key in self._keys.items()}
+    def read(self, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {name: checkpoint.read(key, index, dtype)[0] for name, key in self._keys.items()}
 
     def num_bytes(self, checkpoint: Checkpoint, index: int) -> int:
         return sum(checkpoint.info(key).num_bytes // self._sizes.num_experts for key in self._keys.values())
@@ -200,5 +201,5 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := config.get(name)) is not None), None)
 
 
-def _fits(info: TensorInfo | None, shape: tuple[int, ...]) -> bool:
+def _fits(info: TensorInfo | Quantized | None, shape: tuple[int, ...]) -> bool:
     return info is not None and info.torch_dtype is not None and info.shape == shape

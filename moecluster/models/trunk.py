@@ -1,7 +1,9 @@
 """The trunk of a model: everything but its experts, which never exist in memory."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +17,34 @@ from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.model_config import read_loadable_config
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A StoredTensor."""
+
+    checkpoint: Checkpoint
+    key: str
+
+    def __getitem__(self, whole: Any) -> torch.Tensor:
+        return self.checkpoint.read_stored(self.key)
+
+
 def load_trunk(
-    path: str | Path, backend: Backend, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path | Checkpoint,
+    backend: Backend,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """Loads a model whose experts are the backend's; in evaluation mode, with gradients on.
 
-    Peak memory is the trunk's. Raises CheckpointError if the directory is torn or any weight of the trunk is missing or
-    of another shape, UnsupportedModelError if the model is no MoE, is quantized, or cannot be attached.
+    path: a directory of this host, or a checkpoint that is open already. Only the trunk's bytes are read, and peak
+    memory is the trunk's. Raises CheckpointError if the directory is torn or any weight of the trunk is missing or
+    of another shape, UnsupportedModelError if the model is no MoE, cannot be dequantised, or cannot be attached.
     """
-    Checkpoint.open(path)
-    model, report = load_without_experts(read_loadable_config(path), path, dtype)
-    _check_complete(path, report)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    directory = checkpoint.files.metadata
+    weights = {key: _Stored(checkpoint=checkpoint, key=key) for key in checkpoint.tensors}
+    model, report = load_without_experts(read_loadable_config(directory), weights, directory, dtype)
+    _check_complete(checkpoint.path, report)
     attach(model, backend)
     model.to(torch.device(device))  # type: ignore[arg-type]  # wrapped upstream
     return model

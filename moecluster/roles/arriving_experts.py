@@ -1,20 +1,20 @@
 """Experts on their way into an actor: out of a checkpoint here, out of another actor in peer_copy.py."""
 
-import ctypes
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moecluster.errors import InvalidMessage
-from moecluster.experts.base import Expert
-from moecluster.hf.shard import ExpertShard
 from moecluster.models.expert_source import ExpertSource
+from moecluster.models.read_ahead import read_ahead
 from moecluster.roles.controller_orders import LoadOrder
+from moecluster.roles.freed_memory import RETURN_EVERY_BYTES, return_freed_memory
+from moecluster.roles.packer import Packer
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 
-RETURN_EVERY_BYTES = 16 * 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,43 +54,33 @@ def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) 
 
 
 def read_experts(
-    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, order: LoadOrder, *, trainable: bool
+    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, order: LoadOrder, packer: Packer | None
 ) -> Iterator[ArrivedExpert]:
-    """Experts out of a checkpoint, one by one; packed unless they are trained.
+    """Experts out of a checkpoint, in order. packer: None for experts that are trained.
 
     Raises InvalidMessage, before any is read; CheckpointError; StaleOrder and DeadlineExceeded of the order.
     """
     checked_dtype = wanted_dtype(source, experts, dtype)
 
-    def read() -> Iterator[ArrivedExpert]:
-        for expert in experts:
-            order.check(expert)
-            if expert not in order.dropped:
-                yield ArrivedExpert(expert=expert, module=source.load(expert, checked_dtype))
-
-    yield from finish(read(), trainable=trainable)
+    wanted = (expert for expert in experts if expert not in order.dropped)
+    read = read_ahead(source, wanted, checked_dtype, check=order.check)
+    yield from finish((ArrivedExpert(expert=expert, module=module) for expert, module in read), packer)
 
 
-def finish(arrived: Iterable[ArrivedExpert], *, trainable: bool) -> Iterator[ArrivedExpert]:
-    """Makes experts ready for their slots: all have the same form, wherever they come from."""
-    brought_bytes = 0  # since freed memory was returned
-    for expert in arrived:
-        module = expert.module.requires_grad_(trainable)
-        brought_bytes += sum(p.numel() * p.element_size() for p in module.parameters())
-        if brought_bytes >= RETURN_EVERY_BYTES:
-            return_freed_memory()
-            brought_bytes = 0
-        if not trainable and isinstance(module, ExpertShard | Expert):
-            module.pack()
-        yield expert
-    return_freed_memory()
+def finish(arrived: Iterable[ArrivedExpert], packer: Packer | None) -> Iterator[ArrivedExpert]:
+    """Makes experts ready for their slots: all have the same form, wherever they come from.
 
-
-def return_freed_memory() -> None:
-    """Gives memory that reading, packing and unloading have freed back to the system, where the C library can (glibc).
-
-    By itself it keeps holes between experts: half as much again as the experts, when they have tens of megabytes.
+    packer: None for experts that are trained.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    brought_bytes = 0  # since freed memory was returned
+    with packer.held() if packer is not None else nullcontext():
+        for expert in arrived:
+            module = expert.module.requires_grad_(packer is None)
+            brought_bytes += sum(p.numel() * p.element_size() for p in module.parameters())
+            if brought_bytes >= RETURN_EVERY_BYTES:
+                return_freed_memory()
+                brought_bytes = 0
+            if packer is not None:
+                packer.take(module)
+            yield expert
+    return_freed_memory()

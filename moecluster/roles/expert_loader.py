@@ -8,6 +8,7 @@ from torch import nn
 
 from moecluster.errors import CheckpointError, StaleOrder
 from moecluster.experts import compute
+from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.expert_source import ExpertSource, Origin
 from moecluster.models.training_files import read_optimizer_state, read_step
 from moecluster.roles.arriving_experts import DTYPES, ArrivedExpert, LoadSettings, read_experts, wanted_dtype
@@ -15,6 +16,7 @@ from moecluster.roles.block_proofs import BlockProofs
 from moecluster.roles.controller_orders import LoadOrder
 from moecluster.roles.expert_training import ExpertTraining
 from moecluster.roles.hosted_experts import HostedExperts
+from moecluster.roles.packer import Packer
 from moecluster.roles.peer_copy import copy_experts
 from moecluster.rpc.interfaces import ConnectPeer
 from moecluster.types import ExpertId
@@ -33,22 +35,25 @@ class ExpertLoader:
         state_lock: threading.RLock,
         *,
         connect_peer: ConnectPeer,
+        open_elsewhere: OpenCheckpoint | None,
         batch_invariant: bool,
     ) -> None:
-        """state_lock: held while slots and training change."""
+        """state_lock: held while slots and training change. open_elsewhere: for checkpoints not on this node."""
         self.run: compute.RunExpert = compute.run_plainly  # how the experts in the slots are to be run
         self._actor = actor
         self._hosted = hosted
         self._training = training
         self._state_lock = state_lock
         self._connect_peer = connect_peer
+        self._open_elsewhere = open_elsewhere
         self._proofs = BlockProofs() if batch_invariant else None
+        self.packer = Packer(actor, always_at_once=batch_invariant)
         self._sources: dict[str, ExpertSource] = {}
 
     def load(self, order: LoadOrder, settings: LoadSettings) -> int:
         """Returns the bytes loaded. Raises as ExpertService.load says."""
-        source = self._source(settings.checkpoint)
         is_trained = settings.optimizer is not None
+        source = self._source(settings.checkpoint, here=is_trained)
         version = settings.weight_version or self._hosted.weight_version
         hosted = set(self._hosted.ids(version))
         if settings.optimizer is not None:
@@ -105,20 +110,23 @@ class ExpertLoader:
             shared.add(expert)
         return shared
 
-    def _source(self, checkpoint: str) -> ExpertSource:
-        if not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
+    def _source(self, checkpoint: str, *, here: bool) -> ExpertSource:
+        """here: the directory must be on this node, as training reads more of it than weights."""
+        elsewhere = None if here else self._open_elsewhere
+        if elsewhere is None and not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
             raise CheckpointError(f"{checkpoint}: no such directory on the node of {self._actor}")
         if checkpoint not in self._sources:
             newest = list(self._sources.items())[-(MAX_SOURCES - 1) :]
-            self._sources = {**dict(newest), checkpoint: ExpertSource(checkpoint)}
+            self._sources = {**dict(newest), checkpoint: ExpertSource(open_checkpoint(checkpoint, elsewhere))}
         return self._sources[checkpoint]
 
     def _arriving(
         self, source: ExpertSource, wanted: list[ExpertId], settings: LoadSettings, order: LoadOrder
     ) -> Iterator[ArrivedExpert]:
         if settings.peer is not None:
-            return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order)
-        return read_experts(source, wanted, settings.dtype, order, trainable=settings.optimizer is not None)
+            return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order, self.packer)
+        packer = None if settings.optimizer is not None else self.packer
+        return read_experts(source, wanted, settings.dtype, order, packer)
 
 
 def _agreed_version(arrived: ArrivedExpert, wanted: int) -> int:

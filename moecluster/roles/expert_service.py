@@ -19,11 +19,13 @@ from moecluster.errors import (
 from moecluster.experts import compute
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
-from moecluster.roles.arriving_experts import LoadSettings, return_freed_memory
+from moecluster.models.checkpoint import OpenCheckpoint
+from moecluster.roles.arriving_experts import LoadSettings
 from moecluster.roles.compute_queue import ComputeQueue, Waiting
 from moecluster.roles.controller_orders import ControllerOrders
 from moecluster.roles.expert_loader import ExpertLoader
 from moecluster.roles.expert_training import ExpertTraining
+from moecluster.roles.freed_memory import return_freed_memory
 from moecluster.roles.hosted_experts import HostedExperts
 from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
 from moecluster.rpc.peer_exports import GrpcPeerExports
@@ -61,8 +63,12 @@ class ExpertService:
         batch_invariant: bool = False,
         metrics: Metrics | None = None,
         connect_peer: ConnectPeer = GrpcPeerExports,
+        open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """Begins to compute; ends with close(). connect_peer: the way to an actor that experts are copied from."""
+        """Begins to compute; ends with close(). connect_peer: the way to an actor that experts are copied from.
+
+        open_elsewhere: opens checkpoints that this node does not see.
+        """
         self.name = name
         self.incarnation = secrets.token_hex(8)
         self._metrics = metrics
@@ -80,6 +86,7 @@ class ExpertService:
             self._training,
             self._state_lock,
             connect_peer=connect_peer,
+            open_elsewhere=open_elsewhere,
             batch_invariant=batch_invariant,
         )
         self._placement = (0, 0)
@@ -113,6 +120,11 @@ class ExpertService:
         """Computes what waits, then ends."""
         self._queue.close()
         self._thread.join(JOIN_TIMEOUT_S)
+        self._loader.packer.close()
+
+    def wait_packed(self, timeout_s: float) -> bool:
+        """Whether every expert that is served has the layout that is computed fastest with, within the timeout."""
+        return self._loader.packer.wait(timeout_s)
 
     def _compute_forever(self) -> None:
         while self._queue.wait():

@@ -17,7 +17,7 @@ from typing import Generic, Self, TypeVar
 import torch
 
 from moecluster.errors import MoeClusterError, Unavailable
-from moecluster.roles.arriving_experts import return_freed_memory
+from moecluster.roles.freed_memory import return_freed_memory
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.types import Placement
 

@@ -11,6 +11,7 @@ from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
 from moecluster.models.expert_source import ExpertSource
 from moecluster.roles.arriving_experts import ArrivedExpert, LoadSettings, finish, wanted_dtype
 from moecluster.roles.controller_orders import LoadOrder
+from moecluster.roles.packer import Packer
 from moecluster.rpc.interfaces import ConnectPeer, PeerExports
 from moecluster.types import ActorAddress, ExpertId
 
@@ -44,6 +45,7 @@ def copy_experts(
     experts: Sequence[ExpertId],
     settings: LoadSettings,
     order: LoadOrder,
+    packer: Packer,
 ) -> Iterator[ArrivedExpert]:
     """Experts of a peer that holds them in the wanted dtype, ready as those out of a checkpoint; one at a time.
 
@@ -59,7 +61,7 @@ def copy_experts(
         copied = (
             _copy(exports, peer, source, expert, dtype, order, pace, settings.weight_version) for expert in wanted
         )
-        yield from finish(copied, trainable=False)
+        yield from finish(copied, packer)
     finally:
         exports.close()
 

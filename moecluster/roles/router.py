@@ -15,6 +15,7 @@ from moecluster.errors import InvalidMessage, MoeClusterError
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.tokenizer import load_tokenizer, prompt_ids
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.model_versions import ModelVersions, VersionExperts
@@ -81,11 +82,12 @@ class Router:
         metrics: Metrics | None = None,
         on_change: Callable[[], None] = lambda: None,
         controller: Callable[[], str] = lambda: "",
+        open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
         """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError.
 
         on_change: state() says something else about weights. controller: host:port where the controller is reached
-        now, or nothing.
+        now, or nothing. open_elsewhere: opens checkpoints that this node does not see.
         """
         self.name = name
         self.experts = experts
@@ -93,6 +95,7 @@ class Router:
         self._metrics = metrics
         self._controller = controller
         self._dtype, self._device = dtype, device
+        self._open_elsewhere = open_elsewhere
         self._lock = threading.Lock()
         self._engines: list[TextEngine] = []  # of all trunks in memory
         self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
@@ -197,10 +200,11 @@ class Router:
 
     def _load(self, path: Path, version: VersionExperts) -> ServedModel:
         experts = TrunkExperts(version)
-        model = load_trunk(path, experts, self._dtype, self._device)
+        checkpoint = open_checkpoint(path, self._open_elsewhere)
+        model = load_trunk(checkpoint, experts, self._dtype, self._device)
         model.train(False)
         experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(checkpoint.files.metadata)
         engine = self._make_engine(model, tokenizer, experts)
         with self._lock:
             self._engines.append(engine)

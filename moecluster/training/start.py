@@ -60,7 +60,11 @@ def run_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TextData:
-    """The run's text as tokens. Raises DataError."""
+    """The run's text as tokens. Raises DataError, and ConfigError for a dtype that nothing is trained in."""
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            'model.dtype: got "float16", whose gradients vanish; expected float32 or bfloat16 to train in'
+        )
     return TextData(
         read_domains(config.train.data),
         tokenizer,

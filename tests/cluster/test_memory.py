@@ -1,5 +1,7 @@
 """What a checkpoint of 1 GB in experts costs: the router its trunk, each actor its own experts.
 
+Actors read theirs at the same time, each with several threads, and pack them while they serve.
+
 Peak memory is the kernel's high-water mark of a process's resident pages (VmHWM): anonymous and shared ones, and those
 of mapped files. 130 to 190 MB of the latter are the code of libtorch, Ray and Python, which all processes of a host
 share. They count, too; the router's own peak is also looked at without the files that it still maps at the end.
@@ -7,6 +9,7 @@ share. They count, too; the router's own peak is also looked at without the file
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ MB = 10**6
 ROUTER_BYTES = 450 * MB  # beside the trunk and the configured shared memory
 EXPERT_ACTOR_BYTES = 400 * MB  # beside the actor's experts, the code that all processes share included
 NUM_ACTORS = 4
+PACKING_S = 3.0
 # Mixtral's proportions.
 LAYERS, EXPERTS, WIDTH, INNER = 4, 8, 896, 3136
 EXPERTS_BYTES = LAYERS * EXPERTS * 3 * WIDTH * INNER * 4  # float32
@@ -115,11 +119,18 @@ def test_the_router_holds_its_trunk_and_each_actor_its_own_experts(
     ray_session: RaySession, stored: Stored, record_property: Callable[[str, object], None]
 ) -> None:
     assert EXPERTS_BYTES > 2**30
-    with RayCluster(stored.directory, {"cluster": {"num_expert_actors": NUM_ACTORS}}) as cluster:
+    seen: list[tuple[int, int]] = []
+
+    def on_loading(loaded_bytes: int, total_bytes: int) -> None:
+        seen.append((loaded_bytes, total_bytes))
+
+    with RayCluster(stored.directory, {"cluster": {"num_expert_actors": NUM_ACTORS}}, on_loading) as cluster:
+        assert seen == sorted(seen) and seen[-1] == (EXPERTS_BYTES, EXPERTS_BYTES)
         with cluster.client() as client:
             stream = client.generate("memory " * 30, max_new_tokens=16)
             stream.text()
         assert stream.prompt_tokens == 210 and len(stream.ids) == 16
+        time.sleep(PACKING_S)
         found = {actor: memory_of(pid) for actor, pid in cluster.pids().items()}
     for actor, memory in found.items():
         print(f"{actor}: {memory}")

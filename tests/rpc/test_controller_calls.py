@@ -64,6 +64,7 @@ def test_a_checkpoint_is_set(controller, calls) -> None:
     ("order", "arguments"),
     [
         (lambda calls, key: calls.scale(3, operation_id=key), ("3",)),
+        (lambda calls, key: calls.scale_routers(2, operation_id=key), ("2",)),
         (lambda calls, key: calls.drain("node-a", operation_id=key), ("node-a",)),
         (
             lambda calls, key: calls.place(EXPERT, ["expert-1", "expert-0"], operation_id=key),
@@ -100,6 +101,7 @@ def test_operations_come_newest_first_and_as_many_as_asked(calls) -> None:
     ("call", "line"),
     [
         (lambda calls: calls.scale(9), "9 expert actors: at most 8"),
+        (lambda calls: calls.scale_routers(5), "5 routers: at most 4"),
         (lambda calls: calls.drain("moon"), "moon is neither a node nor an expert actor"),
         (lambda calls: calls.place(EXPERT, ["expert-7"]), "expert-7 is no expert actor"),
         (lambda calls: calls.place(ExpertId(layer=1, index=0), ["expert-0"]), "the model has no such expert"),
@@ -120,6 +122,8 @@ MALFORMED = [
     ("Scale", controller_pb2.ScaleRequest(), "expert_actors"),
     ("Scale", controller_pb2.ScaleRequest(expert_actors=-4), "expert_actors"),
     ("Scale", controller_pb2.ScaleRequest(expert_actors=1, operation_id="a\nb"), "operation_id"),
+    ("Scale", controller_pb2.ScaleRequest(routers=-1), "routers"),
+    ("Scale", controller_pb2.ScaleRequest(routers=1, expert_actors=1), "routers"),
     ("Drain", controller_pb2.DrainRequest(), "node"),
     ("Drain", controller_pb2.DrainRequest(node="n", operation_id="x" * 300), "operation_id"),
     ("Place", controller_pb2.PlaceRequest(actors=["expert-0"]), "expert"),

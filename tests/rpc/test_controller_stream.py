@@ -11,11 +11,11 @@ from moecluster.errors import DeadlineExceeded, InvalidMessage, Unavailable, Use
 from moecluster.proto import controller_pb2, tensor_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller_calls import controller_status, set_checkpoint
-from moecluster.rpc.controller_client import WANT_AGAIN_S, ControllerClient
+from moecluster.rpc.controller_client import STATE_PERIOD_S, WANT_AGAIN_S, ControllerClient
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.placement_messages import decode_placement, encode_placement
 from moecluster.rpc.server import RunningServer, open_channel
-from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica
+from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica, RouterState
 from tests.scripted_controller import ScriptedController
 
 WAIT_S = 15.0
@@ -69,6 +69,55 @@ def test_a_router_renews_its_lease_and_says_what_it_applied(board, client) -> No
     wait_until(lambda: ("router-0", (1, 7), False) in board.renewals)
     before = len(board.renewals)
     wait_until(lambda: len(board.renewals) >= before + 3)
+
+
+def test_a_router_tells_its_state_with_every_renewal_and_at_once_when_it_has_changed(board, server) -> None:
+    state = [RouterState(router="router-0")]
+    board.lease_s = 60.0  # so that no renewal is due
+    board.publish(placement(1, 1))
+    client = ControllerClient(router="router-0", resolve=lambda: server.address, state=lambda: state[0])
+    assert client.current(WAIT_S).number == (1, 1)
+    wait_until(lambda: ("router-0", (1, 1), False) in board.renewals)
+    renewals = len(board.renewals)
+    time.sleep(2 * STATE_PERIOD_S)
+    assert len(board.renewals) == renewals, "nothing new is to be said"
+    state[0] = RouterState(router="router-0", address="127.0.0.1:7", running=3, waiting=2, weight_version=4)
+    began_s = time.monotonic()
+    wait_until(lambda: board.states == {"router-0": state[0]})
+    assert time.monotonic() - began_s < 1.0
+    assert controller_status(server.address).router_states == (state[0],)
+    client.close()
+
+
+def test_a_client_without_a_state_of_its_own_tells_its_name(board, client) -> None:
+    wait_until(lambda: board.states == {"router-0": RouterState(router="router-0")})
+
+
+def test_a_client_knows_where_its_controller_is_as_long_as_it_is_there(board, server, client) -> None:
+    assert client.controller == ""
+    board.publish(placement(1, 1))
+    wait_until(lambda: client.controller == server.address)
+    server.stop(0.0)
+    wait_until(lambda: client.controller == "")
+
+
+@pytest.mark.parametrize(
+    ("state", "field"),
+    [
+        (controller_pb2.RouterState(), "state.router"),
+        (controller_pb2.RouterState(router="another"), "state.router"),
+        (controller_pb2.RouterState(router="router-0", address="nowhere"), "state.address"),
+        (controller_pb2.RouterState(router="router-0", running=-1), "state.running"),
+        (controller_pb2.RouterState(router="router-0", waiting=-1), "state.waiting"),
+    ],
+)
+def test_a_malformed_state_renews_no_lease(board, server, state, field) -> None:
+    requests = iter([controller_pb2.WatchRequest(router="router-0", state=state)])
+    with open_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(ControllerServiceStub(channel).WatchPlacement(requests, timeout=WAIT_S))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith(f"{field}:")
+    assert board.renewals == []
 
 
 def test_nothing_waits_forever_without_a_controller() -> None:

@@ -116,6 +116,15 @@ def test_the_same_id_asks_for_nothing_new(run, controller) -> None:
     assert other.code == 2 and "evening asked for something else" in other.err
 
 
+@pytest.mark.usefixtures("server")
+def test_routers_are_ordered_by_the_same_command(run, controller) -> None:
+    done = run("scale", "--routers", "2")
+    begun = controller.operations(1)[0]
+    assert (begun.kind, begun.arguments) == ("scale-routers", ("2",))
+    assert done.code == 0 and done.out == f"{begun.id} is done after 1.0 s: routers: 2\n"
+    assert run("scale", "--routers", "9").err.startswith("moecluster: 9 routers: at most 4")
+
+
 def test_an_operation_that_fails_is_exit_code_1_with_the_reason(run) -> None:
     controller = ScriptedController(fails="no node has a free CPU")
     controller.publish(PLACEMENT)

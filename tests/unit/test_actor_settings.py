@@ -1,7 +1,13 @@
 """Names and ports of a cluster's actors."""
 
+import re
+
+import pytest
+
+from actors.controller_settings import router_limits
 from actors.settings import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, most_routers, router_names
 from moecluster.config import Config, read_config
+from moecluster.errors import ConfigError
 
 
 def config(**cluster: int) -> Config:
@@ -29,3 +35,23 @@ def test_ports_follow_the_first_router_s_and_none_is_given_twice() -> None:
     assert set(metrics_ports(config(num_routers=2)).values()) == {0}
     assert metrics_port(config(num_routers=2), "expert-5") == 0
     assert metrics_port(config(num_routers=2), "router-5") == 0
+
+
+@pytest.mark.parametrize(
+    ("serve", "limits"),
+    [
+        ({}, None),
+        ({"min_routers": 1}, (1, 2)),
+        ({"max_routers": 5}, (2, 5)),
+        ({"min_routers": 1, "max_routers": 3}, (1, 3)),
+    ],
+)
+def test_a_limit_that_is_not_given_is_the_number_at_the_start(serve, limits) -> None:
+    found = router_limits(read_config({"cluster": {"num_routers": 2}, "serve": serve}))
+    assert (None if found is None else (found.min_routers, found.max_routers)) == limits
+
+
+def test_limits_that_exclude_the_number_at_the_start_are_refused() -> None:
+    line = re.escape("cluster.num_routers: got 1, expected 2 to 3 (serve.min_routers, serve.max_routers)")
+    with pytest.raises(ConfigError, match=line):
+        router_limits(read_config({"serve": {"min_routers": 2, "max_routers": 3}}))

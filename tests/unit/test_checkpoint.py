@@ -193,14 +193,33 @@ def test_an_expert_that_the_model_has_not(directory: Path, expert: ExpertId) -> 
         ExpertSource(directory).load(expert)
 
 
-def test_quantized_weights_are_refused(directory: Path) -> None:
+def test_quantized_weights_that_nothing_tells_how_to_read_are_refused(directory: Path) -> None:
     rewrite(directory, lambda tensors: tensors.update({GATE_KEY: tensors[GATE_KEY].to(torch.float8_e4m3fn)}))
-    with pytest.raises(CheckpointError, match="is F8_E4M3: only float32, float16 and bfloat16"):
+    with pytest.raises(CheckpointError, match=r"is F8_E4M3, without scales that config\.json tells of: only float32"):
         ExpertSource(directory).load(ExpertId(layer=0, index=1))
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="is quantized"):
+    with pytest.raises(UnsupportedModelError, match="is quantized by 'gptq': give a checkpoint in float32"):
         ExpertSource(directory)
-    with pytest.raises(UnsupportedModelError, match="is quantized"):
+    with pytest.raises(UnsupportedModelError, match="is quantized by 'gptq'"):
         load_trunk(directory, no_experts)
+
+
+def test_integers_are_read_as_they_are(directory: Path) -> None:
+    stored = {"ids": torch.arange(6).view(2, 3), "mask": torch.tensor([True, False]), "one": torch.tensor(7)}
+    rewrite(directory, lambda tensors: tensors.update(stored))
+    checkpoint = Checkpoint.open(directory)
+    for key, value in stored.items():
+        found = checkpoint.read_stored(key)
+        assert found.dtype == value.dtype and torch.equal(found, value)
+    with pytest.raises(CheckpointError, match=r"ids in .* is I64"):
+        checkpoint.read("ids")
+
+
+def test_a_trunk_whose_file_shrinks_while_it_is_read(directory: Path) -> None:
+    checkpoint = Checkpoint.open(directory)
+    file = directory / SINGLE_FILE_NAME
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is torn: it ends \d+ bytes too soon"):
+        load_trunk(checkpoint, no_experts)

@@ -57,6 +57,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         ("steps", 'override: got "steps", expected section.key=value'),
         ("cluster.name=a/b", "cluster.name: got"),
         ("model.gate=mixtrall", "mixtral"),
+        ("serve.max_routers=-1", "serve.max_routers: got -1, expected at least 0"),
     ],
 )
 @pytest.mark.parametrize("command", ["up", "train"])
@@ -70,6 +71,19 @@ def test_wrong_settings_name_themselves(complaint, command, setting, expected) -
 def test_an_unknown_preset_or_path_says_what_there_is(complaint, arguments) -> None:
     line = complaint(*arguments)
     assert '"dmeo": no such model directory, TOML file or preset' in line and "demo" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "N: expected a number of expert actors, or --routers with a number of routers"),
+        (("3", "--routers", "2"), "or --routers with a number of routers instead"),
+        (("0",), "N: got 0, expected at least 1 expert actor"),
+        (("--routers", "0"), "--routers: got 0, expected at least 1 router"),
+    ],
+)
+def test_a_size_is_one_number_of_one_thing(complaint, arguments, expected) -> None:
+    assert expected in complaint("scale", *arguments)
 
 
 def test_a_file_that_is_no_toml(complaint, tmp_path) -> None:

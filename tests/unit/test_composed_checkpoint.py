@@ -15,6 +15,7 @@ from moecluster.models import composed_checkpoint
 from moecluster.models.checkpoint import INDEX_NAME, Checkpoint
 from moecluster.models.composed_checkpoint import compose
 from moecluster.models.expert_source import ExpertSource
+from moecluster.models.headers import read_headers
 from moecluster.models.own_build import register_own_family
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId
@@ -82,9 +83,9 @@ def test_experts_and_trunk_come_from_where_they_are_wanted(stored, tmp_path, fam
     model = AutoModelForCausalLM.from_pretrained(out).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(served if keep_trunk else update).state_dict()
     assert all(torch.equal(model[name], theirs[name]) for name in theirs if ".experts." not in name)
-    assert sum(len(keys) for keys in composed_checkpoint._by_file(composed.checkpoint.tensors).values()) == len(
-        json.loads((out / INDEX_NAME).read_text())["weight_map"]
-    )
+    assert sum(
+        len(keys) for keys in composed_checkpoint._by_file(read_headers(composed.checkpoint.files)).values()
+    ) == len(json.loads((out / INDEX_NAME).read_text())["weight_map"])
 
 
 def test_all_experts_may_be_taken_and_the_trunk_kept(stored, tmp_path) -> None:

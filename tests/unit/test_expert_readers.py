@@ -104,7 +104,6 @@ def test_layers_beyond_the_model_are_left_out(
         {"hidden_size": 16},
         {"num_hidden_layers": 3},
         {"model_type": "jamba"},
-        {"quantization_config": {"quant_method": "fp8"}},
     ],
 )
 def test_settings_that_do_not_fit_are_left_to_transformers(directory: Path, settings: dict[str, object]) -> None:
@@ -163,7 +162,7 @@ def test_a_file_that_shrinks_after_it_was_opened(directory: Path) -> None:
     source = ExpertSource(directory)
     file = directory / SINGLE_FILE_NAME
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"is torn: it ends within model\.layers\.1\.block_sparse_moe"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is torn: it ends \d+ bytes too soon"):
         source.load(EXPERT)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"cannot be read: .*No such file"):

@@ -269,9 +269,7 @@ def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, re
 @pytest.mark.parametrize("wanted", [0, 5, -1])
 def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
     sizing = make(Routers("router"))
-    with pytest.raises(
-        ResourceError, match=rf"scale: {wanted} routers are beyond the limits, which are 1 to 4 \(serve"
-    ):
+    with pytest.raises(ResourceError, match=rf"{wanted} routers are beyond the limits, which are 1 to 4 \(serve"):
         sizing.order(wanted)
 
 

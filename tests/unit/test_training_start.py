@@ -16,7 +16,7 @@ from moecluster.training.checkpoints import CheckpointStore
 from moecluster.training.events import Evaluated, Started, StepDone, WentBack
 from moecluster.training.history import History
 from moecluster.training.report import draw_loss_curve
-from moecluster.training.start import fixed_settings, prepare_start, run_tokenizer
+from moecluster.training.start import fixed_settings, prepare_start, read_data, run_tokenizer
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "expert_inner_size": 16}
 
@@ -72,6 +72,12 @@ def test_a_checkpoint_that_training_did_not_write(tmp_path):
     CheckpointStore(tmp_path / "checkpoints").write(3, lambda directory: None)
     with pytest.raises(CheckpointError, match="no training state"):
         prepare_start(make_config(tmp_path, resume=True))
+
+
+def test_nothing_is_trained_in_float16(tmp_path):
+    config = make_config(tmp_path, model={"dtype": "float16"})
+    with pytest.raises(ConfigError, match=r'model\.dtype: got "float16", .* expected float32 or bfloat16'):
+        read_data(config, run_tokenizer(config))
 
 
 def test_a_vocabulary_that_is_too_small(tmp_path):

@@ -90,7 +90,8 @@ class Front:
                     async for index, piece in pieces:
                         yield index, piece
         except MoeClusterError as exc:
-            refusal = refusal_of(exc, model.name)
+            prompt_param = "messages" if job.requests[0].messages_json else "prompt"
+            refusal = refusal_of(exc, model.name, prompt_param=prompt_param)
             if refusal.status >= 500:
                 logger.warning("%s: a request failed: %s", model.name, exc)
             raise refusal from exc

@@ -18,7 +18,7 @@ RETRY_S = 1  # where a router does not say when a try is likely to be worth it
 MAX_MESSAGE_CHARACTERS = 500
 
 # What a router calls a field, and what it is in a body.
-_PARAMS = {"prompt_ids": "prompt", "messages_json": "messages", "max_new_tokens": "max_tokens"}
+_PARAMS = {"prompt_ids": "prompt", "max_new_tokens": "max_tokens"}
 _FIELD = re.compile(r"([a-z_]+)(?:\.[a-z_]+)*: ")
 _OVERFLOW = "exceed the model's"  # how a router says that prompt and continuation have no room
 _UNIONS = {
@@ -85,12 +85,15 @@ def unavailable(message: str) -> Refusal:
     return Refusal(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
 
 
-def refusal_of(error: MoeClusterError, model: str) -> Refusal:
-    """How an error of a model's routers is told. Where they are is nobody's business outside."""
+def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "prompt") -> Refusal:
+    """How an error of a model's routers is told. Where they are is nobody's business outside.
+
+    prompt_param: the field of the body that the prompt was made of.
+    """
     if isinstance(error, Refusal):
         return error
     if isinstance(error, InvalidMessage | UserError):
-        return _wrong_request(str(error))
+        return _wrong_request(str(error), prompt_param)
     if isinstance(error, Exhausted):
         return too_many(f"{model} is busy: {error}", error.retry_after_s)
     if isinstance(error, DeadlineExceeded):
@@ -127,11 +130,9 @@ def _param(error: Mapping[str, Any]) -> str:
     return param
 
 
-def _wrong_request(message: str) -> Refusal:
+def _wrong_request(message: str, prompt_param: str) -> Refusal:
+    for field, param in {**_PARAMS, "messages_json": prompt_param, "prompt": prompt_param}.items():
+        message = re.sub(rf"\b{field}\b", param, message)
     named = _FIELD.match(message)
-    if named is None:
-        return bad_request(message)
-    field = named.group(1)
-    param = _PARAMS.get(field, field)
     code = "context_length_exceeded" if _OVERFLOW in message else None
-    return bad_request(message.replace(field, param, 1), param=param, code=code)
+    return bad_request(message, param=named.group(1) if named else None, code=code)

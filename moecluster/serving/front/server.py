@@ -33,14 +33,12 @@ class ModelSource:
 class FrontServer:
     """Listens from the start; `run` serves until a signal or `stop`."""
 
-    def __init__(self, settings: ServeConfig, keys: ApiKeys, sources: Sequence[ModelSource]) -> None:
-        """Raises ResourceError if the port is in use, ConfigError for names that are given twice."""
-        names = [source.name for source in sources]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"models: {', '.join(names)}: a name is given twice, and each must be its own")
+    def __init__(self, settings: ServeConfig, keys: ApiKeys) -> None:
+        """Raises ResourceError if the port is in use."""
+        self.keys = keys
         self.metrics = FrontMetrics()
         self.front = Front(settings, keys, self.metrics)
-        self._sources = sources
+        self._sources: Sequence[ModelSource] = ()
         self._socket = _listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -64,8 +62,13 @@ class FrontServer:
         """Whether requests are answered."""
         return self._server.started
 
-    def run(self) -> None:
-        """Serves until SIGINT or SIGTERM; begun answers have their time to end. The signal is raised again then."""
+    def run(self, sources: Sequence[ModelSource]) -> None:
+        """Serves until SIGINT or SIGTERM; begun answers have their time to end. The signal is raised again then.
+
+        Raises ConfigError, as check_names.
+        """
+        check_names([source.name for source in sources])
+        self._sources = sources
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -90,6 +93,14 @@ class FrontServer:
             await model.directory.start()
             models.append(model)
         return models
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError where there is no model, or a name is given twice."""
+    if not names:
+        raise ConfigError("models: there is none to serve; give one or more, each as NAME=CLUSTER")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"models: {', '.join(names)}: a name is given twice, and each must be its own")
 
 
 def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:

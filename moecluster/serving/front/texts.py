@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from moecluster.errors import Exhausted
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.serving.front.served_model import ServedModel
 
 QUEUED_PIECES = 64  # beyond it the texts wait for the client
 
-Said = tuple[int, GenerationPiece | Exception | None]  # None: this text has ended
+_Said = tuple[int, GenerationPiece | Exception | None]  # None: this text has ended
 
 
 async def write_texts(
@@ -21,34 +22,56 @@ async def write_texts(
             async for piece in pieces:
                 yield 0, piece
         return
-    queue: asyncio.Queue[Said] = asyncio.Queue(QUEUED_PIECES)
-    begun = asyncio.Event()
-    tasks = [asyncio.create_task(_write(model, i, request, begun, queue)) for i, request in enumerate(requests)]
-    running = len(tasks)
+    together = _Together(model, requests)
     try:
+        async for index, piece in together.pieces():
+            yield index, piece
+    finally:
+        await together.end()
+
+
+class _Together:
+    """Several texts. Where there is room for some only, the others wait; without room for any, they are refused."""
+
+    def __init__(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> None:
+        self._model = model
+        self._queue: asyncio.Queue[_Said] = asyncio.Queue(QUEUED_PIECES)
+        self._begun = asyncio.Event()  # one of them at least
+        self._refused = 0  # texts that wait for that
+        self._tasks = [asyncio.create_task(self._write(i, request)) for i, request in enumerate(requests)]
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, GenerationPiece]]:
+        running = len(self._tasks)
         while running:
-            index, said = await queue.get()
+            index, said = await self._queue.get()
             if isinstance(said, Exception):
                 raise said
             if said is None:
                 running -= 1
-                continue
-            yield index, said
-    finally:
-        for task in tasks:
+            else:
+                yield index, said
+
+    async def end(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _write(self, index: int, request: GenerationRequest) -> None:
+        try:
+            try:
+                await self._write_once(index, request)
+            except Exhausted:
+                self._refused += 1
+                if self._begun.is_set() or self._refused == len(self._tasks):
+                    raise
+                await self._begun.wait()
+                await self._write_once(index, request)
+            await self._queue.put((index, None))
+        except Exception as exc:  # told where the pieces are read
+            await self._queue.put((index, exc))
 
-async def _write(
-    model: ServedModel, index: int, request: GenerationRequest, begun: asyncio.Event, queue: asyncio.Queue[Said]
-) -> None:
-    try:
-        # Once one of the texts is begun, the others wait for room rather than end them all.
-        async with aclosing(model.write(request, begun=begun.is_set)) as pieces:
+    async def _write_once(self, index: int, request: GenerationRequest) -> None:
+        async with aclosing(self._model.write(request, begun=self._begun.is_set)) as pieces:
             async for piece in pieces:
-                begun.set()
-                await queue.put((index, piece))
-        await queue.put((index, None))
-    except Exception as exc:  # told where the pieces are read
-        await queue.put((index, exc))
+                self._begun.set()
+                await self._queue.put((index, piece))

@@ -1,0 +1,169 @@
+"""serve and front: the HTTP front over clusters that are up, one of which `serve` may bring up for itself.
+
+The front is small, and a cluster is brought up with Ray and transformers: that is done by `moecluster up`, in a process
+of its own.
+"""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from prometheus_client import disable_created_metrics
+from rich.console import Console
+
+from actors import state
+from actors.commands.cluster import found, serves
+from actors.commands.target import read_target, trained_model
+from actors.launch import take_down
+from actors.settings import CONTROLLER, is_router
+from actors.state import UpCluster
+from moecluster.config import Config, override, parse_override, read_config
+from moecluster.errors import CheckpointError, ConfigError, ResourceError, Unavailable
+from moecluster.serving.front.router_directory import Whereabouts
+from moecluster.serving.front.server import FrontServer, ModelSource, check_names, keys_for
+
+SELF = (sys.executable, "-c", "from actors.cli import main; main()")
+STATUS_TIMEOUT_S = 60.0
+ENDING_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontOptions:
+    """What the command line says of the front; None: as the settings say."""
+
+    host: str | None = None
+    port: int | None = None
+    api_keys_file: str | None = None
+    model_name: str | None = None
+
+    def on(self, config: Config) -> Config:
+        """The settings with these laid on them. Raises ConfigError."""
+        overrides = {
+            "serve.host": self.host,
+            "serve.port": self.port,
+            "serve.model_name": self.model_name,
+            "security.api_keys_file": self.api_keys_file,
+        }
+        return read_config(override(config.to_tables(), overrides))
+
+
+def serve(target: str, settings: Sequence[str], options: FrontOptions, also: Sequence[str], console: Console) -> None:
+    """Serves a model over HTTP until it is ended; a cluster that was brought up for it ends then too."""
+    config = options.on(read_target(target, settings))
+    name = config.serve.model_name or (Path(target).resolve().name if Path(target).is_dir() else Path(target).stem)
+    others = [_source(*_name_and_cluster(text), alone=False) for text in also]
+    check_names([name, *(source.name for source in others)])
+    server = _listen(config)  # a port in use, or a wrong key file, is said before a cluster is started
+    cluster = config.cluster.name
+    if state.load(cluster) is not None:
+        _refuse_another_model(found(cluster), config)
+        _run(server, [_source(name, cluster, alone=not others), *others], console)
+        return
+    try:
+        _bring_up(target, settings)
+        _run(server, [_source(name, cluster, alone=not others), *others], console)
+    finally:
+        started = state.load(cluster)
+        if started is not None:
+            with _undisturbed(), console.status(f"ending {cluster}"):
+                take_down(started)
+            console.print(f"cluster {cluster} is down")
+
+
+def front(models: Sequence[str], settings: Sequence[str], options: FrontOptions, console: Console) -> None:
+    """Serves the models of clusters that are up over HTTP, until it is ended."""
+    config = options.on(read_config(override({}, dict(parse_override(text) for text in settings))))
+    named = [_name_and_cluster(text) for text in models]
+    check_names([name for name, _ in named])
+    sources = [_source(name, cluster, alone=len(named) == 1) for name, cluster in named]
+    _run(_listen(config), sources, console)
+
+
+def _listen(config: Config) -> FrontServer:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    disable_created_metrics()
+    return FrontServer(config.serve, keys_for(config.serve, config.security))
+
+
+def _run(server: FrontServer, sources: Sequence[ModelSource], console: Console) -> None:
+    names = ", ".join(source.name for source in sources)
+    key = ' -H "Authorization: Bearer KEY"' if server.keys else ""
+    body = json.dumps({"model": sources[0].name, "prompt": "def add(a, b):", "max_tokens": 32})
+    lines = (
+        f"serving {names} at http://{server.address}/v1 until Ctrl-C; try",
+        f"curl http://{server.address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    with suppress(KeyboardInterrupt):  # raised again when all answers have ended
+        server.run(sources)
+
+
+def _source(name: str, cluster: str, *, alone: bool) -> ModelSource:
+    up = found(cluster)
+    seeds = Whereabouts(routers=up.router_addresses, controller=up.controller_address)
+    # A model that is alone also answers to its cluster's name.
+    return ModelSource(name=name, alias=cluster if alone else "", seeds=seeds, rediscover=lambda: _ask_ray(cluster))
+
+
+def _name_and_cluster(text: str) -> tuple[str, str]:
+    name, separator, cluster = text.rpartition("=")
+    if not (separator and name and cluster):
+        raise ConfigError(f'model: got "{text}", expected NAME=CLUSTER, for example mixtral=moecluster')
+    return name, cluster
+
+
+def _refuse_another_model(cluster: UpCluster, config: Config) -> None:
+    with suppress(CheckpointError):  # nothing is trained: it serves a fresh model of these settings, or of others
+        serves(cluster, trained_model(config))
+
+
+def _bring_up(target: str, settings: Sequence[str]) -> None:
+    """Raises typer.Exit if it fails, which it has said then itself. Interrupted, it leaves nothing behind."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    # Not of our terminal's group: it is ended once, by us, and not amid its own clearing up.
+    with subprocess.Popen([*SELF, "up", target, *words], start_new_session=True) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait(ENDING_TIMEOUT_S)
+            raise
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C, or what supervisors send twice, leaves no half of a cluster behind. Only for what ends soon."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ask_ray(cluster: str) -> Whereabouts:
+    """Where the actors of a cluster are now. Joining Ray takes seconds, and a process of its own."""
+    command = [*SELF, "status", "--json", "--name", cluster]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=STATUS_TIMEOUT_S, start_new_session=True)
+        done.check_returncode()
+        actors = json.loads(done.stdout)["actors"]
+        addresses = {name: str(reached["address"]) for name, reached in actors.items() if reached is not None}
+    except subprocess.CalledProcessError as exc:
+        raise ResourceError(f"moecluster status: {exc.stderr.strip()[-300:]}") from exc
+    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise Unavailable(f"moecluster status: {type(exc).__name__}") from exc
+    return Whereabouts(
+        routers=tuple(address for name, address in addresses.items() if is_router(name)),
+        controller=addresses.get(CONTROLLER, ""),
+    )

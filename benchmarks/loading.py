@@ -1,0 +1,320 @@
+"""How fast a checkpoint's experts come into four real expert actors, and what each process takes for it.
+
+Side by side, in turns: reading the same files by `readinto` into one buffer that is used again and again, which is the
+fastest that the page cache gives, by one process and by four; reading them into memory that stays, as any loader must;
+and the actors' load, from the first order to the last answer, served with from then on. Then once more with the files
+thrown out of the page cache: what the disk gives. Packing goes on behind the load, and is timed by itself.
+
+Where the host of a virtual machine takes back memory that is free for seconds, every page of it costs several times as
+much when it comes again. So each turn loads twice, the second time right after unloading, and both are shown.
+
+    python -m benchmarks.loading
+    python -m benchmarks.loading --gigabytes 0.2    # shows that it works
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+from actors.expert_actor import ExpertActor
+from actors.ray_calls import call
+from actors.settings import Endpoints
+from actors.spawn import spawn
+from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
+from benchmarks.workers.plain_read import read_files, throw_out
+from moecluster.config import Config, read_config
+from moecluster.models.expert_source import ExpertSource
+from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.types import ExpertId
+
+NUM_ACTORS = 4
+EXPERTS, WIDTH, INNER = 8, 1024, 3584
+RUNS = 7
+LOAD_TIMEOUT_S = 300.0
+SAMPLE_S = 0.02
+WANTED_RATE = 0.8  # of the sequential read rate
+WANTED_BYTES = 400e6  # beside an actor's own part
+GB, MB = 1e9, 1e6
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+assert RUNS >= MIN_RUNS
+
+
+class LoadedActor(ExpertActor):
+    """An expert actor that says when it has packed what it serves."""
+
+    def wait_packed(self, timeout_s: float) -> bool:
+        return self._service.wait_packed(timeout_s)
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What one dtype gave: name -> a figure a run."""
+
+    runs: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        self.runs.setdefault(name, []).append(value)
+
+    def ratios(self, name: str, baseline: str) -> list[float]:
+        """To the baseline's median: a run has no partner among runs that came before or after it."""
+        return [value / statistics.median(self.runs[baseline]) for value in self.runs[name]]
+
+
+class Actors:
+    """Four expert actors without a controller; the experts are dealt out in order."""
+
+    def __init__(self, config: Config, directory: Path, dtype: str) -> None:
+        self._directory, self._dtype = directory, dtype
+        experts = [
+            ExpertId(layer=layer.layer, index=index)
+            for layer in ExpertSource(directory).layers
+            for index in range(layer.num_experts)
+        ]
+        self.names = [f"expert-{i}" for i in range(NUM_ACTORS)]
+        part = -(-len(experts) // NUM_ACTORS)
+        self._experts = {name: experts[i * part : (i + 1) * part] for i, name in enumerate(self.names)}
+        tables = config.to_tables()
+        self._handles: dict[str, Any] = {
+            name: spawn(LoadedActor, "expert", config, name, tables, name, 0) for name in self.names
+        }
+        reached: dict[str, Endpoints] = {
+            name: call(handle.endpoints.remote(), LOAD_TIMEOUT_S, name) for name, handle in self._handles.items()
+        }
+        self.pids = {name: endpoints.pid for name, endpoints in reached.items()}
+        self._controls = {name: GrpcExpertControl(name, reached[name].address) for name in self.names}
+
+    def load(self) -> tuple[float, float, int]:
+        """Seconds until all experts are loaded, seconds from then until they are packed, and the bytes loaded."""
+        began_s = time.perf_counter()
+        loaded_bytes = sum(self._everywhere(self._load))
+        loaded_s = time.perf_counter()
+        assert all(self._everywhere(self._wait_packed))
+        return loaded_s - began_s, time.perf_counter() - loaded_s, loaded_bytes
+
+    def unload(self) -> None:
+        self._everywhere(lambda name: self._controls[name].unload(term=1, experts=self._experts[name]))
+
+    def hosted_bytes(self) -> dict[str, int]:
+        return {name: self._controls[name].status().hosted_bytes for name in self.names}
+
+    def close(self) -> None:
+        for name, handle in self._handles.items():
+            self._controls[name].close()
+            ray.kill(handle, no_restart=True)
+
+    def _load(self, name: str) -> int:
+        return self._controls[name].load(
+            term=1,
+            experts=self._experts[name],
+            checkpoint=str(self._directory),
+            dtype=self._dtype,
+            timeout_s=LOAD_TIMEOUT_S,
+        )
+
+    def _wait_packed(self, name: str) -> bool:
+        return bool(call(self._handles[name].wait_packed.remote(LOAD_TIMEOUT_S), LOAD_TIMEOUT_S, name))
+
+    def _everywhere(self, ask: Callable[[str], Any]) -> list[Any]:
+        with ThreadPoolExecutor(max_workers=NUM_ACTORS) as pool:
+            return list(pool.map(ask, self.names))
+
+
+class Memory:
+    """The most that each process holds while the block runs: resident (VmHWM), and private (sampled)."""
+
+    def __init__(self, pids: dict[str, int]) -> None:
+        self._pids = pids
+        self.private_bytes = dict.fromkeys(pids, 0)
+        self.resident_bytes: dict[str, int] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        for pid in self._pids.values():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the high-water mark begins anew
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.resident_bytes = {
+            name: _kilobytes(Path(f"/proc/{pid}/status"), ("VmHWM",)) for name, pid in self._pids.items()
+        }
+
+    def _sample(self) -> None:
+        while not self._ended.wait(SAMPLE_S):
+            for name, pid in self._pids.items():
+                private = _kilobytes(Path(f"/proc/{pid}/smaps_rollup"), ("Private_Clean", "Private_Dirty"))
+                self.private_bytes[name] = max(self.private_bytes[name], private)
+
+
+def _kilobytes(file: Path, names: Sequence[str]) -> int:
+    lines = (line.partition(":") for line in file.read_text().splitlines())
+    return sum(int(rest.split()[0]) * 1024 for name, _, rest in lines if name in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint's experts")
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"of everything, at least {MIN_RUNS}")
+    parser.add_argument("--directory", type=Path, default=None, help="where the checkpoint is written, then removed")
+    given = parser.parse_args()
+    console = Console()
+    rows: list[Row] = []
+    raw: dict[str, Any] = {}
+    with ray_running():
+        for dtype in DTYPES:
+            with tempfile.TemporaryDirectory(dir=given.directory) as folder:
+                size_bytes = write_checkpoint(Path(folder), dtype, given.gigabytes)
+                console.print(f"{dtype}: {size_bytes / GB:.2f} GB of experts")
+                found = measure(Path(folder), dtype, given.runs)
+            rows += rows_of(dtype, found)
+            raw[dtype] = {"experts_bytes": size_bytes, "runs": found.runs}
+    report = Report(name="loading", rows=rows, raw=raw, versions=installed_versions())
+    report.print(console)
+    console.print(f"written to {report.write()}")
+
+
+def write_checkpoint(directory: Path, dtype: str, gigabytes: float) -> int:
+    """A Mixtral of experts alone, a shard for each layer. Returns the bytes of the experts."""
+    expert_bytes = 3 * WIDTH * INNER * DTYPES[dtype].itemsize
+    layers = max(round(gigabytes * GB / expert_bytes / EXPERTS), 1)
+    config = MixtralConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers, num_local_experts=EXPERTS
+    )
+    config.save_pretrained(directory)
+    weight_map: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w1": (INNER, WIDTH), "w2": (WIDTH, INNER), "w3": (INNER, WIDTH)}
+    weights = {name: torch.randn(shape, generator=generator).to(DTYPES[dtype]) for name, shape in shapes.items()}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        tensors = {
+            f"{prefix}.{index}.{name}.weight": value.clone()
+            for index in range(EXPERTS)
+            for name, value in weights.items()
+        }
+        shard = f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
+        save_file(tensors, directory / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    os.sync()  # or the kernel writes while we measure, and keeps what shall be thrown out
+    return layers * EXPERTS * expert_bytes
+
+
+def measure(directory: Path, dtype: str, runs: int) -> Found:
+    """Everything in turns; the first is not counted."""
+    files = sorted(directory.glob("*.safetensors"))
+    found = Found()
+    config = read_config({"cluster": {"name": "bench-loading", "num_expert_actors": NUM_ACTORS}})
+    with ExitStack() as stack:
+        actors = stack.enter_context(closing(Actors(config, directory, dtype)))
+        readers = stack.enter_context(ProcessPoolExecutor(NUM_ACTORS, mp_context=multiprocessing.get_context("spawn")))
+        list(readers.map(os.path.getsize, [files[0]] * NUM_ACTORS * 8))  # all are started
+        for run in range(runs + 1):
+            kept = found if run else Found()
+            read_plainly(readers, files, kept, "warm")
+            load(actors, kept, "warm, first")
+            load(actors, kept, "warm")
+            throw_out(files)
+            kept.add("read, 1 process, cold", rate(readers, [files], keep=False))
+            weigh(actors, kept)
+            throw_out(files)
+            load(actors, kept, "cold")
+    return found
+
+
+def read_plainly(readers: ProcessPoolExecutor, files: Sequence[Path], found: Found, cache: str) -> None:
+    quarters = [files[i::NUM_ACTORS] for i in range(NUM_ACTORS)]
+    found.add(f"read, 1 process, {cache}", rate(readers, [files], keep=False))
+    found.add(f"read, 4 processes, {cache}", rate(readers, quarters, keep=False))
+    found.add(f"read into memory that stays, 1 process, {cache}", rate(readers, [files], keep=True))
+    found.add(f"read into memory that stays, 4 processes, {cache}", rate(readers, quarters, keep=True))
+
+
+def rate(readers: ProcessPoolExecutor, parts: Sequence[Sequence[Path]], *, keep: bool) -> float:
+    """Bytes per second of all parts at once, from the first one's begin to the last one's end."""
+    spans = [future.result() for future in [readers.submit(read_files, list(part), keep) for part in parts if part]]
+    seconds = max(span.end_s for span in spans) - min(span.begin_s for span in spans)
+    return sum(span.num_bytes for span in spans) / seconds
+
+
+def load(actors: Actors, found: Found, cache: str) -> None:
+    load_s, pack_s, loaded_bytes = actors.load()
+    found.add(f"load, {cache}", loaded_bytes / load_s)
+    found.add(f"packed after, {cache}", pack_s)
+    actors.unload()
+
+
+def weigh(actors: Actors, found: Found) -> None:
+    """A load by itself: looking at a process's pages holds up whoever wants new ones."""
+    with Memory(actors.pids) as memory:
+        actors.load()
+    hosted = actors.hosted_bytes()
+    found.add("resident beside its part", max(memory.resident_bytes[name] - hosted[name] for name in actors.names))
+    found.add("private beside its part", max(memory.private_bytes[name] - hosted[name] for name in actors.names))
+    actors.unload()
+
+
+def rows_of(dtype: str, found: Found) -> list[Row]:
+    def gigabytes(name: str) -> Row:
+        return Row(name=f"{dtype}: {name}", runs=[value / GB for value in found.runs[name]], unit="GB/s")
+
+    def part(name: str, baseline: str, target: float | None) -> Row:
+        return Row(
+            name=f"{dtype}: {name}, part of {baseline}", runs=found.ratios(name, baseline), unit="x", target=target
+        )
+
+    def beside(name: str, target: float | None) -> Row:
+        runs = [value / MB for value in found.runs[name]]
+        target = None if target is None else target / MB
+        return Row(name=f"{dtype}: an actor's memory, {name}", runs=runs, unit="MB", target=target, better="lower")
+
+    stays = "read into memory that stays"
+    return [
+        *(gigabytes(f"read, {n}, warm") for n in ("1 process", "4 processes")),
+        *(gigabytes(f"{stays}, {n}, warm") for n in ("1 process", "4 processes")),
+        gigabytes("load, warm, first"),
+        gigabytes("load, warm"),
+        part("load, warm", "read, 1 process, warm", WANTED_RATE),
+        part("load, warm", "read, 4 processes, warm", None),
+        part("load, warm", f"{stays}, 4 processes, warm", None),
+        gigabytes("read, 1 process, cold"),
+        gigabytes("load, cold"),
+        part("load, cold", "read, 1 process, cold", WANTED_RATE),
+        Row(name=f"{dtype}: packed after the load", runs=found.runs["packed after, warm"], unit="s", better="lower"),
+        beside("resident beside its part", WANTED_BYTES),
+        beside("private beside its part", None),
+    ]
+
+
+@contextmanager
+def ray_running() -> Iterator[None]:
+    with ExitStack() as stack:
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.FATAL)
+        stack.callback(ray.shutdown)
+        yield
+
+
+if __name__ == "__main__":
+    main()

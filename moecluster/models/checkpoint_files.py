@@ -1,0 +1,56 @@
+"""The files of one checkpoint directory: of this host, or (rpc/checkpoint_client.py) of another."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from moecluster.errors import CheckpointError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
+# What else belongs to a model: configuration, tokenizer, chat template. Weights in other formats are left alone.
+METADATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(\.json|\.jsonl|\.txt|\.jinja|\.model|\.tiktoken|\.spm)")
+
+
+class CheckpointFiles(Protocol):
+    """Weights by file name and offset; everything else in a local directory. Thread-safe."""
+
+    path: Path  # as the user named it, for errors
+    metadata: Path  # a directory here that has config.json, the index of the shards, the tokenizer's files
+
+    def weights(self) -> Mapping[str, int]:
+        """Names of the safetensors files, and their sizes in bytes."""
+
+    def read_into(self, name: str, begin: int, out: memoryview) -> None:
+        """Fills out with the file's bytes from begin on. Raises CheckpointError if there are not so many."""
+
+
+class LocalFiles:
+    """CheckpointFiles of a directory here. Holds no file open between reads."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises CheckpointError if there is no such directory, or no model in it."""
+        self.path = self.metadata = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"no model directory at {self.path}: give a directory with {CONFIG_NAME} and safetensors"
+            )
+        if not (self.path / CONFIG_NAME).is_file():
+            raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
+
+    def weights(self) -> Mapping[str, int]:
+        found = [file for file in self.path.iterdir() if WEIGHTS_NAME.fullmatch(file.name) and file.is_file()]
+        return {file.name: file.stat().st_size for file in found}
+
+    def read_into(self, name: str, begin: int, out: memoryview) -> None:
+        file = self.path / name
+        try:
+            with file.open("rb", buffering=0) as handle:
+                handle.seek(begin)
+                while out and (count := handle.readinto(out)):  # one call reads 2 GiB at most
+                    out = out[count:]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if out:
+            raise CheckpointError(f"{file} is torn: it ends {len(out)} bytes too soon; copy it again")

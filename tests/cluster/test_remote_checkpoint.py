@@ -1,0 +1,58 @@
+"""A checkpoint under a name that exists on no node of the actors: they read it from the source that announced it."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.checkpoint_source import CheckpointSource, announce
+from actors.ray_calls import call, find_actor
+from actors.settings import SOURCE
+from actors.spawn import spawn
+from moecluster.rpc.controller_calls import set_checkpoint
+from tests.generation_load import save_decided_model
+from tests.ray_cluster import RayCluster, wait_for
+from tests.ray_session import RaySession
+
+PROMPT = "def add(a, b):"
+NEW_TOKENS = 60
+NAME = "/nowhere/on/these/nodes"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_decided_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_session: RaySession, directory: str) -> Iterator[RayCluster]:
+    with RayCluster(directory, {"cluster": {"num_expert_actors": 2}}) as running:
+        yield running
+
+
+def text(cluster: RayCluster) -> str:
+    with cluster.client() as client:
+        return client.generate(PROMPT, max_new_tokens=NEW_TOKENS).text()
+
+
+def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, directory: str) -> None:
+    expected = text(cluster)
+    assert not Path(NAME).exists()
+    name = cluster.config.cluster.name
+    announce(name, directory)  # there is no source yet, and nothing to do
+    node = ray.get_runtime_context().get_node_id()
+    spawn(CheckpointSource, "source", cluster.config, SOURCE, directory, "127.0.0.1", node=node)
+    source = find_actor(SOURCE, name)
+    call(source.announce.remote(NAME, directory), 60.0, SOURCE)
+    announce(name, directory)
+
+    set_checkpoint(cluster.driver.controller_address(), NAME)
+    for actor in ("expert-0", "expert-1"):
+        old = cluster.kill(actor, signal.SIGKILL)
+        wait_for(lambda actor=actor, old=old: cluster.pids().get(actor, old) != old, f"{actor} is started again")
+    status = cluster.wait_served()
+    assert status.checkpoint == NAME
+    cluster.driver.reload_routers(NAME)
+    assert text(cluster) == expected

@@ -1,0 +1,256 @@
+"""Texts go on when routers are lost: nothing lost, nothing repeated, and no request fails that can be served."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+import httpx
+import openai
+import pytest
+
+from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unavailable
+from moecluster.rpc.controller_server import serve_controller
+from moecluster.serving.front.router_directory import Whereabouts
+from moecluster.serving.front.server import ModelSource
+from moecluster.types import ControllerStatus, RouterState
+from tests.running_front import RunningFront, running_front, wait_for
+from tests.scripted_controller import ScriptedController
+from tests.scripted_router import ScriptedRouter, word_ids, words
+
+NOBODY = "127.0.0.1:1"
+TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 30, "seed": 2, "logprobs": 1}
+
+
+@pytest.fixture
+def first() -> Iterator[ScriptedRouter]:
+    with ScriptedRouter("first") as serving:
+        yield serving
+
+
+@pytest.fixture
+def second() -> Iterator[ScriptedRouter]:
+    with ScriptedRouter("second") as serving:
+        yield serving
+
+
+@pytest.fixture
+def front(first: ScriptedRouter, second: ScriptedRouter) -> Iterator[RunningFront]:
+    with running_front([first.address, second.address], router_patience_s=8.0) as serving:
+        yield serving
+
+
+def read(stream: Any) -> tuple[str, list[str], int]:
+    """(text, tokens, how many tokens in all) of a streamed completion."""
+    text, tokens, count = "", [], 0
+    for piece in stream:
+        for choice in piece.choices:
+            text += choice.text
+            tokens += choice.logprobs.tokens
+        if piece.usage is not None:
+            count = piece.usage.completion_tokens
+    return text, tokens, count
+
+
+def ask(front: RunningFront, **changes: Any) -> tuple[str, list[str], int]:
+    with front.openai() as client:
+        return read(client.completions.create(
+            **{**TEXT, **changes}, stream=True, stream_options={"include_usage": True}
+        ))  # fmt: skip
+
+
+def assert_whole(read: tuple[str, list[str], int], *routers: ScriptedRouter) -> None:
+    request = next(router.requests[0] for router in routers if router.requests)
+    ids = word_ids(request)
+    text, tokens, count = read
+    assert text == words(ids) and "".join(tokens) == text and count == len(ids)
+
+
+@pytest.mark.parametrize(
+    "breaking",
+    [Unavailable("gone"), MoeClusterError("it failed"), DeadlineExceeded("no expert answered"), None],
+    ids=["unavailable", "internal", "deadline", "cancelled"],
+)
+@pytest.mark.parametrize("tokens", [0, 1, 17, 29])
+def test_a_text_goes_on_at_another_router(front, first, second, breaking, tokens) -> None:
+    for router in (first, second):
+        router.break_after, router.breaking = tokens, breaking  # whichever is asked first, and the next one too
+    assert_whole(ask(front), first, second)
+    asked = sorted(len(r.generated_ids) for r in (*first.requests, *second.requests))
+    assert asked == ([0, tokens, 2 * tokens] if 2 * tokens < 30 else [0, tokens])
+    failovers = f'moecluster_front_failovers_total{{model="model"}} {len(asked) - 1 if tokens else 0}'
+    assert not tokens or failovers in httpx.get(f"{front.url}/metrics").text
+
+
+def test_a_router_lost_before_its_last_word_loses_nothing(front, first, second) -> None:
+    first.break_after, first.breaking = 30, Unavailable("gone")
+    second.break_after, second.breaking = 30, Unavailable("gone")
+    assert_whole(ask(front), first, second)
+    assert sorted(len(r.generated_ids) for r in (*first.requests, *second.requests)) == [0, 30]
+
+
+def test_a_killed_router_amid_streams(front, first, second) -> None:
+    for router in (first, second):
+        router.pace_s = 0.02
+    texts: list[Any] = []
+    threads = [threading.Thread(target=lambda i=i: texts.append(ask(front, seed=i))) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(first.running) + len(second.running) == 6)
+    assert len(first.running) == len(second.running) == 3, "they are shared among the routers"
+    time.sleep(0.15)
+    first.kill()
+    for thread in threads:
+        thread.join(20.0)
+    assert len(texts) == 6
+    whole = {words(word_ids(request)) for request in (*first.requests, *second.requests)}
+    assert {text for text, *_ in texts} == whole and all(count == 30 for *_, count in texts)
+    assert any(request.generated_ids for request in second.requests)
+
+
+def test_the_only_router_is_waited_for(first) -> None:
+    first.pace_s = 0.02
+    with running_front([first.address], router_patience_s=15.0) as front:
+        texts: list[Any] = []
+        thread = threading.Thread(target=lambda: texts.append(ask(front)))
+        thread.start()
+        wait_for(lambda: first.running)
+        time.sleep(0.1)
+        first.kill()
+        with pytest.raises(httpx.HTTPStatusError) as unwell:
+            wait_for(lambda: httpx.get(f"{front.url}/health").raise_for_status() and False)
+        assert unwell.value.response.status_code == 503
+        first.revive()
+        thread.join(20.0)
+        assert_whole(texts[0], first)
+        assert 0 < len(first.requests[-1].generated_ids) < 30
+
+
+def test_a_router_that_is_busy_is_passed_over_and_when_all_are_it_is_said_when_to_try_again(
+    front, first, second
+) -> None:
+    first.error = Exhausted("no room", retry_after_s=3.2)
+    assert_whole(ask(front), second)
+    second.error = Exhausted("no room", retry_after_s=1.2)
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError) as refused, front.openai() as client:
+            client.completions.create(**TEXT, stream=stream)
+        assert refused.value.response.headers["retry-after"] == "2"
+        assert refused.value.code == "rate_limit_exceeded"
+
+
+def test_a_begun_text_waits_where_a_new_one_would_be_refused(front, first, second) -> None:
+    first.break_after = second.break_after = 5
+    breaking = first.breaking = second.breaking = Unavailable("gone")
+    texts: list[Any] = []
+
+    def full_now() -> None:
+        wait_for(lambda: first.break_after is None or second.break_after is None)
+        first.error = second.error = Exhausted("no room", retry_after_s=30.0)
+        time.sleep(1.0)
+        first.error = second.error = None
+
+    threads = [threading.Thread(target=full_now), threading.Thread(target=lambda: texts.append(ask(front)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20.0)
+    assert breaking and len(texts) == 1
+    assert_whole(texts[0], first, second)
+
+
+def test_texts_of_one_request_wait_for_each_other_where_there_is_little_room(front, first, second) -> None:
+    first.max_running = second.max_running = 1
+    first.pace_s = second.pace_s = 0.01
+    with front.openai() as client:
+        done = client.completions.create(model="model", prompt="x", n=5, max_tokens=10)
+    assert [len(choice.text.split()) for choice in done.choices] == [10] * 5
+
+
+def test_without_any_router_it_is_said_in_time() -> None:
+    with running_front([NOBODY], router_patience_s=1.0) as front, front.openai() as client:
+        begun_s = time.monotonic()
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(**TEXT)
+        assert refused.value.status_code == 503 and time.monotonic() - begun_s < 5.0
+        assert "127.0.0.1" not in refused.value.message, "where routers are is nobody's business"
+
+
+def test_a_router_that_fails_every_text_is_not_asked_for_ever(front, first, second) -> None:
+    first.error = second.error = MoeClusterError("the model is broken")
+    with front.openai() as client, pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**TEXT)
+    assert refused.value.status_code == 503
+    first.error = second.error = None
+    assert_whole(ask(front), first, second)
+
+
+def test_a_text_that_cannot_go_on_ends_with_an_error_event(front, first, second) -> None:
+    first.break_after = second.break_after = 2
+    first.breaking = second.breaking = MoeClusterError("it failed")
+    with front.openai() as client:
+        stream = client.completions.create(**TEXT, stream=True)
+        text = next(iter(stream)).choices[0].text
+        first.error = second.error = MoeClusterError("it failed")
+        with pytest.raises(openai.APIError, match="no router of model serves now"):
+            for piece in stream:
+                text += piece.choices[0].text
+    assert len(text.split()) == 2
+
+
+class Listing(ScriptedController):
+    """A controller that knows of routers."""
+
+    def __init__(self, *states: RouterState) -> None:
+        super().__init__()
+        self.listed = states
+        self.server = serve_controller(self)
+
+    def status(self) -> ControllerStatus:
+        return dataclasses.replace(super().status(), router_states=self.listed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop(0.0)
+        self.close()
+
+
+def test_routers_are_found_through_the_controller(first, second) -> None:
+    states = [RouterState(router=router.name, address=router.address) for router in (first, second)]
+    with Listing(*states) as controller:
+        source = ModelSource(name="model", seeds=Whereabouts(controller=controller.server.address))
+        with running_front(source) as front:
+            wait_for(lambda: front.routers.answering == 2)
+            assert_whole(ask(front), first, second)
+            controller.listed = (states[0], dataclasses.replace(states[1], leaving=True))
+            wait_for(lambda: [r.address for r in front.routers.candidates() if r.leaving] == [second.address])
+            before = len(second.requests)
+            for seed in range(4):
+                ask(front, seed=seed)
+            assert len(second.requests) == before
+
+
+def test_a_controller_elsewhere_is_found_through_the_routers(first, second) -> None:
+    with Listing(RouterState(router="second", address=second.address)) as controller:
+        first.controller = controller.server.address
+        source = ModelSource(name="model", seeds=Whereabouts(routers=(first.address,), controller=NOBODY))
+        with running_front(source) as front:
+            wait_for(lambda: front.routers.answering == 2)
+
+
+def test_when_all_are_lost_others_are_asked_where_the_cluster_is(second) -> None:
+    asked: list[float] = []
+
+    def rediscover() -> Whereabouts:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            raise Unavailable("nobody knows")
+        return Whereabouts(routers=(second.address,))
+
+    source = ModelSource(name="model", seeds=Whereabouts(routers=(NOBODY,)), rediscover=rediscover)
+    with running_front(source, router_patience_s=20.0) as front:
+        assert_whole(ask(front), second)
+    assert len(asked) == 2
