@@ -219,8 +219,10 @@ def test_experts_that_nobody_wants_are_unloaded_and_come_back(start) -> None:
         report(0, 1)
         return not actors_of(cluster, 0, 2) and not actors_of(cluster, 0, 3)
 
+    # A cluster that takes long to start has unloaded these, too, before anybody reports.
+    cluster.controller.want_experts("router", [ExpertId(layer=0, index=index) for index in (0, 1)])
     wait_until(only_two_are_left)
-    assert actors_of(cluster, 0, 0) and actors_of(cluster, 0, 1)
+    wait_until(lambda: bool(actors_of(cluster, 0, 0)) and bool(actors_of(cluster, 0, 1)))
     with Traffic(cluster) as traffic:
         wait_until(lambda: bool(actors_of(cluster, 0, 2)) and bool(actors_of(cluster, 0, 3)))
         wait_until(lambda: traffic.calls > 5, "traffic")
@@ -295,8 +297,8 @@ def test_experts_that_were_unloaded_on_purpose_stay_so_under_every_policy(start)
 
 
 def test_a_new_controller_decides_nothing_before_it_has_heard_from_the_routers(start) -> None:
-    cluster = start(2, quiet_s=1.5)
-    began_s = time.monotonic()
+    cluster = start(2, quiet_s=3.0)
+    began_s = cluster.controller._changer._started_s
     tokens = {ExpertId(layer=0, index=i): n for i, n in enumerate((500, 400, 10, 5))}
 
     def rebalanced() -> bool:
@@ -304,7 +306,7 @@ def test_a_new_controller_decides_nothing_before_it_has_heard_from_the_routers(s
         return any(o.kind == "rebalance" for o in cluster.controller.operations(0))
 
     wait_until(rebalanced)
-    assert time.monotonic() - began_s > 1.0
+    assert time.monotonic() - began_s > 3.0
 
 
 def test_a_successor_has_the_same_picture_and_goes_on_with_what_was_ordered(start) -> None:
