@@ -60,10 +60,12 @@ def serve(target: str, settings: Sequence[str], options: FrontOptions, also: Seq
     name = config.serve.model_name or (Path(target).resolve().name if Path(target).is_dir() else Path(target).stem)
     others = [_source(*_name_and_cluster(text), alone=False) for text in also]
     check_names([name, *(source.name for source in others)])
-    server = _listen(config)  # a port in use, or a wrong key file, is said before a cluster is started
     cluster = config.cluster.name
-    if state.load(cluster) is not None:
+    is_up = state.load(cluster) is not None
+    if is_up:
         _refuse_another_model(found(cluster), config)
+    server = _listen(config)  # a port in use, or a wrong key file, is said before a cluster is started
+    if is_up:
         _run(server, [_source(name, cluster, alone=not others), *others], console)
         return
     try:

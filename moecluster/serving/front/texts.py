@@ -31,7 +31,7 @@ async def write_texts(
 
 
 class _Together:
-    """Several texts. Where there is room for some only, the others wait; without room for any, they are refused."""
+    """Several texts. Where there is room for some of them only, the others wait; without room for any, all fail."""
 
     def __init__(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> None:
         self._model = model

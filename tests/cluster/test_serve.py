@@ -1,0 +1,94 @@
+"""`moecluster serve` with a Ray of its own: asked over HTTP, joined by a second front, its router killed, ended."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.cluster.test_cli import COMMAND, ROOT, local_rays
+from tests.conftest import processes_of_this_session
+from tests.generation_load import save_decided_model
+from tests.ray_cluster import wait_for
+
+UP_TIMEOUT_S = 180.0
+MAX_FRONT_BYTES = 200 * 2**20  # torch alone would take more
+
+pytestmark = pytest.mark.timeout(400)
+
+
+class Served:
+    """A command that serves HTTP until it is interrupted."""
+
+    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments, "--port", "0"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        self.said: list[str] = []
+
+    def wait_started(self) -> str:
+        """Its address."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            if line.startswith("serving "):
+                return line.split(" at ")[1].split("/v1")[0]
+        raise AssertionError(f"it ended: {self.said}")
+
+    def interrupt(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60.0)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "200"}
+
+
+@pytest.fixture
+def served(environment: dict[str, str], tmp_path: Path) -> Iterator[Served]:
+    model = save_decided_model(tmp_path / "tiny")
+    serving = Served(environment, "serve", model, "--set", "cluster.num_expert_actors=2")
+    yield serving
+    serving.process.terminate()
+    serving.process.wait(60.0)
+    assert local_rays() == set()
+
+
+def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environment: dict[str, str]) -> None:
+    url = served.wait_started()
+    text: dict[str, Any] = {"model": "tiny", "prompt": "def add(a, b):", "max_tokens": 20, "temperature": 0}
+    wait_for(lambda: _is_well(url), "the front answers")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120.0, max_retries=0) as client:
+        reference = client.completions.create(**text).choices[0].text
+        assert psutil.Process(served.process.pid).memory_info().rss < MAX_FRONT_BYTES
+        second = Served(environment, "front", "--model", "other=moecluster")
+        try:
+            told = httpx.post(f"{second.wait_started()}/v1/completions", json={**text, "model": "other"}, timeout=60.0)
+            assert told.json()["choices"][0]["text"] == reference
+        finally:
+            assert second.interrupt() == 0
+        os.kill(_router_pid(), signal.SIGKILL)
+        # Ray starts it again, at another address, which only Ray knows: the front asks.
+        assert client.completions.create(**text).choices[0].text == reference
+    assert len(local_rays()) == 1
+    assert served.interrupt() == 0
+    assert local_rays() == set()
+
+
+def _is_well(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _router_pid() -> int:
+    (pid,) = [p.pid for p, line in processes_of_this_session().items() if "ray::RouterActor" in line]
+    return pid

@@ -1,0 +1,23 @@
+"""Ten thousand malformed requests in a row: no mistake of the front's own, and no memory that grows with them."""
+
+import psutil
+
+from tests.malformed_http import send_bad_requests
+from tests.running_front import running_front
+from tests.scripted_router import ScriptedRouter
+
+REQUESTS = 10_000
+MAX_GROWTH_BYTES = 64 * 2**20  # of the whole process, the client and the router in it
+
+
+def test_ten_thousand_malformed_requests() -> None:
+    with ScriptedRouter() as router, running_front([router.address]) as front:
+        send_bad_requests(front.url, REQUESTS // 10, seed=1)
+        before_bytes = psutil.Process().memory_info().rss
+        router.requests.clear()
+        seen = send_bad_requests(front.url, REQUESTS, seed=2)
+        router.requests.clear()
+        grown_bytes = psutil.Process().memory_info().rss - before_bytes
+    print(f"{REQUESTS} requests: {dict(sorted(seen.items()))}, {grown_bytes / 2**20:.1f} MB more")
+    assert set(seen) <= {200, 400, 404, 405}
+    assert grown_bytes < MAX_GROWTH_BYTES
