@@ -166,7 +166,7 @@ class Engine:
     def _limit_in_words(self) -> str:
         if self.max_tokens == self._max_positions:
             return f"the model's {self.max_tokens}"
-        return f"the {self.max_tokens} that there is room for (serve.max_cached_tokens)"
+        return f"the model's room of {self.max_tokens} (serve.max_cached_tokens)"
 
     def _admit(self, text: RunningText) -> None:
         limits = self._limits
