@@ -1,4 +1,4 @@
-"""The front over a router with a real engine: chat by the checkpoint's template, log-probabilities, seeds, stop texts."""
+"""The front over a router with a real engine: chat by the template, log-probabilities, seeds, stop texts."""
 
 from collections.abc import Iterator
 from pathlib import Path
