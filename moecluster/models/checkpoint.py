@@ -121,8 +121,11 @@ OpenCheckpoint = Callable[[str], Checkpoint]  # raises CheckpointError if there 
 
 
 def open_checkpoint(path: str | Path, elsewhere: OpenCheckpoint | None) -> Checkpoint:
-    """Opens a directory of this host, or, where this host does not see it, as elsewhere does. Raises as `of`."""
-    if elsewhere is not None and not os.path.isdir(path):  # False for any string, unlike Path.is_dir
+    """Opens a directory of this host, or, where this host does not see it, as elsewhere does. Raises as `of`.
+
+    A directory without a configuration, as an empty mount point is one, is not seen.
+    """
+    if elsewhere is not None and not os.path.isfile(os.path.join(path, CONFIG_NAME)):  # False for any string
         return elsewhere(str(path))
     return Checkpoint.open(path)
 
