@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 # In the order in which they run; a layer without tests is left out.
 LAYERS := $(foreach layer,unit rpc cluster faults browser gpu,$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
 # The scripts that end within minutes.
-BENCHMARKS := layer planner live_balance recovery loading
+BENCHMARKS := layer planner live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:

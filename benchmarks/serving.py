@@ -41,8 +41,8 @@ from moecluster.rpc.router_messages import encode_generation_request
 from moecluster.rpc.server import open_channel
 
 CONCURRENCY = 32
-NUM_TEXTS = 96  # of a run
-NEW_TOKENS = 48
+NUM_TEXTS = 64  # of a run
+NEW_TOKENS = 32
 PROMPT_TOKENS = (16, 112)
 WORKER = "benchmarks.workers.transformers_serving"
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm copies an expert for every row, gigabytes a prompt
