@@ -20,17 +20,19 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moecluster.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
+from moecluster.sections import ServeConfig
 from tests.families import save
 from tests.ray_cluster import RayCluster
 from tests.ray_session import RaySession
 
 MB = 10**6
-ROUTER_BYTES = 450 * MB  # beside the trunk and the configured shared memory
+ROUTER_BYTES = 450 * MB  # beside the trunk, the configured attention cache and the configured shared memory
 EXPERT_ACTOR_BYTES = 400 * MB  # beside the actor's experts, the code that all processes share included
 NUM_ACTORS = 4
 PACKING_S = 3.0
 # Mixtral's proportions.
 LAYERS, EXPERTS, WIDTH, INNER = 4, 8, 896, 3136
+HEADS, KV_HEADS = 14, 2
 EXPERTS_BYTES = LAYERS * EXPERTS * 3 * WIDTH * INNER * 4  # float32
 
 
@@ -64,8 +66,8 @@ def write_trunk(directory: Path) -> dict[str, torch.Tensor]:
         hidden_size=WIDTH,
         intermediate_size=8,
         num_hidden_layers=LAYERS,
-        num_attention_heads=14,
-        num_key_value_heads=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
         num_local_experts=EXPERTS,
         max_position_embeddings=512,
     )
@@ -108,6 +110,13 @@ class Memory:
         return f"peak {self.peak / MB:.0f} MB, {self.own_peak / MB:.0f} MB its own; now {parts}"
 
 
+def cache_bytes(serve: ServeConfig) -> int:
+    """Keys and values of all tokens that there is room for, and the mask of a batch over them; float32."""
+    keys_and_values = serve.max_cached_tokens * LAYERS * 2 * KV_HEADS * (WIDTH // HEADS)
+    mask = serve.max_batch_tokens * (serve.max_cached_tokens + serve.max_batch_tokens)
+    return 4 * (keys_and_values + mask)
+
+
 def memory_of(pid: int) -> Memory:
     lines = [line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in lines if rest.endswith("kB")}
@@ -138,8 +147,9 @@ def test_the_router_holds_its_trunk_and_each_actor_its_own_experts(
     router = found.pop("router")
     # It maps its own segment and the actor's, for every actor.
     buffers_bytes = NUM_ACTORS * 2 * cluster.config.router.shared_memory_bytes
-    assert router.peak < ROUTER_BYTES + stored.trunk_bytes + buffers_bytes
-    assert router.own_peak < ROUTER_BYTES + stored.trunk_bytes
+    own_bytes = ROUTER_BYTES + stored.trunk_bytes + cache_bytes(cluster.config.serve)
+    assert router.peak < own_bytes + buffers_bytes
+    assert router.own_peak < own_bytes
     del found["controller"]
     assert len(found) == NUM_ACTORS
     for actor, memory in found.items():
