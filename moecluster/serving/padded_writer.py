@@ -6,7 +6,7 @@ have ended, are not sent to experts.
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ class _Batch:
         self._counts = ExpertCounts()
         self._ended: set[str] = set()
 
-    def write(self, model: Any, is_closed: Any) -> None:
+    def write(self, model: Any, is_closed: Callable[[], bool]) -> None:
         """model: a PreTrainedModel with transformers' GenerationMixin."""
         length = max(len(text.ids) for text in self._texts)
         rows = [(*[PAD_ID] * (length - len(text.ids)), *text.ids) for text in self._texts]
@@ -194,7 +194,7 @@ class _Choice(LogitsProcessor):
 
 
 class _Ends(StoppingCriteria):
-    def __init__(self, batch: _Batch, is_closed: Any) -> None:
+    def __init__(self, batch: _Batch, is_closed: Callable[[], bool]) -> None:
         self._batch = batch
         self._is_closed = is_closed
 
