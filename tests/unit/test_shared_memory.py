@@ -300,7 +300,16 @@ def test_an_unsealed_segment_is_refused_because_it_could_shrink_under_a_reader()
     os.close(descriptor)
 
 
-@pytest.mark.parametrize(("pid", "fd"), [(2**31 - 1, 3), (-1, 3), (0, 0), (os.getpid(), 10**6), (os.getpid(), -1)])
+@pytest.mark.parametrize(
+    ("pid", "fd"),
+    [
+        pytest.param(2**31 - 1, 3, id="no such process"),
+        pytest.param(-1, 3, id="a negative process"),
+        pytest.param(0, 0, id="process 0"),
+        pytest.param(os.getpid(), 10**6, id="no such descriptor"),
+        pytest.param(os.getpid(), -1, id="a negative descriptor"),
+    ],
+)
 def test_processes_and_descriptors_that_do_not_exist_are_unavailable(pid: int, fd: int) -> None:
     with pytest.raises(SegmentUnavailable):
         PeerSegment(pid, fd, SEGMENT_BYTES)
