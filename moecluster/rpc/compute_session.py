@@ -48,7 +48,7 @@ class ComputeSession:
         except InvalidMessage as exc:  # of the greeting
             abort_with(context, exc)
         finally:  # also where gRPC gives the stream up half-way
-            for held in (self._segment, self._mailbox, self._peer_mailbox):
+            for held in (self._segment, self._peer, self._mailbox, self._peer_mailbox):
                 if held is not None:
                     held.close()
 

@@ -156,7 +156,7 @@ class GrpcExpertTransport:
         self._fail(Unavailable(f"the stream to {self.actor} was closed"))
         self._outbox.put(None)
         self._channel.close()
-        for held in (self._segment, self._mailbox, self._peer_mailbox):
+        for held in (self._segment, self._peer, self._mailbox, self._peer_mailbox):
             if held is not None:
                 held.close()
 

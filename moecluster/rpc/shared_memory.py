@@ -68,26 +68,28 @@ class Segment:
         try:
             os.posix_fallocate(self.fd, 0, self.size_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, REQUIRED_SEALS | fcntl.F_SEAL_SEAL)
-            self._map = mmap.mmap(self.fd, self.size_bytes)
+            memory = mmap.mmap(self.fd, self.size_bytes)
         except OSError as exc:
             os.close(self.fd)
             raise SegmentUnavailable(str(exc)) from exc
         self.nonce = secrets.token_bytes(NONCE_BYTES)
-        self._map[:NONCE_BYTES] = self.nonce
+        memory[:NONCE_BYTES] = self.nonce
+        self._map: mmap.mmap | None = memory  # None once closed
         self._lock = threading.Lock()
         self._free = [(_aligned(NONCE_BYTES), self.size_bytes - _aligned(NONCE_BYTES))]  # (offset, bytes), ascending
         self._used: dict[int, tuple[int, int]] = {}  # sequence -> (offset, bytes)
         self._sequence = 0
 
     def write(self, value: torch.Tensor) -> Region | None:
-        """Copies a tensor into a free region; None if there is no room now."""
+        """Copies a tensor into a free region; None if there is no room now, or the segment is closed."""
         length_bytes = value.numel() * value.element_size()
+        memory = self._map
         taken = self._take(ALIGNMENT_BYTES + _aligned(length_bytes))
-        if taken is None:
+        if memory is None or taken is None:
             return None
         sequence, offset = taken
-        HEADER.pack_into(self._map, offset, sequence)
-        _rows_at(self._map, offset, value.dtype, value.shape).copy_(value)
+        HEADER.pack_into(memory, offset, sequence)
+        _rows_at(memory, offset, value.dtype, value.shape).copy_(value)
         return Region(offset=offset, length_bytes=length_bytes, sequence=sequence)
 
     def _take(self, size_bytes: int) -> tuple[int, int] | None:
@@ -117,6 +119,7 @@ class Segment:
 
     def announce_mailbox(self, fd: int) -> None:
         """Tells who opens the segment later which pipe of ours takes letters."""
+        assert self._map is not None
         MAILBOX.pack_into(self._map, NONCE_BYTES, fd)
 
     def offer(self) -> tensor_pb2.SegmentOffer:
@@ -124,15 +127,19 @@ class Segment:
         return tensor_pb2.SegmentOffer(pid=os.getpid(), fd=self.fd, size_bytes=self.size_bytes)
 
     def close(self) -> None:
-        """Gives our descriptor back, once; the memory goes when the last mapping of it does."""
+        """Gives back our descriptor, once, and our mapping; the memory goes when the last mapping of it does.
+
+        Who holds this object does not hold the memory: an ended stream may be held for long, in the traceback of its end.
+        """
         with self._lock:
             fd, self.fd = self.fd, -1
+            self._map = None
         if fd >= 0:
             os.close(fd)
 
 
 class PeerSegment:
-    """A peer's segment, mapped read-only."""
+    """A peer's segment, mapped read-only. Thread-safe."""
 
     def __init__(self, pid: int, fd: int, size_bytes: int) -> None:
         """Raises SegmentUnavailable if there is no such sealed segment of ours on this host."""
@@ -149,25 +156,36 @@ class PeerSegment:
                 raise SegmentUnavailable("the segment is not sealed")
             if not NONCE_BYTES + MAILBOX.size < size_bytes <= os.fstat(opened).st_size:
                 raise SegmentUnavailable("the segment is smaller than announced")
-            self._map = mmap.mmap(opened, size_bytes, prot=mmap.PROT_READ)
+            memory = mmap.mmap(opened, size_bytes, prot=mmap.PROT_READ)
         except OSError as exc:
             raise SegmentUnavailable(str(exc)) from exc
         finally:
             os.close(opened)
         self.size_bytes = size_bytes
-        self.nonce = self._map[:NONCE_BYTES]
-        self.mailbox_fd: int = MAILBOX.unpack_from(self._map, NONCE_BYTES)[0]
+        self.nonce = memory[:NONCE_BYTES]
+        self.mailbox_fd: int = MAILBOX.unpack_from(memory, NONCE_BYTES)[0]
+        self._map: mmap.mmap | None = memory  # None once closed
 
     def check(self, region: Region) -> None:
         """Raises InvalidMessage if the region is not what its sequence says: call it before and after reading."""
-        end = region.offset + ALIGNMENT_BYTES + region.length_bytes
-        if region.offset < NONCE_BYTES + MAILBOX.size or region.offset % ALIGNMENT_BYTES or end > self.size_bytes:
-            raise InvalidMessage(f"region: bytes {region.offset} to {end} lie outside the segment")
-        if HEADER.unpack_from(self._map, region.offset)[0] != region.sequence:
-            raise InvalidMessage(f"region: sequence {region.sequence} was overwritten")
+        self._checked(region)
 
     def view(self, region: Region, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The region's payload in place, valid until the region is released. Never write to it."""
         assert region.length_bytes == math.prod(shape) * dtype.itemsize
-        self.check(region)
-        return _rows_at(self._map, region.offset, dtype, shape)
+        return _rows_at(self._checked(region), region.offset, dtype, shape)
+
+    def close(self) -> None:
+        """Gives the mapping back, as soon as the last view of it is gone."""
+        self._map = None
+
+    def _checked(self, region: Region) -> mmap.mmap:
+        memory = self._map
+        if memory is None:
+            raise InvalidMessage("region: of a segment that is closed")
+        end = region.offset + ALIGNMENT_BYTES + region.length_bytes
+        if region.offset < NONCE_BYTES + MAILBOX.size or region.offset % ALIGNMENT_BYTES or end > self.size_bytes:
+            raise InvalidMessage(f"region: bytes {region.offset} to {end} lie outside the segment")
+        if HEADER.unpack_from(memory, region.offset)[0] != region.sequence:
+            raise InvalidMessage(f"region: sequence {region.sequence} was overwritten")
+        return memory
