@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,9 +42,19 @@ class Outcome:
 
 
 def serve_under_kills(
-    directory: Path, *, duration_s: float, kill_every_s: float, clients: int, seed: int, watch_every_s: float = 10.0
+    directory: Path,
+    *,
+    duration_s: float,
+    kill_every_s: float,
+    clients: int,
+    seed: int,
+    watch_every_s: float = 10.0,
+    spared: Collection[str] = (),
 ) -> Outcome:
-    """Asserts that no request failed and every text is right. Each kind of actor is killed in turn, drawn at random."""
+    """Asserts that no request failed and every text is right. Each kind of actor is killed in turn, drawn at random.
+
+    spared: actors that are not killed, to see how one grows old; CONTROLLER among them is killed in the first half.
+    """
     model_dir = save_decided_model(directory)
     register_own_family()
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -61,7 +71,8 @@ def serve_under_kills(
                     _watch(cluster, outcome, now_s - began_s)
                     next_watch_s += watch_every_s
                 if now_s >= next_kill_s:
-                    actor = _victim(cluster, choose, turn=len(outcome.kills))
+                    kept = {*spared} - {CONTROLLER} if now_s < began_s + duration_s / 2 else {*spared}
+                    actor = _victim(cluster, choose, turn=len(outcome.kills), spared=kept)
                     cluster.kill(actor)
                     outcome.kills.append((actor, time.monotonic()))
                     next_kill_s += kill_every_s
@@ -106,11 +117,12 @@ async def _sampled(front: RunningFront, prompts: Sequence[str]) -> dict[str, str
     return {text.prompt: text.text for text in texts}
 
 
-def _victim(cluster: RayCluster, choose: random.Random, *, turn: int) -> str:
+def _victim(cluster: RayCluster, choose: random.Random, *, turn: int, spared: Collection[str]) -> str:
     """An expert actor, a router, an expert actor, the controller, ... of those that have a process now."""
     kind = ("expert-", "router", "expert-", CONTROLLER)[turn % 4]
-    living = [name for name in cluster.pids(1.0) if name.startswith(kind)]
-    return choose.choice(sorted(living) or [CONTROLLER])
+    living = sorted(name for name in cluster.pids(1.0) if name not in spared)
+    of_kind = [name for name in living if name.startswith(kind)]
+    return choose.choice(of_kind or living)
 
 
 def _watch(cluster: RayCluster, outcome: Outcome, at_s: float) -> None:

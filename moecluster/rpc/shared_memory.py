@@ -129,7 +129,7 @@ class Segment:
     def close(self) -> None:
         """Gives back our descriptor, once, and our mapping; the memory goes when the last mapping of it does.
 
-        Who holds this object does not hold the memory: an ended stream may be held for long, in the traceback of its end.
+        Who holds this object does not hold the memory: the traceback of a stream's end may hold both its ends for long.
         """
         with self._lock:
             fd, self.fd = self.fd, -1
