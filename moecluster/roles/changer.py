@@ -5,7 +5,6 @@ placement, every expert stands once, and nothing moves.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS, SIZES, OrderedChanges, parse_expert
+from moecluster.roles.rounds import FAILED_INSIDE, Rounds
 from moecluster.roles.router_sizing import KIND as ROUTERS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
@@ -33,7 +33,6 @@ from moecluster.types import ExpertId, Operation, OperationPhase, Replica
 logger = logging.getLogger(__name__)
 
 MIN_COVERED_S = 1.0  # a shorter look at the load decides nothing
-CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +84,6 @@ class Changer:
         self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
         self._woken_s: dict[ExpertId, float] = {}  # when experts were woken
         self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
-        self._closed = threading.Event()
-        self._wake = threading.Event()
         self._ordered = OrderedChanges(
             standing=standing,
             log=log,
@@ -94,46 +91,31 @@ class Changer:
             mover=mover,
             sizing=sizing,
         )
-        self._thread = threading.Thread(target=self._run, name="changer", daemon=True)
+        self._rounds = Rounds(
+            "changer",
+            self._look,
+            period_s=lambda: settings.period_s,
+            without_result="no change was made",
+            on_mistake=self._fail_all,
+        )
 
     def start(self) -> None:
         self._started_s = self._clock()
-        self._thread.start()
+        self._rounds.start()
 
     def close(self) -> None:
         """What is under way ends as an operation that a successor finds unfinished."""
-        self._closed.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_TIMEOUT_S)
+        self._rounds.close()
 
     def wake(self) -> None:
         """There is something to do."""
-        self._wake.set()
+        self._rounds.wake()
 
     def recovery_waits(self) -> bool:
         """Whether experts are lost that could be loaded on actors that are up, as far as was not tried in vain."""
         return self._can_recover() and self._lost_of_up() != self._tried_in_vain
 
     # -- the thread --
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            self._wake.wait(self._settings.period_s)
-            self._wake.clear()
-            if self._closed.is_set():
-                return
-            try:
-                self._look()
-            except MoeClusterError as exc:
-                logger.warning("no change was made: %s", exc)
-            except Exception:
-                # A mistake of ours must end neither the recoveries to come nor leave an operation under way for ever.
-                logger.exception("no change was made")
-                for operation in self._log.under_way():
-                    if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
-                        detail = "the controller failed inside; its log says how"
-                        self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
 
     def _look(self) -> None:
         """One round: recover, read, carry out what was ordered, then what the policy decides."""
@@ -157,20 +139,26 @@ class Changer:
             self._cool()
             self._decide()
 
+    def _fail_all(self) -> None:
+        """A mistake of ours must not leave an operation under way for ever."""
+        for operation in self._log.under_way():
+            if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
+                self._log.update(operation.id, phase=OperationPhase.FAILED, detail=FAILED_INSIDE)
+
     def _carry_out_all(self) -> bool:
         """What is queued; False if a recovery comes first. Sizes are changed in their order, and while one waits for
         actors all else goes on."""
         waiting = False
         for operation in self._log.queued(KINDS):
-            if self._closed.is_set():
+            if self._rounds.closed:
                 return False
-            if operation.kind not in KINDS or (waiting and operation.kind in SIZES):
+            if waiting and operation.kind in SIZES:
                 continue
             try:
                 ended = self._carry_out(operation)
             except Interrupted as exc:
                 self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=str(exc))
-                self._wake.set()
+                self._rounds.wake()
                 return False
             waiting = waiting or not ended
         return True
@@ -199,7 +187,7 @@ class Changer:
 
     def _is_worth_another_try(self, operation: Operation, error: MoeClusterError) -> bool:
         """A size that is ordered waits for actors that are asked for or lost, within limits; a placement does not."""
-        if operation.kind not in SIZES or self._closed.is_set():
+        if operation.kind not in SIZES or self._rounds.closed:
             return False
         tried_s = self._clock() - self._first_tried_s[operation.id]
         missing = set(self._sizing.staying()) - self._standing.up().keys()
@@ -268,7 +256,7 @@ class Changer:
         wanted, why, self._size_state = decide_size(seen, self._size_state, settings)
         if wanted != seen.actors:
             self._log.order("scale", reason=why, arguments=(str(wanted),))
-            self._wake.set()
+            self._rounds.wake()
 
     def _cool(self) -> None:
         """Unloads experts that nobody has wanted for long."""
