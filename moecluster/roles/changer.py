@@ -13,10 +13,10 @@ from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.initial import all_experts
-from moecluster.placement.layout import balancedness_L
 from moecluster.placement.scaling import SizeObservation, SizeSettings, decide_size
 from moecluster.roles.actor_keeper import ActorSupervisor
 from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.balance_meter import BalanceMeter
 from moecluster.roles.decider import Decider, LayerReplicas
 from moecluster.roles.leases import Leases
 from moecluster.roles.mover import Interrupted, Mover
@@ -76,21 +76,14 @@ class Changer:
         self._updates = updates
         self._supervisor = supervisor
         self._reports = reports
-        self._metrics = metrics
         self._clock = clock
         self._started_s = clock()
         self._size_state = SizeState()
         self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
         self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
         self._woken_s: dict[ExpertId, float] = {}  # when experts were woken
-        self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
-        self._ordered = OrderedChanges(
-            standing=standing,
-            log=log,
-            decider=decider,
-            mover=mover,
-            sizing=sizing,
-        )
+        self._balance = BalanceMeter(standing, decider, log, metrics, clock=clock)
+        self._ordered = OrderedChanges(standing=standing, log=log, decider=decider, mover=mover, sizing=sizing)
         self._rounds = Rounds(
             "changer",
             self._look,
@@ -126,14 +119,14 @@ class Changer:
         if not held and self._can_recover():
             self._restore_elsewhere()
         self._decider.read()  # takes seconds if a Prometheus server hangs
-        self._show_load()
+        self._balance.show()
         if held:
             return
         self._updates.look()
         self._drain_leaving_nodes()
         if not self._carry_out_all():
             return
-        self._measure_gains()
+        self._balance.measure_gains()
         if self._clock() - self._started_s >= self._settings.quiet_s:
             self._resize()
             self._cool()
@@ -204,7 +197,7 @@ class Changer:
 
     def _finish(self, operation_id: str) -> None:
         self._log.update(operation_id, phase=OperationPhase.DONE, detail="")
-        self._unmeasured.append((operation_id, self._clock()))
+        self._balance.ended(operation_id)
 
     # -- what must be --
 
@@ -214,9 +207,23 @@ class Changer:
         names = ", ".join(map(str, lost[:4])) + (", ..." if len(lost) > 4 else "")
         seen, before = with_budget(self._decider.seen(), 0.0), self._lost_of_up()
         self._apply_decision("restore", seen, f"{len(lost)} experts were lost ({names})", urgent=True)
-        self._tried_in_vain = (
-            before if self._standing.lost() else None
-        )  # orders need not give way to what does not help
+        # Orders need not give way to what does not help.
+        self._tried_in_vain = before if self._standing.lost() else None
+
+    def _can_recover(self) -> bool:
+        return bool(self._standing.lost()) and self._has_free_slots()
+
+    def _lost_of_up(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
+        return self._standing.lost(), frozenset(self._standing.up())
+
+    def _has_free_slots(self) -> bool:
+        up = [a for a in self._standing.up() if a not in self._standing.leaving]
+        replicas = self._standing.replicas()
+        for layer in {expert.layer for expert in self._standing.lost()}:
+            standing = sum(r.expert.layer == layer and r.actor in up for r in replicas)
+            if standing < len(up) * self._decider.observer.settings.slots_per_layer:
+                return True
+        return False
 
     def _let_every_expert_stand_once(self) -> None:
         """Training takes one replica of each expert, and every expert."""
@@ -300,45 +307,3 @@ class Changer:
             balancedness_predicted=change.decision.balancedness_after,
         )
         self._apply(operation.id, change.target, urgent=urgent)
-
-    # -- what is shown --
-
-    def _measure_gains(self) -> None:
-        """Fills in what operations have gained, once a window has passed over them."""
-        now_s, window_s = self._clock(), self._decider.observer.settings.window_s
-        ready = [operation for operation, ended_s in self._unmeasured if now_s - ended_s >= window_s]
-        if not ready:
-            return
-        self._unmeasured = [(o, s) for o, s in self._unmeasured if o not in ready]
-        seen = self._decider.seen().observation
-        if not self._decider.observer.load_LE.any():
-            return
-        measured = float(balancedness_L(seen.layout, seen.load_LE, seen.fleet).mean())
-        for operation in ready:
-            self._log.update(operation, balancedness_measured=measured)
-
-    def _show_load(self) -> None:
-        if not self._decider.observer.load_LE.any() or not self._standing.up():
-            return
-        seen = self._decider.seen()
-        self._metrics.set_actor_speeds(
-            dict(zip(seen.names.actors, seen.observation.fleet.speed_A.tolist(), strict=True))
-        )
-        layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
-        for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
-            self._metrics.set_layer_balancedness(layer, balancedness)
-
-    def _can_recover(self) -> bool:
-        return bool(self._standing.lost()) and self._has_free_slots()
-
-    def _lost_of_up(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
-        return self._standing.lost(), frozenset(self._standing.up())
-
-    def _has_free_slots(self) -> bool:
-        up = [a for a in self._standing.up() if a not in self._standing.leaving]
-        replicas = self._standing.replicas()
-        for layer in {expert.layer for expert in self._standing.lost()}:
-            standing = sum(r.expert.layer == layer and r.actor in up for r in replicas)
-            if standing < len(up) * self._decider.observer.settings.slots_per_layer:
-                return True
-        return False
