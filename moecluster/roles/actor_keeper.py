@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.roles.standing_versions import StandingVersions
 from moecluster.rpc.interfaces import ExpertControl
 from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId, WeightVersion
 
@@ -64,25 +65,9 @@ class Orders:
 
     term: int
     generation: int
-    versions: tuple[WeightVersion, ...]  # that stand, the newest last
-    weight_version: int  # of them: the one that new texts are written with
+    versions: StandingVersions
     dtype: str  # empty: the checkpoint's
     picture: bytes = b""  # what the controller leaves with its actors for its successor
-
-    @property
-    def checkpoint(self) -> str:
-        """The directory of the version that new texts are written with."""
-        return next(v.checkpoint for v in self.versions if v.version == self.weight_version)
-
-    @property
-    def written_with(self) -> tuple[WeightVersion, ...]:
-        """The versions that texts may be written with now, the oldest first."""
-        return tuple(v for v in self.versions if v.version <= self.weight_version)
-
-    @property
-    def next_version(self) -> WeightVersion | None:
-        """The version that is being prepared."""
-        return self.versions[-1] if self.versions[-1].version > self.weight_version else None
 
 
 class KeeperOwner(Protocol):
@@ -277,25 +262,25 @@ class ActorKeeper:
         self._surplus = frozenset(set(status.experts).union(*status.other_versions.values())) - self._owner.kept(
             self.actor
         )
-        held = set(assigned).intersection(*(status.held(v.version) for v in orders.written_with))
+        held = set(assigned).intersection(*(status.held(v.version) for v in orders.versions.written_with))
         lost = self._owner.lost()
         parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
         if not parts:
-            self._owner.actor_up(address, held, versions=orders.written_with, complete=True)
+            self._owner.actor_up(address, held, versions=orders.versions.written_with, complete=True)
         for part in parts:
             orders = self._load_part(control, orders, sorted(part))
             held |= part
-            self._owner.actor_up(address, held, versions=orders.written_with, complete=held == assigned)
+            self._owner.actor_up(address, held, versions=orders.versions.written_with, complete=held == assigned)
         self._num_experts = len(held)
         return orders
 
     def _load_part(self, control: ExpertControl, orders: Orders, experts: Sequence[ExpertId]) -> Orders:
         while True:
-            for version in orders.written_with:
+            for version in orders.versions.written_with:
                 loaded_bytes = self._load_version(control, orders, version, experts, replace=True)
                 self._owner.actor_loaded(self.actor, loaded_bytes)
             before, orders = orders, self._owner.orders()
-            if set(orders.written_with) <= set(before.written_with):
+            if set(orders.versions.written_with) <= set(before.versions.written_with):
                 return before  # what it was told; else the checkpoint moved on while loading: load the new one
             self._tell(control, orders)
 
@@ -330,7 +315,7 @@ class ActorKeeper:
 
         In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleOrder.
         """
-        version = orders.next_version
+        version = orders.versions.next
         if version is None:
             return False
         held = set(status.held(version.version))
@@ -363,10 +348,10 @@ class ActorKeeper:
         control.set_placement(
             term=orders.term,
             generation=orders.generation,
-            checkpoint=orders.checkpoint,
+            checkpoint=orders.versions.checkpoint,
             picture=orders.picture,
-            weight_version=orders.weight_version,
-            weight_versions=[v.version for v in orders.versions],
+            weight_version=orders.versions.weight_version,
+            weight_versions=[v.version for v in orders.versions.all],
         )
 
     def _look_after(self, control: ExpertControl, address: ActorAddress, told: Orders) -> None:
@@ -404,7 +389,7 @@ class ActorKeeper:
                 logger.info("%s is lost: %s", self.actor, exc)
                 return
             # Only what was assigned before and after the answer: experts move meanwhile.
-            serves = set(status.experts).intersection(*(status.held(v.version) for v in orders.written_with))
+            serves = set(status.experts).intersection(*(status.held(v.version) for v in orders.versions.written_with))
             missing = (assigned & self._owner.assigned(self.actor)) - serves
             if status.incarnation != address.incarnation or missing:
                 logger.info("%s has lost its experts", self.actor)

@@ -141,12 +141,10 @@ class Keepers:
         """What stands now."""
         with self._standing.unchanged():
             (term, generation), versions = self._standing.number, self._standing.versions
-            weight_version = self._standing.weight_version
         return Orders(
             term=term,
             generation=generation,
             versions=versions,
-            weight_version=weight_version,
             dtype=self._settings.dtype,
             picture=self._picture(),
         )

@@ -172,7 +172,7 @@ class Mover:
             by_peer.setdefault(next(iter(self._standing.holders(expert)), None), []).append(expert)
         return sum(
             self._load_version(control, group, peer, version)
-            for version in self._standing.written_with
+            for version in self._standing.versions.written_with
             for peer, group in by_peer.items()
         )
 
