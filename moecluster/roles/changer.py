@@ -14,7 +14,7 @@ from moecluster.metrics import Metrics
 from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.initial import all_experts
 from moecluster.placement.scaling import SizeObservation, SizeSettings, decide_size
-from moecluster.roles.actor_keeper import ActorSupervisor
+from moecluster.roles.actor_access import ActorSupervisor
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.balance_meter import BalanceMeter
 from moecluster.roles.decider import Decider, LayerReplicas

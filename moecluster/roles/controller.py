@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from moecluster.errors import ResourceError, UserError
 from moecluster.metrics import Metrics
-from moecluster.roles.actor_keeper import ActorSupervisor, Connect, Watch
+from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.changer import Changer
 from moecluster.roles.controller_settings import ControllerSettings

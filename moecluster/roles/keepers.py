@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError, StaleOrder, UserError
-from moecluster.roles.actor_keeper import ActorKeeper, ActorSupervisor, Connect, Orders, Watch
+from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
+from moecluster.roles.actor_keeper import ActorKeeper
 from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.keeper_owner import Orders
 from moecluster.roles.load_sources import DirectLoadSource
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing
@@ -30,7 +32,7 @@ class KeepersSettings:
 
 
 class Keepers:
-    """Satisfies KeeperOwner of actor_keeper.py. Thread-safe."""
+    """Satisfies KeeperOwner of keeper_owner.py. Thread-safe."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
-from moecluster.roles.actor_keeper import Connect, ControlConnection
+from moecluster.roles.actor_access import Connect, ControlConnection
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing

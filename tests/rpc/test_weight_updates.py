@@ -73,7 +73,7 @@ def slow_loads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return load(self, order, settings)
 
     monkeypatch.setattr(ExpertLoader, "load", slow_load)
-    monkeypatch.setattr("moecluster.roles.actor_keeper.MAX_PREPARED_AT_ONCE", 1)
+    monkeypatch.setattr("moecluster.roles.actor_life.MAX_PREPARED_AT_ONCE", 1)
     return begun
 
 
