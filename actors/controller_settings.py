@@ -8,7 +8,7 @@ from moecluster.errors import ConfigError
 from moecluster.placement.router_scaling import RouterSizeSettings
 from moecluster.placement.scaling import SizeSettings
 from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.controller import ControllerSettings
+from moecluster.roles.controller_settings import ControllerSettings
 from moecluster.roles.load_sources import LoadSource
 from moecluster.roles.mover import MoverSettings
 from moecluster.roles.observer import ObserverSettings

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, cast
 from moecluster.errors import Unavailable
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.actor_keeper import ControlConnection
+from moecluster.roles.actor_access import ControlConnection
 from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts

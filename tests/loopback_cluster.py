@@ -7,7 +7,8 @@ from typing import Any, Self
 from moecluster.metrics import Metrics
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.controller import Controller, ControllerSettings
+from moecluster.roles.controller import Controller
+from moecluster.roles.controller_settings import ControllerSettings
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.expert_service import ExpertService
 from moecluster.roles.remote_experts import RemoteExperts

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 from moecluster.errors import DeadlineExceeded, Unavailable
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.models.own_build import build_model
-from moecluster.roles.actor_keeper import ControlConnection, LifeWatch
+from moecluster.roles.actor_access import ControlConnection, LifeWatch
 from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc.in_process import InProcessPeerExports
 from moecluster.sections import ModelConfig

@@ -2,139 +2,19 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
+from moecluster.roles.actor_life import ActorLife
+from moecluster.roles.keeper_owner import KeeperOwner
 from moecluster.rpc.interfaces import ExpertControl
-from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId, WeightVersion
+from moecluster.types import ActorAddress, ActorState, ExpertActorStatus
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 HANGS_AFTER = 2  # looks without an answer
-MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
-
-
-class ActorSupervisor(Protocol):
-    """What starts expert actors, and starts them again when they die."""
-
-    def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
-        """Where the actor listens now; waits while it is started again. None after the timeout."""
-
-    def restart(self, actor: str) -> None:
-        """Ends a process that hangs, so that a new one takes its place. Never raises."""
-
-    def known(self) -> tuple[str, ...]:
-        """The expert actors that are there, or are being started."""
-
-    def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
-        """Asks for a new actor; it comes when there is room for it. Fine if it is there already."""
-
-    def remove(self, actor: str) -> None:
-        """Ends an actor for good. Fine if it is gone already."""
-
-    def draining_nodes(self) -> frozenset[str]:
-        """Nodes that will be taken away soon."""
-
-
-class ControlConnection(ExpertControl, Protocol):
-    """Orders to one life of an expert actor, over a connection. Every order ends within a finite time."""
-
-    def close(self) -> None:
-        """Ends the connection."""
-
-
-class LifeWatch(Protocol):
-    """Looks out for the end of one life of an actor."""
-
-    def close(self) -> None:
-        """Ends the watch."""
-
-
-Connect = Callable[[ActorAddress], ControlConnection]
-Watch = Callable[[ActorAddress, Callable[[], None]], LifeWatch]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What stands now, as actors are told it."""
-
-    term: int
-    generation: int
-    versions: tuple[WeightVersion, ...]  # that stand, the newest last
-    weight_version: int  # of them: the one that new texts are written with
-    dtype: str  # empty: the checkpoint's
-    picture: bytes = b""  # what the controller leaves with its actors for its successor
-
-    @property
-    def checkpoint(self) -> str:
-        """The directory of the version that new texts are written with."""
-        return next(v.checkpoint for v in self.versions if v.version == self.weight_version)
-
-    @property
-    def written_with(self) -> tuple[WeightVersion, ...]:
-        """The versions that texts may be written with now, the oldest first."""
-        return tuple(v for v in self.versions if v.version <= self.weight_version)
-
-    @property
-    def next_version(self) -> WeightVersion | None:
-        """The version that is being prepared."""
-        return self.versions[-1] if self.versions[-1].version > self.weight_version else None
-
-
-class KeeperOwner(Protocol):
-    """The controller, as a keeper sees it."""
-
-    def orders(self) -> Orders:
-        """What stands now."""
-
-    def assigned(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor shall hold."""
-
-    def kept(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor may hold: what it shall, and what is being loaded there to stand later."""
-
-    def lost(self) -> frozenset[ExpertId]:
-        """Experts that nobody serves: they are loaded first."""
-
-    def settled(self) -> bool:
-        """Whether routers had the time to take a placement of this controller: what it leaves out may be unloaded."""
-
-    def actor_up(
-        self,
-        address: ActorAddress,
-        held: Collection[ExpertId],
-        *,
-        versions: tuple[WeightVersion, ...],
-        complete: bool,
-    ) -> None:
-        """The actor serves these experts in these versions; complete: all that it shall hold."""
-
-    def actor_prepared(
-        self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
-    ) -> None:
-        """The actor holds these experts in the version that is next; loaded_bytes: since the last time."""
-
-    def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
-        """The actor cannot load the version that is next now; the keeper goes on trying."""
-
-    def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
-        """The actor has loaded experts after its start."""
-
-    def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
-        """The actor answered a look."""
-
-    def actor_down(self, actor: str) -> None:
-        """The actor that was up is lost."""
-
-    def actor_failed(self, actor: str, error: MoeClusterError) -> None:
-        """The actor cannot be brought up now; the keeper goes on trying."""
-
-    def deposed(self, error: StaleOrder) -> None:
-        """An actor has seen a higher term: another controller has taken over."""
 
 
 class ActorKeeper:
@@ -167,7 +47,6 @@ class ActorKeeper:
         self._num_experts = 0
         self._lives = 0
         self._silent = 0  # looks in a row that met with silence
-        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when its life was begun
         self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
 
     def read(self, timeout_s: float) -> ExpertActorStatus | None:
@@ -249,7 +128,8 @@ class ActorKeeper:
         try:
             self._phase = "loading"
             try:
-                told = self._load(control, address)
+                life = ActorLife(address, control, owner=self._owner, load_timeout_s=self._load_timeout_s)
+                self._num_experts = life.load()
             except MoeClusterError:
                 self._owner.actor_down(self.actor)  # it may serve a part by now
                 raise
@@ -257,119 +137,18 @@ class ActorKeeper:
                 self._lives += 1
             self._address = address
             self._phase = "serving"
-            life = self._watch(address, self.look)
+            watch = self._watch(address, self.look)
             try:
-                self._look_after(control, address, told)
+                self._look_after(life, control)
             finally:
-                life.close()
+                watch.close()
         finally:
             control.close()
         if not self._closed.is_set():
             self._phase = "restarting"
             self._owner.actor_down(self.actor)
 
-    def _load(self, control: ExpertControl, address: ActorAddress) -> Orders:
-        """Fences the actor and makes it hold what it shall, what nobody serves first. Returns what it was told."""
-        orders = self._owner.orders()
-        self._tell(control, orders)
-        status = control.status()
-        assigned = self._owner.assigned(self.actor)
-        self._surplus = frozenset(set(status.experts).union(*status.other_versions.values())) - self._owner.kept(
-            self.actor
-        )
-        held = set(assigned).intersection(*(status.held(v.version) for v in orders.written_with))
-        lost = self._owner.lost()
-        parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
-        if not parts:
-            self._owner.actor_up(address, held, versions=orders.written_with, complete=True)
-        for part in parts:
-            orders = self._load_part(control, orders, sorted(part))
-            held |= part
-            self._owner.actor_up(address, held, versions=orders.written_with, complete=held == assigned)
-        self._num_experts = len(held)
-        return orders
-
-    def _load_part(self, control: ExpertControl, orders: Orders, experts: Sequence[ExpertId]) -> Orders:
-        while True:
-            for version in orders.written_with:
-                loaded_bytes = self._load_version(control, orders, version, experts, replace=True)
-                self._owner.actor_loaded(self.actor, loaded_bytes)
-            before, orders = orders, self._owner.orders()
-            if set(orders.written_with) <= set(before.written_with):
-                return before  # what it was told; else the checkpoint moved on while loading: load the new one
-            self._tell(control, orders)
-
-    def _load_version(
-        self,
-        control: ExpertControl,
-        orders: Orders,
-        version: WeightVersion,
-        experts: Sequence[ExpertId],
-        *,
-        replace: bool,
-    ) -> int:
-        return control.load(
-            term=orders.term,
-            experts=experts,
-            checkpoint=version.checkpoint,
-            weight_version=version.version,
-            dtype=orders.dtype,
-            replace=replace,
-            timeout_s=self._load_timeout_s,
-        )
-
-    def _prepare(
-        self,
-        control: ExpertControl,
-        address: ActorAddress,
-        orders: Orders,
-        assigned: frozenset[ExpertId],
-        status: ExpertActorStatus,
-    ) -> bool:
-        """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
-
-        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleOrder.
-        """
-        version = orders.next_version
-        if version is None:
-            return False
-        held = set(status.held(version.version))
-        missing = sorted(assigned - held)
-        part = [expert for expert in missing if expert.layer == missing[0].layer][:MAX_PREPARED_AT_ONCE]
-        loaded_bytes = 0
-        try:
-            if part:
-                loaded_bytes = self._load_version(control, orders, version, part, replace=False)
-        except Unavailable:
-            raise
-        except StaleOrder as exc:
-            logger.info("%s did not load weight version %d: %s", self.actor, version.version, exc)
-            self._tell(control, orders)  # which another controller's actor refuses; else experts were moved meanwhile
-            return True
-        except MoeClusterError as exc:
-            logger.info("%s does not load weight version %d: %s", self.actor, version.version, exc)
-            self._owner.preparing_failed(self.actor, version.version, exc)
-            return False
-        self._owner.actor_prepared(address, version.version, held.union(part), loaded_bytes=loaded_bytes)
-        return len(part) < len(missing)
-
-    def _unload_surplus(self, control: ExpertControl, orders: Orders) -> None:
-        """Not at once: a predecessor's placement, by which routers still went, may have named it."""
-        surplus, self._surplus = self._surplus - self._owner.kept(self.actor), frozenset()
-        if surplus:
-            control.unload(term=orders.term, experts=sorted(surplus))
-
-    def _tell(self, control: ExpertControl, orders: Orders) -> None:
-        control.set_placement(
-            term=orders.term,
-            generation=orders.generation,
-            checkpoint=orders.checkpoint,
-            picture=orders.picture,
-            weight_version=orders.weight_version,
-            weight_versions=[v.version for v in orders.versions],
-        )
-
-    def _look_after(self, control: ExpertControl, address: ActorAddress, told: Orders) -> None:
+    def _look_after(self, life: ActorLife, control: ExpertControl) -> None:
         """Asks for the actor's status over and over, and tells it what is new, until it is lost, hangs or is closed."""
         while True:
             self._wake.wait(self._health_period_s)
@@ -377,18 +156,14 @@ class ActorKeeper:
             if self._closed.is_set():
                 return
             try:
-                orders = self._owner.orders()
-                if orders != told:
-                    self._tell(control, orders)
-                    told = orders
+                life.tell_news()
                 assigned = self._owner.assigned(self.actor)
                 status = control.status()
                 self._silent = 0
                 self._num_experts = len(status.experts)
-                self._owner.actor_reports(address, status)
-                if self._surplus and self._owner.settled():
-                    self._unload_surplus(control, orders)
-                if self._prepare(control, address, orders, assigned, status):
+                self._owner.actor_reports(life.address, status)
+                life.unload_surplus()
+                if life.prepare(assigned, status):
                     self._wake.set()
             except Exhausted:
                 continue  # busy, so alive
@@ -404,8 +179,7 @@ class ActorKeeper:
                 logger.info("%s is lost: %s", self.actor, exc)
                 return
             # Only what was assigned before and after the answer: experts move meanwhile.
-            serves = set(status.experts).intersection(*(status.held(v.version) for v in orders.written_with))
-            missing = (assigned & self._owner.assigned(self.actor)) - serves
-            if status.incarnation != address.incarnation or missing:
+            missing = (assigned & self._owner.assigned(self.actor)) - life.held_of(status.experts, status)
+            if status.incarnation != life.address.incarnation or missing:
                 logger.info("%s has lost its experts", self.actor)
                 return

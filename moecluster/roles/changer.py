@@ -5,7 +5,6 @@ placement, every expert stands once, and nothing moves.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +13,17 @@ from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.initial import all_experts
-from moecluster.placement.layout import balancedness_L
 from moecluster.placement.scaling import SizeObservation, SizeSettings, decide_size
-from moecluster.roles.actor_keeper import ActorSupervisor
+from moecluster.roles.actor_access import ActorSupervisor
 from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.balance_meter import BalanceMeter
 from moecluster.roles.decider import Decider, LayerReplicas
 from moecluster.roles.leases import Leases
 from moecluster.roles.mover import Interrupted, Mover
 from moecluster.roles.observer import Seen, with_budget
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS, SIZES, OrderedChanges, parse_expert
+from moecluster.roles.rounds import FAILED_INSIDE, Rounds
 from moecluster.roles.router_sizing import KIND as ROUTERS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
@@ -33,7 +33,6 @@ from moecluster.types import ExpertId, Operation, OperationPhase, Replica
 logger = logging.getLogger(__name__)
 
 MIN_COVERED_S = 1.0  # a shorter look at the load decides nothing
-CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,63 +76,39 @@ class Changer:
         self._updates = updates
         self._supervisor = supervisor
         self._reports = reports
-        self._metrics = metrics
         self._clock = clock
         self._started_s = clock()
         self._size_state = SizeState()
         self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
         self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
         self._woken_s: dict[ExpertId, float] = {}  # when experts were woken
-        self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
-        self._closed = threading.Event()
-        self._wake = threading.Event()
-        self._ordered = OrderedChanges(
-            standing=standing,
-            log=log,
-            decider=decider,
-            mover=mover,
-            sizing=sizing,
+        self._balance = BalanceMeter(standing, decider, log, metrics, clock=clock)
+        self._ordered = OrderedChanges(standing=standing, log=log, decider=decider, mover=mover, sizing=sizing)
+        self._rounds = Rounds(
+            "changer",
+            self._look,
+            period_s=lambda: settings.period_s,
+            without_result="no change was made",
+            on_mistake=self._fail_all,
         )
-        self._thread = threading.Thread(target=self._run, name="changer", daemon=True)
 
     def start(self) -> None:
         self._started_s = self._clock()
-        self._thread.start()
+        self._rounds.start()
 
     def close(self) -> None:
         """What is under way ends as an operation that a successor finds unfinished."""
-        self._closed.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_TIMEOUT_S)
+        self._rounds.close()
 
     def wake(self) -> None:
         """There is something to do."""
-        self._wake.set()
+        self._rounds.wake()
 
     def recovery_waits(self) -> bool:
         """Whether experts are lost that could be loaded on actors that are up, as far as was not tried in vain."""
         return self._can_recover() and self._lost_of_up() != self._tried_in_vain
 
     # -- the thread --
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            self._wake.wait(self._settings.period_s)
-            self._wake.clear()
-            if self._closed.is_set():
-                return
-            try:
-                self._look()
-            except MoeClusterError as exc:
-                logger.warning("no change was made: %s", exc)
-            except Exception:
-                # A mistake of ours must end neither the recoveries to come nor leave an operation under way for ever.
-                logger.exception("no change was made")
-                for operation in self._log.under_way():
-                    if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
-                        detail = "the controller failed inside; its log says how"
-                        self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
 
     def _look(self) -> None:
         """One round: recover, read, carry out what was ordered, then what the policy decides."""
@@ -144,33 +119,39 @@ class Changer:
         if not held and self._can_recover():
             self._restore_elsewhere()
         self._decider.read()  # takes seconds if a Prometheus server hangs
-        self._show_load()
+        self._balance.show()
         if held:
             return
         self._updates.look()
         self._drain_leaving_nodes()
         if not self._carry_out_all():
             return
-        self._measure_gains()
+        self._balance.measure_gains()
         if self._clock() - self._started_s >= self._settings.quiet_s:
             self._resize()
             self._cool()
             self._decide()
+
+    def _fail_all(self) -> None:
+        """A mistake of ours must not leave an operation under way for ever."""
+        for operation in self._log.under_way():
+            if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
+                self._log.update(operation.id, phase=OperationPhase.FAILED, detail=FAILED_INSIDE)
 
     def _carry_out_all(self) -> bool:
         """What is queued; False if a recovery comes first. Sizes are changed in their order, and while one waits for
         actors all else goes on."""
         waiting = False
         for operation in self._log.queued(KINDS):
-            if self._closed.is_set():
+            if self._rounds.closed:
                 return False
-            if operation.kind not in KINDS or (waiting and operation.kind in SIZES):
+            if waiting and operation.kind in SIZES:
                 continue
             try:
                 ended = self._carry_out(operation)
             except Interrupted as exc:
                 self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=str(exc))
-                self._wake.set()
+                self._rounds.wake()
                 return False
             waiting = waiting or not ended
         return True
@@ -199,7 +180,7 @@ class Changer:
 
     def _is_worth_another_try(self, operation: Operation, error: MoeClusterError) -> bool:
         """A size that is ordered waits for actors that are asked for or lost, within limits; a placement does not."""
-        if operation.kind not in SIZES or self._closed.is_set():
+        if operation.kind not in SIZES or self._rounds.closed:
             return False
         tried_s = self._clock() - self._first_tried_s[operation.id]
         missing = set(self._sizing.staying()) - self._standing.up().keys()
@@ -216,7 +197,7 @@ class Changer:
 
     def _finish(self, operation_id: str) -> None:
         self._log.update(operation_id, phase=OperationPhase.DONE, detail="")
-        self._unmeasured.append((operation_id, self._clock()))
+        self._balance.ended(operation_id)
 
     # -- what must be --
 
@@ -226,9 +207,23 @@ class Changer:
         names = ", ".join(map(str, lost[:4])) + (", ..." if len(lost) > 4 else "")
         seen, before = with_budget(self._decider.seen(), 0.0), self._lost_of_up()
         self._apply_decision("restore", seen, f"{len(lost)} experts were lost ({names})", urgent=True)
-        self._tried_in_vain = (
-            before if self._standing.lost() else None
-        )  # orders need not give way to what does not help
+        # Orders need not give way to what does not help.
+        self._tried_in_vain = before if self._standing.lost() else None
+
+    def _can_recover(self) -> bool:
+        return bool(self._standing.lost()) and self._has_free_slots()
+
+    def _lost_of_up(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
+        return self._standing.lost(), frozenset(self._standing.up())
+
+    def _has_free_slots(self) -> bool:
+        up = [a for a in self._standing.up() if a not in self._standing.leaving]
+        replicas = self._standing.replicas()
+        for layer in {expert.layer for expert in self._standing.lost()}:
+            standing = sum(r.expert.layer == layer and r.actor in up for r in replicas)
+            if standing < len(up) * self._decider.observer.settings.slots_per_layer:
+                return True
+        return False
 
     def _let_every_expert_stand_once(self) -> None:
         """Training takes one replica of each expert, and every expert."""
@@ -268,7 +263,7 @@ class Changer:
         wanted, why, self._size_state = decide_size(seen, self._size_state, settings)
         if wanted != seen.actors:
             self._log.order("scale", reason=why, arguments=(str(wanted),))
-            self._wake.set()
+            self._rounds.wake()
 
     def _cool(self) -> None:
         """Unloads experts that nobody has wanted for long."""
@@ -312,45 +307,3 @@ class Changer:
             balancedness_predicted=change.decision.balancedness_after,
         )
         self._apply(operation.id, change.target, urgent=urgent)
-
-    # -- what is shown --
-
-    def _measure_gains(self) -> None:
-        """Fills in what operations have gained, once a window has passed over them."""
-        now_s, window_s = self._clock(), self._decider.observer.settings.window_s
-        ready = [operation for operation, ended_s in self._unmeasured if now_s - ended_s >= window_s]
-        if not ready:
-            return
-        self._unmeasured = [(o, s) for o, s in self._unmeasured if o not in ready]
-        seen = self._decider.seen().observation
-        if not self._decider.observer.load_LE.any():
-            return
-        measured = float(balancedness_L(seen.layout, seen.load_LE, seen.fleet).mean())
-        for operation in ready:
-            self._log.update(operation, balancedness_measured=measured)
-
-    def _show_load(self) -> None:
-        if not self._decider.observer.load_LE.any() or not self._standing.up():
-            return
-        seen = self._decider.seen()
-        self._metrics.set_actor_speeds(
-            dict(zip(seen.names.actors, seen.observation.fleet.speed_A.tolist(), strict=True))
-        )
-        layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
-        for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
-            self._metrics.set_layer_balancedness(layer, balancedness)
-
-    def _can_recover(self) -> bool:
-        return bool(self._standing.lost()) and self._has_free_slots()
-
-    def _lost_of_up(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
-        return self._standing.lost(), frozenset(self._standing.up())
-
-    def _has_free_slots(self) -> bool:
-        up = [a for a in self._standing.up() if a not in self._standing.leaving]
-        replicas = self._standing.replicas()
-        for layer in {expert.layer for expert in self._standing.lost()}:
-            standing = sum(r.expert.layer == layer and r.actor in up for r in replicas)
-            if standing < len(up) * self._decider.observer.settings.slots_per_layer:
-                return True
-        return False

@@ -6,74 +6,45 @@ Here is the outside: what routers, users, keepers and a successor see. Changes a
 """
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, UserError
+from moecluster.errors import ResourceError, UserError
 from moecluster.metrics import Metrics
-from moecluster.models.same_shape import check_same_shape
-from moecluster.roles.actor_keeper import ActorSupervisor, Connect, Watch
+from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
-from moecluster.roles.changer import Changer, ChangerSettings
+from moecluster.roles.changer import Changer
+from moecluster.roles.controller_settings import ControllerSettings
 from moecluster.roles.decider import Decider
-from moecluster.roles.keepers import Keepers, KeepersSettings
+from moecluster.roles.keepers import Keepers
+from moecluster.roles.kept_picture import KeptPicture
 from moecluster.roles.leases import Lease, Leases
 from moecluster.roles.load_sources import DirectLoadSource, LoadSource
-from moecluster.roles.mover import Mover, MoverSettings
-from moecluster.roles.observer import Observer, ObserverSettings
+from moecluster.roles.mover import Mover
+from moecluster.roles.observer import Observer
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.ordered_changes import KINDS
 from moecluster.roles.router_sizing import KIND as ROUTERS
-from moecluster.roles.router_sizing import RouterSizing, RouterSizingSettings, RouterSupervisor
+from moecluster.roles.router_sizing import RouterSizing, RouterSupervisor
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
-from moecluster.roles.take_over import newest_picture
+from moecluster.roles.take_over import beginning
+from moecluster.roles.user_orders import UserOrders
 from moecluster.roles.weight_updates import KIND as UPDATE
-from moecluster.roles.weight_updates import UpdateSettings, WeightUpdates
-from moecluster.rpc.picture import ControllerPicture, encode_picture
+from moecluster.roles.weight_updates import WeightUpdates
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import (
     ClusterLoads,
     ControllerStatus,
-    ExpertActorStatus,
     ExpertId,
     LoadSnapshot,
     Operation,
     Placement,
     PlanPreview,
-    Replica,
     RouterState,
-    WeightVersion,
 )
 
 logger = logging.getLogger(__name__)
-
-OPERATIONS_IN_PICTURE = 64
-MIN_NODE_PREFIX = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControllerSettings:
-    """What a controller starts with."""
-
-    actors: tuple[str, ...]
-    replicas: tuple[Replica, ...]
-    layer_experts: Mapping[int, int]  # MoE layer -> its number of experts
-    checkpoint: str  # a directory that the expert actors see
-    dtype: str = ""  # empty: the checkpoint's
-    lease_s: float = 10.0
-    health_period_s: float = 1.0
-    start_timeout_s: float = 60.0  # for Ray to start an actor anew
-    load_timeout_s: float = 60.0
-    max_actors: int = 0  # most that may be ordered; 0: no limit
-    min_actors: int = 1
-    observer: ObserverSettings | None = None  # None: room for just what the replicas take
-    changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
-    mover: MoverSettings = field(default_factory=MoverSettings)
-    update: UpdateSettings = field(default_factory=UpdateSettings)
-    routers: RouterSizingSettings = field(default_factory=RouterSizingSettings)
 
 
 class Controller:
@@ -93,23 +64,21 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """source: where loads come from; by default the routers' reports. routers: None: they are not started or ended
-        from here. on_deposed is called when another controller
-        has taken over. clock: seconds, for leases and durations."""
+        from here. on_deposed is called when another controller has taken over. clock: seconds, for leases and
+        durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
         self._metrics = metrics
         self._clock = clock
-        self._lock = threading.RLock()
         self._board = PlacementBoard()
         self._leases = Leases(settings.lease_s, clock=clock)
-        self._log = OperationLog(metrics, on_change=self._picture_changed)
-        self._standing = Standing(
-            settings.layer_experts, board=self._board, metrics=metrics, on_change=self._picture_changed
-        )
+        self._log = OperationLog(metrics, on_change=self._changed)
+        self._standing = Standing(settings.layer_experts, board=self._board, metrics=metrics, on_change=self._changed)
+        self._picture = KeptPicture(self._standing, self._log)
         self._reports = ActorReports()
         self._direct = DirectLoadSource(settings.layer_experts, clock=clock)
-        observing = settings.observer or ObserverSettings(slots_per_layer=_slots_taken(settings))
+        observing = settings.observing
         self._observer = Observer(self._standing, source or self._direct, self._reports, observing)
         self._decider = Decider(settings.changer.policy, self._observer, clock=clock)
         mover = Mover(
@@ -121,13 +90,7 @@ class Controller:
             give_way=lambda: self._changer.recovery_waits(),
         )
         self._keepers = Keepers(
-            KeepersSettings(
-                dtype=settings.dtype,
-                lease_s=settings.lease_s,
-                health_period_s=settings.health_period_s,
-                start_timeout_s=settings.start_timeout_s,
-                load_timeout_s=settings.load_timeout_s,
-            ),
+            settings.keepers,
             standing=self._standing,
             log=self._log,
             reports=self._reports,
@@ -135,7 +98,7 @@ class Controller:
             supervisor=supervisor,
             connect=connect,
             watch=watch,
-            picture=self._encoded_picture,
+            picture=self._picture.encoded,
             on_news=lambda: self._changer.wake(),
             on_deposed=on_deposed,
             clock=clock,
@@ -170,6 +133,15 @@ class Controller:
             metrics=metrics,
             clock=clock,
         )
+        self._orders = UserOrders(
+            min_actors=settings.min_actors,
+            max_actors=settings.max_actors,
+            standing=self._standing,
+            leases=self._leases,
+            log=self._log,
+            sizing=self._sizing,
+            on_order=self._changer.wake,
+        )
         self._routers: RouterSizing | None = None
         if routers is not None:
             self._routers = RouterSizing(
@@ -177,10 +149,9 @@ class Controller:
                 supervisor=routers,
                 leases=self._leases,
                 log=self._log,
-                checkpoint=lambda: self._standing.checkpoint,
+                checkpoint=lambda: self._standing.versions.checkpoint,
                 clock=clock,
             )
-        self._picture: bytes | None = None  # encoded; None: to be made anew
 
     def start(self, timeout_s: float) -> None:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.
@@ -242,15 +213,9 @@ class Controller:
         self._direct.add(router, load)
 
     def want_experts(self, router: str, experts: Sequence[ExpertId]) -> None:
-        """Experts that stand nowhere on purpose are loaded again."""
-        for expert in experts:
-            self._check_expert(expert)
-        cold = sorted(set(experts) & self._standing.cold)
-        asked = {name for o in self._log.under_way() if o.kind == "wake" for name in o.arguments}
-        names = tuple(str(expert) for expert in cold if str(expert) not in asked)
-        if names:
-            self._log.order("wake", reason=f"{router} has tokens for them", arguments=names)
-            self._changer.wake()
+        """Experts that stand nowhere on purpose are loaded again. Raises InvalidMessage for experts that there are
+        not."""
+        self._orders.wake(router, experts)
 
     # -- what users and training order --
 
@@ -260,15 +225,7 @@ class Controller:
 
     def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:
         """Begins to make it so many actors. Raises ResourceError beyond the limits, or while training holds them."""
-        lowest, highest = self._settings.min_actors, self._settings.max_actors
-        if expert_actors < lowest or (highest and expert_actors > highest):
-            limit = f"{lowest} to {highest}" if highest else f"{lowest} or more"
-            raise ResourceError(
-                f"scale: {expert_actors} expert actors are beyond the limits, which are {limit} "
-                "(controller.min_expert_actors, controller.max_expert_actors)"
-            )
-        self._sizing.check_size(expert_actors, "scale")
-        return self._order("scale", "ordered", (str(expert_actors),), operation_id)
+        return self._orders.scale(expert_actors, operation_id)
 
     def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
         """Begins to make it so many routers; goes on while training holds the placement. Raises ResourceError beyond
@@ -280,37 +237,16 @@ class Controller:
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
         """Begins to empty a node (its id, or how it begins), or one expert actor. Raises ResourceError if there is
         none of that name."""
-        up = self._standing.up()
-        nodes = sorted({u.address.node for u in up.values() if u.address.node})
-        matching = [n for n in nodes if n == node or (len(node) >= MIN_NODE_PREFIX and n.startswith(node))]
-        if len(matching) == 1:
-            node = matching[0]
-        elif node not in self._standing.actors:
-            self._refuse_unknown(operation_id, f'drain: no node or expert actor "{node}"', [*nodes, *up])
-        return self._order("drain", "ordered", (node,), operation_id)
+        return self._orders.drain(node, operation_id)
 
     def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str = "") -> Operation:
         """Begins to let an expert stand on exactly these actors; none: nowhere, until a token wants it."""
-        self._check_expert(expert, ResourceError)
-        unknown = [actor for actor in actors if actor not in self._standing.actors]
-        if unknown:
-            self._refuse_unknown(operation_id, f'place: no expert actor "{unknown[0]}"', self._standing.actors)
-        if len(set(actors)) < len(actors):
-            raise ResourceError(f"place {expert}: an actor is named twice; it holds one replica of an expert")
-        return self._order("place", "ordered", (str(expert), *actors), operation_id)
+        return self._orders.place(expert, actors, operation_id)
 
     def update(self, checkpoint: str, *, operation_id: str = "") -> Operation:
         """Begins to replace all weights by those of a directory, while they serve. Raises CheckpointError for one that
         is not whole or of another shape than what is served, ResourceError while training holds the placement."""
-        if not operation_id or all(o.id != operation_id for o in self._log.newest()):
-            newest = self._standing.versions[-1]
-            if newest.checkpoint == checkpoint:
-                raise ResourceError(
-                    f"update: {checkpoint} is weight version {newest.version} already; write new weights to another "
-                    "directory"
-                )
-            check_same_shape(self._standing.checkpoint, checkpoint)
-        return self._order(UPDATE, "ordered", (checkpoint,), operation_id)
+        return self._orders.update(checkpoint, operation_id)
 
     def plan(self, policy: str) -> PlanPreview:
         """What a policy would do now; empty: the cluster's own. Does nothing."""
@@ -332,7 +268,7 @@ class Controller:
             term=term,
             generation=generation,
             actors=self._keepers.states(),
-            checkpoint=self._standing.checkpoint,
+            checkpoint=self._standing.versions.checkpoint,
             routers=len(routers),
             policy=self._settings.changer.policy,
             held=self._standing.held,
@@ -340,7 +276,7 @@ class Controller:
             cold_experts=len(self._standing.cold),
             operations=self._log.under_way(),
             router_states=routers,
-            weight_version=self._standing.weight_version,
+            weight_version=self._standing.versions.weight_version,
         )
 
     def loads(self) -> ClusterLoads:
@@ -364,19 +300,13 @@ class Controller:
         one (not when the cluster is started), and the actors that the first placement waits for."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
         seen = self._keepers.read(candidates)
-        term, generation = seen[-1].placement if seen else (0, 0)
-        checkpoint = (seen[-1].checkpoint if seen else "") or self._settings.checkpoint
-        found = newest_picture(seen)
-        picture = found or ControllerPicture(
-            actors=self._settings.actors, leaving=(), replicas=self._settings.replicas, operations=(), cold=()
-        )
+        found = beginning(seen, first=self._settings.first_picture, checkpoint=self._settings.checkpoint)
+        picture = found.picture
         self._log.take_over(picture.operations, resumable=KINDS | {UPDATE, ROUTERS})
         self._standing.begin(
-            term=term + 1,
-            generation=generation,
-            versions=picture.versions or _version_of(seen, checkpoint),
-            weight_version=picture.weight_version,
-            last_version=picture.last_weight_version,
+            term=found.term,
+            generation=found.generation,
+            versions=found.versions,
             actors=picture.actors,
             leaving=picture.leaving,
             replicas=picture.replicas,
@@ -386,63 +316,9 @@ class Controller:
         self._sizing.add(actor for actor in picture.actors if known and actor not in known)
         for actor in sorted(known - set(picture.actors)):
             self._standing.add_actor(actor)  # begun by an operation that goes on now
-        answered = {status.actor for status in seen} if found else set(self._standing.actors)
-        return found is not None, answered & set(self._standing.actors)
+        answered = {status.actor for status in seen} if found.succeeds else set(self._standing.actors)
+        return found.succeeds, answered & set(self._standing.actors)
 
-    def _order(self, kind: str, reason: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
-        if self._standing.held or self._leases.any_hold():
-            raise ResourceError(f"{kind}: a training run holds the placement; order it again when the run has ended")
-        operation = self._log.order(kind, reason=reason, arguments=arguments, operation_id=operation_id)
-        self._changer.wake()
-        return operation
-
-    def _refuse_unknown(self, operation_id: str, what: str, known: Collection[str]) -> None:
-        """Raises ResourceError, unless the operation was ordered before: then what it named may be gone by now."""
-        if not operation_id or all(o.id != operation_id for o in self._log.newest()):
-            raise ResourceError(f"{what}; there are {', '.join(sorted(known))}")
-
-    def _check_expert(self, expert: ExpertId, error: type[MoeClusterError] = InvalidMessage) -> None:
-        count = self._settings.layer_experts.get(expert.layer)
-        if count is None or not 0 <= expert.index < count:
-            layers = ", ".join(f"{at}/0 to {at}/{n - 1}" for at, n in sorted(self._settings.layer_experts.items()))
-            raise error(f"there is no expert {expert}; the experts are {layers[:200]}")
-
-    def _picture_changed(self) -> None:
-        with self._lock:
-            self._picture = None
+    def _changed(self) -> None:
+        self._picture.outdate()
         self._keepers.look_all()
-
-    def _encoded_picture(self) -> bytes:
-        with self._lock:
-            if self._picture is None:
-                actors = self._standing.actors
-                with self._standing.unchanged():
-                    versions, weight_version = self._standing.versions, self._standing.weight_version
-                    last_version = self._standing.last_version
-                picture = ControllerPicture(
-                    actors=actors,
-                    leaving=tuple(sorted(self._standing.leaving)),
-                    replicas=tuple(r for r in self._standing.replicas() if r.actor in actors),
-                    operations=self._log.for_successor(OPERATIONS_IN_PICTURE),
-                    cold=tuple(sorted(self._standing.cold)),
-                    versions=versions,
-                    weight_version=weight_version,
-                    last_weight_version=last_version,
-                )
-                self._picture = encode_picture(picture)
-            return self._picture
-
-
-def _version_of(seen: Sequence[ExpertActorStatus], checkpoint: str) -> tuple[WeightVersion, ...]:
-    """The version that stands where no picture says so: the first, or what the actors serve."""
-    return (
-        WeightVersion(version=max((status.weight_version for status in seen), default=0) or 1, checkpoint=checkpoint),
-    )
-
-
-def _slots_taken(settings: ControllerSettings) -> int:
-    """The most replicas of one layer on one actor."""
-    count: dict[tuple[str, int], int] = {}
-    for r in settings.replicas:
-        count[r.actor, r.expert.layer] = count.get((r.actor, r.expert.layer), 0) + 1
-    return max(count.values())

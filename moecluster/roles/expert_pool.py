@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from moecluster.dispatch.shares import LayerTable, layer_table
 from moecluster.errors import MoeClusterError, UserError
-from moecluster.roles.actor_keeper import ControlConnection
+from moecluster.roles.actor_access import ControlConnection
 from moecluster.rpc.interfaces import ControllerLink, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, Placement
 

@@ -10,19 +10,14 @@ import psutil
 import torch
 from torch import nn
 
-from moecluster.errors import (
-    DeadlineExceeded,
-    InvalidMessage,
-    MoeClusterError,
-    StaleOrder,
-)
-from moecluster.experts import compute
+from moecluster.errors import InvalidMessage, StaleOrder
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint import OpenCheckpoint
 from moecluster.roles.arriving_experts import LoadSettings
-from moecluster.roles.compute_queue import ComputeQueue, Waiting
+from moecluster.roles.compute_queue import ComputeQueue
 from moecluster.roles.controller_orders import ControllerOrders
+from moecluster.roles.expert_computing import ExpertComputing
 from moecluster.roles.expert_loader import ExpertLoader
 from moecluster.roles.expert_training import ExpertTraining
 from moecluster.roles.freed_memory import return_freed_memory
@@ -31,28 +26,20 @@ from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ConnectPeer, ExportedTe
 from moecluster.rpc.peer_exports import GrpcPeerExports
 from moecluster.types import (
     ActorAddress,
-    ActorWork,
     ComputeBatch,
-    ComputeResult,
     ExpertActorStatus,
     ExpertId,
     MessageKey,
     OptimizerSettings,
-    Phase,
     ReduceResult,
     StepTag,
 )
 
-JOIN_TIMEOUT_S = 10.0
 DRAIN_LOOK_S = 0.005
-MAX_ROWS_AT_ONCE = 256  # that a stream's own thread computes: beyond, another thread is woken and it reads on
 
 
 class ExpertService:
-    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py.
-
-    One thread at a time computes: the service's own, or that of a stream.
-    """
+    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py."""
 
     def __init__(
         self,
@@ -71,12 +58,9 @@ class ExpertService:
         """
         self.name = name
         self.incarnation = secrets.token_hex(8)
-        self._metrics = metrics
-        self._work = ActorWork()  # replaced whole by who computes
         self._hosted = HostedExperts()
         self._queue = ComputeQueue(max_queue_bytes)
         self._training = ExpertTraining(name, activation_budget_bytes)
-        self._computing = threading.Lock()  # held from taking out of the queue to the reply
         # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
         self._state_lock = threading.RLock()
         self._orders = ControllerOrders()
@@ -92,123 +76,36 @@ class ExpertService:
         self._placement = (0, 0)
         self._checkpoint = ""  # as the last set_placement said
         self._picture = b""  # likewise
-        self._thread = threading.Thread(target=self._compute_forever, name=f"compute-{name}", daemon=True)
-        self._thread.start()
+        self._computing = ExpertComputing(
+            name,
+            self.incarnation,
+            self._queue,
+            self._hosted,
+            self._training,
+            self._state_lock,
+            run=lambda: self._loader.run,
+            placement=lambda: self._placement,
+            metrics=metrics,
+        )
 
     # -- computing --
 
     def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
         """Queues a batch; a full queue answers Exhausted at once. wake=False: compute_waiting() is called next."""
-        try:
-            self._queue.put(Waiting(batch=batch, reply=reply, arrived_s=time.monotonic()), wake=wake)
-        except MoeClusterError as exc:
-            reply(exc)
+        self._computing.submit(batch, reply, wake=wake)
 
     def compute_waiting(self) -> None:
-        """Computes in the calling thread what waits, if that is little and nobody computes; else wakes the own thread.
-
-        Saves small batches the way to another thread, which on an idle core takes as long as they do.
-        """
-        if self._queue.rows <= MAX_ROWS_AT_ONCE and self._computing.acquire(blocking=False):
-            try:
-                self._compute_next()
-            finally:
-                self._computing.release()
-        self._queue.wake()  # what came meanwhile from others, who found somebody computing
+        """Computes in the calling thread what waits, if that is little and nobody computes; else another one does."""
+        self._computing.compute_waiting()
 
     def close(self) -> None:
         """Computes what waits, then ends."""
-        self._queue.close()
-        self._thread.join(JOIN_TIMEOUT_S)
+        self._computing.close()
         self._loader.packer.close()
 
     def wait_packed(self, timeout_s: float) -> bool:
         """Whether every expert that is served has the layout that is computed fastest with, within the timeout."""
         return self._loader.packer.wait(timeout_s)
-
-    def _compute_forever(self) -> None:
-        while self._queue.wait():
-            with self._computing:
-                self._compute_next()
-
-    def _compute_next(self) -> None:
-        try:
-            if taken := self._queue.take():
-                self._answer(taken)
-        finally:
-            self._queue.done()
-
-    def _answer(self, taken: Sequence[Waiting]) -> None:
-        started_s = time.perf_counter()
-        waited_s = sum(time.monotonic() - w.arrived_s for w in taken)
-        fresh = [w for w in taken if not w.expired]
-        for waiting in taken:
-            if waiting not in fresh:
-                waiting.reply(DeadlineExceeded("the batch waited longer than its deadline"))
-        if not fresh:
-            self._count(taken, waited_s=waited_s)
-            return
-        try:
-            outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
-        except MoeClusterError as exc:
-            outcomes = [exc] * len(fresh)
-        except Exception as exc:  # whatever torch or a user's own expert raises ends these batches, not the actor
-            outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
-        for waiting, outcome in zip(fresh, outcomes, strict=True):
-            waiting.reply(outcome)
-        pairs, busy_s = sum(len(w.batch.pair_rows_P) for w in fresh), time.perf_counter() - started_s
-        runs = len(set().union(*(w.batch.experts for w in fresh)))  # what waited for one expert was merged
-        self._count(taken, waited_s=waited_s, pairs=pairs, runs=runs, busy_s=busy_s)
-        if self._metrics is not None:
-            self._metrics.count_computed(self.name, pairs=pairs, runs=runs, busy_s=busy_s)
-            self._metrics.set_queue_rows(self.name, self._queue.rows)
-
-    def _count(
-        self, taken: Sequence[Waiting], *, waited_s: float, pairs: int = 0, runs: int = 0, busy_s: float = 0.0
-    ) -> None:
-        work = self._work
-        self._work = ActorWork(
-            computed_rows=work.computed_rows + pairs,
-            expert_runs=work.expert_runs + runs,
-            busy_s=work.busy_s + busy_s,
-            batches=work.batches + len(taken),
-            queue_wait_s=work.queue_wait_s + waited_s,
-        )
-
-    def _compute(self, taken: Sequence[Waiting]) -> Sequence[ComputeResult | MoeClusterError]:
-        batches = [w.batch for w in taken]
-        with self._state_lock:
-            if batches[0].phase is not Phase.FORWARD:
-                return [self._compute_training(batches[0])]
-            outcomes: dict[int, ComputeResult | MoeClusterError] = {}
-            ready, experts = [], {}
-            for i, batch in enumerate(batches):
-                try:
-                    experts = self._experts_of(batch)  # all of the layer's
-                    ready.append(i)
-                except MoeClusterError as exc:
-                    outcomes[i] = exc
-            if ready:
-                results = compute.forward(experts, [batches[i] for i in ready], self._loader.run)
-                outcomes.update(zip(ready, results, strict=True))
-            return [outcomes[i] for i in range(len(batches))]
-
-    def _experts_of(self, batch: ComputeBatch) -> dict[int, nn.Module]:
-        experts = self._hosted.layer(batch.layer, batch.experts, self._placement, batch.weight_version)
-        parameter = next(experts[batch.experts[0]].parameters(), None)
-        if parameter is not None and parameter.dtype != batch.x_ND.dtype:
-            raise InvalidMessage(f"x.dtype: {batch.x_ND.dtype}, and the experts are {parameter.dtype}")
-        width = self._hosted.widths[batch.layer]
-        if batch.x_ND.shape[1] != width:
-            raise InvalidMessage(f"x.shape: rows of {batch.x_ND.shape[1]}, and the experts take {width}")
-        return experts
-
-    def _compute_training(self, batch: ComputeBatch) -> ComputeResult:
-        self._training.check_begun()
-        experts = self._experts_of(batch)
-        if batch.incarnation and batch.incarnation != self.incarnation:
-            raise StaleOrder(f"this is incarnation {self.incarnation}, not {batch.incarnation}")
-        return self._training.compute(experts, batch, self._loader.run)
 
     # -- orders of the controller --
 
@@ -388,6 +285,6 @@ class ExpertService:
                 rss_bytes=psutil.Process().memory_info().rss,
                 checkpoint=self._checkpoint,
                 picture=self._picture if with_picture else b"",
-                work=replace(self._work, queue_rows=self._queue.rows),
+                work=replace(self._computing.work, queue_rows=self._queue.rows),
                 other_versions=self._hosted.other_versions(weight_version),
             )

@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError, StaleOrder, UserError
-from moecluster.roles.actor_keeper import ActorKeeper, ActorSupervisor, Connect, Orders, Watch
+from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
+from moecluster.roles.actor_keeper import ActorKeeper
 from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.keeper_owner import Orders
 from moecluster.roles.load_sources import DirectLoadSource
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing
@@ -30,7 +32,7 @@ class KeepersSettings:
 
 
 class Keepers:
-    """Satisfies KeeperOwner of actor_keeper.py. Thread-safe."""
+    """Satisfies KeeperOwner of keeper_owner.py. Thread-safe."""
 
     def __init__(
         self,
@@ -141,12 +143,10 @@ class Keepers:
         """What stands now."""
         with self._standing.unchanged():
             (term, generation), versions = self._standing.number, self._standing.versions
-            weight_version = self._standing.weight_version
         return Orders(
             term=term,
             generation=generation,
             versions=versions,
-            weight_version=weight_version,
             dtype=self._settings.dtype,
             picture=self._picture(),
         )

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
-from moecluster.roles.actor_keeper import Connect, ControlConnection
+from moecluster.roles.actor_access import Connect, ControlConnection
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing
@@ -172,7 +172,7 @@ class Mover:
             by_peer.setdefault(next(iter(self._standing.holders(expert)), None), []).append(expert)
         return sum(
             self._load_version(control, group, peer, version)
-            for version in self._standing.written_with
+            for version in self._standing.versions.written_with
             for peer, group in by_peer.items()
         )
 

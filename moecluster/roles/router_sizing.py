@@ -7,7 +7,6 @@ highest numbers leave, so it also finds which. The first router, where training 
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.router_scaling import RouterObservation, RouterSizeSettings, decide_routers
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.rounds import FAILED_INSIDE, Rounds
 from moecluster.roles.sizing import number_of
 from moecluster.types import Operation, OperationPhase, RouterState
 
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 KIND = "scale-routers"
 ORDERED = "ordered"  # the reason of what a user asks for: no decision takes its place
 STEP_S = 0.2  # between looks while routers come or leave
-CLOSE_TIMEOUT_S = 10.0
 
 
 class RouterSupervisor(Protocol):
@@ -101,20 +100,21 @@ class RouterSizing:
         self._size_state = SizeState()
         self._change: _Change | None = None
         self._leaving: dict[str, _Leaving] = {}  # replaced, never changed, as other threads read it
-        self._closed = threading.Event()
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="router-sizing", daemon=True)
+        self._rounds = Rounds(
+            "router-sizing",
+            self._look,
+            period_s=lambda: settings.period_s if self._change is None else min(STEP_S, settings.period_s),
+            without_result="the routers stay as they are",
+            on_mistake=lambda: self._fail(FAILED_INSIDE),
+        )
 
     def start(self) -> None:
         self._started_s = self._clock()
-        self._thread.start()
+        self._rounds.start()
 
     def close(self) -> None:
         """What is under way ends as an operation that a successor finds unfinished."""
-        self._closed.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_TIMEOUT_S)
+        self._rounds.close()
 
     def order(self, routers: int, *, operation_id: str = "") -> Operation:
         """Begins to make it so many routers. Raises ResourceError beyond the limits."""
@@ -126,7 +126,7 @@ class RouterSizing:
                 "(serve.min_routers, serve.max_routers)"
             )
         operation = self._log.order(KIND, reason=ORDERED, arguments=(str(routers),), operation_id=operation_id)
-        self._wake.set()
+        self._rounds.wake()
         return operation
 
     def states(self) -> tuple[RouterState, ...]:
@@ -135,22 +135,6 @@ class RouterSizing:
         return tuple(replace(s, leaving=name in leaving) for name, s in self._leases.states().items())
 
     # -- the thread --
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            period_s = self._settings.period_s
-            self._wake.wait(period_s if self._change is None else min(STEP_S, period_s))
-            self._wake.clear()
-            if self._closed.is_set():
-                return
-            try:
-                self._look()
-            except MoeClusterError as exc:
-                logger.warning("the routers stay as they are: %s", exc)
-            except Exception:
-                # A mistake of ours must neither end the changes to come nor leave one under way for ever.
-                logger.exception("the routers stay as they are")
-                self._fail("the controller failed inside; its log says how")
 
     def _look(self) -> None:
         """One round: what is ordered or decided anew takes the place of what is under way; that goes a step further."""

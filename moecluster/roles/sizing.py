@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 
 from moecluster.errors import ResourceError, Unavailable
-from moecluster.roles.actor_keeper import ActorSupervisor
+from moecluster.roles.actor_access import ActorSupervisor
 from moecluster.roles.standing import Standing
 
 

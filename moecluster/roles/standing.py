@@ -3,37 +3,14 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts
+from moecluster.roles.standing_state import StandingState, UpActor
+from moecluster.roles.standing_versions import StandingVersions
 from moecluster.rpc.placement_board import NEVER, PlacementBoard
-from moecluster.types import ActorAddress, ExpertId, Placement, Replica, WeightVersion
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpActor:
-    """An actor that serves."""
-
-    address: ActorAddress
-    held: frozenset[ExpertId]  # in every version that texts are written with
-    prepared: frozenset[ExpertId] = frozenset()  # in the version that is next
-
-
-@dataclass(kw_only=True)
-class _State:
-    term: int = 0
-    generation: int = 0
-    versions: tuple[WeightVersion, ...] = (WeightVersion(version=1, checkpoint=""),)  # one or two, the newest last
-    published: int = 1  # of them: the version that new texts are written with
-    last_version: int = 1  # the highest number that was ever given
-    held: bool = False
-    actors: tuple[str, ...] = ()
-    leaving: frozenset[str] = frozenset()
-    replicas: dict[int, tuple[Replica, ...]] = field(default_factory=dict)  # layer -> those that shall stand
-    cold: frozenset[ExpertId] = frozenset()  # without a replica on purpose
-    preparing: dict[str, frozenset[ExpertId]] = field(default_factory=dict)  # being loaded, not standing yet
-    up: dict[str, UpActor] = field(default_factory=dict)
+from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
 
 
 class Standing:
@@ -54,7 +31,7 @@ class Standing:
         self._on_change = on_change
         self._open = False
         self._lock = threading.RLock()
-        self._state = _State()
+        self._state = StandingState()
 
     # -- what stands --
 
@@ -65,41 +42,12 @@ class Standing:
     @property
     def number(self) -> tuple[int, int]:
         with self._lock:
-            return (self._state.term, self._state.generation)
+            return self._state.number
 
     @property
-    def checkpoint(self) -> str:
-        """The directory of the version that new texts are written with."""
-        with self._lock:
-            return self._published().checkpoint
-
-    @property
-    def weight_version(self) -> int:
-        """That new texts are written with."""
-        return self._state.published
-
-    @property
-    def versions(self) -> tuple[WeightVersion, ...]:
-        """Those that stand, the newest last: two while weights are replaced."""
+    def versions(self) -> StandingVersions:
+        """The weight versions that stand."""
         return self._state.versions
-
-    @property
-    def last_version(self) -> int:
-        """The highest number that was ever given to a version."""
-        return self._state.last_version
-
-    @property
-    def written_with(self) -> tuple[WeightVersion, ...]:
-        """The versions that texts may be written with now, the oldest first: replicas are loaded in all of them."""
-        with self._lock:
-            return tuple(v for v in self._state.versions if v.version <= self._state.published)
-
-    @property
-    def next_version(self) -> WeightVersion | None:
-        """The version that is being prepared."""
-        with self._lock:
-            newest = self._state.versions[-1]
-            return newest if newest.version > self._state.published else None
 
     def unprepared(self) -> list[str]:
         """Actors that are up and do not hold all that they serve in the next version yet."""
@@ -134,7 +82,7 @@ class Standing:
     def replicas(self) -> tuple[Replica, ...]:
         """All that shall stand, also on actors that are lost for the moment."""
         with self._lock:
-            return tuple(r for layer in sorted(self._state.replicas) for r in self._state.replicas[layer])
+            return self._state.all_replicas()
 
     def replicas_of(self, layer: int) -> tuple[Replica, ...]:
         """Those of one layer."""
@@ -154,21 +102,13 @@ class Standing:
     def holders(self, expert: ExpertId) -> list[ActorAddress]:
         """The actors that serve the expert now, in every version that texts are written with."""
         with self._lock:
-            return [
-                up.address
-                for r in self._state.replicas.get(expert.layer, ())
-                if r.expert == expert and (up := self._state.up.get(r.actor)) is not None and expert in up.held
-            ]
+            replicas = self._state.replicas.get(expert.layer, ())
+            return [self._state.up[r.actor].address for r in replicas if r.expert == expert and self._state.serves(r)]
 
     def lost(self) -> frozenset[ExpertId]:
         """Experts that should be served and have no replica on an actor that is up."""
         with self._lock:
-            served = {
-                r.expert
-                for rs in self._state.replicas.values()
-                for r in rs
-                if (up := self._state.up.get(r.actor)) is not None and r.expert in up.held
-            }
+            served = {r.expert for r in self._state.all_replicas() if self._state.serves(r)}
             return frozenset(all_experts(self.layer_experts)) - served - self._state.cold
 
     # -- changes --
@@ -178,28 +118,21 @@ class Standing:
         *,
         term: int,
         generation: int,
-        checkpoint: str = "",
-        versions: tuple[WeightVersion, ...] = (),
-        weight_version: int = 0,
-        last_version: int = 0,
+        versions: StandingVersions,
         actors: Iterable[str],
         leaving: Iterable[str] = (),
         replicas: Iterable[Replica],
         cold: Iterable[ExpertId] = (),
     ) -> None:
-        """What a controller begins with; nothing is published before `open`. checkpoint: of version 1, if no versions
-        are given."""
-        versions = versions or (WeightVersion(version=1, checkpoint=checkpoint),)
+        """What a controller begins with; nothing is published before `open`."""
         with self._lock:
             by_layer: dict[int, list[Replica]] = {layer: [] for layer in sorted(self.layer_experts)}
             for replica in replicas:
                 by_layer[replica.expert.layer].append(replica)
-            self._state = _State(
+            self._state = StandingState(
                 term=term,
                 generation=generation,
                 versions=versions,
-                published=weight_version or versions[-1].version,
-                last_version=max(last_version, versions[-1].version),
                 actors=tuple(actors),
                 leaving=frozenset(leaving),
                 replicas={layer: tuple(rs) for layer, rs in by_layer.items()},
@@ -226,7 +159,7 @@ class Standing:
         with self._lock:
             if address.actor not in self._state.actors:
                 return  # it was taken out of the cluster meanwhile
-            if versions and not {v.version for v in self.written_with} <= {v.version for v in versions}:
+            if versions and not {v.version for v in self.versions.written_with} <= {v.version for v in versions}:
                 held = ()
             before = self._state.up.get(address.actor)
             same_life = before is not None and before.address == address
@@ -238,7 +171,7 @@ class Standing:
     def actor_prepared(self, address: ActorAddress, version: int, experts: Iterable[ExpertId]) -> bool:
         """The actor holds these experts in the version that is next. False if that is not new."""
         with self._lock:
-            up, following = self._state.up.get(address.actor), self.next_version
+            up, following = self._state.up.get(address.actor), self.versions.next
             if up is None or up.address != address or following is None or following.version != version:
                 return False
             self._state.up[address.actor] = replace(up, prepared=frozenset(experts))
@@ -253,41 +186,29 @@ class Standing:
     def set_checkpoint(self, checkpoint: str) -> None:
         """Lost experts are loaded from this directory from now on, in the version that new texts are written with."""
         with self._lock:
-            self._state.versions = tuple(
-                replace(v, checkpoint=checkpoint) if v.version == self._state.published else v
-                for v in self._state.versions
-            )
+            self._state.versions = self._state.versions.with_checkpoint(checkpoint)
             self._publish()
 
     def begin_version(self, checkpoint: str) -> WeightVersion:
         """A new version that is prepared from now on, beside the one that stands."""
         with self._lock:
-            assert len(self._state.versions) == 1, "one version at a time is prepared"
-            version = WeightVersion(version=self._state.last_version + 1, checkpoint=checkpoint)
-            self._state.versions += (version,)
-            self._state.last_version = version.version
-            self._set_prepared_none()
-            self._publish()
-            return version
+            self._set_versions(self._state.versions.with_next(checkpoint))
+            return self._state.versions.all[-1]
 
     def publish_version(self) -> tuple[int, int] | None:
         """New texts are written with the next version from now on: returns the number of the placement that says so.
         None if an actor does not hold all that it serves in that version."""
         with self._lock:
-            assert self.next_version is not None
+            published = self._state.versions.with_next_published()
             if self.unprepared():
                 return None
-            self._state.published = self.next_version.version
-            self._set_prepared_none()
-            self._publish()
+            self._set_versions(published)
             return self.number
 
     def drop_other_versions(self) -> None:
         """Only the version that new texts are written with stands from now on."""
         with self._lock:
-            self._state.versions = (self._published(),)
-            self._set_prepared_none()
-            self._publish()
+            self._set_versions(self._state.versions.without_others())
 
     def set_held(self, held: bool) -> None:
         """Whether the placement stays as it is from now on."""
@@ -356,51 +277,20 @@ class Standing:
             if up is not None:
                 self._state.up[actor] = replace(up, held=up.held - frozenset(experts))
 
-    def _published(self) -> WeightVersion:
-        return next(v for v in self._state.versions if v.version == self._state.published)
-
-    def _set_prepared_none(self) -> None:
+    def _set_versions(self, versions: StandingVersions) -> None:
+        self._state.versions = versions
         self._state.up = {actor: replace(up, prepared=frozenset()) for actor, up in self._state.up.items()}
+        self._publish()
 
     def _publish(self) -> None:
         if not self._open:
             return
-        state = self._state
-        state.generation += 1
-        live = tuple(
-            r
-            for layer in sorted(state.replicas)
-            for r in state.replicas[layer]
-            if (up := state.up.get(r.actor)) is not None and r.expert in up.held
-        )
-        placement = Placement(
-            term=state.term,
-            generation=state.generation,
-            layer_experts=self.layer_experts,
-            actors={actor: up.address for actor, up in sorted(state.up.items())},
-            replicas=with_whole_shares(live),
-            held=state.held,
-            weight_version=state.published,
-            checkpoint=self._published().checkpoint,
-            next_weight_version=following.version if (following := self.next_version) is not None else 0,
-            next_checkpoint=following.checkpoint if following is not None else "",
-        )
+        self._state.generation += 1
+        placement = self._state.placement(self.layer_experts)
         self._board.publish(placement)
-        self._metrics.set_generation(state.generation)
+        self._metrics.set_generation(placement.generation)
         counts = dict.fromkeys(all_experts(self.layer_experts), 0)
-        for replica in live:
+        for replica in placement.replicas:
             counts[replica.expert] += 1
         self._metrics.set_replicas(counts)
         self._on_change()
-
-
-def with_whole_shares(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
-    """The replicas with each expert's shares scaled to sum to 1; equal ones where all are 0."""
-    total: dict[ExpertId, float] = {}
-    count: dict[ExpertId, int] = {}
-    for r in replicas:
-        total[r.expert] = total.get(r.expert, 0.0) + r.share
-        count[r.expert] = count.get(r.expert, 0) + 1
-    return tuple(
-        replace(r, share=r.share / total[r.expert] if total[r.expert] > 0 else 1 / count[r.expert]) for r in replicas
-    )

@@ -84,12 +84,12 @@ class WeightUpdates:
         An update that is not published is given up; one that is, ends first.
         """
         operation = self._under_way()
-        if self._standing.next_version is not None:
+        if self._standing.versions.next is not None:
             self._standing.drop_other_versions()
             if operation is not None:
                 detail = "a training run was begun before the new version was loaded everywhere; update after it"
                 self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
-        return len(self._standing.versions) == 1
+        return len(self._standing.versions.all) == 1
 
     def _under_way(self) -> Operation | None:
         return next((o for o in self._log.under_way() if o.kind == KIND), None)
@@ -97,18 +97,18 @@ class WeightUpdates:
     def _go_on(self, operation: Operation) -> None:
         """Raises why the update fails, before it is published."""
         directory = operation.arguments[0]
-        if self._standing.next_version is not None:
+        if self._standing.versions.next is not None:
             self._prepare(operation)
-        elif len(self._standing.versions) > 1:
+        elif len(self._standing.versions.all) > 1:
             self._end_texts(operation)
-        elif self._standing.versions[0].checkpoint == directory:
+        elif self._standing.versions.all[0].checkpoint == directory:
             self._end(operation)
         else:
             self._standing.begin_version(directory)
             self._prepare(operation)
 
     def _prepare(self, operation: Operation) -> None:
-        version = self._standing.next_version
+        version = self._standing.versions.next
         assert version is not None
         since_s, told = self._seen(version.version, published=False)
         actors = self._standing.unprepared()
@@ -138,7 +138,7 @@ class WeightUpdates:
 
     def _end_texts(self, operation: Operation | None) -> None:
         """The new version is published: drops the old one when no text is written with it any more."""
-        version = self._standing.weight_version
+        version = self._standing.versions.weight_version
         since_s, told = self._seen(version, published=True)
         if not self._settled():
             return  # a successor does not know yet who writes
@@ -160,21 +160,21 @@ class WeightUpdates:
 
     def _end(self, operation: Operation) -> None:
         """Only the new version stands: the update is done when no actor holds another one."""
-        version = self._standing.weight_version
+        version = self._standing.versions.weight_version
         holding = [a for a in self._reports.with_other_versions() if a in self._standing.up()]
         if holding:
             self._say(
                 operation, OperationPhase.COMMITTING, f"version {version} stands; the old one is dropped by ", holding
             )
             return
-        detail = f"version {version}: {self._standing.checkpoint}"
+        detail = f"version {version}: {self._standing.versions.checkpoint}"
         self._log.update(operation.id, phase=OperationPhase.DONE, detail=detail)
 
     def _clean_up(self) -> None:
         """What an operation left that is not known any more."""
-        if self._standing.next_version is not None:
+        if self._standing.versions.next is not None:
             self._standing.drop_other_versions()
-        elif len(self._standing.versions) > 1:
+        elif len(self._standing.versions.all) > 1:
             self._end_texts(None)
 
     def _routers(self) -> dict[str, Lease]:

@@ -233,7 +233,7 @@ def test_a_batch_computed_by_the_stream_s_own_thread_leaves_the_service_free(
         experts: dict[int, nn.Module], batches: Sequence[ComputeBatch], run: compute.RunExpert
     ) -> list[ComputeResult]:
         threads.append(threading.current_thread().name)
-        assert service._computing.locked()
+        assert service._computing._turn.locked()
         return really_forward(experts, batches, run)
 
     transport = connect("shm")

@@ -73,7 +73,7 @@ def slow_loads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return load(self, order, settings)
 
     monkeypatch.setattr(ExpertLoader, "load", slow_load)
-    monkeypatch.setattr("moecluster.roles.actor_keeper.MAX_PREPARED_AT_ONCE", 1)
+    monkeypatch.setattr("moecluster.roles.actor_life.MAX_PREPARED_AT_ONCE", 1)
     return begun
 
 
@@ -272,7 +272,7 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
     cluster.controller.renew_lease("trainer", (0, 0), hold=True)
     assert "a training run was begun" in ended(cluster, operation).detail
     wait_until(lambda: cluster.controller.current(0.0).held)
-    assert (published(cluster), len(cluster.controller._standing.versions)) == (1, 1)
+    assert (published(cluster), len(cluster.controller._standing.versions.all)) == (1, 1)
     with pytest.raises(ResourceError, match="update: a training run holds the placement"):
         cluster.controller.update(versions[1])
     cluster.controller.set_checkpoint(versions[2])  # as training does when it moves on

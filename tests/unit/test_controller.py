@@ -11,7 +11,8 @@ from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts, contiguous_placement
 from moecluster.placement.static_policy import StaticPolicy
 from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.controller import Controller, ControllerSettings
+from moecluster.roles.controller import Controller
+from moecluster.roles.controller_settings import ControllerSettings
 from moecluster.roles.observer import ObserverSettings
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
 from tests.twin_actors import TwinActors, save_tiny_model

@@ -4,9 +4,11 @@ import pytest
 
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.standing import Standing, with_whole_shares
+from moecluster.roles.standing import Standing
+from moecluster.roles.standing_state import with_whole_shares
+from moecluster.roles.standing_versions import StandingVersions
 from moecluster.rpc.placement_board import PlacementBoard
-from moecluster.types import ActorAddress, ExpertId, Replica
+from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
 
 LAYER_EXPERTS = {0: 2, 3: 2}
 ACTORS = ("expert-0", "expert-1")
@@ -29,7 +31,11 @@ def board() -> PlacementBoard:
 def standing(board: PlacementBoard) -> Standing:
     standing = Standing(LAYER_EXPERTS, board=board, metrics=Metrics(model="tiny"))
     standing.begin(
-        term=7, generation=3, checkpoint="/m", actors=ACTORS, replicas=contiguous_placement(LAYER_EXPERTS, ACTORS)
+        term=7,
+        generation=3,
+        versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/m")),
+        actors=ACTORS,
+        replicas=contiguous_placement(LAYER_EXPERTS, ACTORS),
     )
     return standing
 
@@ -122,7 +128,7 @@ def test_a_version_is_published_once_every_actor_that_is_up_holds_it(standing, b
     version = standing.begin_version("/n")
     placement = board.current(0.0)
     assert (placement.weight_version, placement.next_weight_version, placement.next_checkpoint) == (1, 2, "/n")
-    assert standing.written_with == standing.versions[:1] and standing.next_version == version
+    assert standing.versions.written_with == standing.versions.all[:1] and standing.versions.next == version
     standing.actor_prepared(address("expert-0"), 2, standing.assigned("expert-0"))
     assert standing.publish_version() is None and standing.unprepared() == ["expert-1"]
     standing.actor_prepared(address("expert-1", "another life"), 2, standing.assigned("expert-1"))
@@ -131,21 +137,21 @@ def test_a_version_is_published_once_every_actor_that_is_up_holds_it(standing, b
     assert standing.publish_version() == standing.number, "a lost one comes back with both"
     placement = board.current(0.0)
     assert (placement.weight_version, placement.checkpoint, placement.next_weight_version) == (2, "/n", 0)
-    assert [v.version for v in standing.written_with] == [1, 2]
+    assert [v.version for v in standing.versions.written_with] == [1, 2]
     standing.drop_other_versions()
-    assert [v.version for v in standing.versions] == [2]
+    assert [v.version for v in standing.versions.all] == [2]
 
 
 def test_an_actor_that_was_told_of_the_old_version_only_serves_nothing(standing) -> None:
     bring_up(standing)
-    old = standing.versions
+    old = standing.versions.all
     standing.actor_down("expert-1")
     standing.begin_version("/n")
     standing.actor_prepared(address("expert-0"), 2, standing.assigned("expert-0"))
     assert standing.publish_version() is not None
     standing.actor_up(address("expert-1"), standing.assigned("expert-1"), versions=old)
     assert standing.up()["expert-1"].held == frozenset()
-    standing.actor_up(address("expert-1"), standing.assigned("expert-1"), versions=standing.versions)
+    standing.actor_up(address("expert-1"), standing.assigned("expert-1"), versions=standing.versions.all)
     assert standing.lost() == frozenset()
 
 
@@ -165,7 +171,7 @@ def test_a_version_that_was_given_up_leaves_its_number_unused(standing, board) -
     bring_up(standing)
     standing.begin_version("/torn")
     standing.drop_other_versions()
-    assert board.current(0.0).next_weight_version == 0 and standing.last_version == 2
+    assert board.current(0.0).next_weight_version == 0 and standing.versions.last_version == 2
     assert standing.begin_version("/n").version == 3
     standing.set_checkpoint("/trained")
-    assert [v.checkpoint for v in standing.versions] == ["/trained", "/n"]
+    assert [v.checkpoint for v in standing.versions.all] == ["/trained", "/n"]

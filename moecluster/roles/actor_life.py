@@ -1,0 +1,127 @@
+"""One life of an expert actor: it is told what stands, and made to hold what it shall in the versions that stand."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.roles.keeper_owner import KeeperOwner, Orders
+from moecluster.rpc.interfaces import ExpertControl
+from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVersion
+
+logger = logging.getLogger(__name__)
+
+MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
+
+
+class ActorLife:
+    """Used by one thread, so that orders arrive in order. Begins with load. Every call raises what an order raised."""
+
+    def __init__(
+        self, address: ActorAddress, control: ExpertControl, *, owner: KeeperOwner, load_timeout_s: float
+    ) -> None:
+        self.address = address
+        self._actor = address.actor
+        self._control = control
+        self._owner = owner
+        self._load_timeout_s = load_timeout_s
+        self._told = owner.orders()  # what it was told last; the first of it by load
+        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when this life was begun
+
+    def load(self) -> int:
+        """Fences the actor and makes it hold what it shall, what nobody serves first. Returns how many experts it
+        holds."""
+        self._tell(self._told)
+        status = self._control.status()
+        assigned = self._owner.assigned(self._actor)
+        there = frozenset(status.experts).union(*status.other_versions.values())
+        self._surplus = there - self._owner.kept(self._actor)
+        held = self.held_of(assigned, status)
+        lost = self._owner.lost()
+        parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
+        if not parts:
+            self._owner.actor_up(self.address, held, versions=self._told.versions.written_with, complete=True)
+        for part in parts:
+            self._load_part(sorted(part))
+            held |= part
+            written_with = self._told.versions.written_with
+            self._owner.actor_up(self.address, held, versions=written_with, complete=held == assigned)
+        return len(held)
+
+    def tell_news(self) -> None:
+        """Tells it what has changed since it was told last."""
+        orders = self._owner.orders()
+        if orders != self._told:
+            self._tell(orders)
+
+    def held_of(self, experts: Iterable[ExpertId], status: ExpertActorStatus) -> set[ExpertId]:
+        """Those of some experts that it holds in every version that texts are written with."""
+        return set(experts).intersection(*(status.held(v.version) for v in self._told.versions.written_with))
+
+    def unload_surplus(self) -> None:
+        """Not at once: a predecessor's placement, by which routers still went, may have named it."""
+        if not self._surplus or not self._owner.settled():
+            return
+        surplus, self._surplus = self._surplus - self._owner.kept(self._actor), frozenset()
+        if surplus:
+            self._control.unload(term=self._told.term, experts=sorted(surplus))
+
+    def prepare(self, assigned: frozenset[ExpertId], status: ExpertActorStatus) -> bool:
+        """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
+
+        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleOrder.
+        """
+        version = self._told.versions.next
+        if version is None:
+            return False
+        held = set(status.held(version.version))
+        missing = sorted(assigned - held)
+        part = [expert for expert in missing if expert.layer == missing[0].layer][:MAX_PREPARED_AT_ONCE]
+        loaded_bytes = 0
+        try:
+            if part:
+                loaded_bytes = self._load_version(version, part, replace=False)
+        except Unavailable:
+            raise
+        except StaleOrder as exc:
+            logger.info("%s did not load weight version %d: %s", self._actor, version.version, exc)
+            # Another controller's actor refuses this; else experts were moved meanwhile.
+            self._tell(self._told)
+            return True
+        except MoeClusterError as exc:
+            logger.info("%s does not load weight version %d: %s", self._actor, version.version, exc)
+            self._owner.preparing_failed(self._actor, version.version, exc)
+            return False
+        self._owner.actor_prepared(self.address, version.version, held.union(part), loaded_bytes=loaded_bytes)
+        return len(part) < len(missing)
+
+    def _load_part(self, experts: Sequence[ExpertId]) -> None:
+        while True:
+            for version in self._told.versions.written_with:
+                loaded_bytes = self._load_version(version, experts, replace=True)
+                self._owner.actor_loaded(self._actor, loaded_bytes)
+            orders = self._owner.orders()
+            if set(orders.versions.written_with) <= set(self._told.versions.written_with):
+                return
+            self._tell(orders)  # the checkpoint moved on while loading: load the new one
+
+    def _load_version(self, version: WeightVersion, experts: Sequence[ExpertId], *, replace: bool) -> int:
+        return self._control.load(
+            term=self._told.term,
+            experts=experts,
+            checkpoint=version.checkpoint,
+            weight_version=version.version,
+            dtype=self._told.dtype,
+            replace=replace,
+            timeout_s=self._load_timeout_s,
+        )
+
+    def _tell(self, orders: Orders) -> None:
+        self._control.set_placement(
+            term=orders.term,
+            generation=orders.generation,
+            checkpoint=orders.versions.checkpoint,
+            picture=orders.picture,
+            weight_version=orders.versions.weight_version,
+            weight_versions=[v.version for v in orders.versions.all],
+        )
+        self._told = orders

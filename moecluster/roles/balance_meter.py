@@ -1,0 +1,60 @@
+"""Measures how even the actors' load is: for the metrics, and for what operations have gained."""
+
+import time
+from collections.abc import Callable
+
+from moecluster.metrics import Metrics
+from moecluster.placement.layout import balancedness_L
+from moecluster.roles.decider import Decider
+from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.standing import Standing
+
+
+class BalanceMeter:
+    """Used by one thread at a time."""
+
+    def __init__(
+        self,
+        standing: Standing,
+        decider: Decider,
+        log: OperationLog,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._standing = standing
+        self._decider = decider
+        self._log = log
+        self._metrics = metrics
+        self._clock = clock
+        self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
+
+    def ended(self, operation_id: str) -> None:
+        """The operation is done: what it has gained can be measured once a window has passed over it."""
+        self._unmeasured.append((operation_id, self._clock()))
+
+    def measure_gains(self) -> None:
+        """Fills in what operations have gained, of those that a window has passed over."""
+        now_s, window_s = self._clock(), self._decider.observer.settings.window_s
+        ready = [operation for operation, ended_s in self._unmeasured if now_s - ended_s >= window_s]
+        if not ready:
+            return
+        self._unmeasured = [(o, s) for o, s in self._unmeasured if o not in ready]
+        seen = self._decider.seen().observation
+        if not self._decider.observer.load_LE.any():
+            return
+        measured = float(balancedness_L(seen.layout, seen.load_LE, seen.fleet).mean())
+        for operation in ready:
+            self._log.update(operation, balancedness_measured=measured)
+
+    def show(self) -> None:
+        """Tells the metrics the actors' speeds, and how even the load of each layer is."""
+        if not self._decider.observer.load_LE.any() or not self._standing.up():
+            return
+        seen = self._decider.seen()
+        self._metrics.set_actor_speeds(
+            dict(zip(seen.names.actors, seen.observation.fleet.speed_A.tolist(), strict=True))
+        )
+        layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
+        for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
+            self._metrics.set_layer_balancedness(layer, balancedness)

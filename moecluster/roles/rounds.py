@@ -1,0 +1,68 @@
+"""A thread that does one thing over and over: after every period, and at once when there is something to do."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from moecluster.errors import MoeClusterError
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+FAILED_INSIDE = "the controller failed inside; its log says how"  # of an operation that a mistake of ours has ended
+
+
+class Rounds:
+    """Begins with start, ends with close."""
+
+    def __init__(
+        self,
+        name: str,
+        do_round: Callable[[], None],
+        *,
+        period_s: Callable[[], float],
+        without_result: str,
+        on_mistake: Callable[[], None],
+    ) -> None:
+        """period_s is asked before every round. without_result: what is logged of a round that raised; on_mistake is
+        called if that was no MoeClusterError."""
+        self._do_round = do_round
+        self._period_s = period_s
+        self._without_result = without_result
+        self._on_mistake = on_mistake
+        self._closed = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def closed(self) -> bool:
+        """Whether a round that is under way shall end soon."""
+        return self._closed.is_set()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Waits for the round that is under way."""
+        self._closed.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._wake.wait(self._period_s())
+            self._wake.clear()
+            if self._closed.is_set():
+                return
+            try:
+                self._do_round()
+            except MoeClusterError as exc:
+                logger.warning("%s: %s", self._without_result, exc)
+            except Exception:
+                logger.exception("%s", self._without_result)  # a mistake of ours, which must not end the rounds to come
+                self._on_mistake()
