@@ -107,7 +107,7 @@ class PaddedWriter:
         """What waits, in order, as far as it fits; nothing when all is over."""
         with self._changed:
             while not self._waiting and not self._closed:
-                self._changed.wait()
+                self._changed.wait()  # for write(), or close()
             batch: list[RunningText] = []
             while self._waiting and len(batch) < self._max_batch:
                 longest = max(min(text.most_ids, len(text.ids) + GROWTH_TOKENS) for text in (*batch, self._waiting[0]))
