@@ -9,7 +9,7 @@ counters begin at 0.
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -90,6 +90,8 @@ class Metrics:
             "time_to_first_token_seconds", "From the request to its first token", TOKEN_BUCKETS_S
         )
         self._inter_token = self._histogram("inter_token_seconds", "From one token to the next", TOKEN_BUCKETS_S)
+        self._running_texts = self._gauge("router_running_texts", "Texts that a router is writing")
+        self._waiting_texts = self._gauge("router_waiting_texts", "Texts that wait in a router to be begun")
 
         self._train_loss = self._gauge("train_loss", "Loss of the last committed step, nats per token")
         self._train_step = self._histogram("train_step_seconds", "Duration of a committed step", STEP_BUCKETS_S)
@@ -207,6 +209,11 @@ class Metrics:
     def observe_next_token(self, seconds: float) -> None:
         """From one token to the next."""
         self._inter_token.labels(self.model).observe(seconds)
+
+    def watch_texts(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Shows how many texts a router writes, and how many wait there; both are asked when /metrics is read."""
+        self._running_texts.labels(self.model).set_function(running)
+        self._waiting_texts.labels(self.model).set_function(waiting)
 
     # -- training --
 

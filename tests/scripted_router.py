@@ -1,13 +1,14 @@
-"""A router over real gRPC that writes a text which prompt and seed decide, goes on behind generated_ids as the contract
-says, and does what a test wants it to: breaks off, refuses, waits.
-
-Token number i of a text is the word of id WORDS[(start + i) % len(WORDS)]; the start is drawn from prompt and seed.
+"""A router over real gRPC that writes what a script says, goes on behind generated_ids as the contract says, and does
+what a test wants it to: breaks off, refuses, waits.
 """
 
+import codecs
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -22,6 +23,17 @@ MAX_TOKENS = 4096
 LONGEST = 24  # words of a text without a limit
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScriptedToken:
+    """One token, and what the text grows by with it."""
+
+    text: str
+    logprob: TokenLogprob
+
+
+Script = Callable[[GenerationRequest], Sequence[ScriptedToken]]  # the whole text of a request
+
+
 def word_ids(request: GenerationRequest) -> list[int]:
     """The whole text of a request, as ids."""
     prompt = request.prompt or request.messages_json or ",".join(map(str, request.prompt_ids))
@@ -33,15 +45,41 @@ def words(ids: list[int]) -> str:
     return "".join(f" {WORDS[i]}" for i in ids)
 
 
+def write_words(request: GenerationRequest) -> list[ScriptedToken]:
+    """Token number i is the word of id (start + i) % len(WORDS); the start is drawn from prompt and seed."""
+
+    def logprob(i: int) -> TokenLogprob:
+        alternatives = [(i + k) % len(WORDS) for k in range(request.top_logprobs)]
+        top = tuple(_word(other, -0.5 - k) for k, other in enumerate(alternatives))
+        return replace(_word(i, -0.5), top=top)
+
+    return [ScriptedToken(text=words([i]), logprob=logprob(i)) for i in word_ids(request)]
+
+
+def write_bytes(text: str) -> Script:
+    """Always this text, a byte a token: a character stands in the token of its last byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    tokens = [
+        ScriptedToken(
+            text=decoder.decode(bytes([byte])),
+            logprob=TokenLogprob(id=byte, logprob=-float(position), token=bytes([byte])),
+        )
+        for position, byte in enumerate(text.encode())
+    ]
+    return lambda request: tokens
+
+
 class ScriptedRouter:
     """RouterHandler and its server. Its fields may be changed while it serves."""
 
-    def __init__(self, name: str = "router", *, port: int = 0) -> None:
+    def __init__(self, name: str = "router", *, port: int = 0, script: Script = write_words) -> None:
         self.name = name
+        self.script = script
         self.pace_s = 0.0  # between tokens
         self.error: MoeClusterError | None = None  # instead of a text
-        self.break_after: int | None = None  # tokens, then `breaking`, once
+        self.break_after: int | None = None  # tokens of one answer, then `breaking`, once
         self.breaking: MoeClusterError | None = None  # None: the last piece says cancelled
+        self.silent_end = False  # leaves out the last piece
         self.max_running = 64
         self.hold = threading.Event()  # texts go on while it is set,
         self.hold.set()
@@ -68,14 +106,14 @@ class ScriptedRouter:
         return self._write(request, prompt_tokens)
 
     def _write(self, request: GenerationRequest, prompt_tokens: int) -> Iterator[GenerationPiece]:
-        cancelled, ids = self.running[request.request_id], word_ids(request)
+        cancelled, tokens = self.running[request.request_id], self.script(request)
         done = len(request.generated_ids)
-        assert list(request.generated_ids) == ids[:done], "another text was begun"
-        text, finish = words(ids[:done]), "length"
+        assert list(request.generated_ids) == [token.logprob.id for token in tokens[:done]], "another text was begun"
+        text, finish = "".join(token.text for token in tokens[:done]), "length"
         if any(stop in text for stop in request.stop):
-            ids, finish = ids[:done], "stop"  # it was lost before it said so
+            tokens, finish = tokens[:done], "stop"  # it was lost before it said so
         try:
-            for written, i in enumerate(ids[done:]):
+            for written, token in enumerate(tokens[done:]):
                 if self.break_after == written:
                     self.break_after = None
                     if self.breaking is not None:
@@ -87,29 +125,24 @@ class ScriptedRouter:
                 if cancelled.is_set():
                     finish = "cancelled"
                     break
-                piece = f" {WORDS[i]}"
+                piece = token.text
                 text += piece
                 stop = next((stop for stop in request.stop if stop in text), None)
                 if stop is not None:
                     before = text[: text.index(stop)]
                     piece = before[len(text) - len(piece) :]
-                yield GenerationPiece(ids=(i,), text=piece, logprobs=self._logprobs(request, i))
+                logprobs = (token.logprob,) if request.logprobs else ()
+                yield GenerationPiece(ids=(token.logprob.id,), text=piece, logprobs=logprobs)
                 if stop is not None:
                     finish = "stop"
                     break
-            if self.break_after == len(ids) - done and self.breaking is not None:
+            if self.break_after == len(tokens) - done and self.breaking is not None:
                 self.break_after = None
                 raise self.breaking
-            yield GenerationPiece(finish_reason=finish, prompt_tokens=prompt_tokens, weight_version=1)
+            if not self.silent_end:
+                yield GenerationPiece(finish_reason=finish, prompt_tokens=prompt_tokens, weight_version=1)
         finally:
             self.running.pop(request.request_id, None)
-
-    def _logprobs(self, request: GenerationRequest, i: int) -> tuple[TokenLogprob, ...]:
-        if not request.logprobs:
-            return ()
-        alternatives = [(i + k) % len(WORDS) for k in range(request.top_logprobs)]
-        top = tuple(_token(other, -0.5 - k) for k, other in enumerate(alternatives))
-        return (TokenLogprob(id=i, logprob=-0.5, token=f" {WORDS[i]}".encode(), top=top),)
 
     def cancel(self, request_id: str) -> bool:
         event = self.running.get(request_id)
@@ -145,5 +178,12 @@ class ScriptedRouter:
         self.server.stop(0.0)
 
 
-def _token(i: int, logprob: float) -> TokenLogprob:
-    return TokenLogprob(id=i, logprob=logprob, token=f" {WORDS[i]}".encode())
+@contextmanager
+def serving(*routers: ScriptedRouter) -> Iterator[list[str]]:
+    """Their addresses, while they serve."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(router).address for router in routers]
+
+
+def _word(i: int, logprob: float) -> TokenLogprob:
+    return TokenLogprob(id=i, logprob=logprob, token=words([i]).encode())

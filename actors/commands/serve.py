@@ -133,10 +133,12 @@ def _bring_up(target: str, settings: Sequence[str]) -> None:
     # Not of our terminal's group: it is ended once, by us, and not amid its own clearing up.
     with subprocess.Popen([*SELF, "up", target, *words], start_new_session=True) as process:
         try:
-            code = process.wait()
+            code = process.wait()  # until `up` is done, whose waits have bounds of their own, or a signal comes
         except BaseException:
             process.terminate()
-            process.wait(ENDING_TIMEOUT_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_TIMEOUT_S)
+            process.kill()  # fine if it has ended
             raise
     if code:
         raise typer.Exit(code)

@@ -48,23 +48,29 @@ class Routers:
 
 
 class Route:
-    """The way of one text: the next router to ask whenever one is lost or full, and when to give up.
+    """The way of one text: the next router to ask whenever one is lost or full, and when to give up. Does no I/O.
 
     In a round every known router is asked once, then those that are found by asking where they are now. A round in
     which none took the text is followed by another until patience_s is over. Once a router has written anything, a loss
     begins a new round with new patience.
     """
 
-    def __init__(self, routers: Routers, *, patience_s: float, discovers: bool) -> None:
-        """discovers: somebody can be asked where the routers are now."""
+    def __init__(self, routers: Routers, *, patience_s: float, timeout_s: float, discovers: bool) -> None:
+        """timeout_s: of the whole text, from now. discovers: somebody can be asked where the routers are now."""
         self._routers = routers
         self._patience_s = patience_s
+        self._deadline_s = time.monotonic() + timeout_s
         self._discovers = discovers
         self._begin_round()
         self._fruitless_since_s = time.monotonic()
         self._asked = ""  # the router that was asked last
         self._lost: MoeClusterError = Unavailable("there is no router to ask")
         self._full: Exhausted | None = None
+
+    @property
+    def left_s(self) -> float:
+        """Until the text's deadline."""
+        return max(self._deadline_s - time.monotonic(), 0.0)
 
     def next(self) -> str | None:
         """The address to ask; None when this round is through those that are known."""
@@ -98,15 +104,14 @@ class Route:
         self._routers.replace(addresses)
         self._left = self._routers.in_turn()
 
-    def pause_s(self, left_s: float) -> float:
+    def pause_s(self) -> float:
         """How long to wait before the next round, which begins with this call.
 
-        left_s: until the text's deadline. Raises the last error when patience is over: Exhausted if a router was there,
-        else Unavailable.
+        Raises the last error when patience is over, or would be: Exhausted if a router was there, else Unavailable.
         """
         wait_s = PAUSE_S if self._full is None else max(self._full.retry_after_s or 0.0, PAUSE_S)
         fruitless_s = time.monotonic() - self._fruitless_since_s
-        if fruitless_s + wait_s > self._patience_s or wait_s >= left_s:
+        if fruitless_s + wait_s > self._patience_s or wait_s >= self.left_s:
             raise self._full or self._lost
         self._full = None
         self._begin_round()

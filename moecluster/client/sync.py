@@ -2,18 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from threading import Lock
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 
 import grpc
 import torch
 
+from moecluster.client.cluster_client import STATUS_TIMEOUT_S, CancelAnswers, ClusterClient
 from moecluster.client.hidden_states import decode_moe_reply, encode_moe_request
 from moecluster.client.requests import TextOptions, build_request
-from moecluster.client.routes import Route, Routers
+from moecluster.client.routes import Route
 from moecluster.client.written_text import WrittenText
-from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.errors import Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
@@ -22,37 +22,12 @@ from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import RouterStatus
 
-STATUS_TIMEOUT_S = 5.0
-
 AnswerT = TypeVar("AnswerT")
 Discover = Callable[[], Iterable[str]]
 
 
-class Client:
+class Client(ClusterClient[grpc.Channel, Discover]):
     """A way to the routers of one cluster. Thread-safe."""
-
-    def __init__(
-        self,
-        addresses: str | Iterable[str],
-        *,
-        timeout_s: float = 600.0,
-        patience_s: float = 0.0,
-        discover: Discover | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-    ) -> None:
-        """addresses: host:port of a router, or of several of one cluster.
-
-        timeout_s: longest whole text. patience_s: how long a text waits for a router when all are lost or full.
-        discover: says where the routers are now, asked when all known ones are lost.
-        """
-        self._routers = Routers([addresses] if isinstance(addresses, str) else addresses)
-        self._timeout_s = timeout_s
-        self._patience_s = patience_s
-        self._discover = discover
-        self._credentials = credentials
-        self._lock = Lock()
-        self._channels: dict[str, grpc.Channel] = {}
-        self._closed = False
 
     def generate(
         self,
@@ -67,8 +42,7 @@ class Client:
         Raises InvalidMessage for what cannot be sent; the rest is raised while iterating.
         """
         request = build_request(prompt, prompt_ids, messages, **options)
-        route = Route(self._routers, patience_s=self._patience_s, discovers=self._discover is not None)
-        return GenerationStream(request, route, self._stub, self._find_routers, timeout_s=self._timeout_s)
+        return GenerationStream(request, self._route_of_text(), self._stub, self._find_routers)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> "GenerationStream":
         """Begins the answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
@@ -76,20 +50,11 @@ class Client:
 
     def cancel(self, request_id: str) -> bool:
         """Ends a text, at whichever router it runs. False if none knows it. Raises Unavailable if none answers."""
-        found, answered, lost = False, False, Unavailable("there is no router to ask")
+        request, answers = router_pb2.CancelRequest(request_id=request_id), CancelAnswers()
         for address in self._routers.addresses:
-            try:
-                request = router_pb2.CancelRequest(request_id=request_id)
-                found |= self._stub(address).Cancel(request, timeout=STATUS_TIMEOUT_S).found
-                answered = True
-            except grpc.RpcError as exc:
-                error = from_rpc_error(exc, f"router at {address}")
-                if not isinstance(error, Unavailable):
-                    raise error from exc
-                lost = error
-        if not answered:
-            raise lost
-        return found
+            with answers.asking(address):
+                answers.add(self._stub(address).Cancel(request, timeout=STATUS_TIMEOUT_S).found)
+        return answers.found()
 
     def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(y_TD, ids_TK, weights_TK): gates and dispatches raw hidden states of one layer. Raises a MoeClusterError."""
@@ -103,38 +68,30 @@ class Client:
 
     def close(self) -> None:
         """Ends the connections, and texts that still run over them."""
-        with self._lock:
-            self._closed = True
-            channels = list(self._channels.values())
-            self._channels.clear()
-        for channel in channels:
+        for channel in self._channels.close():
             channel.close()
 
     def _ask(self, call: Callable[[RouterServiceStub], AnswerT]) -> AnswerT:
         """The answer of the first router that is there."""
-        route = Route(self._routers, patience_s=0.0, discovers=self._discover is not None)
+        route = self._route_of_call()
         while True:
-            address = _next_address(route, self._find_routers, 0.0)
+            address = _next_address(route, self._find_routers)
             try:
                 return call(self._stub(address))
             except grpc.RpcError as exc:
                 route.failed(from_rpc_error(exc, f"router at {address}"), wrote=False)
 
+    def _open(self, address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+        return open_channel(address, credentials)
+
     def _stub(self, address: str) -> RouterServiceStub:
-        with self._lock:
-            if self._closed:
-                raise MoeClusterError("this client is closed")
-            channel = self._channels.get(address)
-            if channel is None:
-                channel = self._channels[address] = open_channel(address, self._credentials)
-            return RouterServiceStub(channel)
+        return RouterServiceStub(self._channels.to(address))
 
     def _find_routers(self) -> tuple[str, ...]:
         """Where the routers are now; connections to where they are not any more end with the last call over them."""
         assert self._discover is not None
         found = tuple(self._discover())
-        with self._lock:
-            self._channels = {address: way for address, way in self._channels.items() if address in found}
+        self._channels.keep(found)
         return found
 
     def __enter__(self) -> Self:
@@ -162,15 +119,10 @@ class GenerationStream(WrittenText):
         route: Route,
         stub_of: Callable[[str], RouterServiceStub],
         find_routers: Discover,
-        *,
-        timeout_s: float,
     ) -> None:
-        super().__init__(request)
-        self._route = route
+        super().__init__(request, route)
         self._stub_of = stub_of
         self._find_routers = find_routers
-        self._deadline_s = time.monotonic() + timeout_s
-        self._left = False
         first = route.next()
         self._call: _Call | None = self._begin(first) if first else None
 
@@ -181,21 +133,16 @@ class GenerationStream(WrittenText):
         """
         try:
             if self._call is None:
-                self._go_on(Unavailable("there is no router to ask"), wrote=False)
+                self._begin_next()
             while not self.finish_reason:
-                written = len(self.ids)
                 try:
                     assert self._call is not None
                     for message in self._call:
                         yield self._note(message)
                     self._check_finished()
-                except grpc.RpcError as exc:
-                    if self._left:
-                        self.finish_reason = "cancelled"
-                        return
-                    self._go_on(from_rpc_error(exc, f"router at {self.address}"), wrote=len(self.ids) > written)
-                except Unavailable as exc:
-                    self._go_on(exc, wrote=len(self.ids) > written)
+                except (grpc.RpcError, Unavailable) as exc:
+                    if self._goes_on_after(exc):
+                        self._begin_next()
         finally:
             self.cancel()
 
@@ -210,14 +157,11 @@ class GenerationStream(WrittenText):
             self._call.cancel()
 
     def _begin(self, address: str) -> _Call:
-        left_s = max(self._deadline_s - time.monotonic(), 0.0)
-        return self._stub_of(address).Generate(self._next_message(address), timeout=left_s)
+        return self._stub_of(address).Generate(self._next_message(address), timeout=self._route.left_s)
 
-    def _go_on(self, error: MoeClusterError, *, wrote: bool) -> None:
-        """Begins anew at another router. Raises the error if there is none, or if none would help."""
-        self._route.failed(error, wrote=wrote)
-        address = _next_address(self._route, self._find_routers, self._deadline_s - time.monotonic())
-        self._call = self._begin(address)
+    def _begin_next(self) -> None:
+        """Begins at the next router. Raises why there is none."""
+        self._call = self._begin(_next_address(self._route, self._find_routers))
         if self._left:  # from another thread, meanwhile
             self._call.cancel()
 
@@ -230,11 +174,10 @@ class GenerationStream(WrittenText):
         self.cancel()
 
 
-def _next_address(route: Route, find_routers: Discover, left_s: float) -> str:
-    deadline_s = time.monotonic() + left_s
+def _next_address(route: Route, find_routers: Discover) -> str:
     while (address := route.next()) is None:
         if route.wants_discovery():
             route.discovered(find_routers())
         else:
-            time.sleep(route.pause_s(deadline_s - time.monotonic()))
+            time.sleep(route.pause_s())
     return address

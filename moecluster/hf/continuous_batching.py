@@ -18,11 +18,11 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.logits_process import LogitsProcessorList
 
 from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.hf.modelling import MODEL_BUILDING
 
 PAGE_TOKENS = 32
 PROBE_TIMEOUT_S = 60.0
-CHOSEN = 1.0  # the logit of the chosen token, where all others are 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +129,9 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
     ) -> torch.Tensor:
         names = [state.request_id for state in self._states]
         chosen = self._hooks.choose(names, scores[: len(names)])  # further rows belong to unfinished prompts
-        only = torch.zeros_like(scores)
-        for row, (state, (token, is_last)) in enumerate(zip(self._states, chosen, strict=True)):
-            only[row, token] = CHOSEN
+        for state, (token, is_last) in zip(self._states, chosen, strict=True):
             state._eos_token_ids = {token} if is_last else set()
-        return only
+        return chosen_logits(scores, enumerate(token for token, _ in chosen))
 
 
 class _Failures(OutputRouter):

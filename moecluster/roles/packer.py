@@ -65,7 +65,8 @@ class Packer:
         """Nothing is packed behind a load before it has ended."""
         with self._lock:
             self._loads += 1
-            self._may_pack.clear()
+            if not self._closed:  # else the thread, which ends, would wait for this load
+                self._may_pack.clear()
         try:
             yield
         finally:
@@ -95,8 +96,8 @@ class Packer:
         if sys.platform == "linux":  # where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         freed_bytes = 0  # since freed memory was returned
-        while (waiting := self._waiting.get()) is not None:
-            self._may_pack.wait()
+        while (waiting := self._waiting.get()) is not None:  # close() ends it
+            self._may_pack.wait()  # until the last load has ended, or close()
             module = waiting()
             if module is not None:
                 freed_bytes += self._pack(module)
@@ -112,7 +113,7 @@ class Packer:
         one. Returns the bytes of the plain ones."""
         freed_bytes = 0
         for owner, name in module.packable():
-            self._may_pack.wait()
+            self._may_pack.wait()  # as in _run
             if self._closed:
                 break
             value: nn.Parameter = getattr(owner, name)

@@ -99,6 +99,8 @@ class Router:
         self._lock = threading.Lock()
         self._engines: list[TextEngine] = []  # of all trunks in memory
         self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
+        if metrics is not None:
+            metrics.watch_texts(running=lambda: self._texts()[0], waiting=lambda: self._texts()[1])
 
     def reload(self, path: str | Path) -> None:
         """Takes trunk and tokenizer of another directory; texts that are being written go on with the old ones."""
@@ -160,14 +162,14 @@ class Router:
         except MoeClusterError:
             placement = (0, 0)
         path, served = self._models.current
-        engines = self._all_engines()
+        running, waiting = self._texts()
         return RouterStatus(
             router=self.name,
             model=str(path),
             weight_version=self._models.in_use().newest,
             placement=placement,
-            running=sum(engine.running for engine in engines),
-            waiting=sum(engine.waiting for engine in engines),
+            running=running,
+            waiting=waiting,
             max_tokens=served.engine.max_tokens,
             rss_bytes=psutil.Process().memory_info().rss,
             controller=self._controller(),
@@ -175,11 +177,11 @@ class Router:
 
     def state(self) -> RouterState:
         """What the controller is told. Never waits."""
-        weights, engines = self._models.in_use(), self._all_engines()
+        weights, (running, waiting) = self._models.in_use(), self._texts()
         return RouterState(
             router=self.name,
-            running=sum(engine.running for engine in engines),
-            waiting=sum(engine.waiting for engine in engines),
+            running=running,
+            waiting=waiting,
             weight_version=weights.newest,
             oldest_weight_version=weights.oldest,
             ready_weight_version=weights.ready,
@@ -193,6 +195,11 @@ class Router:
             engine.close()
         self._models.close()
         self.experts.close()
+
+    def _texts(self) -> tuple[int, int]:
+        """(how many are being written, how many wait), on all trunks together."""
+        engines = self._all_engines()
+        return sum(engine.running for engine in engines), sum(engine.waiting for engine in engines)
 
     def _all_engines(self) -> list[TextEngine]:
         with self._lock:

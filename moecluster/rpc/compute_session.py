@@ -43,7 +43,7 @@ class ComputeSession:
             threading.Thread(target=self._read, name="compute-stream", daemon=True).start()
             if self._mailbox is not None:
                 threading.Thread(target=self._read_mailbox, name="compute-mailbox", daemon=True).start()
-            while (reply := self._outbox.get()) is not None:
+            while (reply := self._outbox.get()) is not None:  # end() comes with the stream's end, whoever ends it
                 yield reply
         except InvalidMessage as exc:  # of the greeting
             abort_with(context, exc)

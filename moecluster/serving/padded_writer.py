@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.roles.trunk_experts import TrunkExperts
 from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.serving.expert_counts import ExpertCounts
@@ -31,7 +32,6 @@ from moecluster.serving.token_choice import choose_tokens
 NUM_THREADS = 2  # batches at once: what comes while one is written need not wait for its end
 GROWTH_TOKENS = 256  # that every text of a new batch has room for: those that go on then do so in smaller batches
 PAD_ID = 0
-CHOSEN = 1.0  # the logit of the chosen token, where all others are 0
 NOBODYS = ""  # owner of rows that no text needs
 
 
@@ -107,7 +107,7 @@ class PaddedWriter:
         """What waits, in order, as far as it fits; nothing when all is over."""
         with self._changed:
             while not self._waiting and not self._closed:
-                self._changed.wait()
+                self._changed.wait()  # for write(), or close()
             batch: list[RunningText] = []
             while self._waiting and len(batch) < self._max_batch:
                 longest = max(min(text.most_ids, len(text.ids) + GROWTH_TOKENS) for text in (*batch, self._waiting[0]))
@@ -162,16 +162,15 @@ class _Batch:
         return owned_T if len(owned_T) == len(ids_TK) and not owned_T.all() else None
 
     def choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
-        only_BV = torch.zeros_like(scores_BV)
         rows = [row for row, text in enumerate(self._texts) if text.name not in self._ended]
-        for row, token in zip(rows, choose_tokens([self._texts[r] for r in rows], scores_BV[rows]), strict=True):
+        tokens = choose_tokens([self._texts[row] for row in rows], scores_BV[rows])
+        for row, token in zip(rows, tokens, strict=True):
             text = self._texts[row]
-            only_BV[row, token.id] = CHOSEN
             if text.push(token):
                 self._ended.add(text.name)
                 self._on_end(text, self._counts.leave(text.name))
         self._counts.begin_rows([(NOBODYS if t.name in self._ended else t.name, 1) for t in self._texts])
-        return only_BV
+        return chosen_logits(scores_BV, [(row, token.id) for row, token in zip(rows, tokens, strict=True)])
 
     def ends(self, length: int) -> list[bool]:
         """Which rows need no further token; all, if there is no room for longer ones."""

@@ -1,9 +1,23 @@
+import re
 import urllib.request
+from pathlib import Path
 
 import pytest
 
+from moecluster.client import Client
 from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
+from tests.loopback_cluster import LoopbackCluster
+from tests.running_front import wait_for
+from tests.twin_actors import save_tiny_model
+
+
+def texts_of(port: int) -> dict[str, float]:
+    """running and waiting, as a router's /metrics shows them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        shown = answer.read().decode()
+    found = re.findall(r'^moecluster_router_(\w+)_texts\{model="tiny"\} (\S+)$', shown, re.MULTILINE)
+    return {state: float(count) for state, count in found}
 
 
 def test_metrics_are_served_on_a_free_port_and_gone_after_close() -> None:
@@ -26,3 +40,22 @@ def test_a_port_in_use_is_a_users_error_that_names_it() -> None:
             second.serve(host="127.0.0.1", port=port)
     finally:
         first.close()
+
+
+def test_a_router_shows_how_many_texts_it_writes_and_how_many_wait(tmp_path: Path) -> None:
+    with LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster:
+        port = cluster.metrics.serve(host="127.0.0.1", port=0)
+        try:
+            assert texts_of(port) == {"running": 0, "waiting": 0}
+            for actor in cluster.names:
+                cluster.kill(actor)  # so that no text ends by itself
+            with Client(cluster.router_server.address) as client:
+                texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
+                wait_for(lambda: texts_of(port) == {"running": 2, "waiting": 3})
+                for text in texts:
+                    text.cancel()
+                wait_for(lambda: texts_of(port) == {"running": 0, "waiting": 0})
+            for actor in cluster.names:
+                cluster.revive(actor)
+        finally:
+            cluster.metrics.close()

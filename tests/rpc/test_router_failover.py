@@ -3,16 +3,16 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from moecluster.client import AsyncClient, Client
 from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
-from moecluster.rpc.router_server import serve_router
-from tests.breaking_router import PROMPT_TOKENS, BreakingRouter, serving_routers
+from moecluster.generations import GenerationRequest
 from tests.loopback_cluster import LoopbackCluster
+from tests.scripted_router import ScriptedRouter, ScriptedToken, serving, write_bytes
 from tests.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
@@ -20,6 +20,7 @@ NOBODY = "127.0.0.1:1"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0.9, "seed": 3}
 TEXT = "naïve €5 \N{GRINNING FACE}!"  # of characters of one to four tokens
 NUM_IDS = len(TEXT.encode())
+LOST = Unavailable("the connection is lost")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,35 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluste
 def expected(cluster: LoopbackCluster) -> str:
     with Client(cluster.router_server.address) as client:
         return client.generate(PROMPT, **SETTINGS).text()
+
+
+def writing(
+    *,
+    lost_after: int | None = None,
+    free_tokens: int | None = None,
+    silent_end: bool = False,
+    error: MoeClusterError | None = None,
+) -> ScriptedRouter:
+    """A router of TEXT. lost_after: it never gets beyond so many tokens. free_tokens: waits there until cancelled."""
+    router = ScriptedRouter(script=write_bytes(TEXT))
+    router.breaking, router.silent_end, router.error = LOST, silent_end, error
+    if lost_after is not None:
+        break_each_time(router, lambda done: max(lost_after - done, 0))
+    if free_tokens is not None:
+        router.free_tokens = free_tokens
+        router.hold.clear()
+    return router
+
+
+def break_each_time(router: ScriptedRouter, after: Callable[[int], int]) -> None:
+    """after: how many tokens it writes where so many are there already."""
+    script = router.script
+
+    def write(request: GenerationRequest) -> Sequence[ScriptedToken]:
+        router.break_after = after(len(request.generated_ids))
+        return script(request)
+
+    router.script = write
 
 
 def from_threads(addresses: Any, use: Callable[[Any], Any], **settings: Any) -> Any:
@@ -67,14 +97,14 @@ def whole(written: tuple[str, Any]) -> None:
     text, stream = written
     assert text == TEXT and bytes(stream.ids) == TEXT.encode()
     assert [logprob.logprob for logprob in stream.logprobs] == [-float(i) for i in range(NUM_IDS)]
-    assert stream.finish_reason == "length" and stream.prompt_tokens == PROMPT_TOKENS
+    assert stream.finish_reason == "length" and stream.prompt_tokens == len(PROMPT.split())
 
 
 @BOTH
 def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
     for lost_after in range(NUM_IDS + 1):  # the last one: only the piece that says why it ended is lost
-        first, second = BreakingRouter(TEXT, lost_after=lost_after), BreakingRouter(TEXT)
-        with serving_routers(first, second) as addresses:
+        first, second = writing(lost_after=lost_after), writing()
+        with serving(first, second) as addresses:
             write(addresses, whole)
         assert len(first.requests) == 1
         (begun,), (continued,) = first.requests, second.requests
@@ -85,19 +115,16 @@ def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(
 
 @BOTH
 def test_a_text_passes_through_as_many_routers_as_are_lost(write) -> None:
-    routers = [*(BreakingRouter(TEXT, lost_after=i) for i in (2, 4, 9)), BreakingRouter(TEXT, silent_end=True)]
-    with serving_routers(*routers, BreakingRouter(TEXT)) as addresses:
+    routers = [*(writing(lost_after=i) for i in (2, 4, 9)), writing(silent_end=True)]
+    with serving(*routers, writing()) as addresses:
         write(addresses, whole)
 
 
 @BOTH
 def test_a_router_that_has_written_is_asked_again_when_all_others_are_lost(write) -> None:
-    class Reviving(BreakingRouter):
-        def generate(self, request):  # a little further each time
-            self._lost_after = len(request.generated_ids) + 5
-            return super().generate(request)
-
-    with serving_routers(router := Reviving(TEXT)) as addresses, pytest.raises(Unavailable, match="connection is lost"):
+    router = writing()
+    break_each_time(router, lambda done: min(5, NUM_IDS - done))
+    with serving(router) as addresses, pytest.raises(Unavailable, match="connection is lost"):
         write([NOBODY, *addresses], whole)  # it never says why the text ended
     assert len(router.requests) >= NUM_IDS / 5
     names = [request.request_id for request in router.requests]
@@ -107,7 +134,7 @@ def test_a_router_that_has_written_is_asked_again_when_all_others_are_lost(write
 @BOTH
 def test_where_the_routers_are_now_is_asked_only_when_all_known_ones_are_lost(write) -> None:
     asked = []
-    with serving_routers(BreakingRouter(TEXT, lost_after=3), BreakingRouter(TEXT)) as (first, second):
+    with serving(writing(lost_after=3), writing()) as (first, second):
 
         def discover() -> list[str]:
             asked.append(time.monotonic())
@@ -122,8 +149,8 @@ def test_where_the_routers_are_now_is_asked_only_when_all_known_ones_are_lost(wr
 
 @BOTH
 def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_time_to_wait(write) -> None:
-    full = BreakingRouter(TEXT, full=Exhausted("too many", retry_after_s=7.5))
-    with serving_routers(full, BreakingRouter(TEXT)) as (busy, free):
+    full = writing(error=Exhausted("too many", retry_after_s=7.5))
+    with serving(full, writing()) as (busy, free):
         write([busy, free], whole)
         with pytest.raises(Exhausted, match="too many") as caught:
             write([busy, NOBODY], whole)
@@ -132,17 +159,14 @@ def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_
 
 @BOTH
 def test_with_patience_a_text_waits_for_a_router_that_comes_back(write) -> None:
-    server = serve_router(BreakingRouter(TEXT))
-    port = int(server.address.rpartition(":")[2])
-    server.stop(0.0)
-    back: list[Any] = []
-    timer = threading.Timer(0.5, lambda: back.append(serve_router(BreakingRouter(TEXT), port=port)))
-    timer.start()
-    try:
-        write([server.address], whole, patience_s=20.0)
-    finally:
-        timer.join()
-        back[0].stop(0.0)
+    with writing() as router:
+        router.kill()
+        timer = threading.Timer(0.5, router.revive)
+        timer.start()
+        try:
+            write([router.address], whole, patience_s=20.0)
+        finally:
+            timer.join()
 
 
 @BOTH
@@ -157,30 +181,30 @@ def test_no_router_that_serves_is_said(write) -> None:
 
 @BOTH
 def test_the_whole_text_has_one_deadline(write) -> None:
-    routers = BreakingRouter(TEXT, lost_after=2), BreakingRouter(TEXT, hold_after=4)
-    with serving_routers(*routers) as addresses, pytest.raises(DeadlineExceeded):
+    routers = writing(lost_after=2), writing(free_tokens=2)  # behind those 2
+    with serving(*routers) as addresses, pytest.raises(DeadlineExceeded):
         write(addresses, whole, timeout_s=1.0)
 
 
 def test_a_wrong_request_is_not_carried_from_router_to_router() -> None:
-    router, other = BreakingRouter(TEXT), BreakingRouter(TEXT)
+    router, other = writing(error=InvalidMessage("prompt: it is wrong")), writing()
     with (
-        serving_routers(router, other) as addresses,
+        serving(router, other) as addresses,
         Client(addresses) as client,
         pytest.raises(InvalidMessage, match="it is wrong"),
     ):
-        client.generate("wrong").text()
-    assert len(router.requests) == 1 and not other.requests
+        client.generate(PROMPT).text()
+    assert not other.requests
 
 
 def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_early() -> None:
-    with serving_routers(router := BreakingRouter(TEXT)) as addresses, Client(addresses) as client:
+    with serving(router := writing()) as addresses, Client(addresses) as client:
         said = [{"role": "user", "content": "who?"}]
         options: dict[str, Any] = {"min_p": 0.125, "logit_bias": {3: 1.5}, "presence_penalty": 0.5, "top_logprobs": 2}
-        assert client.chat(said, stop=["a", "b"], ignore_eos=True, **options).text() == TEXT
+        assert client.chat(said, stop=["x", "y"], ignore_eos=True, **options).text() == TEXT
         (request,) = router.requests
         assert request.messages_json == '[{"role": "user", "content": "who?"}]' and request.prompt == ""
-        assert request.stop == ("a", "b") and request.ignore_eos and request.logprobs and request.top_logprobs == 2
+        assert request.stop == ("x", "y") and request.ignore_eos and request.logprobs and request.top_logprobs == 2
         assert request.sampling.min_p == 0.125 and dict(request.sampling.logit_bias) == {3: 1.5}
         with pytest.raises(InvalidMessage, match="request"):
             client.generate(PROMPT, top_k=2**40)
@@ -189,19 +213,18 @@ def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_
 
 
 def test_texts_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> None:
-    one, two = BreakingRouter(TEXT), BreakingRouter(TEXT)
-    with serving_routers(one, two) as addresses, Client([*addresses, NOBODY]) as client:
+    one, two = writing(), writing()
+    with serving(one, two) as addresses, Client([*addresses, NOBODY]) as client:
         assert [client.generate(PROMPT).text() for _ in range(8)] == [TEXT] * 8
         assert {len(one.requests), len(two.requests)} <= {3, 4, 5}
         assert client.generate(PROMPT).address != NOBODY
 
 
 def test_a_text_is_cancelled_from_another_thread_or_by_its_name() -> None:
-    with serving_routers(router := BreakingRouter(TEXT, hold_after=3)) as addresses, Client(addresses) as client:
+    with serving(writing(free_tokens=3)) as addresses, Client(addresses) as client:
         text = client.generate(PROMPT)
         threading.Timer(0.3, text.cancel).start()
         assert len(list(text)) == 3 and text.finish_reason == "cancelled"
-        router.cancelled.clear()
         named = client.generate(PROMPT)
         pieces = iter(named)
         assert next(pieces).ids == tuple(TEXT[0].encode())
@@ -222,13 +245,12 @@ def run_async(addresses: Any, use: Callable[[AsyncClient], Awaitable[None]]) -> 
 
 
 def test_asyncio_a_text_is_cancelled_by_itself_by_its_name_and_with_its_task() -> None:
-    router = BreakingRouter(TEXT, hold_after=3)
+    router = writing(free_tokens=3)
 
     async def use(client: AsyncClient) -> None:
         text = client.generate(PROMPT)
         asyncio.get_running_loop().call_later(0.3, text.cancel)
         assert len([piece async for piece in text]) == 3 and text.finish_reason == "cancelled"
-        router.cancelled.clear()
         named = client.generate(PROMPT)
         reading = asyncio.create_task(named.text())
         while len(named.ids) < 3:
@@ -236,16 +258,15 @@ def test_asyncio_a_text_is_cancelled_by_itself_by_its_name_and_with_its_task() -
         assert await client.cancel(named.request.request_id) and not await client.cancel("nobody")
         await reading
         assert named.finish_reason == "cancelled"
-        router.cancelled.clear()
         task = asyncio.create_task(client.chat([{"role": "user", "content": "x"}]).text())
         await asyncio.sleep(0.3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while not router.cancelled.is_set():  # the router hears of it
+        while router.running:  # the router hears of it
             await asyncio.sleep(0.01)
 
-    with serving_routers(router) as addresses:
+    with serving(router) as addresses:
         run_async(addresses, use)
 
 

@@ -1,6 +1,9 @@
 """What `serve` and `front` are asked wrongly is said before anything listens for long or is started."""
 
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 from actors import state
 from actors.cli import main
+from actors.commands import serve as serving
 from actors.state import UpCluster
 
 
@@ -60,3 +64,28 @@ def test_a_cluster_that_serves_something_else_is_not_served_under_a_wrong_name(c
     )  # fmt: skip
     state.save(up)
     assert "serves /models/other, not" in complaint("serve", str(model))
+
+
+def test_what_brings_a_cluster_up_and_does_not_end_when_told_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    stubborn = (
+        "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+    )
+    monkeypatch.setattr(serving, "SELF", (sys.executable, "-c", stubborn))
+    monkeypatch.setattr(serving, "ENDING_TIMEOUT_S", 0.2)
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C: it ends a wait
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    begun_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        serving._bring_up("demo", ())
+    interrupting.join()
+    assert time.monotonic() - begun_s < 30.0

@@ -95,3 +95,13 @@ def test_speeds_of_actors_that_are_gone_are_shown_no_more() -> None:
     metrics.set_actor_speeds({"b": 0.6, "c": 1.0})
     shown = {labels: value for (name, labels), value in samples(metrics).items() if name == "moecluster_actor_speed"}
     assert shown == {(("actor", "b"),): 0.6, (("actor", "c"),): 1.0}
+
+
+def test_texts_are_counted_when_they_are_shown() -> None:
+    metrics, texts = Metrics(model="m"), {"running": 1, "waiting": 0}
+    metrics.watch_texts(running=lambda: texts["running"], waiting=lambda: texts["waiting"])
+    for running, waiting in ((1, 0), (4, 7)):
+        texts.update(running=running, waiting=waiting)
+        found = samples(metrics)
+        assert found["moecluster_router_running_texts", ()] == running
+        assert found["moecluster_router_waiting_texts", ()] == waiting

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from moecluster.experts.glu import GluExpert
 from moecluster.hf.shard import ExpertShard
 from moecluster.linear import plain
 from moecluster.roles import packer as packer_module
-from moecluster.roles.packer import AT_ONCE_BYTES, Packer
+from moecluster.roles.packer import AT_ONCE_BYTES, JOIN_TIMEOUT_S, Packer
 
 WAIT_S = 20.0
 LARGE = AT_ONCE_BYTES // (3 * 64 * 4) + 64  # inner width of an expert that is not packed at once
@@ -141,3 +142,26 @@ def test_closing_amid_a_load_waits_for_nothing() -> None:
         packer.close()
     assert not is_packed(module)
     assert not any(thread.name == "pack-test" for thread in threading.enumerate())
+
+
+def test_a_load_that_begins_amid_the_end_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = Packer("test", always_at_once=False)
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow_pack(value: torch.Tensor) -> nn.Parameter:
+        began.set()
+        assert go_on.wait(WAIT_S)
+        return nn.Parameter(value, requires_grad=False)
+
+    monkeypatch.setattr(packer_module, "pack", slow_pack)
+    module = make_glu(LARGE)
+    packer.take(module)
+    assert began.wait(WAIT_S)
+    closing = threading.Thread(target=packer.close)
+    closing.start()
+    while not packer._closed:
+        time.sleep(0.001)
+    with packer.held():
+        go_on.set()
+        closing.join(JOIN_TIMEOUT_S / 2)
+        assert not closing.is_alive()

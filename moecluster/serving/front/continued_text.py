@@ -1,6 +1,5 @@
 """One text, whatever becomes of the routers that write it: what one of them loses, another goes on with."""
 
-import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 
 from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable, UserError
 from moecluster.generations import GenerationPiece, GenerationRequest
+from moecluster.rpc.received_text import ReceivedText
 from moecluster.serving.front.known_router import KnownRouter
 from moecluster.serving.front.router_directory import RouterDirectory
 
@@ -39,13 +39,11 @@ class ContinuedText:
         on_failover: Callable[[], None] = lambda: None,
     ) -> None:
         """begun: whether its client was already told something, so that it waits where it would be refused."""
-        self._request = request
+        self._text = ReceivedText(request)
         self._directory = directory
         self._patience = patience
         self._client_begun = begun
         self._on_failover = on_failover
-        self._ids: list[int] = []
-        self._attempts = 0
         self._failures = 0
         now_s = time.monotonic()
         self._deadline_s = now_s + patience.request_timeout_s
@@ -60,9 +58,8 @@ class ContinuedText:
         while True:
             refused: list[Exhausted] = []
             for router in self._directory.candidates():
-                before = len(self._ids)
                 try:
-                    async with aclosing(router.generate(self._next_request(), self._left_s())) as pieces:
+                    async with aclosing(router.generate(self._text.next_request(), self._left_s())) as pieces:
                         async for piece in pieces:
                             _refuse_cancelled(piece)
                             self._note(piece)
@@ -76,29 +73,23 @@ class ContinuedText:
                     raise
                 except MoeClusterError as exc:
                     self._lost(router, exc)
-                if len(self._ids) > before:
+                if self._text.grew:
                     break  # time has passed: another one may be the best now
-            if refused and not self._ids and not self._client_begun():
+            if refused and not self._text.ids and not self._client_begun():
                 raise min(refused, key=lambda exc: exc.retry_after_s or 0.0)
             self._check_patience()
             await self._directory.wait_for_news(LOOK_AGAIN_S)
 
-    def _next_request(self) -> GenerationRequest:
-        """Under a name of its own: a router may still be busy with the last one."""
-        self._attempts += 1
-        name = f"{self._request.request_id}.{self._attempts}"
-        return dataclasses.replace(self._request, request_id=name, generated_ids=tuple(self._ids))
-
     def _note(self, piece: GenerationPiece) -> None:
-        self._ids += piece.ids
+        self._text.take(piece)
         self._progress_s = time.monotonic()
         if piece.ids:
             self._failures = 0
 
     def _lost(self, router: KnownRouter, error: MoeClusterError) -> None:
         self._directory.failed(router)
-        logger.info("a text was lost after %d tokens: %s", len(self._ids), error)
-        if self._ids:
+        logger.info("a text was lost after %d tokens: %s", len(self._text.ids), error)
+        if self._text.ids:
             self._on_failover()
         if not isinstance(error, Unavailable):
             self._failures += 1

@@ -107,7 +107,7 @@ class Gate:
             if not handed_over:
                 handed_over = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            await asyncio.Event().wait()  # that the client leaves is seen here
+            await asyncio.Event().wait()  # until the route ends: that the client leaves is seen below
             raise AssertionError("nobody sets it")
 
         route = asyncio.ensure_future(self._app(scope, replay, answer))

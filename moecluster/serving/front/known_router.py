@@ -37,7 +37,6 @@ class KnownRouter:
         self._channel = open_async_channel(address)
         self._stub: Any = RouterServiceStub(self._channel)
         self._calls: set[Any] = set()
-        self._given_up: set[Any] = set()
 
     @property
     def load(self) -> int:
@@ -76,7 +75,10 @@ class KnownRouter:
 
     async def generate(self, request: GenerationRequest, timeout_s: float) -> AsyncGenerator[GenerationPiece]:
         """The pieces of a text. Left early, or cancelled, it ends the generation. Raises a MoeClusterError."""
-        call = self._stub.Generate(encode_generation_request(request), timeout=timeout_s)
+        try:
+            call = self._stub.Generate(encode_generation_request(request), timeout=timeout_s)
+        except grpc.aio.UsageError as exc:  # the connection is closed
+            raise Unavailable(f"router at {self.address}: it was given up meanwhile") from exc
         self._calls.add(call)
         try:
             async for message in call:
@@ -84,19 +86,19 @@ class KnownRouter:
         except grpc.RpcError as exc:
             raise from_rpc_error(exc, f"router at {self.address}") from exc
         except asyncio.CancelledError:
-            if call in self._given_up:
-                raise Unavailable(f"router at {self.address}: it does not answer any more") from None
-            raise
+            # Of the task that reads; or of the call, which was given up, or whose connection was closed.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Unavailable(f"router at {self.address}: it does not answer any more") from None
         finally:
             call.cancel()
             self._calls.discard(call)
-            self._given_up.discard(call)
 
     async def close(self) -> None:
         """Ends the connection, and what still runs over it."""
         await self._channel.close()
 
     def _give_up(self) -> None:
-        for call in self._calls - self._given_up:
-            self._given_up.add(call)
+        for call in self._calls:
             call.cancel()

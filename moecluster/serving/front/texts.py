@@ -43,7 +43,7 @@ class _Together:
     async def pieces(self) -> AsyncGenerator[tuple[int, GenerationPiece]]:
         running = len(self._tasks)
         while running:
-            index, said = await self._queue.get()
+            index, said = await self._queue.get()  # every text says its end, and lasts request_timeout_s at most
             if isinstance(said, Exception):
                 raise said
             if said is None:
@@ -64,7 +64,7 @@ class _Together:
                 self._refused += 1
                 if self._begun.is_set() or self._refused == len(self._tasks):
                     raise
-                await self._begun.wait()
+                await self._begun.wait()  # if no other one begins, the first error of theirs ends this one too
                 await self._write_once(index, request)
             await self._queue.put((index, None))
         except Exception as exc:  # told where the pieces are read

@@ -1,0 +1,122 @@
+"""What the clients for threads and for asyncio share: the routers, the way to them, what is made of their answers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Generic, TypeVar
+
+import grpc
+import grpc.aio
+
+from moecluster.client.routes import Route, Routers
+from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.rpc.status_codes import from_rpc_error
+
+STATUS_TIMEOUT_S = 5.0
+
+ChannelT = TypeVar("ChannelT", grpc.Channel, grpc.aio.Channel)
+DiscoverT = TypeVar("DiscoverT")
+
+
+class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
+    """Knows the routers of one cluster."""
+
+    def __init__(
+        self,
+        addresses: str | Iterable[str],
+        *,
+        timeout_s: float = 600.0,
+        patience_s: float = 0.0,
+        discover: DiscoverT | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """addresses: host:port of a router, or of several of one cluster.
+
+        timeout_s: longest whole text. patience_s: how long a text waits for a router when all are lost or full.
+        discover: says where the routers are now, asked when all known ones are lost.
+        """
+        self._routers = Routers([addresses] if isinstance(addresses, str) else addresses)
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._discover = discover
+        self._channels: Channels[ChannelT] = Channels(lambda address: self._open(address, credentials))
+
+    @abstractmethod
+    def _open(self, address: str, credentials: grpc.ChannelCredentials | None) -> ChannelT:
+        """A connection of its own."""
+
+    def _route_of_text(self) -> Route:
+        return Route(
+            self._routers,
+            patience_s=self._patience_s,
+            timeout_s=self._timeout_s,
+            discovers=self._discover is not None,
+        )
+
+    def _route_of_call(self) -> Route:
+        """One that passes every router once."""
+        return Route(self._routers, patience_s=0.0, timeout_s=0.0, discovers=self._discover is not None)
+
+
+class Channels(Generic[ChannelT]):
+    """Connections, opened when they are first wanted. Thread-safe. What it gives up is the caller's to close."""
+
+    def __init__(self, open_channel: Callable[[str], ChannelT]) -> None:
+        self._open_channel: Callable[[str], ChannelT] = open_channel
+        self._lock = Lock()
+        self._open: dict[str, ChannelT] = {}
+        self._closed = False
+
+    def to(self, address: str) -> ChannelT:
+        """Raises MoeClusterError once it is closed."""
+        with self._lock:
+            if self._closed:
+                raise MoeClusterError("this client is closed")
+            if address not in self._open:
+                self._open[address] = self._open_channel(address)
+            return self._open[address]
+
+    def keep(self, addresses: Collection[str]) -> list[ChannelT]:
+        """Gives up those to other addresses."""
+        with self._lock:
+            return [self._open.pop(address) for address in self._open.keys() - set(addresses)]
+
+    def close(self) -> list[ChannelT]:
+        """Gives up all."""
+        with self._lock:
+            self._closed = True
+            given_up = list(self._open.values())
+            self._open.clear()
+            return given_up
+
+
+class CancelAnswers:
+    """What the routers of a cluster answer to a Cancel."""
+
+    def __init__(self) -> None:
+        self._found = False
+        self._answered = False
+        self._lost = Unavailable("there is no router to ask")
+
+    def add(self, found: bool) -> None:
+        """One of them answered."""
+        self._answered = True
+        self._found |= found
+
+    @contextmanager
+    def asking(self, address: str) -> Iterator[None]:
+        """Notes that a router is lost; any other error is raised as a MoeClusterError."""
+        try:
+            yield
+        except grpc.RpcError as exc:
+            error = from_rpc_error(exc, f"router at {address}")
+            if not isinstance(error, Unavailable):
+                raise error from exc
+            self._lost = error
+
+    def found(self) -> bool:
+        """Whether any of them knows the text. Raises Unavailable if none answered."""
+        if not self._answered:
+            raise self._lost
+        return self._found

@@ -1,0 +1,34 @@
+"""What came of one text so far, whichever routers wrote it: how it is asked for anew where one of them is lost."""
+
+import dataclasses
+
+from moecluster.generations import GenerationPiece, GenerationRequest
+
+
+class ReceivedText:
+    """One text. Does no I/O: whoever asks the routers sends next_request and gives back the pieces."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request  # as it was sent last
+        self.ids: list[int] = []  # generated so far
+        self._wanted = request
+        self._attempts = 0
+        self._had = 0  # ids when it was sent last
+
+    @property
+    def grew(self) -> bool:
+        """Whether the router that was asked last has added to it."""
+        return len(self.ids) > self._had
+
+    def next_request(self) -> GenerationRequest:
+        """The same text, to go on behind what was received."""
+        # A name of its own: a router that lost us may not have ended the earlier attempt yet.
+        name = self._wanted.request_id + (f"-{self._attempts}" if self._attempts else "")
+        self._attempts += 1
+        self._had = len(self.ids)
+        self.request = dataclasses.replace(self._wanted, request_id=name, generated_ids=tuple(self.ids))
+        return self.request
+
+    def take(self, piece: GenerationPiece) -> None:
+        """The next piece came."""
+        self.ids += piece.ids
