@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from moecluster.errors import Exhausted, InvalidMessage, Unavailable
+from moecluster.errors import Exhausted, InvalidMessage, StaleOrder, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogprob
 from moecluster.rpc.router_server import serve_router
 from moecluster.types import ExpertId, RouterStatus
@@ -26,10 +26,13 @@ class BreakingRouter:
         silent_end: bool = False,
         full: Exhausted | None = None,
         hold_after: int | None = None,
+        version: int = 0,
+        held: tuple[int, ...] = (),
     ) -> None:
         """lost_after: breaks off when so many ids of the text were written; the last piece is of its own.
 
         silent_end: leaves out the last piece. full: what it says to everybody. hold_after: waits there until cancelled.
+        version: of the weights that it serves. held: others that it can go on with.
         """
         self.requests: list[GenerationRequest] = []
         self.cancelled = threading.Event()
@@ -38,11 +41,15 @@ class BreakingRouter:
         self._silent_end = silent_end
         self._full = full
         self._hold_after = hold_after
+        self._version = version
+        self._held = held
 
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
         self.requests.append(request)
         if self._full is not None:
             raise self._full
+        if request.weight_version not in (0, self._version, *self._held):
+            raise StaleOrder(f"weight version {request.weight_version} is not held here: {self._version} is served")
         if request.prompt == "wrong":
             raise InvalidMessage("prompt: it is wrong")
         return self._pieces(request)
@@ -50,6 +57,7 @@ class BreakingRouter:
     def _pieces(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
         done = len(request.generated_ids)
         assert bytes(request.generated_ids) == self._ids[:done]
+        version = request.weight_version or self._version
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(self._ids[:done])
         for position in range(done, len(self._ids)):
@@ -65,6 +73,7 @@ class BreakingRouter:
                 ids=(token,),
                 text=decoder.decode(bytes([token])),
                 logprobs=(logprob,) if request.logprobs else (),
+                weight_version=version,
             )
         if self._lost_after is not None:
             raise Unavailable("the connection is lost")
@@ -73,6 +82,7 @@ class BreakingRouter:
                 text=decoder.decode(b"", True),
                 finish_reason="length",
                 prompt_tokens=PROMPT_TOKENS,
+                weight_version=version,
                 experts={ExpertId(layer=0, index=1): 5},
             )
 

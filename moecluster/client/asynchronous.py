@@ -214,7 +214,8 @@ class AsyncGenerationStream(WrittenText):
 
     def _begin(self, address: str) -> Call:
         left_s = max(self._deadline_s - time.monotonic(), 0.0)
-        return self._stub_of(address).Generate(self._next_message(address), timeout=left_s)
+        message = self._next_message(address, any_version=self._route.any_version)
+        return self._stub_of(address).Generate(message, timeout=left_s)
 
     async def _go_on(self, error: MoeClusterError, *, wrote: bool) -> None:
         """Begins anew at another router. Raises the error if there is none, or if none would help."""

@@ -384,6 +384,7 @@ class Standing:
             checkpoint=self._published().checkpoint,
             next_weight_version=following.version if (following := self.next_version) is not None else 0,
             next_checkpoint=following.checkpoint if following is not None else "",
+            old_weight_version=next((v.version for v in state.versions if v.version < state.published), 0),
         )
         self._board.publish(placement)
         self._metrics.set_generation(state.generation)

@@ -131,6 +131,46 @@ def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_
 
 
 @BOTH
+def test_a_text_goes_on_with_the_weights_that_it_was_begun_with_where_a_router_holds_them(write) -> None:
+    first, other = BreakingRouter(TEXT, lost_after=4, version=1), BreakingRouter(TEXT, version=2)
+    holding = BreakingRouter(TEXT, version=2, held=(1,))
+    with serving_routers(first, other, holding) as addresses:
+        assert write(addresses, lambda written: (whole(written), written[1].weight_version))[1] == 1
+    assert [request.weight_version for router in (first, other, holding) for request in router.requests] == [0, 1, 1]
+
+
+@BOTH
+def test_a_text_goes_on_with_what_is_served_once_no_router_holds_its_weights(write, caplog) -> None:
+    first = BreakingRouter(TEXT, lost_after=4, version=1)
+    second, third = (BreakingRouter(TEXT, lost_after=9, version=2), BreakingRouter(TEXT, version=2))
+    with serving_routers(first, second, third) as addresses:
+        assert write(addresses, lambda written: (whole(written), written[1].weight_version))[1] == 2
+    assert {request.weight_version for request in first.requests} == {0, 1}
+    asked = [(len(r.generated_ids), r.weight_version) for r in (*second.requests, *third.requests)]
+    assert (4, 1) in asked and (4, 0) in asked and (9, 1) not in asked
+    assert "no router holds weight version 1 any more: a text goes on behind 4 tokens" in caplog.text
+    assert "version 2 any more" not in caplog.text
+
+
+@BOTH
+def test_a_router_that_may_hold_the_weights_and_is_full_is_waited_for(write) -> None:
+    class Full(BreakingRouter):
+        def generate(self, request):
+            if len(self.requests) == 2:
+                self._full = None
+            return super().generate(request)
+
+    first, other = BreakingRouter(TEXT, lost_after=4, version=1), BreakingRouter(TEXT, version=2)
+    full = Full(TEXT, version=1, full=Exhausted("too many", retry_after_s=0.1))
+    with serving_routers(first, other, full) as addresses:
+        assert write(addresses, lambda w: (whole(w), w[1].weight_version), patience_s=20.0)[1] == 1
+    full = BreakingRouter(TEXT, version=1, full=Exhausted("too many", retry_after_s=0.1))
+    first = BreakingRouter(TEXT, lost_after=4, version=1)
+    with serving_routers(first, other, full) as addresses:  # and when patience is over, what is begun goes on
+        assert write(addresses, lambda w: (whole(w), w[1].weight_version), patience_s=0.5)[1] == 2
+
+
+@BOTH
 def test_with_patience_a_text_waits_for_a_router_that_comes_back(write) -> None:
     server = serve_router(BreakingRouter(TEXT))
     port = int(server.address.rpartition(":")[2])
