@@ -70,6 +70,13 @@ def whole(written: tuple[str, Any]) -> None:
     assert stream.finish_reason == "length" and stream.prompt_tokens == PROMPT_TOKENS
 
 
+def version_of_whole(written: tuple[str, Any]) -> int:
+    """The weights that the end of such a text was written with."""
+    whole(written)
+    version: int = written[1].weight_version
+    return version
+
+
 @BOTH
 def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
     for lost_after in range(NUM_IDS + 1):  # the last one: only the piece that says why it ended is lost
@@ -135,7 +142,7 @@ def test_a_text_goes_on_with_the_weights_that_it_was_begun_with_where_a_router_h
     first, other = BreakingRouter(TEXT, lost_after=4, version=1), BreakingRouter(TEXT, version=2)
     holding = BreakingRouter(TEXT, version=2, held=(1,))
     with serving_routers(first, other, holding) as addresses:
-        assert write(addresses, lambda written: (whole(written), written[1].weight_version))[1] == 1
+        assert write(addresses, version_of_whole) == 1
     assert [request.weight_version for router in (first, other, holding) for request in router.requests] == [0, 1, 1]
 
 
@@ -144,7 +151,7 @@ def test_a_text_goes_on_with_what_is_served_once_no_router_holds_its_weights(wri
     first = BreakingRouter(TEXT, lost_after=4, version=1)
     second, third = (BreakingRouter(TEXT, lost_after=9, version=2), BreakingRouter(TEXT, version=2))
     with serving_routers(first, second, third) as addresses:
-        assert write(addresses, lambda written: (whole(written), written[1].weight_version))[1] == 2
+        assert write(addresses, version_of_whole) == 2
     assert {request.weight_version for request in first.requests} == {0, 1}
     asked = [(len(r.generated_ids), r.weight_version) for r in (*second.requests, *third.requests)]
     assert (4, 1) in asked and (4, 0) in asked and (9, 1) not in asked
@@ -163,11 +170,10 @@ def test_a_router_that_may_hold_the_weights_and_is_full_is_waited_for(write) -> 
     first, other = BreakingRouter(TEXT, lost_after=4, version=1), BreakingRouter(TEXT, version=2)
     full = Full(TEXT, version=1, full=Exhausted("too many", retry_after_s=0.1))
     with serving_routers(first, other, full) as addresses:
-        assert write(addresses, lambda w: (whole(w), w[1].weight_version), patience_s=20.0)[1] == 1
-    full = BreakingRouter(TEXT, version=1, full=Exhausted("too many", retry_after_s=0.1))
-    first = BreakingRouter(TEXT, lost_after=4, version=1)
-    with serving_routers(first, other, full) as addresses:  # and when patience is over, what is begun goes on
-        assert write(addresses, lambda w: (whole(w), w[1].weight_version), patience_s=0.5)[1] == 2
+        assert write(addresses, version_of_whole, patience_s=20.0) == 1
+    always_full = BreakingRouter(TEXT, version=1, full=Exhausted("too many", retry_after_s=0.1))
+    with serving_routers(first, other, always_full) as addresses:  # and when patience is over, what is begun goes on
+        assert write(addresses, version_of_whole, patience_s=0.5) == 2
 
 
 @BOTH

@@ -7,7 +7,15 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable, UserError
+from moecluster.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    StaleOrder,
+    Unavailable,
+    UserError,
+)
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.serving.front.known_router import KnownRouter
 from moecluster.serving.front.router_directory import RouterDirectory
@@ -45,6 +53,7 @@ class ContinuedText:
         self._client_begun = begun
         self._on_failover = on_failover
         self._ids: list[int] = []
+        self._weight_version = 0  # that wrote these ids; 0: not named
         self._attempts = 0
         self._failures = 0
         now_s = time.monotonic()
@@ -59,6 +68,7 @@ class ContinuedText:
         """
         while True:
             refused: list[Exhausted] = []
+            holds_not = False  # a router is there, without the weights that the text was begun with
             for router in self._directory.candidates():
                 before = len(self._ids)
                 try:
@@ -74,12 +84,21 @@ class ContinuedText:
                     refused.append(exc)
                 except (InvalidMessage, UserError):
                     raise
+                except StaleOrder as exc:
+                    if self._weight_version:
+                        holds_not = True
+                    else:
+                        self._lost(router, exc)
                 except MoeClusterError as exc:
                     self._lost(router, exc)
                 if len(self._ids) > before:
+                    holds_not = False
                     break  # time has passed: another one may be the best now
             if refused and not self._ids and not self._client_begun():
                 raise min(refused, key=lambda exc: exc.retry_after_s or 0.0)
+            if holds_not and (not refused or self._patience_is_over()):
+                self._give_up_version()
+                continue
             self._check_patience()
             await self._directory.wait_for_news(LOOK_AGAIN_S)
 
@@ -87,13 +106,25 @@ class ContinuedText:
         """Under a name of its own: a router may still be busy with the last one."""
         self._attempts += 1
         name = f"{self._request.request_id}.{self._attempts}"
-        return dataclasses.replace(self._request, request_id=name, generated_ids=tuple(self._ids))
+        return dataclasses.replace(
+            self._request, request_id=name, generated_ids=tuple(self._ids), weight_version=self._weight_version
+        )
 
     def _note(self, piece: GenerationPiece) -> None:
         self._ids += piece.ids
         self._progress_s = time.monotonic()
         if piece.ids:
             self._failures = 0
+            self._weight_version = piece.weight_version
+
+    def _give_up_version(self) -> None:
+        """What is begun shall not fail: it goes on with whatever weights are served."""
+        logger.warning(
+            "no router holds weight version %d any more: a text goes on behind %d tokens with what is served",
+            self._weight_version,
+            len(self._ids),
+        )
+        self._weight_version = 0
 
     def _lost(self, router: KnownRouter, error: MoeClusterError) -> None:
         self._directory.failed(router)
@@ -113,8 +144,11 @@ class ContinuedText:
 
     def _check_patience(self) -> None:
         self._left_s()
-        if time.monotonic() - self._progress_s > self._patience.router_patience_s:
+        if self._patience_is_over():
             raise Unavailable(f"no router was found within {self._patience.router_patience_s:g} s")
+
+    def _patience_is_over(self) -> bool:
+        return time.monotonic() - self._progress_s > self._patience.router_patience_s
 
 
 def _refuse_cancelled(piece: GenerationPiece) -> None:
