@@ -144,7 +144,7 @@ def test_the_old_version_stays_until_its_last_text_has_ended(start, versions, al
 
 
 def test_no_text_is_waited_for_longer_than_the_longest_may_take(start, versions) -> None:
-    cluster = start(update=UpdateSettings(texts_timeout_s=0.3))
+    cluster = start(update=UpdateSettings(texts_timeout_s=0.3, router_grace_s=0.0))
     with cluster.router._models.use():
         done(cluster, cluster.controller.update(versions[1]))
         with pytest.raises(StaleOrder):
