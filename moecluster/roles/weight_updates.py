@@ -24,6 +24,7 @@ from moecluster.types import Operation, OperationPhase
 logger = logging.getLogger(__name__)
 
 KIND = "update"  # of the operations that are carried out here
+FIRST_TERM = 1  # of a controller that succeeds nobody
 NAMED = 4  # actors or routers in a detail
 
 
@@ -143,8 +144,8 @@ class WeightUpdates:
         """The new version is published: drops the old one when no text is written with it any more."""
         version = self._standing.weight_version
         since_s, told = self._seen(version, published=True)
-        if not self._settled() or self._clock() - self._begun_s < self._settings.router_grace_s:
-            return  # a successor does not know yet who writes, nor which routers were lost with their texts
+        if not self._settled() or self._may_miss_lost_routers():
+            return  # a successor does not know yet who writes
         leases = (*self._routers().values(), *self._leases.heard_before(self._settings.router_grace_s))
         writing = sorted(
             {
@@ -182,6 +183,11 @@ class WeightUpdates:
             self._standing.drop_other_versions()
         elif len(self._standing.versions) > 1:
             self._end_texts(None)
+
+    def _may_miss_lost_routers(self) -> bool:
+        """Whether routers may have been lost with their texts shortly before this controller succeeded another one."""
+        term, _ = self._standing.number
+        return term > FIRST_TERM and self._clock() - self._begun_s < self._settings.router_grace_s
 
     def _routers(self) -> dict[str, Lease]:
         """Those that write texts, as they last were; others say of no version that they use it."""
