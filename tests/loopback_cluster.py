@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Self
 
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
 from moecluster.roles.controller import Controller, ControllerSettings
@@ -39,14 +40,16 @@ class LoopbackCluster:
         max_waiting: int = 0,
         batch_invariant: bool = False,
         router_supervisor: RouterSupervisor | None = None,
+        open_elsewhere: OpenCheckpoint | None = None,
         **controller: Any,
     ) -> None:
-        """router_supervisor: what starts more routers. controller: fields of ControllerSettings that differ from the
-        usual ones."""
+        """router_supervisor: what starts more routers. open_elsewhere: opens checkpoints that nobody here sees.
+        controller: fields of ControllerSettings that differ from the usual ones."""
         self._router_supervisor = router_supervisor
         self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
         self._controller_settings = controller
         self._batch_invariant = batch_invariant
+        self._open_elsewhere = open_elsewhere
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
@@ -68,6 +71,7 @@ class LoopbackCluster:
             controller=lambda: self.controller_server.address,
             limits=self._limits,
             batch_invariant=self._batch_invariant,
+            open_elsewhere=self._open_elsewhere,
             told=told,
         )
 
@@ -90,6 +94,7 @@ class LoopbackCluster:
             watch=_watch,
             metrics=Metrics(model="tiny"),
             routers=self._router_supervisor,
+            open_elsewhere=self._open_elsewhere,
         )
         controller.start(20.0)
         return controller, serve_controller(controller)
@@ -105,7 +110,9 @@ class LoopbackCluster:
         self.services.pop(actor).close()
 
     def revive(self, actor: str) -> None:
-        self.services[actor] = ExpertService(name=actor, batch_invariant=self._batch_invariant)
+        self.services[actor] = ExpertService(
+            name=actor, batch_invariant=self._batch_invariant, open_elsewhere=self._open_elsewhere
+        )
         self.servers[actor] = serve_expert(self.services[actor])
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
@@ -155,6 +162,7 @@ class LoopbackRouter:
         controller: Callable[[], str],
         limits: EngineLimits,
         batch_invariant: bool,
+        open_elsewhere: OpenCheckpoint | None,
         told: Callable[[], RouterState | None],
     ) -> None:
         """controller: where it is reached now. told: see LoopbackCluster.add_router."""
@@ -170,6 +178,7 @@ class LoopbackRouter:
             name=name,
             metrics=self.metrics,
             on_change=self.placements.renew,
+            open_elsewhere=open_elsewhere,
         )
         self._own_state = self.router.state
         self.server = serve_router(self.router)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError, UserError
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.same_shape import check_same_shape
 from moecluster.roles.actor_keeper import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
@@ -90,15 +91,19 @@ class Controller:
         source: LoadSource | None = None,
         routers: RouterSupervisor | None = None,
         on_deposed: Callable[[], None] = lambda: None,
+        announce: Callable[[str], None] = lambda checkpoint: None,
+        open_elsewhere: OpenCheckpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """source: where loads come from; by default the routers' reports. routers: None: they are not started or ended
-        from here. on_deposed is called when another controller
-        has taken over. clock: seconds, for leases and durations."""
+        from here. on_deposed is called when another controller has taken over. announce: lets nodes that do not see a
+        directory read it, if a node that can give it does. open_elsewhere: opens checkpoints that this node does not
+        see. clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
         self._metrics = metrics
+        self._announce, self._open_elsewhere = announce, open_elsewhere
         self._clock = clock
         self._lock = threading.RLock()
         self._board = PlacementBoard()
@@ -309,7 +314,11 @@ class Controller:
                     f"update: {checkpoint} is weight version {newest.version} already; write new weights to another "
                     "directory"
                 )
-            check_same_shape(self._standing.checkpoint, checkpoint)
+            self._announce(checkpoint)
+            served, wanted = (
+                open_checkpoint(path, self._open_elsewhere) for path in (self._standing.checkpoint, checkpoint)
+            )
+            check_same_shape(served, wanted)
         return self._order(UPDATE, "ordered", (checkpoint,), operation_id)
 
     def plan(self, policy: str) -> PlanPreview:
