@@ -1,6 +1,7 @@
 """The shell of a checkpoint source, on the node that has the directory; and how the other actors find it."""
 
 import os
+from contextlib import suppress
 
 import ray
 
@@ -28,8 +29,14 @@ class CheckpointSource:
         self._announcements.add(name, directory)
 
     def locate(self, name: str) -> SourceAddress | None:
-        """Where the directory is read; None if nobody announced it."""
+        """Where the directory is read; None if there is no such model here under that name.
+
+        One that is served and was announced to an earlier life of this source is announced again.
+        """
         announced = self._announcements.named(name)
+        if announced is None:
+            with suppress(CheckpointError):
+                announced = self._announcements.add(name, name)
         return SourceAddress(address=self._server.address, id=announced.id) if announced is not None else None
 
     def endpoints(self) -> Endpoints:

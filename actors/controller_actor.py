@@ -4,8 +4,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from actors.checkpoint_source import announce, checkpoint_opener
 from actors.controller_settings import controller_settings, load_source
 from actors.ray_supervisor import RaySupervisor
 from actors.settings import CONTROLLER, Endpoints
@@ -49,6 +51,8 @@ class ControllerActor:
             metrics=metrics,
             source=load_source(config, layer_experts),
             on_deposed=_leave,
+            announce=partial(_announce, config.cluster.name),
+            open_elsewhere=checkpoint_opener(config.cluster.name),
         )
         self._server = serve_controller(self._controller, host=config.cluster.host)
         self._failure: MoeClusterError | None = None
@@ -83,6 +87,13 @@ def _connect(address: ActorAddress) -> GrpcExpertControl:
 
 def _watch(address: ActorAddress, on_lost: Callable[[], None]) -> HealthWatch:
     return HealthWatch(address.address, on_lost)
+
+
+def _announce(namespace: str, directory: str) -> None:
+    try:
+        announce(namespace, directory)
+    except MoeClusterError as exc:  # then every node has to see it by itself
+        logger.info("%s is not announced: %s", directory, exc)
 
 
 def _leave() -> None:

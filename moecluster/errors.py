@@ -11,7 +11,7 @@ MoeClusterError
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
-├── StaleOrder                           an order of an older term, step or attempt: refused
+├── StaleOrder                           an order of an older term, step or attempt, or for weights that are gone
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
@@ -76,7 +76,7 @@ class NotHosted(MoeClusterError):
 
 
 class StaleOrder(MoeClusterError):
-    """An order of an older term, step or attempt than the receiver has seen."""
+    """An order of an older term, step or attempt than the receiver has seen, or for weights that it does not hold."""
 
 
 class Unavailable(MoeClusterError):

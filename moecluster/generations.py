@@ -36,6 +36,7 @@ class GenerationRequest:
     logprobs: bool = False
     top_logprobs: int = 0  # of how many alternatives at each token
     generated_ids: tuple[int, ...] = ()  # what another router wrote of this text, as it was received
+    weight_version: int = 0  # that generated_ids were written with; 0: whatever is served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,9 @@ class GenerationPiece:
     ids: tuple[int, ...] = ()
     text: str = ""  # what became certain with these ids
     logprobs: tuple[TokenLogprob, ...] = ()  # as many as ids, if they were asked for
+    weight_version: int = 0  # that writes the text; 0: none has been named
     finish_reason: str = ""  # stop | length | cancelled
     # In the last piece:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, that needed no computing
-    weight_version: int = 0  # that wrote the text
     experts: Mapping[ExpertId, int] = field(default_factory=dict)  # assignments of all its tokens

@@ -95,6 +95,7 @@ class Placement:
     checkpoint: str = ""  # the directory of that version
     next_weight_version: int = 0  # being prepared: its trunk is to be loaded beside the other; 0: none
     next_checkpoint: str = ""  # the directory of that version
+    old_weight_version: int = 0  # that texts may still be written with: its trunk is to be kept; 0: none
 
     @property
     def number(self) -> tuple[int, int]:

@@ -118,6 +118,7 @@ def placements(draw: st.DrawFn) -> Placement:
         checkpoint=draw(optional_names),
         next_weight_version=following,
         next_checkpoint=draw(names) if following else "",
+        old_weight_version=draw(uint64s),
     )
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Self
 
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
 from moecluster.roles.controller import Controller
@@ -40,14 +41,16 @@ class LoopbackCluster:
         max_waiting: int = 0,
         batch_invariant: bool = False,
         router_supervisor: RouterSupervisor | None = None,
+        open_elsewhere: OpenCheckpoint | None = None,
         **controller: Any,
     ) -> None:
-        """router_supervisor: what starts more routers. controller: fields of ControllerSettings that differ from the
-        usual ones."""
+        """router_supervisor: what starts more routers. open_elsewhere: opens checkpoints that nobody here sees.
+        controller: fields of ControllerSettings that differ from the usual ones."""
         self._router_supervisor = router_supervisor
         self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
         self._controller_settings = controller
         self._batch_invariant = batch_invariant
+        self._open_elsewhere = open_elsewhere
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
@@ -56,25 +59,22 @@ class LoopbackCluster:
             self.revive(name)
         self._directory = directory
         self.controller, self.controller_server = self.start_controller()
-        self._own_state = lambda: RouterState(router="router")
-        self.placements = ControllerClient(
-            router="router",
-            resolve=lambda: self.controller_server.address,
-            state=lambda: self.told or self._own_state(),
+        self._limits = EngineLimits(max_running=max_running, max_waiting=max_waiting, max_cached_tokens=4096)
+        self._first = self.add_router("router", told=lambda: self.told)
+        self.router, self.router_server = self._first.router, self._first.server
+        self.placements, self.remote, self.metrics = self._first.placements, self._first.remote, self._first.metrics
+
+    def add_router(self, name: str, *, told: Callable[[], RouterState | None] = lambda: None) -> "LoopbackRouter":
+        """A router more, which its caller closes. told: what the controller is told of it; None: what it says."""
+        return LoopbackRouter(
+            name,
+            self._directory,
+            controller=lambda: self.controller_server.address,
+            limits=self._limits,
+            batch_invariant=self._batch_invariant,
+            open_elsewhere=self._open_elsewhere,
+            told=told,
         )
-        self.metrics = Metrics(model="tiny")
-        pool = ExpertPool(self.placements, connect=_connect, control=_control)
-        self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
-        limits = EngineLimits(max_running=max_running, max_waiting=max_waiting, max_cached_tokens=4096)
-        self.router = Router(
-            directory,
-            self.remote,
-            make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
-            metrics=self.metrics,
-            on_change=self.placements.renew,
-        )
-        self._own_state = self.router.state
-        self.router_server = serve_router(self.router)
 
     def start_controller(self) -> tuple[Controller, RunningServer]:
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(self._directory).layers}
@@ -95,6 +95,7 @@ class LoopbackCluster:
             watch=_watch,
             metrics=Metrics(model="tiny"),
             routers=self._router_supervisor,
+            open_elsewhere=self._open_elsewhere,
         )
         controller.start(20.0)
         return controller, serve_controller(controller)
@@ -110,7 +111,9 @@ class LoopbackCluster:
         self.services.pop(actor).close()
 
     def revive(self, actor: str) -> None:
-        self.services[actor] = ExpertService(name=actor, batch_invariant=self._batch_invariant)
+        self.services[actor] = ExpertService(
+            name=actor, batch_invariant=self._batch_invariant, open_elsewhere=self._open_elsewhere
+        )
         self.servers[actor] = serve_expert(self.services[actor])
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
@@ -142,17 +145,54 @@ class LoopbackCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.router_server.stop(0.0)
-        self.router.close()
-        self.placements.close()
+        self._first.close()
         self.controller.close()
         self.controller_server.stop(0.0)
         for name in list(self.servers):
             self.kill(name)
 
 
-def _connect(address: ActorAddress) -> GrpcExpertTransport:
-    return GrpcExpertTransport(address, router="router", shared_memory_bytes=2**20)
+class LoopbackRouter:
+    """A router, its server, and its way to the controller."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: str,
+        *,
+        controller: Callable[[], str],
+        limits: EngineLimits,
+        batch_invariant: bool,
+        open_elsewhere: OpenCheckpoint | None,
+        told: Callable[[], RouterState | None],
+    ) -> None:
+        """controller: where it is reached now. told: see LoopbackCluster.add_router."""
+        self._own_state = lambda: RouterState(router=name)
+        self.placements = ControllerClient(router=name, resolve=controller, state=lambda: told() or self._own_state())
+        self.metrics = Metrics(model="tiny")
+        pool = ExpertPool(self.placements, connect=partial(_connect, router=name), control=_control)
+        self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
+        self.router = Router(
+            directory,
+            self.remote,
+            make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
+            name=name,
+            metrics=self.metrics,
+            on_change=self.placements.renew,
+            open_elsewhere=open_elsewhere,
+        )
+        self._own_state = self.router.state
+        self.server = serve_router(self.router)
+
+    def close(self) -> None:
+        """Ends it, its connections first, as a crash does: nobody is told. Again is fine."""
+        self.server.stop(0.0)
+        self.placements.close()
+        self.router.close()
+
+
+def _connect(address: ActorAddress, *, router: str) -> GrpcExpertTransport:
+    return GrpcExpertTransport(address, router=router, shared_memory_bytes=2**20)
 
 
 def _control(address: ActorAddress) -> GrpcExpertControl:

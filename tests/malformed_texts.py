@@ -45,6 +45,10 @@ def more_than_wanted(rng: random.Random, request: router_pb2.GenerateRequest) ->
     request.generated_ids.extend([65] * rng.randint(3, 9))
 
 
+def version_of_nothing(rng: random.Random, request: router_pb2.GenerateRequest) -> None:
+    request.weight_version = rng.choice([1, 2, 2**64 - 1])
+
+
 def strange_length(rng: random.Random, request: router_pb2.GenerateRequest) -> None:
     request.max_new_tokens = rng.choice([-1, -(2**31), 2**31 - 1, 2**16, 1000])
 
@@ -109,6 +113,7 @@ BREAKS: tuple[Break, ...] = (
     strange_ids,
     strange_generated_ids,
     more_than_wanted,
+    version_of_nothing,
     strange_length,
     strange_messages,
     strange_stop,

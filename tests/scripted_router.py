@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError
+from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, StaleOrder
 from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogprob
 from moecluster.rpc.router_server import serve_router
 from moecluster.types import RouterStatus
@@ -84,6 +84,7 @@ class ScriptedRouter:
         self.hold = threading.Event()  # texts go on while it is set,
         self.hold.set()
         self.free_tokens = 0  # or until they have so many tokens
+        self.versions: tuple[int, ...] = (1,)  # of weights: the first one is served, all are held
         self.requests: list[GenerationRequest] = []
         self.running: dict[str, threading.Event] = {}
         self.controller = ""
@@ -93,6 +94,8 @@ class ScriptedRouter:
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
         if self.error is not None:
             raise self.error
+        if request.weight_version not in (0, *self.versions):
+            raise StaleOrder(f"weight version {request.weight_version} is not held here: {self.versions[0]} is served")
         if len(self.running) >= self.max_running:
             raise Exhausted(f"{self.max_running} texts run already", retry_after_s=1.4)
         prompt_tokens = len(request.prompt_ids) or len((request.prompt or request.messages_json).split())
@@ -107,7 +110,7 @@ class ScriptedRouter:
 
     def _write(self, request: GenerationRequest, prompt_tokens: int) -> Iterator[GenerationPiece]:
         cancelled, tokens = self.running[request.request_id], self.script(request)
-        done = len(request.generated_ids)
+        done, version = len(request.generated_ids), request.weight_version or self.versions[0]
         assert list(request.generated_ids) == [token.logprob.id for token in tokens[:done]], "another text was begun"
         text, finish = "".join(token.text for token in tokens[:done]), "length"
         if any(stop in text for stop in request.stop):
@@ -132,7 +135,7 @@ class ScriptedRouter:
                     before = text[: text.index(stop)]
                     piece = before[len(text) - len(piece) :]
                 logprobs = (token.logprob,) if request.logprobs else ()
-                yield GenerationPiece(ids=(token.logprob.id,), text=piece, logprobs=logprobs)
+                yield GenerationPiece(ids=(token.logprob.id,), text=piece, logprobs=logprobs, weight_version=version)
                 if stop is not None:
                     finish = "stop"
                     break
@@ -140,7 +143,7 @@ class ScriptedRouter:
                 self.break_after = None
                 raise self.breaking
             if not self.silent_end:
-                yield GenerationPiece(finish_reason=finish, prompt_tokens=prompt_tokens, weight_version=1)
+                yield GenerationPiece(finish_reason=finish, prompt_tokens=prompt_tokens, weight_version=version)
         finally:
             self.running.pop(request.request_id, None)
 

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from moecluster.errors import Exhausted, MoeClusterError, Unavailable
+from moecluster.errors import Exhausted, MoeClusterError, StaleOrder, Unavailable
 
 AVOID_S = 10.0  # a router that was lost is asked after the others for so long
 PAUSE_S = 0.2  # between two rounds in which no router took the text
@@ -52,7 +52,8 @@ class Route:
 
     In a round every known router is asked once, then those that are found by asking where they are now. A round in
     which none took the text is followed by another until patience_s is over. Once a router has written anything, a loss
-    begins a new round with new patience.
+    begins a new round with new patience. The weights that the text was begun with are given up only when some router is
+    there without them, and none that may hold them has room.
     """
 
     def __init__(self, routers: Routers, *, patience_s: float, timeout_s: float, discovers: bool) -> None:
@@ -66,6 +67,8 @@ class Route:
         self._asked = ""  # the router that was asked last
         self._lost: MoeClusterError = Unavailable("there is no router to ask")
         self._full: Exhausted | None = None
+        self._stale: StaleOrder | None = None  # a router is there and does not hold the text's weights
+        self.any_version = False  # the text is to go on with whatever weights are served
 
     @property
     def left_s(self) -> float:
@@ -78,19 +81,23 @@ class Route:
         return self._asked or None
 
     def failed(self, error: MoeClusterError, *, wrote: bool) -> None:
-        """The router that was asked last is lost or full. Raises any error that another router would not mend.
+        """The router that was asked last is lost, full or without the text's weights. Raises any error that another
+        router would not mend.
 
         wrote: it had added to the text.
         """
         if isinstance(error, Exhausted):
             self._full = error
+        elif isinstance(error, StaleOrder):
+            self._stale = error
         elif isinstance(error, Unavailable):
             self._lost = error
             self._routers.lost(self._asked)
         else:
             raise error
         if wrote:
-            self._full = None
+            self._full = self._stale = None
+            self.any_version = False
             self._fruitless_since_s = time.monotonic()
             self._begin_round()
 
@@ -107,13 +114,17 @@ class Route:
     def pause_s(self) -> float:
         """How long to wait before the next round, which begins with this call.
 
-        Raises the last error when patience is over, or would be: Exhausted if a router was there, else Unavailable.
+        Raises the last error when patience is over, or would be: Exhausted if a router was there, StaleOrder if it has
+        not the weights that are served either, else Unavailable.
         """
         wait_s = PAUSE_S if self._full is None else max(self._full.retry_after_s or 0.0, PAUSE_S)
         fruitless_s = time.monotonic() - self._fruitless_since_s
-        if fruitless_s + wait_s > self._patience_s or wait_s >= self.left_s:
-            raise self._full or self._lost
-        self._full = None
+        over = fruitless_s + wait_s > self._patience_s or wait_s >= self.left_s
+        if self._stale is not None and not self.any_version and (self._full is None or over):
+            self.any_version, wait_s = True, 0.0
+        elif over:
+            raise self._full or self._stale or self._lost
+        self._full = self._stale = None
         self._begin_round()
         return wait_s
 

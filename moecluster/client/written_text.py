@@ -23,7 +23,7 @@ class WrittenText:
         self.finish_reason = ""  # stop | length | cancelled
         self.prompt_tokens = 0
         self.cached_tokens = 0  # of the prompt, that needed no computing
-        self.weight_version = 0  # that wrote the end of the text
+        self.weight_version = 0  # that wrote what came last
         self.experts: Mapping[ExpertId, int] = {}  # assignments of prompt and continuation at the last router
         self._received = ReceivedText(request)
         self._route = route
@@ -42,16 +42,18 @@ class WrittenText:
     def _next_message(self, address: str) -> router_pb2.GenerateRequest:
         """What to ask the router at this address."""
         self.address = address
+        if self._route.any_version:
+            self._received.give_up_version()
         return encode_generation_request(self._received.next_request())
 
     def _note(self, message: router_pb2.GenerateReply) -> GenerationPiece:
         piece = decode_piece(message)
         self._received.take(piece)
         self.logprobs += piece.logprobs
+        self.weight_version = piece.weight_version
         if piece.finish_reason:
             self.finish_reason, self.prompt_tokens = piece.finish_reason, piece.prompt_tokens
-            self.cached_tokens, self.weight_version = piece.cached_tokens, piece.weight_version
-            self.experts = piece.experts
+            self.cached_tokens, self.experts = piece.cached_tokens, piece.experts
         return piece
 
     def _check_finished(self) -> None:

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from moecluster.errors import CheckpointError
+from moecluster.models.checkpoint import Checkpoint
 from moecluster.models.expert_source import ExpertSource
 from moecluster.types import ExpertId
 
 
-def check_same_shape(served: str | Path, wanted: str | Path) -> None:
+def check_same_shape(served: str | Path | Checkpoint, wanted: str | Path | Checkpoint) -> None:
     """Reads headers only. Raises CheckpointError, in one line, if `wanted` is not whole or of another shape than
     `served`; UnsupportedModelError if it is of a family that cannot be read."""
     new, old = ExpertSource(wanted), ExpertSource(served)
+    wanted, served = new.checkpoint.path, old.checkpoint.path
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         is_, was = new.checkpoint.config().get(key), old.checkpoint.config().get(key)
         if is_ != was:

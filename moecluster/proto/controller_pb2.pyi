@@ -67,7 +67,7 @@ class Replica(_message.Message):
     def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., actor: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint", "next_weight_version", "next_checkpoint")
+    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint", "next_weight_version", "next_checkpoint", "old_weight_version")
     class LayerExpertsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class Placement(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     NEXT_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     NEXT_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    OLD_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorAddress]
@@ -97,7 +98,8 @@ class Placement(_message.Message):
     checkpoint: str
     next_weight_version: int
     next_checkpoint: str
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ..., next_weight_version: _Optional[int] = ..., next_checkpoint: _Optional[str] = ...) -> None: ...
+    old_weight_version: int
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ..., next_weight_version: _Optional[int] = ..., next_checkpoint: _Optional[str] = ..., old_weight_version: _Optional[int] = ...) -> None: ...
 
 class FailureReport(_message.Message):
     __slots__ = ("reporter", "actor", "incarnation", "reason")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from moecluster.proto import tensor_pb2 as moecluster_dot_proto_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoecluster/proto/router.proto\x12\rmoecluster.v1\x1a\x1dmoecluster/proto/tensor.proto\"\xef\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\x05\x12\x15\n\rmessages_json\x18\t \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x13\n\x0btemperature\x18\x05 \x01(\x01\x12\r\n\x05top_p\x18\x06 \x01(\x01\x12\r\n\x05top_k\x18\x07 \x01(\x05\x12\r\n\x05min_p\x18\x0c \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\r \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0e \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0f \x01(\x01\x12\x41\n\nlogit_bias\x18\x10 \x03(\x0b\x32-.moecluster.v1.GenerateRequest.LogitBiasEntry\x12\x10\n\x08logprobs\x18\x11 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x12 \x01(\x05\x12\x15\n\rgenerated_ids\x18\x13 \x03(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe3\x01\n\rGenerateReply\x12\x0b\n\x03ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.moecluster.v1.TokenLogprob\x12+\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1a.moecluster.v1.ExpertCount\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x05\x12\x15\n\rcached_tokens\x18\x07 \x01(\x05\x12\x16\n\x0eweight_version\x18\x08 \x01(\x04\"d\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\x0c\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.moecluster.v1.TokenLogprob\"L\n\x0b\x45xpertCount\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\x13\n\x0b\x61ssignments\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"P\n\nMoeRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12 \n\x01x\x18\x02 \x01(\x0b\x32\x15.moecluster.v1.Tensor\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"x\n\x08MoeReply\x12 \n\x01y\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Tensor\x12\"\n\x03ids\x18\x02 \x01(\x0b\x32\x15.moecluster.v1.Tensor\x12&\n\x07weights\x18\x03 \x01(\x0b\x32\x15.moecluster.v1.Tensor\"\x15\n\x13RouterStatusRequest\"\xce\x01\n\x0cRouterStatus\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0eplacement_term\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x11\n\trss_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07waiting\x18\x07 \x01(\x05\x12\x16\n\x0eweight_version\x18\x08 \x01(\x04\x12\x12\n\nmax_tokens\x18\t \x01(\x05\x12\x12\n\ncontroller\x18\n \x01(\t2\xa5\x02\n\rRouterService\x12J\n\x08Generate\x12\x1e.moecluster.v1.GenerateRequest\x1a\x1c.moecluster.v1.GenerateReply0\x01\x12\x42\n\x06\x43\x61ncel\x12\x1c.moecluster.v1.CancelRequest\x1a\x1a.moecluster.v1.CancelReply\x12\x39\n\x03Moe\x12\x19.moecluster.v1.MoeRequest\x1a\x17.moecluster.v1.MoeReply\x12I\n\x06Status\x12\".moecluster.v1.RouterStatusRequest\x1a\x1b.moecluster.v1.RouterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoecluster/proto/router.proto\x12\rmoecluster.v1\x1a\x1dmoecluster/proto/tensor.proto\"\x87\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\x05\x12\x15\n\rmessages_json\x18\t \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x13\n\x0btemperature\x18\x05 \x01(\x01\x12\r\n\x05top_p\x18\x06 \x01(\x01\x12\r\n\x05top_k\x18\x07 \x01(\x05\x12\r\n\x05min_p\x18\x0c \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\r \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0e \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0f \x01(\x01\x12\x41\n\nlogit_bias\x18\x10 \x03(\x0b\x32-.moecluster.v1.GenerateRequest.LogitBiasEntry\x12\x10\n\x08logprobs\x18\x11 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x12 \x01(\x05\x12\x15\n\rgenerated_ids\x18\x13 \x03(\x05\x12\x16\n\x0eweight_version\x18\x14 \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe3\x01\n\rGenerateReply\x12\x0b\n\x03ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.moecluster.v1.TokenLogprob\x12\x16\n\x0eweight_version\x18\x08 \x01(\x04\x12+\n\x07\x65xperts\x18\x03 \x03(\x0b\x32\x1a.moecluster.v1.ExpertCount\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x05\x12\x15\n\rcached_tokens\x18\x07 \x01(\x05\"d\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\x0c\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.moecluster.v1.TokenLogprob\"L\n\x0b\x45xpertCount\x12(\n\x06\x65xpert\x18\x01 \x01(\x0b\x32\x18.moecluster.v1.ExpertRef\x12\x13\n\x0b\x61ssignments\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"P\n\nMoeRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12 \n\x01x\x18\x02 \x01(\x0b\x32\x15.moecluster.v1.Tensor\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"x\n\x08MoeReply\x12 \n\x01y\x18\x01 \x01(\x0b\x32\x15.moecluster.v1.Tensor\x12\"\n\x03ids\x18\x02 \x01(\x0b\x32\x15.moecluster.v1.Tensor\x12&\n\x07weights\x18\x03 \x01(\x0b\x32\x15.moecluster.v1.Tensor\"\x15\n\x13RouterStatusRequest\"\xce\x01\n\x0cRouterStatus\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0eplacement_term\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x11\n\trss_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07waiting\x18\x07 \x01(\x05\x12\x16\n\x0eweight_version\x18\x08 \x01(\x04\x12\x12\n\nmax_tokens\x18\t \x01(\x05\x12\x12\n\ncontroller\x18\n \x01(\t2\xa5\x02\n\rRouterService\x12J\n\x08Generate\x12\x1e.moecluster.v1.GenerateRequest\x1a\x1c.moecluster.v1.GenerateReply0\x01\x12\x42\n\x06\x43\x61ncel\x12\x1c.moecluster.v1.CancelRequest\x1a\x1a.moecluster.v1.CancelReply\x12\x39\n\x03Moe\x12\x19.moecluster.v1.MoeRequest\x1a\x17.moecluster.v1.MoeReply\x12I\n\x06Status\x12\".moecluster.v1.RouterStatusRequest\x1a\x1b.moecluster.v1.RouterStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,27 +35,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEREQUEST']._serialized_start=80
-  _globals['_GENERATEREQUEST']._serialized_end=575
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=527
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=575
-  _globals['_GENERATEREPLY']._serialized_start=578
-  _globals['_GENERATEREPLY']._serialized_end=805
-  _globals['_TOKENLOGPROB']._serialized_start=807
-  _globals['_TOKENLOGPROB']._serialized_end=907
-  _globals['_EXPERTCOUNT']._serialized_start=909
-  _globals['_EXPERTCOUNT']._serialized_end=985
-  _globals['_CANCELREQUEST']._serialized_start=987
-  _globals['_CANCELREQUEST']._serialized_end=1022
-  _globals['_CANCELREPLY']._serialized_start=1024
-  _globals['_CANCELREPLY']._serialized_end=1052
-  _globals['_MOEREQUEST']._serialized_start=1054
-  _globals['_MOEREQUEST']._serialized_end=1134
-  _globals['_MOEREPLY']._serialized_start=1136
-  _globals['_MOEREPLY']._serialized_end=1256
-  _globals['_ROUTERSTATUSREQUEST']._serialized_start=1258
-  _globals['_ROUTERSTATUSREQUEST']._serialized_end=1279
-  _globals['_ROUTERSTATUS']._serialized_start=1282
-  _globals['_ROUTERSTATUS']._serialized_end=1488
-  _globals['_ROUTERSERVICE']._serialized_start=1491
-  _globals['_ROUTERSERVICE']._serialized_end=1784
+  _globals['_GENERATEREQUEST']._serialized_end=599
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=551
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=599
+  _globals['_GENERATEREPLY']._serialized_start=602
+  _globals['_GENERATEREPLY']._serialized_end=829
+  _globals['_TOKENLOGPROB']._serialized_start=831
+  _globals['_TOKENLOGPROB']._serialized_end=931
+  _globals['_EXPERTCOUNT']._serialized_start=933
+  _globals['_EXPERTCOUNT']._serialized_end=1009
+  _globals['_CANCELREQUEST']._serialized_start=1011
+  _globals['_CANCELREQUEST']._serialized_end=1046
+  _globals['_CANCELREPLY']._serialized_start=1048
+  _globals['_CANCELREPLY']._serialized_end=1076
+  _globals['_MOEREQUEST']._serialized_start=1078
+  _globals['_MOEREQUEST']._serialized_end=1158
+  _globals['_MOEREPLY']._serialized_start=1160
+  _globals['_MOEREPLY']._serialized_end=1280
+  _globals['_ROUTERSTATUSREQUEST']._serialized_start=1282
+  _globals['_ROUTERSTATUSREQUEST']._serialized_end=1303
+  _globals['_ROUTERSTATUS']._serialized_start=1306
+  _globals['_ROUTERSTATUS']._serialized_end=1512
+  _globals['_ROUTERSERVICE']._serialized_start=1515
+  _globals['_ROUTERSERVICE']._serialized_end=1808
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from moecluster.errors import ResourceError, UserError
 from moecluster.metrics import Metrics
+from moecluster.models.checkpoint import OpenCheckpoint
 from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.changer import Changer
@@ -61,11 +62,14 @@ class Controller:
         source: LoadSource | None = None,
         routers: RouterSupervisor | None = None,
         on_deposed: Callable[[], None] = lambda: None,
+        announce: Callable[[str], None] = lambda checkpoint: None,
+        open_elsewhere: OpenCheckpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """source: where loads come from; by default the routers' reports. routers: None: they are not started or ended
-        from here. on_deposed is called when another controller has taken over. clock: seconds, for leases and
-        durations."""
+        from here. on_deposed is called when another controller has taken over. announce: lets nodes that do not see a
+        directory read it, if a node that can give it does. open_elsewhere: opens checkpoints that this node does not
+        see. clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
@@ -141,6 +145,8 @@ class Controller:
             log=self._log,
             sizing=self._sizing,
             on_order=self._changer.wake,
+            announce=announce,
+            open_elsewhere=open_elsewhere,
         )
         self._routers: RouterSizing | None = None
         if routers is not None:

@@ -91,7 +91,9 @@ class Exchange:
             for message in sent:
                 try:
                     answers.append((message.part, self._wait(message, deadline_s)))
-                except (Exhausted, NotHosted, Unavailable, DeadlineExceeded) as exc:
+                except (Exhausted, NotHosted, Unavailable, DeadlineExceeded, StaleOrder) as exc:
+                    if isinstance(exc, StaleOrder) and message.transport is not None:
+                        raise  # the weight version is gone; without a way there, it is the actor's life that is
                     last = exc
                     lost.append(message.part.pair_slots_P.numpy())
                     self._note_failure(message, placement, exc, failing, attempt, deadline_s)

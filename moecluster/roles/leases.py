@@ -21,12 +21,17 @@ class Lease:
 
 
 class Leases:
-    """A router counts for lease_s after each renewal. Thread-safe."""
+    """A router counts for lease_s after each renewal. Thread-safe.
+
+    A new life of a router takes the place of the old one at once; what the old one did is remembered as if its lease
+    had run out.
+    """
 
     def __init__(self, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
         self._clock = clock
         self._leases: dict[str, Lease] = {}
+        self._former: tuple[Lease, ...] = ()  # of lives that ended before their leases did
         self._changed = threading.Condition()
 
     def renew(
@@ -34,17 +39,19 @@ class Leases:
     ) -> bool:
         """The router counts from now on, and stands as it says. True if it begins or ceases to hold the placement, or
         uses or can use other weight versions than before.
-
-        A new life of a router takes the place of the old one at once.
         """
         with self._changed:
             before = self._standing().get(router)
-            lease = self._leases[router] = Lease(
+            lease = Lease(
                 expires_s=self._clock() + self._lease_s,
                 applied=applied,
                 state=state or RouterState(router=router),
                 hold=hold,
             )
+            last = self._leases.get(router)
+            if last is not None and _another_life(last.state, lease.state):
+                self._former = (*self._former, last)
+            self._leases[router] = lease
             self._changed.notify_all()
             return hold != (before is not None and before.hold) or _weights(lease) != _weights(before)
 
@@ -59,6 +66,13 @@ class Leases:
             since_s = self._clock() - min(grace_s, KEPT_S)
             return {router: lease for router, lease in self._leases.items() if lease.expires_s > since_s}
 
+    def heard_before(self, grace_s: float) -> tuple[Lease, ...]:
+        """As `heard`: the last leases of lives that others have followed, or that were ended."""
+        with self._changed:
+            now_s = self._clock()
+            self._former = tuple(lease for lease in self._former if lease.expires_s > now_s - KEPT_S)
+            return tuple(lease for lease in self._former if lease.expires_s > now_s - min(grace_s, KEPT_S))
+
     def states(self) -> dict[str, RouterState]:
         """What the routers that hold a lease now say of themselves, by their names, which are sorted."""
         return {router: lease.state for router, lease in sorted(self.standing().items())}
@@ -66,7 +80,8 @@ class Leases:
     def drop(self, router: str) -> None:
         """The router was ended: it is waited for no more."""
         with self._changed:
-            self._leases.pop(router, None)
+            last = self._leases.pop(router, None)
+            self._former += (last,) if last is not None and last.state.weight_version else ()
             self._changed.notify_all()
 
     def any_hold(self) -> bool:
@@ -88,6 +103,12 @@ class Leases:
         now_s = self._clock()
         self._leases = {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s - KEPT_S}
         return {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s}
+
+
+def _another_life(before: RouterState, now: RouterState) -> bool:
+    """A router that has just started knows of no version, and listens elsewhere."""
+    moved = before.address and now.address and before.address != now.address
+    return bool(before.weight_version and (moved or not now.weight_version))
 
 
 def _weights(lease: Lease | None) -> tuple[int, ...]:

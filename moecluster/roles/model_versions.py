@@ -2,6 +2,7 @@
 
 A text is written to its end with the version that it was begun with. The versions follow the placement: the trunk of
 the version that is next is loaded beside the one in use, so that the change is only that new texts take the other one.
+The old one is kept while the placement names it: texts that another router began with it may go on here.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Generic, Self, TypeVar
 
 import torch
 
-from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
 from moecluster.roles.freed_memory import return_freed_memory
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.types import Placement
@@ -125,6 +126,7 @@ class ModelVersions(Generic[ModelT]):
         self._current = self._loaded(Path(path), 0)
         self._next: _Loaded[ModelT] | None = None
         self._retired: list[_Loaded[ModelT]] = []  # texts may still be written with them
+        self._old = 0  # the version of texts that may still come from other routers; 0: none
         self._failed = 0  # the version whose trunk could not be loaded last
         self._problem = ""  # and why
         self._is_settled = False  # the current version is that of a placement, or was once
@@ -133,17 +135,22 @@ class ModelVersions(Generic[ModelT]):
         self._thread = threading.Thread(target=self._run, name="model-versions", daemon=True)
         self._thread.start()
 
-    def use(self, timeout_s: float = SETTLE_TIMEOUT_S) -> ModelUse[ModelT]:
-        """The version that a new text is to be written with; it stays until the use is released.
+    def use(self, timeout_s: float = SETTLE_TIMEOUT_S, *, version: int = 0) -> ModelUse[ModelT]:
+        """The version that a new text is to be written with, or the named one; it stays until the use is released.
 
-        Waits while a router that has just started finds out what is served. Raises Unavailable after the timeout.
+        Waits while a router that has just started finds out what is served. Raises Unavailable after the timeout, and
+        StaleOrder if the named version is not here.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_settled or self._closed.is_set(), timeout_s):
                 why = f": {self._problem}" if self._problem else ": no controller has said so yet"
                 raise Unavailable(f"the router does not know within {timeout_s:g} s what is served{why}")
-            self._current.uses += 1
-            return ModelUse(self._current, self._released)
+            loaded = self._held(version)
+            loaded.uses += 1
+            begun = loaded.uses == 1 and loaded is not self._current
+        if begun:
+            self._on_change()
+        return ModelUse(loaded, self._released)
 
     @property
     def current(self) -> tuple[Path, ModelT]:
@@ -203,6 +210,8 @@ class ModelVersions(Generic[ModelT]):
 
     def _follow(self, placement: Placement) -> bool:
         """Takes the versions that the placement names. False if there is more to do, later."""
+        with self._changed:
+            self._old = placement.old_weight_version
         published, following = placement.weight_version, placement.next_weight_version
         if not self._is_settled and (not published or _same(placement.checkpoint, self._current.path)):
             with self._changed:
@@ -257,6 +266,16 @@ class ModelVersions(Generic[ModelT]):
         self._on_change()
         return True
 
+    def _held(self, version: int) -> _Loaded[ModelT]:
+        """A version, or (0) the current one. Under the lock. Raises StaleOrder."""
+        if version in (0, self._current.version):
+            return self._current
+        others = (*reversed(self._retired), *([self._next] if self._next is not None else []))
+        for loaded in others:
+            if loaded.version == version:
+                return loaded
+        raise StaleOrder(f"weight version {version} is not held here: {self._current.version} is served")
+
     def _loaded(self, path: Path, version: int) -> _Loaded[ModelT]:
         backend = VersionExperts(self._experts, version)
         return _Loaded(path, backend, self._load(path, backend))
@@ -282,8 +301,9 @@ class ModelVersions(Generic[ModelT]):
     def _close_idle(self) -> None:
         """By the own thread: a text's thread that ends is not one to wait for texts' threads."""
         with self._changed:
-            idle = [loaded for loaded in self._retired if not loaded.uses]
-            self._retired = [loaded for loaded in self._retired if loaded.uses]
+            kept = [loaded for loaded in self._retired if loaded.uses or loaded.version == self._old != 0]
+            idle = [loaded for loaded in self._retired if loaded not in kept]
+            self._retired = kept
         for loaded in idle:
             self._close(loaded.model)
         if idle:

@@ -109,12 +109,12 @@ class Router:
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
         """The pieces of a text as they come. An iterator that is left early ends its text.
 
-        Raises InvalidMessage, naming the field, or Exhausted when too many texts wait; while it runs, what reaching the
-        experts raises.
+        Raises InvalidMessage, naming the field, Exhausted when too many texts wait, or StaleOrder where the weight
+        version that a text was begun with is not here; while it runs, what reaching the experts raises.
         """
         use = None
         try:
-            use = self._models.use()
+            use = self._models.use(version=request.weight_version)
             served = use.model
             ids = prompt_ids(request, served.tokenizer, served.model.config.get_text_config().vocab_size)
             return served.engine.begin(request, ids, on_over=use.release)

@@ -60,6 +60,7 @@ class StandingState:
             checkpoint=self.versions.checkpoint,
             next_weight_version=following.version if following is not None else 0,
             next_checkpoint=following.checkpoint if following is not None else "",
+            old_weight_version=self.versions.old,
         )
 
 

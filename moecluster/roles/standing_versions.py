@@ -30,6 +30,11 @@ class StandingVersions:
         return tuple(v for v in self.all if v.version <= self.weight_version)
 
     @property
+    def old(self) -> int:
+        """The version of which texts may still be written although new ones are not; 0: none."""
+        return next((v.version for v in self.all if v.version < self.weight_version), 0)
+
+    @property
     def next(self) -> WeightVersion | None:
         """The version that is being prepared."""
         return self.all[-1] if self.all[-1].version > self.weight_version else None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 
 from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError
+from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.same_shape import check_same_shape
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
@@ -30,8 +31,12 @@ class UserOrders:
         log: OperationLog,
         sizing: Sizing,
         on_order: Callable[[], None],
+        announce: Callable[[str], None] = lambda checkpoint: None,
+        open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """max_actors: 0 for no limit. on_order is called when something was queued."""
+        """max_actors: 0 for no limit. on_order is called when something was queued. announce: lets nodes that do not
+        see a directory read it, if a node that can give it does. open_elsewhere: opens checkpoints that this node does
+        not see."""
         self._min_actors = min_actors
         self._max_actors = max_actors
         self._standing = standing
@@ -39,6 +44,8 @@ class UserOrders:
         self._log = log
         self._sizing = sizing
         self._on_order = on_order
+        self._announce = announce
+        self._open_elsewhere = open_elsewhere
 
     def scale(self, expert_actors: int, operation_id: str) -> Operation:
         """Raises ResourceError beyond the limits."""
@@ -83,7 +90,9 @@ class UserOrders:
                     f"update: {checkpoint} is weight version {newest.version} already; write new weights to another "
                     "directory"
                 )
-            check_same_shape(versions.checkpoint, checkpoint)
+            self._announce(checkpoint)
+            served, wanted = (open_checkpoint(path, self._open_elsewhere) for path in (versions.checkpoint, checkpoint))
+            check_same_shape(served, wanted)
         return self._order(UPDATE, (checkpoint,), operation_id)
 
     def wake(self, router: str, experts: Sequence[ExpertId]) -> None:

@@ -2,7 +2,8 @@
 
 1. Every actor loads the new version of what it holds (its keeper does), and every router its trunk.
 2. The version is published: routers begin new texts with it, and end those that run with the old one.
-3. When no text is written with the old version any more it is dropped.
+3. When no text is written with the old version any more it is dropped. The texts of a router that was lost count for a
+   while: another router, which may hold the old version as long as it stands, takes them up.
 
 Nothing here waits: each look goes as far as it can, and the cluster is looked after between two looks. Where an update
 stands is seen from the versions that stand, so a successor goes on with it.
@@ -23,6 +24,7 @@ from moecluster.types import Operation, OperationPhase
 logger = logging.getLogger(__name__)
 
 KIND = "update"  # of the operations that are carried out here
+FIRST_TERM = 1  # of a controller that succeeds nobody
 NAMED = 4  # actors or routers in a detail
 
 
@@ -32,7 +34,8 @@ class UpdateSettings:
 
     prepare_timeout_s: float = 600.0  # until everybody has loaded the new version
     texts_timeout_s: float = 3600.0  # for texts that were begun with the old version; as long as the longest text
-    router_grace_s: float = 30.0  # how long a router is waited for whose lease ran out: loading a trunk is hard work
+    # How long a router counts whose lease ran out: loading a trunk is hard work, and its texts go on elsewhere.
+    router_grace_s: float = 30.0
 
 
 class WeightUpdates:
@@ -60,6 +63,7 @@ class WeightUpdates:
         self._not_prepared = not_prepared
         self._settled = settled
         self._clock = clock
+        self._begun_s = clock()
         self._known: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
         self._since_s = 0.0  # when this controller first saw it so
         self._told = (0, 0)  # a placement that says so
@@ -140,13 +144,16 @@ class WeightUpdates:
         """The new version is published: drops the old one when no text is written with it any more."""
         version = self._standing.versions.weight_version
         since_s, told = self._seen(version, published=True)
-        if not self._settled():
+        if not self._settled() or self._may_miss_lost_routers():
             return  # a successor does not know yet who writes
-        writing = [
-            name
-            for name, lease in self._routers().items()
-            if lease.applied < told or lease.state.oldest_weight_version < version
-        ]
+        leases = (*self._routers().values(), *self._leases.heard_before(self._settings.router_grace_s))
+        writing = sorted(
+            {
+                lease.state.router
+                for lease in leases
+                if lease.applied < told or lease.state.oldest_weight_version < version
+            }
+        )
         if writing and self._clock() - since_s < self._settings.texts_timeout_s:
             if operation is not None:
                 begun = f"new texts are written with version {version}; older ones are still written by "
@@ -176,6 +183,11 @@ class WeightUpdates:
             self._standing.drop_other_versions()
         elif len(self._standing.versions.all) > 1:
             self._end_texts(None)
+
+    def _may_miss_lost_routers(self) -> bool:
+        """Whether routers may have been lost with their texts shortly before this controller succeeded another one."""
+        term, _ = self._standing.number
+        return term > FIRST_TERM and self._clock() - self._begun_s < self._settings.router_grace_s
 
     def _routers(self) -> dict[str, Lease]:
         """Those that write texts, as they last were; others say of no version that they use it."""

@@ -36,6 +36,7 @@ def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Pla
         checkpoint=placement.checkpoint,
         next_weight_version=placement.next_weight_version,
         next_checkpoint=placement.next_checkpoint,
+        old_weight_version=placement.old_weight_version,
     )
 
 
@@ -78,6 +79,7 @@ def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, floa
         next_checkpoint=(
             checked_path(message.next_checkpoint, "next_checkpoint") if message.next_weight_version else ""
         ),
+        old_weight_version=message.old_weight_version,
     )
     return placement, message.lease_s
 

@@ -45,6 +45,7 @@ def encode_generation_request(request: GenerationRequest) -> router_pb2.Generate
         logprobs=request.logprobs,
         top_logprobs=request.top_logprobs,
         generated_ids=request.generated_ids,
+        weight_version=request.weight_version,
     )
 
 
@@ -68,6 +69,8 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
     # As many as max_new_tokens are right: the router that wrote them was lost before it said that this is the end.
     if 0 < message.max_new_tokens < len(message.generated_ids):
         raise InvalidMessage(f"generated_ids: {len(message.generated_ids)}, more than max_new_tokens")
+    if message.weight_version and not message.generated_ids:
+        raise InvalidMessage(f"weight_version: {message.weight_version}, and a text that begins has none of its own")
     return GenerationRequest(
         request_id=checked_name(message.request_id, "request_id"),
         prompt=message.prompt,
@@ -80,6 +83,7 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
         logprobs=message.logprobs,
         top_logprobs=int(_within(message.top_logprobs, 0, MAX_TOP_LOGPROBS, "top_logprobs")),
         generated_ids=tuple(message.generated_ids),
+        weight_version=message.weight_version,
     )
 
 

@@ -97,7 +97,9 @@ class RunningText:
             return True
         text, self._reason = self._take(chosen.id)
         logprobs = (self._logprob(chosen),) if self.wants_logprobs else ()
-        self._pieces.put(GenerationPiece(ids=(chosen.id,), text=text, logprobs=logprobs))
+        self._pieces.put(
+            GenerationPiece(ids=(chosen.id,), text=text, logprobs=logprobs, weight_version=self.weight_version)
+        )
         self._observe_token()
         return bool(self._reason)
 

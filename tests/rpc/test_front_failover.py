@@ -127,6 +127,38 @@ def test_the_only_router_is_waited_for(first) -> None:
         assert 0 < len(first.requests[-1].generated_ids) < 30
 
 
+def break_in_turn(first: ScriptedRouter, second: ScriptedRouter) -> None:
+    """Whichever is asked first is lost after 10 words."""
+    for router in (first, second):
+        router.break_after, router.breaking = 10, Unavailable("gone")
+
+
+def test_a_text_goes_on_with_the_weights_that_it_was_begun_with(front, first, second) -> None:
+    break_in_turn(first, second)
+    first.versions, second.versions = (1, 2), (2, 1)
+    assert_whole(ask(front), first, second)
+    asked = sorted((len(r.generated_ids), r.weight_version) for r in (*first.requests, *second.requests))
+    begun = asked[1][1]
+    assert begun in (1, 2) and asked == [(0, 0), (10, begun), (20, begun)]
+
+
+def test_a_begun_text_goes_on_with_what_is_served_once_no_router_holds_its_weights(
+    front, first, second, caplog
+) -> None:
+    break_in_turn(first, second)
+    first.pace_s = second.pace_s = 0.02
+    texts: list[Any] = []
+    thread = threading.Thread(target=lambda: texts.append(ask(front)))
+    thread.start()
+    wait_for(lambda: first.running or second.running)
+    first.versions = second.versions = (2,)
+    thread.join(20.0)
+    assert_whole(texts[0], first, second)
+    asked = sorted((len(r.generated_ids), r.weight_version) for r in (*first.requests, *second.requests))
+    assert asked == [(0, 0), (10, 0), (20, 2)], "from there on with the new one"
+    assert caplog.text.count("no router holds weight version 1 any more: a text goes on behind 10 tokens") == 1
+
+
 def test_a_router_that_is_busy_is_passed_over_and_when_all_are_it_is_said_when_to_try_again(
     front, first, second
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from actors.checkpoint_source import CheckpointSource
 from moecluster.errors import (
     CheckpointError,
     InvalidMessage,
@@ -21,6 +22,7 @@ from moecluster.errors import (
     UserError,
 )
 from moecluster.models.checkpoint import SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.checkpoint_files import LocalFiles
 from moecluster.models.expert_source import ExpertSource
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -292,3 +294,14 @@ def test_only_the_newest_announcements_hold(small: Path, tmp_path: Path) -> None
         announcements.with_id(ids[1])
     with pytest.raises(CheckpointError, match="no model directory"):
         announcements.add("/model/x", tmp_path / "none")
+
+
+def test_a_source_that_was_started_again_gives_what_an_update_announced_to_its_former_life(
+    small: Path, directory: Path, tmp_path: Path
+) -> None:
+    source = CheckpointSource(str(small), "127.0.0.1")
+    found = source.locate(str(directory))
+    assert found is not None and found == source.locate(str(directory))
+    with closing(RemoteFiles(directory, lambda: found)) as files:
+        assert files.weights() == LocalFiles(directory).weights()
+    assert source.locate(str(tmp_path)) is None and source.locate(NAME) is None

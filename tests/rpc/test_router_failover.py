@@ -41,9 +41,12 @@ def writing(
     free_tokens: int | None = None,
     silent_end: bool = False,
     error: MoeClusterError | None = None,
+    versions: tuple[int, ...] = (1,),
 ) -> ScriptedRouter:
-    """A router of TEXT. lost_after: it never gets beyond so many tokens. free_tokens: waits there until cancelled."""
+    """A router of TEXT. lost_after: it never gets beyond so many tokens. free_tokens: waits there until cancelled.
+    versions: of weights that it holds, the served one first."""
     router = ScriptedRouter(script=write_bytes(TEXT))
+    router.versions = versions
     router.breaking, router.silent_end, router.error = LOST, silent_end, error
     if lost_after is not None:
         break_each_time(router, lambda done: max(lost_after - done, 0))
@@ -98,6 +101,13 @@ def whole(written: tuple[str, Any]) -> None:
     assert text == TEXT and bytes(stream.ids) == TEXT.encode()
     assert [logprob.logprob for logprob in stream.logprobs] == [-float(i) for i in range(NUM_IDS)]
     assert stream.finish_reason == "length" and stream.prompt_tokens == len(PROMPT.split())
+
+
+def version_of_whole(written: tuple[str, Any]) -> int:
+    """The weights that the end of such a text was written with."""
+    whole(written)
+    version: int = written[1].weight_version
+    return version
 
 
 @BOTH
@@ -155,6 +165,44 @@ def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_
         with pytest.raises(Exhausted, match="too many") as caught:
             write([busy, NOBODY], whole)
         assert caught.value.retry_after_s == 7.5
+
+
+@BOTH
+def test_a_text_goes_on_with_the_weights_that_it_was_begun_with_where_a_router_holds_them(write) -> None:
+    first, other = writing(lost_after=4, versions=(1,)), writing(versions=(2,))
+    holding = writing(versions=(2, 1))
+    with serving(first, other, holding) as addresses:
+        assert write(addresses, version_of_whole) == 1
+    assert [request.weight_version for router in (first, other, holding) for request in router.requests] == [0, 1]
+
+
+@BOTH
+def test_a_text_goes_on_with_what_is_served_once_no_router_holds_its_weights(write, caplog) -> None:
+    first = writing(lost_after=4, versions=(1,))
+    second, third = writing(versions=(2,)), writing(versions=(2,))
+    second.break_after = third.break_after = 5
+    with serving(first, second, third) as addresses:
+        assert write(addresses, version_of_whole) == 2
+    assert {request.weight_version for request in first.requests} == {0, 1}
+    begun = [(len(r.generated_ids), r.weight_version) for r in (*second.requests, *third.requests)]
+    assert (4, 0) in begun and (9, 2) in begun
+    assert "no router holds weight version 1 any more: a text goes on behind 4 tokens" in caplog.text
+    assert "version 2 any more" not in caplog.text
+
+
+@BOTH
+def test_a_router_that_may_hold_the_weights_and_is_full_is_waited_for(write) -> None:
+    first, other = writing(lost_after=4, versions=(1,)), writing(versions=(2,))
+    full = writing(error=Exhausted("too many", retry_after_s=0.1))
+    has_room = threading.Timer(0.5, setattr, (full, "error", None))
+    has_room.start()
+    with serving(first, other, full) as addresses:
+        assert write(addresses, version_of_whole, patience_s=20.0) == 1
+    has_room.join()
+    first, other = writing(lost_after=4, versions=(1,)), writing(versions=(2,))
+    always_full = writing(error=Exhausted("too many", retry_after_s=0.1))
+    with serving(first, other, always_full) as addresses:  # and when patience is over, what is begun goes on
+        assert write(addresses, version_of_whole, patience_s=0.5) == 2
 
 
 @BOTH

@@ -12,12 +12,15 @@ import torch
 
 from moecluster.errors import CheckpointError, ResourceError, StaleOrder
 from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.composed_checkpoint import compose
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.expert_loader import ExpertLoader
 from moecluster.roles.mover import MoverSettings
 from moecluster.roles.observer import ObserverSettings
 from moecluster.roles.weight_updates import UpdateSettings
+from moecluster.rpc.checkpoint_client import RemoteFiles, SourceAddress
+from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.types import ExpertId, OperationPhase, RouterState
 from tests.loopback_cluster import LoopbackCluster
@@ -144,7 +147,7 @@ def test_the_old_version_stays_until_its_last_text_has_ended(start, versions, al
 
 
 def test_no_text_is_waited_for_longer_than_the_longest_may_take(start, versions) -> None:
-    cluster = start(update=UpdateSettings(texts_timeout_s=0.3))
+    cluster = start(update=UpdateSettings(texts_timeout_s=0.3, router_grace_s=0.0))
     with cluster.router._models.use():
         done(cluster, cluster.controller.update(versions[1]))
         with pytest.raises(StaleOrder):
@@ -263,6 +266,32 @@ def test_wrong_directories_are_refused_by_name(start, versions, tmp_path) -> Non
                 calls.update(directory)
             assert "\n" not in str(refused.value)
     assert cluster.controller.operations(0) == ()
+
+
+def test_what_only_another_host_sees_is_read_from_there(start, versions, alone, tmp_path) -> None:
+    composed, announcements = tmp_path / "composed", Announcements()
+    taken = [ExpertId(layer=layer, index=index) for layer in (0, 1) for index in range(4)]
+    compose(versions[0], versions[1], composed, experts=taken, keep_trunk=True)
+    for name, directory in (("/far/second", versions[1]), ("/far/composed", composed)):
+        announcements.add(name, directory)
+    server = serve_checkpoints(announcements)
+
+    def open_elsewhere(name: str) -> Checkpoint:
+        announced = announcements.named(name)
+        if announced is None:
+            raise CheckpointError(f"{name}: no node has announced it")
+        source = SourceAddress(address=server.address, id=announced.id)
+        return Checkpoint.of(RemoteFiles(name, lambda: source))
+
+    cluster = start(open_elsewhere=open_elsewhere)
+    with pytest.raises(CheckpointError, match="/far/third: no node has announced it"):
+        cluster.controller.update("/far/third")
+    done(cluster, cluster.controller.update("/far/second"))
+    assert write(cluster, PROMPTS[0]).ids == alone[1][PROMPTS[0]]
+    done(cluster, cluster.controller.update("/far/composed"))
+    assert write(cluster, PROMPTS[0]).ids == texts_alone(str(composed))[PROMPTS[0]] != alone[1][PROMPTS[0]]
+    assert cluster.controller.status().checkpoint == "/far/composed" and held_versions(cluster) == {3}
+    server.stop(0.0)
 
 
 def test_training_and_updates_exclude_each_other(start, versions, slow_loads) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.errors import AttemptAborted, DeadlineExceeded, UserError
+from moecluster.errors import AttemptAborted, DeadlineExceeded, StaleOrder, UserError
 from moecluster.metrics import Metrics
 from moecluster.roles import expert_pool
 from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.in_process import InProcessTransport
+from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.types import ActorAddress, Placement, Replica
 from tests.expert_cluster import ExpertCluster, control_of
 from tests.small_actor import (
@@ -95,6 +96,22 @@ def test_a_lost_replica_s_tokens_go_to_the_other(checkpoint: Path, modules: dict
         cluster.services["expert-0"].close()
         check_served(remote, modules)
         assert {actor for actor, _ in source.reports} == {"expert-0"}
+
+
+def test_where_another_life_of_an_actor_listens_the_other_replica_is_asked(
+    checkpoint: Path, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExpertCluster(checkpoint, replicas=TWICE) as cluster:
+        remote = remote_over(cluster, Moving(cluster.placement))
+        connect = remote.pool._connect
+
+        def connect_to_another(address: ActorAddress) -> ExpertTransport:
+            if address.actor == "expert-0":
+                raise StaleOrder("expert-0 is incarnation b, not a")
+            return connect(address)
+
+        monkeypatch.setattr(remote.pool, "_connect", connect_to_another)
+        check_served(remote, modules)
 
 
 def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(

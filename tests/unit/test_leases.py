@@ -92,3 +92,26 @@ def test_a_router_is_known_beyond_its_lease_unless_it_was_ended() -> None:
     now_s[0] = 30.0
     assert leases.standing() == {} and leases.heard(15.0) == {}
     assert set(leases.heard(25.0)) == {"silent"}
+
+
+def test_of_a_router_that_came_back_or_was_ended_it_is_known_what_its_last_life_did() -> None:
+    now_s = [0.0]
+    leases = Leases(10.0, clock=lambda: now_s[0])
+    for name in ("again", "moved", "ended"):
+        state = RouterState(router=name, address="a:1", weight_version=2, oldest_weight_version=1)
+        leases.renew(name, (1, 1), state=state)
+        leases.renew(name, (1, 2), state=state)
+    assert leases.heard_before(20.0) == ()
+    now_s[0] = 4.0
+    leases.renew("again", (0, 0), state=RouterState(router="again"))
+    leases.renew("again", (1, 2), state=RouterState(router="again", weight_version=2, oldest_weight_version=2))
+    leases.renew("moved", (1, 2), state=RouterState(router="moved", address="a:2", weight_version=2))
+    leases.drop("ended")
+    now_s[0] = 29.0
+    before = leases.heard_before(20.0)
+    assert [(lease.state.router, lease.applied) for lease in before] == [
+        ("again", (1, 2)), ("moved", (1, 2)), ("ended", (1, 2)),
+    ]  # fmt: skip
+    assert {lease.state.oldest_weight_version for lease in before} == {1}
+    now_s[0] = 30.0
+    assert leases.heard_before(20.0) == ()

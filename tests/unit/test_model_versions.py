@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
-from moecluster.errors import CheckpointError, Unavailable
-from moecluster.roles.model_versions import ModelVersions, VersionExperts
+from moecluster.errors import CheckpointError, StaleOrder, Unavailable
+from moecluster.roles.model_versions import LOOK_S, ModelVersions, VersionExperts
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import Placement
@@ -23,7 +23,7 @@ FIRST = Placement(term=1, generation=1, layer_experts={0: 1}, actors={}, replica
 class Board(PlacementBoard):
     """The placements that a router's pool has; each is published with the next number."""
 
-    def say(self, served: int, following: int = 0) -> None:
+    def say(self, served: int, following: int = 0, *, old: int = 0) -> None:
         number = self.number[1] + 1 if self.number[0] >= 0 else 1
         self.publish(
             replace(
@@ -33,6 +33,7 @@ class Board(PlacementBoard):
                 checkpoint=f"/{served}",
                 next_weight_version=following,
                 next_checkpoint=f"/{following}" if following else "",
+                old_weight_version=old,
             )
         )
 
@@ -122,6 +123,30 @@ def test_a_text_keeps_its_version_and_the_last_one_closes_it(board, loads, make)
     assert seen(versions) == (2, 2, 2) and len(changes) == before + 1
     wait_until(lambda: loads.closed == ["/1"])
     assert loads.loaded == ["/1", "/2"]
+
+
+def test_a_text_of_another_router_goes_on_with_its_version_while_that_stands(board, loads, make) -> None:
+    changes: list[None] = []
+    versions = make(on_change=lambda: changes.append(None))
+    board.say(1, following=2)
+    wait_until(lambda: seen(versions) == (1, 1, 2))
+    with versions.use(version=2) as ahead:  # its router took the new version a little earlier
+        assert (ahead.model, seen(versions)) == ("/2", (1, 1, 2))
+    board.say(2, old=1)
+    wait_until(lambda: seen(versions) == (2, 2, 2))
+    time.sleep(2 * LOOK_S)
+    assert loads.closed == [], "nobody writes with it here, but somebody may go on"
+    before = len(changes)
+    with versions.use(version=1) as old, versions.use() as new, versions.use(version=2):
+        assert (old.model, new.model, seen(versions)) == ("/1", "/2", (2, 1, 2))
+        assert len(changes) == before + 1, "the controller is told at once"
+        board.say(2)
+        time.sleep(2 * LOOK_S)
+        assert loads.closed == []
+    wait_until(lambda: loads.closed == ["/1"])
+    for version in (1, 3):
+        with pytest.raises(StaleOrder, match=f"weight version {version} is not held here: 2 is served"):
+            versions.use(version=version)
 
 
 def test_a_new_text_waits_until_the_router_knows_what_is_served(board, loads, make) -> None:

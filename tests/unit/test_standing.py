@@ -128,6 +128,7 @@ def test_a_version_is_published_once_every_actor_that_is_up_holds_it(standing, b
     version = standing.begin_version("/n")
     placement = board.current(0.0)
     assert (placement.weight_version, placement.next_weight_version, placement.next_checkpoint) == (1, 2, "/n")
+    assert placement.old_weight_version == 0
     assert standing.versions.written_with == standing.versions.all[:1] and standing.versions.next == version
     standing.actor_prepared(address("expert-0"), 2, standing.assigned("expert-0"))
     assert standing.publish_version() is None and standing.unprepared() == ["expert-1"]
@@ -137,6 +138,7 @@ def test_a_version_is_published_once_every_actor_that_is_up_holds_it(standing, b
     assert standing.publish_version() == standing.number, "a lost one comes back with both"
     placement = board.current(0.0)
     assert (placement.weight_version, placement.checkpoint, placement.next_weight_version) == (2, "/n", 0)
+    assert placement.old_weight_version == 1
     assert [v.version for v in standing.versions.written_with] == [1, 2]
     standing.drop_other_versions()
     assert [v.version for v in standing.versions.all] == [2]

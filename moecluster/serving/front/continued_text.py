@@ -6,7 +6,15 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable, UserError
+from moecluster.errors import (
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    StaleOrder,
+    Unavailable,
+    UserError,
+)
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.rpc.received_text import ReceivedText
 from moecluster.serving.front.known_router import KnownRouter
@@ -57,6 +65,7 @@ class ContinuedText:
         """
         while True:
             refused: list[Exhausted] = []
+            holds_not = False  # a router is there, without the weights that the text was begun with
             for router in self._directory.candidates():
                 try:
                     async with aclosing(router.generate(self._text.next_request(), self._left_s())) as pieces:
@@ -71,12 +80,21 @@ class ContinuedText:
                     refused.append(exc)
                 except (InvalidMessage, UserError):
                     raise
+                except StaleOrder as exc:
+                    if self._text.weight_version:
+                        holds_not = True
+                    else:
+                        self._lost(router, exc)
                 except MoeClusterError as exc:
                     self._lost(router, exc)
                 if self._text.grew:
+                    holds_not = False
                     break  # time has passed: another one may be the best now
             if refused and not self._text.ids and not self._client_begun():
                 raise min(refused, key=lambda exc: exc.retry_after_s or 0.0)
+            if holds_not and (not refused or self._patience_is_over()):
+                self._text.give_up_version()
+                continue
             self._check_patience()
             await self._directory.wait_for_news(LOOK_AGAIN_S)
 
@@ -104,8 +122,11 @@ class ContinuedText:
 
     def _check_patience(self) -> None:
         self._left_s()
-        if time.monotonic() - self._progress_s > self._patience.router_patience_s:
+        if self._patience_is_over():
             raise Unavailable(f"no router was found within {self._patience.router_patience_s:g} s")
+
+    def _patience_is_over(self) -> bool:
+        return time.monotonic() - self._progress_s > self._patience.router_patience_s
 
 
 def _refuse_cancelled(piece: GenerationPiece) -> None:
