@@ -15,18 +15,19 @@ class KeptPicture:
     def __init__(self, standing: Standing, log: OperationLog) -> None:
         self._standing = standing
         self._log = log
-        self._lock = threading.RLock()
-        self._encoded: bytes | None = None  # None: to be made anew
+        self._lock = threading.Lock()
+        self._outdated = True
+        self._encoded = b""
 
     def outdate(self) -> None:
         """Something has changed."""
-        with self._lock:
-            self._encoded = None
+        self._outdated = True  # without the lock: whoever calls may hold the one that making a picture waits for
 
     def encoded(self) -> bytes:
         """The picture of what stands now."""
         with self._lock:
-            if self._encoded is None:
+            if self._outdated:
+                self._outdated = False  # first: what changes while it is made makes it anew
                 self._encoded = encode_picture(self._now())
             return self._encoded
 

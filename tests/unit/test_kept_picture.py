@@ -1,0 +1,72 @@
+"""What the controller leaves with its actors: made anew after each change, and while changes are made."""
+
+import threading
+import time
+
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.kept_picture import KeptPicture
+from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.standing import Standing
+from moecluster.roles.standing_versions import StandingVersions
+from moecluster.rpc.picture import decode_picture
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.types import WeightVersion
+
+LAYERS = {0: 4}
+ACTORS = ("expert-0", "expert-1")
+
+
+class Kept:
+    """A standing whose changes outdate the picture of it, and what else is to happen at each change."""
+
+    def __init__(self) -> None:
+        metrics = Metrics(model="tiny")
+        log = OperationLog(metrics, on_change=self._changed)
+        self.at_change = lambda: None
+        self.standing = Standing(LAYERS, board=PlacementBoard(), metrics=metrics, on_change=self._changed)
+        self.picture = KeptPicture(self.standing, log)
+        self.standing.begin(
+            term=1,
+            generation=0,
+            versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/m")),
+            actors=ACTORS,
+            replicas=contiguous_placement(LAYERS, ACTORS),
+        )
+        self.standing.open()
+
+    def actors(self) -> tuple[str, ...]:
+        """As the picture has them now."""
+        return decode_picture(self.picture.encoded()).actors
+
+    def _changed(self) -> None:
+        self.at_change()
+        self.picture.outdate()
+
+
+def test_the_picture_is_made_anew_after_a_change_and_only_then() -> None:
+    kept = Kept()
+    first = kept.picture.encoded()
+    assert kept.picture.encoded() is first and kept.actors() == ACTORS
+    kept.standing.add_actor("expert-2")
+    assert kept.actors() == (*ACTORS, "expert-2")
+
+
+def test_a_change_is_not_held_up_by_a_picture_that_is_being_made_and_waits_for_it() -> None:
+    kept = Kept()
+    kept.picture.encoded()
+    reading = threading.Thread(target=kept.picture.encoded, daemon=True)
+
+    def read_amid_the_change() -> None:
+        kept.at_change = lambda: None
+        kept.picture.outdate()
+        reading.start()
+        time.sleep(0.2)  # it has begun, and waits for the standing that is being changed
+
+    kept.at_change = read_amid_the_change
+    changing = threading.Thread(target=kept.standing.remove_actor, args=("expert-1",), daemon=True)
+    changing.start()
+    changing.join(10.0)
+    assert not changing.is_alive(), "the change waits for the picture, and the picture for the change"
+    reading.join(10.0)
+    assert not reading.is_alive() and kept.actors() == ("expert-0",)
