@@ -7,8 +7,11 @@ PROTOS_VENV := .tools/protos
 # Without compiling: torch and transformers have thousands of modules, of which few are ever imported.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
-# In the order in which they run; a layer without tests is left out.
-LAYERS := $(foreach layer,unit rpc cluster faults browser gpu,$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
+# A layer without tests is left out. Tests of the first layers share nothing and run on all cores; files of the others
+# start a Ray each and run two at a time.
+layers_of = $(foreach layer,$(1),$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
+PLAIN_LAYERS := $(call layers_of,unit rpc)
+RAY_LAYERS := $(call layers_of,cluster faults browser gpu)
 # The scripts that end within minutes.
 BENCHMARKS := layer planner live_balance recovery loading serving
 DURATION ?= 600
@@ -23,7 +26,10 @@ demo: $(VENV)/.runtime  ## train a small model on a local cluster, generate from
 	$(BIN)/moecluster demo
 
 test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, cluster, faults, browser, gpu
-	$(BIN)/python -m pytest --durations=10 $(LAYERS)
+	@failed=0; \
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal --durations=10 $(PLAIN_LAYERS) || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 $(RAY_LAYERS) || failed=1; \
+	exit $$failed
 
 system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
 	@tools/install_system_deps.sh

@@ -188,7 +188,7 @@ def test_an_expert_is_asked_for_again_only_after_a_while(board, client) -> None:
     client.want_experts(0, [1])  # another expert need not wait
     wait_until(lambda: times_asked(ExpertId(layer=0, index=1)) == 1)
     wait_until(lambda: times_asked(experts[0]) >= 1)
-    assert board.wanted[0] == ("router-0", experts) and all(wanted for _, wanted in board.wanted)
+    assert ("router-0", experts) in board.wanted and all(wanted for _, wanted in board.wanted)
     assert times_asked(experts[0]) == times_asked(experts[1]) <= most
     time.sleep(WANT_AGAIN_S)
     before = times_asked(experts[1])
