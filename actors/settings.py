@@ -75,6 +75,10 @@ def process_environment(threads: int) -> dict[str, str]:
         "GOMP_SPINCOUNT": "0",
         # malloc gives back what is free at the end of its first arena only; experts that moved away would leave more.
         "MALLOC_ARENA_MAX": "1",
+        # oneDNN, and torch above it, each keep 0.3 MB of compiled kernel for every number of rows that a weight of one
+        # shape met, 1,024 of them by default: hundreds of megabytes under a load that varies.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        "LRU_CACHE_CAPACITY": "16",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
