@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecluster.errors import CheckpointError
+from moecluster.models.checkpoint_files import METADATA_NAME
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.headers import INDEX_NAME, TensorInfo, read_headers
 from moecluster.models.same_shape import check_same_shape
@@ -21,8 +22,6 @@ from moecluster.types import ExpertId
 
 MAX_SHARD_BYTES = 4 * 2**30  # of the shards that are written
 SCALES = ("_scale_inv", "_blocks", "_scales")  # endings of what belongs to a quantized tensor
-PLAIN_FILES = (".json", ".txt", ".model", ".jinja")  # beside the weights: configuration, tokenizer, templates
-
 
 Stored = Mapping[str, TensorInfo]  # key -> what the shards hold, quantized tensors in their parts
 
@@ -192,7 +191,7 @@ def _link(file: Path, link: Path) -> None:
 
 def _copy_plain_files(source: Path, directory: Path) -> None:
     for file in sorted(source.iterdir()):
-        if file.suffix in PLAIN_FILES and file.name != INDEX_NAME and file.is_file():
+        if METADATA_NAME.fullmatch(file.name) and file.name != INDEX_NAME and file.is_file():
             shutil.copyfile(file, directory / file.name)
 
 

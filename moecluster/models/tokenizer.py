@@ -50,7 +50,7 @@ def _chat_ids(messages_json: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     try:
         # As two steps: templates bring their own special tokens along.
         text = tokenizer.apply_chat_template(json.loads(messages_json), tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # lone surrogates are no text
     except (TemplateError, ValueError, TypeError, KeyError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise InvalidMessage(f"messages_json: the checkpoint's chat template refuses it: {reason}") from exc
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -221,9 +221,10 @@ class Keepers:
         """The actor is lost: its experts' requests go to other replicas, or wait."""
         self._standing.actor_down(actor)
         self._reports.forget(actor)
+        # Before the lock: a change of the standing calls look_all, which waits for it, with the standing's lock held.
+        belongs, experts = actor in self._standing.actors, len(self._standing.assigned(actor))
         with self._lock:
-            if actor not in self._restores and actor in self._standing.actors:
-                experts = len(self._standing.assigned(actor))
+            if actor not in self._restores and belongs:
                 reason = f"{actor} was lost with {experts} replicas"
                 self._restores[actor] = self._log.begin("restore", reason=reason, arguments=(actor,)).id
         self._on_news()

@@ -118,10 +118,10 @@ class Router:
             served = use.model
             ids = prompt_ids(request, served.tokenizer, served.model.config.get_text_config().vocab_size)
             return served.engine.begin(request, ids, on_over=use.release)
-        except MoeClusterError:
+        except BaseException as exc:
             if use is not None:
                 use.release()
-            if self._metrics is not None:
+            if self._metrics is not None and isinstance(exc, MoeClusterError):
                 self._metrics.count_request("refused")
             raise
 

@@ -1,0 +1,74 @@
+"""The keepers together: what one of them says while another one changes what stands."""
+
+import threading
+import time
+
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.keepers import Keepers, KeepersSettings
+from moecluster.roles.load_sources import DirectLoadSource
+from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.standing import Standing
+from moecluster.roles.standing_versions import StandingVersions
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.types import WeightVersion
+
+LAYERS = {0: 4}
+ACTORS = ("expert-0", "expert-1")
+
+
+def unused(*_: object) -> None:
+    raise AssertionError("no actor is looked after here")
+
+
+def test_an_actor_is_lost_while_another_change_is_published() -> None:
+    metrics = Metrics(model="tiny")
+    log = OperationLog(metrics)
+    publishing, lost_is_told = threading.Event(), threading.Event()
+
+    def look_all() -> None:  # called with the standing's lock held
+        if threading.current_thread() is changing:
+            publishing.set()
+            lost_is_told.wait(10.0)
+            time.sleep(0.2)  # the other thread goes on, as far as it can
+        keepers.look_all()
+
+    standing = Standing(LAYERS, board=PlacementBoard(), metrics=metrics, on_change=look_all)
+    changing = threading.Thread(target=standing.set_held, args=(True,), daemon=True)
+
+    class Reports(ActorReports):
+        def forget(self, actor: str) -> None:
+            """Amid actor_down: the other change has begun by then."""
+            super().forget(actor)
+            changing.start()
+            assert publishing.wait(10.0)
+            lost_is_told.set()
+
+    keepers = Keepers(
+        KeepersSettings(),
+        standing=standing,
+        log=log,
+        reports=Reports(),
+        direct=DirectLoadSource(LAYERS),
+        supervisor=None,  # type: ignore[arg-type]
+        connect=unused,  # type: ignore[arg-type]
+        watch=unused,  # type: ignore[arg-type]
+        picture=bytes,
+        on_news=lambda: None,
+        on_deposed=lambda: None,
+    )
+    standing.begin(
+        term=1,
+        generation=0,
+        versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/m")),
+        actors=ACTORS,
+        replicas=contiguous_placement(LAYERS, ACTORS),
+    )
+    standing.open()
+    losing = threading.Thread(target=keepers.actor_down, args=("expert-1",), daemon=True)
+    losing.start()
+    losing.join(10.0)
+    changing.join(10.0)
+    assert not losing.is_alive() and not changing.is_alive(), "they wait for each other"
+    assert [o.reason for o in log.under_way()] == ["expert-1 was lost with 2 replicas"]
