@@ -75,6 +75,7 @@ class PagedBatches:
             self._manager: Any = model.init_continuous_batching(settings, config)  # type: ignore[operator]
         self._manager.logit_processor = _Choice(hooks)
         self._manager.output_router = _Failures(hooks)
+        self._closing = threading.Lock()
         self._manager.start()
 
     def add(self, name: str, ids: Sequence[int]) -> None:
@@ -93,8 +94,9 @@ class PagedBatches:
         )
 
     def close(self, timeout_s: float) -> None:
-        """Gives up what is left, and frees the cache."""
-        self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
+        """Gives up what is left, and frees the cache. Fine if another thread closes it, too."""
+        with self._closing:  # the manager takes its thread away from whoever else waits for it
+            self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
 
 
 class _Choice(ContinuousBatchingLogitsProcessorList):

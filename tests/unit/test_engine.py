@@ -5,13 +5,14 @@ Both ways of writing, on the same tiny model.
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError
+from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest, SamplingParameters
 from moecluster.hf.interface import moe_layers
 from moecluster.models.tokenizer import load_tokenizer
@@ -201,3 +202,15 @@ def test_many_texts_through_few_places_are_what_each_is_alone(engine) -> None:
     alone = [ids_of(write(running, replace(request, request_id=f"alone-{i}"))) for i, request in enumerate(requests)]
     texts = [running.begin(request, request.prompt_ids) for request in requests]
     assert [ids_of(list(text)) for text in texts] == alone
+
+
+def test_two_threads_may_close_an_engine_that_writes(engine) -> None:
+    running = engine(replace(LIMITS, max_waiting=LIMITS.max_waiting + 1))  # one of its own
+    request = ask(max_new_tokens=200)
+    text = running.begin(request, request.prompt_ids)
+    next(text)
+    with ThreadPoolExecutor(4) as pool:
+        closings = [pool.submit(running.close) for _ in range(4)]
+    assert [closing.result() for closing in closings] == [None] * 4
+    with pytest.raises(Unavailable, match="router ends"):
+        list(text)
