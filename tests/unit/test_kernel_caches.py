@@ -47,4 +47,6 @@ def growth_bytes(environment: dict[str, str]) -> int:
 
 
 def test_kernels_for_many_numbers_of_rows_are_not_all_kept() -> None:
-    assert growth_bytes(process_environment(1)) < BOUND_BYTES < growth_bytes({})
+    bounded_bytes = growth_bytes(process_environment(1))
+    assert bounded_bytes < BOUND_BYTES
+    assert bounded_bytes < growth_bytes({}) / 2  # else this machine keeps none, and the test sees nothing
