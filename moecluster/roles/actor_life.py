@@ -32,9 +32,20 @@ class ActorLife:
         holds."""
         self._tell(self._told)
         status = self._control.status()
-        assigned = self._owner.assigned(self._actor)
         there = frozenset(status.experts).union(*status.other_versions.values())
         self._surplus = there - self._owner.kept(self._actor)
+        while True:
+            try:
+                return self._load_assigned(status)
+            except StaleOrder as exc:
+                logger.info("%s loads anew: %s", self._actor, exc)
+                # Another controller's actor refuses this; else experts were moved away meanwhile.
+                self._tell(self._owner.orders())
+                status = self._control.status()
+
+    def _load_assigned(self, status: ExpertActorStatus) -> int:
+        """Raises StaleOrder if some were unloaded meanwhile, or another controller has the say."""
+        assigned = self._owner.assigned(self._actor)
         held = self.held_of(assigned, status)
         lost = self._owner.lost()
         parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
@@ -80,14 +91,14 @@ class ActorLife:
         try:
             if part:
                 loaded_bytes = self._load_version(version, part, replace=False)
-        except Unavailable:
-            raise
         except StaleOrder as exc:
             logger.info("%s did not load weight version %d: %s", self._actor, version.version, exc)
             # Another controller's actor refuses this; else experts were moved meanwhile.
             self._tell(self._told)
             return True
         except MoeClusterError as exc:
+            if isinstance(exc, Unavailable):
+                self._control.status()  # raises it again if the actor is away, not what it reads from
             logger.info("%s does not load weight version %d: %s", self._actor, version.version, exc)
             self._owner.preparing_failed(self._actor, version.version, exc)
             return False
