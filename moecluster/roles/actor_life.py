@@ -11,6 +11,7 @@ from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVe
 logger = logging.getLogger(__name__)
 
 MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
+MAX_LOADS = 8  # of what an actor shall hold, in one life, if experts are moved away amid each
 
 
 class ActorLife:
@@ -34,7 +35,7 @@ class ActorLife:
         status = self._control.status()
         there = frozenset(status.experts).union(*status.other_versions.values())
         self._surplus = there - self._owner.kept(self._actor)
-        while True:
+        for _ in range(MAX_LOADS):
             try:
                 return self._load_assigned(status)
             except StaleOrder as exc:
@@ -42,6 +43,7 @@ class ActorLife:
                 # Another controller's actor refuses this; else experts were moved away meanwhile.
                 self._tell(self._owner.orders())
                 status = self._control.status()
+        raise Unavailable(f"experts of {self._actor} were moved away amid each of {MAX_LOADS} loads")
 
     def _load_assigned(self, status: ExpertActorStatus) -> int:
         """Raises StaleOrder if some were unloaded meanwhile, or another controller has the say."""
