@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import ray
 
+from actors.begin_again import begins_again
 from actors.ray_calls import call, find_actor
 from actors.settings import SOURCE, Endpoints
 from moecluster.errors import CheckpointError, MoeClusterError, Unavailable
@@ -18,6 +19,7 @@ FIND_TIMEOUT_S = 10.0
 class CheckpointSource:
     """Serves the directories that were announced to it. Who may call it, over Ray, learns their ids."""
 
+    @begins_again
     def __init__(self, directory: str, host: str) -> None:
         """directory: announced at once, also after a restart."""
         self._announcements = Announcements()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from actors.begin_again import begins_again
 from actors.checkpoint_source import announce, checkpoint_opener
 from actors.controller_settings import controller_settings, load_source
 from actors.ray_supervisor import RaySupervisor
@@ -28,6 +29,7 @@ ORDER_TIMEOUT_S = 5.0  # for orders that are quick; loading has its own
 class ControllerActor:
     """Takes over whatever its expert actors hold, also when Ray has started it again after its death."""
 
+    @begins_again
     def __init__(
         self,
         tables: Mapping[str, Any],

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from actors.begin_again import begins_again
 from actors.checkpoint_source import checkpoint_opener
 from actors.settings import Endpoints
 from moecluster.config import read_config
@@ -18,6 +19,7 @@ from moecluster.types import ActorAddress
 class ExpertActor:
     """Holds no expert at first; the controller orders what to load."""
 
+    @begins_again
     def __init__(self, tables: Mapping[str, Any], name: str, metrics_port: int) -> None:
         config = read_config(tables)
         self._name = name

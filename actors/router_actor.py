@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
+from actors.begin_again import begins_again
 from actors.checkpoint_source import checkpoint_opener
 from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints
@@ -39,6 +40,7 @@ MORE_CALLS = 64
 class RouterActor:
     """Loads the trunk, and reaches the experts by the controller's placement."""
 
+    @begins_again
     def __init__(self, tables: Mapping[str, Any], name: str, model_dir: str, metrics_port: int) -> None:
         """model_dir: trunk and tokenizer at first; a router that is started again takes what the controller names."""
         from actors.training_host import TrainingHost
