@@ -114,12 +114,18 @@ class Observer:
         cold_LE = np.zeros(load_LE.shape, dtype=np.bool_)
         for expert in self._standing.cold:
             cold_LE[names.layers.index(expert.layer), expert.index] = True
-        held = [r for r in self._standing.replicas() if r.actor in up and r.expert in up[r.actor].held]
+        # A replica that its actor is still loading keeps its place, unless its expert is needed at once.
+        lost = self._standing.lost()
+        placed = [
+            r
+            for r in self._standing.replicas()
+            if r.actor in up and (r.expert in up[r.actor].held or r.expert not in lost)
+        ]
         observation = Observation(
             now_s=now_s,
             load_LE=np.where(cold_LE, 0.0, load_LE),
             fleet=fleet,
-            layout=to_layout(held, names),
+            layout=to_layout(placed, names),
             budget_bytes=self.settings.budget_bytes,
             cold_LE=cold_LE,
         )

@@ -1,0 +1,40 @@
+"""What the policy is shown of actors that are up and have not loaded all of theirs yet."""
+
+from moecluster.metrics import Metrics
+from moecluster.placement.naming import to_replicas
+from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.load_sources import SourceReading
+from moecluster.roles.observer import Observer, ObserverSettings
+from moecluster.roles.standing import Standing
+from moecluster.roles.standing_versions import StandingVersions
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
+
+EXPERTS = tuple(ExpertId(layer=0, index=index) for index in range(3))
+
+
+class NoLoads:
+    def read(self, now_s: float) -> SourceReading:
+        raise AssertionError("nothing is read here")
+
+
+def test_a_replica_that_is_still_loaded_keeps_its_place_unless_its_expert_is_lost() -> None:
+    standing = Standing({0: 3}, board=PlacementBoard(), metrics=Metrics(model="tiny"))
+    both = {(EXPERTS[0], "expert-0"), (EXPERTS[1], "expert-0"), (EXPERTS[0], "expert-1"), (EXPERTS[2], "expert-1")}
+    standing.begin(
+        term=1,
+        generation=0,
+        versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/m")),
+        actors=("expert-0", "expert-1"),
+        replicas=[Replica(expert=expert, actor=actor) for expert, actor in sorted(both)],
+    )
+    observer = Observer(standing, NoLoads(), ActorReports(), ObserverSettings(slots_per_layer=3))
+
+    def placed(held_by_1: list[ExpertId]) -> set[tuple[ExpertId, str]]:
+        standing.actor_up(ActorAddress(actor="expert-0", address="127.0.0.1:1", incarnation="a"), EXPERTS[:2])
+        standing.actor_up(ActorAddress(actor="expert-1", address="127.0.0.1:2", incarnation="b"), held_by_1)
+        seen = observer.observe(0.0)
+        return {(r.expert, r.actor) for r in to_replicas(seen.observation.layout, seen.names)[0]}
+
+    assert placed([]) == both - {(EXPERTS[2], "expert-1")}
+    assert placed([EXPERTS[2]]) == both
