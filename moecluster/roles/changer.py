@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moecluster.errors import MoeClusterError, Unavailable, UserError
+from moecluster.errors import Exhausted, MoeClusterError, Unavailable, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.hysteresis import SizeState
 from moecluster.placement.initial import all_experts
@@ -27,6 +27,7 @@ from moecluster.roles.rounds import FAILED_INSIDE, Rounds
 from moecluster.roles.router_sizing import KIND as ROUTERS
 from moecluster.roles.sizing import Sizing
 from moecluster.roles.standing import Standing
+from moecluster.roles.weight_updates import KIND as UPDATE
 from moecluster.roles.weight_updates import WeightUpdates
 from moecluster.types import ExpertId, Operation, OperationPhase, Replica
 
@@ -81,6 +82,7 @@ class Changer:
         self._size_state = SizeState()
         self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
         self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
+        self._drained_last: dict[str, frozenset[str]] = {}  # node -> actors that were to stay when Ray named it
         self._woken_s: dict[ExpertId, float] = {}  # when experts were woken
         self._balance = BalanceMeter(standing, decider, log, metrics, clock=clock)
         self._ordered = OrderedChanges(standing=standing, log=log, decider=decider, mover=mover, sizing=sizing)
@@ -135,17 +137,18 @@ class Changer:
     def _fail_all(self) -> None:
         """A mistake of ours must not leave an operation under way for ever."""
         for operation in self._log.under_way():
-            if operation.phase is not OperationPhase.QUEUED and operation.kind not in ("restore", ROUTERS):
+            others = ("restore", ROUTERS, UPDATE)  # whoever carries these out sees to it
+            if operation.phase is not OperationPhase.QUEUED and operation.kind not in others:
                 self._log.update(operation.id, phase=OperationPhase.FAILED, detail=FAILED_INSIDE)
 
     def _carry_out_all(self) -> bool:
-        """What is queued; False if a recovery comes first. Sizes are changed in their order, and while one waits for
-        actors all else goes on."""
+        """What is queued; False if a recovery comes first. A node that goes is emptied first. Numbers of actors are
+        reached in their order, and while one waits for actors all else goes on."""
         waiting = False
-        for operation in self._log.queued(KINDS):
+        for operation in sorted(self._log.queued(KINDS), key=lambda o: o.kind != "drain"):
             if self._rounds.closed:
                 return False
-            if waiting and operation.kind in SIZES:
+            if waiting and operation.kind == "scale":
                 continue
             try:
                 ended = self._carry_out(operation)
@@ -242,9 +245,19 @@ class Changer:
 
     def _drain_leaving_nodes(self) -> None:
         """Ray's own notices of nodes that will go."""
-        nodes = self._supervisor.draining_nodes()
-        for node in {u.address.node for a, u in self._standing.up().items() if a not in self._standing.leaving} & nodes:
-            self._log.order("drain", reason="Ray says that the node will go", arguments=(node,))
+        going = self._supervisor.draining_nodes()
+        staying = {actor: u for actor, u in self._standing.up().items() if actor not in self._standing.leaving}
+        waiting = {operation.arguments for operation in self._log.under_way() if operation.kind == "drain"}
+        for node in sorted({u.address.node for u in staying.values()} & going):
+            # One that failed fails again, as long as there are the same actors.
+            if (node,) in waiting or self._drained_last.get(node) == frozenset(staying):
+                continue
+            try:
+                self._log.order("drain", reason="Ray says that the node will go", arguments=(node,))
+            except Exhausted as exc:
+                logger.warning("node %s is not drained yet: %s", node, exc)
+                return
+            self._drained_last[node] = frozenset(staying)
 
     # -- what is decided --
 

@@ -18,6 +18,7 @@ from moecluster.errors import DeadlineExceeded, MoeClusterError, OperationFailed
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.leases import Lease, Leases
 from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.rounds import FAILED_INSIDE
 from moecluster.roles.standing import Standing
 from moecluster.types import Operation, OperationPhase
 
@@ -79,8 +80,11 @@ class WeightUpdates:
         except MoeClusterError as exc:
             assert operation is not None
             logger.warning("%s failed: %s", operation.id, exc)
-            self._standing.drop_other_versions()
-            self._log.update(operation.id, phase=OperationPhase.FAILED, detail=str(exc))
+            self._give_up(operation, str(exc))
+        except Exception:
+            if operation is not None:  # a mistake of ours must not leave it under way for ever
+                self._give_up(operation, FAILED_INSIDE)
+            raise
 
     def make_room(self) -> bool:
         """A training run wants to hold the placement: it may once this says that one version stands.
@@ -95,17 +99,25 @@ class WeightUpdates:
                 self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
         return len(self._standing.versions.all) == 1
 
+    def _give_up(self, operation: Operation, why: str) -> None:
+        """A version that is published stays, and the old one as long as it is written with."""
+        if self._standing.versions.next is not None:
+            self._standing.drop_other_versions()
+        self._log.update(operation.id, phase=OperationPhase.FAILED, detail=why)
+
     def _under_way(self) -> Operation | None:
         return next((o for o in self._log.under_way() if o.kind == KIND), None)
 
     def _go_on(self, operation: Operation) -> None:
         """Raises why the update fails, before it is published."""
-        directory = operation.arguments[0]
-        if self._standing.versions.next is not None:
+        directory, following = operation.arguments[0], self._standing.versions.next
+        if following is not None and following.checkpoint != directory:  # another update left it
+            self._standing.drop_other_versions()
+        elif following is not None:
             self._prepare(operation)
         elif len(self._standing.versions.all) > 1:
-            self._end_texts(operation)
-        elif self._standing.versions.all[0].checkpoint == directory:
+            self._end_texts(operation if self._standing.versions.checkpoint == directory else None)
+        elif self._standing.versions.checkpoint == directory:
             self._end(operation)
         else:
             self._standing.begin_version(directory)
@@ -115,7 +127,7 @@ class WeightUpdates:
         version = self._standing.versions.next
         assert version is not None
         since_s, told = self._seen(version.version, published=False)
-        actors = self._standing.unprepared()
+        actors = self._unprepared()
         failures = self._not_prepared(version.version)
         for actor, error in failures.items():
             if isinstance(error, UserError):  # no repetition mends it
@@ -140,6 +152,15 @@ class WeightUpdates:
             operation, OperationPhase.PREPARING, f"version {version.version} is loaded by all but ", actors, routers
         )
 
+    def _unprepared(self) -> list[str]:
+        """Actors that keep the new version from being served: those that are up without it, and those that are lost
+        with experts that nobody else has: maybe the new version is too much for them."""
+        lost = self._standing.lost()
+        away = set(self._standing.actors) - self._standing.up().keys()
+        return sorted(
+            {*self._standing.unprepared(), *(actor for actor in away if self._standing.assigned(actor) & lost)}
+        )
+
     def _end_texts(self, operation: Operation | None) -> None:
         """The new version is published: drops the old one when no text is written with it any more."""
         version = self._standing.versions.weight_version
@@ -160,7 +181,7 @@ class WeightUpdates:
                 self._say(operation, OperationPhase.COMMITTING, begun, writing)
             return
         if writing:
-            logger.warning("texts of %s outlived their weights: they end with an error", _names(writing))
+            logger.warning("texts of %s outlived their weights: they go on with the new ones", _names(writing))
         self._standing.drop_other_versions()
         if operation is not None:
             self._end(operation)

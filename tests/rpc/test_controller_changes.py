@@ -188,6 +188,30 @@ def test_a_node_that_ray_takes_away_is_drained_by_itself(start) -> None:
         assert_whole(cluster)
 
 
+def test_a_node_that_goes_does_not_wait_behind_a_scale_that_waits(start, monkeypatch) -> None:
+    cluster = start(3)
+    monkeypatch.setattr(cluster, "create", lambda actor, *, avoid_nodes=(): None)  # as a Ray cluster without room
+    with Traffic(cluster):
+        scale = cluster.controller.scale(4)
+        wait_until(lambda: "expert-3 does not serve yet" in cluster.controller.operation(scale.id).detail)
+        cluster.draining.add("node-of-expert-2")
+        wait_until(lambda: "expert-2" not in cluster.services)
+        assert not cluster.controller.operation(scale.id).phase.ended
+        assert_whole(cluster)
+    assert [o.kind for o in cluster.controller.operations(0)].count("drain") == 1
+
+
+def test_a_drain_that_ray_asked_for_and_that_failed_is_not_ordered_again(start, monkeypatch) -> None:
+    cluster = start(2, slots=2, operation_timeout_s=0.5)
+    monkeypatch.setattr(cluster, "create", lambda actor, *, avoid_nodes=(): None)
+    with Traffic(cluster):
+        cluster.draining.add("node-of-expert-1")
+        wait_until(lambda: any(o.phase is OperationPhase.FAILED for o in cluster.controller.operations(0)))
+        time.sleep(1.0)  # twenty rounds
+    assert [o.kind for o in cluster.controller.operations(0)].count("drain") == 1
+    assert_whole(cluster)
+
+
 def test_an_expert_is_placed_by_hand_on_exactly_these_actors(start) -> None:
     cluster = start(3, policy="static")
     with Traffic(cluster):

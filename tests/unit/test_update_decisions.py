@@ -1,0 +1,156 @@
+"""What an update decides from what stands: when a version is published, and which update it belongs to."""
+
+from collections.abc import Callable
+
+import pytest
+
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import contiguous_placement
+from moecluster.roles.actor_reports import ActorReports
+from moecluster.roles.leases import Leases
+from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.standing import Standing
+from moecluster.roles.standing_versions import StandingVersions
+from moecluster.roles.weight_updates import KIND, UpdateSettings, WeightUpdates
+from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.types import ActorAddress, Operation, OperationPhase, WeightVersion
+
+LAYER_EXPERTS = {0: 4}
+ACTORS = ("expert-0", "expert-1")
+
+
+class Updated:
+    """A cluster as the controller sees it: both actors are up and hold two experts each."""
+
+    def __init__(self) -> None:
+        metrics = Metrics(model="tiny")
+        self.now_s = 0.0
+        self.standing = Standing(LAYER_EXPERTS, board=PlacementBoard(), metrics=metrics)
+        self.standing.begin(
+            term=1,
+            generation=0,
+            versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/old")),
+            actors=ACTORS,
+            replicas=contiguous_placement(LAYER_EXPERTS, ACTORS),
+        )
+        self.log = OperationLog(metrics)
+        self.is_settled: Callable[[], bool] = lambda: True
+        self.updates = WeightUpdates(
+            UpdateSettings(prepare_timeout_s=10.0),
+            standing=self.standing,
+            leases=Leases(1.0, clock=lambda: self.now_s),
+            log=self.log,
+            reports=ActorReports(),
+            not_prepared=lambda version: {},
+            settled=lambda: self.is_settled(),
+            clock=lambda: self.now_s,
+        )
+        for actor in ACTORS:
+            self.bring_up(actor)
+        self.standing.open()
+
+    def bring_up(self, actor: str) -> None:
+        self.standing.actor_up(_address(actor), self.standing.assigned(actor))
+
+    def prepare(self, actor: str, version: int) -> None:
+        self.standing.actor_prepared(_address(actor), version, self.standing.assigned(actor))
+
+    def order(self, directory: str) -> Operation:
+        return self.log.order(KIND, reason="ordered", arguments=(directory,))
+
+    def look(self, times: int = 4) -> None:
+        for _ in range(times):
+            self.updates.look()
+
+
+def _address(actor: str) -> ActorAddress:
+    return ActorAddress(actor=actor, address="127.0.0.1:1", incarnation="a")
+
+
+@pytest.fixture
+def cluster() -> Updated:
+    return Updated()
+
+
+def test_a_version_that_nobody_can_serve_whole_is_not_published(cluster: Updated) -> None:
+    operation = cluster.order("/new")
+    cluster.look()
+    cluster.prepare("expert-0", 2)
+    cluster.standing.actor_down("expert-1")
+    cluster.look()
+    assert cluster.standing.versions.weight_version == 1, "its experts may be too much for expert-1"
+    assert "loaded by all but expert-1" in cluster.log.get(operation.id).detail
+    cluster.bring_up("expert-1")
+    cluster.look()
+    assert cluster.standing.versions.weight_version == 1
+    cluster.prepare("expert-1", 2)
+    cluster.look()
+    assert cluster.log.get(operation.id).phase is OperationPhase.DONE
+    assert cluster.standing.versions.checkpoint == "/new"
+
+
+def test_an_update_that_kills_an_actor_again_and_again_fails_in_time(cluster: Updated) -> None:
+    operation = cluster.order("/new")
+    cluster.look()
+    cluster.prepare("expert-0", 2)
+    cluster.standing.actor_down("expert-1")
+    cluster.now_s = 11.0
+    cluster.look()
+    failed = cluster.log.get(operation.id)
+    assert failed.phase is OperationPhase.FAILED and "expert-1 did not load the new version" in failed.detail
+    assert [v.checkpoint for v in cluster.standing.versions.all] == ["/old"]
+
+
+def test_a_lost_actor_whose_experts_others_serve_does_not_delay_an_update(cluster: Updated) -> None:
+    layer = {0: tuple(r for a in ACTORS for r in contiguous_placement(LAYER_EXPERTS, (a,)))}
+    every_expert = frozenset(r.expert for r in layer[0])
+    cluster.standing.commit(layer, dict.fromkeys(ACTORS, every_expert))
+    operation = cluster.order("/new")
+    cluster.look()
+    cluster.prepare("expert-0", 2)
+    cluster.standing.actor_down("expert-1")
+    cluster.look()
+    assert cluster.log.get(operation.id).phase is OperationPhase.DONE
+
+
+def test_an_update_does_not_publish_what_another_one_left(cluster: Updated) -> None:
+    cluster.standing.begin_version("/abandoned")
+    for actor in ACTORS:
+        cluster.prepare(actor, 2)
+    operation = cluster.order("/new")
+    cluster.look()
+    for actor in ACTORS:
+        cluster.prepare(actor, 3)
+    cluster.look()
+    assert cluster.log.get(operation.id).detail == "version 3: /new"
+    assert cluster.standing.versions.checkpoint == "/new"
+
+
+def test_an_update_begins_when_another_one_that_is_published_has_ended(cluster: Updated) -> None:
+    cluster.standing.begin_version("/abandoned")
+    for actor in ACTORS:
+        cluster.prepare(actor, 2)
+    assert cluster.standing.publish_version() is not None
+    operation = cluster.order("/new")
+    cluster.look()
+    assert cluster.log.get(operation.id).phase is OperationPhase.PREPARING
+    for actor in ACTORS:
+        cluster.prepare(actor, 3)
+    cluster.look()
+    assert cluster.log.get(operation.id).detail == "version 3: /new"
+
+
+def test_a_mistake_of_ours_ends_the_update_and_nothing_else(cluster: Updated) -> None:
+    operation = cluster.order("/new")
+    cluster.look()
+
+    def mistake() -> bool:
+        raise RuntimeError("a mistake of ours")
+
+    cluster.is_settled = mistake
+    for actor in ACTORS:
+        cluster.prepare(actor, 2)
+    with pytest.raises(RuntimeError):
+        cluster.updates.look()
+    assert cluster.log.get(operation.id).phase is OperationPhase.FAILED
+    assert [v.checkpoint for v in cluster.standing.versions.all] == ["/old"]
