@@ -53,7 +53,7 @@ class Route:
     In a round every known router is asked once, then those that are found by asking where they are now. A round in
     which none took the text is followed by another until patience_s is over. Once a router has written anything, a loss
     begins a new round with new patience. The weights that the text was begun with are given up only when some router is
-    there without them, and none that may hold them has room.
+    there without them, and none that may hold them is full or away; or when patience is over.
     """
 
     def __init__(self, routers: Routers, *, patience_s: float, timeout_s: float, discovers: bool) -> None:
@@ -62,12 +62,13 @@ class Route:
         self._patience_s = patience_s
         self._deadline_s = time.monotonic() + timeout_s
         self._discovers = discovers
+        self._full: Exhausted | None  # of this round
+        self._stale: StaleOrder | None  # a router is there and does not hold the text's weights
+        self._away: bool  # a router did not answer
         self._begin_round()
         self._fruitless_since_s = time.monotonic()
         self._asked = ""  # the router that was asked last
-        self._lost: MoeClusterError = Unavailable("there is no router to ask")
-        self._full: Exhausted | None = None
-        self._stale: StaleOrder | None = None  # a router is there and does not hold the text's weights
+        self._no_answer: MoeClusterError = Unavailable("there is no router to ask")
         self.any_version = False  # the text is to go on with whatever weights are served
 
     @property
@@ -91,12 +92,11 @@ class Route:
         elif isinstance(error, StaleOrder):
             self._stale = error
         elif isinstance(error, Unavailable):
-            self._lost = error
+            self._no_answer, self._away = error, True
             self._routers.lost(self._asked)
         else:
             raise error
         if wrote:
-            self._full = self._stale = None
             self.any_version = False
             self._fruitless_since_s = time.monotonic()
             self._begin_round()
@@ -120,14 +120,16 @@ class Route:
         wait_s = PAUSE_S if self._full is None else max(self._full.retry_after_s or 0.0, PAUSE_S)
         fruitless_s = time.monotonic() - self._fruitless_since_s
         over = fruitless_s + wait_s > self._patience_s or wait_s >= self.left_s
-        if self._stale is not None and not self.any_version and (self._full is None or over):
+        may_be_held = self._full is not None or self._away
+        if self._stale is not None and not self.any_version and (over or not may_be_held):
             self.any_version, wait_s = True, 0.0
         elif over:
-            raise self._full or self._stale or self._lost
-        self._full = self._stale = None
+            raise self._full or self._stale or self._no_answer
         self._begin_round()
         return wait_s
 
     def _begin_round(self) -> None:
+        self._full = self._stale = None
+        self._away = False
         self._left = self._routers.in_turn()
         self._to_discover = self._discovers

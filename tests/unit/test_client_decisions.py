@@ -6,11 +6,12 @@ import pytest
 
 from moecluster.client.cluster_client import CancelAnswers, Channels
 from moecluster.client.routes import Route, Routers
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
+from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, StaleOrder, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.rpc.received_text import ReceivedText
 
 LOST = Unavailable("lost")
+STALE = StaleOrder("other weights")
 
 
 def route(*addresses: str, patience_s: float = 0.0, timeout_s: float = 60.0, discovers: bool = False) -> Route:
@@ -57,6 +58,28 @@ def test_no_pause_is_longer_than_patience_or_the_texts_deadline() -> None:
         else:
             with pytest.raises(Exhausted):
                 way.pause_s()
+
+
+def test_weights_are_given_up_once_no_router_may_hold_them() -> None:
+    way = route("a", "b", patience_s=60.0)
+    assert way.next() and way.next()
+    way.failed(STALE, wrote=False)
+    way.failed(LOST, wrote=False)  # it may be back in a moment
+    assert way.pause_s() > 0.0 and not way.any_version
+    assert way.next() and way.next()
+    way.failed(STALE, wrote=False)
+    way.failed(STALE, wrote=False)
+    assert way.pause_s() == 0.0 and way.any_version
+
+
+def test_weights_are_given_up_when_patience_is_over() -> None:
+    way = route("a", "b", patience_s=0.0)
+    assert way.next() and way.next()
+    way.failed(STALE, wrote=False)
+    way.failed(LOST, wrote=False)
+    assert way.pause_s() == 0.0 and way.any_version
+    with pytest.raises(Unavailable):
+        way.pause_s()
 
 
 def test_what_another_router_would_not_mend_is_raised_at_once() -> None:
