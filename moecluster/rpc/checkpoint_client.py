@@ -5,8 +5,9 @@ and sizes are checked before anything is written here: configuration and tokeniz
 goes with the last use. Weights are never written, each range goes straight to where it stays.
 """
 
-import tempfile
+import random
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from moecluster.models.checkpoint_files import CONFIG_NAME, METADATA_NAME, WEIGH
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
 from moecluster.rpc.checkpoint_server import MAX_METADATA_BYTES
+from moecluster.rpc.held_folder import HeldFolder
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 
@@ -36,6 +38,7 @@ CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 60.0  # of one range
 ATTEMPTS = 3
 PAUSE_S = 0.5  # before another attempt
+BUSY_TIMEOUT_S = 120.0  # for a source at which many read
 MAX_FILES = 10_000
 MAX_ALL_METADATA_BYTES = 256 * 2**20
 
@@ -49,7 +52,7 @@ class SourceAddress:
 
 
 ResultT = TypeVar("ResultT")
-_PASSING = (Unavailable, DeadlineExceeded, StaleOrder, Exhausted, InvalidMessage)  # worth another connection
+_PASSING = (Unavailable, DeadlineExceeded, StaleOrder, InvalidMessage)  # worth another connection
 
 Locate = Callable[[], SourceAddress]  # raises a MoeClusterError if nobody has announced the checkpoint
 
@@ -72,8 +75,8 @@ class RemoteFiles:
         self._weights = {name: size for name, size in sizes.items() if WEIGHTS_NAME.fullmatch(name)}
         if CONFIG_NAME not in sizes:
             raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
-        self._folder = tempfile.TemporaryDirectory(prefix="moecluster-", ignore_cleanup_errors=True)
-        self.metadata = Path(self._folder.name)
+        self._folder = HeldFolder()
+        self.metadata = self._folder.path
         for name, size in sizes.items():
             if name not in self._weights:
                 content = bytearray(size)
@@ -94,21 +97,28 @@ class RemoteFiles:
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def _again(self, call: Callable[["_Connection"], ResultT]) -> ResultT:
-        """The call's result, over a new connection where the last one failed."""
+        """The call's result, over a new connection where the last one failed; a source that is busy is waited for."""
         broken: _Connection | None = None
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                self._closed.wait(PAUSE_S * attempt)
+        attempts, busy_until_s = 0, time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            connection: _Connection | None = None
             try:
-                broken = self._connected(broken)
-                return call(broken)
-            except _PASSING:
-                if self._closed.is_set() or attempt == ATTEMPTS - 1:
+                connection = self._connected(broken)
+                return call(connection)
+            except Exhausted:
+                if self._closed.is_set() or time.monotonic() >= busy_until_s:
                     raise
-        raise AssertionError("the last attempt returns or raises")
+                broken = None
+                self._closed.wait(PAUSE_S * random.uniform(0.5, 1.5))  # not all readers at once again
+            except _PASSING:
+                attempts += 1
+                if self._closed.is_set() or attempts == ATTEMPTS:
+                    raise
+                broken = connection
+                self._closed.wait(PAUSE_S * attempts)
 
     def _connected(self, broken: "_Connection | None") -> "_Connection":
         with self._lock:

@@ -9,10 +9,9 @@ import os
 import secrets
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import grpc
 
@@ -20,14 +19,13 @@ from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, 
 from moecluster.models.checkpoint_files import METADATA_NAME, LocalFiles
 from moecluster.proto import checkpoint_pb2, checkpoint_pb2_grpc
 from moecluster.rpc.server import RunningServer, start_server
-from moecluster.rpc.status_codes import abort_with
+from moecluster.rpc.status_codes import abort_with, answer
 
 CHUNK_BYTES = 2**20
 MAX_ANNOUNCED = 8  # directories; beyond it the oldest is forgotten
 MAX_METADATA_BYTES = 64 * 2**20  # of one file that is not weights; a larger one is left out
 MAX_READS = 64  # at once, of all clients
 ID_BYTES = 32
-ReplyT = TypeVar("ReplyT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 files=[checkpoint_pb2.CheckpointFile(name=name, size_bytes=size) for name, size in sizes.items()]
             )
 
-        return _answer(context, files)
+        return answer(context, files)
 
     def Read(
         self, request: checkpoint_pb2.CheckpointReadRequest, context: grpc.ServicerContext
@@ -124,13 +122,6 @@ def _chunks(file: Path, size: int, begin: int, num_bytes: int) -> Iterator[check
                 begin += len(content)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _answer(context: grpc.ServicerContext, call: Callable[[], ReplyT]) -> ReplyT:
-    try:
-        return call()
-    except MoeClusterError as exc:
-        abort_with(context, exc)
 
 
 def serve_checkpoints(

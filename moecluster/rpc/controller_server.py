@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 
-from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
+from moecluster.errors import InvalidMessage, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
 from moecluster.rpc.controller_messages import decode_router_state, encode_status
 from moecluster.rpc.fields import (
@@ -25,7 +25,7 @@ from moecluster.rpc.operation_messages import encode_operation, encode_operation
 from moecluster.rpc.placement_board import NEVER
 from moecluster.rpc.placement_messages import encode_placement
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
-from moecluster.rpc.status_codes import abort_with
+from moecluster.rpc.status_codes import abort_with, answer
 from moecluster.types import (
     ClusterLoads,
     ControllerStatus,
@@ -125,7 +125,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             self._handler.report_failure(actor, request.incarnation, request.reason[:MAX_REASON_LENGTH])
             return controller_pb2.FailureReply()
 
-        return _answer(context, report)
+        return answer(context, report)
 
     def ReportLoad(
         self, request: controller_pb2.LoadReport, context: grpc.ServicerContext
@@ -134,7 +134,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             self._handler.report_load(checked_name(request.router, "router"), decode_load(request))
             return controller_pb2.LoadReportReply()
 
-        return _answer(context, report)
+        return answer(context, report)
 
     def WantExperts(
         self, request: controller_pb2.WantRequest, context: grpc.ServicerContext
@@ -144,7 +144,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             self._handler.want_experts(router, decode_experts(request.experts, "experts"))
             return controller_pb2.WantReply()
 
-        return _answer(context, want)
+        return answer(context, want)
 
     def SetCheckpoint(
         self, request: controller_pb2.SetCheckpointRequest, context: grpc.ServicerContext
@@ -153,12 +153,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             self._handler.set_checkpoint(checked_path(request.checkpoint, "checkpoint"))
             return controller_pb2.SetCheckpointReply()
 
-        return _answer(context, set_checkpoint)
+        return answer(context, set_checkpoint)
 
     def Status(
         self, request: controller_pb2.ControllerStatusRequest, context: grpc.ServicerContext
     ) -> controller_pb2.ControllerStatus:
-        return _answer(context, lambda: encode_status(self._handler.status()))
+        return answer(context, lambda: encode_status(self._handler.status()))
 
     def Loads(self, request: controller_pb2.LoadsRequest, context: grpc.ServicerContext) -> controller_pb2.LoadsReply:
         return self._answer_when_ready(context, lambda: encode_cluster_loads(self._handler.loads()))
@@ -230,7 +230,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                 raise Unavailable("the controller is starting, and reads what its predecessor did; try again")
             return call()
 
-        return _answer(context, ready)
+        return answer(context, ready)
 
 
 class _Subscription:
@@ -271,14 +271,6 @@ def serve_controller(
         return [controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name]
 
     return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
-
-
-def _answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
-    """The call's answer, or its error as the RPC's status."""
-    try:
-        return call()
-    except MoeClusterError as exc:
-        abort_with(context, exc)
 
 
 def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:

@@ -1,8 +1,8 @@
 """ExpertService at the server's edge: unary orders here, the Compute stream in compute_session.py."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import grpc
 
@@ -12,13 +12,12 @@ from moecluster.rpc import codec, export_chunks
 from moecluster.rpc.compute_session import ComputeSession
 from moecluster.rpc.interfaces import ComputeHandler, ExpertControl
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
-from moecluster.rpc.status_codes import abort_with
+from moecluster.rpc.status_codes import abort_with, answer
 from moecluster.types import ActorAddress, ExpertId, MessageKey, OptimizerSettings, StepTag
 
 MAX_EXPERTS_PER_ORDER = 2**16
 MAX_TIMEOUT_S = 3600.0
 HOST_PORT = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}:[0-9]{1,5}")
-ReplyT = TypeVar("ReplyT")
 StepOrder = expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest
 
 
@@ -109,7 +108,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             )
             return expert_pb2.LoadReply(loaded_bytes=loaded_bytes)
 
-        return _answer(context, load)
+        return answer(context, load)
 
     def Unload(self, request: expert_pb2.UnloadRequest, context: grpc.ServicerContext) -> expert_pb2.UnloadReply:
         def unload() -> expert_pb2.UnloadReply:
@@ -122,7 +121,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             )
             return expert_pb2.UnloadReply()
 
-        return _answer(context, unload)
+        return answer(context, unload)
 
     def SetPlacement(
         self, request: expert_pb2.SetPlacementRequest, context: grpc.ServicerContext
@@ -138,7 +137,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             )
             return expert_pb2.SetPlacementReply()
 
-        return _answer(context, set_placement)
+        return answer(context, set_placement)
 
     def Export(
         self, request: expert_pb2.ExportRequest, context: grpc.ServicerContext
@@ -171,7 +170,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             result = self._handler.reduce(_step(request), expected)
             return expert_pb2.ReduceReply(incarnation=result.incarnation, square_norm=result.square_norm)
 
-        return _answer(context, reduce)
+        return answer(context, reduce)
 
     def Prepare(self, request: expert_pb2.PrepareRequest, context: grpc.ServicerContext) -> expert_pb2.PrepareReply:
         def prepare() -> expert_pb2.PrepareReply:
@@ -182,17 +181,17 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             )
             return expert_pb2.PrepareReply(incarnation=incarnation)
 
-        return _answer(context, prepare)
+        return answer(context, prepare)
 
     def Commit(self, request: expert_pb2.CommitRequest, context: grpc.ServicerContext) -> expert_pb2.CommitReply:
-        return _answer(context, lambda: expert_pb2.CommitReply(incarnation=self._handler.commit(_step(request))))
+        return answer(context, lambda: expert_pb2.CommitReply(incarnation=self._handler.commit(_step(request))))
 
     def Abort(self, request: expert_pb2.AbortRequest, context: grpc.ServicerContext) -> expert_pb2.AbortReply:
         def abort() -> expert_pb2.AbortReply:
             self._handler.abort(_step(request))
             return expert_pb2.AbortReply()
 
-        return _answer(context, abort)
+        return answer(context, abort)
 
     def Status(self, request: expert_pb2.StatusRequest, context: grpc.ServicerContext) -> expert_pb2.StatusReply:
         def status() -> expert_pb2.StatusReply:
@@ -226,14 +225,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 reply.prepared.CopyFrom(codec.encode_step(found.prepared))
             return reply
 
-        return _answer(context, status)
-
-
-def _answer(context: grpc.ServicerContext, call: Callable[[], ReplyT]) -> ReplyT:
-    try:
-        return call()
-    except MoeClusterError as exc:
-        abort_with(context, exc)
+        return answer(context, status)
 
 
 def serve_expert(

@@ -1,7 +1,8 @@
 """Our errors as gRPC status codes and back: mapped once, at the edge."""
 
 import math
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
@@ -21,6 +22,7 @@ from moecluster.proto import expert_pb2
 
 RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
 LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
+AnswerT = TypeVar("AnswerT")
 
 # The first class that an error is an instance of decides.
 _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
@@ -57,6 +59,14 @@ def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoRetur
         context.set_trailing_metadata(((RETRY_AFTER, f"{error.retry_after_s:.3f}"),))
     context.abort(status_of(error), str(error))
     raise AssertionError("abort raises")
+
+
+def answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
+    """The call's answer, or its error as the RPC's status."""
+    try:
+        return call()
+    except MoeClusterError as exc:
+        abort_with(context, exc)
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:

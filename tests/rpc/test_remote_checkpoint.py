@@ -3,6 +3,7 @@
 import gc
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from actors.checkpoint_source import CheckpointSource
 from moecluster.errors import (
     CheckpointError,
+    Exhausted,
     InvalidMessage,
     MoeClusterError,
     StaleOrder,
@@ -257,6 +259,30 @@ def test_a_source_that_is_gone_ends_the_reading(small: Path, monkeypatch: pytest
         server.stop(0.0)
         with pytest.raises(Unavailable):
             checkpoint.read("lm_head.weight")
+
+
+def test_a_source_at_which_many_read_is_waited_for(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_server, "MAX_READS", 1)
+    expected = Checkpoint.open(small).read("lm_head.weight")
+    with announced(small) as (_, source), ThreadPoolExecutor(8) as pool:
+
+        def read(_: int) -> torch.Tensor:
+            with closing(RemoteFiles(NAME, lambda: source)) as files:
+                return Checkpoint.of(files).read("lm_head.weight")
+
+        assert all(torch.equal(ours, expected) for ours in pool.map(read, range(8)))
+
+
+def test_a_source_that_stays_busy_is_given_up_in_time(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_client, "BUSY_TIMEOUT_S", 0.3)
+    with announced(small) as (_, source), closing(RemoteFiles(NAME, lambda: source)) as files:
+        monkeypatch.setattr(checkpoint_client, "_fill", refuse)
+        with pytest.raises(Exhausted, match="full"):
+            Checkpoint.of(files)
+
+
+def refuse(*args: Any) -> int:
+    raise Exhausted("full")
 
 
 def test_a_name_that_nobody_announced_is_not_waited_for(small: Path) -> None:

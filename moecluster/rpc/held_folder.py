@@ -1,0 +1,53 @@
+"""A temporary folder that its process holds by a lock, so that others see when it was left behind by a kill."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "moecluster-files-"
+LOCK_NAME = ".held"
+NEW_S = 60.0  # a younger folder may not be locked yet
+
+
+class HeldFolder:
+    """Goes with its last user, or with `remove`; after a kill, when the next one on this host is made."""
+
+    def __init__(self) -> None:
+        _remove_left(Path(tempfile.gettempdir()))
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        self._lock = (self.path / LOCK_NAME).open("wb")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        """Again is fine."""
+        self._lock.close()
+        self._folder.cleanup()
+
+
+def _remove_left(parent: Path) -> None:
+    """Removes this user's folders that nobody holds any more."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another process was faster
+            found = folder.lstat()
+            is_ours = folder.is_dir() and not folder.is_symlink() and found.st_uid == os.getuid()
+            if is_ours and time.time() - found.st_mtime >= NEW_S and not _is_held(folder / LOCK_NAME):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
