@@ -1,5 +1,6 @@
 """The files of one checkpoint directory: of this host, or (rpc/checkpoint_client.py) of another."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +28,13 @@ class CheckpointFiles(Protocol):
 
 
 class LocalFiles:
-    """CheckpointFiles of a directory here. Holds no file open between reads."""
+    """CheckpointFiles of a directory here. Holds no file open between reads; one that was written anew since it was
+    first seen is refused, as offsets that were read before mean something else in it."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises CheckpointError if there is no such directory, or no model in it."""
         self.path = self.metadata = Path(path)
+        self._first_seen: dict[str, tuple[int, ...]] = {}  # file name -> which file it was
         if not self.path.is_dir():
             raise CheckpointError(
                 f"no model directory at {self.path}: give a directory with {CONFIG_NAME} and safetensors"
@@ -41,12 +44,22 @@ class LocalFiles:
 
     def weights(self) -> Mapping[str, int]:
         found = [file for file in self.path.iterdir() if WEIGHTS_NAME.fullmatch(file.name) and file.is_file()]
-        return {file.name: file.stat().st_size for file in found}
+        sizes = {}
+        for file in found:
+            status = file.stat()
+            self._first_seen.setdefault(file.name, _identity(status))
+            sizes[file.name] = status.st_size
+        return sizes
 
     def read_into(self, name: str, begin: int, out: memoryview) -> None:
         file = self.path / name
         try:
             with file.open("rb", buffering=0) as handle:
+                identity = _identity(os.fstat(handle.fileno()))
+                if self._first_seen.setdefault(name, identity) != identity:
+                    raise CheckpointError(
+                        f"{file} has changed since it was opened: write new weights to a directory of their own"
+                    )
                 handle.seek(begin)
                 while out and (count := handle.readinto(out)):  # one call reads 2 GiB at most
                     out = out[count:]
@@ -54,3 +67,7 @@ class LocalFiles:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         if out:
             raise CheckpointError(f"{file} is torn: it ends {len(out)} bytes too soon; copy it again")
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -48,13 +48,13 @@ class ExpertLoader:
         self._open_elsewhere = open_elsewhere
         self._proofs = BlockProofs() if batch_invariant else None
         self.packer = Packer(actor, always_at_once=batch_invariant)
-        self._sources: dict[str, ExpertSource] = {}
+        self._sources: dict[tuple[str, int], ExpertSource] = {}  # by directory and weight version
 
     def load(self, order: LoadOrder, settings: LoadSettings) -> int:
         """Returns the bytes loaded. Raises as ExpertService.load says."""
         is_trained = settings.optimizer is not None
-        source = self._source(settings.checkpoint, here=is_trained)
         version = settings.weight_version or self._hosted.weight_version
+        source = self._source(settings.checkpoint, version, here=is_trained)
         hosted = set(self._hosted.ids(version))
         if settings.optimizer is not None:
             step = read_step(settings.checkpoint)
@@ -110,15 +110,19 @@ class ExpertLoader:
             shared.add(expert)
         return shared
 
-    def _source(self, checkpoint: str, *, here: bool) -> ExpertSource:
-        """here: the directory must be on this node, as training reads more of it than weights."""
+    def _source(self, checkpoint: str, version: int, *, here: bool) -> ExpertSource:
+        """A directory may be written anew for another version: it is opened anew for each.
+
+        here: the directory must be on this node, as training reads more of it than weights.
+        """
         elsewhere = None if here else self._open_elsewhere
         if elsewhere is None and not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
             raise CheckpointError(f"{checkpoint}: no such directory on the node of {self._actor}")
-        if checkpoint not in self._sources:
+        wanted = (checkpoint, version)
+        if wanted not in self._sources:
             newest = list(self._sources.items())[-(MAX_SOURCES - 1) :]
-            self._sources = {**dict(newest), checkpoint: ExpertSource(open_checkpoint(checkpoint, elsewhere))}
-        return self._sources[checkpoint]
+            self._sources = {**dict(newest), wanted: ExpertSource(open_checkpoint(checkpoint, elsewhere))}
+        return self._sources[wanted]
 
     def _arriving(
         self, source: ExpertSource, wanted: list[ExpertId], settings: LoadSettings, order: LoadOrder

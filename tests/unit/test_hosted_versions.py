@@ -1,17 +1,20 @@
 """An actor that holds experts in several weight versions."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from moecluster.errors import InvalidMessage, NotHosted, StaleOrder
+from moecluster.errors import CheckpointError, InvalidMessage, NotHosted, StaleOrder
+from moecluster.models.checkpoint import SINGLE_FILE_NAME
 from moecluster.models.composed_checkpoint import compose
 from moecluster.roles.expert_service import ExpertService
-from moecluster.types import ComputeBatch
+from moecluster.types import ComputeBatch, ExpertId
 from tests.families import make_model, save
 from tests.small_actor import EXPERTS, SGD, ask, batch_of, check_rows, load_modules
 
@@ -138,3 +141,24 @@ def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(check
             file.write_bytes(content)
         stand(service, 2, (2, 3), generation=3)
         assert load_from("mixed", 3) == whole
+
+
+def test_a_directory_that_was_written_anew_is_opened_anew(checkpoints, tmp_path) -> None:
+    directory = shutil.copytree(checkpoints[0], tmp_path / "again")
+    file = directory / SINGLE_FILE_NAME
+    with closing(ExpertService(name="expert-0")) as service:
+        stand(service, 1, (1, 2))
+
+        def load_again(experts: Sequence[ExpertId], version: int) -> None:
+            service.load(term=1, experts=experts, checkpoint=str(directory), weight_version=version)
+
+        load_again(EXPERTS[:2], 1)
+        tensors = load_file(checkpoints[1] / SINGLE_FILE_NAME)
+        save_file(tensors, file, metadata={"format": "pt", "note": "so that every tensor lies elsewhere" * 10})
+        load_again(EXPERTS, 2)
+        stand(service, 2, (1, 2), generation=2)
+        check(service, checkpoints, 2, batch_of())
+        save_file(tensors, file, metadata={"format": "pt"})
+        for _ in range(2):  # its other experts are those of the old weights
+            with pytest.raises(CheckpointError, match="has changed since it was opened"):
+                load_again(EXPERTS[2:], 1)
