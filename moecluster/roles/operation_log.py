@@ -63,11 +63,16 @@ class OperationLog:
                 return known
             if sum(not o.phase.ended for o in self._operations.values()) >= MAX_QUEUED:
                 raise Exhausted(f"{MAX_QUEUED} operations wait already; try again when some have ended")
-        return self._add(kind, OperationPhase.QUEUED, reason, arguments, operation_id)
+            operation = self._add(kind, OperationPhase.QUEUED, reason, arguments, operation_id)
+        self._added(operation)
+        return operation
 
     def begin(self, kind: str, *, reason: str, arguments: tuple[str, ...] = (), **figures: Any) -> Operation:
         """An operation that begins at once. figures: other fields of it."""
-        return self._add(kind, OperationPhase.PREPARING, reason, arguments, "", **figures)
+        with self._lock:
+            operation = self._add(kind, OperationPhase.PREPARING, reason, arguments, "", **figures)
+        self._added(operation)
+        return operation
 
     def update(self, operation_id: str, **changes: Any) -> Operation:
         """Changes fields of an operation; one that ends is counted."""
@@ -136,6 +141,7 @@ class OperationLog:
         operation_id: str,
         **figures: Any,
     ) -> Operation:
+        """Under the lock."""
         operation = Operation(
             id=operation_id or f"{kind}-{secrets.token_hex(4)}",
             kind=kind,
@@ -145,13 +151,15 @@ class OperationLog:
             created_s=self._unix_clock(),
             **figures,
         )
-        with self._lock:
-            self._operations[operation.id] = operation
-            ended = [o for o in self._operations.values() if o.phase.ended]
-            reshares = [o.id for o in ended if o.kind == "reshare"]
-            others = [o.id for o in ended if o.kind != "reshare"]
-            for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
-                del self._operations[old]
-        self._metrics.count_operation(kind, phase.value)
-        self._on_change()
+        self._operations[operation.id] = operation
+        ended = [o for o in self._operations.values() if o.phase.ended]
+        reshares = [o.id for o in ended if o.kind == "reshare"]
+        others = [o.id for o in ended if o.kind != "reshare"]
+        for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
+            del self._operations[old]
         return operation
+
+    def _added(self, operation: Operation) -> None:
+        """Without the lock."""
+        self._metrics.count_operation(operation.kind, operation.phase.value)
+        self._on_change()

@@ -140,7 +140,7 @@ class RemoteExperts:
     def _count(self, layer: int, ids_TK: torch.Tensor, timeout_s: float) -> None:
         num_experts = self.pool.placement(timeout_s).layer_experts.get(layer, 0)
         counts_E = np.bincount(ids_TK.numpy().reshape(-1), minlength=num_experts)
-        dropped, counts_E = int(counts_E[num_experts:].sum()), counts_E[:num_experts]
+        dropped, counts_E = int(counts_E[num_experts : num_experts + 1].sum()), counts_E[:num_experts]
         for counts in (self.loads, *getattr(self._current, "counts", ())):
             counts.add(layer, counts_E)
         if self._metrics is not None:

@@ -153,8 +153,9 @@ class RouterSizing:
         size, now_s = self._settings.size, self._clock()
         if size is None or not staying or now_s - self._started_s < self._settings.lease_s:
             return  # routers must be heard first
-        if self._change is not None and self._change.operation.reason == ORDERED:
-            return
+        under_way = [self._change.operation] if self._change is not None else []
+        if any(operation.reason == ORDERED for operation in (*under_way, *self._log.queued({KIND}))):
+            return  # what a user asks for comes first
         states = self._leases.states()
         heard = [states[name] for name in staying if name in states]
         seen = RouterObservation(

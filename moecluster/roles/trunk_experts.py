@@ -81,4 +81,5 @@ class TrunkExperts:
         computed_T = watcher.see(layer, ids_TK.numpy(), num_experts)
         if computed_T is None:
             return ids_TK
-        return ids_TK.masked_fill(torch.from_numpy(~computed_T).unsqueeze(1), num_experts)
+        # One beyond what stands for a dropped assignment: nothing was dropped.
+        return ids_TK.masked_fill(torch.from_numpy(~computed_T).unsqueeze(1), num_experts + 1)

@@ -4,6 +4,7 @@ One interface over two ways. Families whose attention runs on transformers' page
 joins at the next step and leaves at its last. Others are written in padded batches by `generate()`.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.sections import ServeConfig
 from moecluster.serving.running_text import RunningText
 from moecluster.types import ExpertId
+
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
 FIRST_TEXT_S = 1.0  # how long a text takes, before one has ended
@@ -199,6 +202,10 @@ class Engine:
             except MoeClusterError as exc:
                 self._running.pop(text.name, None)
                 text.fail(exc)
+            except Exception as exc:  # of torch or transformers: it must not hold its place for ever
+                logger.exception("text %s is not begun", text.name)
+                self._running.pop(text.name, None)
+                text.fail(Unavailable(f"the router cannot write: {type(exc).__name__}: {exc}"))
 
     def _write(self, text: RunningText) -> None:
         if not self._writer.is_alive():

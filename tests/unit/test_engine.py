@@ -214,3 +214,18 @@ def test_two_threads_may_close_an_engine_that_writes(engine) -> None:
     assert [closing.result() for closing in closings] == [None] * 4
     with pytest.raises(Unavailable, match="router ends"):
         list(text)
+
+
+def test_a_text_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> None:
+    running = engine(replace(LIMITS, max_waiting=4))
+
+    def no_writer(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(running._writer, "is_alive", lambda: False)
+        patches.setattr(running, "_make_writer", no_writer)
+        with pytest.raises(Unavailable, match="RuntimeError: out of memory"):
+            write(running, ask())
+    assert running.running == 0
+    assert len(ids_of(write(running, ask()))) == 24

@@ -222,6 +222,19 @@ def test_a_snapshot_does_not_change_afterwards() -> None:
     assert before[0].tolist() == [1, 2] and counts.snapshot()[0].tolist() == [2, 4]
 
 
+def test_rows_of_padding_count_as_nothing(checkpoint: Path) -> None:
+    metrics = Metrics(model="m")
+    with ExpertCluster(checkpoint, replicas=HALVES) as cluster:
+        remote = RemoteExperts(cluster.pool, metrics=metrics)
+        x_TD, ids_TK, weights_TK = tokens(dropped=0.0)
+        ids_TK[5:] = len(EXPERTS) + 1
+        with torch.no_grad():
+            y_TD = remote(LAYER, x_TD, ids_TK, weights_TK)
+    assert not y_TD[5:].any() and y_TD[:5].any()
+    assert "dropped_assignments_total{" not in metrics.render()
+    assert remote.loads.snapshot()[LAYER].sum() == ids_TK[:5].numel()
+
+
 def test_metrics_name_dropped_assignments_and_bytes(checkpoint: Path) -> None:
     metrics = Metrics(model="m")
     with ExpertCluster(checkpoint, replicas=HALVES) as cluster:

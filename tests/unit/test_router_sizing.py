@@ -318,3 +318,24 @@ def test_under_new_load_those_that_leave_by_decision_are_taken_back_and_by_order
     time.sleep(0.05)
     routers.now_s += 50.0
     assert stays(lambda: leaving(sizing) == ["router-1"] and not routers.phase(ordered).ended)
+
+
+def test_no_decision_takes_the_place_of_an_order_that_waits(make, monkeypatch) -> None:
+    routers = Routers("router")
+    routers.tell("router", running=4, waiting=8)
+    sizing = make(routers, size=SIZE)
+    routers.now_s += LEASE_S
+    time.sleep(0.05)
+    known_routers = routers.known_routers
+    ordered: list[Operation] = []
+
+    def order_first() -> tuple[str, ...]:
+        if not ordered and routers.now_s > 112.0:  # in the round that would decide
+            ordered.append(sizing.order(2))
+        return known_routers()
+
+    monkeypatch.setattr(routers, "known_routers", order_first)
+    routers.now_s += 5.0
+    wait_until(lambda: "router-1" in routers.there)
+    routers.tell("router-1")
+    wait_until(lambda: routers.phase(ordered[0]) is OperationPhase.DONE)
