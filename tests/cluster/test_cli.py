@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from tests.twin_actors import save_tiny_model
 COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0
+SETTINGS = ("cluster.num_expert_actors=2", "controller.max_expert_actors=3", "controller.num_redundant_experts=4")
+LIVE = tuple(word for setting in SETTINGS for word in ("--set", setting))
 
 pytestmark = pytest.mark.timeout(400)  # every command is a process that imports and starts much
 
@@ -50,60 +52,14 @@ def local_rays() -> set[str]:
     return {process.environ()[MARK] for process in processes_of_this_session() if MARK in process.environ()}
 
 
-def test_up_status_generate_down(run: Run, model: str, tmp_path: Path) -> None:
-    settings = ("--set", "cluster.num_expert_actors=2")
-    started = run("up", model, *settings)
+@pytest.fixture(scope="module")
+def live(run: Run, model: str) -> Iterator[None]:
+    """A cluster that is up, for the last tests; then it is ended."""
+    started = run("up", model, *LIVE)
     assert started.returncode == 0, started.stderr
     try:
         assert len(local_rays()) == 1
-        shown = json.loads(run("status", "--json").stdout)
-        assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
-        assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
-        text = run("generate", model, "def main(", "--max-new-tokens", "20")
-        assert text.returncode == 0 and "20 tokens after a prompt of 9" in text.stderr, text.stderr
-        again = run("up", model, *settings)
-        assert again.returncode == 2 and "is up already" in again.stderr
-        too_long = run("generate", model, "x" * 300)
-        assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
-        other = run("generate", save_tiny_model(tmp_path / "other"), "x")
-        assert other.returncode == 2 and "is up and serves" in other.stderr
-    finally:
-        ended = run("down")
-    assert ended.returncode == 0, ended.stderr
-    assert local_rays() == set()
-    assert run("down").returncode == 2
-
-
-def test_a_live_cluster_is_changed_recorded_and_explained(run: Run, model: str, tmp_path: Path) -> None:
-    """Also by a controller that was started anew, and listens elsewhere than `up` noted."""
-    settings = ("cluster.num_expert_actors=2", "controller.max_expert_actors=3", "controller.num_redundant_experts=4")
-    started = run("up", model, *(word for setting in settings for word in ("--set", setting)))
-    assert started.returncode == 0, started.stderr
-    try:
-        placed = run("place", "0/0", "expert-0", "expert-1", "--id", "both")
-        assert placed.returncode == 0 and placed.stdout.startswith("both is done"), placed.stderr
-        shown = run("status").stdout
-        assert "9 replicas" in shown and "policy share, routers with a lease: 1" in shown
-        planned = json.loads(run("plan", "--dry-run", "--json").stdout)
-        assert planned["policy"] == "share"
-        for wrong in (("place", "0/0", "expert-9"), ("scale", "4"), ("drain", "moon"), ("plan", "--policy", "best")):
-            refused = run(*wrong)
-            assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-
-        before = json.loads(run("status", "--json").stdout)
-        os.kill(before["actors"]["controller"]["pid"], signal.SIGKILL)
-        explained = run("explain", "both", "--json")
-        assert explained.returncode == 0 and "asking Ray where it is now" in explained.stderr, explained.stderr
-        assert json.loads(explained.stdout)["phase"] == "done"
-        again = run("operations", "--json")
-        assert again.stderr == "" and "both" in [operation["id"] for operation in json.loads(again.stdout)]
-        after = json.loads(run("status", "--json").stdout)["controller"]
-        assert after["term"] > before["controller"]["term"] and after["replicas"] == before["controller"]["replicas"]
-
-        trace = tmp_path / "loads.jsonl"
-        recorded = run("record", str(trace), "--window-s", "1", "--for-s", "2")
-        assert recorded.returncode == 0, recorded.stderr
-        assert len(trace.read_bytes().splitlines()) == 3
+        yield
     finally:
         ended = run("down")
     assert ended.returncode == 0, ended.stderr
@@ -158,3 +114,50 @@ def test_up_on_a_given_ray_leaves_it_running(run: Run, model: str, ray_session, 
     assert text.returncode == 0, text.stderr
     ended = run("down", "--name", ray_namespace)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_what_is_not_up_cannot_be_ended(run: Run) -> None:
+    refused = run("down")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
+    shown = json.loads(run("status", "--json").stdout)
+    assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
+    assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
+    text = run("generate", model, "def main(", "--max-new-tokens", "20")
+    assert text.returncode == 0 and "20 tokens after a prompt of 9" in text.stderr, text.stderr
+    again = run("up", model, *LIVE)
+    assert again.returncode == 2 and "is up already" in again.stderr
+    too_long = run("generate", model, "x" * 300)
+    assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
+    other = run("generate", save_tiny_model(tmp_path / "other"), "x")
+    assert other.returncode == 2 and "is up and serves" in other.stderr
+
+
+def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, tmp_path: Path) -> None:
+    """Also by a controller that was started anew, and listens elsewhere than `up` noted."""
+    placed = run("place", "0/0", "expert-0", "expert-1", "--id", "both")
+    assert placed.returncode == 0 and placed.stdout.startswith("both is done"), placed.stderr
+    shown = run("status").stdout
+    assert "9 replicas" in shown and "policy share, routers with a lease: 1" in shown
+    planned = json.loads(run("plan", "--dry-run", "--json").stdout)
+    assert planned["policy"] == "share"
+    for wrong in (("place", "0/0", "expert-9"), ("scale", "4"), ("drain", "moon"), ("plan", "--policy", "best")):
+        refused = run(*wrong)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+    before = json.loads(run("status", "--json").stdout)
+    os.kill(before["actors"]["controller"]["pid"], signal.SIGKILL)
+    explained = run("explain", "both", "--json")
+    assert explained.returncode == 0 and "asking Ray where it is now" in explained.stderr, explained.stderr
+    assert json.loads(explained.stdout)["phase"] == "done"
+    again = run("operations", "--json")
+    assert again.stderr == "" and "both" in [operation["id"] for operation in json.loads(again.stdout)]
+    after = json.loads(run("status", "--json").stdout)["controller"]
+    assert after["term"] > before["controller"]["term"] and after["replicas"] == before["controller"]["replicas"]
+
+    trace = tmp_path / "loads.jsonl"
+    recorded = run("record", str(trace), "--window-s", "1", "--for-s", "2")
+    assert recorded.returncode == 0, recorded.stderr
+    assert len(trace.read_bytes().splitlines()) == 3
