@@ -40,16 +40,17 @@ class LoopbackCluster:
         max_running: int = 4,
         max_waiting: int = 0,
         batch_invariant: bool = False,
+        device: str = "cpu",
         router_supervisor: RouterSupervisor | None = None,
         open_elsewhere: OpenCheckpoint | None = None,
         **controller: Any,
     ) -> None:
-        """router_supervisor: what starts more routers. open_elsewhere: opens checkpoints that nobody here sees.
+        """device: of trunks. router_supervisor: starts more routers. open_elsewhere: opens what nobody here sees.
         controller: fields of ControllerSettings that differ from the usual ones."""
         self._router_supervisor = router_supervisor
         self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
         self._controller_settings = controller
-        self._batch_invariant = batch_invariant
+        self._batch_invariant, self._device = batch_invariant, device
         self._open_elsewhere = open_elsewhere
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
@@ -72,6 +73,7 @@ class LoopbackCluster:
             controller=lambda: self.controller_server.address,
             limits=self._limits,
             batch_invariant=self._batch_invariant,
+            device=self._device,
             open_elsewhere=self._open_elsewhere,
             told=told,
         )
@@ -163,6 +165,7 @@ class LoopbackRouter:
         controller: Callable[[], str],
         limits: EngineLimits,
         batch_invariant: bool,
+        device: str,
         open_elsewhere: OpenCheckpoint | None,
         told: Callable[[], RouterState | None],
     ) -> None:
@@ -177,6 +180,7 @@ class LoopbackRouter:
             self.remote,
             make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
             name=name,
+            device=device,
             metrics=self.metrics,
             on_change=self.placements.renew,
             open_elsewhere=open_elsewhere,

@@ -1,0 +1,107 @@
+"""A router whose trunk is on a GPU writes what the whole model writes on the CPU."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moecluster.client import Client
+from moecluster.models.model_config import read_model_config
+from moecluster.types import OperationPhase
+from tests.families import FAMILIES
+from tests.loopback_cluster import LoopbackCluster
+from tests.mixed_texts import assert_texts_of_the_whole_model
+from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
+
+WAIT_S = 60.0
+SAMPLED: Mapping[str, Any] = {
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "top_k": 40,
+    "min_p": 0.01,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.1,
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [save_version(tmp_path_factory.mktemp("model"), seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def cluster(versions: list[str]) -> Iterator[LoopbackCluster]:
+    with LoopbackCluster(versions[0], device="cuda") as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster: LoopbackCluster) -> Iterator[Client]:
+    with Client(cluster.router_server.address) as connected:
+        yield connected
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true"
+        time.sleep(0.01)
+
+
+def allocated_bytes() -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_of_texts_is_what_the_whole_model_writes(family: str, tmp_path: Path) -> None:
+    assert_texts_of_the_whole_model(family, tmp_path, seed=list(FAMILIES).index(family), device="cuda")
+    assert torch.cuda.max_memory_allocated() > 0
+
+
+def test_a_layer_of_raw_hidden_states_is_what_it_is_on_the_cpu(client: Client, versions: list[str]) -> None:
+    read_model_config(versions[0])  # makes our own family known
+    model = AutoModelForCausalLM.from_pretrained(versions[0])
+    x_TD = torch.randn(5, 32)
+    y_TD, ids_TK, weights_TK = client.moe(1, x_TD)
+    expected = model.model.layers[1].mlp(x_TD.unsqueeze(0))
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    torch.testing.assert_close(y_TD, expected.reshape(5, 32), atol=1e-5, rtol=1e-4)
+    assert ids_TK.shape == weights_TK.shape == (5, 2)
+
+
+def test_sampled_texts_with_every_parameter_are_repeatable(client: Client) -> None:
+    texts = [client.generate(PROMPTS[0], max_new_tokens=24, logprobs=True, top_logprobs=3, **SAMPLED) for _ in range(2)]
+    first, second = (stream.text() for stream in texts)
+    assert first == second and texts[0].ids == texts[1].ids
+    logprobs = [token for stream in texts for token in stream.logprobs]
+    assert len(logprobs) == sum(len(stream.ids) for stream in texts)
+    assert all(token.logprob <= 0 and len(token.top) == 3 for token in logprobs)
+
+
+def test_new_weights_replace_the_old_ones_on_the_gpu(
+    cluster: LoopbackCluster, client: Client, versions: list[str]
+) -> None:
+    """And the old trunk's memory is free again."""
+
+    def write_all() -> dict[str, list[int]]:
+        streams = {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS) for prompt in PROMPTS}
+        for stream in streams.values():
+            stream.text()
+        return {prompt: list(stream.ids) for prompt, stream in streams.items()}
+
+    alone = [texts_alone(version) for version in versions]
+    assert write_all() == alone[0]
+    before_bytes = allocated_bytes()
+    assert before_bytes > 0
+    operation = cluster.controller.update(versions[1])
+    wait_until(lambda: cluster.controller.operation(operation.id).phase is OperationPhase.DONE)
+    assert write_all() == alone[1]
+    wait_until(lambda: allocated_bytes() <= before_bytes + 2**16)
