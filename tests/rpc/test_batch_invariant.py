@@ -218,7 +218,13 @@ class ChangingPlacement:
             return self._placement if self.current(0.0).number > number else None
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
-        self.failed.append(actor)
+        with self._changed:
+            self.failed.append(actor)
+            self._changed.notify_all()
+
+    def wait_for_a_failure(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.failed, TIMEOUT_S)
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
         """The test itself says what stands where."""
@@ -301,6 +307,7 @@ def test_a_kill_and_retry_in_another_placement_changes_no_bit(
                 while actors.services["expert-1"]._queue.rows == 0:
                     assert not call.done()
                 actors.kill("expert-1")
+            placements.wait_for_a_failure()
             assert not call.done()
             if moved_to == "the same name":
                 actors.start("expert-1")
