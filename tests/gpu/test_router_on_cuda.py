@@ -1,6 +1,5 @@
 """A router whose trunk is on a GPU writes what the whole model writes on the CPU."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,6 @@ from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
 
 WAIT_S = 60.0
 NUM_UPDATES = 4
-SLACK_BYTES = 2**16
 SAMPLED: Mapping[str, Any] = {
     "temperature": 0.9,
     "top_p": 0.95,
@@ -64,13 +62,6 @@ def write_all(client: Client) -> dict[str, list[int]]:
     return {prompt: list(stream.ids) for prompt, stream in streams.items()}
 
 
-def held_bytes() -> int:
-    """Of the GPU, by tensors. cuBLAS keeps a workspace for each of PyTorch's 32 streams: it is not counted."""
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    return torch.cuda.memory_allocated()
-
-
 def update(cluster: LoopbackCluster, directory: str) -> None:
     operation = cluster.controller.update(directory)
     wait_until(lambda: cluster.controller.operation(operation.id).phase is OperationPhase.DONE)
@@ -105,12 +96,8 @@ def test_sampled_texts_with_every_parameter_are_repeatable(client: Client) -> No
 def test_new_weights_replace_the_old_ones_on_the_gpu(
     cluster: LoopbackCluster, client: Client, versions: list[str]
 ) -> None:
-    """And the old trunk's memory is free again."""
     alone = [texts_alone(version) for version in versions]
     assert write_all(client) == alone[0]
-    before_bytes = held_bytes()
-    assert before_bytes > 0
     for turn in range(1, 1 + NUM_UPDATES):
         update(cluster, versions[turn % 2])
         assert write_all(client) == alone[turn % 2]
-        wait_until(lambda: held_bytes() <= before_bytes + SLACK_BYTES)
