@@ -11,7 +11,7 @@ from moecluster.roles.standing import Standing
 from moecluster.types import ExpertId, Operation, Replica
 
 KINDS = frozenset({"scale", "drain", "place", "wake"})  # carried out here; a successor goes on with these
-SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors, and for each other
+SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors
 
 
 class OrderedChanges:

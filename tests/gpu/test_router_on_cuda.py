@@ -1,7 +1,6 @@
 """A router whose trunk is on a GPU writes what the whole model writes on the CPU."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from moecluster.client import Client
 from moecluster.models.model_config import read_model_config
-from moecluster.types import OperationPhase
 from tests.families import FAMILIES
 from tests.loopback_cluster import LoopbackCluster
 from tests.mixed_texts import assert_texts_of_the_whole_model
-from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
+from tests.weight_versions import NEW_TOKENS, PROMPTS, done, save_version, texts_alone
 
-WAIT_S = 60.0
 NUM_UPDATES = 4
 SAMPLED: Mapping[str, Any] = {
     "temperature": 0.9,
@@ -48,23 +45,11 @@ def client(cluster: LoopbackCluster) -> Iterator[Client]:
         yield connected
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.01)
-
-
 def write_all(client: Client) -> dict[str, list[int]]:
     streams = {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS) for prompt in PROMPTS}
     for stream in streams.values():
         stream.text()
     return {prompt: list(stream.ids) for prompt, stream in streams.items()}
-
-
-def update(cluster: LoopbackCluster, directory: str) -> None:
-    operation = cluster.controller.update(directory)
-    wait_until(lambda: cluster.controller.operation(operation.id).phase is OperationPhase.DONE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,5 +84,5 @@ def test_new_weights_replace_the_old_ones_on_the_gpu(
     alone = [texts_alone(version) for version in versions]
     assert write_all(client) == alone[0]
     for turn in range(1, 1 + NUM_UPDATES):
-        update(cluster, versions[turn % 2])
+        done(cluster, cluster.controller.update(versions[turn % 2]))
         assert write_all(client) == alone[turn % 2]
