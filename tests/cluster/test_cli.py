@@ -121,22 +121,9 @@ def test_what_is_not_up_cannot_be_ended(run: Run) -> None:
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
 
 
-def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
-    shown = json.loads(run("status", "--json").stdout)
-    assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
-    assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
-    text = run("generate", model, "def main(", "--max-new-tokens", "20")
-    assert text.returncode == 0 and "20 tokens after a prompt of 9" in text.stderr, text.stderr
-    again = run("up", model, *LIVE)
-    assert again.returncode == 2 and "is up already" in again.stderr
-    too_long = run("generate", model, "x" * 300)
-    assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
-    other = run("generate", save_tiny_model(tmp_path / "other"), "x")
-    assert other.returncode == 2 and "is up and serves" in other.stderr
-
-
 def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, tmp_path: Path) -> None:
-    """Also by a controller that was started anew, and listens elsewhere than `up` noted."""
+    """Also by a controller that was started anew, and listens elsewhere than `up` noted. Before any text: its load
+    could move experts, too."""
     placed = run("place", "0/0", "expert-0", "expert-1", "--id", "both")
     assert placed.returncode == 0 and placed.stdout.startswith("both is done"), placed.stderr
     shown = run("status").stdout
@@ -161,3 +148,17 @@ def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, 
     recorded = run("record", str(trace), "--window-s", "1", "--for-s", "2")
     assert recorded.returncode == 0, recorded.stderr
     assert len(trace.read_bytes().splitlines()) == 3
+
+
+def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
+    shown = json.loads(run("status", "--json").stdout)
+    assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
+    assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
+    text = run("generate", model, "def main(", "--max-new-tokens", "20")
+    assert text.returncode == 0 and "20 tokens after a prompt of 9" in text.stderr, text.stderr
+    again = run("up", model, *LIVE)
+    assert again.returncode == 2 and "is up already" in again.stderr
+    too_long = run("generate", model, "x" * 300)
+    assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
+    other = run("generate", save_tiny_model(tmp_path / "other"), "x")
+    assert other.returncode == 2 and "is up and serves" in other.stderr

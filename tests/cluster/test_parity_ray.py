@@ -55,7 +55,8 @@ def case(
     model = make_model(family)
     save(model, directory, layout)
     build_byte_tokenizer().save_pretrained(directory)
-    with RayCluster(directory, {"cluster": {"num_expert_actors": 2}}) as cluster, cluster.remote_experts() as remote:
+    actors = {"cluster": {"num_expert_actors": 2}}
+    with RayCluster(directory, actors) as cluster, cluster.remote_experts(hold=True) as remote:
         yield Case(
             family=family,
             layout=layout,
