@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS_VENV := .tools/protos
-# Without compiling: torch and transformers have thousands of modules, of which few are ever imported.
+# Without compiling: torch and transformers have thousands of modules, of which few are ever imported. Those that are
+# must then keep their bytecode, or every process compiles them anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # A layer without tests is left out. Tests of the first layers share nothing and run on all cores; files of the others

@@ -32,6 +32,9 @@ CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 1000),  # which is also how long one attempt may take on a busy host
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
+    # Callers try again themselves. With gRPC's own retries (1.85.1), a streamed call that begins while the peer says
+    # goodbye may never end, its deadline notwithstanding.
+    ("grpc.enable_retries", 0),
 ]
 SERVER_OPTIONS = [
     *_COMMON_OPTIONS,

@@ -231,6 +231,9 @@ def test_hidden_states_whose_bytes_do_not_fit_their_shape_are_refused(cluster) -
 
 def test_requests_and_tokens_are_counted(cluster, client) -> None:
     client.generate(PROMPT, max_new_tokens=3).text()
+    with client.generate(PROMPT, max_new_tokens=200) as left:
+        next(iter(left))
+    wait_until(lambda: client.status().running == 0)
     shown = cluster.metrics.render()
     assert 'moecluster_requests_total{model="tiny",status="length"}' in shown
     assert 'moecluster_requests_total{model="tiny",status="cancelled"}' in shown

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.timeout(180)
 OLD_CALL_S = 0.04  # of one layer with the old weights: their texts last longer than the update
 BEGUN_CALLS = 16  # after which texts that were begun together have some tokens
 GRACE_S = 5.0
+SLOW_CLIENT_S = 1.5  # on an idle machine, a router is started again sooner
 
 Write = Callable[[str], str]
 
@@ -132,13 +134,16 @@ def test_the_old_version_stays_for_the_texts_of_a_router_that_came_back_without_
     operation = cluster.controller.update(versions[1])
     wait_until(lambda: cluster.router.state().weight_version == 2, "version 2")
     second.close()
+    going_on = ExitStack()
+    client = threading.Timer(SLOW_CLIENT_S, lambda: going_on.enter_context(cluster.router._models.use(version=1)))
+    client.start()
     if also == "controller":  # who had heard of these texts
         cluster.replace_controller()
     again = cluster.add_router("router-1")
     try:
         wait_until(lambda: again.router.state().weight_version == 2)
-        time.sleep(0.5)
-        with cluster.router._models.use(version=1):
+        client.join()
+        with going_on:
             time.sleep(GRACE_S + cluster.controller.lease_s)
             wait_until(lambda: "still written by router" in cluster.controller.operation(operation.id).detail)
             assert len(cluster.controller._standing.versions.all) == 2

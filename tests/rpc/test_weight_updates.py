@@ -316,8 +316,12 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
             time.sleep(0.1)
         assert not cluster.controller.current(0.0).held, "texts of two versions are written"
     done(cluster, operation)
-    cluster.controller.renew_lease("trainer", (0, 0), hold=True)
-    wait_until(lambda: cluster.controller.current(0.0).held)
+
+    def held() -> bool:
+        cluster.controller.renew_lease("trainer", (0, 0), hold=True)
+        return cluster.controller.current(0.0).held
+
+    wait_until(held)
 
 
 def test_an_expert_that_moves_while_its_new_version_is_loaded_ends_nothing(start, versions, alone, monkeypatch) -> None:
