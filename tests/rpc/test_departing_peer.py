@@ -30,7 +30,7 @@ def test_a_stream_that_begins_while_its_server_stops_ends_in_time() -> None:
     for number in range(ROUNDS):
         server = start_server(add_numbers)
         with open_channel(server.address) as channel:
-            ask = channel.unary_stream(f"/{NAME}/{METHOD}")
+            ask: Any = channel.unary_stream(f"/{NAME}/{METHOD}")
             assert list(ask(b"", timeout=CALL_TIMEOUT_S)) == [b"1", b"2", b"3"]
             stopping = threading.Thread(target=server.stop, args=(0.0,))
             stopping.start()

@@ -319,7 +319,7 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
 
     def held() -> bool:
         cluster.controller.renew_lease("trainer", (0, 0), hold=True)
-        return cluster.controller.current(0.0).held
+        return bool(cluster.controller.current(0.0).held)
 
     wait_until(held)
 
