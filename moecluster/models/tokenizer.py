@@ -46,7 +46,7 @@ def prompt_ids(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase, v
 def _chat_ids(messages_json: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """By the checkpoint's chat template, with the head of the assistant's answer at its end."""
     if tokenizer.chat_template is None:
-        raise InvalidMessage("messages_json: the checkpoint has no chat template; send a prompt instead")
+        raise InvalidMessage("messages_json: the checkpoint has no chat template; give it a plain text instead")
     try:
         # As two steps: templates bring their own special tokens along.
         text = tokenizer.apply_chat_template(json.loads(messages_json), tokenize=False, add_generation_prompt=True)

@@ -19,7 +19,7 @@ from tests.loopback_cluster import LoopbackCluster
 from tests.running_front import RunningFront, running_front
 from tests.scripted_router import LONGEST, MAX_TOKENS, WORDS, ScriptedRouter, word_ids, words
 
-HELLO = [{"role": "user", "content": "hello there"}]
+HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(scope="module")
@@ -311,4 +311,6 @@ def test_texts_of_a_real_cluster(tmp_path: Path) -> None:
             with pytest.raises(openai.BadRequestError) as refused:
                 client.completions.create(**{**settings, "prompt": "x" * 300})
             assert refused.value.code == "context_length_exceeded"
+            with pytest.raises(openai.BadRequestError, match="has no chat template; give it a plain text instead"):
+                client.chat.completions.create(model="model", messages=HELLO)
         assert WORDS and cluster.router.status().running == 0
