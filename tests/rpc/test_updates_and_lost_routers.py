@@ -135,14 +135,18 @@ def test_the_old_version_stays_for_the_texts_of_a_router_that_came_back_without_
     wait_until(lambda: cluster.router.state().weight_version == 2, "version 2")
     second.close()
     going_on = ExitStack()
-    client = threading.Timer(SLOW_CLIENT_S, lambda: going_on.enter_context(cluster.router._models.use(version=1)))
-    client.start()
+
+    def go_on_elsewhere() -> None:
+        going_on.enter_context(cluster.router._models.use(version=1))
+
+    slow_client = threading.Timer(SLOW_CLIENT_S, go_on_elsewhere)
+    slow_client.start()
     if also == "controller":  # who had heard of these texts
         cluster.replace_controller()
     again = cluster.add_router("router-1")
     try:
         wait_until(lambda: again.router.state().weight_version == 2)
-        client.join()
+        slow_client.join()
         with going_on:
             time.sleep(GRACE_S + cluster.controller.lease_s)
             wait_until(lambda: "still written by router" in cluster.controller.operation(operation.id).detail)

@@ -16,7 +16,7 @@ FULL_S = 300.0
 CLIENTS = 64
 KILL_EVERY_S = 7.5
 MINUTE_S = 60.0  # after the first, what a process has, it keeps
-GROWTH_MB = 10.0  # beyond that it leaks: caches and Ray's own buffers are filled after a minute
+GROWTH_MB = 6.0  # beyond that it leaks: caches and Ray's own buffers are filled after a minute
 GROW_OLD = ("expert-0", "router", CONTROLLER)  # not killed, the controller not in the second half: one of each kind
 
 
