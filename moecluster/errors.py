@@ -15,6 +15,8 @@ MoeClusterError
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
+├── RequestFailed                        one request cannot be computed, and would fail at another router too
+├── BatchBroken                          an unexplained error ended the batch that a request was in
 ├── OperationFailed                      a change of placement or size ended without what was asked for
 └── StateLost                            training state is gone; go back to the last complete checkpoint
 """
@@ -89,6 +91,15 @@ class DeadlineExceeded(MoeClusterError):
 
 class AttemptAborted(MoeClusterError):
     """The running attempt of a training step cannot go on and must be run again."""
+
+
+class RequestFailed(MoeClusterError):
+    """One request cannot be computed: it ends alone, and is sent to no other router."""
+
+
+class BatchBroken(MoeClusterError):
+    """An unexplained error ended the batch that the request was in. Another router may compute it, but it is sent on
+    only a few times: it may be the one that broke the batch."""
 
 
 class OperationFailed(MoeClusterError):

@@ -4,7 +4,8 @@ import threading
 import time
 from collections.abc import Iterable
 
-from moecluster.errors import Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.errors import BatchBroken, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.rpc.received_text import MAX_BROKEN_BATCHES
 
 AVOID_S = 10.0  # a router that was lost is asked after the others for so long
 PAUSE_S = 0.2  # between two rounds in which no router took the text
@@ -67,6 +68,7 @@ class Route:
         self._away: bool  # a router did not answer
         self._begin_round()
         self._fruitless_since_s = time.monotonic()
+        self._broken_batches = 0  # that the text was in
         self._asked = ""  # the router that was asked last
         self._no_answer: MoeClusterError = Unavailable("there is no router to ask")
         self.any_version = False  # the text is to go on with whatever weights are served
@@ -82,8 +84,8 @@ class Route:
         return self._asked or None
 
     def failed(self, error: MoeClusterError, *, wrote: bool) -> None:
-        """The router that was asked last is lost, full or without the text's weights. Raises any error that another
-        router would not mend.
+        """The router that was asked last is lost, full or without the text's weights, or its batch broke. Raises any
+        error that another router would not mend, and BatchBroken once it was one batch too many.
 
         wrote: it had added to the text.
         """
@@ -91,7 +93,10 @@ class Route:
             self._full = error
         elif isinstance(error, StaleOrder):
             self._stale = error
-        elif isinstance(error, Unavailable):
+        elif isinstance(error, Unavailable | BatchBroken):
+            self._broken_batches += isinstance(error, BatchBroken)
+            if self._broken_batches > MAX_BROKEN_BATCHES:
+                raise error
             self._no_answer, self._away = error, True
             self._routers.lost(self._asked)
         else:

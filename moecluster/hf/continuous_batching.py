@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.logits_process import LogitsProcessorList
 
-from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.errors import Unavailable
 from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.hf.modelling import MODEL_BUILDING
 
@@ -52,8 +52,9 @@ class BatchHooks(Protocol):
     def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
         """The next token of each text, and whether it is the text's last. logits_BV: float32, a row for each name."""
 
-    def failed(self, name: str, error: MoeClusterError) -> None:
-        """The text was given up."""
+    def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
+        """The text was given up. computed: the texts in the forward pass that the error came out of; none: another
+        place that it came from."""
 
 
 class PagedBatches:
@@ -73,8 +74,10 @@ class PagedBatches:
         settings = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=None)
         with MODEL_BUILDING:  # it may switch the model's attention
             self._manager: Any = model.init_continuous_batching(settings, config)  # type: ignore[operator]
-        self._manager.logit_processor = _Choice(hooks)
-        self._manager.output_router = _Failures(hooks)
+        choice = _Choice(hooks)
+        self._failures = _Failures(hooks, choice)
+        self._manager.logit_processor = choice
+        self._manager.output_router = self._failures
         self._closing = threading.Lock()
         self._manager.start()
 
@@ -95,6 +98,7 @@ class PagedBatches:
 
     def close(self, timeout_s: float) -> None:
         """Gives up what is left, and frees the cache. Fine if another thread closes it, too."""
+        self._failures.is_closing = True
         with self._closing:  # the manager takes its thread away from whoever else waits for it
             self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
 
@@ -107,11 +111,13 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
         self.do_processing = True
         self._hooks = hooks
         self._states: list[Any] = []  # RequestState of the texts that get a token
+        self.computed: list[str] = []  # the texts of the forward pass that is on
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """None are given."""
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        self.computed = [future.state.request_id for future in requests_in_batch]
         # The manager has added the rows to position_offset already.
         self._hooks.begin_batch(
             [
@@ -133,15 +139,18 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
         chosen = self._hooks.choose(names, scores[: len(names)])  # further rows belong to unfinished prompts
         for state, (token, is_last) in zip(self._states, chosen, strict=True):
             state._eos_token_ids = {token} if is_last else set()
+        self.computed = []
         return chosen_logits(scores, enumerate(token for token, _ in chosen))
 
 
 class _Failures(OutputRouter):
     """Takes what the manager gives out: finished texts are known already, failed ones go to the hooks."""
 
-    def __init__(self, hooks: BatchHooks) -> None:
+    def __init__(self, hooks: BatchHooks, choice: _Choice) -> None:
         super().__init__()
+        self.is_closing = False
         self._hooks = hooks
+        self._choice = choice
 
     def deliver(self, output: Any) -> None:
         """Keeps nothing."""
@@ -150,9 +159,10 @@ class _Failures(OutputRouter):
         """Keeps nothing."""
 
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
-        if not isinstance(error, MoeClusterError):
-            error = MoeClusterError(f"the batch failed: {error!r}")
-        self._hooks.failed(state.request_id, error)
+        if self.is_closing:
+            self._hooks.failed(state.request_id, Unavailable("the batches have ended"), ())
+        else:
+            self._hooks.failed(state.request_id, error, self._choice.computed)
 
 
 def supports_paging(model: PreTrainedModel) -> bool:
@@ -192,5 +202,5 @@ class _Probe:
             self.ended.set()
         return [(0, self._chosen >= 2) for _ in names]
 
-    def failed(self, name: str, error: MoeClusterError) -> None:
+    def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
         self.ended.set()

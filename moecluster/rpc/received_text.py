@@ -7,6 +7,8 @@ from moecluster.generations import GenerationPiece, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
+MAX_BROKEN_BATCHES = 2  # that a text is sent on after: at the next one it is taken for what breaks them
+
 
 class ReceivedText:
     """One text. Does no I/O: whoever asks the routers sends next_request and gives back the pieces."""

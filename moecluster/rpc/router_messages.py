@@ -13,6 +13,7 @@ MAX_PROMPT_CHARACTERS = 2**20
 MAX_PROMPT_IDS = 2**18
 MAX_NEW_TOKENS = 2**16
 MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY = 0.01
 MAX_TOP_K = 2**20
 MAX_PENALTY = 100.0
 MAX_BIAS = 1000.0
@@ -119,7 +120,8 @@ def _decode_sampling(message: router_pb2.GenerateRequest) -> SamplingParameters:
         top_k=int(_within(message.top_k, 0, MAX_TOP_K, "top_k")),
         min_p=_within(message.min_p, 0, 1, "min_p"),
         seed=message.seed,
-        repetition_penalty=_within(message.repetition_penalty, 0, MAX_PENALTY, "repetition_penalty"),
+        repetition_penalty=message.repetition_penalty
+        and _within(message.repetition_penalty, MIN_REPETITION_PENALTY, MAX_PENALTY, "repetition_penalty"),
         presence_penalty=_within(message.presence_penalty, -MAX_PENALTY, MAX_PENALTY, "presence_penalty"),
         frequency_penalty=_within(message.frequency_penalty, -MAX_PENALTY, MAX_PENALTY, "frequency_penalty"),
         logit_bias={

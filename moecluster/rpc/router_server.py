@@ -1,5 +1,6 @@
 """RouterService at the server's edge: generations streamed out, single MoE layers, status."""
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Protocol
@@ -7,7 +8,7 @@ from typing import Protocol
 import grpc
 import torch
 
-from moecluster.errors import MoeClusterError
+from moecluster.errors import MoeClusterError, RequestFailed
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2, router_pb2_grpc
 from moecluster.rpc import codec
@@ -16,6 +17,8 @@ from moecluster.rpc.router_messages import decode_generation_request, encode_pie
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
 from moecluster.types import RouterStatus
+
+logger = logging.getLogger(__name__)
 
 
 class RouterHandler(Protocol):
@@ -57,6 +60,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 yield encode_piece(piece)
         except MoeClusterError as exc:
             abort_with(context, exc)
+        except Exception as exc:  # of a tokenizer, of torch: another router would meet it again
+            logger.exception("the request %s failed", request.request_id)
+            abort_with(context, RequestFailed(f"the router cannot compute this request: {exc!r}"))
 
     def Cancel(self, request: router_pb2.CancelRequest, context: grpc.ServicerContext) -> router_pb2.CancelReply:
         try:

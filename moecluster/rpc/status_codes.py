@@ -8,11 +8,13 @@ import grpc
 
 from moecluster.errors import (
     AttemptAborted,
+    BatchBroken,
     DeadlineExceeded,
     Exhausted,
     InvalidMessage,
     MoeClusterError,
     NotHosted,
+    RequestFailed,
     StaleOrder,
     StateLost,
     Unavailable,
@@ -21,6 +23,7 @@ from moecluster.errors import (
 from moecluster.proto import expert_pb2
 
 RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
+FAULT = "fault"  # metadata behind INTERNAL: what failed, the request itself or the batch that it was in
 LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
 AnswerT = TypeVar("AnswerT")
 
@@ -36,6 +39,7 @@ _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
+_FAULTS: tuple[tuple[type[MoeClusterError], str], ...] = ((RequestFailed, "request"), (BatchBroken, "batch"))
 _REPLY_CODES: tuple[tuple[type[MoeClusterError], "expert_pb2.ReplyCode"], ...] = (
     (InvalidMessage, expert_pb2.INVALID_ARGUMENT),
     (Exhausted, expert_pb2.RESOURCE_EXHAUSTED),
@@ -57,6 +61,9 @@ def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoRetur
     """Ends an RPC with the error's status and its message as the detail."""
     if isinstance(error, Exhausted) and error.retry_after_s is not None:
         context.set_trailing_metadata(((RETRY_AFTER, f"{error.retry_after_s:.3f}"),))
+    for kind, fault in _FAULTS:
+        if isinstance(error, kind):
+            context.set_trailing_metadata(((FAULT, fault),))
     context.abort(status_of(error), str(error))
     raise AssertionError("abort raises")
 
@@ -80,6 +87,9 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)
+    for kind, fault in _FAULTS:
+        if code == grpc.StatusCode.INTERNAL and fault in _metadata(error, FAULT):
+            return kind(detail)
     if code == grpc.StatusCode.FAILED_PRECONDITION:
         return UserError(detail)
     if code == grpc.StatusCode.CANCELLED:
@@ -90,13 +100,17 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
 
 
 def _retry_after_s(error: grpc.RpcError) -> float | None:
-    metadata: Any = error.trailing_metadata() or ()  # pairs, whatever their stub says
-    said = [value for key, value in metadata if key == RETRY_AFTER]
+    said = _metadata(error, RETRY_AFTER)
     try:
         after_s = float(said[0]) if said else math.nan
     except ValueError:
         return None
     return after_s if math.isfinite(after_s) and after_s >= 0 else None
+
+
+def _metadata(error: grpc.RpcError, name: str) -> list[str]:
+    metadata: Any = error.trailing_metadata() or ()  # pairs, whatever their stub says
+    return [value for key, value in metadata if key == name]
 
 
 def reply_code_of(error: MoeClusterError) -> "expert_pb2.ReplyCode":

@@ -15,6 +15,7 @@ from typing import Protocol, Self
 from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.sections import ServeConfig
+from moecluster.serving.batch_errors import text_error
 from moecluster.serving.running_text import RunningText
 from moecluster.types import ExpertId
 
@@ -116,7 +117,7 @@ class Engine:
         """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
 
         Raises Exhausted if too much waits, InvalidMessage if it is longer than there is room for, or one of its name
-        runs already; then on_over is not called.
+        runs already, RequestFailed if what was written elsewhere cannot be read; then on_over is not called.
         """
         room = self.max_tokens - len(prompt_ids)
         if max(request.max_new_tokens, 1) > room:
@@ -124,7 +125,7 @@ class Engine:
                 f"{_prompt_field(request)}: its {len(prompt_ids)} tokens and max_new_tokens = "
                 f"{request.max_new_tokens} exceed {self._limit_in_words()}"
             )
-        text = self._make_text(request, prompt_ids, request.max_new_tokens or room)
+        text = self._made(request, prompt_ids, request.max_new_tokens or room)
         with self._lock:
             self._admit(text)
             text.on_over(on_over)
@@ -165,6 +166,12 @@ class Engine:
         self._writer.close(CLOSE_TIMEOUT_S)
 
     # -- inside --
+
+    def _made(self, request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int) -> RunningText:
+        try:
+            return self._make_text(request, prompt_ids, max_new_tokens)
+        except Exception as exc:  # of the tokenizer
+            raise text_error(request.request_id, exc, "reading what is written of it") from exc
 
     def _limit_in_words(self) -> str:
         if self.max_tokens == self._max_positions:

@@ -24,10 +24,11 @@ from transformers import (
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.roles.trunk_experts import TrunkExperts
+from moecluster.serving.batch_errors import batch_error, text_error
 from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.serving.expert_counts import ExpertCounts
 from moecluster.serving.running_text import RunningText
-from moecluster.serving.token_choice import choose_tokens
+from moecluster.serving.token_choice import ChosenToken, choose_tokens
 
 NUM_THREADS = 2  # batches at once: what comes while one is written need not wait for its end
 GROWTH_TOKENS = 256  # that every text of a new batch has room for: those that go on then do so in smaller batches
@@ -86,15 +87,15 @@ class PaddedWriter:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            running = _Batch(batch, self._experts, self._on_end, max_tokens=self.max_tokens)
+            running = _Batch(batch, self._experts, self._on_end, self._on_failure, max_tokens=self.max_tokens)
             try:
                 running.write(self._model, lambda: self._closed)
                 self._write_on(running.unfinished())
             except Exception as exc:  # whatever a model raises ends these texts, not the thread
-                error = exc if isinstance(exc, MoeClusterError) else MoeClusterError(f"the batch failed: {exc!r}")
-                for text in batch:
-                    if not text.is_over:
-                        self._on_failure(text, error)
+                left = running.unfinished()
+                error = batch_error(exc, len(left))
+                for text in left:
+                    self._on_failure(text, error)
 
     def _write_on(self, texts: Sequence[RunningText]) -> None:
         """A batch had no more room: its texts go on in smaller ones, before what came later."""
@@ -120,12 +121,20 @@ class PaddedWriter:
 class _Batch:
     """One call of generate(). Satisfies RowWatcher."""
 
-    def __init__(self, texts: Sequence[RunningText], experts: TrunkExperts, on_end: OnEnd, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        texts: Sequence[RunningText],
+        experts: TrunkExperts,
+        on_end: OnEnd,
+        on_failure: OnFailure,
+        *,
+        max_tokens: int,
+    ) -> None:
         """max_tokens: of all rows together, padding included; a single text is written in any case."""
         self._texts = texts
         self._max_tokens = max_tokens
         self._experts = experts
-        self._on_end = on_end
+        self._on_end, self._on_failure = on_end, on_failure
         self._counts = ExpertCounts()
         self._ended: set[str] = set()
 
@@ -165,12 +174,26 @@ class _Batch:
         rows = [row for row, text in enumerate(self._texts) if text.name not in self._ended]
         tokens = choose_tokens([self._texts[row] for row in rows], scores_BV[rows])
         for row, token in zip(rows, tokens, strict=True):
-            text = self._texts[row]
-            if text.push(token):
+            self._push(self._texts[row], token)
+        self._counts.begin_rows([(NOBODYS if t.name in self._ended else t.name, 1) for t in self._texts])
+        ids = [token.id if isinstance(token, ChosenToken) else PAD_ID for token in tokens]
+        return chosen_logits(scores_BV, zip(rows, ids, strict=True))
+
+    def _push(self, text: RunningText, token: ChosenToken | MoeClusterError) -> None:
+        """What goes wrong for the text is its own."""
+        try:
+            if isinstance(token, MoeClusterError):
+                self._fail(text, token)
+            elif text.push(token):
                 self._ended.add(text.name)
                 self._on_end(text, self._counts.leave(text.name))
-        self._counts.begin_rows([(NOBODYS if t.name in self._ended else t.name, 1) for t in self._texts])
-        return chosen_logits(scores_BV, [(row, token.id) for row, token in zip(rows, tokens, strict=True)])
+        except Exception as exc:
+            self._fail(text, text_error(text.name, exc, "adding a token"))
+
+    def _fail(self, text: RunningText, error: MoeClusterError) -> None:
+        self._ended.add(text.name)
+        self._counts.leave(text.name)
+        self._on_failure(text, error)
 
     def ends(self, length: int) -> list[bool]:
         """Which rows need no further token; all, if there is no room for longer ones."""

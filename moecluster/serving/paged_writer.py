@@ -8,9 +8,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from moecluster.errors import MoeClusterError
+from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.continuous_batching import BatchRows, PagedBatches, PagedLimits
 from moecluster.roles.trunk_experts import TrunkExperts
+from moecluster.serving.batch_errors import batch_error, text_error
 from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.serving.expert_counts import ExpertCounts
 from moecluster.serving.running_text import RunningText
@@ -35,6 +36,7 @@ class PagedWriter:
         self._texts: dict[str, RunningText] = {}
         self._counts = ExpertCounts()
         self._lock = threading.Lock()
+        self._broken: tuple[Exception, MoeClusterError] | None = None  # what ended a batch, and what its texts are told
         self._left: list[str] = []  # cancelled, to be forgotten by the thread that counts
         self._batches = PagedBatches(
             model,
@@ -91,22 +93,42 @@ class PagedWriter:
         if len(there) < len(texts):  # some were cancelled meanwhile
             logits_BV = logits_BV[[row for row, text in enumerate(texts) if text is not None]]
         tokens = iter(choose_tokens(there, logits_BV))
-        answers = []
-        for text in texts:
-            token = next(tokens) if text is not None else ChosenToken(id=0)
-            answers.append((token.id, text is None or self._push(text, token)))
-        return answers
+        return [(0, True) if text is None else self._push(text, next(tokens)) for text in texts]
 
-    def failed(self, name: str, error: MoeClusterError) -> None:
+    def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
         text = self._forget(name)
-        if text is not None:
-            self._on_failure(text, error)
+        if text is None:
+            return
+        if name not in computed:
+            if computed:
+                error = Unavailable("a batch of other texts failed")
+            if isinstance(error, Unavailable):  # or the batches were closed
+                self._on_failure(text, error)
+                return
+        broken = self._broken
+        if broken is None or broken[0] is not error:
+            broken = self._broken = error, batch_error(error, len(computed))
+        self._on_failure(text, broken[1])
 
-    def _push(self, text: RunningText, token: ChosenToken) -> bool:
-        is_last = text.push(token)
-        if is_last and self._forget(text.name) is not None:
-            self._on_end(text, self._counts.leave(text.name))
-        return is_last
+    def _push(self, text: RunningText, token: ChosenToken | MoeClusterError) -> tuple[int, bool]:
+        """(the token's id, whether the text has ended). What goes wrong for the text is its own."""
+        try:
+            if isinstance(token, MoeClusterError):
+                raise token
+            is_last = text.push(token)
+            if is_last and self._forget(text.name) is not None:
+                self._on_end(text, self._counts.leave(text.name))
+            return token.id, is_last
+        except MoeClusterError as exc:
+            self._end_alone(text, exc)
+        except Exception as exc:
+            self._end_alone(text, text_error(text.name, exc, "adding a token"))
+        return 0, True
+
+    def _end_alone(self, text: RunningText, error: MoeClusterError) -> None:
+        self._forget(text.name)
+        self._counts.leave(text.name)
+        self._on_failure(text, error)
 
     def _forget(self, name: str) -> RunningText | None:
         with self._lock:

@@ -13,6 +13,7 @@ from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogp
 from moecluster.metrics import Metrics
 from moecluster.models.streaming_decoder import StreamingDecoder
 from moecluster.models.token_bytes import TokenBytes
+from moecluster.serving.batch_errors import text_error
 from moecluster.serving.stop_texts import StopTexts
 from moecluster.serving.token_choice import ChosenToken
 from moecluster.types import ExpertId
@@ -105,7 +106,15 @@ class RunningText:
 
     def end(self, experts: Mapping[ExpertId, int] | None = None) -> None:
         """The text is all: its reader gets the last piece."""
-        last = GenerationPiece(
+        try:
+            last = self._last_piece(experts)
+        except Exception as exc:  # of the tokenizer
+            self.fail(text_error(self.name, exc, "decoding its end"))
+            return
+        self._close(last, self._reason or "cancelled")
+
+    def _last_piece(self, experts: Mapping[ExpertId, int] | None) -> GenerationPiece:
+        return GenerationPiece(
             text="" if self._reason == "stop" and not self._ended_by_token() else self._rest(),
             finish_reason=self._reason or "cancelled",
             prompt_tokens=len(self.prompt_ids),
@@ -113,7 +122,6 @@ class RunningText:
             weight_version=self.weight_version,
             experts=experts or {},
         )
-        self._close(last, self._reason or "cancelled")
 
     def fail(self, error: MoeClusterError) -> None:
         """The text cannot go on."""

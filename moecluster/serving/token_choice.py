@@ -5,6 +5,7 @@ a text goes on at another router. One uniform number a token, laid on the cumula
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,12 @@ from typing import Protocol
 
 import torch
 
+from moecluster.errors import MoeClusterError, RequestFailed
 from moecluster.generations import SamplingParameters
+from moecluster.serving.batch_errors import text_error
 
+# Below it two logits that differ at all are told apart as by 0, and dividing by it stays finite.
+GREEDY_BELOW = 1e-6
 MOST_LIKELY = 1024  # tokens that a nucleus is looked for in, before all are sorted
 
 
@@ -29,6 +34,7 @@ class ChosenToken:
 class ChoosingText(Protocol):
     """What is known of a text when its next token is chosen."""
 
+    name: str
     sampling: SamplingParameters
     wants_logprobs: bool
     top_logprobs: int
@@ -41,18 +47,34 @@ class ChoosingText(Protocol):
     def generated_ids(self) -> Sequence[int]: ...
 
 
-def choose_tokens(texts: Sequence[ChoosingText], logits_BV: torch.Tensor) -> list[ChosenToken]:
-    """logits_BV: float32, a row for each text; stays as it is."""
-    best_B = logits_BV.argmax(dim=-1).tolist()
-    chosen = []
-    for text, logits_V, best in zip(texts, logits_BV, best_B, strict=True):
-        token = int(best) if _takes_best(text.sampling) else _choose(text, logits_V)
-        chosen.append(_with_logprobs(text, logits_V, token) if text.wants_logprobs else ChosenToken(id=token))
-    return chosen
+def choose_tokens(texts: Sequence[ChoosingText], logits_BV: torch.Tensor) -> list[ChosenToken | MoeClusterError]:
+    """A token for each text, or why it gets none: what goes wrong for one is that one's alone.
+
+    logits_BV: float32, a row for each text; stays as it is.
+    """
+    highest_B, best_B = logits_BV.max(dim=-1)
+    rows = zip(texts, logits_BV, highest_B.tolist(), best_B.tolist(), strict=True)
+    return [_choose_alone(text, logits_V, highest, best) for text, logits_V, highest, best in rows]
+
+
+def _choose_alone(
+    text: ChoosingText, logits_V: torch.Tensor, highest: float, best: int
+) -> ChosenToken | MoeClusterError:
+    try:
+        if not math.isfinite(highest):  # of a row with NaN it is NaN
+            raise RequestFailed("the model's logits are NaN or infinite")
+        token = best if _takes_best(text.sampling) else _choose(text, logits_V)
+        return _with_logprobs(text, logits_V, token) if text.wants_logprobs else ChosenToken(id=token)
+    except Exception as exc:
+        return text_error(text.name, exc, "choosing its next token")
 
 
 def _takes_best(sampling: SamplingParameters) -> bool:
-    return not sampling.temperature and not _changes_logits(sampling)
+    return _is_greedy(sampling) and not _changes_logits(sampling)
+
+
+def _is_greedy(sampling: SamplingParameters) -> bool:
+    return sampling.temperature < GREEDY_BELOW
 
 
 def _changes_logits(sampling: SamplingParameters) -> bool:
@@ -68,19 +90,19 @@ def _choose(text: ChoosingText, logits_V: torch.Tensor) -> int:
     sampling = text.sampling
     if _changes_logits(sampling):
         logits_V = penalised(text, logits_V)
-    if not sampling.temperature:
+    if _is_greedy(sampling):
         return int(logits_V.argmax())
     position = len(text.prompt_ids) + len(text.generated_ids)
     return draw(logits_V, sampling, keyed_uniform(sampling.seed, position))
 
 
 def penalised(text: ChoosingText, logits_V: torch.Tensor) -> torch.Tensor:
-    """The logits after penalties and biases, as a copy.
+    """The logits after penalties and biases, as a copy in float64, in which no accepted penalty overflows.
 
     repetition_penalty counts prompt and text (Keskar et al., CTRL, 2019); presence and frequency count the text alone,
     as OpenAI's API has them: logit - presence - frequency x count.
     """
-    sampling, logits_V = text.sampling, logits_V.clone()
+    sampling, logits_V = text.sampling, logits_V.double().clone()
     if sampling.repetition_penalty not in (0.0, 1.0):
         seen = torch.tensor(sorted({*text.prompt_ids, *text.generated_ids}), device=logits_V.device)
         values = logits_V[seen]
@@ -96,8 +118,11 @@ def penalised(text: ChoosingText, logits_V: torch.Tensor) -> torch.Tensor:
 
 
 def draw(logits_V: torch.Tensor, sampling: SamplingParameters, uniform: float) -> int:
-    """A token of softmax(logits / temperature), of which top_k, then top_p, then min_p leave the likely part."""
-    scaled_V = logits_V / sampling.temperature
+    """A token of softmax(logits / temperature), of which top_k, then top_p, then min_p leave the likely part.
+
+    The highest logit is finite, the temperature GREEDY_BELOW or more.
+    """
+    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
     if sampling.top_k or 0 < sampling.top_p < 1 or sampling.min_p:
         ids, probabilities = _likely(torch.softmax(scaled_V, dim=-1), sampling)
         return int(ids[_position(probabilities, uniform)])
@@ -116,9 +141,9 @@ def _likely(probabilities_V: torch.Tensor, sampling: SamplingParameters) -> tupl
         values, ids = torch.topk(probabilities_V, wanted)
     if 0 < sampling.top_p < 1:
         before = torch.cumsum(values, dim=0) - values
-        values = values[before < sampling.top_p * mass]
+        values = values[: max(int((before < sampling.top_p * mass).sum()), 1)]
     if sampling.min_p:
-        values = values[values >= sampling.min_p * values[0]]
+        values = values[: max(int((values >= sampling.min_p * values[0]).sum()), 1)]
     return ids[: len(values)], values
 
 

@@ -94,6 +94,18 @@ def test_n_texts_differ_by_seed_and_come_again(front: RunningFront) -> None:
     assert first == again and len(set(first)) == 3
 
 
+def test_a_tiny_temperature_is_greedy_beside_others_that_go_on(front: RunningFront) -> None:
+    client = front.openai()
+    asked: dict[str, Any] = {"model": "model", "prompt": "import", "max_tokens": 20}
+    greedy = client.completions.create(**asked, temperature=0).choices[0].text
+    with client.completions.create(**asked, temperature=0, stream=True) as other:
+        first = next(iter(other)).choices[0].text
+        for temperature in (1e-40, 1e-300, 5e-324, 1e-7):
+            tiny = client.completions.create(**asked, temperature=temperature, top_p=0.5, extra_body={"min_p": 1.0})
+            assert tiny.choices[0].text == greedy
+        assert first + "".join(piece.choices[0].text for piece in other) == greedy
+
+
 def test_a_stop_text_ends_the_text_before_it(front: RunningFront) -> None:
     client = front.openai()
     whole = client.completions.create(model="model", prompt="import", max_tokens=30, temperature=0).choices[0].text

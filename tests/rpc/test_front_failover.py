@@ -3,21 +3,29 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import httpx
 import openai
 import pytest
 
-from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unavailable
+from moecluster.errors import (
+    BatchBroken,
+    DeadlineExceeded,
+    Exhausted,
+    MoeClusterError,
+    RequestFailed,
+    Unavailable,
+)
+from moecluster.generations import GenerationRequest
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import ModelSource
 from moecluster.types import ControllerStatus, RouterState
 from tests.running_front import RunningFront, running_front, wait_for
 from tests.scripted_controller import ScriptedController
-from tests.scripted_router import ScriptedRouter, word_ids, words
+from tests.scripted_router import ScriptedRouter, ScriptedToken, word_ids, words
 
 NOBODY = "127.0.0.1:1"
 TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 30, "seed": 2, "logprobs": 1}
@@ -69,8 +77,14 @@ def assert_whole(read: tuple[str, list[str], int], *routers: ScriptedRouter) -> 
 
 @pytest.mark.parametrize(
     "breaking",
-    [Unavailable("gone"), MoeClusterError("it failed"), DeadlineExceeded("no expert answered"), None],
-    ids=["unavailable", "internal", "deadline", "cancelled"],
+    [
+        Unavailable("gone"),
+        MoeClusterError("it failed"),
+        BatchBroken("it broke"),
+        DeadlineExceeded("no expert answered"),
+        None,
+    ],
+    ids=["unavailable", "internal", "batch", "deadline", "cancelled"],
 )
 @pytest.mark.parametrize("tokens", [0, 1, 17, 29])
 def test_a_text_goes_on_at_another_router(front, first, second, breaking, tokens) -> None:
@@ -216,6 +230,40 @@ def test_a_router_that_fails_every_text_is_not_asked_for_ever(front, first, seco
     assert refused.value.status_code == 503
     first.error = second.error = None
     assert_whole(ask(front), first, second)
+
+
+def test_a_request_that_failed_by_itself_is_sent_to_no_other_router(front, first, second) -> None:
+    for router in (first, second):
+        break_always(router, 3, RequestFailed("the model's logits are NaN or infinite"))
+    with front.openai() as client, pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**TEXT)
+    assert refused.value.status_code == 500 and "logits are NaN or infinite" in refused.value.message
+    assert len(first.requests) + len(second.requests) == 1
+    with front.openai() as client, pytest.raises(openai.APIError, match="logits are NaN"):
+        read(client.completions.create(**TEXT, stream=True))
+    assert len(first.requests) + len(second.requests) == 2
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_text_is_taken_for_what_breaks_batches_after_three_of_them(front, first, second, tokens) -> None:
+    for router in (first, second):
+        break_always(router, tokens, BatchBroken("it broke"))
+    with front.openai() as client, pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**TEXT)
+    assert refused.value.status_code == 500 and "it broke" in refused.value.message
+    asked = sorted(len(r.generated_ids) for r in (*first.requests, *second.requests))
+    assert asked == [0, tokens, 2 * tokens]
+
+
+def break_always(router: ScriptedRouter, tokens: int, error: MoeClusterError) -> None:
+    """Every text ends with it, so many tokens after it was begun here."""
+    script, router.breaking = router.script, error
+
+    def write(request: GenerationRequest) -> Sequence[ScriptedToken]:
+        router.break_after = tokens
+        return script(request)
+
+    router.script = write
 
 
 def test_a_text_that_cannot_go_on_ends_with_an_error_event(front, first, second) -> None:

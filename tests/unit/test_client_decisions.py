@@ -6,7 +6,15 @@ import pytest
 
 from moecluster.client.cluster_client import CancelAnswers, Channels
 from moecluster.client.routes import Route, Routers
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, StaleOrder, Unavailable
+from moecluster.errors import (
+    BatchBroken,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    RequestFailed,
+    StaleOrder,
+    Unavailable,
+)
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.rpc.received_text import ReceivedText
 
@@ -82,11 +90,23 @@ def test_weights_are_given_up_when_patience_is_over() -> None:
         way.pause_s()
 
 
-def test_what_another_router_would_not_mend_is_raised_at_once() -> None:
+@pytest.mark.parametrize("error", [InvalidMessage("wrong"), RequestFailed("it breaks every batch")])
+def test_what_another_router_would_not_mend_is_raised_at_once(error) -> None:
     way = route("a", "b")
     way.next()
-    with pytest.raises(InvalidMessage):
-        way.failed(InvalidMessage("wrong"), wrote=False)
+    with pytest.raises(type(error)):
+        way.failed(error, wrote=False)
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_a_text_is_sent_on_after_few_broken_batches_only(wrote) -> None:
+    way, broken = route("a", "b", "c", "d"), BatchBroken("it broke")
+    for _ in range(2):
+        assert way.next()
+        way.failed(broken, wrote=wrote)
+    assert way.next()
+    with pytest.raises(BatchBroken):
+        way.failed(broken, wrote=wrote)
 
 
 def test_a_connection_is_opened_once_and_given_up_with_its_address() -> None:

@@ -6,13 +6,16 @@ Both ways of writing, on the same tiny model.
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
+from moecluster.errors import BatchBroken, Exhausted, InvalidMessage, MoeClusterError, RequestFailed, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest, SamplingParameters
 from moecluster.hf.interface import moe_layers
 from moecluster.models.tokenizer import load_tokenizer
@@ -20,8 +23,10 @@ from moecluster.models.trunk import load_trunk
 from moecluster.roles.model_versions import VersionExperts
 from moecluster.roles.trunk_experts import TrunkExperts
 from moecluster.serving import make_engine as making
+from moecluster.serving import padded_writer, paged_writer, token_choice
 from moecluster.serving.engine import Engine, EngineLimits
 from moecluster.serving.make_engine import make_engine
+from moecluster.serving.running_text import RunningText
 from tests.expert_cluster import ExpertCluster
 from tests.generation_load import save_decided_model
 
@@ -229,3 +234,118 @@ def test_a_text_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> No
             write(running, ask())
     assert running.running == 0
     assert len(ids_of(write(running, ask()))) == 24
+
+
+def fails_at(*names: str) -> Callable[[RunningText], bool]:
+    """Of these texts the second token fails."""
+    return lambda text: text.name in names and len(text.generated_ids) == 1
+
+
+def sick_sampler(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -> None:
+    choose = token_choice._choose
+
+    def failing(text: Any, logits_V: torch.Tensor) -> int:
+        if sick(text):
+            raise IndexError("no token is left")
+        return choose(text, logits_V)
+
+    patches.setattr(token_choice, "_choose", failing)
+
+
+def sick_logits(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -> None:
+    choose = token_choice.choose_tokens
+
+    def poisoned(texts: Any, logits_BV: torch.Tensor) -> Any:
+        rows = [row for row, text in enumerate(texts) if sick(text)]
+        logits_BV = logits_BV.clone()
+        logits_BV[rows, 5] = float("nan")
+        return choose(texts, logits_BV)
+
+    for module in (paged_writer, padded_writer):
+        patches.setattr(module, "choose_tokens", poisoned)
+
+
+def sick_text(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool], method: str) -> None:
+    sound = getattr(RunningText, method)
+
+    def failing(self: RunningText, *arguments: Any) -> Any:
+        if sick(self):
+            raise ValueError("no such character")
+        return sound(self, *arguments)
+
+    patches.setattr(RunningText, method, failing)
+
+
+def sick_end(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -> None:
+    sound = RunningText._rest
+
+    def failing(self: RunningText) -> str:
+        if self.name == "sick":
+            raise ValueError("no such character")
+        return sound(self)
+
+    patches.setattr(RunningText, "_rest", failing)
+
+
+@pytest.mark.parametrize(
+    "make_sick",
+    [
+        sick_sampler,
+        sick_logits,
+        partial(sick_text, method="_take"),
+        partial(sick_text, method="_logprob"),
+        sick_end,
+    ],
+    ids=["sampler", "logits", "decoder", "logprobs", "end"],
+)
+def test_what_goes_wrong_for_one_text_ends_that_one_alone(engine, monkeypatch, caplog, make_sick) -> None:
+    running = engine()
+    requests = [
+        ask(name, max_new_tokens=12, sampling=SAMPLED, logprobs=True, prompt_ids=PROMPT[:length])
+        for length, name in ((12, "sick"), (12, "a"), (5, "b"))
+    ]
+    alone = [ids_of(write(running, replace(request, request_id=f"alone-{request.request_id}"))) for request in requests]
+    with monkeypatch.context() as patches:
+        make_sick(patches, fails_at("sick"))
+        sick, *others = [running.begin(request, request.prompt_ids) for request in requests]
+        assert [ids_of(list(text)) for text in others] == alone[1:]
+        with pytest.raises(RequestFailed):
+            list(sick)
+    assert "text sick ends" in caplog.text and "Traceback" in caplog.text
+    assert running.running == 0
+    assert ids_of(write(running, ask("sick", max_new_tokens=12, sampling=SAMPLED))) == alone[0]
+
+
+def test_a_text_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
+    engine, cluster, monkeypatch, caplog
+) -> None:
+    running = engine()
+    pool = cluster[1].pool
+    placement, num_texts = pool.placement, 1
+
+    def failing(timeout_s: float = 60.0) -> object:
+        texts = list(running._running.values())
+        if len(texts) == num_texts and all(len(text.generated_ids) for text in texts):
+            raise KeyError("expert-1")
+        return placement(timeout_s)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(pool, "placement", failing)
+        with pytest.raises(RequestFailed, match="expert-1"):
+            write(running, ask("alone"))
+        assert "a batch of 1 texts ended" in caplog.text and "Traceback" in caplog.text
+        num_texts = 2
+        with getattr(running._writer, "_changed", nullcontext()):  # padded: they begin in one batch
+            texts = [running.begin(ask(f"r{i}", max_new_tokens=200), PROMPT) for i in range(2)]
+        for text in texts:
+            with pytest.raises(BatchBroken, match="expert-1"):
+                list(text)
+
+
+def test_a_begun_text_that_cannot_be_read_again_is_refused(engine, monkeypatch) -> None:
+    running = engine()
+    with monkeypatch.context() as patches:
+        sick_text(patches, lambda text: True, "_take")
+        with pytest.raises(RequestFailed, match="no such character"):
+            running.begin(ask(generated_ids=(1, 2)), PROMPT)
+    assert running.running == running.waiting == 0

@@ -19,6 +19,7 @@ from moecluster.rpc.router_messages import (
     MAX_STOPS,
     MAX_TOP_K,
     MAX_TOP_LOGPROBS,
+    MIN_REPETITION_PENALTY,
 )
 
 MAX_CHOICES = 128  # texts of one request
@@ -128,7 +129,7 @@ class Body(BaseModel):
     ) = None
     top_k: Annotated[int, Strict(), Field(ge=-1, le=MAX_TOP_K, description="0 or -1: off"), WHOLE] | None = 0
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[Number, Field(gt=0, le=MAX_PENALTY)] | None = 1.0
+    repetition_penalty: Annotated[Number, Field(ge=MIN_REPETITION_PENALTY, le=MAX_PENALTY)] | None = 1.0
     ignore_eos: Flag | None = False
 
     @model_validator(mode="before")

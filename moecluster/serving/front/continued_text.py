@@ -7,16 +7,18 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from moecluster.errors import (
+    BatchBroken,
     DeadlineExceeded,
     Exhausted,
     InvalidMessage,
     MoeClusterError,
+    RequestFailed,
     StaleOrder,
     Unavailable,
     UserError,
 )
 from moecluster.generations import GenerationPiece, GenerationRequest
-from moecluster.rpc.received_text import ReceivedText
+from moecluster.rpc.received_text import MAX_BROKEN_BATCHES, ReceivedText
 from moecluster.serving.front.known_router import KnownRouter
 from moecluster.serving.front.router_directory import RouterDirectory
 
@@ -53,6 +55,7 @@ class ContinuedText:
         self._client_begun = begun
         self._on_failover = on_failover
         self._failures = 0
+        self._broken_batches = 0
         now_s = time.monotonic()
         self._deadline_s = now_s + patience.request_timeout_s
         self._progress_s = now_s
@@ -60,8 +63,9 @@ class ContinuedText:
     async def pieces(self) -> AsyncGenerator[GenerationPiece]:
         """Every token once; the last piece has a finish_reason, stop or length.
 
-        Raises InvalidMessage or another UserError for a wrong request, Exhausted when all routers refuse a text that is
-        not begun, DeadlineExceeded, and Unavailable when no router was found in time.
+        Raises InvalidMessage or another UserError for a wrong request, RequestFailed for one that cannot be computed,
+        Exhausted when all routers refuse a text that is not begun, DeadlineExceeded, BatchBroken when one batch after
+        the other broke that it was in, and Unavailable when no router was found in time.
         """
         while True:
             refused: list[Exhausted] = []
@@ -78,7 +82,7 @@ class ContinuedText:
                     raise Unavailable(f"router at {router.address}: the text broke off")
                 except Exhausted as exc:
                     refused.append(exc)
-                except (InvalidMessage, UserError):
+                except (InvalidMessage, UserError, RequestFailed):
                     raise
                 except StaleOrder as exc:
                     if self._text.weight_version:
@@ -109,7 +113,11 @@ class ContinuedText:
         logger.info("a text was lost after %d tokens: %s", len(self._text.ids), error)
         if self._text.ids:
             self._on_failover()
-        if not isinstance(error, Unavailable):
+        if isinstance(error, BatchBroken):
+            self._broken_batches += 1
+            if self._broken_batches > MAX_BROKEN_BATCHES:
+                raise error
+        elif not isinstance(error, Unavailable):
             self._failures += 1
             if self._failures >= MAX_FAILURES:
                 raise error

@@ -8,7 +8,15 @@ from typing import Any
 
 from fastapi import Response
 
-from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, UserError
+from moecluster.errors import (
+    BatchBroken,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    RequestFailed,
+    UserError,
+)
 
 INVALID_REQUEST = "invalid_request_error"
 RATE_LIMIT = "rate_limit_error"
@@ -85,6 +93,11 @@ def unavailable(message: str) -> Refusal:
     return Refusal(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
 
 
+def failed(message: str) -> Refusal:
+    """500: this request cannot be computed; the same one would fail again."""
+    return Refusal(500, message, kind=SERVER, code="request_failed")
+
+
 def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "prompt") -> Refusal:
     """How an error of a model's routers is told. Where they are is nobody's business outside.
 
@@ -94,6 +107,8 @@ def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "promp
         return error
     if isinstance(error, InvalidMessage | UserError):
         return _wrong_request(str(error), prompt_param)
+    if isinstance(error, RequestFailed | BatchBroken):
+        return failed(f"{model} cannot answer this request: {error}")
     if isinstance(error, Exhausted):
         return too_many(f"{model} is busy: {error}", error.retry_after_s)
     if isinstance(error, DeadlineExceeded):
