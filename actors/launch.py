@@ -80,6 +80,6 @@ def leave() -> None:
 def _refuse_wrong_model(model_dir: str) -> None:
     """Raises CheckpointError or UnsupportedModelError, before anything is started."""
     # Brings transformers along, which takes seconds: only where a cluster is really started.
-    from moecluster.models.expert_source import ExpertSource
+    from moecluster.models.usable import refuse_unusable
 
-    ExpertSource(model_dir)
+    refuse_unusable(model_dir)

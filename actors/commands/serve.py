@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 from prometheus_client import disable_created_metrics
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from actors import state
 from actors.commands.cluster import found, serves
-from actors.commands.target import read_target, trained_model
+from actors.commands.target import model_name, read_target, trained_model
 from actors.launch import take_down
 from actors.settings import CONTROLLER, is_router
 from actors.state import UpCluster
@@ -57,7 +56,7 @@ class FrontOptions:
 def serve(target: str, settings: Sequence[str], options: FrontOptions, also: Sequence[str], console: Console) -> None:
     """Serves a model over HTTP until it is ended; a cluster that was brought up for it ends then too."""
     config = options.on(read_target(target, settings))
-    name = config.serve.model_name or (Path(target).resolve().name if Path(target).is_dir() else Path(target).stem)
+    name = config.serve.model_name or model_name(target)
     others = [_source(*_name_and_cluster(text), alone=False) for text in also]
     check_names([name, *(source.name for source in others)])
     cluster = config.cluster.name

@@ -1,5 +1,6 @@
 """What a command is asked to work with: a model directory, a TOML file, or a preset's name."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,28 @@ from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 def read_target(target: str, settings: Sequence[str]) -> Config:
     """The settings that a target stands for; settings are overrides such as train.steps=100. Raises ConfigError."""
     overrides = dict(parse_override(text) for text in settings)
-    if Path(target).is_dir():
+    if os.path.isdir(target):  # False for any string, unlike Path.is_dir
         return read_config(override({"model": {"path": target}}, overrides), source=target)
-    if not Path(target).is_file() and target not in preset_names():
+    if not os.path.isfile(target) and target not in preset_names():
         raise ConfigError(
             f'"{target}": no such model directory, TOML file or preset; the presets are {", ".join(preset_names())}'
         )
     return load_config(target, overrides)
+
+
+def model_name(target: str) -> str:
+    """What a model is served as unless told otherwise: the name that the user gave its directory, or its file's stem.
+
+    A snapshot in a download cache (models--ORG--NAME/snapshots/HASH, or without ORG) has its model's name.
+    """
+    path = Path(os.path.abspath(target))  # a link keeps its own name
+    if not os.path.isdir(target):
+        return path.stem
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        name = cached.removeprefix("models--")
+        return name.partition("--")[2] or name
+    return path.name
 
 
 def trained_model(config: Config) -> str:

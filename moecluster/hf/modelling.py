@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +18,15 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
+from moecluster.hf.foreign import one_line, read_object, reading
 from moecluster.hf.interface import BACKEND_NAME, find_experts, moe_layers, register_backend, row_width
+
+GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NUMBERS = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "max_length",
+    "max_new_tokens", "min_length", "min_new_tokens",
+)  # fmt: skip
 
 # While transformers builds or loads a model it replaces torch's init functions in the whole process. Two threads that
 # do so at once can leave them replaced for good, and what is built later keeps the memory's garbage as its weights.
@@ -28,14 +35,12 @@ MODEL_BUILDING = threading.RLock()
 
 def read_config(path: str | Path) -> PreTrainedConfig:
     """The configuration of a model directory. Raises CheckpointError or UnsupportedModelError."""
-    if not (Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json: give the directory of a model")
-    try:
+    file = Path(path) / "config.json"
+    read_object(file, "give the directory of a model, with the config.json that save_pretrained wrote")
+    with reading(
+        file, "give a model of a family that the installed transformers knows, unchanged", error=UnsupportedModelError
+    ):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except OSError as error:
-        raise CheckpointError(f"config.json in {path} cannot be read: {_one_line(error)}") from error
-    except (StrictDataclassError, ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModelError(f"config.json in {path} cannot be used: {_one_line(error)}") from error
     return config
 
 
@@ -60,11 +65,13 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with MODEL_BUILDING, torch.device("meta"), no_init_weights():
             model = model_class(config)(config)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        model.tie_weights()
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # what settings of a foreign configuration make a family's code raise
         raise UnsupportedModelError(
-            f"no {config.model_type} model can be built from this configuration: {_one_line(error)}"
+            f"no {config.model_type} model can be built from this configuration: {one_line(error)}"
         ) from error
-    model.tie_weights()
     return model
 
 
@@ -84,7 +91,7 @@ def load_without_experts(
     """
     register_backend()
     trunk_class = _without_experts(model_class(config))
-    with MODEL_BUILDING:
+    with MODEL_BUILDING, reading(directory, "give the whole directory that save_pretrained wrote"):
         loaded: Any = trunk_class.from_pretrained(
             None,
             state_dict=dict(weights),
@@ -96,18 +103,30 @@ def load_without_experts(
         )
     model, report = loaded
     if model.can_generate():
-        model.generation_config = _generation_config(directory)
+        model.generation_config = read_generation_config(directory)
     return model, report
 
 
-def _generation_config(directory: Path) -> GenerationConfig:
-    """As transformers finds it: in its own file, else in the model's configuration."""
-    try:
+def read_generation_config(directory: Path) -> GenerationConfig:
+    """As transformers finds it: in its own file, else in the model's configuration. Raises CheckpointError."""
+    file = directory / GENERATION_CONFIG
+    if not file.exists():
+        with reading(directory / "config.json", "its generation settings do not fit transformers"):
+            return GenerationConfig.from_pretrained(
+                str(directory), config_file_name="config.json", local_files_only=True, _from_model_config=True
+            )
+    content = read_object(file, "copy it again, or remove it")
+    for name in _TOKEN_IDS:
+        value = content.get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(id) is int for id in ids):
+            raise CheckpointError(f"{file} cannot be used: {name} is {value!r}; give a token id")
+    for name in _NUMBERS:
+        value = content.get(name)
+        if value is not None and type(value) not in (int, float):
+            raise CheckpointError(f"{file} cannot be used: {name} is {value!r}; give a number")
+    with reading(file, "copy it again, or remove it"):
         return GenerationConfig.from_pretrained(str(directory), local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            str(directory), config_file_name="config.json", local_files_only=True, _from_model_config=True
-        )
 
 
 def _without_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -146,8 +165,3 @@ def keep_one_expert(model: nn.Module) -> None:
     for _, _, module in find_experts(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter[:1]))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"unknown {text}" if isinstance(error, KeyError) else text

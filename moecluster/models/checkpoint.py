@@ -131,8 +131,12 @@ def open_checkpoint(path: str | Path, elsewhere: OpenCheckpoint | None) -> Check
 
 
 def _read_config(files: CheckpointFiles) -> Mapping[str, Any]:
+    """Nothing for what is no JSON object: its family's code says what is wrong with it."""
+    file = files.metadata / CONFIG_NAME
     try:
-        content = json.loads((files.metadata / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -35,15 +35,20 @@ class LocalFiles:
         """Raises CheckpointError if there is no such directory, or no model in it."""
         self.path = self.metadata = Path(path)
         self._first_seen: dict[str, tuple[int, ...]] = {}  # file name -> which file it was
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):  # False for any path, unlike Path.is_dir
             raise CheckpointError(
                 f"no model directory at {self.path}: give a directory with {CONFIG_NAME} and safetensors"
             )
-        if not (self.path / CONFIG_NAME).is_file():
-            raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
+        if not os.path.isfile(self.path / CONFIG_NAME):
+            snapshots = sorted(self.path.glob(f"snapshots/*/{CONFIG_NAME}"))  # a download cache's directory
+            right = str(snapshots[-1].parent) if snapshots else "the directory that save_pretrained wrote"
+            raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give {right}")
 
     def weights(self) -> Mapping[str, int]:
-        found = [file for file in self.path.iterdir() if WEIGHTS_NAME.fullmatch(file.name) and file.is_file()]
+        try:
+            found = [file for file in self.path.iterdir() if WEIGHTS_NAME.fullmatch(file.name) and file.is_file()]
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
         sizes = {}
         for file in found:
             status = file.stat()

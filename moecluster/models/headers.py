@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from moecluster.errors import CheckpointError
+from moecluster.hf.foreign import LFS_POINTER, read_object
 from moecluster.models.checkpoint_files import CheckpointFiles
 
 SINGLE_FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the format's own limit
+_MAX_POINTER_BYTES = 1024
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -50,14 +52,18 @@ def read_headers(files: CheckpointFiles) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name in _shards(files, weights):
         tensors.update(_read_header(files, name, weights[name]))
-    _check_index(files.metadata / INDEX_NAME, tensors)
     return tensors
 
 
 def _shards(files: CheckpointFiles, weights: Mapping[str, int]) -> list[str]:
-    """The safetensors files of a directory: those of the index, or the single one."""
+    """The safetensors files of a directory, as transformers takes them: the single one, else those of the index.
+
+    What the index says of single tensors is left alone: whoever needs one that is not there says so.
+    """
+    if SINGLE_FILE_NAME in weights:
+        return [SINGLE_FILE_NAME]
     index = files.metadata / INDEX_NAME
-    if index.is_file():
+    if index.exists():
         shards = sorted(set(_read_weight_map(index).values()))
         lost = [name for name in shards if name not in weights]
         if lost:
@@ -66,8 +72,6 @@ def _shards(files: CheckpointFiles, weights: Mapping[str, int]) -> list[str]:
                 "copy the missing shard"
             )
         return shards
-    if SINGLE_FILE_NAME in weights:
-        return [SINGLE_FILE_NAME]
     if any(files.metadata.glob("*.bin")):
         raise CheckpointError(
             f"{files.path} has pickled .bin weights only, which are never loaded: convert to safetensors"
@@ -76,10 +80,10 @@ def _shards(files: CheckpointFiles, weights: Mapping[str, int]) -> list[str]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
+    content = read_object(index, "copy it again, with the shards beside it")
     try:
-        content = json.loads(index.read_text())
         weight_map, _ = content["weight_map"], content["metadata"]  # transformers cannot do without either
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{index} is torn: not a safetensors index with metadata and a weight_map") from error
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is torn: its weight_map does not map tensors to file names")
@@ -89,17 +93,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    if not index.is_file():
-        return
-    lost = sorted(key for key, name in _read_weight_map(index).items() if key not in tensors)
-    if lost:
-        raise CheckpointError(f"{index} names {lost[0]}, which is in none of its shards ({len(lost)} such tensors)")
-
-
 def _read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, TensorInfo]:
     """Checks that a shard is whole: a header that can be read, and exactly the bytes that it announces."""
     file = files.path / name
+    if size < _MAX_POINTER_BYTES and _read(files, name, 0, size).startswith(LFS_POINTER):
+        raise CheckpointError(f"{file} is a git-lfs pointer, not the weights that it stands for: run git lfs pull")
     header_bytes = struct.unpack("<Q", _read(files, name, 0, 8))[0] if size >= 8 else 0
     if not 2 <= header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
         raise CheckpointError(f"{file} is torn: its {size} bytes do not hold a safetensors header; copy it again")
@@ -108,7 +106,7 @@ def _read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, Tens
         entries = {key: value for key, value in header.items() if key != "__metadata__"}
         tensors = {key: _tensor_info(file, 8 + header_bytes, value) for key, value in entries.items()}
         announced = max((value["data_offsets"][1] for value in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is torn: its safetensors header cannot be read; copy it again") from error
     if size != 8 + header_bytes + announced:
         raise CheckpointError(

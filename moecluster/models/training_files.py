@@ -63,9 +63,15 @@ def read_training_state(checkpoint: str | Path) -> TrainingState | None:
     if not path.is_file():
         return None
     try:
-        return TrainingState(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as exc:
+        state = TrainingState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as exc:
         raise CheckpointError(f"{path} cannot be read as a training state: {exc}") from exc
+    counts = (state.step, state.data_position, state.term)
+    if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(state.settings, dict):
+        raise CheckpointError(
+            f"{path} cannot be read as a training state: step, data_position and term must be counts, settings a table"
+        )
+    return state
 
 
 def read_step(checkpoint: str | Path) -> int | None:

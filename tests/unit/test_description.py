@@ -142,8 +142,8 @@ def test_a_dense_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "names"),
     [
-        ("", CheckpointError, "not a valid JSON file"),
-        ("null", UnsupportedModelError, "cannot be used"),
+        ("", CheckpointError, "it is empty"),
+        ("null", CheckpointError, "it is no JSON object"),
         (
             '{"model_type": "mixtral", "hidden_size": "wide"}',
             UnsupportedModelError,

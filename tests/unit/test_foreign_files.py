@@ -1,0 +1,183 @@
+"""Files of models that others wrote, or that were half copied: one line that names the file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.commands.target import model_name, read_target
+from moecluster.errors import CheckpointError, UserError
+from moecluster.models.byte_tokenizer import build_byte_tokenizer
+from moecluster.models.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.tokenizer import load_tokenizer
+from moecluster.models.trunk import load_trunk
+from moecluster.models.usable import refuse_unusable
+from tests.families import make_model
+
+Spoil = Callable[[Path], object]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(x_TD)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("foreign") / "model"
+    make_model("phimoe").save_pretrained(directory)
+    build_byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def edit(file: Path, **changes: object) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def of_another_version(file: Path) -> None:
+    content = json.loads(file.read_text())
+    content["model"]["type"] = "BPE2"
+    file.write_text(json.dumps(content))
+
+
+def remove(directory: Path, pattern: str) -> None:
+    for file in directory.glob(pattern):
+        file.unlink()
+
+
+def only_sentencepiece(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    edit(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+
+
+TOKENIZERS: dict[str, tuple[str, Spoil]] = {
+    "another version": ("tokenizer.json", lambda d: of_another_version(d / "tokenizer.json")),
+    "no JSON": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_text("{")),
+    "a list": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_text("[]")),
+    "an empty object": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_text("{}")),
+    "no text": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_bytes(b"\xff\xfe\x00")),
+    "zero bytes": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_bytes(b"")),
+    "a pointer": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_bytes(POINTER)),
+    "deep": ("tokenizer.json", lambda d: (d / "tokenizer.json").write_text("[" * 10**5)),
+    "tokenizer.model alone": ("tokenizer.json", only_sentencepiece),
+    "nothing": ("tokenizer.json", lambda d: remove(d, "tokenizer*")),
+    "special tokens": ("tokenizer_config.json", lambda d: edit(d / "tokenizer_config.json", extra_special_tokens=3)),
+    "end mark": ("tokenizer_config.json", lambda d: edit(d / "tokenizer_config.json", eos_token={"a": 1})),
+    "settings no JSON": ("tokenizer_config.json", lambda d: (d / "tokenizer_config.json").write_text("}")),
+    "settings a pointer": ("tokenizer_config.json", lambda d: (d / "tokenizer_config.json").write_bytes(POINTER)),
+    "special tokens map": ("special_tokens_map.json", lambda d: (d / "special_tokens_map.json").write_text("3")),
+    "template": ("chat_template.jinja", lambda d: (d / "chat_template.jinja").write_text("{% for %}")),
+    "template in settings": (
+        "tokenizer_config.json",
+        lambda d: edit(d / "tokenizer_config.json", chat_template="{{ messages"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_read_is_named(directory: Path, case: str) -> None:
+    file, spoil = TOKENIZERS[case]
+    spoil(directory)
+    with pytest.raises(CheckpointError, match=rf"{directory}.*{file}") as caught:
+        load_tokenizer(directory)
+    assert "\n" not in str(caught.value)
+
+
+MODELS: dict[str, tuple[str, Spoil]] = {
+    "config no JSON": (CONFIG_NAME, lambda d: (d / CONFIG_NAME).write_text("{]")),
+    "config a list": (CONFIG_NAME, lambda d: (d / CONFIG_NAME).write_text("[1]")),
+    "config empty": (CONFIG_NAME, lambda d: (d / CONFIG_NAME).write_bytes(b"")),
+    "config a pointer": (CONFIG_NAME, lambda d: (d / CONFIG_NAME).write_bytes(POINTER)),
+    "config in Latin-1": (CONFIG_NAME, lambda d: (d / CONFIG_NAME).write_bytes('{"a": "ä"}'.encode("latin-1"))),
+    "another family": (CONFIG_NAME, lambda d: edit(d / CONFIG_NAME, model_type="no_such_family")),
+    "a family that is a list": (CONFIG_NAME, lambda d: edit(d / CONFIG_NAME, model_type=["phimoe"])),
+    "width a text": (CONFIG_NAME, lambda d: edit(d / CONFIG_NAME, hidden_size="thirty-two")),
+    "width nothing": ("phimoe", lambda d: edit(d / CONFIG_NAME, hidden_size=0)),
+    "activation": ("phimoe", lambda d: edit(d / CONFIG_NAME, hidden_act="no_such")),
+    "experts a text": (CONFIG_NAME, lambda d: edit(d / CONFIG_NAME, num_local_experts="four")),
+    "rope": (CONFIG_NAME, lambda d: edit(d / CONFIG_NAME, rope_parameters="linear")),
+    "quantization": ("quantized by", lambda d: edit(d / CONFIG_NAME, quantization_config=[1])),
+    "weights a pointer": (SINGLE_FILE_NAME, lambda d: (d / SINGLE_FILE_NAME).write_bytes(POINTER)),
+    "weights empty": (SINGLE_FILE_NAME, lambda d: (d / SINGLE_FILE_NAME).write_bytes(b"")),
+    "generation no JSON": (
+        "generation_config.json",
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": '),
+    ),
+    "generation a list": ("generation_config.json", lambda d: (d / "generation_config.json").write_text("[]")),
+    "end mark a text": ("generation_config.json", lambda d: edit(d / "generation_config.json", eos_token_id="</s>")),
+    "end mark nested": ("generation_config.json", lambda d: edit(d / "generation_config.json", eos_token_id=[[2]])),
+    "temperature": ("generation_config.json", lambda d: edit(d / "generation_config.json", temperature="hot")),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_be_used_is_named_before_anything_starts(directory: Path, case: str) -> None:
+    named, spoil = MODELS[case]
+    spoil(directory)
+    with pytest.raises(UserError, match=named) as caught:
+        refuse_unusable(directory)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        load_trunk(directory, no_experts)
+
+
+def test_a_whole_model_is_usable(directory: Path) -> None:
+    refuse_unusable(directory)
+
+
+def test_what_is_no_directory(directory: Path, tmp_path: Path) -> None:
+    for path in (directory / CONFIG_NAME, tmp_path / "nowhere", Path("x" * 5000), Path("a\0b")):
+        with pytest.raises(CheckpointError, match="no model directory at"):
+            Checkpoint.open(path)
+        with pytest.raises(CheckpointError, match="no tokenizer directory at"):
+            load_tokenizer(path)
+    for target in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match="no such model directory"):
+            read_target(target, ())
+    shutil.move(directory / CONFIG_NAME, tmp_path / "kept")
+    (directory / CONFIG_NAME).mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        Checkpoint.open(directory)
+
+
+def test_the_single_file_goes_before_an_index_that_was_left(directory: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    make_model("phimoe", seed=1).save_pretrained(old, max_shard_size="40KB")
+    key = "model.embed_tokens.weight"
+    mine = Checkpoint.open(directory).read(key)
+    for file in old.glob("*.safetensors*"):
+        shutil.copy(file, directory)
+    assert torch.equal(Checkpoint.open(directory).read(key), mine)
+    for file in directory.glob("model-0*"):
+        file.unlink()
+    assert torch.equal(Checkpoint.open(directory).read(key), mine)
+    (directory / INDEX_NAME).write_text("torn")
+    assert torch.equal(Checkpoint.open(directory).read(key), mine)
+    refuse_unusable(directory)
+
+
+def test_a_model_of_a_download_cache_has_its_models_name(original: Path, tmp_path: Path, monkeypatch) -> None:
+    snapshot = tmp_path / "hub" / "models--Org--Tiny-MoE-1.5" / "snapshots" / ("0123456789abcdef" * 2)
+    shutil.copytree(original, snapshot)
+    link = tmp_path / "my-model"
+    link.symlink_to(snapshot)
+    assert model_name(str(snapshot)) == model_name(f"{snapshot}/") == "Tiny-MoE-1.5"
+    assert model_name(str(link)) == "my-model"
+    assert model_name(str(original)) == "model"
+    assert (model_name("demo"), model_name("settings/mixtral.v2.toml")) == ("demo", "mixtral.v2")
+    monkeypatch.chdir(link)
+    assert model_name(".") == "Tiny-MoE-1.5"  # where one is, all links are resolved
+    with pytest.raises(CheckpointError, match=rf"has no config\.json: give .*{snapshot.name}"):
+        Checkpoint.open(snapshot.parent.parent)
+    snapshot.parent.parent.rename(tmp_path / "hub" / "models--tiny")
+    assert model_name(str(tmp_path / "hub" / "models--tiny" / "snapshots" / snapshot.name)) == "tiny"
