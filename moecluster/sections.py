@@ -237,6 +237,7 @@ class ServeConfig(Section):
 
     host: str = setting("127.0.0.1", "address that the HTTP front listens on")
     port: int = setting(8000, "port of the HTTP front; 0: any free one", minimum=0, maximum=65535)
+    allow_unknown_fields: bool = setting(False, "ignore fields of HTTP requests that are not known; else: 400")
     model_name: str = setting("", "the model's name in the API; empty: that of its directory, preset or TOML file")
     max_body_bytes: int = setting(8 * MIB, "largest body of an HTTP request; beyond it: 413", minimum=1024)
     max_buffered_bytes: int = setting(256 * MIB, "bodies of all requests in flight; beyond it: 429", minimum=1024)

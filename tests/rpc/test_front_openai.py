@@ -177,7 +177,7 @@ def test_conversations_are_taken_as_clients_write_them(client, router) -> None:
         {"role": "system", "content": "be short"},
         {"role": "user", "content": "what now?"},
         {"role": "assistant", "content": "nothing ü"},
-        {"role": "user", "content": ""},
+        {"role": "user", "content": "", "name": "me"},
     ]
 
 

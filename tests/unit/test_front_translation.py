@@ -92,9 +92,10 @@ def test_wrong_bodies_name_what_is_wrong(body, fields, param, part) -> None:
     assert error["type"] == "invalid_request_error"
 
 
-def test_fields_that_ask_for_nothing_special_are_taken() -> None:
-    chat(tools=[], response_format={"type": "text"}, modalities=["text"], tool_choice="auto", metadata={"a": "b"}, x=1)
-    completion(suffix="", best_of=1, user="me", store=True)
+def test_a_length_is_given_once() -> None:
+    assert chat(max_tokens=3, max_completion_tokens=3).requests[0].max_new_tokens == 3
+    with pytest.raises(Refusal, match="max_completion_tokens"):
+        chat(max_tokens=3, max_completion_tokens=4)
     with pytest.raises(Refusal, match="top_logprobs"):
         chat(top_logprobs=1)
 

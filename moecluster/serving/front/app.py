@@ -27,7 +27,9 @@ from moecluster.serving.front.bodies import ChatBody, CompletionBody
 from moecluster.serving.front.events import DONE, EventStream, event
 from moecluster.serving.front.forms import ChatForm, CompletionForm, Form
 from moecluster.serving.front.gate import Gate
+from moecluster.serving.front.json_route import BodyRefused, json_route
 from moecluster.serving.front.keys import ApiKeys
+from moecluster.serving.front.known_fields import Fields
 from moecluster.serving.front.metrics import FrontMetrics
 from moecluster.serving.front.refusals import (
     Refusal,
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 ModelMaker = Callable[[AsyncExitStack], Awaitable[Sequence[ServedModel]]]
 
 OWNER = "moecluster"
+COMPLETIONS = "/v1/completions"
+CHAT_COMPLETIONS = "/v1/chat/completions"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong"},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
@@ -133,6 +137,8 @@ def build_app(front: Front, make_models: ModelMaker) -> Gate:
         lifespan=running,
         redirect_slashes=False,
     )
+    bodies: dict[str, type[Fields]] = {COMPLETIONS: CompletionBody, CHAT_COMPLETIONS: ChatBody}
+    app.router.route_class = json_route(bodies if front.settings.allow_unknown_fields else {})
     _add_texts(app, front)
     _add_models(app, front)
     _add_watching(app, front)
@@ -144,14 +150,12 @@ def build_app(front: Front, make_models: ModelMaker) -> Gate:
 
 
 def _add_texts(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/completions", responses={200: {"model": Completion, **_EVENTS}, **_ERRORS}, response_model=None)
+    @app.post(COMPLETIONS, responses={200: {"model": Completion, **_EVENTS}, **_ERRORS}, response_model=None)
     async def completions(body: CompletionBody) -> Response:
         """Texts that go on from prompts."""
         return await front.answer(body.model, completion_job(body), CompletionForm)
 
-    @app.post(
-        "/v1/chat/completions", responses={200: {"model": ChatCompletion, **_EVENTS}, **_ERRORS}, response_model=None
-    )
+    @app.post(CHAT_COMPLETIONS, responses={200: {"model": ChatCompletion, **_EVENTS}, **_ERRORS}, response_model=None)
     async def chat_completions(body: ChatBody) -> Response:
         """What the model says next in a conversation."""
         return await front.answer(body.model, chat_job(body), ChatForm)
@@ -207,6 +211,8 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
 async def _tell_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: an unknown path, a wrong method, a body that cannot be read."""
     assert isinstance(error, HTTPException)
+    if isinstance(error, BodyRefused):
+        return error.refusal.response()
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         return Refusal(404, f"there is nothing at {where}", code="unknown_url").response()

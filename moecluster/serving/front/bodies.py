@@ -1,12 +1,11 @@
 """The bodies that the front takes: OpenAI's, with vLLM's extras. What their schema allows is what is taken.
 
-Types are strict: "5" is no number. Fields that neither side knows are passed over, as OpenAI's clients expect.
+Types are strict: "5" is no number. What becomes of fields that are not followed stands in known_fields.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Strict, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from moecluster.rpc.router_messages import (
@@ -20,6 +19,15 @@ from moecluster.rpc.router_messages import (
     MAX_TOP_K,
     MAX_TOP_LOGPROBS,
     MIN_REPETITION_PENALTY,
+)
+from moecluster.serving.front.known_fields import (
+    CHAT,
+    COMPLETION,
+    MESSAGE,
+    STREAM_OPTIONS,
+    TEXT_PART,
+    UNSUPPORTED,
+    Fields,
 )
 
 MAX_CHOICES = 128  # texts of one request
@@ -64,46 +72,19 @@ Flag = Annotated[bool, Strict()]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 MaxTokens = Annotated[int, Strict(), Field(ge=1, le=MAX_NEW_TOKENS), WHOLE]
 
-# Fields that would change the answer and that nothing here knows, with the values that ask for nothing.
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "audio": (),
-    "modalities": (["text"],),
-    "web_search_options": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "prompt_logprobs": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-}
 
-
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """How a stream is told."""
+
+    not_followed = STREAM_OPTIONS
 
     include_usage: Flag | None = None
 
 
-class Body(BaseModel):
+class Body(Fields):
     """What both kinds of requests have."""
 
-    model_config = ConfigDict(extra="ignore")
+    objects: ClassVar = {"stream_options": StreamOptions}
 
     model: Annotated[Name, Field(description="as /v1/models lists it")]
     n: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="texts of each prompt"), WHOLE] | None = 1
@@ -132,20 +113,11 @@ class Body(BaseModel):
     repetition_penalty: Annotated[Number, Field(ge=MIN_REPETITION_PENALTY, le=MAX_PENALTY)] | None = 1.0
     ignore_eos: Flag | None = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, harmless in _UNSUPPORTED.items():
-            value = data.get(name)
-            if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
-                raise _unsupported(name)
-        return data
-
 
 class CompletionBody(Body):
     """POST /v1/completions."""
+
+    not_followed = COMPLETION
 
     prompt: Prompt | Prompts | PromptIds | PromptIdLists
     max_tokens: MaxTokens | None = DEFAULT_MAX_TOKENS
@@ -159,25 +131,31 @@ def _text_parts_only(content: Any) -> Any:
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError("unsupported", "only parts of type text are supported")
+            raise PydanticCustomError(UNSUPPORTED, "only parts of type text are supported")
     return content
 
 
-class TextPart(BaseModel):
+class TextPart(Fields):
     """A part of a message."""
+
+    not_followed = TEXT_PART
 
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+class Message(Fields):
     """One message of a conversation."""
+
+    not_followed = MESSAGE
+    objects: ClassVar = {"content": TextPart}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES), FirstError()],
         BeforeValidator(_text_parts_only),
     ]
+    name: Annotated[Name, Field(description="of who says it, where the model's chat template shows it")] | None = None
 
     @property
     def text(self) -> str:
@@ -190,12 +168,11 @@ class Message(BaseModel):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
+    not_followed = CHAT
+    objects: ClassVar = {**Body.objects, "messages": Message}
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FirstError()]
     max_completion_tokens: MaxTokens | None = None
     max_tokens: MaxTokens | None = None
     logprobs: Flag | None = False
     top_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
-
-
-def _unsupported(name: str) -> PydanticCustomError:
-    return PydanticCustomError("unsupported", "not supported here", {"name": name})

@@ -17,6 +17,7 @@ from moecluster.errors import (
     RequestFailed,
     UserError,
 )
+from moecluster.serving.front.known_fields import UNSUPPORTED
 
 INVALID_REQUEST = "invalid_request_error"
 RATE_LIMIT = "rate_limit_error"
@@ -34,7 +35,7 @@ _UNIONS = {
     "stop": "a text or a list of texts",
 }
 # Of a pydantic location: what names a part of the body, and not a branch of a union.
-_INNER_FIELDS = frozenset({"role", "content", "type", "text", "include_usage"})
+_INNER_FIELDS = frozenset({"role", "content", "name", "type", "text", "include_usage"})
 
 
 class Refusal(MoeClusterError):
@@ -118,31 +119,29 @@ def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "promp
 
 def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     """400 for a body that is not what its schema says. errors: as pydantic lists them."""
-    broken = next((error for error in errors if error["type"] == "json_invalid"), None)
-    if broken is not None:
-        reason = broken.get("ctx", {}).get("error", "it cannot be parsed")
-        return bad_request(f"the body is not JSON: {reason}")
+    refused_field = next((error for error in errors if error["type"] == UNSUPPORTED), None)
+    if refused_field is not None:  # whatever else is wrong with the other forms that a field may have
+        param = _param(refused_field)
+        return bad_request(f"{param}: {refused_field['msg']}", param=param, code="unsupported_parameter")
     param = _param(errors[0])
     if not param:
         return bad_request("the body is no JSON object; is the header Content-Type: application/json missing?")
     said = "; or: ".join(dict.fromkeys(str(error["msg"]) for error in errors if _param(error) == param))
     expected = f"expected {_UNIONS[param]} ({said})" if param in _UNIONS else said
-    code = "unsupported_parameter" if errors[0]["type"] == "unsupported" else None
-    return bad_request(f"{param}: {expected}", param=param, code=code)
+    return bad_request(f"{param}: {expected}", param=param)
 
 
 def _param(error: Mapping[str, Any]) -> str:
     """Such as messages[0].content."""
     names = [name for name in error["loc"] if name != "body"]
-    if not names:
-        return str(error.get("ctx", {}).get("name", ""))
-    param = str(names[0])
+    param = str(names[0]) if names else ""
     for name in names[1:] if param not in _UNIONS else ():
         if isinstance(name, int):
             param += f"[{name}]"
         elif name in _INNER_FIELDS:
             param += f".{name}"
-    return param
+    field = error.get("ctx", {}).get("name", "")  # of an object as a whole: which of its fields it is
+    return f"{param}.{field}" if param and field else param or field
 
 
 def _wrong_request(message: str, prompt_param: str) -> Refusal:

@@ -56,6 +56,7 @@ def chat_job(body: ChatBody) -> Job:
     messages = [
         # Few chat templates know a developer, which is what OpenAI calls the system since.
         {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        | ({"name": message.name} if message.name else {})
         for message in body.messages
     ]
     text = json.dumps(messages, ensure_ascii=False)
@@ -65,6 +66,8 @@ def chat_job(body: ChatBody) -> Job:
             param="messages",
             code="context_length_exceeded",
         )
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise bad_request("max_tokens: another number than max_completion_tokens; give one of them", param="max_tokens")
     max_tokens = body.max_completion_tokens or body.max_tokens or 0
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     start = GenerationRequest(request_id="", messages_json=text)
