@@ -2,7 +2,6 @@
 
 import email.utils
 import ipaddress
-import json
 import math
 import os
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 
 from moecluster.errors import ConfigError
+from moecluster.serving.strict_json import JsonProblem, parse_json
 
 CONNECT_TIMEOUT_S = 10.0
 SHOWN_CHARACTERS = 300
@@ -62,10 +62,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def json_of(content: bytes) -> Any:
-    """An answer's body: JSON, or its text where it is none."""
+    """An answer's body: JSON that can be written again, or its text where it is none."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return parse_json(content)
+    except JsonProblem:
         return content.decode(errors="replace")
 
 
@@ -73,7 +73,8 @@ def message_of(body: Any) -> str:
     """What an answer in OpenAI's form complains about, in one line."""
     error = body.get("error") if isinstance(body, dict) else None
     said = error.get("message") if isinstance(error, dict) else None
-    return " ".join(str(said or body).split())[:SHOWN_CHARACTERS]
+    line = " ".join(str(said or body).split())[:SHOWN_CHARACTERS]
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def retry_after_s(headers: httpx.Headers, now_s: float) -> float | None:

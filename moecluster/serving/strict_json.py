@@ -19,6 +19,13 @@ class JsonProblem(ValueError):
         self.path = path
 
 
+class TooDeep(JsonProblem):
+    """Values in values in values."""
+
+    def __init__(self) -> None:
+        super().__init__(f"nested more than {MAX_DEPTH} levels deep")
+
+
 def parse_json(content: bytes) -> Any:
     """The value. A byte order mark before it is passed over. Raises JsonProblem.
 
@@ -36,7 +43,7 @@ def parse_json(content: bytes) -> Any:
     except json.JSONDecodeError as exc:
         raise JsonProblem(f"no JSON ({exc})") from exc
     except RecursionError as exc:
-        raise _too_deep() from exc
+        raise TooDeep from exc
     except ValueError as exc:  # of int: too many digits
         raise JsonProblem("a number with thousands of digits") from exc
     if content.count(b"[") + content.count(b"{") > MAX_DEPTH:
@@ -73,10 +80,6 @@ def _refuse_constant(name: str) -> Any:
     raise JsonProblem(f"{name} is no JSON")
 
 
-def _too_deep() -> JsonProblem:
-    return JsonProblem(f"nested more than {MAX_DEPTH} levels deep")
-
-
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
@@ -89,7 +92,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise _too_deep()
+    raise TooDeep
 
 
 def _check_texts(value: Any, path: str) -> None:

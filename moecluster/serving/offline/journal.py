@@ -19,6 +19,7 @@ from moecluster.serving.offline.lines import BatchInput
 
 FORM = 1
 NOT_DONE = -1
+MAX_HEADER_BYTES = 4096
 
 Output = Mapping[str, Any]  # a line of OUT
 
@@ -48,6 +49,9 @@ class Journal:
             raise ResourceError(f"{self.path}: cannot be written ({exc.strerror})") from exc
         try:
             self._end = self._resume(on_found)
+        except OSError as exc:
+            self._file.close()
+            raise ResourceError(f"{self.path}: cannot be read or written ({exc.strerror})") from exc
         except BaseException:
             self._file.close()
             raise
@@ -99,8 +103,9 @@ class Journal:
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         header = {"journal": FORM, "input_sha256": self._batch.sha256, "lines": len(self._batch)}
-        first = self._file.readline()
-        if not first.endswith(b"\n"):  # new, or torn before anything was done
+        first = self._file.readline(MAX_HEADER_BYTES)
+        # New, or torn before anything was done: a file system may have kept its length and lost what was in it.
+        if _encoded(header).startswith(first.rstrip(b"\0")) and not first.endswith(b"\n"):
             self.cut_bytes = size
             os.ftruncate(self._file.fileno(), 0)
             self._end = 0
@@ -128,7 +133,7 @@ class Journal:
         record = _decoded(content)
         index, output = (record.get("index"), record.get("output")) if isinstance(record, dict) else (None, None)
         if (
-            not isinstance(index, int)
+            type(index) is not int
             or not isinstance(output, dict)
             or not 0 <= index < len(self._batch)
             or self._offsets[index] != NOT_DONE

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from moecluster.errors import DataError
+from moecluster.serving.strict_json import JsonProblem, TooDeep, parse_json, shown
 
 URLS = ("/v1/completions", "/v1/chat/completions")
 MAX_LINE_BYTES = 32 * 2**20
@@ -24,6 +25,7 @@ class BatchLine:
     custom_id: str
     url: str
     body: dict[str, Any]
+    problem: str = ""  # why it cannot be sent; empty: it can
 
 
 class BatchInput:
@@ -38,6 +40,8 @@ class BatchInput:
         self._offsets = array("Q")
         self._numbers = array("Q")
         digest, seen, mistakes = hashlib.sha256(), dict[bytes, int](), []
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is no regular file, and a batch is read twice; write it to one")
         try:
             self._file: BinaryIO = path.open("rb")
         except OSError as exc:
@@ -51,7 +55,7 @@ class BatchInput:
                     # 16 bytes an id, however long it is
                     name = hashlib.blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=16).digest()
                     if name in seen:
-                        raise DataError(f'the custom_id "{line.custom_id}" stands in line {seen[name]} already')
+                        raise DataError(f"the custom_id {shown(line.custom_id)} stands in line {seen[name]} already")
                     seen[name] = number
                     self._offsets.append(offset)
                     self._numbers.append(number)
@@ -88,23 +92,24 @@ class BatchInput:
 
 
 def _lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends. One that is too long comes in parts, the first of which is too long."""
+    """Lines with their ends. Of one that is too long comes the beginning, which is too long itself."""
     while content := file.readline(MAX_LINE_BYTES + 1):
         yield content
+        while len(content) > MAX_LINE_BYTES and not content.endswith(b"\n"):
+            content = file.readline(MAX_LINE_BYTES + 1)
 
 
 def _parsed(content: bytes, number: int) -> BatchLine:
     if len(content) > MAX_LINE_BYTES:
         raise DataError(f"longer than {MAX_LINE_BYTES} bytes")
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as exc:
-        raise DataError(f"no JSON ({exc})") from exc
+    fields, problem = _read(content)
     if not isinstance(fields, dict):
         raise DataError("no JSON object")
     custom_id, url, body = fields.get("custom_id"), fields.get("url"), fields.get("body")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARACTERS:
         raise DataError(f'"custom_id": expected a text of 1 to {MAX_ID_CHARACTERS} characters')
+    if not custom_id.isascii() and any("\ud800" <= character <= "\udfff" for character in custom_id):
+        raise DataError(f'"custom_id": {shown(custom_id)} holds half a surrogate pair, which is no character')
     if fields.get("method") != "POST":
         raise DataError('"method": expected "POST"')
     if url not in URLS:
@@ -113,4 +118,17 @@ def _parsed(content: bytes, number: int) -> BatchLine:
         raise DataError('"body": expected an object, the request')
     if body.get("stream"):
         raise DataError('"body.stream": a batch is not streamed')
-    return BatchLine(number=number, custom_id=custom_id, url=url, body=body)
+    return BatchLine(number=number, custom_id=custom_id, url=url, body=body, problem=problem)
+
+
+def _read(content: bytes) -> tuple[Any, str]:
+    """The value, and why it cannot be sent as it stands. Raises DataError for what is no JSON at all."""
+    try:
+        return parse_json(content), ""
+    except TooDeep as exc:
+        raise DataError(str(exc)) from exc
+    except JsonProblem as problem:
+        try:
+            return json.loads(content), str(problem)
+        except ValueError:
+            raise DataError(str(problem)) from problem

@@ -18,6 +18,7 @@ LONGEST_PAUSE_S = 30.0
 REFUSED = (429, 503)  # says nothing of the line: there is no room, or nobody to serve it
 BROKEN = (408, 500, 502, 504)  # may be the line's fault, and may be a router's that died
 NO_ENTRY = (401, 403)
+UNSENDABLE = "invalid_line"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,14 @@ class _Failure:
 
 
 async def send_line(front: httpx.AsyncClient, line: BatchLine, retries: Retries) -> dict[str, Any]:
-    """The line of the output: an answer, whatever its status, or an error when a line broke too many times.
+    """The line of the output: an answer, whatever its status, or an error for a line that broke too many times, or
+    that cannot be sent.
 
     Raises Unavailable when patience with the front is over, and ConfigError if it knows no such key; the line is not
     done then.
     """
+    if line.problem:
+        return _output(line, answer=None, code=UNSENDABLE, message=f"line {line.number} was not sent: {line.problem}")
     broken, refused_since_s, pauses = 0, 0.0, 0
     while True:
         tried = await _try(front, line)
