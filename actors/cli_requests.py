@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from actors.console import make_console
 
 FRONT = "http://127.0.0.1:8000"  # where moecluster serve listens by default
 KEY_VARIABLE = "MOECLUSTER_API_KEY"
@@ -47,7 +48,7 @@ def batch(
         patience_s=patience_s,
         timeout_s=timeout_s,
     )
-    run(source, out, choice, Console())
+    run(source, out, choice, make_console())
 
 
 @bench.callback()
@@ -113,4 +114,4 @@ def serve(
         plot=plot,
         json=json,
     )
-    bench_serve(choice, Console())
+    bench_serve(choice, make_console())

@@ -33,7 +33,7 @@ from actors.settings import (
 from actors.spawn import spawn
 from actors.training_host import Progress
 from moecluster.config import Config
-from moecluster.errors import DeadlineExceeded, MoeClusterError, ResourceError, Unavailable
+from moecluster.errors import ClusterNotFound, DeadlineExceeded, MoeClusterError, ResourceError, Unavailable
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policies import policy_named
@@ -46,12 +46,12 @@ POLL_S = 0.1
 
 
 def connect(address: str) -> None:
-    """Joins a running Ray cluster as a driver. Raises ResourceError if there is none at host:port."""
+    """Joins a running Ray cluster as a driver. Raises ClusterNotFound if there is none at host:port."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as exc:
-        raise ResourceError(
+        raise ClusterNotFound(
             f"no Ray cluster answers at {address}; give host:port of a running one (ray start prints it), "
             "or none to start a local one"
         ) from exc

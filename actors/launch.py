@@ -27,6 +27,7 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
             f"the cluster {name} is up already and serves {noted.model}; "
             "take it down first (moecluster down), or give this one another cluster.name"
         )
+    state.check()
     _refuse_wrong_model(model_dir)
     local = None if config.cluster.address else start_local_ray(config.security.ray_auth)
     address = local.address if local is not None else config.cluster.address

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from actors.places import make_socket_folder
 from moecluster.errors import ResourceError
 
 MARK = "MOECLUSTER_LOCAL_RAY"
@@ -41,7 +41,7 @@ class LocalRay:
 
 def start_local_ray(auth: str) -> LocalRay:
     """Starts a head on the loopback, without dashboard. Raises ResourceError if it does not come up."""
-    folder = tempfile.mkdtemp(prefix="moecluster-ray-")  # short: Ray's sockets lie in it, and their paths are limited
+    folder = make_socket_folder()
     token = Path(folder) / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))

@@ -1,12 +1,15 @@
 """What is up: one small file per cluster in the user's state directory, so that later commands find it."""
 
 import dataclasses
+import errno
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.local_ray import LocalRay
+from actors.places import probe_folder
 from moecluster.errors import ResourceError
 
 
@@ -28,26 +31,53 @@ class UpCluster:
 
 
 def state_folder() -> Path:
-    """$XDG_STATE_HOME/moecluster, by default ~/.local/state/moecluster."""
-    root = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(root) / "moecluster"
+    """$XDG_STATE_HOME/moecluster, by default ~/.local/state/moecluster. Raises ResourceError if there is no home."""
+    root = os.environ.get("XDG_STATE_HOME")
+    if root and not os.path.isabs(root):
+        raise ResourceError(f'XDG_STATE_HOME: got "{root}", expected an absolute path: what is up is noted there')
+    try:
+        return Path(root or Path.home() / ".local" / "state") / "moecluster"
+    except RuntimeError as exc:
+        raise ResourceError(
+            "what is up is noted in the home directory, and there is none: set XDG_STATE_HOME (or HOME) to a directory "
+            "that you can write"
+        ) from exc
+
+
+def check() -> None:
+    """Raises ResourceError if nothing can be noted: to be asked before anything is started."""
+    folder = state_folder()
+    try:
+        probe_folder(folder)
+    except OSError as exc:
+        raise _refused(folder, exc) from exc
 
 
 def save(up: UpCluster) -> None:
-    """Writes the file, readable by the user alone; complete or not at all."""
+    """Writes the file, readable by the user alone; complete or not at all. Raises ResourceError."""
     folder = state_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    aside = folder / f"{up.name}.json.new"
-    aside.touch(mode=0o600)
-    aside.write_text(json.dumps(dataclasses.asdict(up), indent=1))
-    aside.rename(_file(up.name))
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        aside = folder / f"{up.name}.json.new"
+        aside.touch(mode=0o600)
+        aside.write_text(json.dumps(dataclasses.asdict(up), indent=1))
+        aside.rename(_file(up.name))
+    except OSError as exc:
+        raise _refused(folder, exc) from exc
 
 
 def load(name: str) -> UpCluster | None:
     """The cluster of that name, if `up` noted one. Raises ResourceError for a file that cannot be read."""
     file = _file(name)
-    if not file.is_file():
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as exc:
+        if exc.errno == errno.ENAMETOOLONG:
+            return None  # no name of a cluster that could be noted
+        raise ResourceError(f"{file} cannot be read ({exc.strerror}); set XDG_STATE_HOME as it was for `up`") from exc
     try:
         fields = json.loads(file.read_text())
         local = fields.pop("local_ray")
@@ -60,7 +90,17 @@ def load(name: str) -> UpCluster | None:
 
 def forget(name: str) -> None:
     """Removes the file; fine if there is none."""
-    _file(name).unlink(missing_ok=True)
+    try:
+        _file(name).unlink(missing_ok=True)
+    except OSError as exc:
+        raise _refused(state_folder(), exc) from exc
+
+
+def _refused(folder: Path, exc: OSError) -> ResourceError:
+    return ResourceError(
+        f"what is up is noted in {folder}, which cannot be made or written ({exc.strerror}); "
+        "set XDG_STATE_HOME to a directory that you can write"
+    )
 
 
 def _file(name: str) -> Path:

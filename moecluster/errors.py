@@ -7,7 +7,8 @@ MoeClusterError
 │   ├── UnsupportedModelError            a model family that cannot be attached
 │   ├── DataError                        training text that is empty, binary or too short
 │   ├── TraceError                       a trace of loads that is missing, torn or of another shape
-│   └── ResourceError                    too few slots, CPUs or GPUs, a port in use, no cluster there
+│   └── ResourceError                    too few slots, CPUs or GPUs, a port in use
+│       └── ClusterNotFound              the cluster, or the Ray under it, that is needed is not there: exit code 3
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
@@ -51,7 +52,11 @@ class TraceError(UserError):
 
 
 class ResourceError(UserError):
-    """The cluster lacks slots, CPUs, GPUs or a free port, or is not there."""
+    """The cluster lacks slots, CPUs, GPUs or a free port."""
+
+
+class ClusterNotFound(ResourceError):
+    """The cluster that is needed, or the Ray under it, is not up."""
 
 
 class InvalidMessage(MoeClusterError, ValueError):

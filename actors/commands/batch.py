@@ -1,16 +1,24 @@
 """batch: a file of requests through the HTTP front, to a file of answers."""
 
+import asyncio
+import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from actors.commands.event_loop import run_until_signalled
-from moecluster.errors import ConfigError, DataError, MoeClusterError
-from moecluster.serving.http_front import open_front, read_api_key
+from actors.commands.tables import make_table, show_table
+from actors.console import make_console
+from actors.extras import need
+from actors.places import check_file
+from moecluster.errors import DataError, MoeClusterError
+from moecluster.serving.http_front import CONNECT_TIMEOUT_S, open_front, read_api_key
 from moecluster.serving.offline.journal import Journal, Output, is_complete, journal_path
 from moecluster.serving.offline.lines import BatchInput
 from moecluster.serving.offline.run import run_batch
@@ -18,6 +26,8 @@ from moecluster.serving.offline.sending import Retries
 from moecluster.serving.offline.tally import Tally
 
 SAID_EVERY_S = 30.0  # where there is no terminal
+WAITING_SAID_EVERY_S = 60.0
+ANSWERS_WITHIN_S = 0.8  # a front that is there; else it is said that nobody answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +45,10 @@ class BatchChoice:
 
 def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> None:
     """Sends every line of source that is not done yet, and writes out when all are."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ConfigError(f'OUT: got "{out}", expected a file in a folder that is there')
+    if choice.cluster:
+        need("serve", "moecluster batch --cluster")
+    if not os.path.isfile(out):  # one that is there is only read
+        check_file("OUT", out)
     api_key = "" if choice.cluster else read_api_key(choice.api_key_env)
     tally = Tally()
     with BatchInput(source) as lines:
@@ -51,7 +63,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
                 console.print(f"going on: {found} of {len(lines)} lines are done{torn}", highlight=False)
             began_s = time.monotonic()
             try:
-                with _Shown(len(lines), tally, console) as shown:
+                with _Shown(len(lines), tally, choice, console) as shown:
                     if choice.cluster:
                         _run_through_own_front(lines, journal, choice, shown, console)
                     else:
@@ -61,7 +73,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
                 console.print(f"{kept}; the same command goes on behind them", highlight=False, soft_wrap=True)
                 raise
             journal.finish()
-            console.print(_table(tally, found, time.monotonic() - began_s))
+            show_table(_table(tally, found, time.monotonic() - began_s), console)
             console.print(f"written to {out}", highlight=False, soft_wrap=True)
 
 
@@ -91,14 +103,38 @@ async def _run(
         base_url, api_key=api_key, max_connections=choice.concurrency, timeout_s=choice.timeout_s
     ) as front:
         retries = Retries(attempts=choice.attempts, patience_s=choice.patience_s)
-        await run_batch(lines, journal, front, concurrency=choice.concurrency, retries=retries, on_done=shown.advance)
+        asking = asyncio.create_task(_say_if_nobody_answers(base_url, shown))
+        try:
+            await run_batch(
+                lines,
+                journal,
+                front,
+                concurrency=choice.concurrency,
+                retries=retries,
+                on_done=shown.advance,
+                on_refused=shown.refused,
+            )
+        finally:
+            asking.cancel()
+
+
+async def _say_if_nobody_answers(base_url: str, shown: "_Shown") -> None:
+    """A host that is not there refuses no connection: it says nothing, for long."""
+    async with open_front(base_url, api_key="", max_connections=1, timeout_s=CONNECT_TIMEOUT_S) as front:
+        try:
+            await asyncio.wait_for(front.get("/health"), ANSWERS_WITHIN_S)
+        except TimeoutError:
+            shown.refused("no answer yet")
+        except httpx.RequestError:
+            pass  # the first line finds it too
 
 
 class _Shown:
-    """How far it is: a bar on a terminal, else a line every SAID_EVERY_S."""
+    """How far it is: a bar on a terminal, else a line every SAID_EVERY_S. And that a front is waited for."""
 
-    def __init__(self, total: int, tally: Tally, console: Console) -> None:
-        self._total, self._tally, self._console = total, tally, console
+    def __init__(self, total: int, tally: Tally, choice: BatchChoice, console: Console) -> None:
+        self._total, self._tally, self._choice, self._console = total, tally, choice, console
+        self._waiting_said_s = -math.inf
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("lines"), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=tally.done)
@@ -112,6 +148,18 @@ class _Shown:
             failed = f", {self._tally.failed.total()} of them failed" if self._tally.failed else ""
             self._console.print(f"{self._tally.done} of {self._total} lines are done{failed}", highlight=False)
 
+    def refused(self, why: str) -> None:
+        """Says that the front takes no requests: the first time at once, then seldom."""
+        if time.monotonic() < self._waiting_said_s + WAITING_SAID_EVERY_S:
+            return
+        self._waiting_said_s = time.monotonic()
+        choice = self._choice
+        front = f"the cluster {choice.cluster}" if choice.cluster else f"the front at {choice.base_url}"
+        said = f"{front} takes no requests ({why}); waiting for it, up to {choice.patience_s:g} s; Ctrl-C ends it"
+        # Above the bar, where there is one.
+        console = self._console if self._console.is_terminal else make_console(stderr=True)
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+
     def __enter__(self) -> "_Shown":
         self._bar.start()
         return self
@@ -121,8 +169,7 @@ class _Shown:
 
 
 def _table(tally: Tally, found: int, took_s: float) -> Table:
-    table = Table("batch", "", box=None, pad_edge=False)
-    table.columns[1].justify = "right"
+    table = make_table("batch", "", prose=("batch",), right=("",), box=None, pad_edge=False)
     now = tally.done - found
     table.add_row("lines", f"{tally.done:,}")
     table.add_row("answered", f"{tally.answered:,}")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from actors.commands.event_loop import run_until_signalled
 from actors.commands.reports import check_writable, write_report
+from actors.commands.tables import make_table, show_table
 from moecluster.errors import ConfigError, Unavailable
 from moecluster.serving.bench.load import OnEnd, closed_loop, open_loop
 from moecluster.serving.bench.streamed import Measured, Sender
@@ -52,33 +53,56 @@ class LoadChoice:
     json: Path | None = None
 
 
+@dataclasses.dataclass(kw_only=True)
+class _Seen:
+    """What was measured so far, in the order in which it ended; all of it once the load is over."""
+
+    model: str = ""
+    measured: list[Measured] = dataclasses.field(default_factory=list)
+
+
 def bench_serve(choice: LoadChoice, console: Console) -> None:
     """Puts the load on the front, and shows what its clients saw."""
     choice = _checked(choice)
     api_key = read_api_key(choice.api_key_env)
     words = read_words(choice.text) if choice.text is not None else []
-    model, measured = run_until_signalled(_measure(choice, api_key, words, console))
+    seen = _Seen()
+    try:
+        run_until_signalled(_measure(choice, api_key, words, seen, console))
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
+        if not seen.measured:
+            console.print("ended before any request had: nothing was measured")
+            raise
+        console.print("ended early: requests that were under way do not count")
+        _tell(choice, seen, console, interrupted=True)
+        raise
+    if not _tell(choice, seen, console, interrupted=False).completed and seen.measured:
+        raise Unavailable("no request ended as it should")
+
+
+def _tell(choice: LoadChoice, seen: "_Seen", console: Console, *, interrupted: bool) -> Summary:
+    """Shows and writes what was measured."""
     slo = _slo(choice)
-    summary = summarize(measured, slo)
-    title = f"{model} at {choice.base_url}: {_load_name(choice)}"
+    summary = summarize(seen.measured, slo)
+    title = f"{seen.model} at {choice.base_url}: {_load_name(choice)}"
     console.print(title, highlight=False, markup=False, soft_wrap=True)
-    console.print(_times_table(summary))
-    console.print(_totals_table(summary, slo))
-    _show_errors(measured, console)
-    load = {**dataclasses.asdict(choice), "model": model, "text": _shown(choice.text)}
+    show_table(_times_table(summary), console)
+    show_table(_totals_table(summary, slo), console)
+    _show_errors(seen.measured, console)
+    load = {**dataclasses.asdict(choice), "model": seen.model, "text": _shown(choice.text)}
     report = {
         "load": {name: value for name, value in load.items() if name not in ("plot", "json")},
+        "interrupted": interrupted,
         "summary": dataclasses.asdict(summary),
-        "requests": [dataclasses.asdict(m) for m in measured],
+        "requests": [dataclasses.asdict(m) for m in seen.measured],
     }
     write_report(choice.json, report, console)
     if choice.plot is not None:
         from moecluster.serving.bench.picture import draw_load  # needs matplotlib
 
-        draw_load(measured, slo, title, choice.plot)
+        draw_load(seen.measured, slo, title, choice.plot)
         console.print(f"as a picture: {choice.plot}", highlight=False, soft_wrap=True)
-    if measured and not summary.completed:
-        raise Unavailable("no request ended as it should")
+    return summary
 
 
 def _checked(choice: LoadChoice) -> LoadChoice:
@@ -106,16 +130,16 @@ def _checked(choice: LoadChoice) -> LoadChoice:
     return choice
 
 
-async def _measure(choice: LoadChoice, api_key: str, words: list[str], console: Console) -> tuple[str, list[Measured]]:
-    """(the model's name, all requests)."""
+async def _measure(choice: LoadChoice, api_key: str, words: list[str], seen: "_Seen", console: Console) -> None:
+    """Notes the model's name, and every request as it ends."""
     connections = choice.concurrency or choice.max_in_flight
     async with open_front(
         choice.base_url, api_key=api_key, max_connections=connections, timeout_s=choice.timeout_s
     ) as front:
-        model = choice.model or await _first_model(front)
+        seen.model = choice.model or await _first_model(front)
         sender = Sender(
             front,
-            model=model,
+            model=seen.model,
             temperature=choice.temperature,
             ignore_eos=choice.ignore_eos,
             timeout_s=choice.timeout_s,
@@ -134,7 +158,12 @@ async def _measure(choice: LoadChoice, api_key: str, words: list[str], console: 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("requests"), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=choice.num_prompts)
-            return model, await _load(choice, sender, to_ask, lambda measured: bar.advance(task))
+
+            def on_end(measured: Measured) -> None:
+                seen.measured.append(measured)
+                bar.advance(task)
+
+            seen.measured = await _load(choice, sender, to_ask, on_end)
 
 
 async def _load(choice: LoadChoice, sender: Sender, to_ask: Iterator[Ask], on_end: OnEnd) -> list[Measured]:
@@ -190,9 +219,8 @@ def _load_name(choice: LoadChoice) -> str:
 
 
 def _times_table(summary: Summary) -> Table:
-    table = Table("", "mean", "p50", "p90", "p99", "max", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    figures = ("mean", "p50", "p90", "p99", "max")
+    table = make_table("", *figures, prose=("",), right=figures, box=None, pad_edge=False)
     for name, found in (
         ("time to first token", summary.time_to_first_token_s),
         ("between two tokens", summary.inter_token_s),
@@ -205,8 +233,7 @@ def _times_table(summary: Summary) -> Table:
 
 
 def _totals_table(summary: Summary, slo: Slo) -> Table:
-    table = Table("", "", box=None, pad_edge=False, show_header=False)
-    table.columns[1].justify = "right"
+    table = make_table("", "value", prose=("",), right=("value",), box=None, pad_edge=False, show_header=False)
     for name, value in _totals(summary, slo):
         table.add_row(name, value)
     return table

@@ -9,12 +9,13 @@ from rich.table import Table
 from actors import state
 from actors.commands.loading_bar import loading_bar
 from actors.commands.shown import operations_table, to_json
+from actors.commands.tables import make_table, show_table
 from actors.commands.target import model_to_serve, read_target
 from actors.launch import bring_up, join, leave, take_down
 from actors.local_ray import is_running
 from actors.settings import Endpoints
 from actors.state import UpCluster
-from moecluster.errors import ResourceError, Unavailable
+from moecluster.errors import ClusterNotFound, ResourceError, Unavailable
 from moecluster.rpc.controller_calls import controller_status
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
@@ -22,6 +23,7 @@ from moecluster.types import ActorState, ControllerStatus, RouterState
 def up(target: str, settings: Sequence[str], console: Console) -> None:
     """Brings a cluster up, which goes on until `down`."""
     config = read_target(target, settings)
+    state.check()
     model_dir = model_to_serve(config)
     routers = "a router" if config.cluster.num_routers == 1 else f"{config.cluster.num_routers} routers"
     actors = f"{config.cluster.num_expert_actors} expert actors"
@@ -56,19 +58,19 @@ def status(name: str, as_json: bool, console: Console) -> None:
     console.print(f"cluster {cluster.name} serves {cluster.model}")
     for line in _summary(seen):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(actors_table(endpoints, seen))
+    show_table(actors_table(endpoints, seen), console)
     if seen is not None and seen.operations:
-        console.print(operations_table(seen.operations))
+        show_table(operations_table(seen.operations), console)
 
 
 def found(name: str) -> UpCluster:
-    """The cluster of a name that is up. Raises ResourceError if there is none; forgets one whose Ray has ended."""
+    """The cluster of a name that is up. Raises ClusterNotFound if there is none; forgets one whose Ray has ended."""
     cluster = state.load(name)
     if cluster is None:
-        raise ResourceError(f"no cluster {name} is up; start one with moecluster up, or give its --name")
+        raise ClusterNotFound(f"no cluster {name} is up; start one with moecluster up, or give its --name")
     if cluster.local_ray is not None and not is_running(cluster.local_ray):
         take_down(cluster)  # removes what is left of it on the disk
-        raise ResourceError(f"the cluster {name} has ended without moecluster down; start it again with moecluster up")
+        raise ClusterNotFound(f"the cluster {name} has ended without moecluster down; moecluster up starts it again")
     return cluster
 
 
@@ -102,7 +104,7 @@ def _older(seen: ControllerStatus) -> str:
 def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
     """A line for each actor: where it is reached, and what the controller knows of it, if it answers."""
     columns = ("actor", "phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = make_table(*columns, box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
     routers = {router.router: router for router in seen.router_states} if seen is not None else {}
     for name in sorted(endpoints.keys() | states.keys()):

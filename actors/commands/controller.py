@@ -6,10 +6,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from rich.console import Console
-
 from actors import state
 from actors.commands.cluster import found
+from actors.console import make_console
 from actors.launch import join, leave
 from moecluster.errors import DeadlineExceeded, Unavailable
 from moecluster.rpc.controller_calls import ControllerCalls
@@ -31,7 +30,7 @@ class LiveController:
     """
 
     def __init__(self, name: str) -> None:
-        """Raises ResourceError if no cluster of that name is up."""
+        """Raises ClusterNotFound if no cluster of that name is up."""
         self._cluster = found(name)
         self._calls = ControllerCalls(self._cluster.controller_address)
         self._joined: Cluster | None = None
@@ -62,7 +61,8 @@ class LiveController:
 
     def _look_elsewhere(self) -> None:
         if self._joined is None:
-            Console(stderr=True).print(f"no controller answers at {self._calls.address}; asking Ray where it is now")
+            said = f"no controller answers at {self._calls.address}; asking Ray where it is now"
+            make_console(stderr=True).print(said)
             self._joined = join(self._cluster.name, self._cluster.ray_address, self._cluster.local_ray)
         try:
             address = self._joined.controller_address()

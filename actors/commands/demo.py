@@ -1,6 +1,5 @@
 """demo: the main job from end to end: train, generate, see who serves what, kill an actor, and get the same text."""
 
-import importlib.util
 import os
 import signal
 import time
@@ -12,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from actors.commands.loading_bar import loading_bar
-from actors.commands.target import read_target
+from actors.commands.tables import make_table, show_table
+from actors.commands.target import check_places, read_target
 from actors.commands.train import run as run_training
+from actors.extras import is_installed
 from actors.launch import bring_up, join, leave, take_down
 from actors.settings import expert_names
 from moecluster.client import Client, GenerationStream
@@ -55,6 +55,7 @@ class Sample:
 def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
     """Runs all parts in a cluster of its own, which is gone afterwards; models and pictures stay in runs/."""
     config = read_target("demo", [f"train.output_dir={_fresh_folder()}", *settings, *_data_setting(data)])
+    check_places(config)
     tokenizer = run_tokenizer(config)
     text = read_data(config, tokenizer)
     _head(console, 1, "The text")
@@ -161,14 +162,14 @@ def _show_map(
     replicas = initial_placement(config.controller.placement, layer_experts, expert_names(config))
     actors = {replica.expert: replica.actor for replica in replicas}
     shares = domain_map(counts, layer_experts)
-    table = Table("layer", "expert", "actor", *shares.domains, box=None, pad_edge=False)
+    table = make_table("layer", "expert", "actor", *shares.domains, box=None, pad_edge=False)
     for row in table_rows(shares, actors):
         table.add_row(*row, end_section=row[1] == str(shares.num_experts - 1))
-    console.print(table)
+    show_table(table, console)
     if len(shares.domains) > 1:
         console.print(f"  two domains share all but {100 * shares.specialisation():.0f} % of their assignments")
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("  no picture: install moecluster[plots]")
+    if not is_installed("matplotlib"):
+        console.print("  no picture: pip install 'moecluster[plots]'", markup=False)
     else:
         from moecluster.training.domain_picture import draw_domain_map  # needs matplotlib
 

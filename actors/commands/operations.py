@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from actors.commands.controller import LiveController
 from actors.commands.shown import operations_table, shown_bytes, shown_duration, shown_moves, shown_time, to_json
+from actors.commands.tables import make_table, show_table
 from moecluster.errors import ConfigError, InvalidMessage, OperationFailed
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.types import ExpertId, Operation, OperationPhase
@@ -72,7 +72,7 @@ def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
     if as_json:
         console.print_json(to_json([dataclasses.asdict(operation) for operation in found]))
     elif found:
-        console.print(operations_table(found))
+        show_table(operations_table(found), console)
     else:
         console.print("no operation yet")
 
@@ -86,7 +86,7 @@ def explain(name: str, operation_id: str, as_json: bool, console: Console) -> No
         return
     asked = " ".join((operation.kind, *operation.arguments))
     console.print(f"{operation.id}: {asked}", highlight=False, markup=False)
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = make_table("", "value", prose=("value",), box=None, show_header=False, pad_edge=False)
     for what, text in (
         ("why", operation.reason),
         ("phase", operation.phase.value),
@@ -98,7 +98,7 @@ def explain(name: str, operation_id: str, as_json: bool, console: Console) -> No
     ):
         if text:
             table.add_row(what, escape(text))
-    console.print(table)
+    show_table(table, console)
 
 
 def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:

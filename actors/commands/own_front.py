@@ -35,7 +35,7 @@ class OwnFront:
 def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFront]:
     """Serves the cluster of that name that is up, under the name of its model's directory or its own.
 
-    Raises ResourceError if there is none.
+    Raises ClusterNotFound if there is none.
     """
     cluster = found(name)
     api_key = secrets.token_urlsafe(32)

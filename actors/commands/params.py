@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from actors.commands.tables import make_table, show_table
 from actors.commands.target import read_target
 from moecluster.models.description import ModelDescription, describe
 from moecluster.models.own_build import register_own_family
@@ -17,11 +18,12 @@ def params(target: str, settings: Sequence[str], console: Console) -> None:
     config = read_target(target, settings)
     register_own_family()
     described = describe(Path(config.model.path) if config.model.path else own_config(config.model))
-    console.print(_table(target, described))
+    console.print(f"{target}: {described.family}, a Mixture of Experts", highlight=False, markup=False)
+    show_table(_table(described), console)
 
 
-def _table(target: str, model: ModelDescription) -> Table:
-    table = Table("", target, title=f"{model.family}: a Mixture of Experts")
+def _table(model: ModelDescription) -> Table:
+    table = make_table("", "value", prose=("", "value"), show_header=False)
     for name, value in (
         ("layers (with experts)", f"{model.num_layers} ({model.num_moe_layers})"),
         ("experts per layer, active per token", f"{model.num_experts}, {model.top_k}"),

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from actors.commands.controller import LiveController
 from actors.commands.shown import shown_bytes, to_json
+from actors.commands.tables import make_table, show_table
 from moecluster.types import PlanPreview
 
 MAX_ROWS = 40  # of a table that somebody reads
@@ -31,12 +32,12 @@ def plan(name: str, policy: str, as_json: bool, console: Console) -> None:
         highlight=False,
     )
     if preview.added or preview.removed:
-        console.print(_table(preview))
+        show_table(_table(preview), console)
     console.print("nothing was done")
 
 
 def _table(preview: PlanPreview) -> Table:
-    table = Table("", "expert", "actor", "share", box=None, pad_edge=False)
+    table = make_table("", "expert", "actor", "share", box=None, pad_edge=False)
     changes = sorted(
         [(r.expert, "add", r.actor, f"{r.share:.3f}") for r in preview.added]
         + [(r.expert, "remove", r.actor, "") for r in preview.removed]

@@ -4,10 +4,12 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 
 from actors.commands.controller import LiveController
+from actors.places import check_file
 from moecluster.errors import ConfigError
 from moecluster.placement.recording import TraceRecorder
 from moecluster.placement.trace_writer import TraceWriter
@@ -21,6 +23,7 @@ def record(name: str, out: str, window_s: float, for_s: float, console: Console)
         raise ConfigError(f"--window-s: got {window_s:g}, expected more than 0 seconds")
     if for_s != 0 and not window_s <= for_s < math.inf:
         raise ConfigError(f"--for-s: got {for_s:g}, expected at least --window-s ({window_s:g}), or 0: until Ctrl-C")
+    check_file("OUT", Path(out))
     with LiveController(name) as controller:
         recorder = TraceRecorder(*controller.ask(_read), window_s)
         with TraceWriter(out, recorder.header) as trace, console.status("") as shown:

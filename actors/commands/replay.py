@@ -10,6 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from actors.commands.reports import check_writable, write_report
+from actors.commands.tables import make_table, show_table
 from moecluster.errors import ConfigError
 from moecluster.placement.loads import ExponentialWindow
 from moecluster.placement.policies import policy_named
@@ -51,7 +52,7 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
     summaries = [summarize(name, windows) for name, windows in replays.items()]
     title = f"{trace.header.model}: {fleet.num_actors} actors, {fleet.slots_A.sum()} slots for each layer"
     console.print(title, highlight=False)
-    console.print(_table(summaries))
+    show_table(_table(summaries), console)
     for name, windows in replays.items():
         _show_changes(name, windows, console)
     report = {
@@ -72,7 +73,7 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
 
 
 def _table(summaries: Sequence[ReplaySummary]) -> Table:
-    table = Table("", *(summary.policy for summary in summaries))
+    table = make_table("", *(summary.policy for summary in summaries), prose=("",))
     rows: list[tuple[str, list[str]]] = [
         ("windows scored", [f"{s.windows}" for s in summaries]),
         ("balancedness, mean (worst)", [f"{s.mean_balancedness:.4f} ({s.worst_balancedness:.3f})" for s in summaries]),

@@ -1,6 +1,5 @@
 """Files that a command leaves beside what it prints: a JSON report, a picture."""
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.extras import need
+from actors.places import check_file
 from moecluster.errors import ConfigError
 
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
@@ -18,11 +19,10 @@ def check_writable(plot: Path | None, report: Path | None) -> None:
     if plot is not None:
         if plot.suffix.lower() not in PICTURE_ENDINGS:
             raise ConfigError(f'--plot: got "{plot}", expected a name that ends in {", ".join(PICTURE_ENDINGS)}')
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot: needs matplotlib; install moecluster[plots]")
+        need("plots", "--plot")
     for name, path in (("--plot", plot), ("--json", report)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f'{name}: got "{path}", expected a file in a folder that is there')
+        if path is not None:
+            check_file(name, path)
 
 
 def write_report(path: Path | None, report: Mapping[str, Any], console: Console) -> None:

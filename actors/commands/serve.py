@@ -63,6 +63,8 @@ def serve(target: str, settings: Sequence[str], options: FrontOptions, also: Seq
     is_up = state.load(cluster) is not None
     if is_up:
         _refuse_another_model(found(cluster), config)
+    else:
+        state.check()
     server = _listen(config)  # a port in use, or a wrong key file, is said before a cluster is started
     if is_up:
         _run(server, [_source(name, cluster, alone=not others), *others], console)

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from actors.commands.tables import make_table
 from moecluster.types import Operation
 
 
@@ -51,7 +52,8 @@ def shown_duration(operation: Operation) -> str:
 
 def operations_table(found: Sequence[Operation]) -> Table:
     """A line for each operation."""
-    table = Table("operation", "asked", "phase", "begun", "took", "loaded", "why", box=None, pad_edge=False)
+    columns = ("operation", "asked", "phase", "begun", "took", "loaded", "why")
+    table = make_table(*columns, prose=("asked", "why"), box=None, pad_edge=False)
     for operation in found:
         cells = (
             operation.id,

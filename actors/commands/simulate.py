@@ -11,6 +11,8 @@ from rich.progress import track
 from rich.table import Table
 
 from actors.commands.reports import check_writable, write_report
+from actors.commands.tables import make_table, show_table
+from actors.places import check_file
 from moecluster.errors import ConfigError
 from moecluster.placement.costs import BENCH_EXPERT_BYTES, Costs, calibrated
 from moecluster.placement.growth import MeasuredSize, PowerLaw, fit_power_law, measure_sizes, sizes_around
@@ -96,7 +98,7 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
         f"{choice.num_experts} experts, {choice.hours:g} simulated hours"
     )
     console.print(title, highlight=False)
-    console.print(_summary_table(summary, windows))
+    show_table(_summary_table(summary, windows), console)
     if choice.trace is not None:
         _write_trace(choice.trace, loads, fleet)
         console.print(f"the day's loads, to replay: {choice.trace}", highlight=False)
@@ -156,8 +158,10 @@ def _check(choice: SimulationChoice) -> None:
     if choice.top_k > choice.num_experts:
         raise ConfigError(f"--top-k: got {choice.top_k}, expected at most the {choice.num_experts} experts")
     check_writable(choice.plot, choice.json)
-    if choice.trace is not None and choice.trace.exists():
-        raise ConfigError(f'--trace: "{choice.trace}" is there already; give another name')
+    if choice.trace is not None:
+        if choice.trace.exists():
+            raise ConfigError(f'--trace: "{choice.trace}" is there already; give another name')
+        check_file("--trace", choice.trace)
 
 
 def _costs(choice: SimulationChoice) -> Costs:
@@ -177,7 +181,7 @@ def _costs(choice: SimulationChoice) -> Costs:
 
 
 def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow]) -> Table:
-    table = Table("", "", show_header=False)
+    table = make_table("", "value", prose=("", "value"), show_header=False)
     for name, value in (
         ("tokens that came, served", f"{summary.tokens:,.0f}, {100 * summary.served / summary.tokens:.2f} %"),
         ("balancedness, mean", f"{summary.mean_balancedness:.4f}"),
@@ -199,9 +203,8 @@ def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow
 def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Console) -> None:
     """The controller's work by size, its law, and the size at which it fills the time between decisions."""
     period_s = scenario.window_s * scenario.decide_every
-    table = Table("actors", "replicas", "counters", "first plan", "decision", "of the period", "copies (simulated)")
-    for column in table.columns:
-        column.justify = "right"
+    columns = ("actors", "replicas", "counters", "first plan", "decision", "of the period", "copies (simulated)")
+    table = make_table(*columns, right=columns)
     for size in sizes:
         table.add_row(
             f"{size.actors:,}",
@@ -212,7 +215,7 @@ def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Con
             f"{100 * size.decide_s / period_s:.3f} %",
             f"{size.apply_s:.2f} s",
         )
-    console.print(table)
+    show_table(table, console)
     actors = [size.actors for size in sizes]
     laws = {
         "taking counters in": fit_power_law(actors, [size.observe_s for size in sizes]),

@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors import state
+from actors.places import check_folder
 from moecluster.config import Config, load_config, override, parse_override, preset_names, read_config
 from moecluster.errors import CheckpointError, ConfigError
 from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -34,6 +36,12 @@ def model_name(target: str) -> str:
         name = cached.removeprefix("models--")
         return name.partition("--")[2] or name
     return path.name
+
+
+def check_places(config: Config) -> None:
+    """Raises UserError if a run could not write what it leaves, before any work is spent on it."""
+    state.check()
+    check_folder("train.output_dir", config.train.output_dir)
 
 
 def trained_model(config: Config) -> str:

@@ -1,6 +1,5 @@
 """train: a run with a progress bar, and its loss curve as a picture."""
 
-import importlib.util
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors import state
 from actors.commands.cluster import found
 from actors.commands.loading_bar import loading_bar
-from actors.commands.target import read_target
+from actors.commands.target import check_places, read_target
+from actors.extras import is_installed
 from actors.launch import bring_up, join, leave, take_down
 from actors.state import UpCluster
 from moecluster.config import Config
@@ -43,6 +43,7 @@ CURVE = "loss.png"
 def train(target: str, settings: Sequence[str], console: Console) -> None:
     """Trains to train.steps, in the cluster that is up or in one of its own."""
     config = read_target(target, settings)
+    check_places(config)
     read_data(config, run_tokenizer(config))  # a wrong text ends it here, before anything is started
     start = str(prepare_start(config).resolve())
     with _cluster(config, start, console) as up:
@@ -163,8 +164,9 @@ def _line(event: Event) -> str | None:
 
 
 def _draw(history: History, path: Path, console: Console) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print(f"no picture of the loss: install moecluster[plots] (the figures are in {history.path})")
+    if not is_installed("matplotlib"):
+        said = f"no picture of the loss: pip install 'moecluster[plots]' (the figures are in {history.path})"
+        console.print(said, highlight=False, markup=False)
         return
     from moecluster.training.report import draw_loss_curve  # needs matplotlib, which not every installation has
 

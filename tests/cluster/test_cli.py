@@ -94,7 +94,7 @@ def test_train_starts_what_it_needs_and_ends_it(run: Run, tmp_path: Path) -> Non
 
 def test_no_ray_at_the_address(run: Run, model: str) -> None:
     refused = run("up", model, "--set", "cluster.address=127.0.0.1:1")
-    assert refused.returncode == 2
+    assert refused.returncode == 3
     assert refused.stderr.startswith("moecluster: no Ray cluster answers at 127.0.0.1:1")
     assert refused.stderr.count("\n") == 1
 
@@ -118,7 +118,7 @@ def test_up_on_a_given_ray_leaves_it_running(run: Run, model: str, ray_session, 
 
 def test_what_is_not_up_cannot_be_ended(run: Run) -> None:
     refused = run("down")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert refused.returncode == 3 and refused.stderr.count("\n") == 1, refused.stderr
 
 
 def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, 
     assert placed.returncode == 0 and placed.stdout.startswith("both is done"), placed.stderr
     shown = run("status").stdout
     assert "9 replicas" in shown and "policy share, routers with a lease: 1" in shown
-    planned = json.loads(run("plan", "--dry-run", "--json").stdout)
+    planned = json.loads(run("plan", "--json").stdout)
     assert planned["policy"] == "share"
     for wrong in (("place", "0/0", "expert-9"), ("scale", "4"), ("drain", "moon"), ("plan", "--policy", "best")):
         refused = run(*wrong)

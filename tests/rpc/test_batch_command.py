@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -196,6 +197,33 @@ def wait_for_lines(path: Path, number: int) -> None:
         time.sleep(0.005)
 
 
+def test_a_front_that_is_away_is_told_at_once_and_waited_for(tmp_path) -> None:
+    """The pipe is read while the command waits: what it says comes before patience ends."""
+    with serving(StandIn()) as gone:
+        port = httpx.URL(gone.url).port or 0
+    source, out = write_requests(tmp_path / "in.jsonl", ["a", "b", "c"]), tmp_path / "out.jsonl"
+    process = command(source, out, "--base-url", gone.url, "--patience-s", 500)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert first.startswith(f"the front at {gone.url} takes no requests (cannot connect: "), first
+    assert first.endswith("waiting for it, up to 500 s; Ctrl-C ends it\n")
+    with serving(StandIn(url=gone.url), port=port):
+        shown = said(process, 0)
+    check_whole(out, ["a", "b", "c"])
+    assert "takes no requests" not in shown  # once for all three
+
+
+def test_a_host_that_says_nothing_at_all_is_told_at_once(tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = command(write_requests(tmp_path / "in.jsonl", ["a"]), tmp_path / "out.jsonl", "--base-url", url)
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert "0 of 1 lines are kept" in said(process, 130)
+    assert first.startswith(f"the front at {url} takes no requests (no answer yet)"), first
+
+
 def test_killed_amid_a_run_again_and_again_every_line_comes_once(tmp_path) -> None:
     prompts = [f"prompt {i}" for i in range(150)]
     source, out = write_requests(tmp_path / "in.jsonl", prompts), tmp_path / "out.jsonl"
@@ -262,5 +290,5 @@ def test_straight_to_a_cluster_through_a_front_of_its_own(tmp_path, monkeypatch)
             expected = {prompt: client.generate(prompt, max_new_tokens=8).text() for prompt in ("def", "class")}
     outputs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [text_of(output) for output in outputs] == [expected["def"], expected["class"]] * 2
-    missing = said(command(tmp_path / "in.jsonl", tmp_path / "other.jsonl", "--cluster", "nobody"), 2)
+    missing = said(command(tmp_path / "in.jsonl", tmp_path / "other.jsonl", "--cluster", "nobody"), 3)
     assert "no cluster nobody is up" in missing

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,48 @@ def test_a_load_ends_with_its_time(tmp_path) -> None:
             bench("--base-url", stand_in.url, *kind, "--duration-s", 1, "--json", tmp_path / "load.json")
             requests = load(tmp_path / "load.json")["requests"]
             assert len(requests) >= 4 and all(r["scheduled_s"] <= 1.0 for r in requests)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+@pytest.mark.parametrize("load_kind", ["--concurrency", "--request-rate"])
+def test_what_was_measured_before_an_interruption_is_told(tmp_path, load_kind, number, code) -> None:
+    with serving(StandIn(delay_s=0.05)) as stand_in:
+        process = subprocess.Popen(
+            [
+                *(*COMMAND, "--base-url", stand_in.url, load_kind, "20", "--duration-s", "600", "--output-tokens", "2"),
+                *("--json", str(tmp_path / "load.json"), "--plot", str(tmp_path / "load.png"), "--warmup", "0"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        deadline_s = time.monotonic() + WAIT_S
+        while len(stand_in.seen) < 60:  # at most 20 to 40 of them are under way
+            assert time.monotonic() < deadline_s and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        shown, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == code and "Traceback" not in shown, shown
+    report = load(tmp_path / "load.json")
+    assert report["interrupted"] is True and report["summary"]["completed"] > 0
+    assert report["summary"]["requests"] == len(report["requests"]) < len(stand_in.seen)
+    assert "ended early" in shown and "time to first token" in shown
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interruption_before_any_answer_says_that_nothing_was_measured() -> None:
+    with serving(StandIn(delay_s=600.0)) as stand_in:
+        process = subprocess.Popen(
+            [*COMMAND, "--base-url", stand_in.url, "--warmup", "0"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        deadline_s = time.monotonic() + WAIT_S
+        while not stand_in.seen:
+            assert time.monotonic() < deadline_s and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        shown, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130 and "nothing was measured" in shown and "Traceback" not in shown, shown
 
 
 @pytest.mark.parametrize(

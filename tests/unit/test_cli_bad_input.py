@@ -1,4 +1,4 @@
-"""Every mistake that can be seen before anything is started: one line on standard error, exit code 2, nothing left."""
+"""Every mistake that can be seen before anything is started: one line on standard error, its code, nothing left."""
 
 import json
 import shutil
@@ -33,12 +33,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the command line, which must fail as a user's mistake does, and returns its one line."""
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, code: int = 2) -> str:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         said = capsys.readouterr()
-        assert ended.value.code == 2, said
+        assert ended.value.code == code, said
         assert said.err.startswith("moecluster: ") and said.err.count("\n") == 1, said.err
         assert "Traceback" not in said.err + said.out
         assert not state.state_folder().exists()
@@ -155,7 +155,8 @@ def test_generate_from_nothing(complaint, model) -> None:
     ],
 )
 def test_no_cluster_is_up(complaint, command) -> None:
-    assert "no cluster second is up; start one with moecluster up" in complaint(*command.split(), "--name", "second")
+    said = complaint(*command.split(), "--name", "second", code=3)
+    assert "no cluster second is up; start one with moecluster up" in said
 
 
 def test_params_of_a_preset_and_of_a_directory(monkeypatch, capsys, model) -> None:

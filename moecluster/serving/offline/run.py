@@ -8,7 +8,7 @@ import httpx
 
 from moecluster.serving.offline.journal import Journal, Output
 from moecluster.serving.offline.lines import BatchInput
-from moecluster.serving.offline.sending import Retries, send_line
+from moecluster.serving.offline.sending import OnRefused, Retries, send_line
 
 
 async def run_batch(
@@ -19,8 +19,9 @@ async def run_batch(
     concurrency: int,
     retries: Retries,
     on_done: Callable[[Output], None],
+    on_refused: OnRefused = lambda why: None,
 ) -> None:
-    """Sends every pending line. on_done gets each when it is in the journal.
+    """Sends every pending line. on_done gets each when it is in the journal; on_refused: see send_line.
 
     Raises Unavailable, ConfigError or ResourceError where going on makes no sense; what had ended is kept.
     """
@@ -29,7 +30,7 @@ async def run_batch(
 
     async def work() -> None:
         for index in pending:  # shared by all workers
-            await notes.add(index, await send_line(front, batch.line(index), retries))
+            await notes.add(index, await send_line(front, batch.line(index), retries, on_refused))
 
     workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(batch)))]
     try:

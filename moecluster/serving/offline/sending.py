@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ REFUSED = (429, 503)  # says nothing of the line: there is no room, or nobody to
 BROKEN = (408, 500, 502, 504)  # may be the line's fault, and may be a router's that died
 NO_ENTRY = (401, 403)
 UNSENDABLE = "invalid_line"
+
+OnRefused = Callable[[str], None]  # told why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,13 @@ class _Failure:
     code: str = ""
 
 
-async def send_line(front: httpx.AsyncClient, line: BatchLine, retries: Retries) -> dict[str, Any]:
+async def send_line(
+    front: httpx.AsyncClient, line: BatchLine, retries: Retries, on_refused: OnRefused = lambda why: None
+) -> dict[str, Any]:
     """The line of the output: an answer, whatever its status, or an error for a line that broke too many times, or
     that cannot be sent.
 
+    on_refused: told at once, and at each further try, that the front is away or takes no requests.
     Raises Unavailable when patience with the front is over, and ConfigError if it knows no such key; the line is not
     done then.
     """
@@ -57,6 +63,7 @@ async def send_line(front: httpx.AsyncClient, line: BatchLine, retries: Retries)
         now_s = time.monotonic()
         if tried.refused:
             refused_since_s = refused_since_s or now_s
+            on_refused(tried.why)
         else:
             broken, refused_since_s = broken + 1, 0.0
             if broken >= retries.attempts:

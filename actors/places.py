@@ -1,0 +1,94 @@
+"""Where commands write, checked before any work is spent on what could not be kept."""
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from moecluster.errors import ConfigError, ResourceError
+
+MAX_SOCKET_PATH_BYTES = 107  # of a Unix socket; the kernel takes no longer path
+# What Ray puts behind its folder, and a folder of ours between: /ray/session_DATE_TIME_PID/sockets/plasma_store
+BEHIND_SOCKET_FOLDER_BYTES = len("/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store")
+SOCKET_FOLDER_PREFIX = "moecluster-"
+_RANDOM_BYTES = 8  # that mkdtemp puts behind the prefix
+
+
+def make_socket_folder() -> str:
+    """A new folder that only this user enters (mode 0700), with room for the paths of Ray's sockets in it.
+
+    In TMPDIR where that is short enough, as it is not in many a batch system; else where every host has room.
+    Raises ResourceError if no folder can be made.
+    """
+    refused = []
+    for parent in _socket_parents():
+        if len(os.fsencode(parent)) > longest_socket_parent_bytes():
+            refused.append(f"{parent} is too long")
+            continue
+        try:
+            return tempfile.mkdtemp(prefix=SOCKET_FOLDER_PREFIX, dir=parent)
+        except OSError as exc:
+            refused.append(f"{parent}: {exc.strerror}")
+    raise ResourceError(
+        f"there is no place for Ray's sockets ({'; '.join(refused)}): set TMPDIR to a folder that you can write, "
+        f"whose path has at most {longest_socket_parent_bytes()} bytes (a socket's may have {MAX_SOCKET_PATH_BYTES})"
+    )
+
+
+def longest_socket_parent_bytes() -> int:
+    """How long the path of a folder may be in which make_socket_folder makes one."""
+    name_bytes = len(f"/{SOCKET_FOLDER_PREFIX}") + _RANDOM_BYTES
+    return MAX_SOCKET_PATH_BYTES - BEHIND_SOCKET_FOLDER_BYTES - name_bytes
+
+
+def probe_folder(path: Path) -> None:
+    """Raises OSError if no file can be written below a folder, which may not be there yet. Leaves nothing."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise
+        probe_folder(path.parent)
+        return
+    with tempfile.TemporaryFile(dir=path):
+        pass
+
+
+def check_folder(name: str, path: str) -> None:
+    """Raises ConfigError if no file can be written below a folder. name: of the setting, for the complaint."""
+    try:
+        probe_folder(Path(path).absolute())
+    except OSError as exc:
+        raise ConfigError(
+            f'{name}: "{path}" cannot be written ({exc.strerror}); give a folder that you can write'
+        ) from exc
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raises ConfigError if a file cannot be written: its folder is not there, or the system refuses.
+
+    Leaves no new file, and does not touch one that is there. name: of the option, for the complaint.
+    """
+    if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
+        raise ConfigError(f'{name}: got "{path}", expected a file in a folder that is there')
+    try:
+        if os.path.lexists(path):
+            if not stat.S_ISFIFO(path.stat().st_mode):  # opening a pipe waits for its reader
+                os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+        else:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            path.unlink()
+    except OSError as exc:
+        raise ConfigError(
+            f'{name}: "{path}" cannot be written ({exc.strerror}); give a file in a folder that you can write'
+        ) from exc
+
+
+def _socket_parents() -> list[str]:
+    """In the order in which they are tried. What lies in memory, or goes when its user logs out, comes last."""
+    found = []
+    with suppress(FileNotFoundError):  # no folder for temporary files at all
+        found.append(tempfile.gettempdir())
+    found += ["/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm"]
+    return [parent for parent in dict.fromkeys(found) if os.path.isabs(parent)]
