@@ -23,9 +23,11 @@ WAIT_S = 100.0
 SCRIPT = """
 import contextlib, importlib, io, json, pkgutil, sys
 
+hidden, lines = sys.argv[1].split(","), sys.argv[2:]
+
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[1].split(","):
+        if name.partition(".")[0] in hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Hidden())
@@ -41,7 +43,7 @@ for package in (moecluster, actors):
             failed.append(found.name)
 
 said = {}
-for line in sys.argv[2:]:
+for line in lines:
     sys.argv = ["moecluster", *line.split()]
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
