@@ -34,6 +34,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="a setting, for example train.steps=100; may be repeated", show_default=False),
 ]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="try a preset or TOML of which nothing is trained, with random weights")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -51,12 +54,14 @@ def root(
     """Mixture-of-Experts models whose experts are services: Ray actors reached over gRPC."""
 
 
-@app.command(epilog="Example: moecluster up demo    or: moecluster up ./Mixtral-tiny --set cluster.num_expert_actors=8")
-def up(target: Target = "demo", settings: Settings = None) -> None:
+@app.command(
+    epilog="Example: moecluster up ./Mixtral -s cluster.num_routers=2    or: moecluster up demo --random-weights"
+)
+def up(target: Target = "demo", settings: Settings = None, random_weights: RandomWeights = False) -> None:
     """Start a cluster that serves a model: a local Ray, expert actors, a router and a controller."""
     from actors.commands.cluster import up as run
 
-    run(target, settings or (), make_console())
+    run(target, settings or (), make_console(), random_weights=random_weights)
 
 
 @app.command(epilog="Example: moecluster status    or: moecluster status --json")
@@ -75,7 +80,9 @@ def down(name: Name = "moecluster") -> None:
     run(name, make_console())
 
 
-@app.command(epilog='Example: moecluster generate demo "def main(" --max-new-tokens 64 --temperature 0.7 --seed 1')
+@app.command(
+    epilog='Example: moecluster generate ./Mixtral-tiny "def main(" --max-new-tokens 64 --temperature 0.7 --seed 1'
+)
 def generate(
     target: Target,
     prompt: Annotated[str, typer.Argument(help="the text to go on from; with --chat, what a user says")],
@@ -103,7 +110,9 @@ ApiKeysFile = Annotated[
 ]
 
 
-@app.command(epilog="Example: moecluster serve demo    or: moecluster serve ./Mixtral-tiny --port 8080")
+@app.command(
+    epilog="Example: moecluster serve ./Mixtral-tiny --port 8080    or: moecluster serve demo --random-weights"
+)
 def serve(
     target: Target = "demo",
     host: Host = None,
@@ -116,6 +125,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=CLUSTER", help="another cluster's model; may be repeated", show_default=False),
     ] = None,
+    random_weights: RandomWeights = False,
     settings: Settings = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI does, through the cluster that is up, or one started for it."""
@@ -124,7 +134,7 @@ def serve(
     from actors.commands.serve import serve as run
 
     options = FrontOptions(host=host, port=port, api_keys_file=api_keys_file, model_name=model_name)
-    run(target, settings or (), options, also or (), make_console())
+    run(target, settings or (), options, also or (), make_console(), random_weights=random_weights)
 
 
 @app.command(epilog="Example: moecluster front --model mixtral=moecluster --model small=second")

@@ -10,26 +10,28 @@ from actors import state
 from actors.commands.loading_bar import loading_bar
 from actors.commands.shown import operations_table, to_json
 from actors.commands.tables import make_table, show_table
-from actors.commands.target import model_to_serve, read_target
+from actors.commands.target import read_target
+from actors.commands.weights import model_to_serve, weights_in
 from actors.launch import bring_up, join, leave, take_down
 from actors.local_ray import is_running
 from actors.settings import Endpoints
 from actors.state import UpCluster
-from moecluster.errors import ClusterNotFound, ResourceError, Unavailable
+from moecluster.errors import ClusterNotFound, Unavailable
 from moecluster.rpc.controller_calls import controller_status
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
 
-def up(target: str, settings: Sequence[str], console: Console) -> None:
+def up(target: str, settings: Sequence[str], console: Console, *, random_weights: bool = False) -> None:
     """Brings a cluster up, which goes on until `down`."""
     config = read_target(target, settings)
     state.check()
-    model_dir = model_to_serve(config)
+    model_dir = model_to_serve(config, target, "up", random_weights=random_weights)
     routers = "a router" if config.cluster.num_routers == 1 else f"{config.cluster.num_routers} routers"
     actors = f"{config.cluster.num_expert_actors} expert actors"
     with loading_bar(console, f"starting {actors}, {routers} and a controller") as on_loading:
         cluster = bring_up(config, model_dir, on_loading)
-    console.print(f"cluster {cluster.name} is up and serves {cluster.model}")
+    said = f"cluster {cluster.name} is up and serves {weights_in(cluster.model)}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
     for address in cluster.router_addresses:
         console.print(f"  router (gRPC)  {address}")
     console.print(f"  Ray            {cluster.ray_address}")
@@ -55,7 +57,8 @@ def status(name: str, as_json: bool, console: Console) -> None:
     if as_json:
         console.print_json(to_json(_plain(cluster, endpoints, seen)))
         return
-    console.print(f"cluster {cluster.name} serves {cluster.model}")
+    said = f"cluster {cluster.name} serves {weights_in(cluster.model)}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
     for line in _summary(seen):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     show_table(actors_table(endpoints, seen), console)
@@ -137,16 +140,8 @@ def _plain(
     return {
         "name": cluster.name,
         "model": cluster.model,
+        "weights": dataclasses.asdict(weights_in(cluster.model)),
         "ray_address": cluster.ray_address,
         "actors": {name: dataclasses.asdict(e) if e is not None else None for name, e in endpoints.items()},
         "controller": dataclasses.asdict(seen) if seen is not None else None,
     }
-
-
-def serves(cluster: UpCluster, model_dir: str) -> None:
-    """Raises ResourceError if the cluster that is up serves another model."""
-    if cluster.model != model_dir:
-        raise ResourceError(
-            f"the cluster {cluster.name} is up and serves {cluster.model}, not {model_dir}; "
-            "take it down first (moecluster down), or choose another name: --set cluster.name=NAME"
-        )

@@ -217,6 +217,7 @@ def _say_what_next(config: Config, model_dir: str, console: Console) -> None:
     for command, meaning in (
         (f'moecluster generate {shown} "import os"', "write on from a prompt of yours"),
         (f"moecluster up {shown}", "keep a cluster that serves it; then status, generate, down"),
+        (f"moecluster serve {shown} --model-name demo", "serve it over HTTP, as OpenAI does"),
         ("moecluster train switch --data PATH", "another system of the literature, on your text"),
         ("moecluster params deepseek-v3", "count parameters from a configuration alone"),
     ):

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from actors import state
-from actors.commands.cluster import found, serves
+from actors.commands.cluster import found
 from actors.commands.loading_bar import loading_bar
 from actors.commands.routers import find_routers
-from actors.commands.target import read_target, trained_model
+from actors.commands.target import read_target
+from actors.commands.weights import refuse_another_model, trained_model, weights_in
 from actors.launch import bring_up, take_down
 from moecluster.client import Client, TextOptions
 from moecluster.errors import ConfigError, InvalidMessage
@@ -25,12 +26,13 @@ def generate(
     if not prompt:
         raise ConfigError('PROMPT: got an empty text, expected something to go on from, for example "def main("')
     config = read_target(target, settings)
-    model_dir = trained_model(config)
     serve = config.serve
     asked: TextOptions = {"temperature": serve.temperature, "top_p": serve.top_p, "seed": serve.seed, **options}
     if state.load(config.cluster.name) is not None:
         cluster = found(config.cluster.name)
-        serves(cluster, model_dir)
+        refuse_another_model(cluster, config, target)
+        if (weights := weights_in(cluster.model)).step == 0:
+            console.print(f"the model is {weights}", highlight=False, markup=False, soft_wrap=True)
         _write(
             Client(cluster.router_addresses, discover=lambda: find_routers(cluster, console)),
             prompt,
@@ -39,6 +41,7 @@ def generate(
             console,
         )
         return
+    model_dir = trained_model(config, target, "generate")
     with loading_bar(console, f"no cluster {config.cluster.name} is up: starting one for this text") as on_loading:
         cluster = bring_up(config, model_dir, on_loading)
     console.print("started a cluster for this text alone (moecluster up keeps one)")

@@ -18,13 +18,13 @@ from prometheus_client import disable_created_metrics
 from rich.console import Console
 
 from actors import state
-from actors.commands.cluster import found, serves
-from actors.commands.target import model_name, read_target, trained_model
+from actors.commands.cluster import found
+from actors.commands.target import model_name, read_target
+from actors.commands.weights import RANDOM_WEIGHTS, refuse_another_model, refuse_trained, trained_model, weights_in
 from actors.launch import take_down
 from actors.settings import CONTROLLER, is_router
-from actors.state import UpCluster
 from moecluster.config import Config, override, parse_override, read_config
-from moecluster.errors import CheckpointError, ConfigError, ResourceError, Unavailable
+from moecluster.errors import ConfigError, ResourceError, Unavailable
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import FrontServer, ModelSource, check_names, keys_for
 
@@ -53,25 +53,42 @@ class FrontOptions:
         return read_config(override(config.to_tables(), overrides))
 
 
-def serve(target: str, settings: Sequence[str], options: FrontOptions, also: Sequence[str], console: Console) -> None:
-    """Serves a model over HTTP until it is ended; a cluster that was brought up for it ends then too."""
+def serve(
+    target: str,
+    settings: Sequence[str],
+    options: FrontOptions,
+    also: Sequence[str],
+    console: Console,
+    *,
+    random_weights: bool = False,
+) -> None:
+    """Serves a model over HTTP until it is ended; a cluster that was brought up for it ends then too.
+
+    random_weights: a fresh model, where nothing is trained.
+    """
     config = options.on(read_target(target, settings))
     name = config.serve.model_name or model_name(target)
-    others = [_source(*_name_and_cluster(text), alone=False) for text in also]
-    check_names([name, *(source.name for source in others)])
     cluster = config.cluster.name
+    models = [(name, cluster), *(_name_and_cluster(text) for text in also)]
+    check_names([name for name, _ in models])
+    for _, other in models[1:]:
+        found(other)  # one that is not up is said before anything is started
     is_up = state.load(cluster) is not None
     if is_up:
-        _refuse_another_model(found(cluster), config)
+        refuse_another_model(found(cluster), config, target)
     else:
         state.check()
     server = _listen(config)  # a port in use, or a wrong key file, is said before a cluster is started
     if is_up:
-        _run(server, [_source(name, cluster, alone=not others), *others], console)
+        _run(server, models, console)
         return
+    if random_weights:
+        refuse_trained(config)
+    else:
+        trained_model(config, target, "serve")
     try:
-        _bring_up(target, settings)
-        _run(server, [_source(name, cluster, alone=not others), *others], console)
+        _bring_up(target, settings, *((RANDOM_WEIGHTS,) if random_weights else ()))
+        _run(server, models, console)
     finally:
         started = state.load(cluster)
         if started is not None:
@@ -85,8 +102,9 @@ def front(models: Sequence[str], settings: Sequence[str], options: FrontOptions,
     config = options.on(read_config(override({}, dict(parse_override(text) for text in settings))))
     named = [_name_and_cluster(text) for text in models]
     check_names([name for name, _ in named])
-    sources = [_source(name, cluster, alone=len(named) == 1) for name, cluster in named]
-    _run(_listen(config), sources, console)
+    for _, cluster in named:
+        found(cluster)
+    _run(_listen(config), named, console)
 
 
 def _listen(config: Config) -> FrontServer:
@@ -95,11 +113,14 @@ def _listen(config: Config) -> FrontServer:
     return FrontServer(config.serve, keys_for(config.serve, config.security))
 
 
-def _run(server: FrontServer, sources: Sequence[ModelSource], console: Console) -> None:
-    names = ", ".join(source.name for source in sources)
+def _run(server: FrontServer, models: Sequence[tuple[str, str]], console: Console) -> None:
+    """models: the name of each, and its cluster."""
+    sources = [_source(name, cluster, alone=len(models) == 1) for name, cluster in models]
+    names = ", ".join(name for name, _ in models)
     key = ' -H "Authorization: Bearer KEY"' if server.keys else ""
     body = json.dumps({"model": sources[0].name, "prompt": "def add(a, b):", "max_tokens": 32})
     lines = (
+        *(f"{name}: {weights_in(found(cluster).model)}" for name, cluster in models),
         f"serving {names} at http://{server.address}/v1 until Ctrl-C; try",
         f"curl http://{server.address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
     )
@@ -123,16 +144,11 @@ def _name_and_cluster(text: str) -> tuple[str, str]:
     return name, cluster
 
 
-def _refuse_another_model(cluster: UpCluster, config: Config) -> None:
-    with suppress(CheckpointError):  # nothing is trained: it serves a fresh model of these settings, or of others
-        serves(cluster, trained_model(config))
-
-
-def _bring_up(target: str, settings: Sequence[str]) -> None:
+def _bring_up(target: str, settings: Sequence[str], *options: str) -> None:
     """Raises typer.Exit if it fails, which it has said then itself. Interrupted, it leaves nothing behind."""
     words = [word for setting in settings for word in ("--set", setting)]
     # Not of our terminal's group: it is ended once, by us, and not amid its own clearing up.
-    with subprocess.Popen([*SELF, "up", target, *words], start_new_session=True) as process:
+    with subprocess.Popen([*SELF, "up", target, *words, *options], start_new_session=True) as process:
         try:
             code = process.wait()  # until `up` is done, whose waits have bounds of their own, or a signal comes
         except BaseException:

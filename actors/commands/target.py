@@ -7,8 +7,7 @@ from pathlib import Path
 from actors import state
 from actors.places import check_folder
 from moecluster.config import Config, load_config, override, parse_override, preset_names, read_config
-from moecluster.errors import CheckpointError, ConfigError
-from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
+from moecluster.errors import ConfigError
 
 
 def read_target(target: str, settings: Sequence[str]) -> Config:
@@ -42,31 +41,3 @@ def check_places(config: Config) -> None:
     """Raises UserError if a run could not write what it leaves, before any work is spent on it."""
     state.check()
     check_folder("train.output_dir", config.train.output_dir)
-
-
-def trained_model(config: Config) -> str:
-    """The directory to serve: model.path, else the last checkpoint of train.output_dir. Raises CheckpointError."""
-    latest = _latest(config)
-    if latest is None:
-        raise CheckpointError(
-            f"nothing is trained in {config.train.output_dir} yet: run moecluster train, or give a model directory"
-        )
-    return latest
-
-
-def model_to_serve(config: Config) -> str:
-    """The same; where nothing is trained yet, a fresh model is written first. Raises UserError."""
-    latest = _latest(config)
-    if latest is None:
-        # Brings transformers along, which takes seconds that the other commands need not wait.
-        from moecluster.training.start import prepare_start
-
-        latest = str(prepare_start(config).resolve())
-    return latest
-
-
-def _latest(config: Config) -> str | None:
-    if config.model.path:
-        return str(Path(config.model.path).resolve())
-    latest = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS).latest()
-    return str(latest.resolve()) if latest is not None else None

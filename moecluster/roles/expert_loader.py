@@ -10,7 +10,8 @@ from moecluster.errors import CheckpointError, StaleOrder
 from moecluster.experts import compute
 from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.expert_source import ExpertSource, Origin
-from moecluster.models.training_files import read_optimizer_state, read_step
+from moecluster.models.training_files import read_optimizer_state
+from moecluster.models.training_state import read_step
 from moecluster.roles.arriving_experts import DTYPES, ArrivedExpert, LoadSettings, read_experts, wanted_dtype
 from moecluster.roles.block_proofs import BlockProofs
 from moecluster.roles.controller_orders import LoadOrder

@@ -16,14 +16,12 @@ from moecluster.experts.optimizer import state_names
 from moecluster.models.checkpoint import INDEX_NAME
 from moecluster.models.expert_layout import ExpertLayout
 from moecluster.models.training_files import (
-    FOLDER,
     TRUNK_WEIGHTS_NAME,
-    TrainingState,
     expert_optimizer_file,
     expert_weights_name,
     trunk_optimizer_file,
-    write_training_state,
 )
+from moecluster.models.training_state import FOLDER, TrainingState, write_training_state
 from moecluster.models.trunk import checkpoint_state
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.training.tensor_file import TensorFile, write_tensors

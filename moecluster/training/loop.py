@@ -12,7 +12,7 @@ from moecluster.config import Config
 from moecluster.errors import AttemptAborted, CheckpointError, MoeClusterError, StaleOrder, StateLost, UserError
 from moecluster.metrics import Metrics
 from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.training_files import TrainingState
+from moecluster.models.training_state import TrainingState
 from moecluster.placement.balancedness import layer_balancedness
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.interfaces import ExportedTensor

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from moecluster.config import Config
 from moecluster.errors import ConfigError, MoeClusterError, StateLost, Unavailable, UserError
-from moecluster.models.training_files import TrainingState, read_training_state, read_trunk_optimizer_state
+from moecluster.models.training_files import read_trunk_optimizer_state
+from moecluster.models.training_state import TrainingState, read_training_state
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.remote_experts import RemoteExperts

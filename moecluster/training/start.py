@@ -15,7 +15,7 @@ from moecluster.models.expert_layout import ExpertLayout
 from moecluster.models.model_config import read_loadable_config
 from moecluster.models.own_build import build_expert, build_model
 from moecluster.models.tokenizer import load_tokenizer
-from moecluster.models.training_files import TrainingState, read_training_state
+from moecluster.models.training_state import TrainingState, read_training_state
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
 from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moecluster.experts.step_state import StepState
-from moecluster.models.training_files import TrainingState
+from moecluster.models.training_state import TrainingState
 from moecluster.models.trunk import trunk_parameters
 from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
 

@@ -10,13 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from moecluster.errors import CheckpointError
-from moecluster.models.training_files import (
-    TrainingState,
-    read_optimizer_state,
-    read_step,
-    read_training_state,
-    write_training_state,
-)
+from moecluster.models.training_files import read_optimizer_state
+from moecluster.models.training_state import TrainingState, read_step, read_training_state, write_training_state
 from moecluster.training.checkpoints import CheckpointStore
 from moecluster.training.tensor_file import TensorFile, write_tensors
 from moecluster.types import ExpertId

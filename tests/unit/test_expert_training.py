@@ -17,7 +17,8 @@ from moecluster.errors import AttemptAborted, NotHosted, StaleOrder, StateLost
 from moecluster.experts import compute
 from moecluster.models.expert_layout import ExpertLayout, join_experts
 from moecluster.models.model_config import read_loadable_config
-from moecluster.models.training_files import TrainingState, expert_optimizer_file, write_training_state
+from moecluster.models.training_files import expert_optimizer_file
+from moecluster.models.training_state import TrainingState, write_training_state
 from moecluster.roles.expert_service import ExpertService
 from moecluster.types import (
     ComputeBatch,

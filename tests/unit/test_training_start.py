@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from moecluster.config import Config, read_config
 from moecluster.errors import CheckpointError, ConfigError, DataError
 from moecluster.models.own_build import build_model
-from moecluster.models.training_files import read_training_state
+from moecluster.models.training_state import read_training_state
 from moecluster.training.checkpoints import CheckpointStore
 from moecluster.training.events import Evaluated, Started, StepDone, WentBack
 from moecluster.training.history import History
