@@ -62,7 +62,8 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 )
 @pytest.mark.parametrize("command", ["up", "train"])
 def test_wrong_settings_name_themselves(complaint, command, setting, expected) -> None:
-    assert expected in complaint(command, "demo", "--set", setting)
+    options = ("--random-weights",) if command == "up" else ()
+    assert expected in complaint(command, "demo", *options, "--set", setting)
 
 
 @pytest.mark.parametrize(
