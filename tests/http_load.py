@@ -13,6 +13,7 @@ import httpx
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moecluster.models.detokenizer import Detokenizer
 from moecluster.models.streaming_decoder import StreamingDecoder
 
 CLEAR_GAP = 1e-3  # between the two best logits, in float32: far beyond what another grouping of a sum changes
@@ -29,7 +30,7 @@ def clear_texts(
     found: dict[str, str] = {}
     for prompt in prompts:
         ids = list(tokenizer(prompt)["input_ids"])
-        begun, decoder, text = len(ids), StreamingDecoder(tokenizer), ""
+        begun, decoder, text = len(ids), StreamingDecoder(Detokenizer(tokenizer)), ""
         for _ in range(new_tokens):
             best = model(torch.tensor([ids])).logits[0, -1].topk(2)
             if float(best.values[0] - best.values[1]) < CLEAR_GAP:

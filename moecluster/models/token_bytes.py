@@ -1,37 +1,31 @@
-"""The bytes that a single token stands for, for any fast tokenizer: what log-probabilities are shown with."""
+"""The bytes that a single token stands for, for any tokenizer: what log-probabilities are shown with."""
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_SENTENCEPIECE_SPACE = "▁"
+from moecluster.models.detokenizer import REPLACEMENT, Detokenizer
 
 
 class TokenBytes:
-    """Byte-level tokenizers (GPT-2's alphabet), SentencePiece with byte fallback, and others by what they decode to."""
+    """What a token adds to a text that it stands in the middle of; of a part of a character, its bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._bytes = {character: byte for byte, character in bytes_to_unicode().items()}
-        self._byte_level = self._is_byte_level()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, detokenizer: Detokenizer) -> None:
+        self._detokenizer = detokenizer
+        self._byte_level = {character: byte for byte, character in bytes_to_unicode().items()}
+        self._before = [i for i in tokenizer("a", add_special_tokens=False)["input_ids"] if detokenizer.shown_token(i)]
+        self._before_text = detokenizer.decode(self._before)
 
     def of(self, token_id: int) -> bytes:
-        """Empty for an id without a token."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(token, str):
-            return b""
-        if token_id in self._tokenizer.all_special_ids:
-            return token.encode()
-        if self._byte_level and all(character in self._bytes for character in token):
-            return bytes(self._bytes[character] for character in token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace(_SENTENCEPIECE_SPACE, " ").encode()
-
-    def _is_byte_level(self) -> bool:
-        """Whether a space is written as in GPT-2's alphabet."""
-        space = bytes_to_unicode()[ord(" ")]
-        return any(space in str(t) for t in self._tokenizer.convert_ids_to_tokens(self._ids_of_space()))
-
-    def _ids_of_space(self) -> list[int]:
-        ids = self._tokenizer(" a", add_special_tokens=False)["input_ids"]
-        return list(ids)
+        """Empty for an id without a token. Special tokens, which no text shows, by their name."""
+        token = self._detokenizer.shown_token(token_id)
+        if token is None:
+            return (self._detokenizer.token(token_id) or "").encode()
+        byte = self._detokenizer.fallback_byte(token)
+        if byte is not None:
+            return bytes([byte])
+        text = self._detokenizer.decode([*self._before, token_id])
+        if text.startswith(self._before_text) and REPLACEMENT not in text:
+            return text[len(self._before_text) :].encode()
+        if all(character in self._byte_level for character in token):
+            return bytes(self._byte_level[character] for character in token)
+        return token.encode()

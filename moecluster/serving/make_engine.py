@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moecluster.generations import GenerationRequest
 from moecluster.hf.continuous_batching import supports_paging
 from moecluster.metrics import Metrics
+from moecluster.models.detokenizer import Detokenizer
 from moecluster.models.token_bytes import TokenBytes
 from moecluster.roles.trunk_experts import TrunkExperts
 from moecluster.serving.engine import Engine, EngineLimits
@@ -33,11 +34,12 @@ def make_engine(
         paged = supports_paging(model)
     if not paged:
         logger.info("a %s model is written in padded batches", model.config.model_type)
+    detokenizer = Detokenizer(tokenizer)
     make_text = partial(
         _make_text,
-        end_ids=end_ids(model),
-        tokenizer=tokenizer,
-        token_bytes=TokenBytes(tokenizer),
+        end_ids=end_ids(model, tokenizer),
+        detokenizer=detokenizer,
+        token_bytes=TokenBytes(tokenizer, detokenizer),
         experts=experts,
         metrics=metrics,
     )
@@ -49,11 +51,22 @@ def make_engine(
     )
 
 
-def end_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a text, as the checkpoint says."""
-    settings = model.generation_config
-    ends = settings.eos_token_id if settings is not None else None
-    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else map(int, ends))
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a text: all that generation_config.json, config.json or the tokenizer name."""
+    ends = set(_ids(getattr(model.generation_config, "eos_token_id", None)))
+    for config in (model.config, model.config.get_text_config()):
+        named = getattr(config, "eos_token_id", None)
+        # What stands in no file, but in the family's class, counts only where there is nothing else.
+        if not ends or named != getattr(type(config), "eos_token_id", None):
+            ends.update(_ids(named))
+    eos = tokenizer.eos_token
+    if eos is not None and tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == eos:  # not <unk> in its place
+        ends.add(tokenizer.eos_token_id)
+    return frozenset(ends)
+
+
+def _ids(named: int | Sequence[int] | None) -> Sequence[int]:
+    return () if named is None else [named] if isinstance(named, int) else [int(i) for i in named]
 
 
 def _make_text(

@@ -6,11 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogprob
 from moecluster.metrics import Metrics
+from moecluster.models.detokenizer import Detokenizer
 from moecluster.models.streaming_decoder import StreamingDecoder
 from moecluster.models.token_bytes import TokenBytes
 from moecluster.serving.batch_errors import text_error
@@ -31,7 +30,7 @@ class RunningText:
         *,
         max_new_tokens: int,
         end_ids: frozenset[int],
-        tokenizer: PreTrainedTokenizerBase,
+        detokenizer: Detokenizer,
         token_bytes: TokenBytes,
         weight_version: int = 0,
         metrics: Metrics | None = None,
@@ -50,7 +49,7 @@ class RunningText:
         self.begun_s: float | None = None  # when the engine began to compute it
         self._max_new_tokens = max_new_tokens
         self._end_ids = frozenset() if request.ignore_eos else end_ids
-        self._decoder = StreamingDecoder(tokenizer)
+        self._decoder = StreamingDecoder(detokenizer)
         self._token_bytes = token_bytes
         self._stops = StopTexts(request.stop)
         self._metrics = metrics
@@ -114,8 +113,9 @@ class RunningText:
         self._close(last, self._reason or "cancelled")
 
     def _last_piece(self, experts: Mapping[ExpertId, int] | None) -> GenerationPiece:
+        rest = "" if self._reason == "stop" and not self._ended_by_token() else self._rest()
         return GenerationPiece(
-            text="" if self._reason == "stop" and not self._ended_by_token() else self._rest(),
+            text=rest,
             finish_reason=self._reason or "cancelled",
             prompt_tokens=len(self.prompt_ids),
             cached_tokens=self._cached_tokens or 0,
@@ -164,8 +164,16 @@ class RunningText:
         """(the text that became certain, why the text ends now; empty: it goes on)."""
         self.generated_ids.append(token)
         self.generated_counts[token] += 1
+        if token in self._end_ids:  # never shown, though it be a plain token to the tokenizer
+            return "", "stop"
         text, stopped = self._stops.push(self._decoder.push(token))
-        if stopped or token in self._end_ids:
+        # What is held back would be text if it ended here: a stop text in it ends it.
+        if not stopped and self._stops.come_with(self._decoder.pending()):
+            rest = self._decoder.finish()
+            if self._stops.come_with(rest):
+                more, stopped = self._stops.push(rest)
+                text += more
+        if stopped:
             return text, "stop"
         return text, "length" if len(self.generated_ids) >= self._max_new_tokens else ""
 
@@ -175,6 +183,8 @@ class RunningText:
     def _rest(self) -> str:
         """What decoder and stop texts held back."""
         text, stopped = self._stops.push(self._decoder.finish())
+        if stopped:
+            self._reason = "stop"
         return text if stopped else text + self._stops.finish()
 
     def _close(self, last: GenerationPiece | MoeClusterError, status: str) -> None:

@@ -23,6 +23,10 @@ class StopTexts:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
+    def come_with(self, piece: str) -> bool:
+        """Whether a stop text would come if this piece came now."""
+        return any(stop in self._held + piece for stop in self._stops) if piece else False
+
     def finish(self) -> str:
         """What was held back, when the text ends otherwise."""
         held, self._held = self._held, ""

@@ -11,6 +11,7 @@ import pytest
 
 from moecluster.client import Client
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
+from moecluster.models.detokenizer import Detokenizer
 from moecluster.models.streaming_decoder import StreamingDecoder
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.remote_experts import RemoteExperts
@@ -86,7 +87,7 @@ def write(request: pytest.FixtureRequest, cluster: LoopbackCluster, second: Loop
 
 
 def shown(ids: Sequence[int]) -> str:
-    decoder = StreamingDecoder(build_byte_tokenizer())
+    decoder = StreamingDecoder(Detokenizer(build_byte_tokenizer()))
     return "".join(decoder.push(token) for token in ids) + decoder.finish()
 
 

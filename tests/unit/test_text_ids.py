@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from moecluster.models.byte_tokenizer import BEGIN_ID, END_ID, PAD_ID, VOCAB_SIZE, build_byte_tokenizer
+from moecluster.models.detokenizer import Detokenizer
 from moecluster.models.streaming_decoder import StreamingDecoder
 
 TOKENIZER = build_byte_tokenizer()
@@ -39,13 +40,13 @@ def test_loads_from_a_directory_without_our_code(tmp_path):
 @settings(max_examples=300)
 def test_streamed_pieces_join_to_the_whole(ids):
     """Also where the bytes are no text at all."""
-    decoder = StreamingDecoder(TOKENIZER)
+    decoder = StreamingDecoder(Detokenizer(TOKENIZER))
     pieces = [decoder.push(i) for i in ids]
     whole = TOKENIZER.decode(ids, skip_special_tokens=True)
     assert "".join([*pieces, decoder.finish()]) == whole
 
 
 def test_half_a_character_is_never_shown():
-    decoder = StreamingDecoder(TOKENIZER)
+    decoder = StreamingDecoder(Detokenizer(TOKENIZER))
     assert [decoder.push(byte) for byte in "a😀b".encode()] == ["a", "", "", "", "😀", "b"]
     assert decoder.finish() == ""
