@@ -242,7 +242,15 @@ class ServeConfig(Section):
     max_body_bytes: int = setting(8 * MIB, "largest body of an HTTP request; beyond it: 413", minimum=1024)
     max_buffered_bytes: int = setting(256 * MIB, "bodies of all requests in flight; beyond it: 429", minimum=1024)
     max_inflight: int = setting(256, "requests, and texts, in flight in the front; beyond it: 429", minimum=1)
+    max_awaited_bodies: int = setting(
+        256, "bodies that are awaited at once; beyond it the oldest of the client that has most is given up", minimum=1
+    )
+    max_connections: int = setting(
+        4096, "connections to the HTTP front; beyond it the oldest idle one of the client that has most ends", minimum=1
+    )
+    head_timeout_s: float = setting(30.0, "longest wait for a request's headers", above=0)
     body_timeout_s: float = setting(60.0, "longest wait for a request's body", above=0)
+    send_timeout_s: float = setting(60.0, "how long a client may take in nothing of its answer", above=0)
     request_timeout_s: float = setting(3600.0, "longest time that a text may take", above=0)
     router_patience_s: float = setting(60.0, "how long a text waits for a router that writes it", above=0)
     grace_s: float = setting(30.0, "time that begun answers have to end when the front is asked to", minimum=0)

@@ -28,6 +28,11 @@ class RunningFront:
         """The directory of the first model."""
         return self.server.front.models[0].directory
 
+    @property
+    def connections(self) -> Any:
+        """Those that are open."""
+        return self.server._server.server_state.connections
+
     def openai(self, key: str = "none", **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S, **options)
 

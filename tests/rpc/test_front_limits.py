@@ -103,7 +103,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(front) -> None:
     connection.endheaders(b'{"model"')
     assert connection.getresponse().status == 408
     connection.close()
-    wait_for(lambda: front.server.front.admission.requests == 0)
+    wait_for(lambda: len(front.server.front.admission.awaited) == 0)
 
 
 def test_beyond_what_is_let_in_flight_it_is_said_when_to_try_again(front, router) -> None:
@@ -163,8 +163,8 @@ def test_a_client_that_breaks_off_amid_its_body_leaves_nothing(front) -> None:
     with socket.create_connection((host, int(port))) as connection:
         lines = ("POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS[0]}", "Content-Length: 99")
         connection.sendall("\r\n".join([*lines, "", "{"]).encode())
-        wait_for(lambda: front.server.front.admission.requests == 1)
-    wait_for(lambda: front.server.front.admission.requests == 0)
+        wait_for(lambda: front.server.front.admission.body_bytes == 1)
+    wait_for(lambda: front.server.front.admission.body_bytes == 0)
 
 
 def test_an_asked_end_lets_begun_streams_end(router) -> None:

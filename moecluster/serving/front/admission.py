@@ -1,9 +1,14 @@
-"""How much the front takes on at once: bodies in memory, requests, texts. Beyond it: 429."""
+"""How much the front takes on at once: bodies in memory, requests, texts. Beyond it: 429.
 
-from collections.abc import Iterator
+A body takes no room from others before it is complete: when room runs out, one that is still awaited is given up, the
+oldest of the client that has most of them.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from moecluster.sections import ServeConfig
+from moecluster.serving.front.crowd import Crowd, Place
 from moecluster.serving.front.refusals import too_many
 
 
@@ -12,22 +17,43 @@ class Admission:
 
     def __init__(self, settings: ServeConfig) -> None:
         self._settings = settings
-        self.requests = 0  # with a body, from its first byte to the answer's last
+        self.requests = 0  # from the last byte of the body to the last of the answer
         self.texts = 0  # a request may ask for several
-        self.body_bytes = 0
+        self.body_bytes = 0  # of bodies that are awaited, and of requests
+        self.awaited = Crowd()  # bodies of which something is missing
 
     @contextmanager
-    def request(self) -> Iterator["BodyAllowance"]:
-        """While a request with a body is answered. Raises Refusal."""
-        if self.requests >= self._settings.max_inflight:
-            raise too_many(f"{self.requests} requests are in flight; try again later")
-        allowance = BodyAllowance(self, self._settings.max_buffered_bytes)
+    def body(self, parties: tuple[str, ...], end: Callable[[], None]) -> Iterator[Place]:
+        """While a body is awaited and its request answered. end: gives it up; parties: whose it is. Raises Refusal."""
+        self._check_requests()
+        if len(self.awaited) >= self._settings.max_awaited_bodies:
+            self._give_up(lambda place: 1)
+        place = Place(parties=parties, end=end)
+        self.awaited.enter(place)
+        try:
+            yield place
+        finally:
+            self.awaited.leave(place)
+            self.body_bytes -= place.held_bytes
+
+    def take(self, place: Place, count_bytes: int) -> None:
+        """More of a body. Raises Refusal when the bodies of all requests are too many bytes."""
+        while self.body_bytes + count_bytes > self._settings.max_buffered_bytes:
+            if place.ended or self._give_up(lambda awaited: awaited.held_bytes) in (None, place):
+                raise too_many("the requests in flight are too large together; try again later")
+        self.body_bytes += count_bytes
+        place.held_bytes += count_bytes
+
+    @contextmanager
+    def request(self, place: Place) -> Iterator[None]:
+        """While a request is answered whose body is complete. Raises Refusal."""
+        self.awaited.leave(place)
+        self._check_requests()
         self.requests += 1
         try:
-            yield allowance
+            yield
         finally:
             self.requests -= 1
-            self.body_bytes -= allowance.taken_bytes
 
     @contextmanager
     def writing(self, texts: int) -> Iterator[None]:
@@ -40,18 +66,13 @@ class Admission:
         finally:
             self.texts -= texts
 
+    def _check_requests(self) -> None:
+        if self.requests >= self._settings.max_inflight:
+            raise too_many(f"{self.requests} requests are in flight; try again later")
 
-class BodyAllowance:
-    """What one request's body takes of the memory for all bodies."""
-
-    def __init__(self, admission: Admission, limit_bytes: int) -> None:
-        self.taken_bytes = 0
-        self._admission = admission
-        self._limit_bytes = limit_bytes
-
-    def take(self, count_bytes: int) -> None:
-        """Raises Refusal when the bodies of all requests are too many bytes."""
-        if self._admission.body_bytes + count_bytes > self._limit_bytes:
-            raise too_many("the requests in flight are too large together; try again later")
-        self._admission.body_bytes += count_bytes
-        self.taken_bytes += count_bytes
+    def _give_up(self, weigh: Callable[[Place], int]) -> Place | None:
+        given_up = self.awaited.end_one(weigh)
+        if given_up is not None:
+            self.body_bytes -= given_up.held_bytes
+            given_up.held_bytes = 0
+        return given_up

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from moecluster.sections import ServeConfig
-from moecluster.serving.front.admission import Admission, BodyAllowance
+from moecluster.serving.front.admission import Admission
+from moecluster.serving.front.crowd import Place, party_of_address
 from moecluster.serving.front.keys import ApiKeys
 from moecluster.serving.front.metrics import FrontMetrics
 from moecluster.serving.front.refusals import Refusal
@@ -59,16 +60,22 @@ class Gate:
 
     async def _pass(self, scope: Message, receive: Receive, answer: "_Answer") -> None:
         headers = {name: value for name, value in scope["headers"]}
+        parties: tuple[str, ...] = (party_of_address(scope["client"][0] if scope.get("client") else ""),)
         if scope["path"].startswith(PROTECTED):
-            self._keys.check(headers[b"authorization"].decode("latin-1") if b"authorization" in headers else None)
+            header = headers[b"authorization"].decode("latin-1") if b"authorization" in headers else None
+            parties += self._keys.check(header)
         if scope["method"] != "POST":
             await self._app(scope, receive, answer)
             return
-        with self._admission.request() as allowance:
-            body = await self._read_body(receive, headers.get(b"content-length"), allowance)
-            await self._while_client_stays(scope, body, receive, answer)
+        deadline = asyncio.timeout(None)  # set when the wait begins
+        with self._admission.body(parties, lambda: deadline.reschedule(0.0)) as place:
+            body = await self._read_body(receive, headers.get(b"content-length"), place, deadline)
+            with self._admission.request(place):
+                await self._while_client_stays(scope, body, receive, answer)
 
-    async def _read_body(self, receive: Receive, announced: bytes | None, allowance: BodyAllowance) -> bytes:
+    async def _read_body(
+        self, receive: Receive, announced: bytes | None, place: Place, deadline: asyncio.Timeout
+    ) -> bytes:
         """The whole body. Raises Refusal; of what is too large a part is read, or its client would not read why."""
         limit_bytes = self._settings.max_body_bytes
         most_bytes = DRAINED_BODIES * limit_bytes
@@ -80,7 +87,8 @@ class Gate:
         chunks: list[bytes] = []
         seen_bytes, more = 0, True
         try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
+            async with deadline:
+                deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout_s)
                 while more and seen_bytes <= most_bytes:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -89,11 +97,11 @@ class Gate:
                     more = message.get("more_body", False)
                     seen_bytes += len(chunk)
                     if seen_bytes <= limit_bytes:
-                        allowance.take(len(chunk))
+                        self._admission.take(place, len(chunk))
                         chunks.append(chunk)
         except TimeoutError as exc:
-            seconds = f"{self._settings.body_timeout_s:g} s"
-            raise Refusal(408, f"the body did not arrive within {seconds}", headers=CLOSE) from exc
+            within = "while others needed its room" if place.ended else f"within {self._settings.body_timeout_s:g} s"
+            raise Refusal(408, f"the body did not arrive {within}", headers=CLOSE) from exc
         if seen_bytes > limit_bytes:
             raise too_large
         return b"".join(chunks)

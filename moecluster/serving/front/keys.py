@@ -21,16 +21,19 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> None:
-        """Raises the Refusal 401 if there are keys, and the header Authorization names none of them."""
+    def check(self, authorization: str | None) -> tuple[str, ...]:
+        """What to call the key's owner, without the key; nothing where there are no keys.
+
+        Raises the Refusal 401 if there are keys, and the header Authorization names none of them.
+        """
         if not self._digests:
-            return
+            return ()
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
         # All of them are compared, so that the time says nothing.
         known = sum(hmac.compare_digest(given, digest) for digest in self._digests)
         if scheme.lower() == SCHEME and known:
-            return
+            return (f"key {given.hex()}",)
         said = "no API key was given" if not authorization else "the API key is wrong"
         raise Refusal(
             401,

@@ -1,6 +1,7 @@
 """The front as a server: its socket, its start, its graceful end."""
 
 import ipaddress
+import resource
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -11,12 +12,14 @@ import uvicorn
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.sections import SecurityConfig, ServeConfig
 from moecluster.serving.front.app import Front, build_app
+from moecluster.serving.front.connections import ConnectionLimits, guarded_protocol
 from moecluster.serving.front.keys import ApiKeys, read_api_keys
 from moecluster.serving.front.metrics import FrontMetrics
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.served_model import ServedModel
 
 BACKLOG = 2048
+OWN_FILES = 256
 KEEP_ALIVE_S = 75  # longer than common proxies keep a connection: who closes first may cut off a request
 
 
@@ -45,7 +48,7 @@ class FrontServer:
         config = uvicorn.Config(
             build_app(self.front, self._make_models),
             loop="uvloop",
-            http="httptools",
+            http=guarded_protocol(_limits(settings)),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -112,6 +115,18 @@ def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
             "security.api_keys_file, or set security.allow_without_keys = true if all who reach it may use it"
         )
     return keys
+
+
+def _limits(settings: ServeConfig) -> ConnectionLimits:
+    """No more connections than the process may open, less what it needs for itself."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = settings.max_connections if files == resource.RLIM_INFINITY else max(files - OWN_FILES, files // 2)
+    return ConnectionLimits(
+        max_connections=min(settings.max_connections, room),
+        idle_s=KEEP_ALIVE_S,
+        head_timeout_s=settings.head_timeout_s,
+        send_timeout_s=settings.send_timeout_s,
+    )
 
 
 def _is_loopback(host: str) -> bool:
