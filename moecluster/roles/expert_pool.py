@@ -10,6 +10,7 @@ from moecluster.roles.actor_access import ControlConnection
 from moecluster.rpc.interfaces import ControllerLink, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, Placement
 
+LEFT_S = 120.0  # how long the way to an actor without a place is kept; one that has ended has freed its memory
 SUSPECT_S = 1.0  # how long an actor that did not answer is asked last
 
 
@@ -61,6 +62,7 @@ class ExpertPool:
         self._tables: dict[int, LayerTable] = {}
         self._tables_of = (-1, -1)
         self._suspects: dict[ActorAddress, tuple[float, MoeClusterError]] = {}  # until when, and why
+        self._left_s: dict[str, float] = {}  # actors without a place, whose transport is open: since when
 
     def placement(self, timeout_s: float = 60.0) -> Placement:
         """The newest placement."""
@@ -79,6 +81,8 @@ class ExpertPool:
             )
         if avoid:
             return layer_table(placement, layer, avoid)
+        if self._tables_of != placement.number:
+            self._close_left(placement)
         with self._lock:
             if self._tables_of != placement.number:
                 self._tables, self._tables_of = {}, placement.number
@@ -108,6 +112,17 @@ class ExpertPool:
                 raise
             self._open[address.actor] = (address, transport)
             return transport
+
+    def _close_left(self, placement: Placement) -> None:
+        """Closes the ways to actors that have left, once no request of an older placement can still be on them."""
+        now_s = time.monotonic()
+        with self._lock:
+            without_place = [actor for actor in list(self._open) if actor not in placement.actors]
+            self._left_s = {actor: self._left_s.get(actor, now_s) for actor in without_place}
+            over = [actor for actor, since_s in self._left_s.items() if now_s - since_s >= LEFT_S]
+            transports = [self._open.pop(actor)[1] for actor in over]
+        for transport in transports:
+            transport.close()
 
     def drop(self, address: ActorAddress, transport: ExpertTransport | None, reason: MoeClusterError) -> None:
         """An actor did not answer: closes the way to it, if it is still that one, and tells the controller."""

@@ -81,6 +81,8 @@ class GrpcExpertTransport:
         except MoeClusterError:
             self.close()
             raise
+        if self._closed is not None:  # the stream broke while both agreed: what was opened since goes too
+            self.close()
         if address.incarnation and address.incarnation != self.incarnation:
             self.close()
             raise StaleOrder(f"{self.actor} is incarnation {self.incarnation}, not {address.incarnation}")
@@ -175,6 +177,7 @@ class GrpcExpertTransport:
         else:
             greeted.set_exception(error)
         self._fail(error)
+        self.close()  # now, not when somebody asks this actor again: one that has left is never asked
 
     def _finish(self, message: expert_pb2.BatchReply) -> None:
         with self._lock:
