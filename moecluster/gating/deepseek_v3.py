@@ -56,7 +56,7 @@ class DeepseekV3Gate(Gate):
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.options.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        probs_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)  # all may underflow to 0
         # The report's equation 18 counts the k best of s, not of s + b.
         balance = sequence_balance_loss(scores_TE.topk(self.top_k, dim=-1).indices, probs_TE, tokens.sequence_ids_T)
         return Choice(

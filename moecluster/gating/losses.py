@@ -5,6 +5,8 @@ T tokens, E experts, K experts per token; f_E assignments to each expert divided
 
 import torch
 
+SMALLEST_STD = 1e-6  # of a noise, in what is divided by it: below, the quotient's gradient is no number any more
+
 
 def load_balance_loss(f_E: torch.Tensor, mean_probs_E: torch.Tensor) -> torch.Tensor:
     """E Σ f_i P_i: K when balanced, more otherwise (Switch Transformer, equations 4 to 6)."""
@@ -35,7 +37,8 @@ def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
 
 def entropy(probs_TE: torch.Tensor) -> torch.Tensor:
     """Mean entropy of a token's distribution over experts, in nats."""
-    return -torch.xlogy(probs_TE, probs_TE).sum(dim=-1).mean()
+    tiny = torch.finfo(probs_TE.dtype).tiny  # the gradient of p log p has no value at a p that underflowed to 0
+    return -torch.xlogy(probs_TE, probs_TE.clamp(min=tiny)).sum(dim=-1).mean()
 
 
 def cv_squared(x_E: torch.Tensor) -> torch.Tensor:
@@ -55,5 +58,5 @@ def smooth_load(clean_TE: torch.Tensor, noisy_TE: torch.Tensor, std_TE: torch.Te
     best = noisy_TE.topk(top_k + 1, dim=-1).values
     last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
     kth_excluding_TE = torch.where(noisy_TE > first_out, first_out, last_in)
-    stays_TE: torch.Tensor = torch.special.ndtr((clean_TE - kth_excluding_TE) / std_TE)
+    stays_TE: torch.Tensor = torch.special.ndtr((clean_TE - kth_excluding_TE) / std_TE.clamp(min=SMALLEST_STD))
     return stays_TE.sum(dim=0)

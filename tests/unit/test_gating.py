@@ -48,6 +48,25 @@ def test_gradients_reach_every_parameter_through_weights_and_losses(name: str) -
 
 
 @pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 30.0, 60.0, 110.0, 1e3, 1e4])
+def test_losses_and_gradients_are_finite_however_large_the_logits_are(name: str, scale: float) -> None:
+    gate = gate_of(name, router_z_loss_coef=1e-3, router_entropy_coef=1e-3).train()
+    for towards in (-1.0, 1.0, 0.0):  # all logits of a token on one side, on the other, and on both
+        x_TD = (torch.randn(40, HIDDEN) if not towards else torch.rand(40, HIDDEN)).requires_grad_()
+        gate.zero_grad()
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.copy_(torch.rand(parameter.shape) * towards if towards else torch.randn(parameter.shape))
+                parameter.mul_(scale / float((x_TD @ parameter.T).abs().max()))
+        routing = gate(x_TD)
+        losses = losses_of(gate, routing)
+        (sum(losses.values(), start=torch.zeros(())) + routing.weights_TK.square().sum()).backward()
+        assert all(torch.isfinite(loss) for loss in losses.values()), losses
+        for tensor in (x_TD, *gate.parameters()):
+            assert tensor.grad is not None and torch.isfinite(tensor.grad).all()
+
+
+@pytest.mark.parametrize("name", GATES)
 def test_computes_in_float32_for_bfloat16_rows(name: str) -> None:
     gate, x_TD = gate_of(name).eval(), torch.randn(12, HIDDEN, dtype=torch.bfloat16)
     assert same(gate(x_TD), gate(x_TD.float()))

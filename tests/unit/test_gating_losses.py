@@ -67,6 +67,44 @@ def test_smooth_load_when_every_expert_is_chosen() -> None:
     assert smooth_load(torch.randn(5, 3), torch.randn(5, 3), torch.ones(5, 3), top_k=3).tolist() == [5.0, 5.0, 5.0]
 
 
+@given(
+    noise_logits=st.lists(st.floats(-1e4, 1e4), min_size=6, max_size=6), seed=st.integers(0, 99), double=st.booleans()
+)
+@settings(deadline=None)
+def test_smooth_load_has_a_gradient_for_any_noise(noise_logits: list[float], seed: int, double: bool) -> None:
+    dtype = torch.float64 if double else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    clean_TE, drawn_TE = (torch.randn(5, 6, generator=generator, dtype=dtype) for _ in range(2))
+    clean_TE[0] = 1.0  # where nothing is drawn these are equal
+    raw_E = torch.tensor(noise_logits, dtype=dtype).requires_grad_()
+    std_TE = torch.nn.functional.softplus(raw_E).expand(5, 6)
+    clean_TE.requires_grad_()
+    load_E = smooth_load(clean_TE, clean_TE + drawn_TE * std_TE, std_TE, top_k=2)
+    cv_squared(load_E).backward()
+    assert torch.isfinite(load_E).all()
+    for grad in (raw_E.grad, clean_TE.grad):
+        assert grad is not None and torch.isfinite(grad).all()
+
+
+def test_smooth_load_is_as_it_was_where_there_is_noise() -> None:
+    torch.manual_seed(0)
+    clean_TE, noisy_TE = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    raw_TE = (torch.rand(5, 6, dtype=torch.float64) * 20 - 10).requires_grad_()  # noise from 5e-5 to 10
+    best = noisy_TE.topk(3).values
+    excluding_TE = torch.where(noisy_TE > best[:, 2:], best[:, 2:], best[:, 1:2])
+    plain_E = torch.special.ndtr((clean_TE - excluding_TE) / torch.nn.functional.softplus(raw_TE)).sum(dim=0)
+    (expected,) = torch.autograd.grad(cv_squared(plain_E), raw_TE)
+    load_E = smooth_load(clean_TE, noisy_TE, torch.nn.functional.softplus(raw_TE), top_k=2)
+    assert torch.equal(load_E, plain_E)
+    assert torch.equal(torch.autograd.grad(cv_squared(load_E), raw_TE)[0], expected)
+
+
+def test_entropy_has_a_gradient_where_a_probability_underflows() -> None:
+    logits_TE = torch.tensor([[0.0, 200.0, -1e4]]).requires_grad_()
+    entropy(logits_TE.softmax(dim=-1)).backward()
+    assert logits_TE.grad is not None and torch.isfinite(logits_TE.grad).all()
+
+
 def test_expert_capacity_rounds_up() -> None:
     assert expert_capacity(100, top_k=1, num_experts=8, capacity_factor=1.25) == 16  # 15.625
     assert expert_capacity(1, top_k=1, num_experts=64, capacity_factor=1.0) == 1
