@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from moecluster.errors import CheckpointError, InvalidMessage
 from moecluster.generations import GenerationRequest
 from moecluster.hf.foreign import file_problem, read_object, reading
-from moecluster.hf.templates import compile_chat_template
+from moecluster.hf.templates import compile_chat_template, fit_to_template
 
 _JSON_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -112,7 +112,8 @@ def _chat_ids(messages_json: str, tokenizer: PreTrainedTokenizerBase) -> list[in
         raise InvalidMessage("messages_json: the checkpoint has no chat template; give it a plain text instead")
     try:
         # As two steps: templates bring their own special tokens along.
-        text = tokenizer.apply_chat_template(json.loads(messages_json), tokenize=False, add_generation_prompt=True)
+        messages = fit_to_template(json.loads(messages_json), tokenizer)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # lone surrogates are no text
     except (TemplateError, ValueError, TypeError, KeyError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__

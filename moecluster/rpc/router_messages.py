@@ -98,8 +98,23 @@ def _check_messages(text: str) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidMessage(f'messages_json: message {i} is no object with a "role"')
-        if not isinstance(message.get("content"), str):
-            raise InvalidMessage(f'messages_json: the "content" of message {i} is no text')
+        content = message.get("content")
+        if not isinstance(content, str) and not _are_text_parts(content):
+            raise InvalidMessage(f'messages_json: the "content" of message {i} is no text and no list of text parts')
+
+
+def _are_text_parts(content: object) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(
+            isinstance(part, dict)
+            and part.keys() == {"type", "text"}
+            and part["type"] == "text"
+            and isinstance(part["text"], str)
+            for part in content
+        )
+    )
 
 
 def _checked_stops(message: router_pb2.GenerateRequest) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ def test_conversations_are_taken_as_clients_write_them(client, router) -> None:
     )
     assert json.loads(router.requests[-1].messages_json) == [
         {"role": "system", "content": "be short"},
-        {"role": "user", "content": "what now?"},
+        {"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "text", "text": "now?"}]},
         {"role": "assistant", "content": "nothing ü"},
         {"role": "user", "content": "", "name": "me"},
     ]

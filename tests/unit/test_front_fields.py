@@ -119,7 +119,7 @@ def test_an_answer_is_taken_back_as_a_message() -> None:
         {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     )
     for told in (answer.choices[0].message.model_dump(), choice["message"]):
-        assert ChatBody.model_validate({**CHAT, "messages": [*CHAT["messages"], told]}).messages[1].text == "a"
+        assert ChatBody.model_validate({**CHAT, "messages": [*CHAT["messages"], told]}).messages[1].content == "a"
 
 
 def test_what_nobody_knows_can_be_taken_away_at_every_level() -> None:

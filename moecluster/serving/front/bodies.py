@@ -158,11 +158,11 @@ class Message(Fields):
     name: Annotated[Name, Field(description="of who says it, where the model's chat template shows it")] | None = None
 
     @property
-    def text(self) -> str:
-        """The parts joined."""
+    def parts_or_text(self) -> str | list[dict[str, str]]:
+        """As it was given: the router knows which of them the chat template wants."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return [{"type": "text", "text": part.text} for part in self.content]
 
 
 class ChatBody(Body):

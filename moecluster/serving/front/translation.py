@@ -55,7 +55,7 @@ def chat_job(body: ChatBody) -> Job:
         raise bad_request("top_logprobs: only together with logprobs = true", param="top_logprobs")
     messages = [
         # Few chat templates know a developer, which is what OpenAI calls the system since.
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        {"role": "system" if message.role == "developer" else message.role, "content": message.parts_or_text}
         | ({"name": message.name} if message.name else {})
         for message in body.messages
     ]
