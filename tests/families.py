@@ -128,11 +128,46 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mellum": {**_FOUR_NARROW, "head_dim": 8},
     "moecluster": {**_FOUR_NARROW, "moe_layers": [1], "gate": "mixtral"},  # our own family, with one dense layer
 }
+# Families whose rows see the padding of a batch: only the tests of serving have them.
+SEE_PADDING: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v32": {
+        **_EIGHT_GROUPED,
+        **_LATENT_ATTENTION,
+        "index_topk": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+    },
+    "deepseek_v4": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 16,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "index_topk": 4,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "mlp_layer_types": ["moe", "moe"],
+    },
+    "glm_moe_dsa": {
+        **_EIGHT_GROUPED,
+        **_LATENT_ATTENTION,
+        "index_topk": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+    },
+}
 
 
 def make_config(family: str, **settings: Any) -> PreTrainedConfig:
     register_own_family()
-    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **settings})
+    return AutoConfig.for_model(family, **{**_COMMON, **{**FAMILIES, **SEE_PADDING}[family], **settings})
 
 
 def make_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:

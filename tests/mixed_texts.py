@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moecluster.generations import GenerationRequest
+from moecluster.hf.trial import without_generation_settings
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.roles.router import Router
@@ -27,7 +28,7 @@ from tests.near_ties import is_near_tie
 NUM_TEXTS = 32
 MAX_PROMPT = 40
 MAX_NEW = 12
-END_ID = 2
+END_IDS = tuple(range(2, 24))  # so many that about every sixth token is one
 LIMITS = EngineLimits(max_running=NUM_TEXTS, max_cached_tokens=4096, max_batch_tokens=96)  # prompts come in parts
 
 
@@ -36,7 +37,7 @@ def assert_texts_of_the_whole_model(family: str, directory: Path, *, seed: int, 
     the whole model writes on the CPU."""
     model = make_model(family)
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = END_ID
+    model.generation_config.eos_token_id = list(END_IDS)
     save(model, directory, "per-expert")
     build_byte_tokenizer().save_pretrained(directory)
     requests = make_requests(seed)
@@ -54,6 +55,7 @@ def make_requests(seed: int) -> list[GenerationRequest]:
             request_id=f"r{i}",
             prompt_ids=tuple(choose.randrange(3, VOCABULARY) for _ in range(choose.randrange(1, MAX_PROMPT))),
             max_new_tokens=choose.randrange(2, MAX_NEW),
+            ignore_eos=i % 2 == 1,
         )
         for i in range(NUM_TEXTS)
     ]
@@ -62,12 +64,13 @@ def make_requests(seed: int) -> list[GenerationRequest]:
 def written_alone(model: Any, request: GenerationRequest) -> list[int]:
     """model: with transformers' GenerationMixin."""
     ids = torch.tensor([request.prompt_ids])
-    out = model.generate(
+    bare: Any = without_generation_settings(model)
+    out = bare.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=request.max_new_tokens,
         do_sample=False,
-        eos_token_id=END_ID,
+        eos_token_id=None if request.ignore_eos else list(END_IDS),
         pad_token_id=0,
     )
     return [int(i) for i in out[0, ids.shape[1] :]]
@@ -89,7 +92,8 @@ def write(channel: grpc.Channel, request: GenerationRequest) -> list[int]:
     pieces = [decode_piece(m) for m in RouterServiceStub(channel).Generate(encode_generation_request(request))]
     assert pieces[-1].prompt_tokens == len(request.prompt_ids)
     ids = [i for piece in pieces for i in piece.ids]
-    assert pieces[-1].finish_reason == ("stop" if ids[-1] == END_ID else "length")
+    ended = ids[-1] in END_IDS and not request.ignore_eos
+    assert pieces[-1].finish_reason == ("stop" if ended else "length")
     return ids
 
 

@@ -20,6 +20,9 @@ from transformers.generation.logits_process import LogitsProcessorList
 from moecluster.errors import Unavailable
 from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.hf.modelling import MODEL_BUILDING
+from moecluster.hf.trial import left_as_it_was
+
+logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 32
 PROBE_TIMEOUT_S = 60.0
@@ -61,7 +64,8 @@ class PagedBatches:
     """Texts that are computed together on a paged cache, by a thread of its own. Ends with close()."""
 
     def __init__(self, model: PreTrainedModel, limits: PagedLimits, hooks: BatchHooks) -> None:
-        """model: with its experts attached; nothing else may generate with it meanwhile."""
+        """model: with its experts attached; nothing else may generate with it meanwhile. Its attention may be another
+        implementation from now on."""
         # Its errors reach the hooks; the log would only repeat them, with a traceback.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         config = ContinuousBatchingConfig(
@@ -74,6 +78,8 @@ class PagedBatches:
         settings = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=None)
         with MODEL_BUILDING:  # it may switch the model's attention
             self._manager: Any = model.init_continuous_batching(settings, config)  # type: ignore[operator]
+        # It would switch the attention back when it ends, under the feet of the one that comes after it.
+        self._manager._original_attn_impl = None
         choice = _Choice(hooks)
         self._failures = _Failures(hooks, choice)
         self._manager.logit_processor = choice
@@ -166,14 +172,20 @@ class _Failures(OutputRouter):
 
 
 def supports_paging(model: PreTrainedModel) -> bool:
-    """Whether the model's kind of attention runs on the paged cache: tries three tokens.
+    """Whether the model's kind of attention runs on the paged cache: tries three tokens. Leaves the model as it was.
 
     Families with latent attention (DeepSeek-V3), state spaces or convolutions do not.
     """
+    with left_as_it_was(model):
+        return _runs_paged(model)
+
+
+def _runs_paged(model: PreTrainedModel) -> bool:
     probe = _Probe()
     try:
         batches = PagedBatches(model, PagedLimits(max_cached_tokens=128, max_batch_tokens=8, max_texts=1), probe)
-    except (ValueError, AttributeError, NotImplementedError):
+    except Exception as exc:  # whatever a family's code raises: it is written in padded batches then
+        logger.debug("no paged cache for a %s model: %r", model.config.model_type, exc)
         return False
     try:
         batches.add("probe", [0, 0])

@@ -23,6 +23,8 @@ from transformers import (
 
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.chosen_logits import chosen_logits
+from moecluster.hf.padding import sees_padding
+from moecluster.hf.trial import without_generation_settings
 from moecluster.roles.trunk_experts import TrunkExperts
 from moecluster.serving.batch_errors import batch_error, text_error
 from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
@@ -50,7 +52,8 @@ class PaddedWriter:
         """experts: the model's backend."""
         self._max_batch = max(limits.max_running // NUM_THREADS, 1)
         self.max_tokens = limits.max_cached_tokens // NUM_THREADS
-        self._model = model
+        self._model = without_generation_settings(model)
+        self._equal_lengths = sees_padding(model.config)
         self._experts = experts
         self._on_end, self._on_failure = on_end, on_failure
         self._waiting: deque[RunningText] = deque()
@@ -110,11 +113,16 @@ class PaddedWriter:
             while not self._waiting and not self._closed:
                 self._changed.wait()  # for write(), or close()
             batch: list[RunningText] = []
-            while self._waiting and len(batch) < self._max_batch:
-                longest = max(min(text.most_ids, len(text.ids) + GROWTH_TOKENS) for text in (*batch, self._waiting[0]))
+            for text in tuple(self._waiting):
+                if len(batch) == self._max_batch:
+                    break
+                if self._equal_lengths and batch and len(text.ids) != len(batch[0].ids):
+                    continue
+                longest = max(min(each.most_ids, len(each.ids) + GROWTH_TOKENS) for each in (*batch, text))
                 if batch and longest * (len(batch) + 1) > self.max_tokens:
                     break
-                batch.append(self._waiting.popleft())
+                self._waiting.remove(text)
+                batch.append(text)
             return batch
 
 
@@ -157,7 +165,7 @@ class _Batch:
                 generation_config=GenerationConfig(
                     max_new_tokens=max(text.most_ids - len(text.ids) for text in self._texts),
                     do_sample=False,
-                    eos_token_id=None,  # ends are decided by the texts alone
+                    eos_token_id=None,  # ends are decided by the texts alone, and choices by their own parameters
                     pad_token_id=PAD_ID,
                 ),
                 logits_processor=LogitsProcessorList([_Choice(self)]),

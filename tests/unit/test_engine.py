@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from moecluster.errors import BatchBroken, Exhausted, InvalidMessage, MoeClusterError, RequestFailed, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest, SamplingParameters
@@ -49,15 +50,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ex
 def engine(request: pytest.FixtureRequest, cluster: tuple[Path, ExpertCluster]) -> Iterator[MakeTestEngine]:
     """Makes an engine of these limits, or gives the one that was made before."""
     directory, experts = cluster
-    made: dict[EngineLimits, Engine] = {}
+    made: dict[tuple[EngineLimits, str], Engine] = {}
 
-    def make(limits: EngineLimits = LIMITS) -> Engine:
-        if limits not in made:
+    def make(limits: EngineLimits = LIMITS, settings: GenerationConfig | None = None) -> Engine:
+        """settings: what stands in the checkpoint's generation_config.json."""
+        kind = (limits, repr(settings))
+        if kind not in made:
             backend = TrunkExperts(VersionExperts(experts.remote, 0))
             model = load_trunk(directory, backend)
             backend.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
-            made[limits] = make_engine(model, load_tokenizer(directory), backend, limits=limits)
-        return made[limits]
+            model.generation_config = settings or model.generation_config
+            made[kind] = make_engine(model, load_tokenizer(directory), backend, limits=limits)
+        return made[kind]
 
     with pytest.MonkeyPatch.context() as patches:
         if request.param == "padded":
@@ -111,6 +115,33 @@ def test_a_stop_text_across_the_break_is_found_and_never_shown(engine) -> None:
         shown = text_of(stopped[:received])
         rest = write(running, ask(stop=(stop,), generated_ids=tuple(ids_of(stopped)[:received])))
         assert shown + text_of(rest) == whole[:cut]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"eos_token_id": -1, "suppress_tokens": list(range(32, 127)), "min_new_tokens": 3},
+        {"do_sample": True, "temperature": 9.0, "num_beams": 2, "forced_bos_token_id": 7},
+    ],
+)
+def test_no_setting_of_the_checkpoint_changes_a_text(engine, setting) -> None:
+    expected = ids_of(write(engine(), ask()))
+    assert ids_of(write(engine(settings=GenerationConfig(**setting)), ask())) == expected
+
+
+def test_texts_that_ignore_their_ends_are_beside_others_what_they_are_alone(engine) -> None:
+    plain = ids_of(write(engine(), ask()))
+    running = engine(settings=GenerationConfig(eos_token_id=plain[4]))
+    assert ids_of(write(running, ask())) == plain[: plain.index(plain[4]) + 1]
+    requests = [ask(f"r{i}", prompt_ids=PROMPT[i:], ignore_eos=i % 2 == 0) for i in range(4)]
+    alone = [ids_of(write(engine(), replace(request, request_id=f"alone-{i}"))) for i, request in enumerate(requests)]
+    texts = [running.begin(request, request.prompt_ids) for request in requests]
+    together = [ids_of(list(text)) for text in texts]
+    for request, ids, whole in zip(requests, together, alone, strict=True):
+        stops = plain[4] in whole and not request.ignore_eos
+        assert ids == (whole[: whole.index(plain[4]) + 1] if stops else whole)
 
 
 def test_what_was_all_written_elsewhere_only_gets_its_end(engine) -> None:

@@ -38,7 +38,9 @@ def id_lists(kind: str) -> st.SearchStrategy[list[int]]:
     lists = st.lists(anything, max_size=LONG) | few
     if tokenizer.convert_tokens_to_ids("<0xE3>") in range(3, size):
         byte = lambda b: tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>")  # noqa: E731
-        text = st.text(alphabet="aéあ👍\ufffd ", max_size=12).map(lambda t: [byte(b) for b in t.encode()])
+        text: st.SearchStrategy[list[int]] = st.text(alphabet="aéあ👍\ufffd ", max_size=12).map(
+            lambda t: [byte(b) for b in t.encode()]
+        )
         lists |= st.lists(text | st.lists(anything, max_size=2), max_size=8).map(
             lambda parts: list(chain.from_iterable(parts))
         )
