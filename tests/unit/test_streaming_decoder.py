@@ -29,7 +29,7 @@ def detokenizer_of(kind: str) -> Detokenizer:
 
 def id_lists(kind: str) -> st.SearchStrategy[list[int]]:
     """Any ids and some beyond the vocabulary; a few of them only, often repeated; and whole characters in bytes."""
-    tokenizer = tokenizer_of(kind)
+    tokenizer: Any = tokenizer_of(kind)
     size = len(tokenizer)
     anything = st.integers(0, size + 3)
     few = st.lists(anything, min_size=1, max_size=4).flatmap(
@@ -37,7 +37,10 @@ def id_lists(kind: str) -> st.SearchStrategy[list[int]]:
     )
     lists = st.lists(anything, max_size=LONG) | few
     if tokenizer.convert_tokens_to_ids("<0xE3>") in range(3, size):
-        byte = lambda b: tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>")  # noqa: E731
+
+        def byte(b: int) -> int:
+            return int(tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>"))
+
         text: st.SearchStrategy[list[int]] = st.text(alphabet="aéあ👍\ufffd ", max_size=12).map(
             lambda t: [byte(b) for b in t.encode()]
         )
