@@ -12,6 +12,7 @@ from moecluster.errors import CheckpointError, MoeClusterError, Unavailable
 from moecluster.models.checkpoint import Checkpoint, OpenCheckpoint
 from moecluster.rpc.checkpoint_client import RemoteFiles, SourceAddress
 from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
+from moecluster.rpc.credentials import ClusterCredentials
 
 FIND_TIMEOUT_S = 10.0
 
@@ -20,10 +21,10 @@ class CheckpointSource:
     """Serves the directories that were announced to it. Who may call it, over Ray, learns their ids."""
 
     @begins_again
-    def __init__(self, directory: str, host: str) -> None:
+    def __init__(self, directory: str, credentials: ClusterCredentials, host: str) -> None:
         """directory: announced at once, also after a restart."""
         self._announcements = Announcements()
-        self._server = serve_checkpoints(self._announcements, host=host)
+        self._server = serve_checkpoints(self._announcements, credentials=credentials, host=host)
         self.announce(directory, directory)
 
     def announce(self, name: str, directory: str) -> None:
@@ -46,11 +47,11 @@ class CheckpointSource:
         return Endpoints(actor=SOURCE, pid=os.getpid(), address=self._server.address, metrics_address="")
 
 
-def checkpoint_opener(namespace: str) -> OpenCheckpoint:
+def checkpoint_opener(namespace: str, credentials: ClusterCredentials) -> OpenCheckpoint:
     """A function that opens a checkpoint which this node does not see, out of the namespace's source."""
 
     def open_elsewhere(name: str) -> Checkpoint:
-        return Checkpoint.of(RemoteFiles(name, lambda: _locate(name, namespace)))
+        return Checkpoint.of(RemoteFiles(name, lambda: _locate(name, namespace), credentials=credentials))
 
     return open_elsewhere
 

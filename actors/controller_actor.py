@@ -17,6 +17,7 @@ from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.metrics import Metrics
 from moecluster.roles.controller import Controller
 from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.health_watch import HealthWatch
 from moecluster.types import ActorAddress, Replica
@@ -33,30 +34,32 @@ class ControllerActor:
     def __init__(
         self,
         tables: Mapping[str, Any],
+        credentials: ClusterCredentials,
         model_dir: str,
         replicas: tuple[Replica, ...],
         layer_experts: Mapping[int, int],
         metrics_port: int,
     ) -> None:
         config = read_config(tables)
+        self._credentials = credentials
         metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
         port = metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._start_timeout_s = config.cluster.start_timeout_s
-        supervisor = RaySupervisor(config)
+        supervisor = RaySupervisor(config, credentials)
         self._controller = Controller(
             controller_settings(config, model_dir, replicas, layer_experts),
             supervisor=supervisor,
             routers=supervisor,
-            connect=_connect,
-            watch=_watch,
+            connect=partial(_connect, credentials),
+            watch=partial(_watch, credentials),
             metrics=metrics,
             source=load_source(config, layer_experts),
             on_deposed=_leave,
             announce=partial(_announce, config.cluster.name),
-            open_elsewhere=checkpoint_opener(config.cluster.name),
+            open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
         )
-        self._server = serve_controller(self._controller, host=config.cluster.host)
+        self._server = serve_controller(self._controller, credentials=credentials, host=config.cluster.host)
         self._failure: MoeClusterError | None = None
         self._started = threading.Event()
         threading.Thread(target=self._start, name="start", daemon=True).start()
@@ -66,6 +69,10 @@ class ControllerActor:
         return Endpoints(
             actor=CONTROLLER, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
         )
+
+    def credentials(self) -> ClusterCredentials:
+        """The cluster's secret, for a command on a host without its file. Ray has asked the caller for a token."""
+        return self._credentials
 
     def wait_started(self, timeout_s: float) -> None:
         """Returns once the first placement is published. Raises what kept the experts from being loaded."""
@@ -83,12 +90,12 @@ class ControllerActor:
         self._started.set()
 
 
-def _connect(address: ActorAddress) -> GrpcExpertControl:
-    return GrpcExpertControl(address.actor, address.address, timeout_s=ORDER_TIMEOUT_S)
+def _connect(credentials: ClusterCredentials, address: ActorAddress) -> GrpcExpertControl:
+    return GrpcExpertControl(address.actor, address.address, timeout_s=ORDER_TIMEOUT_S, credentials=credentials)
 
 
-def _watch(address: ActorAddress, on_lost: Callable[[], None]) -> HealthWatch:
-    return HealthWatch(address.address, on_lost)
+def _watch(credentials: ClusterCredentials, address: ActorAddress, on_lost: Callable[[], None]) -> HealthWatch:
+    return HealthWatch(address.address, on_lost, credentials=credentials)
 
 
 def _announce(namespace: str, directory: str) -> None:

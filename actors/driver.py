@@ -37,6 +37,7 @@ from moecluster.errors import ClusterNotFound, DeadlineExceeded, MoeClusterError
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policies import policy_named
+from moecluster.rpc.credentials import ClusterCredentials
 
 CONNECT_TIMEOUT_S = 3.0
 CALL_TIMEOUT_S = 10.0
@@ -76,10 +77,17 @@ class Cluster:
         """The driver has joined Ray. Nothing is started or asked."""
         self.name = name
 
-    def start(self, config: Config, model_dir: str, on_loading: OnLoading | None = None) -> None:
+    def start(
+        self,
+        config: Config,
+        model_dir: str,
+        on_loading: OnLoading | None = None,
+        *,
+        credentials: ClusterCredentials,
+    ) -> None:
         """Starts the actors and loads the experts; returns when all of them serve.
 
-        on_loading: told over and over how much is loaded.
+        on_loading: told over and over how much is loaded. credentials: what all its servers ask for.
         Raises UserError if a model, a placement, the resources or a port do not fit; then nothing is left behind.
         """
         if self.exists():
@@ -98,22 +106,27 @@ class Cluster:
         try:
             ports = metrics_ports(config)
             tables = config.to_tables()
-            handles = {name: spawn(ExpertActor, "expert", config, name, tables, name, ports[name]) for name in names}
+            handles = {
+                name: spawn(ExpertActor, "expert", config, name, tables, credentials, name, ports[name])
+                for name in names
+            }
             handles[CONTROLLER] = spawn(
                 ControllerActor, "controller", config, CONTROLLER,
-                tables, model_dir, replicas, layer_experts, ports[CONTROLLER],
+                tables, credentials, model_dir, replicas, layer_experts, ports[CONTROLLER],
             )  # fmt: skip
             if has_other_nodes(config):
                 node = ray.get_runtime_context().get_node_id()
                 handles[SOURCE] = spawn(
-                    CheckpointSource, "source", config, SOURCE, model_dir, config.cluster.host, node=node
+                    CheckpointSource, "source", config, SOURCE, model_dir, credentials, config.cluster.host, node=node
                 )
             for name in router_names(config):
-                handles[name] = spawn(RouterActor, "router", config, name, tables, name, model_dir, ports[name])
+                handles[name] = spawn(
+                    RouterActor, "router", config, name, tables, credentials, name, model_dir, ports[name]
+                )
             deadline_s = time.monotonic() + config.cluster.start_timeout_s
             endpoints = self._wait_ready(handles, config.cluster.start_timeout_s)
             total_bytes = bytes_to_load(source, replicas, getattr(torch, config.model.dtype))
-            with HostedBytes({name: endpoints[name].address for name in names}) as hosted:
+            with HostedBytes({name: endpoints[name].address for name in names}, credentials) as hosted:
 
                 def look() -> None:
                     if on_loading is not None:
@@ -163,6 +176,11 @@ class Cluster:
     def controller_address(self) -> str:
         """host:port of the controller. Raises Unavailable."""
         return self._endpoints_of(CONTROLLER).address
+
+    def credentials(self) -> ClusterCredentials:
+        """The cluster's secret, as its controller has it. Raises Unavailable."""
+        found: ClusterCredentials = call(self._handle(CONTROLLER).credentials.remote(), CALL_TIMEOUT_S, CONTROLLER)
+        return found
 
     def reload_routers(self, model_dir: str, timeout_s: float = 120.0) -> None:
         """Every router takes trunk and tokenizer of another directory, which the controller knows of already."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +13,9 @@ from actors.settings import Endpoints
 from moecluster.config import read_config
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_service import ExpertService
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_server import serve_expert
+from moecluster.rpc.peer_exports import GrpcPeerExports
 from moecluster.types import ActorAddress
 
 
@@ -20,7 +23,10 @@ class ExpertActor:
     """Holds no expert at first; the controller orders what to load."""
 
     @begins_again
-    def __init__(self, tables: Mapping[str, Any], name: str, metrics_port: int) -> None:
+    def __init__(
+        self, tables: Mapping[str, Any], credentials: ClusterCredentials, name: str, metrics_port: int
+    ) -> None:
+        """credentials: asked for by its server, and sent to other actors."""
         config = read_config(tables)
         self._name = name
         self._metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
@@ -32,9 +38,10 @@ class ExpertActor:
             activation_budget_bytes=config.experts.activation_budget_bytes,
             batch_invariant=config.experts.batch_invariant,
             metrics=self._metrics,
-            open_elsewhere=checkpoint_opener(config.cluster.name),
+            open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
+            connect_peer=partial(GrpcPeerExports, credentials=credentials),
         )
-        self._server = serve_expert(self._service, host=config.cluster.host)
+        self._server = serve_expert(self._service, credentials=credentials, host=config.cluster.host)
 
     def address(self) -> ActorAddress:
         """Where this life of the actor listens."""

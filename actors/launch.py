@@ -5,6 +5,7 @@ before `join` has set that.
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors import state
@@ -13,6 +14,7 @@ from actors.settings import OnLoading
 from actors.state import UpCluster
 from moecluster.config import Config
 from moecluster.errors import ResourceError
+from moecluster.rpc.credentials import ClusterCredentials, read_secret, secret_path, write_secret
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
@@ -30,16 +32,19 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
     state.check()
     _refuse_wrong_model(model_dir)
     local = None if config.cluster.address else start_local_ray(config.security.ray_auth)
+    credentials = ClusterCredentials.make()
     address = local.address if local is not None else config.cluster.address
     try:
+        write_secret(secret_path(name), credentials)
         cluster = join(name, address, local)
-        cluster.start(config, model_dir, on_loading)
+        cluster.start(config, model_dir, on_loading, credentials=credentials)
         up = UpCluster(
             name=name,
             ray_address=address,
             model=model_dir,
             router_addresses=cluster.router_addresses(),
             controller_address=cluster.controller_address(),
+            secret_file=str(secret_path(name)),
             local_ray=local,
         )
         state.save(up)
@@ -47,8 +52,25 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
     except BaseException:
         if local is not None:
             stop_local_ray(local)
+        secret_path(name).unlink(missing_ok=True)
         raise
     return up
+
+
+def credentials_of(up: UpCluster) -> ClusterCredentials | None:
+    """What the cluster asks for, from its file; if that is gone, from its controller, whom Ray lets us reach.
+
+    None for a cluster that asks for none. Raises UserError.
+    """
+    if not up.secret_file:
+        return None
+    if not Path(up.secret_file).exists():
+        try:
+            found = join(up.name, up.ray_address, up.local_ray).credentials()
+        finally:
+            leave()
+        write_secret(Path(up.secret_file), found)
+    return read_secret(up.secret_file)
 
 
 def take_down(up: UpCluster) -> None:

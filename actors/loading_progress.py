@@ -9,6 +9,7 @@ import torch
 from moecluster.errors import MoeClusterError
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.read_ahead import loaded_bytes
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.types import ExpertId, Replica
 
@@ -26,11 +27,13 @@ def bytes_to_load(source: ExpertSource, replicas: Sequence[Replica], dtype: torc
 class HostedBytes:
     """Asks expert actors, over and over, how many bytes of experts they hold."""
 
-    def __init__(self, addresses: Mapping[str, str]) -> None:
+    def __init__(self, addresses: Mapping[str, str], credentials: ClusterCredentials) -> None:
         """addresses: actor -> host:port."""
         self._stack = ExitStack()
         self._controls = {
-            actor: self._stack.enter_context(closing(GrpcExpertControl(actor, address, timeout_s=ASK_TIMEOUT_S)))
+            actor: self._stack.enter_context(
+                closing(GrpcExpertControl(actor, address, timeout_s=ASK_TIMEOUT_S, credentials=credentials))
+            )
             for actor, address in addresses.items()
         }
         self._last = dict.fromkeys(addresses, 0)

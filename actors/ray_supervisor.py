@@ -15,6 +15,7 @@ from actors.settings import EXPERT_PREFIX, is_router, metrics_port
 from actors.spawn import spawn
 from moecluster.config import Config
 from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ActorAddress
 
 POLL_S = 0.05
@@ -25,8 +26,9 @@ GCS_TIMEOUT_S = 2.0
 class RaySupervisor:
     """An ActorSupervisor and a RouterSupervisor. Every call ends within a finite time."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, credentials: ClusterCredentials) -> None:
         self._config = config
+        self._credentials = credentials
         self._namespace = config.cluster.name
         self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
 
@@ -62,13 +64,17 @@ class RaySupervisor:
         """Asks Ray for an actor. While no node has room, it waits there, and Ray's autoscaler sees it."""
         port = metrics_port(self._config, actor)
         spawn(
-            ExpertActor, "expert", self._config, actor, self._config.to_tables(), actor, port, avoid_nodes=avoid_nodes
-        )
+            ExpertActor, "expert", self._config, actor,
+            self._config.to_tables(), self._credentials, actor, port, avoid_nodes=avoid_nodes,
+        )  # fmt: skip
 
     def create_router(self, router: str, checkpoint: str) -> None:
         """Asks Ray for a router, as create does for an expert actor."""
         port = metrics_port(self._config, router)
-        spawn(RouterActor, "router", self._config, router, self._config.to_tables(), router, checkpoint, port)
+        spawn(
+            RouterActor, "router", self._config, router,
+            self._config.to_tables(), self._credentials, router, checkpoint, port,
+        )  # fmt: skip
 
     def remove_router(self, router: str) -> None:
         """Ends a router for good."""

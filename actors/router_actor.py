@@ -25,6 +25,7 @@ from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.controller_calls import set_checkpoint
 from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.interfaces import ExpertTransport
@@ -41,8 +42,16 @@ class RouterActor:
     """Loads the trunk, and reaches the experts by the controller's placement."""
 
     @begins_again
-    def __init__(self, tables: Mapping[str, Any], name: str, model_dir: str, metrics_port: int) -> None:
-        """model_dir: trunk and tokenizer at first; a router that is started again takes what the controller names."""
+    def __init__(
+        self,
+        tables: Mapping[str, Any],
+        credentials: ClusterCredentials,
+        name: str,
+        model_dir: str,
+        metrics_port: int,
+    ) -> None:
+        """credentials: asked for by its server, and sent to other actors. model_dir: trunk and tokenizer at first; a
+        router that is started again takes what the controller names."""
         from actors.training_host import TrainingHost
         from moecluster.roles.router import Router
         from moecluster.serving.engine import EngineLimits
@@ -56,8 +65,8 @@ class RouterActor:
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)
         self._serving: tuple[Router, str] | None = None  # and where it listens
-        self._placements = ControllerClient(router=name, resolve=resolve, state=self._state)
-        self._experts = make_remote_experts(config, self._placements, self._metrics)
+        self._placements = ControllerClient(router=name, resolve=resolve, state=self._state, credentials=credentials)
+        self._experts = make_remote_experts(config, self._placements, self._metrics, credentials)
         self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             model_dir = self._placements.current(config.cluster.start_timeout_s).checkpoint or model_dir
@@ -71,17 +80,19 @@ class RouterActor:
             metrics=self._metrics,
             on_change=self._placements.renew,
             controller=lambda: self._placements.controller,
-            open_elsewhere=checkpoint_opener(config.cluster.name),
+            open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
         )
         self._training = TrainingHost(
             self._experts,
             self._placements,
-            announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint),
+            announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint, credentials=credentials),
             metrics=self._metrics,
         )
         # A call for every text that is written or waits, and some to spare for those that are refused or only look.
         max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
-        self._server = serve_router(self._router, host=config.cluster.host, max_calls=max_calls)
+        self._server = serve_router(
+            self._router, credentials=credentials, host=config.cluster.host, max_calls=max_calls
+        )
         self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
@@ -114,15 +125,21 @@ class RouterActor:
         return replace(router.state(), address=address)
 
 
-def make_remote_experts(config: Config, placements: ControllerClient, metrics: Metrics) -> RemoteExperts:
+def make_remote_experts(
+    config: Config, placements: ControllerClient, metrics: Metrics, credentials: ClusterCredentials
+) -> RemoteExperts:
     """The experts of a cluster, as a trunk's backend."""
     shared_memory_bytes = config.router.shared_memory_bytes if config.router.transport == "auto" else 0
 
     def connect(address: ActorAddress) -> ExpertTransport:
-        return GrpcExpertTransport(address, router=placements.router, shared_memory_bytes=shared_memory_bytes)
+        return GrpcExpertTransport(
+            address, router=placements.router, shared_memory_bytes=shared_memory_bytes, credentials=credentials
+        )
 
     def control(address: ActorAddress) -> GrpcExpertControl:
-        return GrpcExpertControl(address.actor, address.address, timeout_s=config.router.request_timeout_s)
+        return GrpcExpertControl(
+            address.actor, address.address, timeout_s=config.router.request_timeout_s, credentials=credentials
+        )
 
     return RemoteExperts(
         ExpertPool(placements, connect=connect, control=control),

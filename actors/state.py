@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from actors.local_ray import LocalRay
 from actors.places import probe_folder
 from moecluster.errors import ResourceError
+from moecluster.rpc.credentials import private_folder, secret_path, state_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +22,13 @@ class UpCluster:
     model: str  # the directory that it serves
     router_addresses: tuple[str, ...]  # when this was noted; a router that was started again listens elsewhere
     controller_address: str
+    secret_file: str = ""  # where the secret lies; empty: the cluster asks for none
     local_ray: LocalRay | None  # None: the Ray cluster is not ours to end
 
     @property
     def router_address(self) -> str:
         """Of the first router."""
         return self.router_addresses[0]
-
-
-def state_folder() -> Path:
-    """$XDG_STATE_HOME/moecluster, by default ~/.local/state/moecluster. Raises ResourceError if there is no home."""
-    root = os.environ.get("XDG_STATE_HOME")
-    if root and not os.path.isabs(root):
-        raise ResourceError(f'XDG_STATE_HOME: got "{root}", expected an absolute path: what is up is noted there')
-    try:
-        return Path(root or Path.home() / ".local" / "state") / "moecluster"
-    except RuntimeError as exc:
-        raise ResourceError(
-            "what is up is noted in the home directory, and there is none: set XDG_STATE_HOME (or HOME) to a directory "
-            "that you can write"
-        ) from exc
 
 
 def check() -> None:
@@ -57,7 +44,7 @@ def save(up: UpCluster) -> None:
     """Writes the file, readable by the user alone; complete or not at all. Raises ResourceError."""
     folder = state_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(folder)
         aside = folder / f"{up.name}.json.new"
         aside.touch(mode=0o600)
         aside.write_text(json.dumps(dataclasses.asdict(up), indent=1))
@@ -89,9 +76,10 @@ def load(name: str) -> UpCluster | None:
 
 
 def forget(name: str) -> None:
-    """Removes the file; fine if there is none."""
+    """Removes the file and the secret; fine if there is none."""
     try:
         _file(name).unlink(missing_ok=True)
+        secret_path(name).unlink(missing_ok=True)
     except OSError as exc:
         raise _refused(state_folder(), exc) from exc
 

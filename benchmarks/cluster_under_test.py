@@ -16,6 +16,7 @@ from moecluster.models.own_build import build_model
 from moecluster.roles.load_reporter import LoadReporter
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.sections import ModelConfig
 
 
@@ -43,13 +44,15 @@ def started(name: str, directory: str, tables: Mapping[str, Mapping[str, Any]]) 
     """Two expert actors, a controller and a router that serve the model. This process has joined Ray."""
     cluster = {"name": f"bench-{name}", "num_expert_actors": 2, **tables.get("cluster", {})}
     config = read_config({**tables, "cluster": cluster})
-    driver = Cluster(config.cluster.name)
+    driver, credentials = Cluster(config.cluster.name), ClusterCredentials.make()
     with ExitStack() as stack:
-        driver.start(config, directory)
+        driver.start(config, directory, credentials=credentials)
         stack.callback(driver.stop)
-        placements = ControllerClient(router="bench", resolve=controller_resolver(config.cluster.name))
+        placements = ControllerClient(
+            router="bench", resolve=controller_resolver(config.cluster.name), credentials=credentials
+        )
         stack.callback(placements.close)
-        remote = make_remote_experts(config, placements, Metrics(model=config.cluster.name))
+        remote = make_remote_experts(config, placements, Metrics(model=config.cluster.name), credentials)
         stack.callback(remote.close)
         reporter = LoadReporter(remote.loads, placements.report_load)
         stack.callback(reporter.close)

@@ -135,7 +135,7 @@ def throughput(contender: Contender, batches: list[Batch], seconds: float) -> fl
 
 def operations_of(contender: Contender) -> tuple[Operation, ...]:
     """What its controller did, the newest first."""
-    with ControllerCalls(contender.driver.controller_address()) as calls:
+    with ControllerCalls(contender.driver.controller_address(), credentials=contender.driver.credentials()) as calls:
         assert calls.status().policy == contender.name
         return calls.operations()
 

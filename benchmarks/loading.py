@@ -42,6 +42,7 @@ from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 from benchmarks.workers.plain_read import read_files, throw_out
 from moecluster.config import Config, read_config
 from moecluster.models.expert_source import ExpertSource
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_control import GrpcExpertControl
 from moecluster.types import ExpertId
 
@@ -92,15 +93,17 @@ class Actors:
         self.names = [f"expert-{i}" for i in range(NUM_ACTORS)]
         part = -(-len(experts) // NUM_ACTORS)
         self._experts = {name: experts[i * part : (i + 1) * part] for i, name in enumerate(self.names)}
-        tables = config.to_tables()
+        tables, credentials = config.to_tables(), ClusterCredentials.make()
         self._handles: dict[str, Any] = {
-            name: spawn(LoadedActor, "expert", config, name, tables, name, 0) for name in self.names
+            name: spawn(LoadedActor, "expert", config, name, tables, credentials, name, 0) for name in self.names
         }
         reached: dict[str, Endpoints] = {
             name: call(handle.endpoints.remote(), LOAD_TIMEOUT_S, name) for name, handle in self._handles.items()
         }
         self.pids = {name: endpoints.pid for name, endpoints in reached.items()}
-        self._controls = {name: GrpcExpertControl(name, reached[name].address) for name in self.names}
+        self._controls = {
+            name: GrpcExpertControl(name, reached[name].address, credentials=credentials) for name in self.names
+        }
 
     def load(self) -> tuple[float, float, int]:
         """Seconds until all experts are loaded, seconds from then until they are packed, and the bytes loaded."""

@@ -37,6 +37,7 @@ from benchmarks.serving_model import save_mixtral
 from moecluster.config import read_config
 from moecluster.generations import GenerationRequest
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router_messages import encode_generation_request
 from moecluster.rpc.server import open_channel
 
@@ -100,8 +101,8 @@ class InProcess:
 class Ours:
     """A cluster behind its router's gRPC port."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, credentials: ClusterCredentials) -> None:
+        self._address, self._credentials = address, credentials
 
     def run(self, prompts: list[list[int]]) -> Run:
         waiting, first, between = list(reversed(prompts)), [], []  # type: list[list[int]], list[float], list[float]
@@ -126,7 +127,7 @@ class Ours:
                     between.extend(times[1:NEW_TOKENS])
 
         start_s = time.perf_counter()
-        with open_channel(self._address) as channel:
+        with open_channel(self._address, self._credentials) as channel:
             stub = RouterServiceStub(channel)
             threads = [threading.Thread(target=work, args=(stub,)) for _ in range(CONCURRENCY)]
             for thread in threads:
@@ -150,10 +151,10 @@ def ours_running(directory: str) -> Iterator[Ours]:
             "serve": {"max_running": CONCURRENCY},
         }
     )
-    driver = Cluster(config.cluster.name)
+    driver, credentials = Cluster(config.cluster.name), ClusterCredentials.make()
     try:
-        driver.start(config, directory)
-        yield Ours(driver.router_address())
+        driver.start(config, directory, credentials=credentials)
+        yield Ours(driver.router_address(), credentials)
     finally:
         driver.stop()
         ray.shutdown()

@@ -14,6 +14,7 @@ MoeClusterError
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
 ├── StaleOrder                           an order of an older term, step or attempt, or for weights that are gone
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
+│   └── Unauthenticated                  what listens there asks for another secret than was sent: UNAUTHENTICATED
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
 ├── RequestFailed                        one request cannot be computed, and would fail at another router too
@@ -88,6 +89,11 @@ class StaleOrder(MoeClusterError):
 
 class Unavailable(MoeClusterError):
     """The peer is gone, or the stream to it broke."""
+
+
+class Unauthenticated(Unavailable):
+    """What listens there asks for another secret than was sent: a wrong one was given, or it is of another cluster,
+    which took the port of a peer that is gone."""
 
 
 class DeadlineExceeded(MoeClusterError):

@@ -51,7 +51,7 @@ class ExpertCluster:
         }
         self.servers: dict[str, RunningServer] = {}
         if transport != "in-process":
-            self.servers = {name: serve_expert(service) for name, service in self.services.items()}
+            self.servers = {name: serve_expert(service, credentials=None) for name, service in self.services.items()}
         addresses = {
             name: ActorAddress(
                 actor=name,

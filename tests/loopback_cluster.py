@@ -100,7 +100,7 @@ class LoopbackCluster:
             open_elsewhere=self._open_elsewhere,
         )
         controller.start(20.0)
-        return controller, serve_controller(controller)
+        return controller, serve_controller(controller, credentials=None)
 
     def replace_controller(self) -> None:
         """Ends the controller and starts another one, at another address."""
@@ -116,7 +116,7 @@ class LoopbackCluster:
         self.services[actor] = ExpertService(
             name=actor, batch_invariant=self._batch_invariant, open_elsewhere=self._open_elsewhere
         )
-        self.servers[actor] = serve_expert(self.services[actor])
+        self.servers[actor] = serve_expert(self.services[actor], credentials=None)
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
         server = self.servers.get(actor)
@@ -186,7 +186,7 @@ class LoopbackRouter:
             open_elsewhere=open_elsewhere,
         )
         self._own_state = self.router.state
-        self.server = serve_router(self.router)
+        self.server = serve_router(self.router, credentials=None)
 
     def close(self) -> None:
         """Ends it, its connections first, as a crash does: nobody is told. Again is fine."""

@@ -21,7 +21,7 @@ from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unav
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.types import ControllerStatus, ExpertId, Operation, OperationPhase
 from tests.happenings import Happening
-from tests.ray_cluster import RayCluster, wait_for
+from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 
 MIN_ACTORS, MAX_ACTORS = 2, 5
 # As often as 44 operations have them; starts outnumber ends by as many as a run of them should end with.
@@ -63,7 +63,7 @@ class PatientCalls:
         deadline_s = time.monotonic() + ORDER_PATIENCE_S
         while True:
             try:
-                with ControllerCalls(self._address) as calls:
+                with ControllerCalls(self._address, credentials=CREDENTIALS) as calls:
                     return question(calls)
             except (Unavailable, DeadlineExceeded):
                 if time.monotonic() > deadline_s:

@@ -25,12 +25,14 @@ from moecluster.metrics import Metrics
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.controller_calls import controller_status
 from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ControllerStatus
 
 FoundT = TypeVar("FoundT")
 
 WAIT_S = 60.0
 POLL_S = 0.1
+CREDENTIALS = ClusterCredentials.make()  # of all clusters of this test process
 
 
 class RayCluster:
@@ -46,7 +48,7 @@ class RayCluster:
         name = f"test-{uuid.uuid4().hex[:8]}"
         self.config = read_config(override(tables or {}, {"cluster.name": name}))
         self.driver = Cluster(name)
-        self.driver.start(self.config, str(directory), on_loading)
+        self.driver.start(self.config, str(directory), on_loading, credentials=CREDENTIALS)
         self.router_address = self.driver.router_address()
 
     def __enter__(self) -> Self:
@@ -56,13 +58,15 @@ class RayCluster:
         self.driver.stop()
 
     def client(self) -> Client:
-        return Client(self.router_address)
+        return Client(self.router_address, credentials=CREDENTIALS)
 
     @contextmanager
     def placements(self) -> Iterator[ControllerClient]:
         """The controller's placements, as a router gets them."""
         name = self.config.cluster.name
-        client = ControllerClient(router=f"test-{uuid.uuid4().hex[:8]}", resolve=controller_resolver(name))
+        client = ControllerClient(
+            router=f"test-{uuid.uuid4().hex[:8]}", resolve=controller_resolver(name), credentials=CREDENTIALS
+        )
         try:
             yield client
         finally:
@@ -74,7 +78,7 @@ class RayCluster:
         with self.placements() as placements:
             if hold:
                 placements.hold(WAIT_S)
-            remote = make_remote_experts(self.config, placements, Metrics(model="test"))
+            remote = make_remote_experts(self.config, placements, Metrics(model="test"), CREDENTIALS)
             try:
                 yield remote
             finally:
@@ -94,7 +98,7 @@ class RayCluster:
     def status(self) -> ControllerStatus | None:
         """What the controller says; None while it is started again."""
         try:
-            return controller_status(self.driver.controller_address())
+            return controller_status(self.driver.controller_address(), credentials=CREDENTIALS)
         except MoeClusterError:
             return None
 

@@ -8,7 +8,7 @@ from moecluster.rpc.controller_calls import set_checkpoint
 from moecluster.training.events import Event
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.start import prepare_start, read_data, run_tokenizer
-from tests.ray_cluster import RayCluster
+from tests.ray_cluster import CREDENTIALS, RayCluster
 
 
 def run_on(
@@ -17,7 +17,7 @@ def run_on(
     """The events of a run. prepare: sees the way to the experts before anything goes over it."""
     cluster.wait_served()
     start = prepare_start(config)
-    set_checkpoint(cluster.driver.controller_address(), str(start.resolve()))
+    set_checkpoint(cluster.driver.controller_address(), str(start.resolve()), credentials=CREDENTIALS)
     tokenizer = run_tokenizer(config)
     with cluster.remote_experts(hold=True) as remote:
         prepare(remote)
@@ -27,7 +27,7 @@ def run_on(
             start=start,
             data=read_data(config, tokenizer),
             tokenizer=tokenizer,
-            announce=lambda path: set_checkpoint(cluster.driver.controller_address(), path),
+            announce=lambda path: set_checkpoint(cluster.driver.controller_address(), path, credentials=CREDENTIALS),
         )
         try:
             return list(loop.run())

@@ -15,6 +15,7 @@ import torch
 
 from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, StaleOrder
 from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogprob
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router_server import serve_router
 from moecluster.types import RouterStatus
 
@@ -72,9 +73,17 @@ def write_bytes(text: str) -> Script:
 class ScriptedRouter:
     """RouterHandler and its server. Its fields may be changed while it serves."""
 
-    def __init__(self, name: str = "router", *, port: int = 0, script: Script = write_words) -> None:
+    def __init__(
+        self,
+        name: str = "router",
+        *,
+        port: int = 0,
+        script: Script = write_words,
+        credentials: ClusterCredentials | None = None,
+    ) -> None:
         self.name = name
         self.script = script
+        self._credentials = credentials
         self.pace_s = 0.0  # between tokens
         self.error: MoeClusterError | None = None  # instead of a text
         self.break_after: int | None = None  # tokens of one answer, then `breaking`, once
@@ -88,7 +97,7 @@ class ScriptedRouter:
         self.requests: list[GenerationRequest] = []
         self.running: dict[str, threading.Event] = {}
         self.controller = ""
-        self.server = serve_router(self, port=port)
+        self.server = serve_router(self, port=port, credentials=self._credentials)
         self.address = self.server.address
 
     def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
@@ -169,7 +178,7 @@ class ScriptedRouter:
     def revive(self) -> None:
         """Serves again at the same address, as a new process would."""
         port = int(self.address.rpartition(":")[2])
-        self.server = serve_router(self, port=port)
+        self.server = serve_router(self, port=port, credentials=self._credentials)
 
     def __enter__(self) -> Self:
         return self

@@ -19,7 +19,7 @@ from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import ModelSource
 from tests.generation_load import save_decided_model
 from tests.http_load import HttpClients, StreamedText, assert_all_right, clear_texts, stream_text
-from tests.ray_cluster import RayCluster
+from tests.ray_cluster import CREDENTIALS, RayCluster
 from tests.running_front import RunningFront, running_front
 
 NEW_TOKENS = 80
@@ -104,7 +104,11 @@ def describe(outcome: Outcome) -> dict[str, float]:
 
 def _source(cluster: RayCluster) -> ModelSource:
     def look() -> Whereabouts:
-        return Whereabouts(routers=cluster.driver.router_addresses(), controller=cluster.driver.controller_address())
+        return Whereabouts(
+            routers=cluster.driver.router_addresses(),
+            controller=cluster.driver.controller_address(),
+            credentials=CREDENTIALS,
+        )
 
     return ModelSource(name="model", seeds=look(), rediscover=look)
 

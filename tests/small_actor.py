@@ -104,7 +104,7 @@ def open_stream(
 
 @contextmanager
 def served(service: ExpertService) -> Iterator[RunningServer]:
-    server = serve_expert(service)
+    server = serve_expert(service, credentials=None)
     try:
         yield server
     finally:

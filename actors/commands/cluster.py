@@ -12,12 +12,13 @@ from actors.commands.shown import operations_table, to_json
 from actors.commands.tables import make_table, show_table
 from actors.commands.target import read_target
 from actors.commands.weights import model_to_serve, weights_in
-from actors.launch import bring_up, join, leave, take_down
+from actors.launch import bring_up, credentials_of, join, leave, take_down
 from actors.local_ray import is_running
 from actors.settings import Endpoints
 from actors.state import UpCluster
 from moecluster.errors import ClusterNotFound, Unavailable
 from moecluster.rpc.controller_calls import controller_status
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
 
@@ -35,6 +36,7 @@ def up(target: str, settings: Sequence[str], console: Console, *, random_weights
     for address in cluster.router_addresses:
         console.print(f"  router (gRPC)  {address}")
     console.print(f"  Ray            {cluster.ray_address}")
+    console.print(f"  secret         {cluster.secret_file}", soft_wrap=True)
     console.print('next: moecluster status | moecluster generate MODEL "PROMPT" | moecluster down', highlight=False)
 
 
@@ -53,7 +55,7 @@ def status(name: str, as_json: bool, console: Console) -> None:
         endpoints = join(cluster.name, cluster.ray_address, cluster.local_ray).endpoints()
     finally:
         leave()
-    seen = _ask_controller(endpoints.get("controller"))
+    seen = _ask_controller(endpoints.get("controller"), credentials_of(cluster))
     if as_json:
         console.print_json(to_json(_plain(cluster, endpoints, seen)))
         return
@@ -77,11 +79,11 @@ def found(name: str) -> UpCluster:
     return cluster
 
 
-def _ask_controller(endpoints: Endpoints | None) -> ControllerStatus | None:
+def _ask_controller(endpoints: Endpoints | None, credentials: ClusterCredentials | None) -> ControllerStatus | None:
     if endpoints is None:
         return None
     try:
-        return controller_status(endpoints.address)
+        return controller_status(endpoints.address, credentials=credentials)
     except Unavailable:
         return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from actors import state
 from actors.commands.cluster import found
 from actors.console import make_console
-from actors.launch import join, leave
+from actors.launch import credentials_of, join, leave
 from moecluster.errors import DeadlineExceeded, Unavailable
 from moecluster.rpc.controller_calls import ControllerCalls
 
@@ -32,7 +32,8 @@ class LiveController:
     def __init__(self, name: str) -> None:
         """Raises ClusterNotFound if no cluster of that name is up."""
         self._cluster = found(name)
-        self._calls = ControllerCalls(self._cluster.controller_address)
+        self._credentials = credentials_of(self._cluster)
+        self._calls = ControllerCalls(self._cluster.controller_address, credentials=self._credentials)
         self._joined: Cluster | None = None
 
     def __enter__(self) -> Self:
@@ -72,7 +73,7 @@ class LiveController:
             time.sleep(RETRY_S)
             return
         self._calls.close()
-        self._calls = ControllerCalls(address)
+        self._calls = ControllerCalls(address, credentials=self._credentials)
         noted = state.load(self._cluster.name)
         if noted is not None:
             state.save(replace(noted, controller_address=address))

@@ -18,7 +18,7 @@ from actors.commands.tables import make_table, show_table
 from actors.commands.target import check_places, read_target
 from actors.commands.train import run as run_training
 from actors.extras import is_installed
-from actors.launch import bring_up, join, leave, take_down
+from actors.launch import bring_up, credentials_of, join, leave, take_down
 from actors.settings import expert_names
 from moecluster.client import Client, GenerationStream
 from moecluster.config import Config
@@ -78,7 +78,7 @@ def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
             raise MoeClusterError("the demo's training wrote no checkpoint")
         _judge(config, console)
 
-        with Client(up.router_address) as client:
+        with Client(up.router_address, credentials=credentials_of(up)) as client:
             _head(console, 4, "One continuation for each domain, through the cluster")
             prompts = {d.name: _excerpts(text, tokenizer, d.name, PROMPT_TOKENS, count=1)[0] for d in text.domains}
             samples = [_sample(client, domain, prompt, console) for domain, prompt in prompts.items()]

@@ -10,7 +10,7 @@ from actors.commands.loading_bar import loading_bar
 from actors.commands.routers import find_routers
 from actors.commands.target import read_target
 from actors.commands.weights import refuse_another_model, trained_model, weights_in
-from actors.launch import bring_up, take_down
+from actors.launch import bring_up, credentials_of, take_down
 from moecluster.client import Client, TextOptions
 from moecluster.errors import ConfigError, InvalidMessage
 
@@ -34,7 +34,11 @@ def generate(
         if (weights := weights_in(cluster.model)).step == 0:
             console.print(f"the model is {weights}", highlight=False, markup=False, soft_wrap=True)
         _write(
-            Client(cluster.router_addresses, discover=lambda: find_routers(cluster, console)),
+            Client(
+                cluster.router_addresses,
+                discover=lambda: find_routers(cluster, console),
+                credentials=credentials_of(cluster),
+            ),
             prompt,
             chat,
             asked,
@@ -46,7 +50,7 @@ def generate(
         cluster = bring_up(config, model_dir, on_loading)
     console.print("started a cluster for this text alone (moecluster up keeps one)")
     try:
-        _write(Client(cluster.router_addresses), prompt, chat, asked, console)
+        _write(Client(cluster.router_addresses, credentials=credentials_of(cluster)), prompt, chat, asked, console)
     finally:
         take_down(cluster)
 

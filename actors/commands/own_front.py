@@ -12,6 +12,7 @@ from rich.console import Console
 
 from actors.commands.cluster import found
 from actors.commands.routers import find_routers
+from actors.launch import credentials_of
 from moecluster.errors import ResourceError
 from moecluster.sections import ServeConfig
 from moecluster.serving.front.keys import ApiKeys
@@ -42,7 +43,11 @@ def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFron
     source = ModelSource(
         name=Path(cluster.model).name,
         alias=name,
-        seeds=Whereabouts(routers=cluster.router_addresses, controller=cluster.controller_address),
+        seeds=Whereabouts(
+            routers=cluster.router_addresses,
+            controller=cluster.controller_address,
+            credentials=credentials_of(cluster),
+        ),
         rediscover=lambda: Whereabouts(routers=find_routers(cluster, console)),
     )
     settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)

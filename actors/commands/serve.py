@@ -21,10 +21,11 @@ from actors import state
 from actors.commands.cluster import found
 from actors.commands.target import model_name, read_target
 from actors.commands.weights import RANDOM_WEIGHTS, refuse_another_model, refuse_trained, trained_model, weights_in
-from actors.launch import take_down
+from actors.launch import credentials_of, take_down
 from actors.settings import CONTROLLER, is_router
 from moecluster.config import Config, override, parse_override, read_config
 from moecluster.errors import ConfigError, ResourceError, Unavailable
+from moecluster.rpc.credentials import read_secret
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import FrontServer, ModelSource, check_names, keys_for
 
@@ -132,7 +133,7 @@ def _run(server: FrontServer, models: Sequence[tuple[str, str]], console: Consol
 
 def _source(name: str, cluster: str, *, alone: bool) -> ModelSource:
     up = found(cluster)
-    seeds = Whereabouts(routers=up.router_addresses, controller=up.controller_address)
+    seeds = Whereabouts(routers=up.router_addresses, controller=up.controller_address, credentials=credentials_of(up))
     # A model that is alone also answers to its cluster's name.
     return ModelSource(name=name, alias=cluster if alone else "", seeds=seeds, rediscover=lambda: _ask_ray(cluster))
 
@@ -184,7 +185,9 @@ def _ask_ray(cluster: str) -> Whereabouts:
         raise ResourceError(f"moecluster status: {exc.stderr.strip()[-300:]}") from exc
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise Unavailable(f"moecluster status: {type(exc).__name__}") from exc
+    noted = state.load(cluster)
     return Whereabouts(
         routers=tuple(address for name, address in addresses.items() if is_router(name)),
         controller=addresses.get(CONTROLLER, ""),
+        credentials=read_secret(noted.secret_file) if noted is not None and noted.secret_file else None,
     )

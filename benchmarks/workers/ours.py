@@ -66,7 +66,7 @@ class ExpertActor:
             training_term=1 if setup.trained else 0,
         )
         assert self.service.wait_packed(PACK_TIMEOUT_S)
-        self.server = serve_expert(self.service)
+        self.server = serve_expert(self.service, credentials=None)
 
     def address(self) -> ActorAddress:
         return ActorAddress(actor=self.service.name, address=self.server.address, incarnation=self.service.incarnation)

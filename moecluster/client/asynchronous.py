@@ -18,6 +18,7 @@ from moecluster.errors import Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router_messages import decode_router_status
 from moecluster.rpc.server import open_async_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -86,7 +87,7 @@ class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
             except grpc.RpcError as exc:
                 route.failed(from_rpc_error(exc, f"router at {address}"), wrote=False)
 
-    def _open(self, address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    def _open(self, address: str, credentials: ClusterCredentials | None) -> grpc.aio.Channel:
         return open_async_channel(address, credentials)
 
     def _stub(self, address: str) -> "RouterServiceAsyncStub":

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -11,6 +12,7 @@ import grpc.aio
 
 from moecluster.client.routes import Route, Routers
 from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.rpc.credentials import ClusterCredentials, given_credentials, read_secret
 from moecluster.rpc.status_codes import from_rpc_error
 
 STATUS_TIMEOUT_S = 5.0
@@ -29,13 +31,20 @@ class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
         timeout_s: float = 600.0,
         patience_s: float = 0.0,
         discover: DiscoverT | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: ClusterCredentials | None = None,
+        secret_file: str | Path | None = None,
     ) -> None:
         """addresses: host:port of a router, or of several of one cluster.
 
         timeout_s: longest whole text. patience_s: how long a text waits for a router when all are lost or full.
         discover: says where the routers are now, asked when all known ones are lost.
+        credentials: the cluster secret; or secret_file: the file that it is read from. By default the file that
+        $MOECLUSTER_SECRET_FILE names, if it names one.
+
+        Raises ConfigError for a file that cannot be read or holds no secret.
         """
+        if credentials is None:
+            credentials = read_secret(secret_file) if secret_file else given_credentials()
         self._routers = Routers([addresses] if isinstance(addresses, str) else addresses)
         self._timeout_s = timeout_s
         self._patience_s = patience_s
@@ -43,7 +52,7 @@ class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
         self._channels: Channels[ChannelT] = Channels(lambda address: self._open(address, credentials))
 
     @abstractmethod
-    def _open(self, address: str, credentials: grpc.ChannelCredentials | None) -> ChannelT:
+    def _open(self, address: str, credentials: ClusterCredentials | None) -> ChannelT:
         """A connection of its own."""
 
     def _route_of_text(self) -> Route:

@@ -17,6 +17,7 @@ from moecluster.errors import Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router_messages import decode_router_status
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -81,7 +82,7 @@ class Client(ClusterClient[grpc.Channel, Discover]):
             except grpc.RpcError as exc:
                 route.failed(from_rpc_error(exc, f"router at {address}"), wrote=False)
 
-    def _open(self, address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    def _open(self, address: str, credentials: ClusterCredentials | None) -> grpc.Channel:
         return open_channel(address, credentials)
 
     def _stub(self, address: str) -> RouterServiceStub:

@@ -29,6 +29,7 @@ from moecluster.models.checkpoint_files import CONFIG_NAME, METADATA_NAME, WEIGH
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
 from moecluster.rpc.checkpoint_server import MAX_METADATA_BYTES
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.held_folder import HeldFolder
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -60,7 +61,7 @@ Locate = Callable[[], SourceAddress]  # raises a MoeClusterError if nobody has a
 class RemoteFiles:
     """CheckpointFiles of another host. Connects anew, a few times, when the connection breaks; calls end in time."""
 
-    def __init__(self, path: str | Path, locate: Locate, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(self, path: str | Path, locate: Locate, *, credentials: ClusterCredentials | None = None) -> None:
         """path: what the user calls the directory. Fetches all files but the weights.
 
         Raises CheckpointError if there is no model in it, Unavailable or DeadlineExceeded if it cannot be reached.
@@ -135,7 +136,7 @@ class RemoteFiles:
 class _Connection:
     """To one life of the source."""
 
-    def __init__(self, source: SourceAddress, credentials: grpc.ChannelCredentials | None) -> None:
+    def __init__(self, source: SourceAddress, credentials: ClusterCredentials | None) -> None:
         self._source = source
         self._channel = open_channel(source.address, credentials)
         self._stub = CheckpointServiceStub(self._channel)

@@ -18,6 +18,7 @@ import grpc
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, StaleOrder
 from moecluster.models.checkpoint_files import METADATA_NAME, LocalFiles
 from moecluster.proto import checkpoint_pb2, checkpoint_pb2_grpc
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 
@@ -127,11 +128,14 @@ def _chunks(file: Path, size: int, begin: int, num_bytes: int) -> Iterator[check
 def serve_checkpoints(
     announcements: Announcements,
     *,
+    credentials: ClusterCredentials | None,
     host: str = "127.0.0.1",
     port: int = 0,
-    credentials: grpc.ServerCredentials | None = None,
 ) -> RunningServer:
-    """Serves what is announced, now and later. Raises ResourceError if the port is in use."""
+    """Serves what is announced, now and later. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
 
     def add_services(server: grpc.Server) -> list[str]:
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(CheckpointServicer(announcements), server)

@@ -10,6 +10,7 @@ from moecluster.errors import Unavailable
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller_messages import decode_status
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import encode_expert
 from moecluster.rpc.load_messages import decode_cluster_loads
 from moecluster.rpc.operation_messages import decode_operation, decode_operations, decode_plan
@@ -32,7 +33,7 @@ class ControllerCalls:
     """
 
     def __init__(
-        self, address: str, *, timeout_s: float = TIMEOUT_S, credentials: grpc.ChannelCredentials | None = None
+        self, address: str, *, timeout_s: float = TIMEOUT_S, credentials: ClusterCredentials | None = None
     ) -> None:
         """Connects at the first call."""
         self.address = address
@@ -122,7 +123,7 @@ class ControllerCalls:
 
 
 def controller_status(
-    address: str, *, timeout_s: float = 5.0, credentials: grpc.ChannelCredentials | None = None
+    address: str, *, timeout_s: float = 5.0, credentials: ClusterCredentials | None = None
 ) -> ControllerStatus:
     """The cluster as its controller sees it. Raises a MoeClusterError, Unavailable if nobody answers."""
     with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as controller:
@@ -130,7 +131,7 @@ def controller_status(
 
 
 def set_checkpoint(
-    address: str, checkpoint: str, *, timeout_s: float = TIMEOUT_S, credentials: grpc.ChannelCredentials | None = None
+    address: str, checkpoint: str, *, timeout_s: float = TIMEOUT_S, credentials: ClusterCredentials | None = None
 ) -> None:
     """Tells the controller what lost experts are loaded from, from now on. Raises a MoeClusterError."""
     with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as controller:

@@ -14,6 +14,7 @@ from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller_messages import encode_router_state
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import MAX_REASON_LENGTH, encode_expert
 from moecluster.rpc.load_messages import encode_load
 from moecluster.rpc.placement_board import NEVER, PlacementBoard
@@ -48,7 +49,7 @@ class ControllerClient:
         router: str,
         resolve: Callable[[], str],
         state: Callable[[], RouterState] | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: ClusterCredentials | None = None,
     ) -> None:
         """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable.
 

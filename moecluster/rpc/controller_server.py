@@ -9,6 +9,7 @@ import grpc
 from moecluster.errors import InvalidMessage, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
 from moecluster.rpc.controller_messages import decode_router_state, encode_status
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import (
     MAX_REASON_LENGTH,
     checked_count,
@@ -259,12 +260,15 @@ class _Subscription:
 def serve_controller(
     handler: ControllerHandler,
     *,
+    credentials: ClusterCredentials | None,
     host: str = "127.0.0.1",
     port: int = 0,
-    credentials: grpc.ServerCredentials | None = None,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Serves a controller. Raises ResourceError if the port is in use."""
+    """Serves a controller. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
 
     def add_services(server: grpc.Server) -> list[str]:
         controller_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerServicer(handler), server)

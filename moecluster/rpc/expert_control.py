@@ -9,6 +9,7 @@ from moecluster.errors import Unavailable
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import codec, export_chunks
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.interfaces import ExportedTensor
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -38,7 +39,7 @@ class GrpcExpertControl:
     """An ExpertControl at host:port. Every call ends within timeout_s; failures are MoeClusterErrors."""
 
     def __init__(
-        self, name: str, address: str, *, timeout_s: float = 30.0, credentials: grpc.ChannelCredentials | None = None
+        self, name: str, address: str, *, timeout_s: float = 30.0, credentials: ClusterCredentials | None = None
     ) -> None:
         self.name = name
         self._timeout_s = timeout_s

@@ -10,6 +10,7 @@ from moecluster.errors import InvalidMessage, MoeClusterError
 from moecluster.proto import expert_pb2, expert_pb2_grpc, tensor_pb2
 from moecluster.rpc import codec, export_chunks
 from moecluster.rpc.compute_session import ComputeSession
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.interfaces import ComputeHandler, ExpertControl
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
@@ -231,12 +232,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 def serve_expert(
     handler: ExpertHandler,
     *,
+    credentials: ClusterCredentials | None,
     host: str = "127.0.0.1",
     port: int = 0,
-    credentials: grpc.ServerCredentials | None = None,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Serves an expert actor's experts. Raises ResourceError if the port is in use."""
+    """Serves an expert actor's experts. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
 
     def add_services(server: grpc.Server) -> list[str]:
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(ExpertServicer(handler), server)

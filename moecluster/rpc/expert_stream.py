@@ -15,6 +15,7 @@ from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import codec
 from moecluster.rpc.answers import Answer, AnswerReaders
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.shared_memory import PeerSegment, Segment, SegmentUnavailable
@@ -42,7 +43,7 @@ class GrpcExpertTransport:
         router: str,
         shared_memory_bytes: int,
         connect_timeout_s: float = 10.0,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: ClusterCredentials | None = None,
     ) -> None:
         """Opens the stream and shakes hands. shared_memory_bytes 0: inline only.
 

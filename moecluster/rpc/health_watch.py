@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import open_channel
 
 
@@ -14,7 +15,7 @@ class HealthWatch:
     """Calls on_lost once, from its own thread, when the stream breaks or the server says that it no longer serves."""
 
     def __init__(
-        self, address: str, on_lost: Callable[[], None], *, credentials: grpc.ChannelCredentials | None = None
+        self, address: str, on_lost: Callable[[], None], *, credentials: ClusterCredentials | None = None
     ) -> None:
         self._on_lost = on_lost
         self._closed = threading.Event()

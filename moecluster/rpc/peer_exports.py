@@ -8,6 +8,7 @@ from moecluster.errors import Unavailable
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import export_chunks
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.interfaces import ExportedTensor, Pace
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -19,7 +20,7 @@ CONNECT_TIMEOUT_S = 2.0  # a single attempt gives up after 0.1 s, which a busy h
 class GrpcPeerExports:
     """PeerExports of one life of an actor."""
 
-    def __init__(self, peer: ActorAddress, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(self, peer: ActorAddress, *, credentials: ClusterCredentials | None = None) -> None:
         """Connects when it is first asked."""
         self._peer = peer
         self._channel = open_channel(peer.address, credentials)

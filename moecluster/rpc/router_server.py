@@ -12,6 +12,7 @@ from moecluster.errors import MoeClusterError, RequestFailed
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2, router_pb2_grpc
 from moecluster.rpc import codec
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import checked_amount, checked_name
 from moecluster.rpc.router_messages import decode_generation_request, encode_piece, encode_router_status
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
@@ -90,12 +91,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 def serve_router(
     handler: RouterHandler,
     *,
+    credentials: ClusterCredentials | None,
     host: str = "127.0.0.1",
     port: int = 0,
-    credentials: grpc.ServerCredentials | None = None,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Serves a router. Raises ResourceError if the port is in use."""
+    """Serves a router. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
 
     def add_services(server: grpc.Server) -> list[str]:
         router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(handler), server)

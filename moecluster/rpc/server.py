@@ -9,6 +9,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moecluster.errors import ResourceError
+from moecluster.rpc.authentication import AuthenticatedAsyncChannel, AuthenticatedChannel, RequireSecret
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.limits import MAX_MESSAGE_BYTES
 
 KEEPALIVE_S = 10.0
@@ -43,18 +45,16 @@ SERVER_OPTIONS = [
 ]
 
 
-def open_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
-    """A channel to host:port with our limits and keepalive."""
-    if credentials is not None:
-        return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.Channel:
+    """A channel to host:port with our limits and keepalive. credentials: sent with every call."""
+    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return channel if credentials is None else AuthenticatedChannel(channel, credentials)
 
 
-def open_async_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+def open_async_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.aio.Channel:
     """The same for an event loop, which must be the one that runs."""
-    if credentials is not None:
-        return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return channel if credentials is None else AuthenticatedAsyncChannel(channel, credentials)
 
 
 class RunningServer:
@@ -74,17 +74,19 @@ class RunningServer:
 def start_server(
     add_services: Callable[[grpc.Server], list[str]],
     *,
+    credentials: ClusterCredentials | None,
     host: str = "127.0.0.1",
     port: int = 0,
-    credentials: grpc.ServerCredentials | None = None,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
     """Starts a server. add_services registers servicers and returns their full names; port 0 takes a free one.
 
+    credentials: asked for by every method of every service but health; None, in tests alone: anybody may call.
     Raises ResourceError if the port is in use.
     """
     pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
-    server = grpc.server(pool, options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)
+    interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireSecret(credentials)]
+    server = grpc.server(pool, interceptors=interceptors, options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)
     names = add_services(server)
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -93,7 +95,7 @@ def start_server(
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     target = f"{host}:{port}"
     try:
-        bound = server.add_secure_port(target, credentials) if credentials else server.add_insecure_port(target)
+        bound = server.add_insecure_port(target)
     except RuntimeError as exc:
         raise ResourceError(
             f"cannot listen on {target}: the port is in use or the address is not of this host"

@@ -17,6 +17,7 @@ from moecluster.errors import (
     RequestFailed,
     StaleOrder,
     StateLost,
+    Unauthenticated,
     Unavailable,
     UserError,
 )
@@ -37,6 +38,7 @@ _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (AttemptAborted, grpc.StatusCode.ABORTED),
     (StateLost, grpc.StatusCode.DATA_LOSS),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
 _FAULTS: tuple[tuple[type[MoeClusterError], str], ...] = ((RequestFailed, "request"), (BatchBroken, "batch"))
@@ -84,6 +86,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
         detail = f"{peer}: no answer within the deadline"
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Exhausted(detail, retry_after_s=_retry_after_s(error))
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(f"{peer}: {detail}")
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)

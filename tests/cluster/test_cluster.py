@@ -22,6 +22,7 @@ from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.models.model_config import read_model_config
 from moecluster.rpc.controller_calls import controller_status
+from tests.ray_cluster import CREDENTIALS
 from tests.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
@@ -41,7 +42,7 @@ def config(name: str, **cluster: object) -> Config:
 @pytest.fixture(scope="module")
 def cluster(ray_session: object, model: str) -> Iterator[Cluster]:
     running = Cluster(f"test-{uuid.uuid4().hex[:8]}")
-    running.start(config(running.name), model)
+    running.start(config(running.name), model, credentials=CREDENTIALS)
     yield running
     pids = [e.pid for e in running.endpoints().values() if e is not None]
     running.stop()
@@ -67,7 +68,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def generate(cluster: Cluster) -> list[int]:
-    with Client(cluster.router_address()) as client:
+    with Client(cluster.router_address(), credentials=CREDENTIALS) as client:
         stream = client.generate(PROMPT, max_new_tokens=NEW_TOKENS)
         stream.text()
         return stream.ids
@@ -100,25 +101,30 @@ def test_every_actor_serves_its_metrics(cluster) -> None:
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_expert_actor_that_dies_or_hangs_while_generating_changes_nothing(cluster, reference, signal_number) -> None:
     before = pid_of(cluster, "expert-1")
-    with Client(cluster.router_address()) as client:
+    with Client(cluster.router_address(), credentials=CREDENTIALS) as client:
         stream = client.generate(PROMPT, max_new_tokens=NEW_TOKENS)
         pieces = iter(stream)
         next(pieces)
         os.kill(before, signal_number)
         list(pieces)
     assert stream.ids == reference
-    wait_until(lambda: all(a.phase == "serving" for a in controller_status(cluster.controller_address()).actors))
+    wait_until(
+        lambda: all(
+            a.phase == "serving"
+            for a in controller_status(cluster.controller_address(), credentials=CREDENTIALS).actors
+        )
+    )
     assert pid_of(cluster, "expert-1") != before
     assert not psutil.pid_exists(before)
 
 
 def test_generation_goes_on_without_a_controller_and_a_new_one_takes_over(cluster, reference) -> None:
-    term = controller_status(cluster.controller_address()).term
+    term = controller_status(cluster.controller_address(), credentials=CREDENTIALS).term
     os.kill(pid_of(cluster, "controller"), signal.SIGKILL)
     assert generate(cluster) == reference
-    with Client(cluster.router_address()) as client:
+    with Client(cluster.router_address(), credentials=CREDENTIALS) as client:
         wait_until(lambda: client.status().placement[0] == term + 1)
-    assert {a.restarts for a in controller_status(cluster.controller_address()).actors} == {0}
+    assert {a.restarts for a in controller_status(cluster.controller_address(), credentials=CREDENTIALS).actors} == {0}
     assert generate(cluster) == reference
 
 
@@ -137,7 +143,7 @@ def test_many_texts_at_once_while_actors_die(cluster, reference) -> None:
 
 def test_the_same_name_twice_is_refused(cluster, model) -> None:
     with pytest.raises(ResourceError, match=f"{cluster.name} is up already"):
-        Cluster(cluster.name).start(config(cluster.name), model)
+        Cluster(cluster.name).start(config(cluster.name), model, credentials=CREDENTIALS)
     assert len(cluster.actors()) == 4
 
 
@@ -152,7 +158,7 @@ def test_the_same_name_twice_is_refused(cluster, model) -> None:
 def test_too_few_resources_are_counted_and_nothing_is_left(ray_namespace, model, settings, complaint) -> None:
     cluster = Cluster(ray_namespace)
     with pytest.raises(ResourceError, match=complaint):
-        cluster.start(config(ray_namespace, **settings), model)
+        cluster.start(config(ray_namespace, **settings), model, credentials=CREDENTIALS)
     assert cluster.actors() == []
 
 
@@ -160,14 +166,14 @@ def test_a_port_in_use_is_named_and_nothing_is_left(cluster, ray_namespace, mode
     taken = int(cluster.endpoints()["router"].metrics_address.rpartition(":")[2])
     other = Cluster(ray_namespace)
     with pytest.raises(ResourceError, match=f"port {taken} of 127.0.0.1 is in use"):
-        other.start(config(ray_namespace, metrics_port=taken), model)
+        other.start(config(ray_namespace, metrics_port=taken), model, credentials=CREDENTIALS)
     assert other.actors() == []
 
 
 def test_a_placement_that_does_not_fit_the_model_is_refused(ray_namespace, model) -> None:
     settings = {"cluster": {"name": ray_namespace}, "controller": {"placement": {"expert-0": ["0/*"]}}}
     with pytest.raises(ConfigError, match="4 experts stand on no actor"):
-        Cluster(ray_namespace).start(read_config(settings), model)
+        Cluster(ray_namespace).start(read_config(settings), model, credentials=CREDENTIALS)
     assert Cluster(ray_namespace).actors() == []
 
 
@@ -177,13 +183,13 @@ def test_an_actor_that_cannot_start_says_why_and_nothing_is_left(ray_namespace, 
             (tmp_path / file.name).write_bytes(file.read_bytes())
     cluster = Cluster(ray_namespace)
     with pytest.raises(ResourceError, match=r"router: .*has no tokenizer\.json"):
-        cluster.start(config(ray_namespace), str(tmp_path))
+        cluster.start(config(ray_namespace), str(tmp_path), credentials=CREDENTIALS)
     assert cluster.actors() == []
 
 
 def test_a_start_that_is_too_slow_leaves_nothing(ray_namespace, model) -> None:
     cluster = Cluster(ray_namespace)
     with pytest.raises(ResourceError, match=r"was not started within 0\.01 s"):
-        cluster.start(config(ray_namespace, start_timeout_s=0.01), model)
+        cluster.start(config(ray_namespace, start_timeout_s=0.01), model, credentials=CREDENTIALS)
     assert cluster.actors() == []
     assert ray.is_initialized()

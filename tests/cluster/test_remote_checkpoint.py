@@ -13,7 +13,7 @@ from actors.settings import SOURCE
 from actors.spawn import spawn
 from moecluster.rpc.controller_calls import set_checkpoint
 from tests.generation_load import save_decided_model
-from tests.ray_cluster import RayCluster, wait_for
+from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.ray_session import RaySession
 
 PROMPT = "def add(a, b):"
@@ -43,12 +43,12 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
     name = cluster.config.cluster.name
     announce(name, directory)  # there is no source yet, and nothing to do
     node = ray.get_runtime_context().get_node_id()
-    spawn(CheckpointSource, "source", cluster.config, SOURCE, directory, "127.0.0.1", node=node)
+    spawn(CheckpointSource, "source", cluster.config, SOURCE, directory, CREDENTIALS, "127.0.0.1", node=node)
     source = find_actor(SOURCE, name)
     call(source.announce.remote(NAME, directory), 60.0, SOURCE)
     announce(name, directory)
 
-    set_checkpoint(cluster.driver.controller_address(), NAME)
+    set_checkpoint(cluster.driver.controller_address(), NAME, credentials=CREDENTIALS)
     for actor in ("expert-0", "expert-1"):
         old = cluster.kill(actor, signal.SIGKILL)
         wait_for(lambda actor=actor, old=old: cluster.pids().get(actor, old) != old, f"{actor} is started again")

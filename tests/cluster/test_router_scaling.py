@@ -13,7 +13,7 @@ from moecluster.errors import MoeClusterError
 from moecluster.rpc.controller_calls import ControllerCalls
 from moecluster.types import OperationPhase, RouterState
 from tests.generation_load import PROMPTS, save_decided_model
-from tests.ray_cluster import RayCluster, wait_for
+from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.ray_session import RaySession
 
 NEW_TOKENS = 100
@@ -76,7 +76,7 @@ class Front:
                 name = min(staying, key=lambda router: (self._sent.get(router, 0), router))
                 self._sent[name] = self._sent.get(name, 0) + 1
             try:
-                with Client(staying[name]) as client:
+                with Client(staying[name], credentials=CREDENTIALS) as client:
                     text = client.generate(prompt, max_new_tokens=NEW_TOKENS).text()
                 self.texts.append((name, prompt, text))
             except MoeClusterError as exc:
@@ -99,7 +99,7 @@ def test_under_load_a_second_router_starts_and_when_it_is_over_it_is_drained_and
     assert not front.failures and len(front.texts) > NUM_CLIENTS
     assert all(text == alone[prompt] for _, prompt, text in front.texts)
     wait_for(lambda: set(routers(cluster)) == {"router"}, "it is forgotten")
-    with ControllerCalls(cluster.driver.controller_address()) as calls:
+    with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
         wait_for(lambda: all(o.phase.ended for o in calls.operations()), "the operations end")
         changes = [o for o in calls.operations() if o.kind == "scale-routers"]
     assert [(o.arguments, o.phase) for o in changes] == [(("1",), OperationPhase.DONE), (("2",), OperationPhase.DONE)]
@@ -108,14 +108,14 @@ def test_under_load_a_second_router_starts_and_when_it_is_over_it_is_drained_and
 
 def test_a_controller_that_is_started_again_finds_the_routers_and_goes_on(cluster: RayCluster) -> None:
     """The text that is being written at the router that leaves comes whole."""
-    with ControllerCalls(cluster.driver.controller_address()) as calls:
+    with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
         calls.scale_routers(2, operation_id="grow")
         wait_for(lambda: calls.operation("grow").phase is OperationPhase.DONE, "the second router serves")
-    with Client(routers(cluster)["router-1"].address) as client:
+    with Client(routers(cluster)["router-1"].address, credentials=CREDENTIALS) as client:
         assert client.status().controller == cluster.driver.controller_address()
         pieces = iter(client.generate(PROMPTS[0], max_new_tokens=200))
         begun = next(pieces)
-        with ControllerCalls(cluster.driver.controller_address()) as calls:
+        with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
             calls.scale_routers(1, operation_id="shrink")
         wait_for(lambda: routers(cluster)["router-1"].leaving, "it leaves")
         cluster.kill("controller")

@@ -14,7 +14,7 @@ from moecluster.errors import MoeClusterError, StateLost, Unavailable, UserError
 from moecluster.rpc.controller_calls import ControllerCalls, set_checkpoint
 from moecluster.types import ExpertId, RouterStatus
 from tests.generation_load import save_decided_model
-from tests.ray_cluster import RayCluster, wait_for
+from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.ray_session import RaySession
 from tests.training_runs import losses, make_config, write_text
 
@@ -42,13 +42,13 @@ def addresses(cluster: RayCluster) -> dict[str, str]:
 
 def texts(address: str) -> dict[str, str]:
     """Every prompt's text from one router, one after the other."""
-    with Client(address) as client:
+    with Client(address, credentials=CREDENTIALS) as client:
         return {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS).text() for prompt in PROMPTS}
 
 
 def status(address: str) -> RouterStatus | None:
     try:
-        with Client(address) as client:
+        with Client(address, credentials=CREDENTIALS) as client:
             return client.status()
     except MoeClusterError:
         return None
@@ -90,7 +90,7 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
     bystander: dict[str, str] = {}
     writing = threading.Thread(target=lambda: bystander.update(texts(before[other])))
     writing.start()
-    with Client([before[victim], before[other]]) as client:
+    with Client([before[victim], before[other]], credentials=CREDENTIALS) as client:
         pieces = iter(client.generate(PROMPTS[0], max_new_tokens=NEW_TOKENS))
         begun = next(pieces).text
         cluster.kill(victim)
@@ -108,7 +108,7 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
 def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster: RayCluster, tmp_path: Path) -> None:
     """Not the model that the cluster was started with: the experts are of the newest checkpoint by then."""
     newest = save_decided_model(tmp_path)
-    set_checkpoint(cluster.driver.controller_address(), newest)
+    set_checkpoint(cluster.driver.controller_address(), newest, credentials=CREDENTIALS)
     pid = cluster.kill("router-1")
     wait_for(lambda: cluster.pids().get("router-1", pid) != pid, "router-1 is started again")
     seen = status(addresses(cluster)["router-1"])
@@ -136,7 +136,7 @@ def test_a_training_run_holds_the_placement_and_ends_with_the_first_router(
     wait_for(lambda: losses([*cluster.driver.training_progress(0).events]), "a step is done")
     assert held()
     refused = pytest.raises(UserError, match="a training run holds the placement")
-    with ControllerCalls(cluster.driver.controller_address()) as calls, refused:
+    with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls, refused:
         calls.place(ExpertId(layer=0, index=0), ["expert-1"])
     cluster.kill("router")
     wait_for(says_that_the_run_is_gone, "the router that was started again says that the run is gone")

@@ -12,7 +12,8 @@ import pytest
 from actors import state
 from actors.state import UpCluster
 from moecluster.client import Client
-from tests.ray_cluster import RayCluster, wait_for
+from moecluster.rpc.credentials import secret_path, write_secret
+from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
 
 COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def write(address: str, prompt: str = PROMPTS[0]) -> list[int]:
-    with Client(address) as client:
+    with Client(address, credentials=CREDENTIALS) as client:
         stream = client.generate(prompt, max_new_tokens=NEW_TOKENS)
         stream.text()
         return list(stream.ids)
@@ -43,9 +44,11 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
             model=first,
             router_addresses=(cluster.router_address,),
             controller_address=cluster.driver.controller_address(),
+            secret_file=str(secret_path(name)),
             local_ray=None,
         )
         state.save(noted)
+        write_secret(secret_path(name), CREDENTIALS)
         texts: list[list[int]] = []
         failures: list[str] = []
         over = threading.Event()

@@ -244,7 +244,7 @@ class Actors:
         service = self.services[name] = ExpertService(name=name, batch_invariant=True)
         experts = [ExpertId(layer=0, index=index) for index in range(EXPERTS)]
         service.load(term=1, experts=experts, checkpoint=str(self._checkpoint), dtype=self._dtype)
-        self._servers[name] = serve_expert(service)
+        self._servers[name] = serve_expert(service, credentials=None)
 
     def kill(self, name: str) -> None:
         self._servers.pop(name).stop(0.0)

@@ -32,7 +32,7 @@ def controller() -> ScriptedController:
 
 @pytest.fixture
 def server(controller: ScriptedController) -> Iterator[RunningServer]:
-    running = serve_controller(controller)
+    running = serve_controller(controller, credentials=None)
     yield running
     controller.close()
     running.stop(0.0)
@@ -174,7 +174,7 @@ def test_a_router_that_trains_holds_the_placement(server, controller, hold) -> N
 def test_a_controller_that_is_starting_says_how_it_is_and_takes_no_order(monkeypatch) -> None:
     monkeypatch.setattr(controller_server, "READY_WAIT_S", 0.1)
     starting = ScriptedController()
-    running = serve_controller(starting)
+    running = serve_controller(starting, credentials=None)
     with ControllerCalls(running.address) as calls:
         assert calls.status() == starting.status()
         for call in (calls.loads, calls.plan, calls.operations, lambda: calls.operation("x"), lambda: calls.scale(3)):

@@ -36,7 +36,7 @@ def board() -> ScriptedController:
 
 @pytest.fixture
 def server(board: ScriptedController) -> Iterator[RunningServer]:
-    running = serve_controller(board)
+    running = serve_controller(board, credentials=None)
     yield running
     board.close()
     running.stop(0.0)
@@ -137,7 +137,7 @@ def test_nothing_waits_forever_without_a_controller() -> None:
 
 
 def test_the_last_placement_stands_while_the_controller_is_away_and_a_new_one_is_found_elsewhere(board) -> None:
-    first = serve_controller(board)
+    first = serve_controller(board, credentials=None)
     address = [first.address]
     client = ControllerClient(router="router-0", resolve=lambda: address[0])
     board.publish(placement(1, 4))
@@ -145,7 +145,7 @@ def test_the_last_placement_stands_while_the_controller_is_away_and_a_new_one_is
     first.stop(0.0)
     assert client.current(0.0).number == (1, 4)
     successor = ScriptedController()
-    second = serve_controller(successor)
+    second = serve_controller(successor, credentials=None)
     address[0] = second.address
     successor.publish(placement(2, 1))
     found = client.newer_than((1, 4), WAIT_S)
@@ -228,8 +228,8 @@ def test_a_hold_that_is_not_granted_in_time_is_let_go(board, client, placements)
 
 
 def test_a_hold_outlives_a_change_of_the_controller(board) -> None:
-    first, successor = serve_controller(board), ScriptedController()
-    second = serve_controller(successor)
+    first, successor = serve_controller(board, credentials=None), ScriptedController()
+    second = serve_controller(successor, credentials=None)
     address = [first.address]
     client = ControllerClient(router="router-0", resolve=lambda: address[0])
     board.publish(replace(placement(1, 1), held=True))

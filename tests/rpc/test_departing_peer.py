@@ -25,7 +25,7 @@ def add_numbers(server: grpc.Server) -> list[str]:
 
 def test_a_stream_that_begins_while_its_server_stops_ends() -> None:
     for number in range(ROUNDS):
-        server = start_server(add_numbers)
+        server = start_server(add_numbers, credentials=None)
         with open_channel(server.address) as channel:
             ask: Any = channel.unary_stream(f"/{NAME}/{METHOD}")
             assert list(ask(b"", timeout=CALL_TIMEOUT_S)) == [b"1", b"2", b"3"]

@@ -64,7 +64,7 @@ def trainer(checkpoint: Path) -> Iterator[ExpertService]:
 
 @pytest.fixture
 def server(trainer: ExpertService) -> Iterator[RunningServer]:
-    server = serve_expert(trainer)
+    server = serve_expert(trainer, credentials=None)
     yield server
     server.stop(0.0)
 
@@ -230,7 +230,7 @@ def test_an_actor_that_does_not_answer_is_given_up_in_time(trainer: ExpertServic
 
 
 def test_an_actor_that_is_gone_is_unavailable(trainer: ExpertService) -> None:
-    server = serve_expert(trainer)
+    server = serve_expert(trainer, credentials=None)
     control = GrpcExpertControl("expert-0", server.address, timeout_s=5.0)
     assert control.status().actor == "expert-0"
     server.stop(0.0)
@@ -265,7 +265,7 @@ def test_health_and_reflection_answer(server: RunningServer) -> None:
 
 
 def test_a_server_that_stops_says_so_first(trainer: ExpertService) -> None:
-    server = serve_expert(trainer)
+    server = serve_expert(trainer, credentials=None)
     with grpc.insecure_channel(server.address) as channel:
         health: Any = HealthStub(channel)
         watched = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
@@ -281,9 +281,9 @@ def test_a_server_that_stops_says_so_first(trainer: ExpertService) -> None:
 def test_a_port_in_use_is_a_users_error(trainer: ExpertService, server: RunningServer) -> None:
     host, port = server.address.split(":")
     with pytest.raises(ResourceError, match=f"cannot listen on {host}:{port}: the port is in use"):
-        serve_expert(trainer, port=int(port))
+        serve_expert(trainer, port=int(port), credentials=None)
     with pytest.raises(ResourceError, match=r"cannot listen on 203\.0\.113\.1:\d+"):
-        serve_expert(trainer, host="203.0.113.1")  # reserved for documentation: no host has it
+        serve_expert(trainer, host="203.0.113.1", credentials=None)  # reserved for documentation: no host has it
     assert GrpcExpertControl("expert-0", server.address).status().actor == "expert-0"
 
 
@@ -299,7 +299,7 @@ def open_when_there_is_room(address: str) -> GrpcExpertTransport:
 
 def test_more_calls_than_are_allowed_are_backpressure(checkpoint: Path) -> None:
     with serving(checkpoint) as service:
-        server = serve_expert(service, max_calls=2)
+        server = serve_expert(service, max_calls=2, credentials=None)
         streams = [open_stream(server.address) for _ in range(2)]
         with pytest.raises(Exhausted):
             open_stream(server.address)

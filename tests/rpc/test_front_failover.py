@@ -285,7 +285,7 @@ class Listing(ScriptedController):
     def __init__(self, *states: RouterState) -> None:
         super().__init__()
         self.listed = states
-        self.server = serve_controller(self)
+        self.server = serve_controller(self, credentials=None)
 
     def status(self) -> ControllerStatus:
         return dataclasses.replace(super().status(), router_states=self.listed)

@@ -50,7 +50,7 @@ def controller() -> ScriptedController:
 
 @pytest.fixture
 def server(controller: ScriptedController) -> Iterator[RunningServer]:
-    running = serve_controller(controller)
+    running = serve_controller(controller, credentials=None)
     note_cluster(running.address)
     yield running
     controller.close()
@@ -128,7 +128,7 @@ def test_routers_are_ordered_by_the_same_command(run, controller) -> None:
 def test_an_operation_that_fails_is_exit_code_1_with_the_reason(run) -> None:
     controller = ScriptedController(fails="no node has a free CPU")
     controller.publish(PLACEMENT)
-    running = serve_controller(controller)
+    running = serve_controller(controller, credentials=None)
     note_cluster(running.address)
     failed = run("scale", "3", "--id", "evening")
     assert failed.code == 1

@@ -150,7 +150,7 @@ def test_what_does_not_fit_the_model_is_not_taken(
     change: Callable[[ExportedTensor], ExportedTensor],
     complaint: str,
 ) -> None:
-    server = serve_expert(Tampered(peer, change))
+    server = serve_expert(Tampered(peer, change), credentials=None)
     with pytest.raises(Unavailable, match=f"expert 1/2 cannot be copied from {server.address}: .*{complaint}"):
         control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=address_of(peer, server))
     server.stop(0.0)
@@ -178,7 +178,7 @@ def test_a_parameter_that_does_not_come_is_missed(
         def export(self, **order: Any) -> Iterator[ExportedTensor]:
             return (tensor for tensor in self._service.export(**order) if not tensor.name.startswith("down"))
 
-    server = serve_expert(Forgetful(peer, lambda tensor: tensor))
+    server = serve_expert(Forgetful(peer, lambda tensor: tensor), credentials=None)
     with pytest.raises(Unavailable, match=r"name: down_proj\.weight did not come"):
         control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=address_of(peer, server))
     server.stop(0.0)
@@ -261,7 +261,7 @@ def load_slowly(control: GrpcExpertControl, checkpoint: Path, peer: ActorAddress
 def test_a_peer_whose_server_stops_midway(
     peer: ExpertService, taker: ExpertService, control: GrpcExpertControl, checkpoint: Path
 ) -> None:
-    server = serve_expert(peer)
+    server = serve_expert(peer, credentials=None)
     with ThreadPoolExecutor(1) as threads:
         held_bytes = peer.status().hosted_bytes
         load = threads.submit(load_slowly, control, checkpoint, address_of(peer, server), held_bytes)
@@ -279,7 +279,7 @@ from moecluster.rpc.expert_server import serve_expert
 from tests.small_actor import serving
 
 with serving(Path(sys.argv[1]), "peer") as service:
-    server = serve_expert(service)
+    server = serve_expert(service, credentials=None)
     print(server.address, service.incarnation, service.status().hosted_bytes, flush=True)
     sys.stdin.read()
 """

@@ -32,6 +32,7 @@ from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc import checkpoint_client, checkpoint_server
 from moecluster.rpc.checkpoint_client import RemoteFiles, SourceAddress
 from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ExpertId, OptimizerSettings
@@ -69,7 +70,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def announced(directory: Path) -> Iterator[tuple[RunningServer, SourceAddress]]:
     announcements = Announcements()
-    server = serve_checkpoints(announcements)
+    server = serve_checkpoints(announcements, credentials=None)
     try:
         yield server, SourceAddress(address=server.address, id=announcements.add(NAME, directory).id)
     finally:
@@ -325,9 +326,10 @@ def test_only_the_newest_announcements_hold(small: Path, tmp_path: Path) -> None
 def test_a_source_that_was_started_again_gives_what_an_update_announced_to_its_former_life(
     small: Path, directory: Path, tmp_path: Path
 ) -> None:
-    source = CheckpointSource(str(small), "127.0.0.1")
+    credentials = ClusterCredentials.make()
+    source = CheckpointSource(str(small), credentials, "127.0.0.1")
     found = source.locate(str(directory))
     assert found is not None and found == source.locate(str(directory))
-    with closing(RemoteFiles(directory, lambda: found)) as files:
+    with closing(RemoteFiles(directory, lambda: found, credentials=credentials)) as files:
         assert files.weights() == LocalFiles(directory).weights()
     assert source.locate(str(tmp_path)) is None and source.locate(NAME) is None

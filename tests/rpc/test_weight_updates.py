@@ -274,7 +274,7 @@ def test_what_only_another_host_sees_is_read_from_there(start, versions, alone, 
     compose(versions[0], versions[1], composed, experts=taken, keep_trunk=True)
     for name, directory in (("/far/second", versions[1]), ("/far/composed", composed)):
         announcements.add(name, directory)
-    server = serve_checkpoints(announcements)
+    server = serve_checkpoints(announcements, credentials=None)
 
     def open_elsewhere(name: str) -> Checkpoint:
         announced = announcements.named(name)

@@ -172,7 +172,7 @@ def test_orders_of_extreme_values_get_a_clear_status_and_break_nothing(checkpoin
     methods = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].methods
     seen: set[grpc.StatusCode] = set()
     with training(checkpoint) as service:
-        server = serve_expert(service)
+        server = serve_expert(service, credentials=None)
         with grpc.insecure_channel(server.address) as channel:
             stub = ExpertServiceStub(channel)
             for number in range(GENERATED):

@@ -15,7 +15,7 @@ PINGS = 4.5  # more than a server forgives
 
 def test_a_connection_without_calls_stays_up() -> None:
     service = ExpertService(name="idle")
-    server = serve_expert(service)
+    server = serve_expert(service, credentials=None)
     seen: list[grpc.ChannelConnectivity] = []
     try:
         with open_channel(server.address) as channel:

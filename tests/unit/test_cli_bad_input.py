@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from actors import state
 from actors.cli import app, main
+from moecluster.rpc.credentials import state_folder
 from tests.twin_actors import save_tiny_model
 
 
@@ -41,7 +41,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         assert ended.value.code == code, said
         assert said.err.startswith("moecluster: ") and said.err.count("\n") == 1, said.err
         assert "Traceback" not in said.err + said.out
-        assert not state.state_folder().exists()
+        assert not state_folder().exists()
         return said.err
 
     return run

@@ -13,6 +13,7 @@ from actors import state
 from actors.cli import main
 from actors.commands import serve as serving
 from actors.state import UpCluster
+from moecluster.rpc.credentials import state_folder
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def complaint(
 )
 def test_mistakes_are_one_line(complaint, arguments, expected) -> None:
     assert expected in complaint(*arguments)
-    assert not state.state_folder().exists()
+    assert not state_folder().exists()
 
 
 def test_a_cluster_that_serves_something_else_is_not_served_under_a_wrong_name(complaint, tmp_path) -> None:

@@ -9,6 +9,7 @@ from actors import state
 from actors.local_ray import LocalRay
 from actors.state import UpCluster
 from moecluster.errors import ResourceError
+from moecluster.rpc.credentials import state_folder
 
 RAY = LocalRay(address="127.0.0.1:6379", mark="m", folder="/tmp/ray", auth="token")
 UP = UpCluster(
@@ -37,7 +38,7 @@ def test_what_is_saved_is_found_by_its_name_until_it_is_forgotten() -> None:
 
 def test_a_file_that_names_a_single_router_is_read() -> None:
     state.save(UP)
-    file = state.state_folder() / "one.json"
+    file = state_folder() / "one.json"
     fields = json.loads(file.read_text())
     fields["router_address"] = fields.pop("router_addresses")[0]
     file.write_text(json.dumps(fields))
@@ -50,6 +51,6 @@ def test_a_file_that_names_a_single_router_is_read() -> None:
 )
 def test_a_file_that_cannot_be_read_is_named(content: str) -> None:
     state.save(UP)
-    (state.state_folder() / "one.json").write_text(content)
+    (state_folder() / "one.json").write_text(content)
     with pytest.raises(ResourceError, match=r"one\.json cannot be read .* remove it if no cluster one is up"):
         state.load("one")

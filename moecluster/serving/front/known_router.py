@@ -12,6 +12,7 @@ from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router_messages import decode_piece, decode_router_status, encode_generation_request
 from moecluster.rpc.server import open_async_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -25,8 +26,8 @@ AVOID_S = 2.0  # after a failure it is asked last, also if it says that it is we
 class KnownRouter:
     """Belongs to one event loop."""
 
-    def __init__(self, address: str) -> None:
-        """address: host:port. Connects at the first call."""
+    def __init__(self, address: str, credentials: ClusterCredentials | None = None) -> None:
+        """address: host:port. Connects at the first call. credentials: of its cluster."""
         self.address = address
         self.leaving = False  # as the controller says: it shall get no new texts
         self.listed_s = time.monotonic()  # when it was last said to be there
@@ -34,7 +35,7 @@ class KnownRouter:
         self._answered_s = time.monotonic()
         self._failed_s = -AVOID_S
         self._own_then = 0  # texts of ours that the status counts
-        self._channel = open_async_channel(address)
+        self._channel = open_async_channel(address, credentials)
         self._stub: Any = RouterServiceStub(self._channel)
         self._calls: set[Any] = set()
 

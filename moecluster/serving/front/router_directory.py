@@ -14,6 +14,7 @@ from moecluster.errors import MoeClusterError
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller_messages import decode_status
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import open_async_channel
 from moecluster.serving.front.known_router import KnownRouter
 from moecluster.types import ControllerStatus
@@ -32,6 +33,7 @@ class Whereabouts:
 
     routers: tuple[str, ...] = ()
     controller: str = ""
+    credentials: ClusterCredentials | None = None  # that the cluster asks for
 
 
 class RouterDirectory:
@@ -51,6 +53,7 @@ class RouterDirectory:
         routers answer.
         """
         self._controller = seeds.controller
+        self._credentials = seeds.credentials
         self._rediscover = rediscover
         self._poll_s = poll_s
         self._on_look = on_look
@@ -133,7 +136,7 @@ class RouterDirectory:
     async def _ask_controller(self) -> ControllerStatus | None:
         if not self._controller:
             return None
-        channel = open_async_channel(self._controller)
+        channel = open_async_channel(self._controller, self._credentials)
         try:
             request = controller_pb2.ControllerStatusRequest()
             stub: Any = ControllerServiceStub(channel)  # typed for threads
@@ -172,13 +175,23 @@ class RouterDirectory:
         finally:
             self._searched_s = time.monotonic()
         self._controller = where.controller or self._controller
+        await self._take_credentials(where.credentials)
         for address in where.routers:
             self._know(address).listed_s = time.monotonic()
         self._look_now.set()
 
+    async def _take_credentials(self, credentials: ClusterCredentials | None) -> None:
+        """A cluster that was brought up anew has another secret: connections with the old one are of no use."""
+        if credentials is None or credentials == self._credentials:
+            return
+        self._credentials = credentials
+        old, self._routers = self._routers, {}
+        for router in old.values():
+            await router.close()
+
     def _know(self, address: str) -> KnownRouter:
         if address not in self._routers:
-            self._routers[address] = KnownRouter(address)
+            self._routers[address] = KnownRouter(address, self._credentials)
         return self._routers[address]
 
     async def _forget_lost(self) -> None:
