@@ -12,9 +12,10 @@ import mmap
 import os
 import select
 import threading
-from pathlib import Path
 
 from google.protobuf.message import Message
+
+from moecluster.rpc.peer_descriptor import is_pipe, opened_at_peer
 
 MAX_LETTER_BYTES = select.PIPE_BUF
 MAX_LETTERS = 64  # in one mailbox: each takes a page of the pipe, once it is written
@@ -93,13 +94,11 @@ class PeerMailbox:
     """A peer's mailbox, opened for writing. Thread-safe."""
 
     def __init__(self, pid: int, fd: int) -> None:
-        """Raises MailboxUnavailable if there is no such pipe on this host, or nobody reads it."""
-        link = Path(f"/proc/{pid}/fd/{fd}")
+        """Raises MailboxUnavailable if there is no such pipe of this user on this host, or nobody reads it."""
         try:
             # Looked at before it is opened: a caller may name any descriptor of any process.
-            if not os.readlink(link).startswith("pipe:"):
-                raise MailboxUnavailable(f"descriptor {fd} of process {pid} is no pipe")
-            self._fd = os.open(link, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with opened_at_peer(pid, fd, "pipe", is_pipe) as path:
+                self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             fcntl.fcntl(self._fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
         except OSError as exc:
             raise MailboxUnavailable(str(exc)) from exc

@@ -15,12 +15,13 @@ import secrets
 import struct
 import threading
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import tensor_pb2
+from moecluster.rpc.peer_descriptor import ForeignDescriptor, is_memory, opened_at_peer
 
 NAME = "moecluster-rows"
 NONCE_BYTES = 32
@@ -142,13 +143,13 @@ class PeerSegment:
     """A peer's segment, mapped read-only. Thread-safe."""
 
     def __init__(self, pid: int, fd: int, size_bytes: int) -> None:
-        """Raises SegmentUnavailable if there is no such sealed segment of ours on this host."""
-        link = Path(f"/proc/{pid}/fd/{fd}")
+        """Raises SegmentUnavailable if there is no such sealed segment of this user on this host."""
         try:
             # Looked at before it is opened: a caller may name any descriptor of any process.
-            if os.readlink(link) != f"/memfd:{NAME} (deleted)":
-                raise SegmentUnavailable(f"descriptor {fd} of process {pid} is no segment")
-            opened = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+            with opened_at_peer(pid, fd, "segment", partial(is_memory, wanted=NAME)) as path:
+                opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except ForeignDescriptor as exc:
+            raise SegmentUnavailable(str(exc)) from exc
         except OSError as exc:
             raise SegmentUnavailable(errno.errorcode.get(exc.errno or 0, "error")) from exc
         try:

@@ -272,18 +272,19 @@ def test_what_is_no_segment_is_refused_without_being_opened(
 ) -> None:
     with ExitStack() as stack:
         descriptor = make(stack, tmp_path)
-        opened: list[object] = []
+        opened: list[int] = []  # flags
         really_open = os.open
 
-        def watched_open(path: str | Path, flags: int) -> int:
-            opened.append(path)
-            return really_open(path, flags)
+        def watched_open(path: str | Path, flags: int, **given: int) -> int:
+            opened.append(flags)
+            return really_open(path, flags, **given)
 
         monkeypatch.setattr(os, "open", watched_open)
         before = descriptors()
         with pytest.raises(SegmentUnavailable, match=f"descriptor {descriptor} of process {os.getpid()} is no segment"):
             PeerSegment(os.getpid(), descriptor, 1000)
-        assert opened == [] and descriptors() == before
+        # O_PATH: held, to be looked at, and not opened.
+        assert all(flags & os.O_PATH for flags in opened) and descriptors() == before
 
 
 def test_an_unsealed_segment_is_refused_because_it_could_shrink_under_a_reader() -> None:
