@@ -157,7 +157,7 @@ def make_call(checkpoint: str, invariant: bool, case: Case) -> Call:
 
 def forward_backward(remote: RemoteExperts, batch: Batch) -> None:
     """Gradients of the rows, the gate's weights and every parameter; a new attempt drops the earlier call's."""
-    tag = StepTag(term=1, step=1, attempt=time.monotonic_ns())  # grows over all cases on the same actors
+    tag = StepTag(term=1, step=1, attempt=time.monotonic_ns() // 1_000_000)  # grows over all cases on the same actors
     x_TD = batch.x_TD.detach().requires_grad_()
     weights_TK = batch.weights_TK.detach().requires_grad_()
     with remote.training(tag):

@@ -14,6 +14,7 @@ from torch import nn
 from moecluster.errors import AttemptAborted, StaleOrder, StateLost
 from moecluster.experts.gradient_fold import GradientFold, ModuleGradients
 from moecluster.experts.optimizer import Tensors, TwoPhaseOptimizer
+from moecluster.growing import check_ahead
 from moecluster.types import MessageKey, OptimizerSettings, StepTag
 
 
@@ -38,15 +39,15 @@ class StepState:
     added with `zero_when_absent`.
     """
 
-    def __init__(self, settings: OptimizerSettings, *, ranks: int = 1) -> None:
-        """ranks: how many ranks send gradients; it fixes the order of summing."""
+    def __init__(self, settings: OptimizerSettings, *, ranks: int = 1, term: int = 0) -> None:
+        """ranks: how many ranks send gradients; it fixes the order of summing. term: the highest seen before."""
         self._settings = settings
         self._ranks = ranks
         self._modules: dict[str, Mapping[str, nn.Parameter]] = {}
         self._optimizers: dict[str, TwoPhaseOptimizer] = {}
         self._zero_when_absent: set[str] = set()
         self._lock = threading.RLock()
-        self._term = 0
+        self._term = term
         self._step: int | None = None  # committed; None: unknown, the first order tells
         self._committed: StepTag | None = None
         self._closed: StepTag | None = None  # this attempt and older ones are over
@@ -117,10 +118,12 @@ class StepState:
             self._begin(None)
 
     def fence(self, term: int) -> None:
-        """Refuses orders of lower terms from now on. Raises StaleOrder if this term is one."""
+        """Refuses orders of lower terms from now on. Raises StaleOrder if this term is one, InvalidMessage if it is too
+        far ahead."""
         with self._lock:
             if term < self._term:
                 raise StaleOrder(f"training term {term} is over: {self._term} has the say")
+            check_ahead(term, self._term, "training_term")
             self._term = term
 
     def admit(self, tag: StepTag) -> None:
@@ -129,6 +132,7 @@ class StepState:
         Raises StaleOrder for an older term, step or attempt, StateLost if steps lie between it and what is held here.
         """
         with self._lock:
+            self._check_numbers(tag)
             self.fence(tag.term)
             if self._step is not None and tag.step <= self._step:
                 raise StaleOrder(f"step {tag.step} is over: {self._step} is committed")
@@ -216,6 +220,7 @@ class StepState:
     def abort(self, tag: StepTag) -> None:
         """Ends the attempt and older ones; unknown ones are fine. Raises StaleOrder: older term, or committed."""
         with self._lock:
+            self._check_numbers(tag)
             self.fence(tag.term)
             if _same_attempt(self._committed, tag):
                 raise StaleOrder(f"{tag} is committed")
@@ -227,6 +232,12 @@ class StepState:
         """Optimizer state of a module: `exp_avg/NAME`, ... Empty before its first step."""
         with self._lock:
             return self._optimizers[module].state()
+
+    def _check_numbers(self, tag: StepTag) -> None:
+        """Before the term fences: an order that is refused changes nothing. Raises InvalidMessage."""
+        known = [t for t in (self._committed, self._closed, self._attempt.tag) if t is not None]
+        check_ahead(tag.step, max((self._step or 0, *(t.step for t in known))), "step")
+        check_ahead(tag.attempt, max((t.attempt for t in known), default=0), "attempt")
 
     def _begin(self, tag: StepTag | None) -> None:
         """Forgets the running attempt; None: no other begins."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.growing import MAX_AHEAD
 from moecluster.roles.keeper_owner import KeeperOwner, Orders
 from moecluster.rpc.interfaces import ExpertControl
 from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVersion
@@ -31,6 +32,7 @@ class ActorLife:
     def load(self) -> int:
         """Fences the actor and makes it hold what it shall, what nobody serves first. Returns how many experts it
         holds."""
+        self._catch_up()
         self._tell(self._told)
         status = self._control.status()
         there = frozenset(status.experts).union(*status.other_versions.values())
@@ -44,6 +46,15 @@ class ActorLife:
                 self._tell(self._owner.orders())
                 status = self._control.status()
         raise Unavailable(f"experts of {self._actor} were moved away amid each of {MAX_LOADS} loads")
+
+    def _catch_up(self) -> None:
+        """An actor takes no term that is far ahead of those it knows: it is brought there in steps."""
+        if self._told.term <= MAX_AHEAD:
+            return
+        known = self._control.status().placement[0]
+        while self._told.term > known + MAX_AHEAD:
+            known += MAX_AHEAD
+            self._control.unload(term=known, experts=())
 
     def _load_assigned(self, status: ExpertActorStatus) -> int:
         """Raises StaleOrder if some were unloaded meanwhile, or another controller has the say."""

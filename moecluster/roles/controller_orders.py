@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from moecluster.errors import DeadlineExceeded, StaleOrder
+from moecluster.growing import check_ahead
 from moecluster.types import ExpertId
 
 
@@ -25,9 +26,11 @@ class ControllerOrders:
 
     @contextmanager
     def admitted(self, term: int) -> Iterator[None]:
-        """Fences with the term; no other order comes in between. Raises StaleOrder for a lower one."""
+        """Fences with the term; no other order comes in between. Raises StaleOrder for a lower one, InvalidMessage for
+        one that is too far ahead."""
         with self._lock:
             self.check(term)
+            check_ahead(term, self._term, "term")
             older, self._term = self._term, term
             if older < term:
                 for load in self._loads:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moecluster.errors import InvalidMessage, StaleOrder
+from moecluster.growing import MAX_NUMBER
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint import OpenCheckpoint
@@ -134,6 +135,8 @@ class ExpertService:
         """
         if peer is not None and optimizer is not None:
             raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
+        self._hosted.check_version(weight_version)
+        self._training.check_term(training_term)
         settings = LoadSettings(
             experts=experts,
             checkpoint=checkpoint,
@@ -185,6 +188,10 @@ class ExpertService:
             raise InvalidMessage("weight_versions: they begin at 1")
         if weight_versions and weight_version not in weight_versions:
             raise InvalidMessage(f"weight_version: {weight_version} is none of {list(weight_versions)[:5]}")
+        if generation > MAX_NUMBER:
+            raise InvalidMessage(f"generation: {generation}, at most {MAX_NUMBER}")
+        for version in (weight_version, *weight_versions):
+            self._hosted.check_version(version)
         with self._orders.admitted(term):
             if (term, generation) < self._placement:
                 return

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from moecluster.errors import StateLost
+from moecluster.errors import StaleOrder, StateLost
 from moecluster.experts import compute
 from moecluster.experts.kept_activations import KeptActivations
 from moecluster.experts.step_state import StepState
+from moecluster.growing import MAX_AHEAD_AT_START, check_ahead
 from moecluster.hf.shard import ExpertShard
 from moecluster.types import ComputeBatch, ComputeResult, ExpertId, MessageKey, OptimizerSettings, Phase, StepTag
 
@@ -37,13 +38,19 @@ class ExpertTraining:
         assert self._state is not None
         return self._state
 
+    def check_term(self, term: int) -> None:
+        """Raises InvalidMessage for one that is too far ahead."""
+        known = self._state.term if self._state is not None else 0
+        check_ahead(term, known, "training_term", most=MAX_AHEAD_AT_START)
+
     def begin(self, optimizer: OptimizerSettings, term: int, step: int | None) -> None:
         """From a committed step on (None: the first order tells); a newer term begins afresh. Raises StaleOrder."""
         if self._state is not None and self._state.term == term:
             return
-        state = StepState(optimizer)
-        if self._state is not None:
-            self._state.fence(term)
+        self.check_term(term)
+        if self._state is not None and term < self._state.term:
+            raise StaleOrder(f"training term {term} is over: {self._state.term} has the say")
+        state = StepState(optimizer, term=term)
         state.reset(term=term, step=step)
         self._kept.forget()
         self._state = state

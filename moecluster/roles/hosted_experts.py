@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from moecluster.errors import NotHosted, StaleOrder
+from moecluster.growing import check_ahead
 from moecluster.models.expert_source import Origin
 from moecluster.types import ExpertId
 
@@ -40,6 +41,11 @@ class HostedExperts:
     def weight_version(self) -> int:
         """The version that is served: the one that the controller named, else the newest that is here."""
         return self._served or max(self._hosted, default=0)
+
+    def check_version(self, version: int) -> None:
+        """Raises InvalidMessage for one that is too far above all that were ever here."""
+        with self._lock:
+            check_ahead(version, max((*self._hosted, *self._standing, self._served)), "weight_version")
 
     def layer(
         self, layer: int, experts: Sequence[int], placement: tuple[int, int], version: int = 0

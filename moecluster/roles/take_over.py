@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from moecluster.errors import InvalidMessage
+from moecluster.growing import MAX_NUMBER
 from moecluster.roles.standing_versions import StandingVersions
 from moecluster.rpc.picture import ControllerPicture, decode_picture
 from moecluster.types import ExpertActorStatus, WeightVersion
@@ -52,7 +53,7 @@ def beginning(seen: Sequence[ExpertActorStatus], *, first: ControllerPicture, ch
     found = _newest_picture(seen)
     return Beginning(
         term=term + 1,
-        generation=generation,
+        generation=generation if generation < MAX_NUMBER // 2 else 0,  # a higher term may count anew
         versions=_versions_of(found) or _served_version(seen, checkpoint),
         picture=found or first,
         succeeds=found is not None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from moecluster.errors import InvalidMessage
+from moecluster.growing import check_ahead
 from moecluster.proto import controller_pb2
 from moecluster.rpc.fields import checked_names, checked_path, checked_share, decode_experts, encode_expert
 from moecluster.rpc.operation_messages import decode_operation, encode_operation
@@ -82,6 +83,7 @@ def _decode_versions(message: controller_pb2.ControllerPicture) -> tuple[WeightV
             f"weight_version: {message.weight_version} and last_weight_version: {message.last_weight_version} "
             f"do not go with versions {numbers}"
         )
+    check_ahead(message.last_weight_version, max(numbers, default=0), "last_weight_version")
     return versions
 
 

@@ -36,7 +36,7 @@ class TrunkParticipant:
         self._parameters = dict(trunk_parameters(model))
         self._sent: list[MessageKey] = []  # of the running attempt
         self._tag: StepTag | None = None
-        self._state = StepState(optimizer)
+        self._state = StepState(optimizer, term=term)
         self._state.add(MODULE, self._parameters, optimizer_state)
         self._state.reset(term=term, step=state.step)
 
