@@ -24,6 +24,7 @@ MARK = "MOECLUSTER_LOCAL_RAY"
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
 END_TIMEOUT_S = 10.0
+SESSIONS = "ray"  # Ray lets everybody write into its folder, so that lies in one that only its owner enters
 OBJECT_STORE_BYTES = 128 * 2**20  # rows travel over gRPC; Ray's own store holds only arguments of calls
 PORT_OPTIONS = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
                 "metrics-export-port", "runtime-env-agent-port")  # fmt: skip
@@ -49,7 +50,7 @@ def start_local_ray(auth: str) -> LocalRay:
     local = LocalRay(address=f"{HOST}:{ports[0]}", mark=secrets.token_hex(8), folder=folder, auth=auth)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--node-ip-address={HOST}"]
     command += [f"--{option}={port}" for option, port in zip(PORT_OPTIONS, ports, strict=True)]
-    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
+    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}/{SESSIONS}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
     environment = {**os.environ, **ray_environment(local), MARK: local.mark}
     environment.pop("RAY_ADDRESS", None)
@@ -67,7 +68,12 @@ def start_local_ray(auth: str) -> LocalRay:
 
 def ray_environment(local: LocalRay) -> dict[str, str]:
     """What a process needs in its environment to talk to this Ray."""
-    variables = {"RAY_AUTH_MODE": local.auth, "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = {
+        "RAY_AUTH_MODE": local.auth,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray takes the address of this host in its network for 127.0.0.1, and listens on all addresses.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
     if local.auth == "token":
         variables["RAY_AUTH_TOKEN_PATH"] = str(Path(local.folder) / "token")
     return variables

@@ -12,6 +12,8 @@ import pytest
 
 from actors.local_ray import MARK
 from tests.conftest import processes_of_this_session
+from tests.every_method import guarded_methods, health_methods
+from tests.second_user import SECRETS, listening, try_everything
 from tests.twin_actors import save_tiny_model
 
 COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
@@ -26,8 +28,13 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state")), "COLUMNS": "200"}
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def run(state_home: Path) -> Run:
+    environment = {**os.environ, "XDG_STATE_HOME": str(state_home), "COLUMNS": "200"}
 
     def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -162,3 +169,34 @@ def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_pa
     assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
     other = run("generate", save_tiny_model(tmp_path / "other"), "x")
     assert other.returncode == 2 and "is up and serves" in other.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_host_is_refused_everything(live: None, run: Run, state_home: Path) -> None:
+    """Ports x attempts: every method of every service of ours and of Ray's, at every port of the processes."""
+    shown = json.loads(run("status", "--json").stdout)
+    up = state_home / "moecluster" / "moecluster.json"
+    noted = json.loads(up.read_text())
+    processes = [p for p in processes_of_this_session() if p.environ().get(MARK) == noted["local_ray"]["mark"]]
+    ports = listening(processes)
+    assert {address for address, _ in ports.values()} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, ports
+    folder = Path(noted["local_ray"]["folder"])
+    private = [up, up.parent, Path(noted["secret_file"]), folder, folder / "token", *folder.rglob("sockets/*")]
+    private += [Path(f"/proc/{p.pid}/{name}") for p in processes for name in ("fd", "mem", "environ")]
+    outcomes = try_everything(ports, private)
+
+    assert len(private) > 10 and set(outcomes.files.values()) == {"PermissionError"}, outcomes.files
+    own = {int(reached["address"].rpartition(":")[2]) for reached in shown["actors"].values()}
+    assert own <= {int(port) for port, calls in outcomes.calls.items() if calls}
+    ours = {method.path for method in guarded_methods()}
+    health = {method.path for method in health_methods()}
+    for port, calls in outcomes.calls.items():
+        for attempt, status in calls.items():
+            method = attempt.rpartition(" ")[2]
+            if int(port) in own:
+                expected = {"UNAUTHENTICATED"} if method not in health else {"OK", "UNIMPLEMENTED"}
+            else:  # Ray's: what it has asks for Ray's token
+                expected = {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"} | ({"OK"} if method in health else set())
+            assert status in expected, (port, ports[int(port)], attempt, status)
+        assert int(port) not in own or len(calls) >= len(SECRETS) * len(ours)
+    assert run("status").returncode == 0  # and the cluster serves on
