@@ -226,8 +226,8 @@ class Controller:
     # -- what users and training order --
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Lost experts are loaded from this directory from now on."""
-        self._standing.set_checkpoint(checkpoint)
+        """Lost experts are loaded from this directory from now on. Raises CheckpointError for one that cannot be."""
+        self._orders.set_checkpoint(checkpoint)
 
     def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:
         """Begins to make it so many actors. Raises ResourceError beyond the limits, or while training holds them."""

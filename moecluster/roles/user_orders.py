@@ -1,10 +1,12 @@
 """What users and routers order of a controller: checked, then queued for those who carry it out."""
 
+import os
 from collections.abc import Callable, Collection, Sequence
 
-from moecluster.errors import InvalidMessage, MoeClusterError, ResourceError
+from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, ResourceError
 from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
-from moecluster.models.same_shape import check_same_shape
+from moecluster.models.expert_source import ExpertSource
+from moecluster.models.same_shape import check_same_shape, sizes
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.sizing import Sizing
@@ -94,6 +96,19 @@ class UserOrders:
             served, wanted = (open_checkpoint(path, self._open_elsewhere) for path in (versions.checkpoint, checkpoint))
             check_same_shape(served, wanted)
         return self._order(UPDATE, (checkpoint,), operation_id)
+
+    def set_checkpoint(self, checkpoint: str) -> None:
+        """Where lost experts are loaded from, from now on. Raises CheckpointError, and leaves it as it is, for what is
+        no whole checkpoint of as many experts as are served."""
+        if not os.path.isabs(checkpoint):
+            raise CheckpointError(f"{checkpoint}: expected an absolute path, as actors on other nodes take it")
+        found, served = sizes(ExpertSource(open_checkpoint(checkpoint, self._open_elsewhere))), self._standing
+        if found != dict(served.layer_experts):
+            raise CheckpointError(
+                f"{checkpoint} is of another model than is served: its experts (layer: number) are {found}, "
+                f"not {dict(served.layer_experts)}"
+            )
+        served.set_checkpoint(checkpoint)
 
     def wake(self, router: str, experts: Sequence[ExpertId]) -> None:
         """A router has tokens for these: those that stand nowhere on purpose are loaded again. Raises InvalidMessage

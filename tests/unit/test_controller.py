@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moecluster.errors import ResourceError, StaleOrder, UserError
+from moecluster.errors import CheckpointError, ResourceError, StaleOrder, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts, contiguous_placement
 from moecluster.placement.static_policy import StaticPolicy
@@ -144,6 +144,20 @@ def test_a_lost_expert_is_loaded_from_the_checkpoint_that_training_moved_on_to(m
     wait_until(lambda: ("expert-0", newer) in actors.loads)
 
 
+def test_what_lost_experts_could_not_be_loaded_from_is_refused(make, actors, tmp_path) -> None:
+    controller = make()
+    controller.start(WAIT_S)
+    before = controller.status()
+    torn = Path(save_tiny_model(tmp_path / "torn"))
+    next(torn.glob("*.safetensors")).unlink()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for wrong in ("/nonexistent", "", "runs/step-1", str(torn), str(tmp_path / "empty"), str(tmp_path / "loop")):
+        with pytest.raises(CheckpointError):
+            controller.set_checkpoint(wrong)
+    assert controller.status() == before
+
+
 def test_a_successor_keeps_what_is_loaded_and_reads_the_picture_back(make, actors, tmp_path) -> None:
     newer = save_tiny_model(tmp_path / "newer", seed=1)
     first = make()
@@ -210,13 +224,13 @@ def test_a_successor_that_finds_every_actor_down_waits_for_them(make, actors) ->
     assert set(wait_for(second, lambda p: set(p.actors) == set(ACTORS)).actors) == set(ACTORS)
 
 
-def test_a_deposed_controller_is_refused_and_says_so(make, actors) -> None:
+def test_a_deposed_controller_is_refused_and_says_so(make, actors, tmp_path) -> None:
     deposed = threading.Event()
     first = make(on_deposed=deposed.set)
     first.start(WAIT_S)
     second = make()
     second.start(WAIT_S)
-    first.set_checkpoint("/elsewhere")  # makes it give an order
+    first.set_checkpoint(save_tiny_model(tmp_path / "newer", seed=1))  # makes it give an order
     assert deposed.wait(WAIT_S)
     wait_until(lambda: all(s.status().placement[0] == 2 for s in actors.services.values()))
     assert {s.status().checkpoint for s in actors.services.values()} == {second.status().checkpoint}
