@@ -12,7 +12,9 @@ KEY_VARIABLE = "MOECLUSTER_API_KEY"
 
 bench = typer.Typer(help="Measure a service.", no_args_is_help=True)
 
-BaseUrl = Annotated[str, typer.Option(help="the HTTP front, as moecluster serve runs it")]
+BaseUrl = Annotated[
+    str, typer.Option(help="the HTTP front, as moecluster serve runs it", show_default="port 8000 of this host")
+]
 KeyVariable = Annotated[str, typer.Option(help="the environment variable that holds the API key, if the front asks")]
 
 
