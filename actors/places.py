@@ -1,6 +1,7 @@
 """Where commands write, checked before any work is spent on what could not be kept."""
 
 import os
+import secrets
 import stat
 import tempfile
 from contextlib import suppress
@@ -9,17 +10,31 @@ from pathlib import Path
 from moecluster.errors import ConfigError, ResourceError
 
 MAX_SOCKET_PATH_BYTES = 107  # of a Unix socket; the kernel takes no longer path
-# What Ray puts behind its folder, and a folder of ours between: /ray/session_DATE_TIME_PID/sockets/plasma_store
+# What comes behind it: Ray's folder, in which it makes session_DATE_TIME_PID/sockets/plasma_store
 BEHIND_SOCKET_FOLDER_BYTES = len("/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store")
 SOCKET_FOLDER_PREFIX = "moecluster-"
-_RANDOM_BYTES = 8  # that mkdtemp puts behind the prefix
+RANDOM_BYTES = 4  # behind the prefix, as hexadecimal digits
 
 
 def make_socket_folder() -> str:
     """A new folder that only this user enters (mode 0700), with room for the paths of Ray's sockets in it.
 
-    In TMPDIR where that is short enough, as it is not in many a batch system; else where every host has room.
+    Ray opens the folder that it is given to all users, so that one is to lie in this.
     Raises ResourceError if no folder can be made.
+    """
+    folder = name_socket_folder()
+    try:
+        os.mkdir(folder, mode=0o700)
+    except OSError as exc:
+        raise ResourceError(f"{folder} cannot be made for Ray's sockets: {exc.strerror}") from exc
+    return folder
+
+
+def name_socket_folder() -> str:
+    """Where such a folder can be made; it is not there yet.
+
+    In TMPDIR where that is short enough, as it is not in many a batch system; else where every host has room.
+    Raises ResourceError if there is no such place.
     """
     refused = []
     for parent in _socket_parents():
@@ -27,7 +42,9 @@ def make_socket_folder() -> str:
             refused.append(f"{parent} is too long")
             continue
         try:
-            return tempfile.mkdtemp(prefix=SOCKET_FOLDER_PREFIX, dir=parent)
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+            return f"{parent.rstrip('/')}/{SOCKET_FOLDER_PREFIX}{secrets.token_hex(RANDOM_BYTES)}"
         except OSError as exc:
             refused.append(f"{parent}: {exc.strerror}")
     raise ResourceError(
@@ -38,7 +55,7 @@ def make_socket_folder() -> str:
 
 def longest_socket_parent_bytes() -> int:
     """How long the path of a folder may be in which make_socket_folder makes one."""
-    name_bytes = len(f"/{SOCKET_FOLDER_PREFIX}") + _RANDOM_BYTES
+    name_bytes = len(f"/{SOCKET_FOLDER_PREFIX}") + 2 * RANDOM_BYTES
     return MAX_SOCKET_PATH_BYTES - BEHIND_SOCKET_FOLDER_BYTES - name_bytes
 
 

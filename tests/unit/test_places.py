@@ -19,6 +19,7 @@ from actors.places import (
     check_folder,
     longest_socket_parent_bytes,
     make_socket_folder,
+    name_socket_folder,
 )
 from actors.state import UpCluster
 from moecluster.errors import ConfigError, ResourceError
@@ -83,6 +84,7 @@ def test_a_short_temporary_folder_is_taken(temporary) -> None:
         assert len(short) <= longest_socket_parent_bytes()
         temporary(Path(short))
         assert Path(make_socket_folder()).parent == Path(short)
+        assert not Path(name_socket_folder()).exists(), "it is named only"
 
 
 def test_a_temporary_folder_that_refuses_is_passed_over(monkeypatch) -> None:
