@@ -11,10 +11,9 @@ from actors.begin_again import begins_again
 from actors.checkpoint_source import announce, checkpoint_opener
 from actors.controller_settings import controller_settings, load_source
 from actors.ray_supervisor import RaySupervisor
-from actors.settings import CONTROLLER, Endpoints
+from actors.settings import CONTROLLER, Endpoints, make_metrics
 from moecluster.config import read_config
 from moecluster.errors import DeadlineExceeded, MoeClusterError
-from moecluster.metrics import Metrics
 from moecluster.roles.controller import Controller
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.rpc.credentials import ClusterCredentials
@@ -42,7 +41,7 @@ class ControllerActor:
     ) -> None:
         config = read_config(tables)
         self._credentials = credentials
-        metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
+        metrics = make_metrics(config)
         port = metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._start_timeout_s = config.cluster.start_timeout_s

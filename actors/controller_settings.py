@@ -140,5 +140,5 @@ def load_source(config: Config, layer_experts: Mapping[int, int]) -> LoadSource 
     if config.controller.load_source == "direct":
         return None
     return PrometheusLoadSource(
-        config.controller.prometheus_address, model=config.cluster.name, layer_experts=layer_experts
+        config.controller.prometheus_address, cluster=config.cluster.name, layer_experts=layer_experts
     )

@@ -9,9 +9,8 @@ import ray
 
 from actors.begin_again import begins_again
 from actors.checkpoint_source import checkpoint_opener
-from actors.settings import Endpoints
+from actors.settings import Endpoints, make_metrics
 from moecluster.config import read_config
-from moecluster.metrics import Metrics
 from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_server import serve_expert
@@ -29,7 +28,7 @@ class ExpertActor:
         """credentials: asked for by its server, and sent to other actors."""
         config = read_config(tables)
         self._name = name
-        self._metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
+        self._metrics = make_metrics(config)
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._service = ExpertService(

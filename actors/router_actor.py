@@ -17,7 +17,7 @@ import torch
 from actors.begin_again import begins_again
 from actors.checkpoint_source import checkpoint_opener
 from actors.ray_calls import controller_resolver
-from actors.settings import Endpoints
+from actors.settings import Endpoints, make_metrics
 from moecluster.config import Config, read_config
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_pool import ExpertPool
@@ -60,7 +60,7 @@ class RouterActor:
         config = read_config(tables)
         self._config = config
         self._name = name
-        self._metrics = Metrics(model=config.cluster.name, max_expert_series=config.cluster.max_expert_series)
+        self._metrics = make_metrics(config)
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecluster.config import Config
+from moecluster.metrics import Metrics
 
 CONTROLLER = "controller"
 ROUTER = "router"  # the first one: training runs there
@@ -34,6 +35,15 @@ def is_router(actor: str) -> bool:
 def expert_names(config: Config) -> tuple[str, ...]:
     """The names of the expert actors, in order."""
     return tuple(f"{EXPERT_PREFIX}{i}" for i in range(config.cluster.num_expert_actors))
+
+
+def make_metrics(config: Config) -> Metrics:
+    """The metrics of an actor's process. A cluster that no command has named a model for is named after itself."""
+    return Metrics(
+        model=config.serve.model_name or config.cluster.name,
+        cluster=config.cluster.name,
+        max_expert_series=config.cluster.max_expert_series,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Every metric, declared once, in a registry of its own. Names and units as Prometheus wants them.
 
 Each process makes one `Metrics` and calls its small methods; a series appears when its first value does, so a router
-shows no training loss and an expert actor no requests. All series carry the label `model`.
+shows no training loss and an expert actor no requests. All series, of whatever process, carry the labels `model`, the
+name under which the model is served, and `cluster`, the cluster's name; so series of different processes can be joined.
 
 `moecluster_start_time_seconds` is there from the start: it tells one life of a process from the next, where all
 counters begin at 0.
@@ -24,7 +25,10 @@ DISPATCH_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1
 TOKEN_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 STEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+QUANTILE_LABEL = "q"  # `quantile` belongs to summaries, and promtool refuses it on a gauge
+COMMON_LABELS = ("model", "cluster")
 MAX_EXPERT_SERIES = 1024
+ENTROPY_WINDOW_S = 10.0
 
 
 class _Server(Protocol):
@@ -40,27 +44,49 @@ class _Server(Protocol):
 class Metrics:
     """All metrics of one process.
 
-    model: value of the label `model`. max_expert_series: per-expert series of one metric; beyond it only the highest
-    ones are shown, beside quantiles over all experts of a layer.
+    model: the name under which the model is served. cluster: the cluster's name. max_expert_series: most per-expert
+    series of one metric; beyond it only the highest ones are shown, beside quantiles over all experts of a layer.
     """
 
-    def __init__(self, *, model: str, max_expert_series: int = MAX_EXPERT_SERIES) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        cluster: str = "",
+        max_expert_series: int = MAX_EXPERT_SERIES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model = model
+        self.cluster = cluster
+        self._common = (model, cluster)
+        self._clock = clock
         self.registry = CollectorRegistry()
         self._server: _Server | None = None
         self._started = self._gauge("start_time_seconds", "Unix time at which the process began to count")
-        self._started.labels(model).set(time.time())
+        self._started.labels(*self._common).set(time.time())
         self._expert_tokens = _ExpertSeries(
-            "expert_tokens", "Top-k assignments (token, expert) routed", "counter", model, max_expert_series
+            "expert_tokens", "Top-k assignments (token, expert) routed", "counter", self._common, max_expert_series
         )
         self._expert_replicas = _ExpertSeries(
-            "expert_replicas", "Replicas that serve an expert", "gauge", model, max_expert_series
+            "expert_replicas", "Replicas that serve an expert", "gauge", self._common, max_expert_series
         )
         self.registry.register(self._expert_tokens)
         self.registry.register(self._expert_replicas)
 
-        self._layer_balancedness = self._gauge("layer_balancedness", "Mean actor load / max actor load", "layer")
-        self._router_entropy = self._gauge("router_entropy", "Mean entropy of the gate's probabilities, nats", "layer")
+        self._layer_balancedness = self._gauge(
+            "layer_balancedness", "Mean actor load / max actor load, load by speed; 1 is perfect, no load: no series",
+            "layer",
+        )  # fmt: skip
+        self._balanced_layers: set[int] = set()
+        self._router_entropy = self._gauge(
+            "router_entropy",
+            "Entropy, nats, of a token's routing weights over the experts that it is sent to (top-k, weights scaled to "
+            f"sum to 1: at most ln k); mean over the tokens of the last {ENTROPY_WINDOW_S:.0f} to "
+            f"{2 * ENTROPY_WINDOW_S:.0f} s with any; no series where a token has one expert",
+            "layer",
+        )
+        self._entropies: dict[int, _WindowMean] = {}
+        self._entropy_lock = threading.Lock()
         self._dropped = self._counter("dropped_assignments", "Assignments skipped for want of capacity", "layer")
 
         self._actor_tokens = self._counter("actor_tokens", "(row, expert) pairs computed by an actor", "actor")
@@ -79,10 +105,17 @@ class Metrics:
         self._dispatch_retries = self._counter("dispatch_retries", "Messages sent again", "reason")
 
         self._generation = self._gauge("placement_generation", "Generation of the placement in use")
-        self._operations = self._counter("operations", "Changes of placement or size", "kind", "phase")
-        self._moved_bytes = self._counter("moved_bytes", "Bytes of experts loaded by such changes")
+        self._operations = self._counter(
+            "operations",
+            "Operations (changes of placement or size) that have reached a phase: each counts once in every phase",
+            "kind",
+            "phase",
+        )
+        self._moved_bytes = self._counter(
+            "moved_bytes", "Bytes of experts loaded by operations, also by ones that fail"
+        )
         self._operation_seconds = self._histogram(
-            "operation_seconds", "Duration of such changes", STEP_BUCKETS_S, "kind"
+            "operation_seconds", "Duration of operations that ended well", STEP_BUCKETS_S, "kind"
         )
 
         self._requests = self._counter("requests", "Generations by how they ended", "status")
@@ -93,7 +126,16 @@ class Metrics:
         self._running_texts = self._gauge("router_running_texts", "Texts that a router is writing")
         self._waiting_texts = self._gauge("router_waiting_texts", "Texts that wait in a router to be begun")
 
-        self._train_loss = self._gauge("train_loss", "Loss of the last committed step, nats per token")
+        self._train_loss = self._gauge(
+            "train_loss", "Cross-entropy of the last committed step, nats per token, without auxiliary losses"
+        )
+        self._train_aux_loss = self._gauge(
+            "train_aux_loss",
+            "An auxiliary loss of the last committed step, times its coefficient, summed over layers: part of what is "
+            "trained on, not of train_loss",
+            "kind",
+        )
+        self._aux_kinds: set[str] = set()
         self._train_step = self._histogram("train_step_seconds", "Duration of a committed step", STEP_BUCKETS_S)
         self._train_replays = self._counter("train_step_replays", "Attempts of steps that were run again")
 
@@ -129,7 +171,7 @@ class Metrics:
 
     def count_dropped(self, layer: int, assignments: int) -> None:
         """Adds assignments that were skipped."""
-        self._dropped.labels(self.model, layer).inc(assignments)
+        self._dropped.labels(*self._common, layer).inc(assignments)
 
     def set_replicas(self, replicas: Mapping[ExpertId, int]) -> None:
         """Sets how many replicas every expert of the placement has."""
@@ -141,109 +183,128 @@ class Metrics:
             values_E[list(counts)] = list(counts.values())
             self._expert_replicas.set(layer, values_E)
 
-    def set_layer_balancedness(self, layer: int, balancedness: float) -> None:
-        """1 is perfect."""
-        self._layer_balancedness.labels(self.model, layer).set(balancedness)
+    def set_layer_balancedness(self, layer: int, balancedness: float | None) -> None:
+        """1 is perfect; None: the layer has no load, and is not shown."""
+        if balancedness is not None:
+            self._layer_balancedness.labels(*self._common, layer).set(balancedness)
+            self._balanced_layers.add(layer)
+        elif layer in self._balanced_layers:
+            self._layer_balancedness.remove(*self._common, layer)
+            self._balanced_layers.discard(layer)
 
-    def set_router_entropy(self, layer: int, entropy: float) -> None:
-        """In nats, mean over the tokens."""
-        self._router_entropy.labels(self.model, layer).set(entropy)
+    def add_router_entropy(self, layer: int, *, total: float, tokens: int) -> None:
+        """Adds tokens whose routing weights have an entropy of so many nats in total. tokens: at least 1."""
+        with self._entropy_lock:
+            window = self._entropies.setdefault(layer, _WindowMean(ENTROPY_WINDOW_S, self._clock))
+            mean = window.add(total, tokens)
+        self._router_entropy.labels(*self._common, layer).set(mean)
 
     # -- expert actors --
 
     def count_computed(self, actor: str, *, pairs: int, runs: int, busy_s: float) -> None:
         """Adds a computed batch: (row, expert) pairs, and experts that were computed for them."""
-        self._actor_tokens.labels(self.model, actor).inc(pairs)
-        self._actor_runs.labels(self.model, actor).inc(runs)
-        self._actor_busy.labels(self.model, actor).inc(busy_s)
+        self._actor_tokens.labels(*self._common, actor).inc(pairs)
+        self._actor_runs.labels(*self._common, actor).inc(runs)
+        self._actor_busy.labels(*self._common, actor).inc(busy_s)
 
     def set_queue_rows(self, actor: str, rows: int) -> None:
         """Rows that wait right now."""
-        self._actor_queue_rows.labels(self.model, actor).set(rows)
+        self._actor_queue_rows.labels(*self._common, actor).set(rows)
 
     def set_actor_speeds(self, speeds: Mapping[str, float]) -> None:
         """What the planner counts on, of every actor that is there; 1 is the usual speed."""
         for actor, speed in speeds.items():
-            self._actor_speed.labels(self.model, actor).set(speed)
+            self._actor_speed.labels(*self._common, actor).set(speed)
         for gone in self._measured_actors - speeds.keys():
-            self._actor_speed.remove(self.model, gone)
+            self._actor_speed.remove(*self._common, gone)
         self._measured_actors = set(speeds)
 
     # -- dispatch --
 
     def count_dispatch(self, *, transport: str, seconds: float, sent_bytes: int, received_bytes: int) -> None:
         """Adds one answered message to an expert actor."""
-        self._dispatch.labels(self.model, transport).observe(seconds)
-        self._dispatch_bytes.labels(self.model, transport, "sent").inc(sent_bytes)
-        self._dispatch_bytes.labels(self.model, transport, "received").inc(received_bytes)
+        self._dispatch.labels(*self._common, transport).observe(seconds)
+        self._dispatch_bytes.labels(*self._common, transport, "sent").inc(sent_bytes)
+        self._dispatch_bytes.labels(*self._common, transport, "received").inc(received_bytes)
 
     def count_retry(self, reason: str) -> None:
         """Adds a message that is sent again. reason: a short fixed word, for example not_hosted, unavailable."""
-        self._dispatch_retries.labels(self.model, reason).inc()
+        self._dispatch_retries.labels(*self._common, reason).inc()
 
     # -- placement --
 
     def set_generation(self, generation: int) -> None:
         """Generation of the placement in use."""
-        self._generation.labels(self.model).set(generation)
+        self._generation.labels(*self._common).set(generation)
 
     def count_operation(self, kind: str, phase: str) -> None:
-        """Adds an operation that reached a phase; the words are those of Operation and OperationPhase."""
-        self._operations.labels(self.model, kind, phase).inc()
+        """Adds an operation that reached a phase for the first time; words as in Operation and OperationPhase."""
+        self._operations.labels(*self._common, kind, phase).inc()
 
-    def observe_operation(self, kind: str, *, seconds: float, moved_bytes: int) -> None:
+    def observe_operation(self, kind: str, *, seconds: float) -> None:
         """Adds an operation that ended well."""
-        self._operation_seconds.labels(self.model, kind).observe(seconds)
-        self._moved_bytes.labels(self.model).inc(moved_bytes)
+        self._operation_seconds.labels(*self._common, kind).observe(seconds)
+
+    def count_moved_bytes(self, moved_bytes: int) -> None:
+        """Adds bytes of experts that an operation has loaded."""
+        self._moved_bytes.labels(*self._common).inc(moved_bytes)
 
     # -- requests --
 
     def count_request(self, status: str) -> None:
         """Adds a generation that ended. status: stop, length, cancelled, refused or failed."""
-        self._requests.labels(self.model, status).inc()
+        self._requests.labels(*self._common, status).inc()
 
     def observe_first_token(self, seconds: float) -> None:
         """From the request to its first token."""
-        self._first_token.labels(self.model).observe(seconds)
+        self._first_token.labels(*self._common).observe(seconds)
 
     def observe_next_token(self, seconds: float) -> None:
         """From one token to the next."""
-        self._inter_token.labels(self.model).observe(seconds)
+        self._inter_token.labels(*self._common).observe(seconds)
 
     def watch_texts(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         """Shows how many texts a router writes, and how many wait there; both are asked when /metrics is read."""
-        self._running_texts.labels(self.model).set_function(running)
-        self._waiting_texts.labels(self.model).set_function(waiting)
+        self._running_texts.labels(*self._common).set_function(running)
+        self._waiting_texts.labels(*self._common).set_function(waiting)
 
     # -- training --
 
-    def observe_train_step(self, *, loss: float, seconds: float) -> None:
-        """Adds a committed step; loss in nats per token."""
-        self._train_loss.labels(self.model).set(loss)
-        self._train_step.labels(self.model).observe(seconds)
+    def observe_train_step(self, *, loss: float, aux_losses: Mapping[str, float], seconds: float) -> None:
+        """Adds a committed step. loss: cross-entropy, nats per token. aux_losses: kind -> loss with its coefficient."""
+        self._train_loss.labels(*self._common).set(loss)
+        for kind in self._aux_kinds - aux_losses.keys():
+            self._train_aux_loss.remove(*self._common, kind)
+        for kind, value in aux_losses.items():
+            self._train_aux_loss.labels(*self._common, kind).set(value)
+        self._aux_kinds = set(aux_losses)
+        self._train_step.labels(*self._common).observe(seconds)
 
     def count_replay(self) -> None:
         """Adds an attempt of a step that is run again."""
-        self._train_replays.labels(self.model).inc()
+        self._train_replays.labels(*self._common).inc()
 
     # -- declaring --
 
     def _counter(self, name: str, doc: str, *labels: str) -> Counter:
-        return Counter(f"moecluster_{name}", doc, ("model", *labels), registry=self.registry)
+        return Counter(f"moecluster_{name}", doc, (*COMMON_LABELS, *labels), registry=self.registry)
 
     def _gauge(self, name: str, doc: str, *labels: str) -> Gauge:
-        return Gauge(f"moecluster_{name}", doc, ("model", *labels), registry=self.registry)
+        return Gauge(f"moecluster_{name}", doc, (*COMMON_LABELS, *labels), registry=self.registry)
 
     def _histogram(self, name: str, doc: str, buckets_s: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(f"moecluster_{name}", doc, ("model", *labels), registry=self.registry, buckets=buckets_s)
+        names = (*COMMON_LABELS, *labels)
+        return Histogram(f"moecluster_{name}", doc, names, registry=self.registry, buckets=buckets_s)
 
 
 class _ExpertSeries(Collector):
     """One value per logical expert, of which at most `limit` are shown, the highest."""
 
-    def __init__(self, name: str, doc: str, kind: Literal["counter", "gauge"], model: str, limit: int) -> None:
+    def __init__(
+        self, name: str, doc: str, kind: Literal["counter", "gauge"], common: tuple[str, str], limit: int
+    ) -> None:
         self._name, self._doc, self._kind = f"moecluster_{name}", doc, kind
-        self._model, self._limit = model, limit
+        self._common, self._limit = common, limit
         self._layers: dict[int, np.ndarray] = {}  # layer -> float64 [E]
         self._lock = threading.Lock()
 
@@ -263,21 +324,39 @@ class _ExpertSeries(Collector):
         with self._lock:
             layers = dict(self._layers)
         family = (CounterMetricFamily if self._kind == "counter" else GaugeMetricFamily)(
-            self._name, self._doc, labels=("model", "layer", "expert")
+            self._name, self._doc, labels=(*COMMON_LABELS, "layer", "expert")
         )
         values = [(layer, e, value) for layer, values_E in layers.items() for e, value in enumerate(values_E)]
         total = len(values)
         if total > self._limit:
             values = sorted(values, key=lambda entry: -entry[2])[: self._limit]
         for layer, expert, value in values:
-            family.add_metric((self._model, str(layer), str(expert)), float(value))
+            family.add_metric((*self._common, str(layer), str(expert)), float(value))
         yield family
         if total > self._limit:
             quantiles = GaugeMetricFamily(
                 f"{self._name}_quantile", f"{self._doc}: quantiles over the experts of a layer",
-                labels=("model", "layer", "quantile"),
+                labels=(*COMMON_LABELS, "layer", QUANTILE_LABEL),
             )  # fmt: skip
             for layer, values_E in layers.items():
                 for quantile, value in zip(QUANTILES, np.quantile(values_E, QUANTILES), strict=True):
-                    quantiles.add_metric((self._model, str(layer), str(quantile)), float(value))
+                    quantiles.add_metric((*self._common, str(layer), str(quantile)), float(value))
             yield quantiles
+
+
+class _WindowMean:
+    """Mean over a window that has passed and the one that goes on; an idle time in between does not empty it."""
+
+    def __init__(self, window_s: float, clock: Callable[[], float]) -> None:
+        self._window_s, self._clock = window_s, clock
+        self._began_s = clock()
+        self._before = (0.0, 0)  # sum, count
+        self._now = (0.0, 0)
+
+    def add(self, total: float, count: int) -> float:
+        """The mean with these values; count is at least 1."""
+        now_s = self._clock()
+        if now_s - self._began_s >= self._window_s:
+            self._before, self._now, self._began_s = self._now, (0.0, 0), now_s
+        self._now = (self._now[0] + total, self._now[1] + count)
+        return (self._before[0] + self._now[0]) / (self._before[1] + self._now[1])

@@ -335,8 +335,8 @@ class PlanPreview:
 
     policy: str
     reason: str
-    balancedness_before: float
-    balancedness_after: float
+    balancedness_before: float | None  # None: no token was counted yet
+    balancedness_after: float | None
     moved_bytes: float
     added: tuple[Replica, ...]
     removed: tuple[Replica, ...]

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moecluster.placement.balancedness import mean_balancedness
 from moecluster.placement.decision import Decision, Observation
-from moecluster.placement.layout import Layout, balancedness_L, make_layout, moved_bytes
+from moecluster.placement.layout import Layout, make_layout, moved_bytes
 from moecluster.placement.partway import hosted_experts_LE
 
 
@@ -28,13 +29,13 @@ class ProportionalPolicy:
 
     def decide(self, seen: Observation, state: Asked) -> tuple[Decision, Asked]:
         whole = hosted_experts_LE(seen.layout).sum() == seen.layout.num_experts_L.sum()
-        before = float(balancedness_L(seen.layout, seen.load_LE, seen.fleet).mean())
-        after = seen.layout if whole and before >= self.least else self._plan(seen)
+        before = mean_balancedness(seen.layout, seen.load_LE, seen.fleet)
+        after = seen.layout if whole and (before is None or before >= self.least) else self._plan(seen)
         decision = Decision(
             layout=after,
             reason=f"asked {state.times + 1} times" + ("" if after is seen.layout else ": planned anew"),
             balancedness_before=before,
-            balancedness_after=float(balancedness_L(after, seen.load_LE, seen.fleet).mean()),
+            balancedness_after=mean_balancedness(after, seen.load_LE, seen.fleet),
             moved_bytes=moved_bytes(seen.layout, after, seen.fleet),
         )
         return decision, Asked(times=state.times + 1)

@@ -48,7 +48,7 @@ def running_front(
     models = [
         source
         if isinstance(source, ModelSource)
-        else ModelSource(name="model", alias="cluster", seeds=Whereabouts(routers=tuple(source)))
+        else ModelSource(name="model", cluster="cluster", alias="cluster", seeds=Whereabouts(routers=tuple(source)))
         for source in sources
     ]
     server = FrontServer(ServeConfig(**{"port": 0, "grace_s": 2.0, **settings}), ApiKeys(keys))

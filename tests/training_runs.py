@@ -56,8 +56,8 @@ def make_config(text: Path, output_dir: Path, *, model: dict[str, Any] | None = 
 
 
 def losses(events: list[Event]) -> dict[int, float]:
-    """Step -> loss; of a step that was taken again, the last."""
-    return {event.step: event.loss for event in events if isinstance(event, StepDone)}
+    """Step -> loss, auxiliary ones included; of a step that was taken again, the last."""
+    return {event.step: event.total_loss for event in events if isinstance(event, StepDone)}
 
 
 def losses_in_one_process(config: Config) -> dict[int, float]:

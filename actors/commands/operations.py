@@ -161,7 +161,7 @@ def _parse_expert(text: str) -> ExpertId:
 
 
 def _gain(operation: Operation) -> str:
-    """Balancedness before, as predicted and as measured, and the part of the predicted gain that came."""
+    """Balancedness before, as predicted and as measured, and what was gained of the gain that was predicted."""
     before = operation.balancedness_before
     predicted = operation.balancedness_predicted
     measured = operation.balancedness_measured
@@ -170,6 +170,6 @@ def _gain(operation: Operation) -> str:
         for value, word in ((before, "before"), (predicted, "predicted"), (measured, "measured"))
         if value is not None
     ]
-    if before is not None and predicted is not None and measured is not None and predicted > before:
-        figures.append(f"{100 * (measured - before) / (predicted - before):.0f} % of the predicted gain")
+    if before is not None and predicted is not None and measured is not None:
+        figures.append(f"gain {measured - before:+.3f} of {predicted - before:+.3f} predicted")
     return ", ".join(figures)

@@ -42,6 +42,7 @@ def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFron
     api_key = secrets.token_urlsafe(32)
     source = ModelSource(
         name=Path(cluster.model).name,
+        cluster=name,
         alias=name,
         seeds=Whereabouts(
             routers=cluster.router_addresses,

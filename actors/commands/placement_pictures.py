@@ -1,7 +1,7 @@
 """Replays and simulations as pictures. Needs matplotlib."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,9 @@ def draw_replay(replays: Mapping[str, Sequence[ReplayedWindow]], path: Path) -> 
     for (policy, windows), style in zip(replays.items(), itertools.cycle(LINE_STYLES), strict=False):
         scored = windows[1:]
         times, unit = _times([window.time_s - windows[0].time_s for window in scored])
-        mean = np.mean([window.balancedness for window in scored])
-        label = f"{policy} (mean {mean:.3f})"
-        panels[0].plot(times, [window.balancedness for window in scored], style, linewidth=1.2, label=label)
+        judged = [window.balancedness for window in scored if window.balancedness is not None]
+        label = f"{policy} (mean {np.mean(judged):.3f})" if judged else f"{policy} (nothing to judge)"
+        panels[0].plot(times, _gaps(window.balancedness for window in scored), style, linewidth=1.2, label=label)
         moved_gb = np.cumsum([window.moved_bytes for window in scored]) / 1e9
         panels[1].plot(times, moved_gb, style, linewidth=1.2, label=f"{policy} ({moved_gb[-1]:,.1f} GB)")
     tokens = [window.tokens / 1e6 for window in scored]
@@ -72,15 +72,15 @@ def _throughput(axes: Axes, times: Sequence[float], windows: Sequence[SimulatedW
 
 
 def _latency(axes: Axes, times: Sequence[float], windows: Sequence[SimulatedWindow]) -> None:
-    axes.plot(times, [w.step_s for w in windows], linewidth=1.2, label="a step through all MoE layers")
-    waits = [w.wait_s if w.wait_s > 1e-3 else np.nan for w in windows]
+    axes.plot(times, _gaps(w.step_s for w in windows), linewidth=1.2, label="a step through all MoE layers")
+    waits = _gaps(w.wait_s if w.wait_s is not None and w.wait_s > 1e-3 else None for w in windows)
     axes.plot(times, waits, linewidth=1.2, marker=".", markersize=3, label="waiting before it (where over 1 ms)")
     axes.set_yscale("log")
     _name(axes, "seconds", legend=True)
 
 
 def _balance(axes: Axes, times: Sequence[float], windows: Sequence[SimulatedWindow]) -> None:
-    axes.plot(times, [w.balancedness for w in windows], linewidth=1.2, color="tab:green")
+    axes.plot(times, _gaps(w.balancedness for w in windows), linewidth=1.2, color="tab:green")
     axes.set_ylim(0, 1.03)
     _name(axes, "balancedness (1 is perfect)")
 
@@ -138,6 +138,11 @@ def _times(seconds: Sequence[float], unit: str | None = None) -> tuple[list[floa
     """Times for an axis, and their unit: the one given, or the one that suits the last."""
     unit = unit or ("hours" if seconds and seconds[-1] > MOST_HOURS_IN_MINUTES * 3600 else "minutes")
     return [second / (3600.0 if unit == "hours" else 60.0) for second in seconds], unit
+
+
+def _gaps(values: Iterable[float | None]) -> list[float]:
+    """What a line is drawn through; nothing is drawn where there is no value."""
+    return [np.nan if value is None else value for value in values]
 
 
 def _name(axes: Axes, quantity: str, *, legend: bool = False) -> None:

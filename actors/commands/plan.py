@@ -21,11 +21,7 @@ def plan(name: str, policy: str, as_json: bool, console: Console) -> None:
         console.print_json(to_json(dataclasses.asdict(preview)))
         return
     console.print(f"{preview.policy}: {preview.reason}", highlight=False, markup=False)
-    console.print(
-        f"balancedness {preview.balancedness_before:.3f} now, {preview.balancedness_after:.3f} predicted "
-        f"({preview.balancedness_after - preview.balancedness_before:+.3f})",
-        highlight=False,
-    )
+    console.print(_balancedness(preview), highlight=False)
     console.print(
         f"replicas: {len(preview.added)} to add, {len(preview.removed)} to remove; "
         f"shares: {preview.changed_shares} to change; {shown_bytes(preview.moved_bytes)} to load",
@@ -34,6 +30,13 @@ def plan(name: str, policy: str, as_json: bool, console: Console) -> None:
     if preview.added or preview.removed:
         show_table(_table(preview), console)
     console.print("nothing was done")
+
+
+def _balancedness(preview: PlanPreview) -> str:
+    before, after = preview.balancedness_before, preview.balancedness_after
+    if before is None or after is None:
+        return "balancedness not known: no token was counted yet, so every expert counts as equally wanted"
+    return f"balancedness {before:.3f} now, {after:.3f} predicted ({after - before:+.3f})"
 
 
 def _table(preview: PlanPreview) -> Table:

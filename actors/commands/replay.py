@@ -10,8 +10,9 @@ from rich.progress import track
 from rich.table import Table
 
 from actors.commands.reports import check_writable, write_report
+from actors.commands.shown import shown_part
 from actors.commands.tables import make_table, show_table
-from moecluster.errors import ConfigError
+from moecluster.errors import ConfigError, DataError
 from moecluster.placement.loads import ExponentialWindow
 from moecluster.placement.policies import policy_named
 from moecluster.placement.replay import Replay, ReplayedWindow, ReplaySummary, replay_fleet, summarize
@@ -50,6 +51,8 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
         replaying = Replay(trace.header, policy, fleet, actors, window, budget_bytes=budget_bytes)
         replays[name] = [replaying.step(seen) for seen in track(trace.windows(), name, console=console, transient=True)]
     summaries = [summarize(name, windows) for name, windows in replays.items()]
+    if all(summary.lost_part is None for summary in summaries):
+        raise DataError(f"{trace_path}: no window after the first has a token: there is nothing to judge")
     title = f"{trace.header.model}: {fleet.num_actors} actors, {fleet.slots_A.sum()} slots for each layer"
     console.print(title, highlight=False)
     show_table(_table(summaries), console)
@@ -75,12 +78,12 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
 def _table(summaries: Sequence[ReplaySummary]) -> Table:
     table = make_table("", *(summary.policy for summary in summaries), prose=("",))
     rows: list[tuple[str, list[str]]] = [
-        ("windows scored", [f"{s.windows}" for s in summaries]),
-        ("balancedness, mean (worst)", [f"{s.mean_balancedness:.4f} ({s.worst_balancedness:.3f})" for s in summaries]),
+        ("windows, of them scored", [f"{s.windows}, {s.judged}" for s in summaries]),
+        ("balancedness, mean (worst)", [_balancedness(s) for s in summaries]),
         ("first plan moved", [_gb(s.cold_bytes) for s in summaries]),
         ("moved after it", [_gb(s.moved_bytes) for s in summaries]),
         ("decisions that moved anything", [f"{s.changes}" for s in summaries]),
-        ("assignments to lost experts", [f"{100 * s.lost_part:.3f} %" for s in summaries]),
+        ("assignments to lost experts", ["" if s.lost_part is None else shown_part(s.lost_part, 3) for s in summaries]),
         (
             "a decision, median (worst)",
             [f"{1e3 * s.median_decide_s:.1f} ({1e3 * s.max_decide_s:.0f}) ms" for s in summaries],
@@ -89,6 +92,12 @@ def _table(summaries: Sequence[ReplaySummary]) -> Table:
     for name, values in rows:
         table.add_row(name, *values)
     return table
+
+
+def _balancedness(summary: ReplaySummary) -> str:
+    if summary.mean_balancedness is None or summary.worst_balancedness is None:
+        return "nothing to judge"
+    return f"{summary.mean_balancedness:.4f} ({summary.worst_balancedness:.3f})"
 
 
 def _show_changes(name: str, windows: Sequence[ReplayedWindow], console: Console) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from actors import state
 from actors.commands.cluster import found
-from actors.commands.target import model_name, read_target
+from actors.commands.target import read_target
 from actors.commands.weights import RANDOM_WEIGHTS, refuse_another_model, refuse_trained, trained_model, weights_in
 from actors.launch import credentials_of, take_down
 from actors.settings import CONTROLLER, is_router
@@ -68,7 +68,7 @@ def serve(
     random_weights: a fresh model, where nothing is trained.
     """
     config = options.on(read_target(target, settings))
-    name = config.serve.model_name or model_name(target)
+    name = config.serve.model_name
     cluster = config.cluster.name
     models = [(name, cluster), *(_name_and_cluster(text) for text in also)]
     check_names([name for name, _ in models])
@@ -88,7 +88,8 @@ def serve(
     else:
         trained_model(config, target, "serve")
     try:
-        _bring_up(target, settings, *((RANDOM_WEIGHTS,) if random_weights else ()))
+        named = [*settings, f"serve.model_name={json.dumps(name)}"]
+        _bring_up(target, named, *((RANDOM_WEIGHTS,) if random_weights else ()))
         _run(server, models, console)
     finally:
         started = state.load(cluster)
@@ -135,7 +136,9 @@ def _source(name: str, cluster: str, *, alone: bool) -> ModelSource:
     up = found(cluster)
     seeds = Whereabouts(routers=up.router_addresses, controller=up.controller_address, credentials=credentials_of(up))
     # A model that is alone also answers to its cluster's name.
-    return ModelSource(name=name, alias=cluster if alone else "", seeds=seeds, rediscover=lambda: _ask_ray(cluster))
+    return ModelSource(
+        name=name, cluster=cluster, alias=cluster if alone else "", seeds=seeds, rediscover=lambda: _ask_ray(cluster)
+    )
 
 
 def _name_and_cluster(text: str) -> tuple[str, str]:

@@ -28,6 +28,16 @@ def shown_bytes(count: float) -> str:
     return decimal(round(count))
 
 
+def shown_part(part: float, digits: int) -> str:
+    """A part of a whole in percent. All and nothing are said only of all and nothing: 0.999999 is >99.99 %."""
+    least = 10.0**-digits
+    if 0 < 100 * part < least:
+        return f"<{least:.{digits}f} %"
+    if 100 - least < 100 * part < 100:
+        return f">{100 - least:.{digits}f} %"
+    return f"{100 * part:.{digits}f} %"
+
+
 def shown_time(unix_s: float) -> str:
     """Date and time of day, in the user's zone."""
     return datetime.fromtimestamp(unix_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from actors.commands.reports import check_writable, write_report
+from actors.commands.shown import shown_part
 from actors.commands.tables import make_table, show_table
 from actors.places import check_file
 from moecluster.errors import ConfigError
@@ -31,7 +32,6 @@ from moecluster.placement.synthetic import LoadShape, SyntheticLoads
 from moecluster.placement.trace import TraceActor, TraceHeader, TraceLayer, TraceWindow
 from moecluster.placement.trace_writer import TraceWriter
 
-MOST_ACTORS = 1e7  # beyond it, a limit is none
 MOST_ACTORS = 1e7  # beyond it, a limit is none
 REDUNDANCY = 1.25  # room for replicas beyond one for each expert, where slots are not given
 
@@ -183,11 +183,11 @@ def _costs(choice: SimulationChoice) -> Costs:
 def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow]) -> Table:
     table = make_table("", "value", prose=("", "value"), show_header=False)
     for name, value in (
-        ("tokens that came, served", f"{summary.tokens:,.0f}, {100 * summary.served / summary.tokens:.2f} %"),
-        ("balancedness, mean", f"{summary.mean_balancedness:.4f}"),
-        ("a step through all MoE layers, mean (worst)", f"{summary.mean_step_s:.3f} s ({summary.worst_step_s:.3f} s)"),
-        ("waiting before it, mean (worst)", f"{summary.mean_wait_s:.3f} s ({summary.worst_wait_s:.1f} s)"),
-        ("availability", f"{100 * summary.mean_availability:.4f} % of tokens met no lost expert"),
+        ("tokens that came, served", f"{summary.tokens:,.0f}, {shown_part(summary.served / summary.tokens, 2)}"),
+        ("balancedness, mean", _or_nothing(summary.mean_balancedness, ".4f")),
+        ("a step through all MoE layers, mean (worst)", _seconds(summary.mean_step_s, summary.worst_step_s)),
+        ("waiting before it, mean (worst)", _seconds(summary.mean_wait_s, summary.worst_wait_s)),
+        ("availability", f"{shown_part(summary.mean_availability, 4)} of tokens met no lost expert"),
         ("actors that died", f"{summary.deaths}"),
         ("moved by the first plan, by all others", f"{_gb(summary.cold_bytes)}, {_gb(summary.moved_bytes)}"),
         ("replicas at the end", f"{windows[-1].replicas:,}"),
@@ -198,6 +198,14 @@ def _summary_table(summary: SimulationSummary, windows: Sequence[SimulatedWindow
     ):
         table.add_row(name, value)
     return table
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return "nothing to judge" if value is None else format(value, form)
+
+
+def _seconds(mean_s: float | None, worst_s: float | None) -> str:
+    return "no token was served" if mean_s is None or worst_s is None else f"{mean_s:.3f} s ({worst_s:.3f} s)"
 
 
 def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Console) -> None:

@@ -1,8 +1,10 @@
 """What a command is asked to work with: a model directory, a TOML file, or a preset's name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from actors import state
 from actors.places import check_folder
@@ -11,8 +13,17 @@ from moecluster.errors import ConfigError
 
 
 def read_target(target: str, settings: Sequence[str]) -> Config:
-    """The settings that a target stands for; settings are overrides such as train.steps=100. Raises ConfigError."""
-    overrides = dict(parse_override(text) for text in settings)
+    """The settings that a target stands for; settings are overrides such as train.steps=100. Raises ConfigError.
+
+    serve.model_name is always set in them: what HTTP clients, and the label `model` of all metrics, call the model.
+    """
+    config = _read_target(target, dict(parse_override(text) for text in settings))
+    if config.serve.model_name:
+        return config
+    return replace(config, serve=replace(config.serve, model_name=model_name(target)))
+
+
+def _read_target(target: str, overrides: Mapping[str, Any]) -> Config:
     if os.path.isdir(target):  # False for any string, unlike Path.is_dir
         return read_config(override({"model": {"path": target}}, overrides), source=target)
     if not os.path.isfile(target) and target not in preset_names():

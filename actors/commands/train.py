@@ -142,7 +142,11 @@ def _bar(console: Console) -> Progress:
 
 
 def _figures(event: StepDone) -> str:
-    return f"loss {event.loss:.3f}  {event.tokens_per_s:,.0f} tokens/s  balancedness {event.balancedness:.2f}"
+    """Cross-entropy, each auxiliary loss by itself, and how the step went."""
+    auxiliary = [f"{kind} {loss:.4f}" for kind, loss in sorted((event.aux_losses or {}).items())]
+    balance = [f"balancedness {event.balancedness:.2f}"] if event.balancedness is not None else []
+    loss = f"cross-entropy {event.loss:.3f}"
+    return "  ".join([loss, *auxiliary, f"{event.tokens_per_s:,.0f} tokens/s", *balance])
 
 
 def _line(event: Event) -> str | None:

@@ -217,6 +217,14 @@ def _token_marks(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossParts:
+    """What a forward call's loss is made of, without gradient."""
+
+    cross_entropy: torch.Tensor | None  # None: without labels
+    aux_losses: Mapping[str, torch.Tensor]  # kind -> that loss over all layers, with its coefficient
+
+
 class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
     """The language model. Its loss contains the gates' losses; `last_routings` keeps what the last forward decided."""
 
@@ -227,6 +235,7 @@ class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
         self.model = OwnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.last_routings: dict[int, Routing] = {}  # layer -> routing without gradient
+        self.last_losses = LossParts(cross_entropy=None, aux_losses={})
         self.post_init()
 
     def gates(self) -> dict[int, Gate]:
@@ -264,17 +273,27 @@ class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_BSD[:, kept])
         self.last_routings = {layer: _without_gradient(routing) for layer, routing in routings.items()}
-        aux_loss = self._aux_loss(routings)
-        loss = None
+        aux_losses = self._aux_losses(routings)
+        aux_loss = torch.stack(list(aux_losses.values())).sum() if aux_losses else torch.zeros((), device=self.device)
+        loss = cross_entropy = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs) + aux_loss
+            cross_entropy = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            loss = cross_entropy + aux_loss
+        self.last_losses = LossParts(
+            cross_entropy=None if cross_entropy is None else cross_entropy.detach(),
+            aux_losses={kind: value.detach() for kind, value in aux_losses.items()},
+        )
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
 
-    def _aux_loss(self, routings: Mapping[int, Routing]) -> torch.Tensor:
-        losses = [loss for routing in routings.values() for loss in routing.aux_losses.values()]
+    def _aux_losses(self, routings: Mapping[int, Routing]) -> dict[str, torch.Tensor]:
+        """Kind -> that loss over all layers, with its coefficient."""
+        losses: dict[str, list[torch.Tensor]] = {}
         any_gate = next(iter(self.gates().values()))  # all are alike
-        losses += any_gate.pooled_losses([routing.pool for routing in routings.values()]).values()
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        pooled = any_gate.pooled_losses([routing.pool for routing in routings.values()])
+        for of_layer in (*(routing.aux_losses for routing in routings.values()), pooled):
+            for kind, loss in of_layer.items():
+                losses.setdefault(kind, []).append(loss)
+        return {kind: torch.stack(of_layers).sum() for kind, of_layers in losses.items()}
 
 
 def _without_gradient(routing: Routing) -> Routing:

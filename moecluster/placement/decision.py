@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from moecluster.errors import ConfigError
-from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedness_L, moved_bytes, without
+from moecluster.placement.balancedness import mean_balancedness
+from moecluster.placement.layout import Bools, Fleet, Floats, Layout, moved_bytes, without
 
 StateT = TypeVar("StateT")
 
@@ -20,6 +21,7 @@ class Observation:
     budget_bytes: float  # most that this decision may load; replicas of lost experts are loaded regardless
     cold_LE: Bools | None = None  # experts that shall have no replica, until a token wants them; None: none
     coactivation_LEE: Floats | None = None  # tokens per second that go to both experts; None: not known
+    load_counted: bool = True  # False: no token was counted yet, and load_LE is a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,8 @@ class Decision:
 
     layout: Layout
     reason: str  # one line for `explain`
-    balancedness_before: float  # mean over layers, of the standing layout under the seen load
-    balancedness_after: float  # predicted, of the new one
+    balancedness_before: float | None  # of the standing layout under the seen load; None: no load to judge by
+    balancedness_after: float | None  # predicted, of the new one
     moved_bytes: float
 
 
@@ -64,13 +66,11 @@ def decision_of(seen: Observation, after: Layout, reason: str) -> Decision:
     return Decision(
         layout=after,
         reason=reason,
-        balancedness_before=_mean_balancedness(seen.layout, seen),
-        balancedness_after=_mean_balancedness(after, seen),
+        balancedness_before=_balancedness(seen.layout, seen),
+        balancedness_after=_balancedness(after, seen),
         moved_bytes=moved_bytes(seen.layout, after, seen.fleet),
     )
 
 
-def _mean_balancedness(layout: Layout, seen: Observation) -> float:
-    """Without layers there is nothing out of balance: 1."""
-    of_L = balancedness_L(layout, seen.load_LE, seen.fleet)
-    return float(of_L.mean()) if len(of_L) else 1.0
+def _balancedness(layout: Layout, seen: Observation) -> float | None:
+    return mean_balancedness(layout, seen.load_LE, seen.fleet) if seen.load_counted else None

@@ -134,20 +134,16 @@ def with_layers(layout: Layout, layers: Ints, part: Layout) -> Layout:
 
 def actor_load_LA(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
     """Load of every actor in every layer, divided by its speed: [L, A]."""
-    load_R = load_LE.reshape(-1)[layout.expert_key_R] * layout.share_R
-    key_R = layout.layer_R * fleet.num_actors + layout.actor_R
-    load_LA = np.bincount(key_R, weights=load_R, minlength=layout.num_layers * fleet.num_actors)
-    loads: Floats = load_LA.reshape(layout.num_layers, fleet.num_actors) / fleet.speed_A
+    loads: Floats = carried_LA(layout, load_LE, fleet.num_actors) / fleet.speed_A
     return loads
 
 
-def balancedness_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
-    """Per layer: the load per unit of speed that perfect spreading would give every actor with slots, over the load of
-    the worst actor; 1 is perfect. With equal speeds that is mean load / max load. Layers without load have 1."""
-    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
-    ideal_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
-    balancedness: Floats = np.divide(ideal_L, worst_L, out=np.ones_like(worst_L), where=worst_L > 0)
-    return balancedness
+def carried_LA(layout: Layout, load_LE: Floats, num_actors: int) -> Floats:
+    """Load that every actor carries in every layer: [L, A]."""
+    load_R = load_LE.reshape(-1)[layout.expert_key_R] * layout.share_R
+    key_R = layout.layer_R * num_actors + layout.actor_R
+    load_LA: Floats = np.bincount(key_R, weights=load_R, minlength=layout.num_layers * num_actors).astype(np.float64)
+    return load_LA.reshape(layout.num_layers, num_actors)
 
 
 def added_R(before: Layout, after: Layout) -> Bools:

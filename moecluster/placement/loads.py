@@ -130,6 +130,11 @@ class LoadWindow(ABC):
         return idle_s_LE
 
     @property
+    def last_token_s(self) -> float:
+        """Time of the reading that last showed a token of any expert; that of the first reading if none did."""
+        return float(self._last_token_s_LE.max(initial=0.0))
+
+    @property
     @abstractmethod
     def load_LE(self) -> Floats:
         """Assignments per second; 0 until there are two readings."""

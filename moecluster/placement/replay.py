@@ -14,9 +14,10 @@ from typing import Generic
 import numpy as np
 
 from moecluster.errors import ConfigError
+from moecluster.placement.balancedness import mean_balancedness
 from moecluster.placement.cold_plan import cold_plan
 from moecluster.placement.decision import Observation, Policy, StateT
-from moecluster.placement.layout import Bools, Fleet, Floats, Ints, balancedness_L, moved_bytes
+from moecluster.placement.layout import Bools, Fleet, Floats, Ints, moved_bytes
 from moecluster.placement.loads import CounterReading, LoadWindow
 from moecluster.placement.partway import hosted_experts_LE, surviving
 from moecluster.placement.start import contiguous_layout, uniform_fleet
@@ -31,8 +32,8 @@ class ReplayedWindow:
 
     time_s: float
     tokens: int  # assignments, over all layers
-    balancedness: float  # mean over layers; of experts that are not lost
-    lost_part: float  # of the assignments, those to experts that stood nowhere
+    balancedness: float | None  # mean over layers with tokens; of experts that are not lost. None: no such token
+    lost_part: float | None  # of the assignments, those to experts that stood nowhere; None: no token
     replicas: int
     moved_bytes: float  # by the decision after this window
     decide_s: float  # measured
@@ -45,9 +46,10 @@ class ReplaySummary:
 
     policy: str
     windows: int
-    mean_balancedness: float
-    worst_balancedness: float
-    lost_part: float
+    judged: int  # of them, those with a token to an expert that stood somewhere: balancedness is theirs
+    mean_balancedness: float | None  # None: no window could be judged
+    worst_balancedness: float | None
+    lost_part: float | None  # None: no token
     cold_bytes: float  # of the first plan
     moved_bytes: float  # of all others
     changes: int  # decisions that moved anything
@@ -112,7 +114,7 @@ class Replay(Generic[StateT]):
         self._happen(window.events)
         hosted_LE = self._hosted(window.counts_LE)
         tokens = int(window.counts_LE.sum())
-        balancedness = float(balancedness_L(self._layout, hosted_LE, self._fleet).mean())
+        balancedness = mean_balancedness(self._layout, hosted_LE, self._fleet)
         replicas = self._layout.num_replicas
         self._count(window)
         before = self._layout
@@ -121,7 +123,7 @@ class Replay(Generic[StateT]):
             time_s=window.time_s,
             tokens=tokens,
             balancedness=balancedness,
-            lost_part=1.0 - float(hosted_LE.sum()) / tokens if tokens else 0.0,
+            lost_part=1.0 - float(hosted_LE.sum()) / tokens if tokens else None,
             replicas=replicas,
             moved_bytes=moved_bytes(before, self._layout, self._fleet),
             decide_s=decide_s,
@@ -180,12 +182,16 @@ def summarize(policy: str, windows: Sequence[ReplayedWindow]) -> ReplaySummary:
     scored = windows[1:]
     if not scored:
         raise ConfigError("the trace has one window, expected at least 2: one to decide on and one to score")
+    judged = [window.balancedness for window in scored if window.balancedness is not None]
+    tokens = sum(window.tokens for window in scored)
+    lost = sum(window.lost_part * window.tokens for window in scored if window.lost_part is not None)
     return ReplaySummary(
         policy=policy,
         windows=len(scored),
-        mean_balancedness=statistics.fmean(window.balancedness for window in scored),
-        worst_balancedness=min(window.balancedness for window in scored),
-        lost_part=sum(window.lost_part * window.tokens for window in scored) / max(sum(w.tokens for w in scored), 1),
+        judged=len(judged),
+        mean_balancedness=statistics.fmean(judged) if judged else None,
+        worst_balancedness=min(judged, default=None),
+        lost_part=lost / tokens if tokens else None,
         cold_bytes=windows[0].moved_bytes,
         moved_bytes=sum(window.moved_bytes for window in scored),
         changes=sum(window.moved_bytes > 0 for window in scored),

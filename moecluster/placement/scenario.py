@@ -38,8 +38,8 @@ class SimulatedDecision:
     decide_s: float  # measured: the planner's own time
     apply_s: float  # simulated: until the last copy stands
     moved_bytes: float
-    balancedness_before: float  # as the policy saw and predicts it
-    balancedness_after: float
+    balancedness_before: float | None  # as the policy saw and predicts it
+    balancedness_after: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class SimulatedWindow:
     time_s: float  # its end
     tokens_per_s: float  # that came; none before the first plan stands
     served_per_s: float
-    step_s: float  # mean time of a token's pass through all MoE layers
-    wait_s: float  # mean time that a token waited before it
-    balancedness: float
+    step_s: float | None  # mean time of a token's pass through all MoE layers; None: none was served
+    wait_s: float | None  # mean time that a token waited before it; None: none was served
+    balancedness: float | None  # None: no expert stood anywhere
     availability: float  # part of the tokens that met no lost expert
     replicas: int
     actors: int  # alive
@@ -67,11 +67,11 @@ class SimulationSummary:
     windows: int
     tokens: float
     served: float
-    mean_balancedness: float  # once the first plan stands, as all that follows
-    mean_step_s: float
-    worst_step_s: float
-    mean_wait_s: float
-    worst_wait_s: float
+    mean_balancedness: float | None  # once the first plan stands, as all that follows
+    mean_step_s: float | None  # over tokens, as the next four; None: none was served
+    worst_step_s: float | None
+    mean_wait_s: float | None
+    worst_wait_s: float | None
     mean_availability: float
     deaths: int
     decisions: int
@@ -104,20 +104,26 @@ def summarize(windows: Sequence[SimulatedWindow]) -> SimulationSummary:
             f"the first plan would stand {open_s:,.0f} s after the start, and only {windows[-1].time_s:,.0f} s are "
             "simulated; simulate more hours"
         )
-    served = sum(window.served_per_s for window in settled) or 1.0
+    tokens = seconds * sum(window.tokens_per_s for window in windows)
+    if not tokens > 0:
+        raise ConfigError("no token came while the first plan stood: there is nothing to tell; simulate more hours")
+    balance = [window.balancedness for window in settled if window.balancedness is not None]
+    steps = [(window.step_s, window.served_per_s) for window in settled if window.step_s is not None]
+    waits = [(window.wait_s, window.served_per_s) for window in settled if window.wait_s is not None]
+    available = [(window.availability, window.tokens_per_s) for window in settled]
     moved = [decision.moved_bytes for decision in decisions]
     decide_s = [decision.decide_s for decision in decisions] or [0.0]
     observe_s = statistics.median([decision.observe_s for decision in decisions] or [0.0])
     return SimulationSummary(
         windows=len(windows),
-        tokens=seconds * sum(window.tokens_per_s for window in windows),
+        tokens=tokens,
         served=seconds * sum(window.served_per_s for window in windows),
-        mean_balancedness=statistics.fmean(window.balancedness for window in settled),
-        mean_step_s=sum(window.step_s * window.served_per_s for window in settled) / served,
-        worst_step_s=max(window.step_s for window in settled),
-        mean_wait_s=sum(window.wait_s * window.served_per_s for window in settled) / served,
-        worst_wait_s=max(window.wait_s for window in settled),
-        mean_availability=statistics.fmean(window.availability for window in settled),
+        mean_balancedness=statistics.fmean(balance) if balance else None,
+        mean_step_s=_weighted_mean(steps),
+        worst_step_s=max((step_s for step_s, _ in steps), default=None),
+        mean_wait_s=_weighted_mean(waits),
+        worst_wait_s=max((wait_s for wait_s, _ in waits), default=None),
+        mean_availability=_weighted_mean(available) or 0.0,
         deaths=sum(window.deaths for window in windows),
         decisions=len(decisions),
         cold_bytes=moved[0] if moved else 0.0,
@@ -127,3 +133,9 @@ def summarize(windows: Sequence[SimulatedWindow]) -> SimulationSummary:
         max_decide_s=max(decide_s),
         controller_part=(len(windows) * observe_s + sum(decide_s)) / windows[-1].time_s,
     )
+
+
+def _weighted_mean(values: Sequence[tuple[float, float]]) -> float | None:
+    """Mean of (value, weight) pairs; None if nothing weighs anything."""
+    weight = sum(weight for _, weight in values)
+    return sum(value * weight for value, weight in values) / weight if weight > 0 else None

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moecluster.placement.balancedness import balancedness_L
 from moecluster.placement.decision import Decision, Observation, check_observation, decision_of
 from moecluster.placement.forecast import Trend, forecast
 from moecluster.placement.incremental import MoveSettings, with_moves
-from moecluster.placement.layout import Layout, balancedness_L, moved_bytes, with_shares
+from moecluster.placement.layout import Layout, moved_bytes, with_shares
 from moecluster.placement.restore import restored
 from moecluster.placement.shares import least_max_shares
 from moecluster.placement.spare_moves import with_spares_moved
@@ -55,7 +56,7 @@ class SharePolicy:
         reason = _reason(seen.layout, standing, reshared, after)
         if after is reshared:  # the same replicas: are the new shares worth an order?
             gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(standing, load_LE, seen.fleet)
-            if gain.sum() < self.settings.min_share_gain * max(len(gain), 1):
+            if np.nansum(gain) < self.settings.min_share_gain * max(len(gain), 1):
                 after = standing
                 reason = "as even as it gets" if standing is seen.layout else reason
         return decision_of(seen, after, reason), ShareState(trend=trend)

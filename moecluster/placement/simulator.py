@@ -19,11 +19,12 @@ from typing import Generic
 
 import numpy as np
 
+from moecluster.placement.balancedness import mean_balancedness
 from moecluster.placement.cold_plan import cold_plan
 from moecluster.placement.costs import Costs
 from moecluster.placement.decision import Observation, Policy, StateT, decision_of
 from moecluster.placement.fluid_queue import FluidQueue, Served, StepCosts, step_costs
-from moecluster.placement.layout import Bools, Fleet, Floats, Layout, balancedness_L, moved_bytes
+from moecluster.placement.layout import Bools, Fleet, Floats, Layout, moved_bytes
 from moecluster.placement.loads import CounterReading, ExponentialWindow
 from moecluster.placement.partway import hosted_experts_LE, layers_taken, surviving
 from moecluster.placement.scenario import Scenario, SimulatedDecision, SimulatedWindow
@@ -42,6 +43,7 @@ class _Tally:
     served: Served = field(default_factory=Served)
     tokens: float = 0.0  # that came
     balancedness: float = 0.0  # integrals over time
+    judged_s: float = 0.0  # in which there was any balancedness
     availability: float = 0.0
     deaths: int = 0
     decisions: list[SimulatedDecision] = field(default_factory=list)
@@ -53,7 +55,7 @@ class _Conditions:
 
     costs: StepCosts
     available: float
-    balancedness: float
+    balancedness: float | None  # None: no expert stands anywhere
 
 
 class Simulator(Generic[StateT]):
@@ -136,7 +138,9 @@ class Simulator(Generic[StateT]):
         self._tally.tokens += tokens_per_s * seconds
         self._tally.served += self._queue.advance(seconds, tokens_per_s, now.available, now.costs)
         self._tally.availability += now.available * seconds
-        self._tally.balancedness += now.balancedness * seconds
+        if now.balancedness is not None:
+            self._tally.balancedness += now.balancedness * seconds
+            self._tally.judged_s += seconds
         self._now_s = to_s
 
     def _look(self) -> _Conditions:
@@ -150,7 +154,7 @@ class Simulator(Generic[StateT]):
         return _Conditions(
             costs=step_costs(self._layout, hosted_LE, self._fleet, link_A, self._costs),
             available=float(np.prod(1.0 - met_L)) if lost else 1.0,
-            balancedness=float(balancedness_L(self._layout, hosted_LE, self._living_fleet()).mean()),
+            balancedness=mean_balancedness(self._layout, hosted_LE, self._living_fleet()),
         )
 
     def _close_window(self) -> SimulatedWindow:
@@ -160,9 +164,9 @@ class Simulator(Generic[StateT]):
             time_s=self._now_s,
             tokens_per_s=tally.tokens / served.seconds,
             served_per_s=served.tokens / served.seconds,
-            step_s=served.step_seconds / served.tokens if served.tokens else 0.0,
-            wait_s=served.waited / served.tokens if served.tokens else 0.0,
-            balancedness=tally.balancedness / served.seconds,
+            step_s=served.step_seconds / served.tokens if served.tokens else None,
+            wait_s=served.waited / served.tokens if served.tokens else None,
+            balancedness=tally.balancedness / tally.judged_s if tally.judged_s else None,
             availability=tally.availability / served.seconds,
             replicas=self._layout.num_replicas,
             actors=int(self._alive_A.sum()),

@@ -1,10 +1,11 @@
 """Measures how even the actors' load is: for the metrics, and for what operations have gained."""
 
+import math
 import time
 from collections.abc import Callable
 
 from moecluster.metrics import Metrics
-from moecluster.placement.layout import balancedness_L
+from moecluster.placement.balancedness import balancedness_L, mean_balancedness
 from moecluster.roles.decider import Decider
 from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.standing import Standing
@@ -27,23 +28,26 @@ class BalanceMeter:
         self._log = log
         self._metrics = metrics
         self._clock = clock
-        self._unmeasured: list[tuple[str, float]] = []  # operations, and when they ended
+        self._unmeasured: dict[str, float] = {}  # operation -> when it ended
 
     def ended(self, operation_id: str) -> None:
         """The operation is done: what it has gained can be measured once a window has passed over it."""
-        self._unmeasured.append((operation_id, self._clock()))
+        self._unmeasured[operation_id] = self._clock()
 
     def measure_gains(self) -> None:
-        """Fills in what operations have gained, of those that a window has passed over."""
-        now_s, window_s = self._clock(), self._decider.observer.settings.window_s
-        ready = [operation for operation, ended_s in self._unmeasured if now_s - ended_s >= window_s]
+        """Fills in what operations have gained, of those that a window has passed over, and a token since."""
+        self._unmeasured = {o: ended_s for o, ended_s in self._unmeasured.items() if self._log.keeps(o)}
+        observer = self._decider.observer
+        until_s = min(self._clock() - observer.settings.window_s, observer.last_token_s)
+        ready = [operation for operation, ended_s in self._unmeasured.items() if ended_s <= until_s]
         if not ready:
             return
-        self._unmeasured = [(o, s) for o, s in self._unmeasured if o not in ready]
+        for operation in ready:
+            del self._unmeasured[operation]
         seen = self._decider.seen().observation
-        if not self._decider.observer.load_LE.any():
+        if not seen.load_counted:
             return
-        measured = float(balancedness_L(seen.layout, seen.load_LE, seen.fleet).mean())
+        measured = mean_balancedness(seen.layout, seen.load_LE, seen.fleet)
         for operation in ready:
             self._log.update(operation, balancedness_measured=measured)
 
@@ -57,4 +61,4 @@ class BalanceMeter:
         )
         layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
         for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
-            self._metrics.set_layer_balancedness(layer, balancedness)
+            self._metrics.set_layer_balancedness(layer, None if math.isnan(balancedness) else balancedness)

@@ -83,6 +83,11 @@ class Observer:
         """Time that the window has seen."""
         return self._window.covered_s
 
+    @property
+    def last_token_s(self) -> float:
+        """When the reading was taken that last showed a token."""
+        return self._window.last_token_s
+
     def idle_experts(self, idle_s: float) -> frozenset[ExpertId]:
         """Experts that no token wanted for so long."""
         if self.covered_s < idle_s:
@@ -101,7 +106,8 @@ class Observer:
         up = self._standing.up()
         names = Names(layer_experts=self._standing.layer_experts, actors=tuple(up))
         load_LE = self.load_LE
-        if even or not load_LE.any():
+        counted = bool(load_LE.any()) and not even
+        if not counted:
             load_LE = (np.arange(load_LE.shape[1]) < names.num_experts_L[:, None]).astype(np.float64)
         nodes = sorted({u.address.node for u in up.values()})
         away = {*self._standing.leaving, *without}
@@ -128,6 +134,7 @@ class Observer:
             layout=to_layout(placed, names),
             budget_bytes=self.settings.budget_bytes,
             cold_LE=cold_LE,
+            load_counted=counted,
         )
         return Seen(observation=observation, names=names)
 

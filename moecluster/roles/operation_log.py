@@ -32,11 +32,17 @@ class OperationLog:
         self._unix_clock = unix_clock
         self._lock = threading.Lock()
         self._operations: dict[str, Operation] = {}
+        self._reached: dict[str, set[OperationPhase]] = {}  # operation -> phases that it was counted in
 
     def take_over(self, operations: tuple[Operation, ...], *, resumable: frozenset[str]) -> None:
-        """What a predecessor left: what users ordered is queued again, other work of its has failed."""
+        """What a predecessor left: what users ordered is queued again, other work of its has failed.
+
+        The predecessor has counted the phases that an operation had reached by then.
+        """
+        failed = []
         with self._lock:
             for operation in operations:
+                self._reached[operation.id] = _reached_by(operation.phase)
                 if not operation.phase.ended and operation.kind in resumable:
                     operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="begun again")
                 elif not operation.phase.ended:
@@ -46,7 +52,10 @@ class OperationLog:
                         ended_s=self._unix_clock(),
                         detail="the controller was started anew; what was committed by then stands",
                     )
+                    failed.append(operation)
                 self._operations[operation.id] = operation
+        for operation in failed:
+            self._count(operation)
 
     def order(self, kind: str, *, reason: str, arguments: tuple[str, ...], operation_id: str = "") -> Operation:
         """Queues what a user asks for. The same id again is the same operation.
@@ -83,10 +92,10 @@ class OperationLog:
                 operation = dataclasses.replace(operation, ended_s=self._unix_clock())
             self._operations[operation_id] = operation
         if operation.phase is not before.phase:
-            self._metrics.count_operation(operation.kind, operation.phase.value)
+            self._count(operation)
             if operation.phase is OperationPhase.DONE and operation.ended_s is not None:
                 seconds = max(operation.ended_s - operation.created_s, 0.0)
-                self._metrics.observe_operation(operation.kind, seconds=seconds, moved_bytes=operation.moved_bytes)
+                self._metrics.observe_operation(operation.kind, seconds=seconds)
         self._on_change()
         return operation
 
@@ -100,6 +109,7 @@ class OperationLog:
                 added_replicas=before.added_replicas + added,
                 removed_replicas=before.removed_replicas + removed,
             )
+        self._metrics.count_moved_bytes(loaded_bytes)
 
     def get(self, operation_id: str) -> Operation:
         """Raises ResourceError if there is none of that id."""
@@ -108,6 +118,11 @@ class OperationLog:
         if operation is None:
             raise ResourceError(f'no operation "{operation_id}" is known; moecluster operations lists them')
         return operation
+
+    def keeps(self, operation_id: str) -> bool:
+        """Whether the operation is known, or known still."""
+        with self._lock:
+            return operation_id in self._operations
 
     def queued(self, kinds: Collection[str]) -> tuple[Operation, ...]:
         """Those of some kinds that wait, the oldest first."""
@@ -157,9 +172,25 @@ class OperationLog:
         others = [o.id for o in ended if o.kind != "reshare"]
         for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
             del self._operations[old]
+            self._reached.pop(old, None)
         return operation
 
     def _added(self, operation: Operation) -> None:
         """Without the lock."""
-        self._metrics.count_operation(operation.kind, operation.phase.value)
+        self._count(operation)
         self._on_change()
+
+    def _count(self, operation: Operation) -> None:
+        """Counts an operation in a phase that it has reached for the first time. Without the lock."""
+        with self._lock:
+            reached = self._reached.setdefault(operation.id, set())
+            if operation.phase in reached:
+                return
+            reached.add(operation.phase)
+        self._metrics.count_operation(operation.kind, operation.phase.value)
+
+
+def _reached_by(phase: OperationPhase) -> set[OperationPhase]:
+    """The phases up to one, in the order in which operations go through them."""
+    phases = list(OperationPhase)
+    return {phase, *phases[: min(phases.index(phase), phases.index(OperationPhase.DONE))]}

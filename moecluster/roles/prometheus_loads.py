@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moecluster.errors import ConfigError, InvalidMessage, Unavailable
+from moecluster.metrics import COMMON_LABELS, QUANTILE_LABEL
 from moecluster.placement.loads import CounterReading
 from moecluster.roles.load_sources import SourceReading, WorkCounter
 from moecluster.roles.prometheus_query import PrometheusServer, Sample, quoted
@@ -24,7 +25,7 @@ ACTOR_RUNS = "moecluster_actor_expert_runs_total"
 ACTOR_BUSY = "moecluster_actor_busy_seconds_total"
 COUNTERS = (STARTED, EXPERT_TOKENS, EXPERT_QUANTILES, ACTOR_TOKENS, ACTOR_RUNS, ACTOR_BUSY)
 # What tells series of one process apart; the labels that are left (instance, job, ...) name the process.
-OWN_LABELS = frozenset({"__name__", "model", "layer", "expert", "quantile", "actor"})
+OWN_LABELS = frozenset({"__name__", *COMMON_LABELS, "layer", "expert", QUANTILE_LABEL, "actor"})
 MAX_COUNT = 2**53  # up to which a float holds every whole number
 
 TIMEOUT_S = 5.0
@@ -41,15 +42,15 @@ class PrometheusLoadSource:
         self,
         address: str,
         *,
-        model: str,
+        cluster: str,
         layer_experts: Mapping[int, int],
         timeout_s: float = TIMEOUT_S,
         max_age_s: float = MAX_AGE_S,
     ) -> None:
-        """address: http://host:port; ConfigError if it is something else. model: the label of the cluster's series.
+        """address: http://host:port; ConfigError if it is something else. cluster: its name, a label of all its series.
         layer_experts: MoE layer -> its number of experts. max_age_s: processes scraped longer ago are gone."""
         self._server = PrometheusServer(address, timeout_s=timeout_s)
-        self._model = model
+        self._cluster = cluster
         self._layer_experts = dict(layer_experts)
         self._max_age_s = max_age_s
         self._last: tuple[Mapping[Process, float], SourceReading] | None = None  # with the scrapes that it comes from
@@ -57,13 +58,13 @@ class PrometheusLoadSource:
     def read(self, now_s: float) -> SourceReading:
         """The counters as they were last scraped; the same record again while nothing was scraped since.
 
-        Raises Unavailable if the server is away, or has nothing or nothing new of the model; DeadlineExceeded;
+        Raises Unavailable if the server is away, or has nothing or nothing new of the cluster; DeadlineExceeded;
         ConfigError if a router leaves out experts; InvalidMessage for series that do not fit the model.
         """
-        scrapes = self._server.query(f"timestamp({STARTED}{{model={quoted(self._model)}}})")
+        scrapes = self._server.query(f"timestamp({STARTED}{{cluster={quoted(self._cluster)}}})")
         if not scrapes:
             raise Unavailable(
-                f"Prometheus at {self._server.address} has no series of model {self._model!r}: "
+                f"Prometheus at {self._server.address} has no series of cluster {self._cluster!r}: "
                 "it should scrape the /metrics of every router and expert actor"
             )
         asked_s = scrapes[0].time_s
@@ -71,7 +72,7 @@ class PrometheusLoadSource:
         age_s = max(asked_s - max(scraped_s.values()), 0.0)
         if age_s > self._max_age_s:
             raise Unavailable(
-                f"Prometheus at {self._server.address} last scraped model {self._model!r} {age_s:.0f} s ago, "
+                f"Prometheus at {self._server.address} last scraped cluster {self._cluster!r} {age_s:.0f} s ago, "
                 f"and what is older than {self._max_age_s:g} s is not planned by"
             )
         if self._last is None or self._last[0] != scraped_s:
@@ -81,9 +82,9 @@ class PrometheusLoadSource:
 
     def _counters(self, scraped_s: Mapping[Process, float], *, asked_s: float, dated_s: float) -> SourceReading:
         """What these processes showed at a Unix time of the server, but for those that it scrapes no more."""
-        names, model = quoted("|".join(COUNTERS)), quoted(self._model)
+        names, cluster = quoted("|".join(COUNTERS)), quoted(self._cluster)
         series: dict[str, Series] = {name: defaultdict(list) for name in COUNTERS}
-        for sample in self._server.query(f"{{__name__=~{names},model={model}}}", at_s=asked_s):
+        for sample in self._server.query(f"{{__name__=~{names},cluster={cluster}}}", at_s=asked_s):
             process, name = _process(sample), _text(sample, "__name__")
             if name not in series:
                 raise InvalidMessage(f"an answer with {name[:40]!r}, which was not asked for")

@@ -17,6 +17,7 @@ from moecluster.metrics import Metrics
 from moecluster.roles.exchange import Answers, Exchange, plan_all
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_counts import LoadCounts
+from moecluster.roles.routing_entropy import routing_entropy
 from moecluster.types import ComputeBatch, MessageKey, MicroBatchTag, Phase, Placement, StepTag
 
 
@@ -69,7 +70,7 @@ class RemoteExperts:
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
         timeout_s = self._left_s()
-        self._count(layer, ids_TK, timeout_s)
+        self._count(layer, ids_TK, weights_TK, timeout_s)
         tag: MicroBatchTag | None = getattr(self._current, "tag", None)
         if tag is not None and torch.is_grad_enabled():
             y_TD: torch.Tensor = _RemoteMoe.apply(
@@ -137,7 +138,7 @@ class RemoteExperts:
         deadline_s: float | None = getattr(self._current, "deadline_s", None)
         return self._timeout_s if deadline_s is None else min(deadline_s - time.monotonic(), self._timeout_s)
 
-    def _count(self, layer: int, ids_TK: torch.Tensor, timeout_s: float) -> None:
+    def _count(self, layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timeout_s: float) -> None:
         num_experts = self.pool.placement(timeout_s).layer_experts.get(layer, 0)
         counts_E = np.bincount(ids_TK.numpy().reshape(-1), minlength=num_experts)
         dropped, counts_E = int(counts_E[num_experts : num_experts + 1].sum()), counts_E[:num_experts]
@@ -147,6 +148,11 @@ class RemoteExperts:
             self._metrics.count_assignments(layer, counts_E)
             if dropped:
                 self._metrics.count_dropped(layer, dropped)
+            if ids_TK.shape[1] > 1:
+                sent_TK = weights_TK.detach().cpu().float().masked_fill(ids_TK >= num_experts, 0.0)
+                total, tokens = routing_entropy(sent_TK.numpy())
+                if tokens:
+                    self._metrics.add_router_entropy(layer, total=total, tokens=tokens)
 
     def _forward(
         self,

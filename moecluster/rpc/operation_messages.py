@@ -70,8 +70,8 @@ def encode_plan(plan: PlanPreview) -> controller_pb2.PlanReply:
     return controller_pb2.PlanReply(
         policy=plan.policy,
         reason=plan.reason,
-        balancedness_before=plan.balancedness_before,
-        balancedness_after=plan.balancedness_after,
+        balancedness_before=_or_not_known(plan.balancedness_before),
+        balancedness_after=_or_not_known(plan.balancedness_after),
         moved_bytes=plan.moved_bytes,
         added=[encode_replica(replica) for replica in plan.added],
         removed=[encode_replica(replica) for replica in plan.removed],
@@ -84,8 +84,8 @@ def decode_plan(message: controller_pb2.PlanReply) -> PlanPreview:
     return PlanPreview(
         policy=checked_name(message.policy, "policy"),
         reason=message.reason,
-        balancedness_before=checked_amount(message.balancedness_before, "balancedness_before"),
-        balancedness_after=checked_amount(message.balancedness_after, "balancedness_after"),
+        balancedness_before=_balancedness(message.balancedness_before, "balancedness_before"),
+        balancedness_after=_balancedness(message.balancedness_after, "balancedness_after"),
         moved_bytes=checked_amount(message.moved_bytes, "moved_bytes"),
         added=tuple(decode_replica(replica, "added") for replica in message.added),
         removed=tuple(decode_replica(replica, "removed") for replica in message.removed),

@@ -19,13 +19,21 @@ class StepDone:
     """A step is committed everywhere."""
 
     step: int
-    loss: float  # nats per token, auxiliary losses included
+    loss: float  # cross-entropy, nats per token
+    # kind -> what is trained on besides it, with its coefficient; None: not told apart, and part of loss, as in
+    # histories that older versions wrote
+    aux_losses: Mapping[str, float] | None = None
     learning_rate: float
     grad_norm: float  # over trunk and experts, before clipping
     seconds: float
     tokens_per_s: float
-    balancedness: float  # mean over layers of mean actor load / max actor load
+    balancedness: float | None  # mean over layers of mean actor load / max actor load; None: no expert was wanted
     attempts: int
+
+    @property
+    def total_loss(self) -> float:
+        """What the step was trained on."""
+        return self.loss + sum((self.aux_losses or {}).values())
 
 
 @dataclass(frozen=True, kw_only=True)

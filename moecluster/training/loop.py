@@ -161,10 +161,11 @@ class TrainingLoop:
             self._step, self._position = tag.step, self._position + train.batch_size
             seconds = time.perf_counter() - started_s
             if self._metrics is not None:
-                self._metrics.observe_train_step(loss=computed.loss, seconds=seconds)
+                self._metrics.observe_train_step(loss=computed.loss, aux_losses=computed.aux_losses, seconds=seconds)
             yield StepDone(
                 step=self._step,
                 loss=computed.loss,
+                aux_losses=computed.aux_losses,
                 learning_rate=learning_rate,
                 grad_norm=outcome.grad_norm,
                 seconds=seconds,
@@ -175,14 +176,14 @@ class TrainingLoop:
             return
         raise AttemptAborted(f"step {self._step + 1} failed {MAX_ATTEMPTS} times with all participants alive")
 
-    def _balancedness(self, computed: Computed) -> float:
+    def _balancedness(self, computed: Computed) -> float | None:
         tokens = {
             ExpertId(layer=layer, index=index): int(count)
             for layer, counts_E in computed.loads.items()
             for index, count in enumerate(counts_E)
         }
         layers = layer_balancedness(self.session.placement, tokens)
-        return sum(layers.values()) / len(layers) if layers else 1.0
+        return sum(layers.values()) / len(layers) if layers else None
 
     # -- evaluation --
 

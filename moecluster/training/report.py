@@ -13,7 +13,8 @@ DOTS_PER_INCH = 120
 
 
 def draw_loss_curve(history: History, path: str | Path) -> None:
-    """Training loss, validation points and the unigram entropy, all in bits per byte. Raises DataError without steps.
+    """Cross-entropy in training and validation and the unigram entropy, all in bits per byte; below it, where there are
+    any, the auxiliary losses by kind. Raises DataError without steps.
 
     The kind of picture is the name's ending: .png, .svg, .pdf.
     """
@@ -22,9 +23,14 @@ def draw_loss_curve(history: History, path: str | Path) -> None:
     bits = 1 / (math.log(2) * history.started.bytes_per_token)
     # A Figure of its own, and no pyplot: no display is asked for, and nothing is shared with other pictures.
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.subplots()
     steps = sorted(history.steps)
-    axes.plot(steps, [history.steps[s].loss * bits for s in steps], linewidth=0.8, alpha=0.6, label="training")
+    kinds = sorted({kind for step in history.steps.values() for kind in step.aux_losses or {}})
+    axes, *below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1)) if kinds else (figure.subplots(),)
+    apart = {s: history.steps[s].loss * bits for s in steps if history.steps[s].aux_losses is not None}
+    mixed = {s: history.steps[s].loss * bits for s in steps if history.steps[s].aux_losses is None}
+    for losses, label in ((apart, "training"), (mixed, "training, auxiliary losses included")):
+        if losses:
+            axes.plot(list(losses), list(losses.values()), linewidth=0.8, alpha=0.6, label=label)
     evaluated = sorted(history.evaluations)
     if evaluated:
         values = [history.evaluations[s].bits_per_byte for s in evaluated]
@@ -35,9 +41,15 @@ def draw_loss_curve(history: History, path: str | Path) -> None:
             axes.plot(evaluated, points, linewidth=0.8, linestyle=":", label=f"validation, {name}")
     unigram = history.started.unigram_bits_per_byte
     axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label=f"unigram entropy, {unigram:.2f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel("cross-entropy, bits per byte")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+    for panel in below:
+        for kind in kinds:
+            panel.plot(steps, [(history.steps[s].aux_losses or {}).get(kind, math.nan) for s in steps], label=kind)
+        panel.set_ylabel("auxiliary losses")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    (below[-1] if below else axes).set_xlabel("step")
     figure.savefig(path)

@@ -91,11 +91,13 @@ def test_every_actor_serves_its_metrics(cluster) -> None:
         with urllib.request.urlopen(f"http://{endpoints.metrics_address}/metrics", timeout=10) as answer:
             shown[name] = answer.read().decode()
     assert set(shown) == {"controller", "router", "expert-0", "expert-1"}
-    label = f'model="{cluster.name}"'
-    assert f"moecluster_placement_generation{{{label}}}" in shown["controller"]
-    assert f'moecluster_expert_tokens_total{{expert="0",layer="0",{label}}}' in shown["router"]
-    assert f'moecluster_dispatch_seconds_count{{{label},transport="shm"}}' in shown["router"]
-    assert f'moecluster_actor_tokens_total{{actor="expert-1",{label}}}' in shown["expert-1"]
+    of = f'cluster="{cluster.name}"'
+    model = f'model="{cluster.name}"'  # nobody named the model
+    assert f"moecluster_placement_generation{{{of},{model}}}" in shown["controller"]
+    assert f'moecluster_expert_tokens_total{{{of},expert="0",layer="0",{model}}}' in shown["router"]
+    assert f'moecluster_dispatch_seconds_count{{{of},{model},transport="shm"}}' in shown["router"]
+    assert f'moecluster_router_entropy{{{of},layer="0",{model}}}' in shown["router"]
+    assert f'moecluster_actor_tokens_total{{actor="expert-1",{of},{model}}}' in shown["expert-1"]
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])

@@ -390,7 +390,8 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(start) -> None:
 
     def seen() -> bool:
         cluster.controller.report_load("router", LoadSnapshot(window_s=0.02, tokens=tokens))
-        return bool(cluster.controller.plan("share").balancedness_before < 0.9)
+        before = cluster.controller.plan("share").balancedness_before
+        return before is not None and before < 0.9
 
     wait_until(seen)
     plan = cluster.controller.plan("share")

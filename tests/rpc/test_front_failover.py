@@ -93,7 +93,7 @@ def test_a_text_goes_on_at_another_router(front, first, second, breaking, tokens
     assert_whole(ask(front), first, second)
     asked = sorted(len(r.generated_ids) for r in (*first.requests, *second.requests))
     assert asked == ([0, tokens, 2 * tokens] if 2 * tokens < 30 else [0, tokens])
-    failovers = f'moecluster_front_failovers_total{{model="model"}} {len(asked) - 1 if tokens else 0}'
+    failovers = f'moecluster_front_failovers_total{{cluster="cluster",model="model"}} {len(asked) - 1 if tokens else 0}'
     assert not tokens or failovers in httpx.get(f"{front.url}/metrics").text
 
 

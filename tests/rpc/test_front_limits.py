@@ -155,7 +155,7 @@ def test_a_client_that_leaves_frees_its_place(front, router, stream, held, n) ->
     admission = front.server.front.admission
     wait_for(lambda: (admission.requests, admission.texts, admission.body_bytes) == (0, 0, 0))
     shown = httpx.get(f"{front.url}/metrics").text
-    assert "moecluster_front_requests_in_flight 1.0" in shown, "the one that asks"
+    assert 'moecluster_front_requests_in_flight{cluster="cluster",model="model"} 1.0' in shown, "the one that asks"
 
 
 def test_a_client_that_breaks_off_amid_its_body_leaves_nothing(front) -> None:

@@ -225,8 +225,11 @@ def test_models_are_listed_and_found(front, client) -> None:
         client.completions.create(model="gpt-4", prompt="x")
     assert httpx.get(f"{front.url}/health").json() == {"status": "ok", "routers": {"model": 1}}
     shown = httpx.get(f"{front.url}/metrics").text
-    assert 'moecluster_front_requests_total{route="/v1/completions",status="404"}' in shown
-    assert 'moecluster_front_time_to_first_token_seconds_count{model="model"}' in shown
+    of = 'cluster="cluster",model="model"'  # as the series of the cluster's actors have it
+    assert f'moecluster_front_requests_total{{{of},route="/v1/completions",status="404"}}' in shown
+    assert f"moecluster_front_time_to_first_token_seconds_count{{{of}}}" in shown
+    series = [line for line in shown.splitlines() if not line.startswith("#")]
+    assert all(label in line for line in series for label in of.split(","))
 
 
 def test_wrong_requests_name_their_field(client) -> None:
@@ -279,7 +282,7 @@ def test_a_text_without_room_is_said_to_be_too_long(client) -> None:
 def test_several_models_behind_one_front() -> None:
     with ScriptedRouter("one") as one, ScriptedRouter("two") as two:
         sources = [
-            ModelSource(name=name, alias="cluster", seeds=Whereabouts(routers=(router.address,)))
+            ModelSource(name=name, cluster=f"of {name}", alias="cluster", seeds=Whereabouts(routers=(router.address,)))
             for name, router in (("org/one", one), ("two", two))
         ]
         with running_front(*sources) as front, front.openai() as client:
@@ -289,6 +292,9 @@ def test_several_models_behind_one_front() -> None:
             assert (len(one.requests), len(two.requests)) == (0, 1)
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(model="cluster", prompt="x")
+            shown = httpx.get(f"{front.url}/metrics").text
+        counted = 'moecluster_front_requests_total{cluster="%s",model="%s",route="/v1/completions",status="%d"} 1.0'
+        assert counted % ("of two", "two", 200) in shown and counted % ("", "", 404) in shown
 
 
 def test_texts_of_a_real_cluster(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def texts_of(port: int) -> dict[str, float]:
     """running and waiting, as a router's /metrics shows them."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         shown = answer.read().decode()
-    found = re.findall(r'^moecluster_router_(\w+)_texts\{model="tiny"\} (\S+)$', shown, re.MULTILINE)
+    found = re.findall(r'^moecluster_router_(\w+)_texts\{cluster="",model="tiny"\} (\S+)$', shown, re.MULTILINE)
     return {state: float(count) for state, count in found}
 
 
@@ -25,7 +25,7 @@ def test_metrics_are_served_on_a_free_port_and_gone_after_close() -> None:
     metrics.set_generation(7)
     port = metrics.serve(host="127.0.0.1", port=0)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        assert 'moecluster_placement_generation{model="m"} 7.0' in answer.read().decode()
+        assert 'moecluster_placement_generation{cluster="",model="m"} 7.0' in answer.read().decode()
     metrics.close()
     metrics.close()
     with pytest.raises(OSError):

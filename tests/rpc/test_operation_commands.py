@@ -206,7 +206,7 @@ def test_operations_are_listed_and_explained(run) -> None:
     assert len(run("operations", "--limit", "1").out.splitlines()) == 2
     assert [o["phase"] for o in json.loads(run("operations", "--json").out)] == ["done", "done"]
     explained = run("explain", OLD_OPERATION.id).out
-    assert "0.600 before, 0.950 predicted, 0.930 measured, 94 % of the predicted gain" in explained
+    assert "0.600 before, 0.950 predicted, 0.930 measured, gain +0.330 of +0.350 predicted" in explained
     assert "replicas: 2 added, 1 removed; 4.1 kB loaded" in explained and "2.5 s" in explained
     plain = json.loads(run("explain", OLD_OPERATION.id, "--json").out)
     assert plain["balancedness_measured"] == 0.93 and plain["ended_s"] == NOW_S + 2.5

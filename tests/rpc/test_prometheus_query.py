@@ -60,7 +60,10 @@ def vector(*results: object) -> bytes:
 
 
 def series(name: str, value: float, **labels: str) -> dict[str, object]:
-    return {"metric": {"__name__": name, "instance": "h:1", "model": "m", **labels}, "value": [NOW_S, str(value)]}
+    return {
+        "metric": {"__name__": name, "instance": "h:1", "model": "served", "cluster": "m", **labels},
+        "value": [NOW_S, str(value)],
+    }
 
 
 def query(address: str) -> tuple[Sample, ...]:
@@ -68,7 +71,7 @@ def query(address: str) -> tuple[Sample, ...]:
 
 
 def source(address: str, **options: float) -> PrometheusLoadSource:
-    return PrometheusLoadSource(address, model="m", layer_experts={0: 2}, timeout_s=TIMEOUT_S, **options)
+    return PrometheusLoadSource(address, cluster="m", layer_experts={0: 2}, timeout_s=TIMEOUT_S, **options)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_a_server_that_is_silent_or_slow_meets_the_deadline(serve: Serve, pause_
 
 
 STARTED = series("moecluster_start_time_seconds", NOW_S - 100)
-SCRAPED = {"metric": {"instance": "h:1", "model": "m"}, "value": [NOW_S, str(NOW_S - 1)]}
+SCRAPED = {"metric": {"instance": "h:1", "model": "served", "cluster": "m"}, "value": [NOW_S, str(NOW_S - 1)]}
 
 
 def cluster(scraped: object, *counters: object) -> Answer:
@@ -212,5 +215,5 @@ def test_series_that_do_not_fit_the_model_are_refused(
 def test_series_that_nobody_scrapes_any_more_are_not_planned_by(serve: Serve) -> None:
     address = serve(cluster(SCRAPED, STARTED, tokens("0", 5), tokens("1", 7)))
     assert source(address, max_age_s=2.0).read(0.0).counters.tokens
-    with pytest.raises(Unavailable, match=r"last scraped model 'm' 1 s ago, .* older than 0\.5 s"):
+    with pytest.raises(Unavailable, match=r"last scraped cluster 'm' 1 s ago, .* older than 0\.5 s"):
         source(address, max_age_s=0.5).read(0.0)

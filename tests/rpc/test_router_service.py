@@ -233,9 +233,9 @@ def test_requests_and_tokens_are_counted(cluster, client) -> None:
     client.generate(PROMPT, max_new_tokens=3).text()
     with client.generate(PROMPT, max_new_tokens=200) as left:
         next(iter(left))
-    cancelled = 'moecluster_requests_total{model="tiny",status="cancelled"}'
+    cancelled = 'moecluster_requests_total{cluster="",model="tiny",status="cancelled"}'
     wait_until(lambda: cancelled in cluster.metrics.render())
     shown = cluster.metrics.render()
-    assert 'moecluster_requests_total{model="tiny",status="length"}' in shown
+    assert 'moecluster_requests_total{cluster="",model="tiny",status="length"}' in shown
     assert "moecluster_time_to_first_token_seconds_count" in shown
-    assert 'moecluster_dispatch_seconds_count{model="tiny",transport="shm"}' in shown
+    assert 'moecluster_dispatch_seconds_count{cluster="",model="tiny",transport="shm"}' in shown

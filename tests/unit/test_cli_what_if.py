@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from actors.cli import app
+from actors.commands.shown import shown_part
 from moecluster.errors import UserError
 from moecluster.placement.synthetic import LoadShape, SyntheticLoads
 from moecluster.placement.trace import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
@@ -66,6 +68,50 @@ def test_replay_shows_policies_side_by_side(trace, tmp_path) -> None:
     assert figures["windows"]["static"][5]["lost_part"] > 0 == figures["windows"]["static"][6]["lost_part"]
     assert figures["budget_bytes"] == 5 * 2 * 1000
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def write_counts(path: Path, *counts: int) -> Path:
+    """A trace of a layer of two experts on two actors, with so many tokens for each in each window."""
+    header = TraceHeader(
+        model="tiny",
+        window_s=10.0,
+        layers=(TraceLayer(layer=0, experts=2, expert_bytes=1000),),
+        actors=tuple(TraceActor(name=f"expert-{i}", slots=1) for i in range(2)),
+    )
+    with TraceWriter(path, header) as writer:
+        for number, count in enumerate(counts, start=1):
+            writer.add(TraceWindow(time_s=10.0 * number, counts_LE=np.full((1, 2), count)))
+    return path
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (7, 0, 0)])
+def test_a_trace_without_tokens_is_not_judged(tmp_path, counts) -> None:
+    said = complaint("replay", str(write_counts(tmp_path / "silent.jsonl", *counts)))
+    assert said.endswith("silent.jsonl: no window after the first has a token: there is nothing to judge")
+
+
+def test_only_windows_with_tokens_are_judged(tmp_path) -> None:
+    report, picture = tmp_path / "replay.json", tmp_path / "replay.png"
+    path = write_counts(tmp_path / "mostly.jsonl", 7, 0, 5, 0)
+    said = run("replay", str(path), "--json", str(report), "--plot", str(picture))
+    assert re.search(r"windows, of them scored\s+│\s+3, 1 ", said) and "1.0000 (1.000)" in said
+    of_windows = [window["balancedness"] for window in json.loads(report.read_text())["windows"]["share"]]
+    assert of_windows == [1.0, None, 1.0, None]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("part", "digits", "shown"),
+    [
+        (0.0, 3, "0.000 %"),
+        (1e-9, 3, "<0.001 %"),
+        (0.5, 2, "50.00 %"),
+        (1 - 1e-9, 4, ">99.9999 %"),
+        (1.0, 4, "100.0000 %"),
+    ],
+)
+def test_all_and_nothing_are_said_only_of_all_and_nothing(part, digits, shown) -> None:
+    assert shown_part(part, digits) == shown
 
 
 def test_replay_on_another_fleet(trace, tmp_path) -> None:

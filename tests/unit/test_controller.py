@@ -114,8 +114,8 @@ def test_a_lost_actor_leaves_the_placement_and_comes_back_filled(make, actors, c
     assert actors.services["expert-1"].status().experts == first.experts_on("expert-1")
     assert sorted(actors.loads) == [(actor, checkpoint) for actor in ("expert-0", "expert-1", "expert-1")]
     shown = metrics.render()
-    assert 'operations_total{kind="restore",model="tiny",phase="done"} 1.0' in shown
-    assert f'moecluster_placement_generation{{model="tiny"}} {back.generation}.0' in shown
+    assert 'operations_total{cluster="",kind="restore",model="tiny",phase="done"} 1.0' in shown
+    assert f'moecluster_placement_generation{{cluster="",model="tiny"}} {back.generation}.0' in shown
 
 
 def test_replicas_that_are_left_take_the_whole_share(make, actors) -> None:
@@ -297,8 +297,8 @@ def test_reported_loads_show_as_balancedness(make) -> None:
         controller.report_load("router-0", LoadSnapshot(window_s=1.0, tokens=tokens))
         text = metrics.render()
         return (
-            'layer_balancedness{layer="0",model="tiny"} 0.6666' in text
-            and 'layer_balancedness{layer="1",model="tiny"} 0.5' in text
+            'layer_balancedness{cluster="",layer="0",model="tiny"} 0.6666' in text
+            and 'layer_balancedness{cluster="",layer="1",model="tiny"} 0.5' in text
         )
 
     wait_until(shown)

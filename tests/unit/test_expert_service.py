@@ -191,8 +191,8 @@ def test_computed_pairs_are_counted(checkpoint: Path) -> None:
     with serving(checkpoint, "expert-7", metrics=metrics) as service:
         for _ in range(2):
             ask(service, batch_of(4))
-    assert 'moecluster_actor_tokens_total{actor="expert-7",model="m"} 10.0' in metrics.render()
-    assert 'moecluster_actor_queue_rows{actor="expert-7",model="m"} 0.0' in metrics.render()
+    assert 'moecluster_actor_tokens_total{actor="expert-7",cluster="",model="m"} 10.0' in metrics.render()
+    assert 'moecluster_actor_queue_rows{actor="expert-7",cluster="",model="m"} 0.0' in metrics.render()
 
 
 # -- orders of the controller --

@@ -51,4 +51,4 @@ def test_an_error_amid_a_text_reaches_its_reader(
         for piece in router.generate(GenerationRequest(request_id="r", prompt="import", max_new_tokens=50)):
             pieces.append(piece)
     assert all(not piece.finish_reason for piece in pieces)
-    assert 'moecluster_requests_total{model="tiny",status="failed"} 1.0' in metrics.render()
+    assert 'moecluster_requests_total{cluster="",model="tiny",status="failed"} 1.0' in metrics.render()

@@ -7,12 +7,12 @@ from moecluster.types import ExpertId
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """(name, labels but model) -> value; asserts that every series says its model."""
+    """(name, labels but model and cluster) -> value; asserts that every series says both."""
     found = {}
     for family in text_string_to_metric_families(metrics.render()):
         for sample in family.samples:
             labels = dict(sample.labels)
-            assert labels.pop("model") == metrics.model
+            assert labels.pop("model") == metrics.model and labels.pop("cluster") == metrics.cluster
             found[sample.name, tuple(sorted(labels.items()))] = sample.value
     return found
 
@@ -52,7 +52,7 @@ def test_beyond_the_cap_only_the_hottest_experts_and_quantiles_are_shown() -> No
     hottest = {dict(labels)["expert"] for name, labels in found if name == "moecluster_expert_tokens_total"}
     assert hottest == {"1", "2", "3"}
     quantiles = {
-        dict(labels)["quantile"]: value
+        dict(labels)["q"]: value
         for (name, labels), value in found.items()
         if name == "moecluster_expert_tokens_quantile"
     }
@@ -82,7 +82,8 @@ def test_a_dispatch_counts_its_time_and_both_directions() -> None:
 def test_an_operation_that_ends_well_moves_bytes() -> None:
     metrics = Metrics(model="m")
     metrics.count_operation("restore", "done")
-    metrics.observe_operation("restore", seconds=2.0, moved_bytes=1000)
+    metrics.observe_operation("restore", seconds=2.0)
+    metrics.count_moved_bytes(1000)
     found = samples(metrics)
     assert found["moecluster_operations_total", (("kind", "restore"), ("phase", "done"))] == 1
     assert found["moecluster_moved_bytes_total", ()] == 1000
@@ -105,3 +106,23 @@ def test_texts_are_counted_when_they_are_shown() -> None:
         found = samples(metrics)
         assert found["moecluster_router_running_texts", ()] == running
         assert found["moecluster_router_waiting_texts", ()] == waiting
+
+
+def test_a_layer_without_load_shows_no_balancedness() -> None:
+    metrics = Metrics(model="m")
+    metrics.set_layer_balancedness(0, None)
+    metrics.set_layer_balancedness(1, 0.5)
+    metrics.set_layer_balancedness(2, 0.25)
+    metrics.set_layer_balancedness(2, None)
+    shown = {labels: v for (name, labels), v in samples(metrics).items() if name == "moecluster_layer_balancedness"}
+    assert shown == {(("layer", "1"),): 0.5}
+
+
+def test_cross_entropy_and_auxiliary_losses_are_metrics_of_their_own() -> None:
+    metrics = Metrics(model="m")
+    metrics.observe_train_step(loss=2.0, aux_losses={"load_balance": 0.5, "router_z": 0.25}, seconds=1.0)
+    metrics.observe_train_step(loss=1.5, aux_losses={"load_balance": 0.125}, seconds=1.0)
+    found = samples(metrics)
+    assert found["moecluster_train_loss", ()] == 1.5
+    aux = {labels: value for (name, labels), value in found.items() if name == "moecluster_train_aux_loss"}
+    assert aux == {(("kind", "load_balance"),): 0.125}

@@ -65,7 +65,7 @@ def test_ends_are_dated_and_counted(log, metrics) -> None:
     done = log.update(operation.id, phase=OperationPhase.DONE)
     assert done.ended_s is not None and (done.moved_bytes, done.added_replicas, done.removed_replicas) == (150, 3, 1)
     shown = metrics.render()
-    assert 'operations_total{kind="rebalance",model="tiny",phase="done"} 1.0' in shown
+    assert 'operations_total{cluster="",kind="rebalance",model="tiny",phase="done"} 1.0' in shown
     assert "moved_bytes_total" in shown and " 150.0" in shown
 
 
@@ -95,3 +95,47 @@ def test_changes_are_told(metrics) -> None:
     operation = log.order("scale", reason="", arguments=("2",))
     log.update(operation.id, detail="waiting")
     assert len(told) == 2
+
+
+def counted(metrics: Metrics) -> dict[str, float]:
+    """Phase -> operations_total, of all kinds."""
+    found: dict[str, float] = {}
+    for line in metrics.render().splitlines():
+        if line.startswith("moecluster_operations_total{"):
+            phase = line.partition('phase="')[2].partition('"')[0]
+            found[phase] = found.get(phase, 0.0) + float(line.split()[-1])
+    return found
+
+
+def test_an_operation_counts_once_in_each_phase_that_it_reaches(log, metrics) -> None:
+    operation = log.order("scale", reason="", arguments=("3",))
+    for _ in range(10):  # it waits, is tried, and waits again; and goes layer by layer
+        log.update(operation.id, phase=OperationPhase.PREPARING)
+        log.update(operation.id, phase=OperationPhase.COMMITTING)
+        log.update(operation.id, phase=OperationPhase.QUEUED, detail="waits")
+    log.update(operation.id, phase=OperationPhase.DONE)
+    assert counted(metrics) == {"queued": 1, "preparing": 1, "committing": 1, "done": 1}
+    log.update(log.begin("rebalance", reason="").id, phase=OperationPhase.FAILED)
+    assert sum(counted(metrics).values()) == 6
+
+
+def test_a_successor_counts_only_the_phases_that_its_predecessor_did_not_see(log, metrics) -> None:
+    def left(kind: str, phase: OperationPhase) -> Operation:
+        return Operation(id=kind, kind=kind, phase=phase, reason="", created_s=1.0)
+
+    log.take_over(
+        (left("scale", OperationPhase.PREPARING), left("rebalance", OperationPhase.COMMITTING)),
+        resumable=frozenset({"scale"}),
+    )
+    assert counted(metrics) == {"failed": 1}, "the rebalance has failed just now"
+    for phase in (OperationPhase.PREPARING, OperationPhase.COMMITTING, OperationPhase.DONE):
+        log.update("scale", phase=phase)
+    assert {phase: n for phase, n in counted(metrics).items() if n} == {"failed": 1, "committing": 1, "done": 1}
+
+
+def test_bytes_that_a_failed_operation_has_moved_are_counted(log, metrics) -> None:
+    operation = log.begin("rebalance", reason="hot")
+    log.count_moved(operation.id, loaded_bytes=100, added=1, removed=0)
+    log.update(operation.id, phase=OperationPhase.FAILED)
+    assert 'moved_bytes_total{cluster="",model="tiny"} 100.0' in metrics.render()
+    assert "operation_seconds_count" not in metrics.render()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moecluster.placement.balancedness import balancedness_L
 from moecluster.placement.coactivation import gathered, pairs_together_L
 from moecluster.placement.cold_plan import cold_plan
 from moecluster.placement.decision import Observation
@@ -17,8 +18,8 @@ from moecluster.placement.layout import (
     Fleet,
     Floats,
     Layout,
+    actor_load_LA,
     added_R,
-    balancedness_L,
     make_layout,
     moved_bytes,
     with_shares,
@@ -29,6 +30,7 @@ from moecluster.placement.recount import recounted
 from moecluster.placement.replica_counts import least_worst_load_L, minimax_counts
 from moecluster.placement.shares import least_max_shares
 from moecluster.placement.spare_slots import on_one_node
+from tests.known import known
 from tests.unit.planner_cases import Case, cases, random_fleet, random_load
 from tests.unit.test_planner_properties import assert_valid
 
@@ -59,8 +61,7 @@ def test_cold_plans_are_valid(seed: int, steepness: float):
     load_LE = random_load(rng, num_experts_L, steepness)
     layout = cold_plan(load_LE, num_experts_L, fleet)
     assert_valid(layout, fleet)
-    bound_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
-    worst_L = bound_L / balancedness_L(layout, load_LE, fleet)
+    worst_L = actor_load_LA(layout, load_LE, fleet).max(axis=1)
     assert (worst_L >= least_worst_load_L(load_LE, num_experts_L, fleet) * (1 - 1e-9)).all()
 
 
@@ -187,8 +188,8 @@ def test_a_straggler_is_relieved():
     policy = policy_named("share")
     seen = Observation(now_s=0.0, load_LE=load_LE, fleet=slow, layout=layout, budget_bytes=100.0)
     decision, _ = policy.decide(seen, policy.first_state())
-    assert decision.balancedness_before < 0.55
-    assert decision.balancedness_after > 0.98
+    assert known(decision.balancedness_before) < 0.55
+    assert known(decision.balancedness_after) > 0.98
 
 
 def test_shares_alone_follow_a_small_drift():

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecluster.errors import ConfigError, ResourceError
+from moecluster.placement.balancedness import balancedness_L
 from moecluster.placement.decision import Observation
-from moecluster.placement.layout import Fleet, Floats, Layout, added_R, balancedness_L, make_layout, without
+from moecluster.placement.layout import Fleet, Floats, Layout, added_R, make_layout, without
 from moecluster.placement.policies import POLICIES, policy_named
 from moecluster.placement.restore import restored
+from tests.known import known
 from tests.unit.planner_cases import Case, cases, shares_per_expert
 
 UNLIMITED_BYTES = np.inf
@@ -63,7 +65,7 @@ def test_a_decision_is_valid_whatever_failed(name: str, case: Case, seed: int):
     policy = policy_named(name)
     decision, _ = policy.decide(observe(case), policy.first_state())
     assert_valid(decision.layout, case.fleet)
-    assert 0 < decision.balancedness_after <= 1 + 1e-9
+    assert 0 < known(decision.balancedness_after) <= 1 if case.load_LE.any() else decision.balancedness_after is None
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -112,7 +114,8 @@ def test_share_makes_no_layer_worse(case: Case):
     policy = policy_named("share")
     decision, _ = policy.decide(observe(case), policy.first_state())
     before_L = balancedness_L(case.layout, case.load_LE, case.fleet)
-    assert (balancedness_L(decision.layout, case.load_LE, case.fleet) >= before_L * (1 - 0.002)).all()
+    after_L = balancedness_L(decision.layout, case.load_LE, case.fleet)
+    assert not (after_L < before_L * (1 - 0.002)).any()  # NaN: a layer without load
 
 
 @given(case=cases())

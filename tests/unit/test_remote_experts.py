@@ -245,7 +245,7 @@ def test_metrics_name_dropped_assignments_and_bytes(checkpoint: Path) -> None:
     dropped = int((ids_TK == len(EXPERTS)).sum())
     rows = sum(bool(((row >= 2 * actor) & (row < 2 * actor + 2)).any()) for row in ids_TK for actor in (0, 1))
     text = metrics.render()
-    assert dropped > 0 and f'dropped_assignments_total{{layer="{LAYER}",model="m"}} {dropped}.0' in text
+    assert dropped > 0 and f'dropped_assignments_total{{cluster="",layer="{LAYER}",model="m"}} {dropped}.0' in text
     size = f"{rows * WIDTH * 4}.0"
-    assert f'dispatch_bytes_total{{direction="sent",model="m",transport="in-process"}} {size}' in text
-    assert f'dispatch_bytes_total{{direction="received",model="m",transport="in-process"}} {size}' in text
+    assert f'dispatch_bytes_total{{cluster="",direction="sent",model="m",transport="in-process"}} {size}' in text
+    assert f'dispatch_bytes_total{{cluster="",direction="received",model="m",transport="in-process"}} {size}' in text

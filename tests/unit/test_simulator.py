@@ -20,6 +20,7 @@ from moecluster.placement.simulator import Simulator
 from moecluster.placement.start import contiguous_layout, uniform_fleet, usual_budget_bytes
 from moecluster.placement.synthetic import LoadShape, SyntheticLoads
 from moecluster.placement.transfers import STORE, schedule
+from tests.known import known
 from tests.proportional_policy import ProportionalPolicy
 
 COSTS = Costs(message_s=1e-3, expert_s=1e-4, row_s=1e-5, row_bytes=1000.0, link_bytes_per_s=1e9)
@@ -101,8 +102,8 @@ def test_a_policy_that_follows_the_load_serves_what_one_that_does_not_cannot() -
     wild: dict[str, Any] = {"part": 0.75, "swing": 0.0, "zipf": 1.2, "drift": 1.5, "drift_time_s": 1800.0}
     still, follows = (simulated(policy, scenario(), **wild) for policy in (Still(), ProportionalPolicy()))
     assert sum(w.served_per_s for w in follows) > 1.05 * sum(w.served_per_s for w in still)
-    assert summarize(follows).mean_balancedness > 1.2 * summarize(still).mean_balancedness
-    assert still[-1].wait_s > 60 > follows[-1].wait_s == 0
+    assert known(summarize(follows).mean_balancedness) > 1.2 * known(summarize(still).mean_balancedness)
+    assert known(still[-1].wait_s) > 60 > known(follows[-1].wait_s) == 0
     assert summarize(follows).served == pytest.approx(summarize(follows).tokens, rel=1e-3)
 
 
@@ -175,7 +176,7 @@ def test_every_policy_can_be_simulated(name) -> None:
     windows = simulated(policy_named(name), scenario(actor_mtbf_hours=20.0), num_windows=30)
     summary = summarize(windows)
     assert summary.windows == 30 and summary.decisions >= 7
-    assert 0 < summary.mean_balancedness <= 1
+    assert 0 < known(summary.mean_balancedness) <= 1
     assert windows[-1].replicas >= LAYERS * EXPERTS
 
 

@@ -104,7 +104,7 @@ def test_a_family_trains_as_in_one_process(tmp_path, family, layout, experts):
         events = list(loop.run())
         loop.close()
     assert not any(isinstance(event, WentBack) for event in events)
-    found = [event.loss for event in events if isinstance(event, StepDone)]
+    found = [event.total_loss for event in events if isinstance(event, StepDone)]
     assert found == pytest.approx(expected, abs=1e-5)
 
     checkpoint = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}"

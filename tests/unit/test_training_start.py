@@ -106,6 +106,7 @@ def test_history_goes_on_and_the_last_word_counts(tmp_path):
         return StepDone(
             step=number,
             loss=loss,
+            aux_losses={"load_balance": 0.02, "router_z": 0.001},
             learning_rate=1e-3,
             grad_norm=1.0,
             seconds=0.5,
@@ -130,7 +131,25 @@ def test_history_goes_on_and_the_last_word_counts(tmp_path):
     draw_loss_curve(last, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     draw_loss_curve(last, tmp_path / "loss.svg")
-    assert "unigram entropy, 4.50" in (tmp_path / "loss.svg").read_text()
+    drawn = (tmp_path / "loss.svg").read_text()
+    assert all(
+        f"<!-- {words} -->" in drawn for words in ("unigram entropy, 4.50", "load_balance", "router_z", "training")
+    )
+    assert "auxiliary losses included" not in drawn
+
+
+def test_steps_of_an_older_history_are_drawn_as_what_they_are(tmp_path):
+    """Their loss has the auxiliary losses in it."""
+    started = '{"event": "Started", "step": 0, "steps": 4, "unigram_bits_per_byte": 4.5, "bytes_per_token": 1.0}'
+    figures = '"learning_rate": 1, "grad_norm": 1, "seconds": 1, "tokens_per_s": 1, "balancedness": 1, "attempts": 1'
+    old = f'{{"event": "StepDone", "step": 1, "loss": 5.0, {figures}}}'
+    new = f'{{"event": "StepDone", "step": 2, "loss": 4.0, "aux_losses": {{"load_balance": 0.5}}, {figures}}}'
+    (tmp_path / "history.jsonl").write_text("\n".join([started, old, new, ""]))
+    history = History.open(tmp_path)
+    assert history.steps[1].aux_losses is None and history.steps[2].total_loss == 4.5
+    draw_loss_curve(history, tmp_path / "loss.svg")
+    drawn = (tmp_path / "loss.svg").read_text()
+    assert all(f"<!-- {words} -->" in drawn for words in ("training", "training, auxiliary losses included"))
 
 
 @pytest.mark.parametrize("line", ["nonsense", '{"event": "Unheard"}', '{"event": "Started", "step": 1}'])

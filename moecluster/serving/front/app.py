@@ -26,7 +26,7 @@ from moecluster.serving.front.answers import (
 from moecluster.serving.front.bodies import ChatBody, CompletionBody
 from moecluster.serving.front.events import DONE, EventStream, event
 from moecluster.serving.front.forms import ChatForm, CompletionForm, Form
-from moecluster.serving.front.gate import Gate
+from moecluster.serving.front.gate import SERVED, Gate
 from moecluster.serving.front.json_route import BodyRefused, json_route
 from moecluster.serving.front.keys import ApiKeys
 from moecluster.serving.front.known_fields import Fields
@@ -74,9 +74,10 @@ class Front:
         self.admission = Admission(settings)
         self.models: Sequence[ServedModel] = ()
 
-    async def answer(self, name: str, job: Job, form_of: type[Form]) -> Response:
+    async def answer(self, request: Request, name: str, job: Job, form_of: type[Form]) -> Response:
         """The texts of a job, whole or as events. Raises Refusal, where nothing was told yet."""
         model = find_model(self.models, name)
+        request.scope[SERVED] = model.name
         if len(job.requests) > self.settings.max_inflight:
             raise bad_request(f"n: {len(job.requests)} texts are more than this server writes at once", param="n")
         form = form_of(job, model.name)
@@ -151,14 +152,14 @@ def build_app(front: Front, make_models: ModelMaker) -> Gate:
 
 def _add_texts(app: FastAPI, front: Front) -> None:
     @app.post(COMPLETIONS, responses={200: {"model": Completion, **_EVENTS}, **_ERRORS}, response_model=None)
-    async def completions(body: CompletionBody) -> Response:
+    async def completions(request: Request, body: CompletionBody) -> Response:
         """Texts that go on from prompts."""
-        return await front.answer(body.model, completion_job(body), CompletionForm)
+        return await front.answer(request, body.model, completion_job(body), CompletionForm)
 
     @app.post(CHAT_COMPLETIONS, responses={200: {"model": ChatCompletion, **_EVENTS}, **_ERRORS}, response_model=None)
-    async def chat_completions(body: ChatBody) -> Response:
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
         """What the model says next in a conversation."""
-        return await front.answer(body.model, chat_job(body), ChatForm)
+        return await front.answer(request, body.model, chat_job(body), ChatForm)
 
 
 def _add_models(app: FastAPI, front: Front) -> None:

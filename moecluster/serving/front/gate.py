@@ -20,6 +20,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 PROTECTED = "/v1/"
+SERVED = "moecluster.model"  # in a request's scope: the name of the served model that it is for
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json"})
 CLIENT_LEFT = 499
 DRAINED_BODIES = 8  # times the largest body, before the connection of a larger one is closed
@@ -56,7 +57,7 @@ class Gate:
             answer.status = answer.status or CLIENT_LEFT
             raise
         finally:
-            self._metrics.end_request(route_of(scope["path"]), answer.status or 500)
+            self._metrics.end_request(route_of(scope["path"]), answer.status or 500, model=scope.get(SERVED, ""))
 
     async def _pass(self, scope: Message, receive: Receive, answer: "_Answer") -> None:
         headers = {name: value for name, value in scope["headers"]}

@@ -22,10 +22,13 @@ class ServedModel:
         settings: ServeConfig,
         metrics: FrontMetrics,
         *,
+        cluster: str = "",
         alias: str = "",
         rediscover: Callable[[], Whereabouts] | None = None,
     ) -> None:
-        """alias: a second name, that goes where the model is the only one."""
+        """cluster: the cluster's name, for the metrics. alias: a second name, that goes where the model is the only
+        one."""
+        metrics.add_model(name, cluster)
         self.name = name
         self.alias = alias
         self.created = int(time.time())

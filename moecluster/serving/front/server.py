@@ -29,6 +29,7 @@ class ModelSource:
 
     name: str
     seeds: Whereabouts
+    cluster: str = ""  # the name of the cluster, for the metrics
     alias: str = ""  # a second name, where it is the only model
     rediscover: Callable[[], Whereabouts] | None = None  # see RouterDirectory
 
@@ -89,6 +90,7 @@ class FrontServer:
                 source.seeds,
                 self.front.settings,
                 self.metrics,
+                cluster=source.cluster,
                 alias=source.alias,
                 rediscover=source.rediscover,
             )
