@@ -187,6 +187,9 @@ class TrainConfig(Section):
 
     data: str = setting("stdlib", "a text file or directory, or stdlib: source and prose that every machine has")
     tokenizer: str = setting("", "tokenizer directory; empty: bytes")
+    max_left_out_share: float = setting(
+        0.1, "part of a text directory's bytes that may be no UTF-8 text and is left out", minimum=0, maximum=1
+    )
     output_dir: str = setting("runs/moecluster", "where checkpoints and figures go")
     steps: int = setting(300, "optimizer steps", minimum=1)
     batch_size: int = setting(16, "sequences per step, over all micro-batches", minimum=1)

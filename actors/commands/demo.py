@@ -59,6 +59,8 @@ def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
     tokenizer = run_tokenizer(config)
     text = read_data(config, tokenizer)
     _head(console, 1, "The text")
+    for line in text.left_out:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for domain in text.domains:
         console.print(f"  {domain.name}: {len(domain.train):,} tokens to train on, {len(domain.validation):,} to test")
     console.print(f"  knowing only how frequent each byte is costs {text.unigram_bits_per_byte:.2f} bits per byte")

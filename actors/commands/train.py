@@ -44,7 +44,9 @@ def train(target: str, settings: Sequence[str], console: Console) -> None:
     """Trains to train.steps, in the cluster that is up or in one of its own."""
     config = read_target(target, settings)
     check_places(config)
-    read_data(config, run_tokenizer(config))  # a wrong text ends it here, before anything is started
+    data = read_data(config, run_tokenizer(config))  # a wrong text ends it here, before anything is started
+    for line in data.left_out:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     start = str(prepare_start(config).resolve())
     with _cluster(config, start, console) as up:
         last = run(config, start, join(up.name, up.ray_address, up.local_ray), console)

@@ -38,6 +38,7 @@ class TextData:
         # Equal parts, so that figures of all domains together weigh them as training does.
         length = min(sum(len(text.encode()) for text in domain.validation) for domain in domains)
         self._validation_bytes = {d.name: "\n".join(d.validation).encode()[:length] for d in domains}
+        self.left_out = tuple(domain.left_out for domain in domains if domain.left_out)
         self.sequence_length = sequence_length
         self._seed = seed
         self.domains = tuple(

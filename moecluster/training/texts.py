@@ -1,28 +1,23 @@
 """Training text: documents by domain, split into a training and a validation part."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 
 from moecluster.errors import DataError
+from moecluster.training.text_files import EMPTY, Document, read_directory, read_file
 
 STDLIB = "stdlib"
 STDLIB_DOMAIN_BYTES = 2 * 2**20  # of one of the domains that every machine has; of source code, whole files up to this
+MAX_LEFT_OUT_SHARE = 0.1  # of a directory's bytes
 VALIDATION_SHARE = 0.1
 MAX_DOCUMENT_SHARE = 0.25  # of the validation text: one long table must not decide what a model is worth
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One file, or another piece of text that belongs together."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +27,36 @@ class Domain:
     name: str
     train: tuple[str, ...]
     validation: tuple[str, ...]
+    left_out: str = ""  # what is not in it, and why, in one line
 
 
-def read_domains(data: str) -> tuple[Domain, ...]:
-    """Domains of a text file, of a directory (one), or of `stdlib` (three). Raises DataError."""
+def read_domains(data: str, *, max_left_out_share: float = MAX_LEFT_OUT_SHARE) -> tuple[Domain, ...]:
+    """Domains of a text file, of a directory (one), or of `stdlib` (three).
+
+    max_left_out_share: part of a directory's bytes that may be no UTF-8 text. Raises DataError.
+    """
     if data == STDLIB:
         return tuple(_split(name, list(documents)) for name, documents in _stdlib_documents())
     path = Path(data)
-    if path.is_file():
-        document = _read(path, path.name)
-        if document is None:
-            raise DataError(f"{path} is binary: give a UTF-8 text file")
-        documents = [document]
-    elif path.is_dir():
-        documents = [d for file, name in _visible_files(path) if (d := _read(file, name)) is not None]
-    else:
+    if os.path.isfile(path):
+        document = read_file(path, path.name)
+        if not isinstance(document, Document):
+            wrong = "holds no text" if document == EMPTY else f"is {document}"
+            raise DataError(f"{path} {wrong}: give a UTF-8 text file that is not empty")
+        return (_split(path.name, [document]),)
+    if not os.path.isdir(path):
         raise DataError(f'no such text: "{data}"; give a text file, a directory of text files, or {STDLIB}')
-    if not any(document.text.strip() for document in documents):
-        raise DataError(f"{path} holds no text: give UTF-8 text files that are not empty")
-    return (_split(path.name or "text", documents),)
+    documents, left_out = read_directory(path)
+    if left_out.share > max_left_out_share:
+        raise DataError(
+            f"{path}: left out would be {left_out}; give UTF-8 text (iconv converts it), or allow more by "
+            "train.max_left_out_share"
+        )
+    if not documents:
+        also = f"; left out are {left_out}" if left_out.names else ""
+        raise DataError(f"{path} holds no text: give UTF-8 text files that are not empty{also}")
+    said = f"{path}: left out are {left_out}" if left_out.names else ""
+    return (replace(_split(path.name or "text", documents), left_out=said),)
 
 
 def _stdlib_documents() -> Iterator[tuple[str, Iterable[Document]]]:
@@ -71,31 +77,12 @@ def _some_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
     """A sample that is the same on every machine with the same files."""
     taken_bytes = 0
     for name, file in sorted(((f.relative_to(root).as_posix(), f) for f in files), key=lambda pair: _place(pair[0])):
-        document = _read(file, name)
-        if document is not None:
+        document = read_file(file, name)
+        if isinstance(document, Document):
             yield document
             taken_bytes += len(document.text)
         if taken_bytes >= STDLIB_DOMAIN_BYTES:
             return
-
-
-def _visible_files(root: Path) -> list[tuple[Path, str]]:
-    names = [(file, file.relative_to(root)) for file in sorted(root.rglob("*")) if file.is_file()]
-    return [(file, name.as_posix()) for file, name in names if not any(p.startswith(".") for p in name.parts)]
-
-
-def _read(file: Path, name: str) -> Document | None:
-    """None for a binary file. Raises DataError if it cannot be read."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    if b"\0" in content:
-        return None
-    try:
-        return Document(name=name, text=content.decode("utf-8"))
-    except UnicodeDecodeError:
-        return None
 
 
 def _place(name: str) -> str:

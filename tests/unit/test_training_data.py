@@ -62,8 +62,9 @@ def test_files_that_are_all_too_long_are_cut(tmp_path):
         ({"a.txt": b""}, "a.txt", "holds no text"),
         ({"a.txt": b" \n\n "}, "a.txt", "holds no text"),
         ({"a.bin": b"\0\1\2"}, "a.bin", "binary"),
-        ({"a.txt": b"caf\xe9"}, "a.txt", "binary"),
-        ({"d/a.bin": b"\0"}, "d", "holds no text"),
+        ({"a.txt": b"caf\xe9"}, "a.txt", "is not UTF-8"),
+        ({"d/a.bin": b"\0"}, "d", r"100\.0% of the bytes: 1 binary .*\(a\.bin\)"),
+        ({"d/.a": b"text", "d/b": b" "}, "d", r"holds no text.*1 hidden \(\.a\); 1 empty \(b\)"),
     ],
 )
 def test_text_that_cannot_be_used_is_named_in_one_line(tmp_path, files, data, message):
@@ -71,6 +72,29 @@ def test_text_that_cannot_be_used_is_named_in_one_line(tmp_path, files, data, me
     with pytest.raises(DataError, match=message) as caught:
         read_domains(str(tmp_path / data))
     assert "\n" not in str(caught.value) and data in str(caught.value)
+
+
+def test_what_is_left_out_of_a_directory_is_said_with_the_reason(tmp_path):
+    texts = {f"t{i}": b"plain text\n" * 100 for i in range(9)}
+    others = {"l.txt": b"K\xe4se\n", "u.txt": "wide".encode("utf-16"), "e.txt": b"\n", ".git/x": b"", "sub/.h": b"a"}
+    write_files(tmp_path, texts | others)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "sub", target_is_directory=True)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "no such")
+    (found,) = read_domains(str(tmp_path))
+    kinds = ("1 not UTF-8 (l.txt)", "(u.txt)", "1 empty (e.txt)", "2 hidden (.git, sub/.h)", "(elsewhere, nowhere)")
+    assert all(kind in found.left_out for kind in kinds), found.left_out
+    assert "0.2% of the bytes" in found.left_out and "\n" not in found.left_out
+    assert make_data((found,)).left_out == (found.left_out,)
+    write_files(tmp_path, {"b.txt": b"\xe4" * 2000})
+    with pytest.raises(DataError, match=r"16\.\d% of the bytes: .*2 not UTF-8 \(b\.txt, l\.txt\).*max_left_out_share"):
+        read_domains(str(tmp_path))
+    (allowed,) = read_domains(str(tmp_path), max_left_out_share=0.5)
+    assert (allowed.train, allowed.validation) == (found.train, found.validation)
+
+
+def test_a_directory_of_which_nothing_is_left_out_says_nothing(tmp_path):
+    (found,) = read_domains(str(write_files(tmp_path, {"a.weird": b"text", "b": b"more text"})))
+    assert found.left_out == "" and make_data((domain("a", "x" * 99, "y" * 9),)).left_out == ()
 
 
 def test_text_shorter_than_a_sequence():
