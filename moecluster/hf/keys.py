@@ -70,6 +70,20 @@ def expert_sources(
     return by_module
 
 
+def unknown_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Those among a checkpoint's keys that are no parameter or buffer of the model, under whatever name."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+
+    def is_known(key: str) -> bool:
+        renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        return renamed in parameters or key in parameters
+
+    return [key for key in sorted(keys, key=dot_natural_key) if not is_known(key)]
+
+
 def convert_rows(
     model: PreTrainedModel, source: ParameterSource, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -17,7 +17,8 @@ import torch
 from moecluster.errors import CheckpointError
 from moecluster.models.block_scaled import Quantized, quantized_tensors
 from moecluster.models.checkpoint_files import CONFIG_NAME, CheckpointFiles, LocalFiles
-from moecluster.models.headers import INDEX_NAME, INTEGERS, SINGLE_FILE_NAME, TensorInfo, read_headers
+from moecluster.models.checksums import RunningCheck, running_check
+from moecluster.models.headers import INDEX_NAME, INTEGERS, SINGLE_FILE_NAME, STORED, TensorInfo, read_headers
 from moecluster.models.mapped_memory import empty_mapped
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "OpenCheckpoint", "open_checkpoint"]
@@ -77,8 +78,12 @@ class Checkpoint:
         info = self.info(key)
         if not isinstance(info, TensorInfo) or info.dtype not in INTEGERS:
             return self.read(key)
-        tensor = torch.empty(info.shape, dtype=INTEGERS[info.dtype])
-        self._read_bytes(info, 0, tensor.view(-1).view(torch.uint8))
+        return self.read_as_is(info)
+
+    def read_as_is(self, info: TensorInfo) -> torch.Tensor:
+        """A stored tensor of any dtype in STORED."""
+        tensor = torch.empty(info.shape, dtype=STORED[info.dtype])
+        _Reading(self.files)(info, 0, tensor.view(-1).view(torch.uint8))
         return tensor
 
     def read_into(self, out: torch.Tensor, key: str, row: int | None = None) -> None:
@@ -88,24 +93,22 @@ class Checkpoint:
         assert row is None or 0 <= row < info.shape[0], f"row {row} of {key} with shape {info.shape}"
         shape = info.shape if row is None else (1, *info.shape[1:])
         if not isinstance(info, TensorInfo):
-            info.dequantise(out.view(shape), row, self._read_bytes)
+            info.dequantise(out.view(shape), row, _Reading(self.files))
             return
         assert info.torch_dtype is not None
         num_bytes = info.num_bytes // (1 if row is None else info.shape[0])
         begin = 0 if row is None else row * num_bytes
         flat = out.view(-1)
         assert len(flat) * info.torch_dtype.itemsize == num_bytes, f"{num_bytes} bytes of {key} into {out.shape}"
+        reading = _Reading(self.files)
         if out.dtype == info.torch_dtype:
-            self._read_bytes(info, begin, flat.view(torch.uint8))
+            reading(info, begin, flat.view(torch.uint8))
             return
         stored = torch.empty(min(len(flat), CONVERTED_AT_ONCE), dtype=info.torch_dtype)
         for at in range(0, len(flat), CONVERTED_AT_ONCE):
             piece = stored[: len(flat) - at]
-            self._read_bytes(info, begin + at * stored.itemsize, piece.view(torch.uint8))
+            reading(info, begin + at * stored.itemsize, piece.view(torch.uint8))
             flat[at : at + len(piece)].copy_(piece)
-
-    def _read_bytes(self, info: TensorInfo, begin: int, out_bytes: torch.Tensor) -> None:
-        self.files.read_into(info.file.name, info.begin + begin, out_bytes.numpy().data)
 
     def _readable(self, key: str) -> TensorInfo | Quantized:
         info = self.info(key)
@@ -115,6 +118,21 @@ class Checkpoint:
                 "float16 and bfloat16 can be read, and block-scaled fp8 and mxfp4"
             )
         return info
+
+
+class _Reading:
+    """Reads one tensor, its parts in their order, and checks what is known of its bytes. A ReadBytes."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self._files = files
+        self._checks: dict[int, RunningCheck | None] = {}  # by where a stored tensor begins
+
+    def __call__(self, info: TensorInfo, begin: int, out_bytes: torch.Tensor) -> None:
+        check = self._checks.get(info.begin)
+        if check is None or check.at != begin:
+            check = self._checks[info.begin] = running_check(info.file, info.checksums, begin)
+        content = out_bytes.numpy().data
+        self._files.read_into(info.file.name, info.begin + begin, content, None if check is None else check.add)
 
 
 OpenCheckpoint = Callable[[str], Checkpoint]  # raises CheckpointError if there is none of that name

@@ -7,14 +7,15 @@ every tensor is wanted is linked; of the others, what is wanted is copied, byte 
 import json
 import os
 import shutil
-import struct
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from moecluster.errors import CheckpointError
-from moecluster.models.checkpoint_files import METADATA_NAME
+from moecluster.models.checkpoint_files import METADATA_NAME, FolderFiles
+from moecluster.models.checksums import PIECE_BYTES, RunningSums, SummedHeader, running_check
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.headers import INDEX_NAME, TensorInfo, read_headers
 from moecluster.models.same_shape import check_same_shape
@@ -28,10 +29,10 @@ Stored = Mapping[str, TensorInfo]  # key -> what the shards hold, quantized tens
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Bytes of a shard."""
+    """Bytes of a stored tensor."""
 
-    file: Path
-    begin: int
+    info: TensorInfo
+    begin: int  # counted from the tensor's first
     num_bytes: int
 
 
@@ -55,7 +56,8 @@ def compose(
     try:
         aside.mkdir(parents=True)
         _copy_plain_files(old.checkpoint.path if keep_trunk else new.checkpoint.path, aside)
-        _write_weights(aside, _pieces(old, ours, theirs, experts, keep_trunk=keep_trunk), ours, theirs)
+        pieces = _pieces(old, ours, theirs, experts, keep_trunk=keep_trunk)
+        _write_weights(aside, pieces, ours, theirs, by_row=_keys_by_row(old, ours))
         _sync(aside)
         aside.rename(out)
         _sync(out.parent)
@@ -65,7 +67,9 @@ def compose(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_weights(directory: Path, pieces: Mapping[str, list[_Piece]], ours: Stored, theirs: Stored) -> None:
+def _write_weights(
+    directory: Path, pieces: Mapping[str, list[_Piece]], ours: Stored, theirs: Stored, *, by_row: Collection[str]
+) -> None:
     whole: dict[str, Path] = {}  # key -> the shard that holds it, where it holds nothing else
     for stored in (ours, theirs):
         for file, keys in _by_file(stored).items():
@@ -81,7 +85,7 @@ def _write_weights(directory: Path, pieces: Mapping[str, list[_Piece]], ours: St
         weight_map |= {key: name for key, of in whole.items() if of == file}
     for number, tensors in enumerate(cut, start=len(linked) + 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        _write_shard(directory / name, tensors, ours)
+        _write_shard(directory / name, tensors, ours, by_row)
         weight_map |= dict.fromkeys(tensors, name)
     total_size = sum(info.num_bytes for info in ours.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -106,13 +110,19 @@ def _pieces(
                         pieces[stored] = [_all_of(info)]
                     else:
                         row_bytes = info.num_bytes // info.shape[0]
-                        begin = info.begin + row * row_bytes
                         rows = pieces.setdefault(stored, [])
-                        _append(rows, _Piece(file=info.file, begin=begin, num_bytes=row_bytes))
+                        _append(rows, _Piece(info=info, begin=row * row_bytes, num_bytes=row_bytes))
     trunk = ours if keep_trunk else theirs
     for key in ours.keys() - of_experts:
         pieces[key] = [_all_of(trunk[key])]
     return pieces
+
+
+def _keys_by_row(layout: ExpertSource, ours: Stored) -> set[str]:
+    """What holds the rows of all experts of a layer."""
+    firsts = [ExpertId(layer=layer.layer, index=0) for layer in layout.layers]
+    read = [pair for expert in firsts for pair in layout.reads(expert)]
+    return {stored for key, row in read if row is not None for stored in _stored_keys(ours, key)}
 
 
 def _stored_keys(stored: Stored, key: str) -> list[str]:
@@ -122,14 +132,14 @@ def _stored_keys(stored: Stored, key: str) -> list[str]:
 def _append(pieces: list[_Piece], more: _Piece) -> None:
     """Experts in order: bytes that follow each other in a file are one piece."""
     last = pieces[-1] if pieces else None
-    if last is not None and (last.file, last.begin + last.num_bytes) == (more.file, more.begin):
-        pieces[-1] = _Piece(file=last.file, begin=last.begin, num_bytes=last.num_bytes + more.num_bytes)
+    if last is not None and last.info is more.info and last.begin + last.num_bytes == more.begin:
+        pieces[-1] = _Piece(info=last.info, begin=last.begin, num_bytes=last.num_bytes + more.num_bytes)
     else:
         pieces.append(more)
 
 
 def _all_of(info: TensorInfo) -> _Piece:
-    return _Piece(file=info.file, begin=info.begin, num_bytes=info.num_bytes)
+    return _Piece(info=info, begin=0, num_bytes=info.num_bytes)
 
 
 def _by_file(tensors: Stored) -> dict[Path, list[str]]:
@@ -153,32 +163,39 @@ def _shards_to_write(pieces: Mapping[str, list[_Piece]], stored: Stored) -> list
     return shards
 
 
-def _write_shard(path: Path, tensors: Mapping[str, list[_Piece]], infos: Stored) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _write_shard(path: Path, tensors: Mapping[str, list[_Piece]], infos: Stored, by_row: Collection[str]) -> None:
+    entries: dict[str, dict[str, object]] = {}
     end = 0
     for key in tensors:
         begin, end = end, end + infos[key].num_bytes
-        header[key] = {"dtype": infos[key].dtype, "shape": list(infos[key].shape), "data_offsets": [begin, end]}
-    content = json.dumps(header).encode()
-    content += b" " * (-len(content) % 8)
+        entries[key] = {"dtype": infos[key].dtype, "shape": list(infos[key].shape), "data_offsets": [begin, end]}
+    header = SummedHeader(entries, by_row)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(content)) + content)
-        file.flush()
-        for pieces in tensors.values():
+        file.write(header.to_bytes())
+        for key, pieces in tensors.items():
+            sums = RunningSums(header.unit_bytes(key))
             for piece in pieces:
-                _copy_bytes(piece, file.fileno())
+                _copy_bytes(piece, file, sums)
+            header.set(key, sums.crcs)
+        file.seek(0)
+        file.write(header.to_bytes())
+        file.flush()
         os.fsync(file.fileno())
 
 
-def _copy_bytes(piece: _Piece, out: int) -> None:
-    """From file to file within the kernel."""
-    with piece.file.open("rb", buffering=0) as file:
-        at, left = piece.begin, piece.num_bytes
-        while left:
-            count = os.sendfile(out, file.fileno(), at, left)
-            if not count:
-                raise CheckpointError(f"{piece.file} is torn: it ends at {at}; copy it again")
-            at, left = at + count, left - count
+def _copy_bytes(piece: _Piece, out: BinaryIO, sums: RunningSums) -> None:
+    """Checks what is known of the bytes on the way."""
+    info = piece.info
+    check = running_check(info.file, info.checksums, piece.begin)
+    buffer = bytearray(min(PIECE_BYTES, piece.num_bytes))
+    files = FolderFiles(info.file.parent)
+    for at in range(0, piece.num_bytes, PIECE_BYTES):
+        part = memoryview(buffer)[: piece.num_bytes - at]
+        files.read_into(info.file.name, info.begin + piece.begin + at, part)
+        if check is not None:
+            check.add(part)
+        sums.add(part)
+        out.write(part)
 
 
 def _link(file: Path, link: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from moecluster.errors import CheckpointError
 from moecluster.hf.foreign import LFS_POINTER, read_object
 from moecluster.models.checkpoint_files import CheckpointFiles
+from moecluster.models.checksums import METADATA, TensorChecksums, read_checksums
 
 SINGLE_FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -27,7 +28,11 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 INTEGERS = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-STORED = {**FLOATS, **INTEGERS, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+STORED = {
+    **FLOATS, **INTEGERS,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     begin: int  # of its first byte in the file
     num_bytes: int
+    checksums: TensorChecksums | None = None  # None: another wrote the file, nothing is known of its bytes
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -51,7 +57,7 @@ def read_headers(files: CheckpointFiles) -> dict[str, TensorInfo]:
     weights = files.weights()
     tensors: dict[str, TensorInfo] = {}
     for name in _shards(files, weights):
-        tensors.update(_read_header(files, name, weights[name]))
+        tensors.update(read_header(files, name, weights[name]))
     return tensors
 
 
@@ -93,7 +99,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, TensorInfo]:
+def read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, TensorInfo]:
     """Checks that a shard is whole: a header that can be read, and exactly the bytes that it announces."""
     file = files.path / name
     if size < _MAX_POINTER_BYTES and _read(files, name, 0, size).startswith(LFS_POINTER):
@@ -103,8 +109,11 @@ def _read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, Tens
         raise CheckpointError(f"{file} is torn: its {size} bytes do not hold a safetensors header; copy it again")
     try:
         header: dict[str, Any] = json.loads(_read(files, name, 8, header_bytes))
-        entries = {key: value for key, value in header.items() if key != "__metadata__"}
-        tensors = {key: _tensor_info(file, 8 + header_bytes, value) for key, value in entries.items()}
+        entries = {key: value for key, value in header.items() if key != METADATA}
+        checksums = read_checksums(header)
+        tensors = {
+            key: _tensor_info(file, 8 + header_bytes, value, checksums.get(key)) for key, value in entries.items()
+        }
         announced = max((value["data_offsets"][1] for value in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is torn: its safetensors header cannot be read; copy it again") from error
@@ -121,7 +130,9 @@ def _read(files: CheckpointFiles, name: str, begin: int, num_bytes: int) -> byte
     return bytes(content)
 
 
-def _tensor_info(file: Path, data_begin: int, entry: Mapping[str, Any]) -> TensorInfo:
+def _tensor_info(
+    file: Path, data_begin: int, entry: Mapping[str, Any], checksums: TensorChecksums | None
+) -> TensorInfo:
     """Raises ValueError for a byte range that does not hold the shape."""
     begin, end = (int(offset) for offset in entry["data_offsets"])
     info = TensorInfo(
@@ -130,6 +141,7 @@ def _tensor_info(file: Path, data_begin: int, entry: Mapping[str, Any]) -> Tenso
         shape=tuple(int(n) for n in entry["shape"]),
         begin=data_begin + begin,
         num_bytes=end - begin,
+        checksums=checksums,
     )
     dtype = STORED.get(info.dtype)
     if begin < 0 or (dtype is not None and info.num_bytes != math.prod(info.shape) * dtype.itemsize):

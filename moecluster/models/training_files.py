@@ -3,6 +3,7 @@
     config.json, tokenizer files, model.safetensors.index.json
     model-trunk.safetensors             all weights but the experts'
     model-layer-NNN-experts.safetensors the weights of a layer's experts
+    model-carried.safetensors           what the model was given with and nothing here trains, if there is any
     training/state.json                 TrainingState; a directory with it is complete
     training/optimizer-trunk.safetensors            keys STATE/PARAMETER
     training/optimizer-layer-NNN.safetensors        keys INDEX/STATE/PARAMETER
@@ -13,12 +14,14 @@ What gates keep (a bias) are buffers of the trunk and stand with its weights.
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from moecluster.errors import CheckpointError
+from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.checkpoint_files import FolderFiles
+from moecluster.models.headers import read_header
 from moecluster.models.training_state import FOLDER
 from moecluster.types import ExpertId
 
+CARRIED_NAME = "model-carried.safetensors"
 TRUNK_WEIGHTS_NAME = "model-trunk.safetensors"
 
 
@@ -48,9 +51,6 @@ def _read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor] | None:
     """Tensors that own their memory, by their names without the prefix."""
     if not path.is_file():
         return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  # it is no dict
-            return {key.removeprefix(prefix): file.get_tensor(key).clone() for key in keys}
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(f"{path} is torn: {exc}") from exc
+    files = FolderFiles(path.parent)
+    stored = Checkpoint(files=files, tensors=read_header(files, path.name, path.stat().st_size))
+    return {key.removeprefix(prefix): stored.read_stored(key) for key in stored.tensors if key.startswith(prefix)}

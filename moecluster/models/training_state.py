@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moecluster.errors import CheckpointError
+from moecluster.models.checksums import json_crc
 
 FOLDER = "training"  # of a checkpoint: what only training needs
 STATE_FILE = "state.json"
+CHECKSUM = "crc32"  # of all else in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,9 @@ def write_training_state(checkpoint: str | Path, state: TrainingState) -> None:
     """Makes the directory complete: to be written last."""
     path = Path(checkpoint) / FOLDER / STATE_FILE
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
+    content = dataclasses.asdict(state)
+    content[CHECKSUM] = json_crc(content)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_training_state(checkpoint: str | Path) -> TrainingState | None:
@@ -36,7 +40,13 @@ def read_training_state(checkpoint: str | Path) -> TrainingState | None:
     if not path.is_file():
         return None
     try:
-        state = TrainingState(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        written = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
+        if written is not None and written != json_crc(content):
+            raise CheckpointError(f"{path} is damaged: it is not what was written; copy it again")
+        state = TrainingState(**content)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as exc:
         raise CheckpointError(f"{path} cannot be read as a training state: {exc}") from exc
     counts = (state.step, state.data_position, state.term)

@@ -25,7 +25,7 @@ from moecluster.errors import (
     StaleOrder,
     Unavailable,
 )
-from moecluster.models.checkpoint_files import CONFIG_NAME, METADATA_NAME, WEIGHTS_NAME
+from moecluster.models.checkpoint_files import CONFIG_NAME, METADATA_NAME, WEIGHTS_NAME, Seen
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
 from moecluster.rpc.checkpoint_server import MAX_METADATA_BYTES
@@ -87,10 +87,12 @@ class RemoteFiles:
     def weights(self) -> Mapping[str, int]:
         return self._weights
 
-    def read_into(self, name: str, begin: int, out: memoryview) -> None:
+    def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
         for at in range(0, len(out), RANGE_BYTES):
             part = out[at : at + RANGE_BYTES]
             self._again(partial(_Connection.read, name=name, begin=begin + at, out=part))
+            if seen is not None:  # not before: what a broken connection brought comes again
+                seen(part)
 
     def close(self) -> None:
         """Ends the connection and what is read, and removes the folder; whoever comes later gets Unavailable."""

@@ -16,6 +16,7 @@ from moecluster.experts.optimizer import state_names
 from moecluster.models.checkpoint import INDEX_NAME
 from moecluster.models.expert_layout import ExpertLayout
 from moecluster.models.training_files import (
+    CARRIED_NAME,
     TRUNK_WEIGHTS_NAME,
     expert_optimizer_file,
     expert_weights_name,
@@ -24,6 +25,7 @@ from moecluster.models.training_files import (
 from moecluster.models.training_state import FOLDER, TrainingState, write_training_state
 from moecluster.models.trunk import checkpoint_state
 from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.training.carried import carry_over
 from moecluster.training.tensor_file import TensorFile, write_tensors
 from moecluster.types import ExpertId, OptimizerSettings
 
@@ -44,6 +46,7 @@ class CheckpointContent:
     export: ExportExperts
     optimizer: OptimizerSettings | None = None  # None: nothing was trained yet, there is no optimizer state
     trunk_optimizer: Mapping[str, torch.Tensor] | None = None
+    carried_from: Path | None = None  # a checkpoint that has what is not of the trunk or the experts, if anything
 
 
 def fill_checkpoint(directory: Path, content: CheckpointContent) -> None:
@@ -60,6 +63,10 @@ def fill_checkpoint(directory: Path, content: CheckpointContent) -> None:
         shapes = content.layout.layer_shapes(layer.layer)
         total_bytes += _write_layer(directory, content, layer.layer, shapes)
         weight_map |= dict.fromkeys(shapes, expert_weights_name(layer.layer))
+    if content.carried_from is not None:
+        carried = carry_over(content.carried_from, directory, content.layout)
+        total_bytes += sum(carried.values())
+        weight_map |= dict.fromkeys(carried, CARRIED_NAME)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     write_training_state(directory, content.state)
@@ -76,8 +83,10 @@ def _write_config(directory: Path, trunk: PreTrainedModel) -> None:
 def _write_layer(directory: Path, content: CheckpointContent, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Weights, and optimizer state, of a layer's experts. Returns the bytes of the weights."""
     experts = content.layout.experts_of(layer)
+    first = content.layout.checkpoint_state(experts[0], content.layout.parameters(experts[0]))
+    by_row = {key for key, value in first.items() if tuple(value.shape) != shapes[key]}
     with TensorFile(
-        directory / expert_weights_name(layer), shapes, dict.fromkeys(shapes, content.expert_dtype)
+        directory / expert_weights_name(layer), shapes, dict.fromkeys(shapes, content.expert_dtype), by_row=by_row
     ) as weights:
         state_shapes, state_dtypes = _optimizer_layout(content, experts)
         if state_shapes:

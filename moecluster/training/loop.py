@@ -251,6 +251,7 @@ class TrainingLoop:
             export=self._export,
             optimizer=optimizer_settings(self._config),
             trunk_optimizer=session.trunk.optimizer_state(),
+            carried_from=self._store.latest() or self._start,
         )
 
     def _export(self, experts: Sequence[ExpertId]) -> Iterator[ExportedTensor]:

@@ -4,40 +4,51 @@ The file format (https://huggingface.co/docs/safetensors): 8 bytes little-endian
 shape and byte range of every tensor, then the bytes.
 """
 
-import json
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+from moecluster.models.checksums import SummedHeader, sums_of
+from moecluster.models.headers import STORED
+
+DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 class TensorFile:
     """Writes one file; tensors that were announced and never written are zeros. Errors of the disk are OSErrors."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> None:
-        """Takes all the room at once, so that a full disk is found before anything is written."""
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        by_row: Collection[str] = (),
+    ) -> None:
+        """Takes all the room at once, so that a full disk is found before anything is written.
+
+        by_row: tensors that are written, and will be read, row by row.
+        """
         self._shapes, self._dtypes = dict(shapes), dict(dtypes)
         self._begin: dict[str, int] = {}
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, dict[str, object]] = {}
         end = 0
         for key, shape in shapes.items():
             begin, end = end, end + torch.Size(shape).numel() * dtypes[key].itemsize
             self._begin[key] = begin
             entries[key] = {"dtype": DTYPE_NAMES[dtypes[key]], "shape": list(shape), "data_offsets": [begin, end]}
-        header = json.dumps(entries).encode()
-        header += b" " * (-len(header) % 8)
-        self._data_begin = 8 + len(header)
+        self._header = SummedHeader(entries, by_row)
+        header = self._header.to_bytes()
+        self._data_begin = len(header)
         self.content_bytes = end
         self._file = path.open("wb")
         try:
             os.posix_fallocate(self._file.fileno(), 0, self._data_begin + end)
-            self._file.write(struct.pack("<Q", len(header)) + header)
+            self._file.write(header)
         except OSError:
             self._file.close()
             raise
@@ -51,10 +62,16 @@ class TensorFile:
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._file.seek(self._data_begin + self._begin[key] + (0 if whole else row * content.nbytes))
         self._file.write(content.data)
+        if content.nbytes:
+            self._header.set(key, sums_of(content.data, self._header.unit_bytes(key)), 0 if whole else row)
 
     def close(self) -> None:
         """Everything is on the disk afterwards."""
         try:
+            header = self._header.to_bytes()
+            assert len(header) == self._data_begin
+            self._file.seek(0)
+            self._file.write(header)
             self._file.flush()
             os.fsync(self._file.fileno())
         finally:

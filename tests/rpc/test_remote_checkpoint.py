@@ -24,7 +24,7 @@ from moecluster.errors import (
     UserError,
 )
 from moecluster.models.checkpoint import SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.checkpoint_files import LocalFiles
+from moecluster.models.checkpoint_files import LocalFiles, Seen
 from moecluster.models.expert_source import ExpertSource
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -82,9 +82,9 @@ class Counted(RemoteFiles):
 
     read_bytes = 0
 
-    def read_into(self, name: str, begin: int, out: memoryview) -> None:
+    def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
         self.read_bytes += len(out)
-        super().read_into(name, begin, out)
+        super().read_into(name, begin, out, seen)
 
 
 def test_experts_and_trunk_are_those_of_the_directory(directory: Path) -> None:

@@ -124,7 +124,8 @@ def test_safetensors_reads_what_was_written(tmp_path, dtype):
 def test_rows_come_in_any_order_and_what_never_comes_is_zero(tmp_path):
     path = tmp_path / "x.safetensors"
     rows = torch.randn(3, 4, 5)
-    with TensorFile(path, {"rows": (3, 4, 5), "never": (2,)}, dict.fromkeys(("rows", "never"), torch.float32)) as file:
+    shapes = {"rows": (3, 4, 5), "never": (2,)}
+    with TensorFile(path, shapes, dict.fromkeys(shapes, torch.float32), by_row=("rows",)) as file:
         for row in (2, 0):
             file.write("rows", rows[row : row + 1], row=row)
     loaded = load_file(path)

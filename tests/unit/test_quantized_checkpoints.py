@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moecluster.errors import CheckpointError
 from moecluster.models.checkpoint import SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.checkpoint_files import LocalFiles
+from moecluster.models.checkpoint_files import LocalFiles, Seen
 from moecluster.models.expert_source import ExpertSource
 from moecluster.models.swiglu_experts import SwigluExperts
 from moecluster.types import ExpertId
@@ -194,9 +194,9 @@ class Recorded(LocalFiles):
 
     read_bytes = 0
 
-    def read_into(self, name: str, begin: int, out: memoryview) -> None:
+    def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
         self.read_bytes += len(out)
-        super().read_into(name, begin, out)
+        super().read_into(name, begin, out, seen)
 
 
 def test_an_expert_costs_its_own_bytes(fp8: Stored, gpt_oss: Stored) -> None:

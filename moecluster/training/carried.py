@@ -1,0 +1,62 @@
+"""What a checkpoint has and training does not know, such as the layers of multi-token prediction: it stays as it is."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from moecluster.hf.keys import unknown_keys
+from moecluster.models.checkpoint import Checkpoint
+from moecluster.models.checkpoint_files import FolderFiles
+from moecluster.models.expert_layout import ExpertLayout
+from moecluster.models.headers import STORED, TensorInfo, read_header
+from moecluster.models.training_files import CARRIED_NAME
+from moecluster.models.training_state import FOLDER
+from moecluster.training.tensor_file import TensorFile
+
+logger = logging.getLogger(__name__)
+
+
+def carry_over(source: Path, directory: Path, layout: ExpertLayout) -> dict[str, int]:
+    """Brings over what is neither of the trunk nor of the experts; key -> bytes. Writes no file if there is nothing.
+
+    What is quantized becomes bfloat16, as the configuration that is written names no quantization any more.
+    """
+    carried, out = source / CARRIED_NAME, directory / CARRIED_NAME
+    if carried.is_file():  # an earlier checkpoint of ours
+        try:
+            os.link(carried, out)
+        except OSError:
+            shutil.copyfile(carried, out)
+        header = read_header(FolderFiles(directory), CARRIED_NAME, out.stat().st_size)
+        return {key: info.num_bytes for key, info in header.items()}
+    if (source / FOLDER).is_dir():  # one of ours that carries nothing
+        return {}
+    return _copy(Checkpoint.open(source), out, layout)
+
+
+def _copy(checkpoint: Checkpoint, out: Path, layout: ExpertLayout) -> dict[str, int]:
+    infos = {key: checkpoint.info(key) for key in unknown_keys(layout.model, checkpoint.tensors)}
+    dropped = [key for key, info in infos.items() if isinstance(info, TensorInfo) and info.dtype not in STORED]
+    if dropped:
+        logger.warning(
+            "%s: %d tensors that training does not know are not in its checkpoints, as their format is unknown too; "
+            "the first is %s", checkpoint.path, len(dropped), dropped[0],
+        )  # fmt: skip
+    kept = {key: info for key, info in infos.items() if key not in dropped}
+    if not kept:
+        return {}
+    dtypes = {key: STORED[i.dtype] if isinstance(i, TensorInfo) else torch.bfloat16 for key, i in kept.items()}
+    with TensorFile(out, {key: info.shape for key, info in kept.items()}, dtypes) as file:
+        for key, info in kept.items():
+            if isinstance(info, TensorInfo):
+                file.write(key, checkpoint.read_as_is(info))
+            else:
+                file.write(key, checkpoint.read(key, dtype=dtypes[key]))
+    return {key: _num_bytes(info.shape, dtypes[key]) for key, info in kept.items()}
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
