@@ -41,7 +41,17 @@ def read_config(path: str | Path) -> PreTrainedConfig:
         file, "give a model of a family that the installed transformers knows, unchanged", error=UnsupportedModelError
     ):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    return config
+    return text_config(config)
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a model that also sees or hears, the configuration of its language model, as AutoModelForCausalLM takes it."""
+    choice = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    classes = choice if isinstance(choice, (list, tuple)) else [choice]
+    own = [
+        found for found in classes if found is not None and found.config_class is config.sub_configs.get("text_config")
+    ]
+    return config.get_text_config() if own else config
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -1,5 +1,6 @@
 """Files of models that others wrote, or that were half copied: one line that names the file."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -7,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5MoeConfig
 
 from actors.commands.target import model_name, read_target
 from moecluster.errors import CheckpointError, UserError
+from moecluster.hf.interface import Backend
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.models.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.expert_source import ExpertSource
 from moecluster.models.tokenizer import load_tokenizer
 from moecluster.models.trunk import load_trunk
 from moecluster.models.usable import refuse_unusable
+from moecluster.types import ExpertId
 from tests.families import make_model
 
 Spoil = Callable[[Path], object]
@@ -133,6 +138,38 @@ def test_a_model_that_cannot_be_used_is_named_before_anything_starts(directory: 
 
 def test_a_whole_model_is_usable(directory: Path) -> None:
     refuse_unusable(directory)
+
+
+def test_the_language_model_of_one_that_also_sees_is_taken(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24, "layer_types": ["full_attention"] * 2, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path)
+    source = ExpertSource(tmp_path)
+    assert [(layer.layer, layer.num_experts) for layer in source.layers] == [(0, 4), (1, 4)]
+    ours = load_trunk(tmp_path, shard_backend(source))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=5e-6)
+
+
+def shard_backend(source: ExpertSource) -> Backend:
+    """Each pair of token and expert by itself."""
+
+    def run(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        y_TD = torch.zeros_like(x_TD)
+        for t, k in itertools.product(range(len(x_TD)), range(ids_TK.shape[1])):
+            shard = source.load(ExpertId(layer=layer, index=int(ids_TK[t, k])))
+            y_TD[t] += weights_TK[t, k] * shard(x_TD[t : t + 1])[0]
+        return y_TD
+
+    return run
 
 
 def test_what_is_no_directory(directory: Path, tmp_path: Path) -> None:
