@@ -29,6 +29,7 @@ QUANTILE_LABEL = "q"  # `quantile` belongs to summaries, and promtool refuses it
 COMMON_LABELS = ("model", "cluster")
 MAX_EXPERT_SERIES = 1024
 ENTROPY_WINDOW_S = 10.0
+MAX_NONFINITE_SERIES = 256
 
 
 class _Server(Protocol):
@@ -103,6 +104,11 @@ class Metrics:
             "dispatch_bytes", "Tensor bytes exchanged with expert actors", "transport", "direction"
         )
         self._dispatch_retries = self._counter("dispatch_retries", "Messages sent again", "reason")
+
+        self._nonfinite = self._counter(
+            "nonfinite_replies", "Batches that a replica answered with NaN or infinity", "layer", "expert", "actor"
+        )
+        self._nonfinite_seen: set[tuple[ExpertId, str]] = set()
 
         self._generation = self._gauge("placement_generation", "Generation of the placement in use")
         self._operations = self._counter(
@@ -230,6 +236,15 @@ class Metrics:
     def count_retry(self, reason: str) -> None:
         """Adds a message that is sent again. reason: a short fixed word, for example not_hosted, unavailable."""
         self._dispatch_retries.labels(*self._common, reason).inc()
+
+    def count_nonfinite_reply(self, expert: ExpertId, actor: str) -> None:
+        """Adds a batch that a replica answered with NaN or infinity. Beyond MAX_NONFINITE_SERIES replicas their names
+        are left out."""
+        if len(self._nonfinite_seen) < MAX_NONFINITE_SERIES:
+            self._nonfinite_seen.add((expert, actor))
+        known = (expert, actor) in self._nonfinite_seen
+        names = (str(expert.layer), str(expert.index), actor) if known else ("other", "other", "other")
+        self._nonfinite.labels(*self._common, *names).inc()
 
     # -- placement --
 

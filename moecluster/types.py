@@ -312,6 +312,17 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplicaAside:
+    """A replica that routers had NaN or infinity of."""
+
+    actor: str
+    expert: ExpertId
+    state: str  # reloading | reloaded | sick
+    problem: str = ""
+    reports: int = 0  # of routers
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControllerStatus:
     """What the controller says of the cluster."""
 
@@ -327,6 +338,7 @@ class ControllerStatus:
     operations: tuple[Operation, ...] = ()  # under way
     router_states: tuple[RouterState, ...] = ()  # of those with a lease
     weight_version: int = 0
+    replicas_aside: tuple[ReplicaAside, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

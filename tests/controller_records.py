@@ -15,6 +15,7 @@ from moecluster.types import (
     Placement,
     PlanPreview,
     Replica,
+    ReplicaAside,
     RouterState,
 )
 
@@ -88,6 +89,9 @@ statuses = st.builds(
     operations=operation_lists,
     router_states=st.lists(router_states, max_size=3).map(tuple),
     weight_version=uint64s,
+    replicas_aside=st.lists(
+        st.builds(ReplicaAside, actor=names, expert=experts, state=names, problem=texts, reports=uint64s), max_size=2
+    ).map(tuple),
 )
 load_snapshots = st.builds(
     LoadSnapshot,

@@ -39,6 +39,7 @@ class ExpertCluster:
         timeout_s: float = 20.0,
         dtype: str = "",
     ) -> None:
+        self.directory = directory
         self._transport = transport
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(directory).layers}
         names = [f"expert-{i}" for i in range(num_actors)]

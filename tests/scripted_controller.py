@@ -88,6 +88,7 @@ class ScriptedController(PlacementBoard):
         self.planned: list[str] = []
         self.checkpoint = "/first"
         self.counted = LOADS
+        self.nonfinite: list[tuple[str, str, ExpertId, tuple[int, int]]] = []
         self._fails = fails
         self._operations = {OLD_OPERATION.id: OLD_OPERATION}
 
@@ -97,6 +98,9 @@ class ScriptedController(PlacementBoard):
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
+
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        self.nonfinite.append((actor, incarnation, expert, placement))
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
         self.reports.append(load)

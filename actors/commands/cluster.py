@@ -63,6 +63,9 @@ def status(name: str, as_json: bool, console: Console) -> None:
     console.print(said, highlight=False, markup=False, soft_wrap=True)
     for line in _summary(seen):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for replica in seen.replicas_aside if seen is not None else ():
+        line = f"expert {replica.expert} of {replica.actor} is {replica.state}: {replica.problem or 'NaN or infinity'}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     show_table(actors_table(endpoints, seen), console)
     if seen is not None and seen.operations:
         show_table(operations_table(seen.operations), console)

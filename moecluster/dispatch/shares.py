@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moecluster.errors import NotHosted
-from moecluster.types import Placement
+from moecluster.types import ExpertId, Placement
 
 NO_ACTOR = -1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of splitmix64
@@ -41,8 +41,13 @@ class LayerTable:
         return bool(self.actor_of_ER.shape[1] > 1)
 
 
-def layer_table(placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
-    """The layer's part of a placement, without the actors to avoid; the shares of those left are scaled to sum to 1."""
+def layer_table(
+    placement: Placement, layer: int, avoid: Collection[str] = (), aside: Collection[tuple[str, ExpertId]] = ()
+) -> LayerTable:
+    """The layer's part of a placement, without the actors to avoid; the shares of those left are scaled to sum to 1.
+
+    aside: replicas (actor, expert) that are left out as well, but where an expert has no other one.
+    """
     num_experts = placement.layer_experts[layer]
     actors = tuple(sorted(placement.actors))
     index_of = {actor: i for i, actor in enumerate(actors)}
@@ -50,6 +55,10 @@ def layer_table(placement: Placement, layer: int, avoid: Collection[str] = ()) -
     for replica in placement.replicas:
         if replica.expert.layer == layer and replica.actor not in avoid and replica.actor in index_of:
             replicas[replica.expert.index].append((index_of[replica.actor], replica.share))
+    for name, sick in aside:
+        if sick.layer == layer:
+            others = [place for place in replicas[sick.index] if place[0] != index_of.get(name)]
+            replicas[sick.index] = others or replicas[sick.index]
     most = max((len(r) for r in replicas), default=0) or 1
     actor_of_ER = np.full((num_experts, most), NO_ACTOR, dtype=np.int64)
     bound_ER = np.ones((num_experts, most), dtype=np.float64)

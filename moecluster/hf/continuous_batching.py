@@ -7,7 +7,7 @@ return logits whose best token is the chosen one.
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,9 @@ class BatchHooks(Protocol):
 
     def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
         """The next token of each text, and whether it is the text's last. logits_BV: float32, a row for each name."""
+
+    def spoilt(self) -> Collection[str]:
+        """Texts of this forward pass, asked after `choose`, whose rows went wrong: they are not kept for others."""
 
     def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
         """The text was given up. computed: the texts in the forward pass that the error came out of; none: another
@@ -116,7 +119,8 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
         super().__init__(LogitsProcessorList())
         self.do_processing = True
         self._hooks = hooks
-        self._states: list[Any] = []  # RequestState of the texts that get a token
+        self._futures: list[Any] = []  # FutureRequestState of the texts that are computed
+        self._states: list[Any] = []  # RequestState of those that get a token
         self.computed: list[str] = []  # the texts of the forward pass that is on
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
@@ -135,6 +139,7 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
                 for future in requests_in_batch
             ]
         )
+        self._futures = requests_in_batch
         self._states = [future.state for future in requests_in_batch if future.has_new_token]
         return arg_storage
 
@@ -145,6 +150,10 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
         chosen = self._hooks.choose(names, scores[: len(names)])  # further rows belong to unfinished prompts
         for state, (token, is_last) in zip(self._states, chosen, strict=True):
             state._eos_token_ids = {token} if is_last else set()
+        spoilt = self._hooks.spoilt()
+        for future in self._futures:
+            if future.state.request_id in spoilt:
+                future.complete_blocks = {}  # else the prefix cache gives them to the next text that begins so
         self.computed = []
         return chosen_logits(scores, enumerate(token for token, _ in chosen))
 
@@ -213,6 +222,9 @@ class _Probe:
             self.works = True
             self.ended.set()
         return [(0, self._chosen >= 2) for _ in names]
+
+    def spoilt(self) -> Collection[str]:
+        return ()
 
     def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
         self.ended.set()

@@ -102,16 +102,22 @@ class Placement(_message.Message):
     def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ..., next_weight_version: _Optional[int] = ..., next_checkpoint: _Optional[str] = ..., old_weight_version: _Optional[int] = ...) -> None: ...
 
 class FailureReport(_message.Message):
-    __slots__ = ("reporter", "actor", "incarnation", "reason")
+    __slots__ = ("reporter", "actor", "incarnation", "reason", "nonfinite", "placement_term", "generation")
     REPORTER_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     reporter: str
     actor: str
     incarnation: str
     reason: str
-    def __init__(self, reporter: _Optional[str] = ..., actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    nonfinite: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.ExpertRef]
+    placement_term: int
+    generation: int
+    def __init__(self, reporter: _Optional[str] = ..., actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., reason: _Optional[str] = ..., nonfinite: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class FailureReply(_message.Message):
     __slots__ = ()
@@ -170,7 +176,7 @@ class ActorState(_message.Message):
     def __init__(self, actor: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., phase: _Optional[str] = ..., experts: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
 
 class ControllerStatus(_message.Message):
-    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version")
+    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version", "replicas_aside")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACTORS_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +189,7 @@ class ControllerStatus(_message.Message):
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_STATES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_ASIDE_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorState]
@@ -195,7 +202,22 @@ class ControllerStatus(_message.Message):
     operations: _containers.RepeatedCompositeFieldContainer[Operation]
     router_states: _containers.RepeatedCompositeFieldContainer[RouterState]
     weight_version: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ...) -> None: ...
+    replicas_aside: _containers.RepeatedCompositeFieldContainer[ReplicaAside]
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ..., replicas_aside: _Optional[_Iterable[_Union[ReplicaAside, _Mapping]]] = ...) -> None: ...
+
+class ReplicaAside(_message.Message):
+    __slots__ = ("actor", "expert", "state", "problem", "reports")
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REPORTS_FIELD_NUMBER: _ClassVar[int]
+    actor: str
+    expert: _tensor_pb2.ExpertRef
+    state: str
+    problem: str
+    reports: int
+    def __init__(self, actor: _Optional[str] = ..., expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., state: _Optional[str] = ..., problem: _Optional[str] = ..., reports: _Optional[int] = ...) -> None: ...
 
 class WantRequest(_message.Message):
     __slots__ = ("router", "experts")

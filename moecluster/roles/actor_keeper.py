@@ -157,6 +157,7 @@ class ActorKeeper:
                 return
             try:
                 life.tell_news()
+                life.reload(self._owner.to_reload(self.actor))
                 assigned = self._owner.assigned(self.actor)
                 status = control.status()
                 self._silent = 0

@@ -89,6 +89,24 @@ class ActorLife:
         if surplus:
             self._control.unload(term=self._told.term, experts=sorted(surplus))
 
+    def reload(self, experts: frozenset[ExpertId]) -> None:
+        """Loads experts anew that it serves, in every version that texts are written with. Raises Unavailable,
+        StaleOrder."""
+        if not experts:
+            return
+        try:
+            versions = self._told.versions.written_with
+            loaded_bytes = sum(self._load_version(version, sorted(experts), replace=True) for version in versions)
+        except StaleOrder as exc:
+            logger.info("%s loads nothing anew: %s", self._actor, exc)
+            self._tell(self._owner.orders())  # another controller's actor refuses this; else experts were moved away
+        except MoeClusterError as exc:
+            if isinstance(exc, Unavailable):
+                self._control.status()  # raises it again if the actor is away, not what it reads from
+            self._owner.reload_failed(self._actor, experts, exc)
+        else:
+            self._owner.reloaded(self._actor, experts, loaded_bytes)
+
     def prepare(self, assigned: frozenset[ExpertId], status: ExpertActorStatus) -> bool:
         """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
 

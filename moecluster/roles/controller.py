@@ -203,6 +203,10 @@ class Controller:
         logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
         self._keepers.look(actor)
 
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        """A router had NaN or infinity of a replica: it is set aside, and loaded anew once."""
+        self._keepers.report_nonfinite(actor, incarnation, expert, placement)
+
     def renew_lease(
         self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
     ) -> None:
@@ -283,6 +287,7 @@ class Controller:
             operations=self._log.under_way(),
             router_states=routers,
             weight_version=self._standing.versions.weight_version,
+            replicas_aside=self._keepers.replicas_aside(),
         )
 
     def loads(self) -> ClusterLoads:

@@ -159,6 +159,19 @@ class Exchange:
                     raise AttemptAborted(f"{message.address.actor}: {exc}") from exc
         return answers
 
+    def ask(
+        self, parts: Sequence[DispatchPart], placement: Placement, make_batch: MakeBatch, timeout_s: float
+    ) -> list[ComputeResult | MoeClusterError]:
+        """What exactly these actors answer, each asked once, or why one did not."""
+        deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
+        outcomes: list[ComputeResult | MoeClusterError] = []
+        for message in [self._send(part, placement, make_batch, deadline_s) for part in parts]:
+            try:
+                outcomes.append(self._wait(message, deadline_s))
+            except MoeClusterError as exc:
+                outcomes.append(exc)
+        return outcomes
+
     def _send(self, part: DispatchPart, placement: Placement, make_batch: MakeBatch, deadline_s: float) -> Sent:
         address = placement.actors[part.actor]
         batch = make_batch(part, placement, max(deadline_s - time.monotonic(), 1e-3))

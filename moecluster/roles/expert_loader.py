@@ -4,10 +4,12 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from moecluster.errors import CheckpointError, StaleOrder
 from moecluster.experts import compute
+from moecluster.experts.finiteness import probe_rows
 from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.expert_source import ExpertSource, Origin
 from moecluster.models.training_files import read_optimizer_state
@@ -72,6 +74,8 @@ class ExpertLoader:
             if self._proofs is not None:
                 width, dtype = self._hosted.widths[arrived.expert.layer], wanted_dtype(source, (), settings.dtype)
                 self.run = self._proofs.add(arrived.module, width, dtype)
+            if self._on_trial(version):
+                self._check_finite(arrived.expert, arrived.module, version, settings)
             state = read_optimizer_state(settings.checkpoint, arrived.expert) if is_trained else None
             with self._state_lock:
                 order.check(arrived.expert)
@@ -103,6 +107,8 @@ class ExpertLoader:
             same = self._hosted.equal_to(expert, origin) if origin else None
             if same is None or same.weight_version == version or not _is_of(same.module, settings.dtype):
                 continue
+            if self._on_trial(version):
+                self._check_finite(expert, same.module, version, settings)
             with self._state_lock:
                 order.check(expert)
                 if expert in order.dropped or self._training.holds(expert):
@@ -110,6 +116,20 @@ class ExpertLoader:
                 self._hosted.add(expert, same.module, version, origin=origin)
             shared.add(expert)
         return shared
+
+    def _on_trial(self, version: int) -> bool:
+        """Whether the version is to replace the one that is served: what that one may do, it is refused for."""
+        return version > self._hosted.weight_version > 0
+
+    @torch.no_grad()
+    def _check_finite(self, expert: ExpertId, module: nn.Module, version: int, settings: LoadSettings) -> None:
+        """Raises CheckpointError if the expert answers a few moderate rows with NaN or infinity."""
+        x_ND = probe_rows(self._hosted.widths[expert.layer], DTYPES[settings.dtype or "float32"])
+        if not bool(torch.isfinite(self.run(module, x_ND)).all()):
+            raise CheckpointError(
+                f"weight version {version} ({settings.checkpoint}): expert {expert.index} of layer {expert.layer} "
+                "answers NaN or infinity"
+            )
 
     def _source(self, checkpoint: str, version: int, *, here: bool) -> ExpertSource:
         """A directory may be written anew for another version: it is opened anew for each.

@@ -8,7 +8,7 @@ from moecluster.dispatch.shares import LayerTable, layer_table
 from moecluster.errors import MoeClusterError, UserError
 from moecluster.roles.actor_access import ControlConnection
 from moecluster.rpc.interfaces import ControllerLink, ExpertControl, ExpertTransport
-from moecluster.types import ActorAddress, Placement
+from moecluster.types import ActorAddress, ExpertId, Placement
 
 LEFT_S = 120.0  # how long the way to an actor without a place is kept; one that has ended has freed its memory
 SUSPECT_S = 1.0  # how long an actor that did not answer is asked last
@@ -30,6 +30,9 @@ class FixedPlacement:
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
+
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        self.failures.append((actor, incarnation, f"{expert} answers NaN or infinity"))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
         """Nobody is there who could load them."""
@@ -61,6 +64,8 @@ class ExpertPool:
         self._controls: dict[str, tuple[ActorAddress, ControlConnection]] = {}
         self._tables: dict[int, LayerTable] = {}
         self._tables_of = (-1, -1)
+        self._aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answered NaN or infinity,
+        self._aside_of = (-1, -1)  # in this placement: the next one has them again
         self._suspects: dict[ActorAddress, tuple[float, MoeClusterError]] = {}  # until when, and why
         self._left_s: dict[str, float] = {}  # actors without a place, whose transport is open: since when
 
@@ -79,17 +84,31 @@ class ExpertPool:
                 f"the cluster serves no experts of layer {layer}, only of {sorted(placement.layer_experts)}: "
                 "the trunk is of another model"
             )
-        if avoid:
-            return layer_table(placement, layer, avoid)
-        if self._tables_of != placement.number:
+        if not avoid and self._tables_of != placement.number:
             self._close_left(placement)
         with self._lock:
+            aside = self._aside if self._aside_of == placement.number else frozenset()
+            if avoid:
+                return layer_table(placement, layer, avoid, aside)
             if self._tables_of != placement.number:
                 self._tables, self._tables_of = {}, placement.number
             table = self._tables.get(layer)
             if table is None:
-                table = self._tables[layer] = layer_table(placement, layer)
+                table = self._tables[layer] = layer_table(placement, layer, (), aside)
             return table
+
+    def set_aside(self, placement: Placement, actor: str, expert: ExpertId) -> bool:
+        """A replica answers NaN or infinity: it is asked no more by this placement if there is another one of the
+        expert, and the controller is told. False if that is known."""
+        with self._lock:
+            if self._aside_of != placement.number:
+                self._aside, self._aside_of = frozenset(), placement.number
+            if (actor, expert) in self._aside:
+                return False
+            self._aside |= {(actor, expert)}
+            self._tables.pop(expert.layer, None)
+        self._placements.report_nonfinite(actor, placement.actors[actor].incarnation, expert, placement.number)
+        return True
 
     def transport(self, address: ActorAddress) -> ExpertTransport:
         """The open way to an actor. Raises what connecting raises."""

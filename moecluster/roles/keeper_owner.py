@@ -56,6 +56,15 @@ class KeeperOwner(Protocol):
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
         """The actor cannot load the version that is next now; the keeper goes on trying."""
 
+    def to_reload(self, actor: str) -> frozenset[ExpertId]:
+        """What is to be loaded anew while the actor serves: it answers NaN or infinity."""
+
+    def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
+        """That was done."""
+
+    def reload_failed(self, actor: str, experts: Collection[ExpertId], error: MoeClusterError) -> None:
+        """It cannot be done."""
+
     def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
         """The actor has loaded experts after its start."""
 

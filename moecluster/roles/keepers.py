@@ -13,9 +13,18 @@ from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.keeper_owner import Orders
 from moecluster.roles.load_sources import DirectLoadSource
 from moecluster.roles.operation_log import OperationLog
+from moecluster.roles.replicas_aside import ReplicasAside
 from moecluster.roles.standing import Standing
 from moecluster.roles.take_over import READ_TIMEOUT_S, read_actors
-from moecluster.types import ActorAddress, ActorState, ExpertActorStatus, ExpertId, OperationPhase, WeightVersion
+from moecluster.types import (
+    ActorAddress,
+    ActorState,
+    ExpertActorStatus,
+    ExpertId,
+    OperationPhase,
+    ReplicaAside,
+    WeightVersion,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +72,7 @@ class Keepers:
         self._on_news = on_news
         self._on_deposed = on_deposed
         self._clock = clock
+        self._aside = ReplicasAside(standing, log, look=self.look)
         self._lock = threading.RLock()
         self._keepers: dict[str, ActorKeeper] = {}
         self._closed = False
@@ -205,6 +215,26 @@ class Keepers:
         """Actors that could not load a version when they were last told to, and why."""
         with self._lock:
             return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
+
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        """A router had NaN or infinity of a replica."""
+        self._aside.report(actor, incarnation, expert, placement)
+
+    def replicas_aside(self) -> tuple[ReplicaAside, ...]:
+        """Replicas that routers had NaN or infinity of."""
+        return self._aside.states()
+
+    def to_reload(self, actor: str) -> frozenset[ExpertId]:
+        """What is to be loaded anew."""
+        return self._aside.to_reload(actor)
+
+    def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
+        """It was."""
+        self._aside.reloaded(actor, experts, loaded_bytes)
+
+    def reload_failed(self, actor: str, experts: Collection[ExpertId], error: MoeClusterError) -> None:
+        """It was not."""
+        self._aside.reload_failed(actor, experts, str(error))
 
     def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
         """The actor has loaded experts after its start."""

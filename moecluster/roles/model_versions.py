@@ -19,7 +19,7 @@ import torch
 
 from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
 from moecluster.roles.freed_memory import return_freed_memory
-from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.roles.remote_experts import OnLost, RemoteExperts
 from moecluster.types import Placement
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,17 @@ class VersionExperts:
         self.experts = experts
         self.version = version
 
-    def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        return self.experts(layer, x_TD, ids_TK, weights_TK, weight_version=self.version)
+    def __call__(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        *,
+        on_lost: OnLost | None = None,
+    ) -> torch.Tensor:
+        """As RemoteExperts.__call__."""
+        return self.experts(layer, x_TD, ids_TK, weights_TK, weight_version=self.version, on_lost=on_lost)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +12,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moecluster.dispatch.permute import DispatchPart, combine, combine_gradients, combine_pairs, rows_of
-from moecluster.errors import UserError
+from moecluster.errors import RequestFailed, UserError
+from moecluster.experts.finiteness import is_finite
 from moecluster.metrics import Metrics
-from moecluster.roles.exchange import Answers, Exchange, plan_all
+from moecluster.roles.exchange import Answers, Exchange, MakeBatch, plan_all
 from moecluster.roles.expert_pool import ExpertPool
 from moecluster.roles.load_counts import LoadCounts
+from moecluster.roles.nonfinite_replies import LayerRows, NonFiniteReplies, without_lost_rows
 from moecluster.roles.routing_entropy import routing_entropy
 from moecluster.types import ComputeBatch, MessageKey, MicroBatchTag, Phase, Placement, StepTag
+
+OnLost = Callable[[int, int, Mapping[int, str]], None]  # of a layer, its number of rows, and why some are lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class RemoteExperts:
         self._batch_invariant = batch_invariant
         self._metrics = metrics
         self._exchange = Exchange(pool, timeout_s=timeout_s, metrics=metrics)
+        self._nonfinite = NonFiniteReplies(self._exchange, metrics)
         # Without a leaf that requires grad a frozen trunk records no graph, and experts would get no gradient.
         self._anchor = torch.zeros((), requires_grad=True)
         self._current = threading.local()
@@ -62,11 +67,14 @@ class RemoteExperts:
         weights_TK: torch.Tensor,
         *,
         weight_version: int = 0,
+        on_lost: OnLost | None = None,
     ) -> torch.Tensor:
         """y_TD in x_TD's dtype. Assignments with an index >= E are skipped.
 
-        weight_version: of the experts, outside of training; 0: the one that is served. Raises DeadlineExceeded,
-        StaleOrder if the version is gone for good, or inside training() AttemptAborted.
+        weight_version: of the experts, outside of training; 0: the one that is served. on_lost: outside of training it
+        is told of rows that every replica of an expert answers with NaN or infinity, which are zeros then; without it
+        they raise RequestFailed. Raises DeadlineExceeded, StaleOrder if the version is gone for good, or inside
+        training() AttemptAborted.
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
         timeout_s = self._left_s()
@@ -83,7 +91,7 @@ class RemoteExperts:
                 "run the forward under torch.no_grad(), or inside RemoteExperts.training(...)"
             )
         with torch.no_grad():
-            return self._forward(layer, x_TD, ids_TK, weights_TK, timeout_s, weight_version)
+            return self._forward(layer, x_TD, ids_TK, weights_TK, timeout_s, weight_version, on_lost)
 
     @contextmanager
     def training(self, tag: StepTag, *, rank: int = 0, micro_batch: int = 0) -> Iterator[None]:
@@ -162,7 +170,9 @@ class RemoteExperts:
         weights_TK: torch.Tensor,
         timeout_s: float,
         weight_version: int,
+        on_lost: OnLost | None,
     ) -> torch.Tensor:
+        deadline_s = time.monotonic() + timeout_s
         x_cpu_TD, weights_cpu_TK = x_TD.cpu(), weights_TK.to(device="cpu", dtype=torch.float32)
 
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
@@ -170,7 +180,24 @@ class RemoteExperts:
             return replace(batch, weight_version=weight_version)
 
         answers = self._exchange.route(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch, timeout_s)
-        return self._combine(answers, weights_cpu_TK, x_cpu_TD).to(x_TD.device)
+        y_TD = self._combine(answers, weights_cpu_TK, x_cpu_TD)
+        if not is_finite(y_TD):
+
+            def make_pairs(rows_TD: torch.Tensor) -> MakeBatch:
+                return lambda part, placement, left_s: replace(
+                    _batch(layer, Phase.FORWARD, part, placement, left_s, rows_TD, True), weight_version=weight_version
+                )
+
+            asked = LayerRows(layer=layer, x_TD=x_cpu_TD, ids_TK=ids_TK, weights_TK=weights_cpu_TK)
+            left_s = max(deadline_s - time.monotonic(), 0.0)
+            mended = self._nonfinite.mend(asked, answers, make_pairs, left_s)
+            y_TD = self._combine(mended.answers, weights_cpu_TK, x_cpu_TD)
+            y_TD, lost = without_lost_rows(y_TD, asked, mended.lost)
+            if lost and on_lost is None:
+                raise RequestFailed(next(iter(lost.values())))
+            if lost and on_lost is not None:
+                on_lost(layer, len(y_TD), lost)
+        return y_TD.to(x_TD.device)
 
     def _combine(self, answers: Answers, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
         if self._batch_invariant:

@@ -1,5 +1,6 @@
 """The router: a model's trunk whose experts are elsewhere, and the texts that are written on it."""
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moecluster.errors import InvalidMessage, MoeClusterError
+from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError
+from moecluster.experts.finiteness import is_finite
 from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
@@ -22,6 +24,8 @@ from moecluster.roles.model_versions import ModelVersions, VersionExperts
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.roles.trunk_experts import TrunkExperts
 from moecluster.types import RouterState, RouterStatus
+
+logger = logging.getLogger(__name__)
 
 
 class TextEngine(Protocol):
@@ -210,6 +214,7 @@ class Router:
         checkpoint = open_checkpoint(path, self._open_elsewhere)
         model = load_trunk(checkpoint, experts, self._dtype, self._device)
         model.train(False)
+        self._check_finite(model, path, refuse=bool(version.version))
         experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
         tokenizer = load_tokenizer(checkpoint.files.metadata)
         engine = self._make_engine(model, tokenizer, experts)
@@ -217,7 +222,22 @@ class Router:
             self._engines.append(engine)
         return ServedModel(model=model, tokenizer=tokenizer, experts=experts, engine=engine)
 
+    def _check_finite(self, model: PreTrainedModel, path: Path, *, refuse: bool) -> None:
+        """A trunk that is to replace another one is refused with NaN or infinity in it, with CheckpointError."""
+        name = next((name for name, value in model.named_parameters() if not _is_finite(value)), None)
+        if name is not None:
+            problem = f"{path}: the trunk's tensor {name} holds NaN or infinity"
+            if refuse:
+                raise CheckpointError(problem)
+            logger.error("%s: texts that need it fail", problem)
+
     def _close(self, served: ServedModel) -> None:
         with self._lock:
             self._engines = [engine for engine in self._engines if engine is not served.engine]
         served.engine.close()
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if value.is_meta or value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return True
+    return is_finite(value.detach()) or bool(torch.isfinite(value).all())

@@ -100,10 +100,11 @@ class Standing:
             return self.assigned(actor) | self._state.preparing.get(actor, frozenset())
 
     def holders(self, expert: ExpertId) -> list[ActorAddress]:
-        """The actors that serve the expert now, in every version that texts are written with."""
+        """The actors that serve the expert now, in every version that texts are written with, and well."""
         with self._lock:
             replicas = self._state.replicas.get(expert.layer, ())
-            return [self._state.up[r.actor].address for r in replicas if r.expert == expert and self._state.serves(r)]
+            serving = [r for r in replicas if r.expert == expert and self._state.serves(r)]
+            return [self._state.up[r.actor].address for r in serving if (r.actor, expert) not in self._state.aside]
 
     def lost(self) -> frozenset[ExpertId]:
         """Experts that should be served and have no replica on an actor that is up."""
@@ -165,6 +166,8 @@ class Standing:
             same_life = before is not None and before.address == address
             more = before.held & self.kept(address.actor) if before is not None and same_life else frozenset()
             prepared = before.prepared if before is not None and same_life else frozenset()
+            if not same_life:  # everything is loaded anew
+                self._state.aside = frozenset(key for key in self._state.aside if key[0] != address.actor)
             self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more, prepared=prepared)
             self._publish()
 
@@ -182,6 +185,14 @@ class Standing:
         with self._lock:
             if self._state.up.pop(actor, None) is not None:
                 self._publish()
+
+    def set_aside(self, replicas: frozenset[tuple[str, ExpertId]]) -> tuple[int, int]:
+        """These replicas (actor, expert) get no rows where the expert has others. Returns the number of the placement
+        that says so."""
+        with self._lock:
+            self._state.aside = replicas
+            self._publish()
+            return self.number
 
     def set_checkpoint(self, checkpoint: str) -> None:
         """Lost experts are loaded from this directory from now on, in the version that new texts are written with."""
@@ -276,8 +287,11 @@ class Standing:
             up = self._state.up.get(actor)
             if up is not None:
                 self._state.up[actor] = replace(up, held=up.held - frozenset(experts))
+            self._state.aside -= {(actor, expert) for expert in experts}
 
     def _set_versions(self, versions: StandingVersions) -> None:
+        if versions.weight_version != self._state.versions.weight_version:
+            self._state.aside = frozenset()
         self._state.versions = versions
         self._state.up = {actor: replace(up, prepared=frozenset()) for actor, up in self._state.up.items()}
         self._publish()

@@ -32,6 +32,7 @@ class StandingState:
     cold: frozenset[ExpertId] = frozenset()  # without a replica on purpose
     preparing: dict[str, frozenset[ExpertId]] = field(default_factory=dict)  # being loaded, not standing yet
     up: dict[str, UpActor] = field(default_factory=dict)
+    aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answer NaN or infinity
 
     @property
     def number(self) -> tuple[int, int]:
@@ -42,7 +43,16 @@ class StandingState:
         return tuple(r for layer in sorted(self.replicas) for r in self.replicas[layer])
 
     def serves(self, replica: Replica) -> bool:
-        """Whether its actor is up and holds the expert."""
+        """Whether its actor is up and holds the expert. One that is set aside serves if there is no other one."""
+        if not self._is_held(replica):
+            return False
+        return (replica.actor, replica.expert) not in self.aside or not any(
+            self._is_held(other) and (other.actor, other.expert) not in self.aside
+            for other in self.replicas[replica.expert.layer]
+            if other.expert == replica.expert
+        )
+
+    def _is_held(self, replica: Replica) -> bool:
         up = self.up.get(replica.actor)
         return up is not None and replica.expert in up.held
 

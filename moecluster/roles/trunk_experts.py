@@ -20,6 +20,9 @@ class RowWatcher(Protocol):
     def see(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.bool_] | None:
         """A layer is about to send its rows. Returns which rows are to be computed; None: all."""
 
+    def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
+        """No replica answered these of a layer's rows with finite numbers, and why: they go on as zeros."""
+
 
 class TrunkExperts:
     """Thread-safe: every thread has its own watcher, or none."""
@@ -38,7 +41,8 @@ class TrunkExperts:
         watcher: RowWatcher | None = getattr(self._thread, "watcher", None)
         if watcher is not None:
             ids_TK = self._shown(watcher, layer, ids_TK)
-        y_TD = self._experts(layer, x_TD, ids_TK, weights_TK)
+        on_lost = watcher.lost if watcher is not None else None
+        y_TD = self._experts(layer, x_TD, ids_TK, weights_TK, on_lost=on_lost)
         if getattr(self._thread, "wanted", False):
             self._thread.call = (y_TD, ids_TK, weights_TK)
         return y_TD

@@ -92,6 +92,19 @@ class ControllerClient:
         )
         self._say("ReportFailure", report)
 
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        """Says that a replica answers NaN or infinity. Without a controller nothing is said: the next placement that
+        names the replica has it tried again."""
+        report = controller_pb2.FailureReport(
+            reporter=self.router,
+            actor=actor,
+            incarnation=incarnation,
+            nonfinite=[encode_expert(expert)],
+            placement_term=placement[0],
+            generation=placement[1],
+        )
+        self._say("ReportFailure", report)
+
     def report_load(self, load: LoadSnapshot) -> None:
         """Says what was counted in a window. Without a controller nothing is said."""
         self._say("ReportLoad", encode_load(self.router, load))

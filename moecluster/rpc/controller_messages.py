@@ -1,9 +1,16 @@
 """The controller's status to a message and back. What comes off the wire is checked here before it is used."""
 
 from moecluster.proto import controller_pb2
-from moecluster.rpc.fields import MAX_REASON_LENGTH, checked_address, checked_count, checked_name
+from moecluster.rpc.fields import (
+    MAX_REASON_LENGTH,
+    checked_address,
+    checked_count,
+    checked_name,
+    decode_expert,
+    encode_expert,
+)
 from moecluster.rpc.operation_messages import decode_operation, encode_operation
-from moecluster.types import ActorState, ControllerStatus, RouterState
+from moecluster.types import ActorState, ControllerStatus, ReplicaAside, RouterState
 
 
 def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
@@ -31,6 +38,16 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
         operations=[encode_operation(operation) for operation in status.operations],
         router_states=[encode_router_state(state) for state in status.router_states],
         weight_version=status.weight_version,
+        replicas_aside=[
+            controller_pb2.ReplicaAside(
+                actor=r.actor,
+                expert=encode_expert(r.expert),
+                state=r.state,
+                problem=r.problem[:MAX_REASON_LENGTH],
+                reports=r.reports,
+            )
+            for r in status.replicas_aside
+        ],
     )
 
 
@@ -49,6 +66,17 @@ def decode_status(message: controller_pb2.ControllerStatus) -> ControllerStatus:
         operations=tuple(decode_operation(operation) for operation in message.operations),
         router_states=tuple(decode_router_state(state) for state in message.router_states),
         weight_version=message.weight_version,
+        replicas_aside=tuple(_decode_aside(replica) for replica in message.replicas_aside),
+    )
+
+
+def _decode_aside(message: controller_pb2.ReplicaAside) -> ReplicaAside:
+    return ReplicaAside(
+        actor=checked_name(message.actor, "replicas_aside.actor"),
+        expert=decode_expert(message.expert, "replicas_aside.expert"),
+        state=checked_name(message.state, "replicas_aside.state"),
+        problem=message.problem[:MAX_REASON_LENGTH],
+        reports=message.reports,
     )
 
 

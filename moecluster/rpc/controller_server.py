@@ -52,6 +52,9 @@ class ControllerHandler(PlacementSource, Protocol):
         """A router is there, and has applied this placement. hold: it trains, so the placement must stay. state: what
         it says of itself."""
 
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        """A router had NaN or infinity of an actor's replica. placement: by which it asked."""
+
     def report_load(self, router: str, load: LoadSnapshot) -> None:
         """What a router counted in its last window."""
 
@@ -123,7 +126,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         def report() -> controller_pb2.FailureReply:
             checked_name(request.reporter, "reporter")
             actor = checked_name(request.actor, "actor")
-            self._handler.report_failure(actor, request.incarnation, request.reason[:MAX_REASON_LENGTH])
+            for expert in decode_experts(request.nonfinite, "nonfinite"):
+                self._handler.report_nonfinite(
+                    actor, request.incarnation, expert, (request.placement_term, request.generation)
+                )
+            if not request.nonfinite:
+                self._handler.report_failure(actor, request.incarnation, request.reason[:MAX_REASON_LENGTH])
             return controller_pb2.FailureReply()
 
         return answer(context, report)

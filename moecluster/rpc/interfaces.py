@@ -181,6 +181,12 @@ class PlacementSource(Protocol):
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """Says that an actor did not answer. Never blocks, never raises."""
 
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        """Says that an actor's replica of an expert answers NaN or infinity. Never blocks, never raises.
+
+        placement: (term, generation) by which it was asked.
+        """
+
 
 class ControllerLink(PlacementSource, Protocol):
     """A router's way to the controller: the placements, and what the router has to tell."""

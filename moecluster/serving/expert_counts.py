@@ -1,6 +1,6 @@
 """How many assignments each text of a batch gave to each expert: counted for all rows at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,13 @@ class ExpertCounts:
         """The rows of the next forward pass: (text, number of rows) in order; "" owns what is padding."""
         places = [self._places.get(name, OWNERLESS) for name, _ in owners]
         self._owners_T = np.repeat(np.asarray(places, dtype=np.int64), [rows for _, rows in owners])
+
+    def owners(self, rows: Collection[int], num_rows: int) -> dict[int, str]:
+        """The text of each of these rows; none for padding. Without any if the rows are not the batch's."""
+        if num_rows != len(self._owners_T):
+            return {}
+        names = {place: name for name, place in self._places.items()}
+        return {row: name for row in rows if (name := names.get(int(self._owners_T[row])))}
 
     @property
     def owned_T(self) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,7 @@ have ended, are not sent to experts.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.hf.padding import sees_padding
 from moecluster.hf.trial import without_generation_settings
 from moecluster.roles.trunk_experts import TrunkExperts
-from moecluster.serving.batch_errors import batch_error, text_error
+from moecluster.serving.batch_errors import batch_error, errors_of_texts, text_error
 from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.serving.expert_counts import ExpertCounts
 from moecluster.serving.running_text import RunningText
@@ -145,6 +145,7 @@ class _Batch:
         self._on_end, self._on_failure = on_end, on_failure
         self._counts = ExpertCounts()
         self._ended: set[str] = set()
+        self._spoilt: dict[str, MoeClusterError] = {}  # texts of the forward pass that is on, and what is wrong
 
     def write(self, model: Any, is_closed: Callable[[], bool]) -> None:
         """model: a PreTrainedModel with transformers' GenerationMixin."""
@@ -178,7 +179,15 @@ class _Batch:
         self._counts.add(layer, ids_TK, num_experts)
         return owned_T if len(owned_T) == len(ids_TK) and not owned_T.all() else None
 
+    def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
+        """The texts of these rows end before their next token; of others the rows are whole."""
+        self._spoilt |= errors_of_texts(self._counts, num_rows, reasons)
+
     def choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
+        spoilt, self._spoilt = self._spoilt, {}
+        for text in self._texts:
+            if text.name in spoilt and text.name not in self._ended:
+                self._fail(text, spoilt[text.name])
         rows = [row for row, text in enumerate(self._texts) if text.name not in self._ended]
         tokens = choose_tokens([self._texts[row] for row in rows], scores_BV[rows])
         for row, token in zip(rows, tokens, strict=True):

@@ -1,7 +1,7 @@
 """Texts written by continuous batching: each step computes a token of every running text, and parts of new prompts."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.continuous_batching import BatchRows, PagedBatches, PagedLimits
 from moecluster.roles.trunk_experts import TrunkExperts
-from moecluster.serving.batch_errors import batch_error, text_error
+from moecluster.serving.batch_errors import batch_error, errors_of_texts, text_error
 from moecluster.serving.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.serving.expert_counts import ExpertCounts
 from moecluster.serving.running_text import RunningText
@@ -37,6 +37,7 @@ class PagedWriter:
         self._counts = ExpertCounts()
         self._lock = threading.Lock()
         self._broken: tuple[Exception, MoeClusterError] | None = None  # what ended a batch, and what its texts are told
+        self._spoilt: dict[str, MoeClusterError] = {}  # texts of the forward pass that is on, and what is wrong
         self._left: list[str] = []  # cancelled, to be forgotten by the thread that counts
         self._batches = PagedBatches(
             model,
@@ -70,6 +71,7 @@ class PagedWriter:
 
     def begin_batch(self, rows: Sequence[BatchRows]) -> None:
         self._experts.watch(self)
+        self._spoilt = {}
         with self._lock:
             left, self._left = self._left, []
         for name in left:
@@ -86,7 +88,19 @@ class PagedWriter:
         self._counts.add(layer, ids_TK, num_experts)
         return None
 
+    def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
+        """The texts of these rows end when the forward pass has ended; of others the rows are whole."""
+        self._spoilt |= errors_of_texts(self._counts, num_rows, reasons)
+
+    def spoilt(self) -> Collection[str]:
+        return self._spoilt.keys()
+
     def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
+        for name, error in self._spoilt.items():
+            spoilt = self._texts.get(name)
+            if spoilt is not None:
+                self._end_alone(spoilt, error)
+            self._batches.cancel(name)  # it may have a part of its prompt to come
         with self._lock:
             texts = [self._texts.get(name) for name in names]
         there = [text for text in texts if text is not None]

@@ -222,6 +222,9 @@ class ChangingPlacement:
             self.failed.append(actor)
             self._changed.notify_all()
 
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        raise AssertionError("every expert is sound")
+
     def wait_for_a_failure(self) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: self.failed, TIMEOUT_S)

@@ -380,3 +380,39 @@ def test_a_begun_text_that_cannot_be_read_again_is_refused(engine, monkeypatch) 
         with pytest.raises(RequestFailed, match="no such character"):
             running.begin(ask(generated_ids=(1, 2)), PROMPT)
     assert running.running == running.waiting == 0
+
+
+def lose_rows(patches: pytest.MonkeyPatch, name: str) -> None:
+    """The first rows of a text that a layer computes are lost, as if no replica had answered them."""
+    sound, done = VersionExperts.__call__, False
+
+    def losing(self: VersionExperts, layer: int, x_TD: torch.Tensor, *rest: Any, on_lost: Any) -> torch.Tensor:
+        nonlocal done
+        y_TD = sound(self, layer, x_TD, *rest, on_lost=on_lost)
+        rows = [r for r, of in on_lost.__self__._counts.owners(range(len(x_TD)), len(x_TD)).items() if of == name]
+        if rows and not done:
+            done = True
+            y_TD[rows] = 0.0
+            on_lost(layer, len(x_TD), dict.fromkeys(rows, "expert 0 of layer 1 answered NaN or infinity"))
+        return y_TD
+
+    patches.setattr(VersionExperts, "__call__", losing)
+
+
+def test_lost_rows_fail_their_text_alone_and_are_kept_for_no_other_one(engine, monkeypatch) -> None:
+    running = engine()
+    prompt = tuple(range(60, 60 + 99))
+    others = [ask(name, max_new_tokens=12, prompt_ids=PROMPT[:length]) for length, name in ((12, "a"), (5, "b"))]
+    alone = [ids_of(write(running, replace(request, request_id=f"alone-{request.request_id}"))) for request in others]
+    with monkeypatch.context() as patches:
+        lose_rows(patches, "sick")
+        sick = running.begin(ask("sick", prompt_ids=prompt, max_new_tokens=4), prompt)
+        texts = [running.begin(request, request.prompt_ids) for request in others]
+        with pytest.raises(RequestFailed, match="expert 0 of layer 1 answered NaN or infinity"):
+            list(sick)
+        assert [ids_of(list(text)) for text in texts] == alone
+    after = write(running, ask("after", prompt_ids=prompt, max_new_tokens=4))
+    assert after[-1].cached_tokens == 0, "nothing of the text that failed is read again"
+    again = write(running, ask("again", prompt_ids=prompt, max_new_tokens=4, logprobs=True))
+    fresh = engine(replace(LIMITS, max_waiting=7))
+    assert ids_of(write(fresh, ask(prompt_ids=prompt, max_new_tokens=4))) == ids_of(after) == ids_of(again)

@@ -20,7 +20,7 @@ from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.in_process import InProcessTransport
 from moecluster.rpc.interfaces import ExpertTransport
-from moecluster.types import ActorAddress, Placement, Replica
+from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 from tests.expert_cluster import ExpertCluster, control_of
 from tests.small_actor import (
     EXPERTS,
@@ -57,6 +57,7 @@ class Moving:
         self.placement = placement
         self.changed = threading.Condition()
         self.reports: list[tuple[str, str]] = []
+        self.nonfinite: list[tuple[str, ExpertId]] = []
         self.wanted: list[tuple[int, tuple[int, ...]]] = []
 
     def publish(self, **changes: object) -> None:
@@ -74,6 +75,9 @@ class Moving:
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.reports.append((actor, reason))
+
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        self.nonfinite.append((actor, expert))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
         self.wanted.append((layer, tuple(experts)))

@@ -36,6 +36,7 @@ def set_all(metrics: Metrics) -> None:
     metrics.set_actor_speeds({"expert-0": 1.0})
     metrics.count_dispatch(transport="shm", seconds=0.01, sent_bytes=10, received_bytes=20)
     metrics.count_retry("not_hosted")
+    metrics.count_nonfinite_reply(ExpertId(layer=1, index=2), "expert-0")
     metrics.set_generation(7)
     metrics.count_operation("scale", "queued")
     metrics.observe_operation("scale", seconds=1.0)
