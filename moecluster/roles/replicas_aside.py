@@ -1,6 +1,7 @@
 """Replicas that answer NaN or infinity, as routers report: loaded anew once, and set aside while that does not help."""
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 RELOADING = "reloading"  # gets no rows if the expert has another replica
 RELOADED = "reloaded"  # is asked again
+NOT_YET = (sys.maxsize, 0)  # later than any placement
 SICK = "sick"  # is loaded anew no more, and gets no rows if the expert has another replica
 
 
@@ -78,7 +80,7 @@ class ReplicasAside:
 
     def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
         """They were: routers may ask for them again."""
-        self._change(actor, experts, state=RELOADED, problem="")
+        self._change(actor, experts, state=RELOADED, problem="", placement=NOT_YET)
         number = self._publish()
         with self._lock:
             ended = [(key, self._entries[key]) for key in ((actor, e) for e in experts) if key in self._entries]
@@ -104,13 +106,22 @@ class ReplicasAside:
             detail = f"{problem}; it stays set aside: update to a sound checkpoint, or end the actor"
             self._log.update(operation_id, phase=OperationPhase.FAILED, detail=detail)
 
-    def _change(self, actor: str, experts: Collection[ExpertId], *, state: str, problem: str) -> list[str]:
+    def _change(
+        self,
+        actor: str,
+        experts: Collection[ExpertId],
+        *,
+        state: str,
+        problem: str,
+        placement: tuple[int, int] = (0, 0),
+    ) -> list[str]:
         """Returns the operations of what was changed."""
         with self._lock:
             changed = [(actor, expert) for expert in experts if (actor, expert) in self._entries]
             for key in changed:
                 entry = self._entries[key]
-                self._entries[key] = replace(entry, shown=replace(entry.shown, state=state, problem=problem))
+                shown = replace(entry.shown, state=state, problem=problem)
+                self._entries[key] = replace(entry, shown=shown, placement=placement)
             return [self._entries[key].operation_id for key in changed]
 
     def _publish(self) -> tuple[int, int]:
