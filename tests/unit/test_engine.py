@@ -388,7 +388,7 @@ def lose_rows(patches: pytest.MonkeyPatch, name: str) -> None:
 
     def losing(self: VersionExperts, layer: int, x_TD: torch.Tensor, *rest: Any, on_lost: Any) -> torch.Tensor:
         nonlocal done
-        y_TD = sound(self, layer, x_TD, *rest, on_lost=on_lost)
+        y_TD = sound(self, layer, x_TD, *rest, on_lost=on_lost).clone()
         rows = [r for r, of in on_lost.__self__._counts.owners(range(len(x_TD)), len(x_TD)).items() if of == name]
         if rows and not done:
             done = True
