@@ -81,7 +81,9 @@ def test_texts_stay_right_beside_a_sick_replica_which_is_loaded_anew(sound, alon
             assert write(cluster, prompt).ids == alone[prompt]
         assert states(cluster) == [("expert-0", SICK, "reloaded")]
         assert f'expert="{SICK.index}",layer="{SICK.layer}"' in next(
-            line for line in cluster.metrics.render().splitlines() if line.startswith("moecluster_nonfinite_replies_total{")
+            line
+            for line in cluster.metrics.render().splitlines()
+            if line.startswith("moecluster_nonfinite_replies_total{")
         )
 
 

@@ -117,8 +117,10 @@ def test_rows_that_no_replica_answers_are_lost_alone(
         with pytest.raises(RequestFailed, match="expert 2 of layer 1 answered NaN or infinity"), torch.no_grad():
             remote(LAYER, *batch)
         assert len(cluster.placements.failures) == 1, "nobody is told the same again by the same placement"
-        (series,) = [line for line in metrics.render().splitlines() if line.startswith("moecluster_nonfinite_replies_total{")]
-        assert f'actor="expert-1"' in series and f'expert="2",layer="{LAYER}"' in series and series.endswith(" 2.0")
+        (series,) = [
+            line for line in metrics.render().splitlines() if line.startswith("moecluster_nonfinite_replies_total{")
+        ]
+        assert 'actor="expert-1"' in series and f'expert="2",layer="{LAYER}"' in series and series.endswith(" 2.0")
 
 
 def test_both_replicas_may_be_sick(twins: ExpertCluster) -> None:
