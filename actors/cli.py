@@ -5,7 +5,6 @@ the environment when it is imported, is not imported before that is set.
 """
 
 import errno
-import signal
 import sys
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from actors.cli_options import Json, Name
 from actors.console import make_console
 from actors.exit_codes import FAILED, exit_code
 from actors.extras import need
+from actors.signals import end_by_signals, signal_of
 from moecluster import __version__
 from moecluster.errors import MoeClusterError, UserError
 
@@ -65,11 +65,16 @@ def up(target: Target = "demo", settings: Settings = None, random_weights: Rando
 
 
 @app.command(epilog="Example: moecluster status    or: moecluster status --json")
-def status(name: Name = "moecluster", json: Json = False) -> None:
-    """Show a cluster that is up: its placement, its actors, where they listen, what they hold, what is under way."""
+def status(
+    name: Name = "moecluster",
+    json: Json = False,
+    timeout_s: Annotated[float, typer.Option(help="longest wait for what does not answer", min=0.5)] = 3.5,
+) -> None:
+    """Show a cluster that is up: its placement, its actors, where they listen, what they hold, and what is wrong."""
     from actors.commands.cluster import status as run
 
-    run(name, json, make_console())
+    if not run(name, json, timeout_s, make_console()):
+        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: moecluster down    or: moecluster down --name second")
@@ -193,9 +198,13 @@ for commands in (cli_changes, cli_planning, cli_requests):
 
 def main() -> None:
     """The console script."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    end_by_signals()  # so that what was started is ended
     try:
         app()
+    except SystemExit as exc:
+        if name := signal_of(exc.code):
+            print(f"moecluster: ended by {name}", file=sys.stderr)
+        raise
     except UserError as exc:
         _complain(str(exc))
         sys.exit(exit_code(exc))

@@ -1,6 +1,5 @@
 """Starts, finds and ends a cluster: its named, detached actors in a Ray namespace of its own."""
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +9,13 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.util import list_named_actors
 
 from actors.checkpoint_source import CheckpointSource
 from actors.controller_actor import ControllerActor
 from actors.controller_settings import controller_settings
 from actors.expert_actor import ExpertActor
 from actors.loading_progress import HostedBytes, bytes_to_load
-from actors.ray_calls import call, find_actor
+from actors.ray_calls import call, endpoints_of, find_actor, named_actors
 from actors.router_actor import RouterActor
 from actors.settings import (
     CONTROLLER,
@@ -33,41 +31,16 @@ from actors.settings import (
 from actors.spawn import spawn
 from actors.training_host import Progress
 from moecluster.config import Config
-from moecluster.errors import ClusterNotFound, DeadlineExceeded, MoeClusterError, ResourceError, Unavailable
+from moecluster.errors import DeadlineExceeded, ResourceError, Unavailable
 from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policies import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
 
-CONNECT_TIMEOUT_S = 3.0
 CALL_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes
 KILL_TIMEOUT_S = 15.0
 POLL_S = 0.1
-
-
-def connect(address: str) -> None:
-    """Joins a running Ray cluster as a driver. Raises ClusterNotFound if there is none at host:port."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as exc:
-        raise ClusterNotFound(
-            f"no Ray cluster answers at {address}; give host:port of a running one (ray start prints it), "
-            "or none to start a local one"
-        ) from exc
-    try:
-        # Ray would take a loopback address for the one that this host has in its network.
-        own: dict[str, Any] = {"_node_ip_address": host} if host == "127.0.0.1" else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as exc:
-        first = str(exc).strip().splitlines()[0]
-        raise ResourceError(f"the Ray cluster at {address} cannot be joined: {first}") from exc
-
-
-def disconnect() -> None:
-    """Leaves the Ray cluster; detached actors stay."""
-    ray.shutdown()
 
 
 class Cluster:
@@ -143,23 +116,13 @@ class Cluster:
 
     def actors(self) -> list[str]:
         """Names of the actors that are there, or being started again."""
-        return sorted(a["name"] for a in list_named_actors(all_namespaces=True) if a["namespace"] == self.name)
+        return named_actors(self.name)
 
     def endpoints(
         self, timeout_s: float = CALL_TIMEOUT_S, *, names: Sequence[str] | None = None
     ) -> dict[str, Endpoints | None]:
         """Where every actor, or those named, is reached; None for one that does not answer within the timeout."""
-        names = self.actors() if names is None else names
-        asked: dict[str, Any] = {name: self._handle(name).endpoints.remote() for name in names}
-        if asked:
-            ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
-        found: dict[str, Endpoints | None] = {}
-        for name, reference in asked.items():
-            try:
-                found[name] = call(reference, 0.0, name)
-            except MoeClusterError:
-                found[name] = None
-        return found
+        return endpoints_of(self.actors() if names is None else names, self.name, timeout_s)
 
     def router_address(self) -> str:
         """host:port of the first router, for moecluster.client.Client. Raises Unavailable."""

@@ -5,55 +5,65 @@ before `join` has set that.
 """
 
 import os
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from actors import state
-from actors.local_ray import LocalRay, ray_environment, start_local_ray, stop_local_ray
+from actors.local_ray import (
+    LocalRay,
+    is_gone,
+    patience,
+    plan_local_ray,
+    ray_environment,
+    start_local_ray,
+    stop_local_ray,
+)
 from actors.settings import OnLoading
-from actors.state import UpCluster
+from actors.signals import undisturbed
+from actors.state import Start, UpCluster
 from moecluster.config import Config
-from moecluster.errors import ResourceError
+from moecluster.errors import MoeClusterError, ResourceError
 from moecluster.rpc.credentials import ClusterCredentials, read_secret, secret_path, write_secret
+from moecluster.sections import ClusterConfig
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
 
+END_START_TIMEOUT_S = 30.0  # a start that is signalled clears up first
+POLL_S = 0.1
+CLOCK_SLACK_S = 5.0  # when a process began is reckoned from the clock, which may have been set since
+
 
 def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None) -> UpCluster:
-    """Starts Ray, if no address of one is given, and the cluster on it. Raises UserError, with nothing left behind."""
+    """Starts Ray, if no address of one is given, and the cluster on it. Raises UserError, with nothing left behind.
+
+    Also if this process is killed at any moment, what there is of it by then is noted, for `end_start`.
+    """
     name = config.cluster.name
-    noted = state.load(name)
-    if noted is not None:
-        raise ResourceError(
-            f"the cluster {name} is up already and serves {noted.model}; "
-            "take it down first (moecluster down), or give this one another cluster.name"
-        )
+    _refuse_second(name)
     state.check()
     _refuse_wrong_model(model_dir)
-    local = None if config.cluster.address else start_local_ray(config.security.ray_auth)
-    credentials = ClusterCredentials.make()
-    address = local.address if local is not None else config.cluster.address
-    try:
-        write_secret(secret_path(name), credentials)
-        cluster = join(name, address, local)
-        cluster.start(config, model_dir, on_loading, credentials=credentials)
-        up = UpCluster(
-            name=name,
-            ray_address=address,
-            model=model_dir,
-            router_addresses=cluster.router_addresses(),
-            controller_address=cluster.controller_address(),
-            secret_file=str(secret_path(name)),
-            local_ray=local,
-        )
-        state.save(up)
-        leave()
-    except BaseException:
-        if local is not None:
-            stop_local_ray(local)
-        secret_path(name).unlink(missing_ok=True)
-        raise
+    with state.start_lock(name) as ours:
+        if not ours:
+            raise ResourceError(_under_way(name))
+        _refuse_second(name)
+        broken = state.load_start(name)
+        if broken is not None:
+            _clear(broken)
+        start = _plan(config, model_dir)
+        state.save(start)
+        try:
+            up = _start(config, start, on_loading)
+            state.save(up)
+        except BaseException:
+            with undisturbed(), suppress(MoeClusterError):  # then the note stays, for moecluster down
+                _clear(start)
+            raise
     return up
 
 
@@ -75,19 +85,48 @@ def credentials_of(up: UpCluster) -> ClusterCredentials | None:
 
 def take_down(up: UpCluster) -> None:
     """Ends what bring_up started, and nothing else."""
-    if up.local_ray is not None:
-        stop_local_ray(up.local_ray)
-    else:
-        join(up.name, up.ray_address, None).stop()
-        leave()
+    _end(up.name, up.ray_address, up.local_ray)
     state.forget(up.name)
+
+
+def end_start(name: str) -> None:
+    """Ends a start, under way or broken off, and what there is of it; nothing if it has ended. Raises ResourceError."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with state.start_lock(name) as ours:
+            start = state.load_start(name)
+            if start is None:
+                return
+            if ours:
+                _clear(start)
+                return
+        _signal_starter(start, number)
+        deadline_s = time.monotonic() + END_START_TIMEOUT_S
+        while state.is_starting(name) and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+    with state.start_lock(name) as ours:
+        start = state.load_start(name)
+        if start is not None and not ours:
+            raise ResourceError(f"process {start.pid}, which starts the cluster {name}, does not end; end it first")
+        if start is not None:
+            _clear(start)
+
+
+def said_of_start(start: Start) -> str:
+    """What becomes of a start that was begun, and what to type."""
+    if state.is_starting(start.name):
+        return _under_way(start.name)
+    return (
+        f"the start of the cluster {start.name} was broken off (process {start.pid} has ended): "
+        f"{_typed('down', start.name)} ends what is left of it, moecluster up starts it anew"
+    )
 
 
 def join(name: str, address: str, local: LocalRay | None) -> "Cluster":
     """The cluster of a name, with this process as a driver of its Ray. Raises ResourceError."""
     if local is not None:
         os.environ.update(ray_environment(local))
-    from actors.driver import Cluster, connect
+    from actors.driver import Cluster
+    from actors.joining import connect
 
     connect(address)
     return Cluster(name)
@@ -95,9 +134,83 @@ def join(name: str, address: str, local: LocalRay | None) -> "Cluster":
 
 def leave() -> None:
     """This process is no driver any more; the cluster goes on."""
-    from actors.driver import disconnect
+    from actors.joining import disconnect
 
     disconnect()
+
+
+def _refuse_second(name: str) -> None:
+    noted = state.load(name)
+    if noted is not None:
+        raise ResourceError(
+            f"the cluster {name} is up already and serves {noted.model}; "
+            f"take it down first ({_typed('down', name)}), or give this one another cluster.name"
+        )
+
+
+def _under_way(name: str) -> str:
+    start = state.load_start(name)
+    who = f" by process {start.pid}" if start is not None else ""
+    return f"the cluster {name} is being started{who}: wait for it, or end the start with {_typed('down', name)}"
+
+
+def _typed(command: str, name: str) -> str:
+    return f"moecluster {command}" + (f" --name {name}" if name != ClusterConfig().name else "")
+
+
+def _plan(config: Config, model_dir: str) -> Start:
+    process = psutil.Process()
+    return Start(
+        name=config.cluster.name,
+        ray_address=config.cluster.address,
+        model=model_dir,
+        pid=process.pid,
+        pid_started_s=process.create_time(),
+        local_ray=None if config.cluster.address else plan_local_ray(config.security.ray_auth),
+    )
+
+
+def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpCluster:
+    local = start.local_ray and start_local_ray(start.local_ray, config.cluster.start_timeout_s)
+    address = local.address if local is not None else start.ray_address
+    os.environ.update({**patience(config.cluster.start_timeout_s), **os.environ})
+    credentials = ClusterCredentials.make()
+    write_secret(secret_path(start.name), credentials)
+    cluster = join(start.name, address, local)
+    cluster.start(config, start.model, on_loading, credentials=credentials)
+    up = UpCluster(
+        name=start.name,
+        ray_address=address,
+        model=start.model,
+        router_addresses=cluster.router_addresses(),
+        controller_address=cluster.controller_address(),
+        secret_file=str(secret_path(start.name)),
+        local_ray=local,
+    )
+    leave()
+    return up
+
+
+def _clear(start: Start) -> None:
+    """Ends what there is of a start, whose lock is held, and forgets it."""
+    _end(start.name, start.ray_address, start.local_ray)
+    state.forget(start.name)
+
+
+def _end(name: str, ray_address: str, local: LocalRay | None) -> None:
+    """Ends a cluster: all of a Ray that is ours, else the actors of its name."""
+    if local is not None:
+        stop_local_ray(local)
+    elif not is_gone(ray_address):  # else its actors are gone with it
+        join(name, ray_address, None).stop()
+        leave()
+
+
+def _signal_starter(start: Start, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        process = psutil.Process(start.pid)
+        if abs(process.create_time() - start.pid_started_s) < CLOCK_SLACK_S:
+            process.send_signal(number)
 
 
 def _refuse_wrong_model(model_dir: str) -> None:

@@ -4,6 +4,7 @@ Every process of it inherits a mark in its environment. What bears the mark is e
 """
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -11,8 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -22,8 +24,11 @@ from moecluster.errors import ResourceError
 
 MARK = "MOECLUSTER_LOCAL_RAY"
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 90.0
 END_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 3.0
+LOOK_AGAIN_S = 0.05  # for what was being forked when processes were looked at
+GAVE_UP = "timed out"  # what `ray start` says when it has met a limit of its own that no setting lengthens
+MIN_PATIENCE_S = 60.0  # Ray's defaults
 SESSIONS = "ray"  # Ray lets everybody write into its folder, so that lies in one that only its owner enters
 OBJECT_STORE_BYTES = 128 * 2**20  # rows travel over gRPC; Ray's own store holds only arguments of calls
 PORT_OPTIONS = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
@@ -40,30 +45,65 @@ class LocalRay:
     auth: str  # token | disabled
 
 
-def start_local_ray(auth: str) -> LocalRay:
-    """Starts a head on the loopback, without dashboard. Raises ResourceError if it does not come up."""
-    folder = make_socket_folder()
-    token = Path(folder) / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    ports = _free_ports(len(PORT_OPTIONS))
-    local = LocalRay(address=f"{HOST}:{ports[0]}", mark=secrets.token_hex(8), folder=folder, auth=auth)
+def plan_local_ray(auth: str) -> LocalRay:
+    """How a Ray will be known, and its folder, for a note of it before it is started. The address is open yet."""
+    return LocalRay(address="", mark=secrets.token_hex(8), folder=make_socket_folder(), auth=auth)
+
+
+def start_local_ray(planned: LocalRay, timeout_s: float) -> LocalRay:
+    """Starts a head on the loopback, without dashboard. Raises ResourceError if it does not come up in time; then, and
+    if this is interrupted, stop_local_ray ends what there is of it."""
+    deadline_s = time.monotonic() + timeout_s
+    token = Path(planned.folder) / "token"
+    try:
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    except OSError as exc:
+        raise ResourceError(f"a local Ray could not be started: {exc}") from exc
+    while True:
+        ports = _free_ports(len(PORT_OPTIONS))
+        local = replace(planned, address=f"{HOST}:{ports[0]}")
+        failure = _ray_start(local, ports, timeout_s, deadline_s)
+        if not failure:
+            return local
+        if GAVE_UP not in failure.lower() or time.monotonic() > deadline_s:
+            raise ResourceError(f"a local Ray could not be started: {failure}")
+        _end_processes(local.mark)
+
+
+def _ray_start(local: LocalRay, ports: Sequence[int], timeout_s: float, deadline_s: float) -> str:
+    """Runs `ray start`, and returns what it says if it fails. Raises ResourceError at the deadline."""
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--node-ip-address={HOST}"]
     command += [f"--{option}={port}" for option, port in zip(PORT_OPTIONS, ports, strict=True)]
-    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}/{SESSIONS}"]
+    command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={local.folder}/{SESSIONS}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    environment = {**os.environ, **ray_environment(local), MARK: local.mark}
+    # What the user has set counts. By default Ray's workers give way to whatever else the host does.
+    environment = {"RAY_worker_niceness": "0", **patience(timeout_s), **os.environ}
+    environment |= {**ray_environment(local), MARK: local.mark}
     environment.pop("RAY_ADDRESS", None)
+    left_s = max(deadline_s - time.monotonic(), 0.0)
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        stop_local_ray(local)
-        raise ResourceError(f"a local Ray could not be started: {exc}") from exc
-    if done.returncode:
-        stop_local_ray(local)
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise ResourceError(f"a local Ray could not be started: {said[-1] if said else f'exit {done.returncode}'}")
-    return local
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left_s)
+    except subprocess.TimeoutExpired as exc:
+        raise ResourceError(
+            f"a local Ray did not start within {timeout_s:g} s; cluster.start_timeout_s says how long to wait"
+        ) from exc
+    except OSError as exc:
+        return str(exc)
+    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return (said[-1].strip() if said else f"exit {done.returncode}") if done.returncode else ""
+
+
+def patience(timeout_s: float) -> dict[str, str]:
+    """Environment in which none of Ray's own limits of a start, as a slow or busy machine meets them, is shorter."""
+    seconds = str(math.ceil(max(timeout_s, MIN_PATIENCE_S)))
+    return {
+        "RAY_gcs_server_port_wait_time_s": seconds,
+        "RAY_gcs_server_request_timeout_seconds": seconds,
+        "RAY_raylet_start_wait_time_s": seconds,
+        "RAY_worker_register_timeout_seconds": seconds,
+        "RAY_agent_register_timeout_ms": f"{seconds}000",
+    }
 
 
 def ray_environment(local: LocalRay) -> dict[str, str]:
@@ -79,20 +119,61 @@ def ray_environment(local: LocalRay) -> dict[str, str]:
     return variables
 
 
+@dataclass(frozen=True, kw_only=True)
+class RayProcess:
+    """A living process of a local Ray."""
+
+    pid: int
+    part: str  # raylet, gcs_server, ...; ray::ExpertActor of an actor
+    stopped: bool  # by a signal: it is there and does nothing
+
+
+def processes_of(local: LocalRay) -> list[RayProcess]:
+    """Its living processes."""
+    found = []
+    for process in _marked(local.mark):
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            part = Path(words[0].split()[0]).name if words and words[0] else ""
+            stopped = process.status() == psutil.STATUS_STOPPED
+            found.append(RayProcess(pid=process.pid, part=part, stopped=stopped))
+    return found
+
+
 def is_running(local: LocalRay) -> bool:
     """Whether any process of it is left."""
     return bool(_marked(local.mark))
 
 
+def is_gone(address: str) -> bool:
+    """Whether nobody listens at a Ray's address (host:port) any more. A host that is silent may come back."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def stop_local_ray(local: LocalRay) -> None:
     """Ends every process of this Ray and removes its files. Repeated is fine."""
+    _end_processes(local.mark)
+    shutil.rmtree(local.folder, ignore_errors=True)
+
+
+def _end_processes(mark: str) -> None:
     deadline_s = time.monotonic() + END_TIMEOUT_S
-    while (left := _marked(local.mark)) and time.monotonic() < deadline_s:
+    looks_without = 0
+    while looks_without < 2 and time.monotonic() < deadline_s:
+        left = _marked(mark)
+        looks_without = 0 if left else looks_without + 1
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()  # there is no state to save, and what is asked to end takes seconds
         psutil.wait_procs(left, timeout=1.0)
-    shutil.rmtree(local.folder, ignore_errors=True)
+        time.sleep(LOOK_AGAIN_S)
 
 
 def _marked(mark: str) -> list[psutil.Process]:

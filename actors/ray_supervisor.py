@@ -6,15 +6,14 @@ from collections.abc import Collection
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # as Ray Serve does: no public call tells it
 from ray.exceptions import RayError
-from ray.util import list_named_actors
 
 from actors.expert_actor import ExpertActor
-from actors.ray_calls import call, find_actor, last_line
+from actors.ray_calls import call, find_actor, named_actors
 from actors.router_actor import RouterActor
 from actors.settings import EXPERT_PREFIX, is_router, metrics_port
 from actors.spawn import spawn
 from moecluster.config import Config
-from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.errors import MoeClusterError
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ActorAddress
 
@@ -54,11 +53,11 @@ class RaySupervisor:
 
     def known(self) -> tuple[str, ...]:
         """The expert actors of the namespace: alive, or being started."""
-        return tuple(name for name in self._names() if name.startswith(EXPERT_PREFIX))
+        return tuple(name for name in named_actors(self._namespace) if name.startswith(EXPERT_PREFIX))
 
     def known_routers(self) -> tuple[str, ...]:
         """The routers of the namespace: alive, or being started."""
-        return tuple(name for name in self._names() if is_router(name))
+        return tuple(name for name in named_actors(self._namespace) if is_router(name))
 
     def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
         """Asks Ray for an actor. While no node has room, it waits there, and Ray's autoscaler sees it."""
@@ -93,11 +92,3 @@ class RaySupervisor:
             return frozenset(self._gcs.get_draining_nodes(timeout=GCS_TIMEOUT_S))
         except (RayError, RuntimeError):
             return frozenset()  # no answer now: the next look asks again
-
-    def _names(self) -> list[str]:
-        """The named actors of the namespace. Raises Unavailable if Ray does not say."""
-        try:
-            found = list_named_actors(all_namespaces=True)
-        except (RayError, RuntimeError) as exc:
-            raise Unavailable(f"Ray does not say which actors there are: {last_line(exc)}") from exc
-        return sorted(a["name"] for a in found if a["namespace"] == self._namespace)

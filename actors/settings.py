@@ -1,7 +1,8 @@
 """What the processes of actors are started with: names, ports, threads."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moecluster.config import Config
@@ -54,6 +55,7 @@ class Endpoints:
     pid: int
     address: str  # gRPC, host:port
     metrics_address: str  # /metrics, host:port
+    nice: int = field(default_factory=lambda: os.nice(0))  # of the process that makes this record, as Linux counts
 
 
 def metrics_ports(config: Config) -> dict[str, int]:

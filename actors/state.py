@@ -1,16 +1,27 @@
-"""What is up: one small file per cluster in the user's state directory, so that later commands find it."""
+"""What is up, or being started: one small file per cluster in the user's state directory, so that later commands find
+it. A start is noted before anything of it exists, and holds a lock that the kernel releases however the process ends.
+"""
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
+import os
 import stat
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.local_ray import LocalRay
 from actors.places import probe_folder
 from moecluster.errors import ResourceError
 from moecluster.rpc.credentials import private_folder, secret_path, state_folder
+
+LOCK_PATIENCE_S = 1.0  # longer than is_starting holds it
+LOCK_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,18 @@ class UpCluster:
         return self.router_addresses[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A start that has begun: of all that it may have brought up, or left when it was broken off."""
+
+    name: str
+    ray_address: str  # of a Ray that is not ours; empty: a local one is started
+    model: str
+    pid: int  # of the command
+    pid_started_s: float  # when that process began: another one may get its number
+    local_ray: LocalRay | None
+
+
 def check() -> None:
     """Raises ResourceError if nothing can be noted: to be asked before anything is started."""
     folder = state_folder()
@@ -40,39 +63,28 @@ def check() -> None:
         raise _refused(folder, exc) from exc
 
 
-def save(up: UpCluster) -> None:
+def save(noted: UpCluster | Start) -> None:
     """Writes the file, readable by the user alone; complete or not at all. Raises ResourceError."""
-    folder = state_folder()
+    fields = dataclasses.asdict(noted) | ({"starting": True} if isinstance(noted, Start) else {})
     try:
-        private_folder(folder)
-        aside = folder / f"{up.name}.json.new"
+        aside = _folder() / f"{noted.name}.json.new"
         aside.touch(mode=0o600)
-        aside.write_text(json.dumps(dataclasses.asdict(up), indent=1))
-        aside.rename(_file(up.name))
+        aside.write_text(json.dumps(fields, indent=1))
+        aside.rename(_file(noted.name))
     except OSError as exc:
-        raise _refused(folder, exc) from exc
+        raise _refused(state_folder(), exc) from exc
 
 
 def load(name: str) -> UpCluster | None:
-    """The cluster of that name, if `up` noted one. Raises ResourceError for a file that cannot be read."""
-    file = _file(name)
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            return None
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as exc:
-        if exc.errno == errno.ENAMETOOLONG:
-            return None  # no name of a cluster that could be noted
-        raise ResourceError(f"{file} cannot be read ({exc.strerror}); set XDG_STATE_HOME as it was for `up`") from exc
-    try:
-        fields = json.loads(file.read_text())
-        local = fields.pop("local_ray")
-        # Files of clusters with a single router name just that.
-        routers = tuple(fields.pop("router_addresses", ())) or (fields.pop("router_address"),)
-        return UpCluster(**fields, router_addresses=routers, local_ray=LocalRay(**local) if local else None)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise ResourceError(f"{file} cannot be read ({exc}); remove it if no cluster {name} is up") from exc
+    """The cluster of that name, if it is up. Raises ResourceError for a file that cannot be read."""
+    noted = _read(name)
+    return noted if isinstance(noted, UpCluster) else None
+
+
+def load_start(name: str) -> Start | None:
+    """The start of that name, if one has begun and has not ended. Raises ResourceError, as load."""
+    noted = _read(name)
+    return noted if isinstance(noted, Start) else None
 
 
 def forget(name: str) -> None:
@@ -89,6 +101,80 @@ def _refused(folder: Path, exc: OSError) -> ResourceError:
         f"what is up is noted in {folder}, which cannot be made or written ({exc.strerror}); "
         "set XDG_STATE_HOME to a directory that you can write"
     )
+
+
+@contextlib.contextmanager
+def start_lock(name: str, patience_s: float = LOCK_PATIENCE_S) -> Iterator[bool]:
+    """Held by the one process that starts the cluster, or ends a start. Yields whether it is ours now.
+
+    Raises ResourceError if the state directory cannot be written.
+    """
+    with _lock_file(name) as descriptor:
+        deadline_s = time.monotonic() + patience_s
+        while not (ours := _try_lock(descriptor, fcntl.LOCK_EX)) and time.monotonic() < deadline_s:
+            time.sleep(LOCK_POLL_S)
+        yield ours
+
+
+def is_starting(name: str) -> bool:
+    """Whether a living process starts the cluster now, or ends a start."""
+    with _lock_file(name) as descriptor:
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def _lock_file(name: str) -> Iterator[int]:
+    try:
+        # Never removed: a lock on a removed file would exclude nobody.
+        descriptor = os.open(_folder() / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise _refused(state_folder(), exc) from exc
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(name: str) -> UpCluster | Start | None:
+    file = _file(name)
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        if exc.errno == errno.ENAMETOOLONG:
+            return None  # no name of a cluster that could be noted
+        raise ResourceError(f"{file} cannot be read ({exc.strerror}); set XDG_STATE_HOME as it was for `up`") from exc
+    try:
+        fields = json.loads(file.read_text())
+        local = fields.pop("local_ray")
+        fields["local_ray"] = LocalRay(**local) if local else None
+        return Start(**fields) if fields.pop("starting", False) else _up_cluster(fields)
+    except FileNotFoundError:
+        return None  # it was taken down just now
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise ResourceError(f"{file} cannot be read ({exc}); remove it if no cluster {name} is up") from exc
+
+
+def _up_cluster(fields: dict[str, Any]) -> UpCluster:
+    # Files of clusters with a single router name just that.
+    routers = tuple(fields.pop("router_addresses", ())) or (fields.pop("router_address"),)
+    return UpCluster(**fields, router_addresses=routers)
+
+
+def _folder() -> Path:
+    folder = state_folder()
+    private_folder(folder)
+    return folder
 
 
 def _file(name: str) -> Path:

@@ -12,6 +12,7 @@ from moecluster.metrics import Metrics
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.interfaces import PlacementHold
 from moecluster.training.events import Event
+from moecluster.training.history import History
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.start import read_data, run_tokenizer
 
@@ -25,6 +26,10 @@ class Progress:
     events: tuple[Event, ...]
     ended: bool
     error: MoeClusterError | None  # why it ended, if not by itself
+
+
+class RunGone(StateLost):
+    """The run ended with the process that it ran in: another one may go on from its last checkpoint."""
 
 
 class TrainingHost:
@@ -58,12 +63,9 @@ class TrainingHost:
         self._thread.start()
 
     def progress(self, since: int) -> Progress:
-        """Events from number `since` on; asked for in order, none is lost. Raises StateLost if no run began here."""
+        """Events from number `since` on; asked for in order, none is lost. Raises RunGone if no run began here."""
         if self._thread is None:
-            raise StateLost(
-                "the router's process was started again, and its training run is gone; "
-                "with train.resume=true it goes on from its last checkpoint"
-            )
+            raise RunGone("the router's process was started again, and its training run is gone")
         ended = not self._thread.is_alive()
         return Progress(events=tuple(self._events[since:]), ended=ended, error=self._error if ended else None)
 
@@ -86,6 +88,8 @@ class TrainingHost:
             self._error = MoeClusterError(f"the training run failed: {exc}")
 
     def _train(self, config: Config, start: Path) -> None:
+        # Here, and not where it is shown: what a checkpoint contains is in the history, however this process ends.
+        history = History.open(config.train.output_dir)
         tokenizer = run_tokenizer(config)
         loop = TrainingLoop(
             config,
@@ -98,6 +102,7 @@ class TrainingHost:
         )
         try:
             for event in loop.run():
+                history.add(event)
                 self._events.append(event)
                 if self._stop.is_set():
                     break

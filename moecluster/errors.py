@@ -14,10 +14,12 @@ MoeClusterError
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
 ├── StaleOrder                           an order of an older term, step or attempt, or for weights that are gone
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
-│   └── Unauthenticated                  what listens there asks for another secret than was sent: UNAUTHENTICATED
+│   ├── Unauthenticated                  what listens there asks for another secret than was sent: UNAUTHENTICATED
+│   └── ClusterEnded                     all that served is gone, and does not come back by itself
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
 ├── RequestFailed                        one request cannot be computed, and would fail at another router too
+├── ExpertsLost                          experts that nobody serves cannot be loaded; they are tried on and on
 ├── BatchBroken                          an unexplained error ended the batch that a request was in
 ├── OperationFailed                      a change of placement or size ended without what was asked for
 └── StateLost                            training state is gone; go back to the last complete checkpoint
@@ -106,6 +108,14 @@ class AttemptAborted(MoeClusterError):
 
 class RequestFailed(MoeClusterError):
     """One request cannot be computed: it ends alone, and is sent to no other router."""
+
+
+class ExpertsLost(MoeClusterError):
+    """Experts that a request needs are served by nobody, and cannot be loaded as things are. No other router helps."""
+
+
+class ClusterEnded(Unavailable):
+    """Everything that served is gone, and does not come back by itself."""
 
 
 class BatchBroken(MoeClusterError):

@@ -207,6 +207,11 @@ class TrainConfig(Section):
     deterministic: bool = setting(False, "sum gradients in a fixed order, for runs equal bit for bit")
     checkpoint_every_steps: int = setting(100, "steps between checkpoints; 0: only the last", minimum=0)
     keep_checkpoints: int = setting(2, "checkpoints kept", minimum=1)
+    max_restarts: int = setting(
+        3,
+        "how often a run whose router was lost begins again from its last checkpoint, under durability checkpoint",
+        minimum=0,
+    )
     participant_timeout_s: float = setting(5.0, "how long an actor is asked again before it counts as lost", above=0)
     checkpoint_errors: str = setting("stop", "what a full disk does to the run", choices=("stop", "continue"))
     resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one")
@@ -255,6 +260,9 @@ class ServeConfig(Section):
     body_timeout_s: float = setting(60.0, "longest wait for a request's body", above=0)
     send_timeout_s: float = setting(60.0, "how long a client may take in nothing of its answer", above=0)
     request_timeout_s: float = setting(3600.0, "longest time that a text may take", above=0)
+    max_restarts: int = setting(
+        3, "how often `moecluster serve` brings the cluster that it started up again when all of it is lost", minimum=0
+    )
     router_patience_s: float = setting(60.0, "how long a text waits for a router that writes it", above=0)
     grace_s: float = setting(30.0, "time that begun answers have to end when the front is asked to", minimum=0)
 

@@ -96,6 +96,7 @@ class Placement:
     next_weight_version: int = 0  # being prepared: its trunk is to be loaded beside the other; 0: none
     next_checkpoint: str = ""  # the directory of that version
     old_weight_version: int = 0  # that texts may still be written with: its trunk is to be kept; 0: none
+    problem: str = ""  # why experts that nobody serves cannot be loaded; empty: they are being loaded
 
     @property
     def number(self) -> tuple[int, int]:
@@ -259,6 +260,7 @@ class ActorState:
     phase: str  # serving | restarting | loading
     experts: int
     restarts: int
+    problem: str = ""  # why it does not serve; empty while that is not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +341,7 @@ class ControllerStatus:
     router_states: tuple[RouterState, ...] = ()  # of those with a lease
     weight_version: int = 0
     replicas_aside: tuple[ReplicaAside, ...] = ()
+    lost_experts: int = 0  # that nobody serves, and that should be served
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """up, status and down."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -12,14 +13,20 @@ from actors.commands.shown import operations_table, to_json
 from actors.commands.tables import make_table, show_table
 from actors.commands.target import read_target
 from actors.commands.weights import model_to_serve, weights_in
-from actors.launch import bring_up, credentials_of, join, leave, take_down
-from actors.local_ray import is_running
-from actors.settings import Endpoints
+from actors.diagnosis import Diagnosis, of_actors, of_local_ray
+from actors.launch import bring_up, end_start, said_of_start, take_down
+from actors.local_ray import is_running, processes_of
+from actors.ray_look import RayLook
+from actors.settings import CONTROLLER, Endpoints
 from actors.state import UpCluster
-from moecluster.errors import ClusterNotFound, Unavailable
-from moecluster.rpc.controller_calls import controller_status
-from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.errors import ClusterNotFound, DeadlineExceeded, MoeClusterError, Unavailable
+from moecluster.rpc.controller_calls import ControllerCalls
+from moecluster.rpc.credentials import ClusterCredentials, read_secret
 from moecluster.types import ActorState, ControllerStatus, RouterState
+
+STATUS_S = 3.5  # that `status` takes at most, beside the start of its process
+ACTOR_PATIENCE, CONTROLLER_PATIENCE = 0.4, 0.6  # parts of that
+LAST_WORDS_S = 0.3  # to say what was found
 
 
 def up(target: str, settings: Sequence[str], console: Console, *, random_weights: bool = False) -> None:
@@ -42,38 +49,72 @@ def up(target: str, settings: Sequence[str], console: Console, *, random_weights
 
 def down(name: str, console: Console) -> None:
     """Ends what `up` started, and nothing else."""
+    if state.load_start(name) is not None:
+        with console.status(f"ending the start of {name}"):
+            end_start(name)
+        if state.load(name) is None:
+            console.print(f"the start of cluster {name} is ended, and nothing of it is left")
+            return
     cluster = found(name)
     with console.status(f"ending {name}"):
         take_down(cluster)
     console.print(f"cluster {name} is down")
 
 
-def status(name: str, as_json: bool, console: Console) -> None:
-    """Shows every actor of a cluster that is up."""
+def status(name: str, as_json: bool, timeout_s: float, console: Console) -> bool:
+    """Shows every actor of a cluster that is up, and what is wrong; within the timeout, whatever hangs. Returns whether
+    it still serves."""
+    deadline_s = time.monotonic() + timeout_s
     cluster = found(name)
-    try:
-        endpoints = join(cluster.name, cluster.ray_address, cluster.local_ray).endpoints()
-    finally:
-        leave()
-    seen = _ask_controller(endpoints.get("controller"), credentials_of(cluster))
+    seen, endpoints, diagnosis = _look(cluster, deadline_s)
     if as_json:
-        console.print_json(to_json(_plain(cluster, endpoints, seen)))
-        return
+        console.print_json(to_json(_plain(cluster, endpoints, seen, diagnosis)))
+        return not diagnosis.ended
     said = f"cluster {cluster.name} serves {weights_in(cluster.model)}"
     console.print(said, highlight=False, markup=False, soft_wrap=True)
-    for line in _summary(seen):
+    for line in _summary(seen) if seen is not None else ():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for replica in seen.replicas_aside if seen is not None else ():
         line = f"expert {replica.expert} of {replica.actor} is {replica.state}: {replica.problem or 'NaN or infinity'}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for problem in diagnosis.problems:
+        console.print(f"{diagnosis.status}: {problem}", highlight=False, markup=False, soft_wrap=True)
+    if diagnosis.ended:
+        return False
     show_table(actors_table(endpoints, seen), console)
     if seen is not None and seen.operations:
         show_table(operations_table(seen.operations), console)
+    return True
+
+
+def _look(
+    cluster: UpCluster, deadline_s: float
+) -> tuple[ControllerStatus | None, dict[str, Endpoints | None], Diagnosis]:
+    """What the controller says, where Ray finds the actors, and what is wrong."""
+    local, of_ray = cluster.local_ray, Diagnosis()
+    if local is not None:
+        of_ray = of_local_ray(local, processes_of(local), cluster.name)
+        if of_ray.ended:
+            return None, {}, of_ray
+    with RayLook(cluster, ACTOR_PATIENCE * (deadline_s - time.monotonic())) as asked:
+        credentials = _noted_credentials(cluster)
+        seen = _ask_controller(
+            cluster.controller_address, credentials, CONTROLLER_PATIENCE * (deadline_s - time.monotonic())
+        )
+        endpoints, silence = asked.wait(deadline_s - LAST_WORDS_S - time.monotonic())
+    at = endpoints.get(CONTROLLER)
+    if seen is None and at is not None and at.address != cluster.controller_address:  # it was started anew
+        seen = _ask_controller(at.address, credentials, max(deadline_s - time.monotonic(), LAST_WORDS_S))
+    of_actors_ = of_actors(endpoints, seen, at.address if at is not None else cluster.controller_address)
+    problems = of_ray.problems + of_actors_.problems + ((silence,) if silence else ())
+    return seen, endpoints, Diagnosis(problems=problems)
 
 
 def found(name: str) -> UpCluster:
     """The cluster of a name that is up. Raises ClusterNotFound if there is none; forgets one whose Ray has ended."""
-    cluster = state.load(name)
+    cluster, start = state.load(name), state.load_start(name)
+    if start is not None:
+        raise ClusterNotFound(said_of_start(start))
     if cluster is None:
         raise ClusterNotFound(f"no cluster {name} is up; start one with moecluster up, or give its --name")
     if cluster.local_ray is not None and not is_running(cluster.local_ray):
@@ -82,18 +123,23 @@ def found(name: str) -> UpCluster:
     return cluster
 
 
-def _ask_controller(endpoints: Endpoints | None, credentials: ClusterCredentials | None) -> ControllerStatus | None:
-    if endpoints is None:
-        return None
+def _noted_credentials(cluster: UpCluster) -> ClusterCredentials | None:
+    """Those of the cluster's file alone: whatever else knows them may hang. None if it is not there."""
     try:
-        return controller_status(endpoints.address, credentials=credentials)
-    except Unavailable:
+        return read_secret(cluster.secret_file) if cluster.secret_file else None
+    except MoeClusterError:
         return None
 
 
-def _summary(seen: ControllerStatus | None) -> list[str]:
-    if seen is None:
-        return ["the controller is being started again; serving goes on meanwhile"]
+def _ask_controller(address: str, credentials: ClusterCredentials | None, timeout_s: float) -> ControllerStatus | None:
+    try:
+        with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as calls:
+            return calls.status()
+    except (Unavailable, DeadlineExceeded):
+        return None
+
+
+def _summary(seen: ControllerStatus) -> list[str]:
     held = ", held while a run trains" if seen.held else ""
     cold = f", {seen.cold_experts} experts unloaded until a token wants them" if seen.cold_experts else ""
     return [
@@ -115,7 +161,7 @@ def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus 
     table = make_table(*columns, box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
     routers = {router.router: router for router in seen.router_states} if seen is not None else {}
-    for name in sorted(endpoints.keys() | states.keys()):
+    for name in sorted(endpoints.keys() | states.keys() | routers.keys()):
         reached, router = endpoints.get(name), routers.get(name)
         table.add_row(
             name,
@@ -124,7 +170,7 @@ def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus 
             str(states[name].restarts) if name in states else "",
             str(router.running) if router else "",
             str(router.waiting) if router else "",
-            reached.address if reached else "",
+            reached.address if reached else _address_said(states.get(name), routers.get(name)),
             reached.metrics_address if reached else "",
             str(reached.pid) if reached else "",
         )
@@ -136,14 +182,21 @@ def _phase(reached: Endpoints | None, actor: ActorState | None, router: RouterSt
         return actor.phase
     if router is not None and router.leaving:
         return "leaving"
-    return "serving" if reached is not None else "restarting"
+    return "serving" if reached is not None or router is not None else "restarting"
+
+
+def _address_said(actor: ActorState | None, router: RouterState | None) -> str:
+    """By the controller, where Ray does not say."""
+    return (actor.address if actor is not None else "") or (router.address if router is not None else "")
 
 
 def _plain(
-    cluster: UpCluster, endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None
+    cluster: UpCluster, endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None, diagnosis: Diagnosis
 ) -> dict[str, object]:
     return {
         "name": cluster.name,
+        "status": diagnosis.status,
+        "problems": list(diagnosis.problems),
         "model": cluster.model,
         "weights": dataclasses.asdict(weights_in(cluster.model)),
         "ray_address": cluster.ray_address,

@@ -6,11 +6,10 @@ of its own.
 
 import json
 import logging
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import typer
@@ -23,15 +22,20 @@ from actors.commands.target import read_target
 from actors.commands.weights import RANDOM_WEIGHTS, refuse_another_model, refuse_trained, trained_model, weights_in
 from actors.launch import credentials_of, take_down
 from actors.settings import CONTROLLER, is_router
+from actors.signals import undisturbed
 from moecluster.config import Config, override, parse_override, read_config
-from moecluster.errors import ConfigError, ResourceError, Unavailable
+from moecluster.errors import ClusterEnded, ConfigError, Unavailable
 from moecluster.rpc.credentials import read_secret
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import FrontServer, ModelSource, check_names, keys_for
 
 SELF = (sys.executable, "-c", "from actors.cli import main; main()")
+LOOK_S = 20.0  # for Ray to say where actors are
 STATUS_TIMEOUT_S = 60.0
 ENDING_TIMEOUT_S = 60.0
+ENDING_POLL_S = 0.2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +93,20 @@ def serve(
         trained_model(config, target, "serve")
     try:
         named = [*settings, f"serve.model_name={json.dumps(name)}"]
-        _bring_up(target, named, *((RANDOM_WEIGHTS,) if random_weights else ()))
-        _run(server, models, console)
+        words = [word for setting in named for word in ("--set", setting)]
+        own = OwnCluster(
+            cluster,
+            (target, *words, *((RANDOM_WEIGHTS,) if random_weights else ())),
+            restarts=config.serve.max_restarts,
+            ending=lambda: server.ending,
+        )
+        if code := own.bring_up():
+            raise typer.Exit(code)
+        _run(server, models, console, {cluster: own.find})
     finally:
         started = state.load(cluster)
         if started is not None:
-            with _undisturbed(), console.status(f"ending {cluster}"):
+            with undisturbed(), console.status(f"ending {cluster}"):
                 take_down(started)
             console.print(f"cluster {cluster} is down")
 
@@ -115,9 +127,17 @@ def _listen(config: Config) -> FrontServer:
     return FrontServer(config.serve, keys_for(config.serve, config.security))
 
 
-def _run(server: FrontServer, models: Sequence[tuple[str, str]], console: Console) -> None:
-    """models: the name of each, and its cluster."""
-    sources = [_source(name, cluster, alone=len(models) == 1) for name, cluster in models]
+def _run(
+    server: FrontServer,
+    models: Sequence[tuple[str, str]],
+    console: Console,
+    finders: Mapping[str, Callable[[], Whereabouts]] | None = None,
+) -> None:
+    """models: the name of each, and its cluster. finders: how a cluster is found again, where not by Ray alone."""
+    found_by = finders or {}
+    sources = [
+        _source(name, cluster, alone=len(models) == 1, rediscover=found_by.get(cluster)) for name, cluster in models
+    ]
     names = ", ".join(name for name, _ in models)
     key = ' -H "Authorization: Bearer KEY"' if server.keys else ""
     body = json.dumps({"model": sources[0].name, "prompt": "def add(a, b):", "max_tokens": 32})
@@ -132,13 +152,22 @@ def _run(server: FrontServer, models: Sequence[tuple[str, str]], console: Consol
         server.run(sources)
 
 
-def _source(name: str, cluster: str, *, alone: bool) -> ModelSource:
-    up = found(cluster)
-    seeds = Whereabouts(routers=up.router_addresses, controller=up.controller_address, credentials=credentials_of(up))
+def _source(
+    name: str, cluster: str, *, alone: bool, rediscover: Callable[[], Whereabouts] | None = None
+) -> ModelSource:
     # A model that is alone also answers to its cluster's name.
     return ModelSource(
-        name=name, cluster=cluster, alias=cluster if alone else "", seeds=seeds, rediscover=lambda: _ask_ray(cluster)
+        name=name,
+        cluster=cluster,
+        alias=cluster if alone else "",
+        seeds=_noted(cluster),
+        rediscover=rediscover or (lambda: ask_ray(cluster)),
     )
+
+
+def _noted(cluster: str) -> Whereabouts:
+    up = found(cluster)
+    return Whereabouts(routers=up.router_addresses, controller=up.controller_address, credentials=credentials_of(up))
 
 
 def _name_and_cluster(text: str) -> tuple[str, str]:
@@ -148,49 +177,82 @@ def _name_and_cluster(text: str) -> tuple[str, str]:
     return name, cluster
 
 
-def _bring_up(target: str, settings: Sequence[str], *options: str) -> None:
-    """Raises typer.Exit if it fails, which it has said then itself. Interrupted, it leaves nothing behind."""
-    words = [word for setting in settings for word in ("--set", setting)]
-    # Not of our terminal's group: it is ended once, by us, and not amid its own clearing up.
-    with subprocess.Popen([*SELF, "up", target, *words, *options], start_new_session=True) as process:
+class OwnCluster:
+    """The cluster that `serve` has brought up: when all of it is lost, it is brought up again, a few times."""
+
+    def __init__(
+        self,
+        cluster: str,
+        arguments: Sequence[str],
+        *,
+        restarts: int,
+        ending: Callable[[], bool],
+    ) -> None:
+        """arguments: of `up`. ending: whether the front ends, and the cluster with it."""
+        self._cluster = cluster
+        self.command = (*SELF, "up", *arguments)
+        self._restarts_left = restarts
+        self._ending = ending
+
+    def bring_up(self) -> int:
+        """The exit code of `moecluster up`, which has said why if it failed. Interrupted, it leaves nothing behind."""
+        # Not of our terminal's group: it is ended once, by us, and not amid its own clearing up.
+        with subprocess.Popen(self.command, start_new_session=True) as process:
+            try:
+                while not self._ending():  # the waits of `up` have bounds of their own
+                    with suppress(subprocess.TimeoutExpired):
+                        return process.wait(ENDING_POLL_S)
+                _end(process)
+            except BaseException:
+                _end(process)
+                raise
+        return process.returncode
+
+    def find(self) -> Whereabouts:
+        """Where the actors are now. Raises Unavailable: ClusterEnded if they are lost, and were so too often."""
         try:
-            code = process.wait()  # until `up` is done, whose waits have bounds of their own, or a signal comes
-        except BaseException:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(ENDING_TIMEOUT_S)
-            process.kill()  # fine if it has ended
-            raise
-    if code:
-        raise typer.Exit(code)
+            return ask_ray(self._cluster)
+        except ClusterEnded as exc:
+            if not self._restarts_left or self._ending():
+                raise
+            self._restarts_left -= 1
+            logger.error("%s; the cluster is brought up again, %d more times at most", exc, self._restarts_left)
+            noted = state.load(self._cluster)
+            if noted is not None:
+                take_down(noted)
+            if code := self.bring_up():
+                raise ClusterEnded(f"{exc}; it could not be brought up again (exit code {code})") from exc
+            return _noted(self._cluster)
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second Ctrl-C, or what supervisors send twice, leaves no half of a cluster behind. Only for what ends soon."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(ENDING_TIMEOUT_S)
+    process.kill()  # fine if it has ended
 
 
-def _ask_ray(cluster: str) -> Whereabouts:
-    """Where the actors of a cluster are now. Joining Ray takes seconds, and a process of its own."""
-    command = [*SELF, "status", "--json", "--name", cluster]
+def ask_ray(cluster: str) -> Whereabouts:
+    """Where the actors of a cluster are now. Joining Ray takes seconds, and a process of its own.
+
+    Raises Unavailable: ClusterEnded if nothing of the cluster comes back by itself.
+    """
+    command = [*SELF, "status", "--json", "--name", cluster, "--timeout-s", str(LOOK_S)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=STATUS_TIMEOUT_S, start_new_session=True)
-        done.check_returncode()
-        actors = json.loads(done.stdout)["actors"]
-        addresses = {name: str(reached["address"]) for name, reached in actors.items() if reached is not None}
-    except subprocess.CalledProcessError as exc:
-        raise ResourceError(f"moecluster status: {exc.stderr.strip()[-300:]}") from exc
+        if done.returncode and not done.stdout:
+            raise ClusterEnded(done.stderr.strip()[-300:].removeprefix("moecluster: "))
+        said = json.loads(done.stdout)
+        if said["status"] == "ended":
+            raise ClusterEnded("; ".join(said["problems"]))
+        addresses = {name: str(reached["address"]) for name, reached in said["actors"].items() if reached is not None}
+        by_controller = (said["controller"] or {}).get("router_states", ())
+        addresses = {router["router"]: str(router["address"]) for router in by_controller} | addresses
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise Unavailable(f"moecluster status: {type(exc).__name__}") from exc
     noted = state.load(cluster)
     return Whereabouts(
-        routers=tuple(address for name, address in addresses.items() if is_router(name)),
+        routers=tuple(address for name, address in addresses.items() if is_router(name) and address),
         controller=addresses.get(CONTROLLER, ""),
         credentials=read_secret(noted.secret_file) if noted is not None and noted.secret_file else None,
     )

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,13 @@ from actors.commands.target import check_places, read_target
 from actors.extras import is_installed
 from actors.launch import bring_up, join, leave, take_down
 from actors.state import UpCluster
-from moecluster.config import Config
-from moecluster.errors import ResourceError, Unavailable
-from moecluster.training.checkpoints import CHECKPOINTS
+from actors.training_host import RunGone
+from moecluster.config import Config, override, read_config
+from moecluster.errors import DeadlineExceeded, ResourceError, StateLost, Unavailable
+from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 from moecluster.training.events import (
     AttemptFailed,
+    BeganAgain,
     CheckpointFailed,
     CheckpointWritten,
     Evaluated,
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from actors.driver import Cluster
 
 POLL_S = 0.3
-PATIENCE_S = 60.0  # for a router that does not answer
+PATIENCE_S = 60.0  # at least, for a router that does not answer
 CURVE = "loss.png"
 
 
@@ -61,29 +64,58 @@ def train(target: str, settings: Sequence[str], console: Console) -> None:
 def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str | None:
     """Shows a run until it ends, and returns its last checkpoint, which the routers then serve.
 
-    Raises what ended the run, if it did not end by itself.
+    If its router's process is lost, it begins again from its last checkpoint, train.max_restarts times at most. Raises
+    what ended the run, if it did not end by itself.
     """
-    history = History.open(config.train.output_dir)
+    History.open(config.train.output_dir)  # a file that is none is said before anything is trained
     last: str | None = None
-    cluster.train(config, start)
     try:
         with _bar(console) as bar:
             task = bar.add_task("training", total=config.train.steps, figures="")
-            for event in _events(cluster):
-                history.add(event)
+            for event in _all_events(config, start, cluster):
                 if isinstance(event, StepDone):
                     bar.update(task, completed=event.step, figures=_figures(event))
                 elif isinstance(event, CheckpointWritten):
                     last = str(Path(event.path).resolve())
+                elif isinstance(event, BeganAgain):
+                    last = event.checkpoint
                 if (line := _line(event)) is not None:
                     bar.console.print(line, highlight=False)
     except BaseException:
-        cluster.stop_training()
+        with suppress(Unavailable, DeadlineExceeded):  # the router is lost, and the run with it
+            cluster.stop_training()
         raise
     if last is not None:
         cluster.reload_routers(last)
-    _draw(history, Path(config.train.output_dir) / CURVE, console)
+    _draw(History.open(config.train.output_dir), Path(config.train.output_dir) / CURVE, console)
     return last
+
+
+def _all_events(config: Config, start: str, cluster: "Cluster") -> Iterator[Event]:
+    """Those of the run, and of what goes on from its last checkpoint when its router is lost."""
+    output_dir = str(Path(config.train.output_dir).resolve())  # the router may run in another directory
+    sent = read_config(override(config.to_tables(), {"train.output_dir": output_dir}))
+    for restart in count(1):
+        try:
+            with suppress(Unavailable, DeadlineExceeded):  # then its next life says that it has no run
+                cluster.train(sent, start)
+            yield from _events(cluster, max(PATIENCE_S, config.cluster.start_timeout_s))
+            return
+        except RunGone as gone:
+            if config.train.durability == "none":
+                raise StateLost(f"{gone}; under train.durability = checkpoint it would begin again") from gone
+            if restart > config.train.max_restarts:
+                raise StateLost(
+                    f"{gone}, more often than train.max_restarts = {config.train.max_restarts}; "
+                    "with train.resume=true it goes on from its last checkpoint"
+                ) from gone
+            start = _last_checkpoint(config) or start
+        yield BeganAgain(checkpoint=start, restart=restart, max_restarts=config.train.max_restarts)
+
+
+def _last_checkpoint(config: Config) -> str | None:
+    latest = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS).latest()
+    return str(latest.resolve()) if latest is not None else None
 
 
 @contextmanager
@@ -108,7 +140,7 @@ def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster
         take_down(up)
 
 
-def _events(cluster: "Cluster") -> Iterator[Event]:
+def _events(cluster: "Cluster", patience_s: float) -> Iterator[Event]:
     """The run's events as they come, until it ends. Raises what ended it."""
     seen = 0
     silent_since_s: float | None = None
@@ -116,10 +148,10 @@ def _events(cluster: "Cluster") -> Iterator[Event]:
         try:
             progress = cluster.training_progress(seen)
             silent_since_s = None
-        except Unavailable:
+        except (Unavailable, DeadlineExceeded):
             # Ray starts a router that was lost again, and that one says what became of the run.
             silent_since_s = silent_since_s or time.monotonic()
-            if time.monotonic() - silent_since_s > PATIENCE_S:
+            if time.monotonic() - silent_since_s > patience_s:
                 raise
             time.sleep(POLL_S)
             continue
@@ -163,6 +195,9 @@ def _line(event: Event) -> str | None:
             return f"step {event.step}: no checkpoint: {event.reason}"
         case AttemptFailed():
             return f"step {event.step}: attempt {event.attempt + 1} failed and is run again: {event.reason}"
+        case BeganAgain():
+            how_often = f"{event.restart} of at most {event.max_restarts} times"
+            return f"the router was lost, and the run begins again from {event.checkpoint} ({how_often})"
         case WentBack():
             return f"step {event.from_step}: back to step {event.step} in {event.seconds:.1f} s: {event.reason}"
         case _:

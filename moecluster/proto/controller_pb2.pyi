@@ -67,7 +67,7 @@ class Replica(_message.Message):
     def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., actor: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint", "next_weight_version", "next_checkpoint", "old_weight_version")
+    __slots__ = ("term", "generation", "actors", "replicas", "lease_s", "layer_experts", "held", "weight_version", "checkpoint", "next_weight_version", "next_checkpoint", "old_weight_version", "problem")
     class LayerExpertsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class Placement(_message.Message):
     NEXT_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     NEXT_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     OLD_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorAddress]
@@ -99,7 +100,8 @@ class Placement(_message.Message):
     next_weight_version: int
     next_checkpoint: str
     old_weight_version: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ..., next_weight_version: _Optional[int] = ..., next_checkpoint: _Optional[str] = ..., old_weight_version: _Optional[int] = ...) -> None: ...
+    problem: str
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorAddress, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., lease_s: _Optional[float] = ..., layer_experts: _Optional[_Mapping[int, int]] = ..., held: bool = ..., weight_version: _Optional[int] = ..., checkpoint: _Optional[str] = ..., next_weight_version: _Optional[int] = ..., next_checkpoint: _Optional[str] = ..., old_weight_version: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class FailureReport(_message.Message):
     __slots__ = ("reporter", "actor", "incarnation", "reason", "nonfinite", "placement_term", "generation")
@@ -160,23 +162,25 @@ class ControllerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ActorState(_message.Message):
-    __slots__ = ("actor", "address", "incarnation", "phase", "experts", "restarts")
+    __slots__ = ("actor", "address", "incarnation", "phase", "experts", "restarts", "problem")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     actor: str
     address: str
     incarnation: str
     phase: str
     experts: int
     restarts: int
-    def __init__(self, actor: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., phase: _Optional[str] = ..., experts: _Optional[int] = ..., restarts: _Optional[int] = ...) -> None: ...
+    problem: str
+    def __init__(self, actor: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., phase: _Optional[str] = ..., experts: _Optional[int] = ..., restarts: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ControllerStatus(_message.Message):
-    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version", "replicas_aside")
+    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version", "replicas_aside", "lost_experts")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACTORS_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +194,7 @@ class ControllerStatus(_message.Message):
     ROUTER_STATES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_ASIDE_FIELD_NUMBER: _ClassVar[int]
+    LOST_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorState]
@@ -203,7 +208,8 @@ class ControllerStatus(_message.Message):
     router_states: _containers.RepeatedCompositeFieldContainer[RouterState]
     weight_version: int
     replicas_aside: _containers.RepeatedCompositeFieldContainer[ReplicaAside]
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ..., replicas_aside: _Optional[_Iterable[_Union[ReplicaAside, _Mapping]]] = ...) -> None: ...
+    lost_experts: int
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ..., replicas_aside: _Optional[_Iterable[_Union[ReplicaAside, _Mapping]]] = ..., lost_experts: _Optional[int] = ...) -> None: ...
 
 class ReplicaAside(_message.Message):
     __slots__ = ("actor", "expert", "state", "problem", "reports")

@@ -46,6 +46,7 @@ class ActorKeeper:
         self._phase = "restarting"
         self._num_experts = 0
         self._lives = 0
+        self._problem = ""  # why it does not serve
         self._silent = 0  # looks in a row that met with silence
         self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
 
@@ -94,6 +95,7 @@ class ActorKeeper:
             phase=self._phase,
             experts=self._num_experts if self._phase == "serving" else 0,
             restarts=max(self._lives - 1, 0),
+            problem=self._problem,
         )
 
     def _run(self) -> None:
@@ -107,6 +109,7 @@ class ActorKeeper:
                 return
             except MoeClusterError as exc:
                 self._silent += isinstance(exc, DeadlineExceeded)
+                self._problem = str(exc)
                 logger.info("%s is not served: %s", self.actor, exc)
                 self._owner.actor_failed(self.actor, exc)
                 self._closed.wait(backoff_s)
@@ -136,7 +139,7 @@ class ActorKeeper:
             if self._address is None or self._address.incarnation != address.incarnation:
                 self._lives += 1
             self._address = address
-            self._phase = "serving"
+            self._phase, self._problem = "serving", ""
             watch = self._watch(address, self.look)
             try:
                 self._look_after(life, control)

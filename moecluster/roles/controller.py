@@ -288,6 +288,7 @@ class Controller:
             router_states=routers,
             weight_version=self._standing.versions.weight_version,
             replicas_aside=self._keepers.replicas_aside(),
+            lost_experts=len(self._standing.lost()),
         )
 
     def loads(self) -> ClusterLoads:

@@ -15,6 +15,7 @@ from moecluster.errors import (
     AttemptAborted,
     DeadlineExceeded,
     Exhausted,
+    ExpertsLost,
     MoeClusterError,
     NotHosted,
     StaleOrder,
@@ -65,7 +66,7 @@ class Exchange:
 
         Pure forward only: what fails goes to another replica, or waits until the experts are served again. Raises
         DeadlineExceeded when nothing helped within the shorter timeout, and at once what no repetition can mend:
-        StaleOrder if the weight version is gone.
+        StaleOrder if the weight version is gone, ExpertsLost if experts are, and the controller cannot load them.
         """
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         answers: Answers = []
@@ -81,6 +82,8 @@ class Exchange:
                 parts = dispatch(table, x_TD, ids_TK, weights_TK, slots_P=slots_P)
             except NotHosted as exc:
                 if not failing:  # they stand nowhere, not even on an actor that does not answer
+                    if placement.problem:
+                        raise ExpertsLost(placement.problem) from exc
                     self.pool.want(layer, exc.experts)
                 last = next(iter(failing.values()), exc)
                 self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, last)))

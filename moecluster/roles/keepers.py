@@ -262,6 +262,8 @@ class Keepers:
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
         """The actor cannot be brought up now; its keeper goes on trying."""
         self._note_outcome(actor, error)
+        if isinstance(error, UserError):  # no waiting mends it: its checkpoint is gone, or does not fit
+            self._standing.set_problem(actor, str(error))
         operation_id = self._restores.get(actor)
         if operation_id is not None:
             self._log.update(operation_id, detail=f"tried in vain: {error}")

@@ -169,6 +169,8 @@ class Standing:
             if not same_life:  # everything is loaded anew
                 self._state.aside = frozenset(key for key in self._state.aside if key[0] != address.actor)
             self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more, prepared=prepared)
+            if self.assigned(address.actor) <= self._state.up[address.actor].held:
+                self._state.problems.pop(address.actor, None)
             self._publish()
 
     def actor_prepared(self, address: ActorAddress, version: int, experts: Iterable[ExpertId]) -> bool:
@@ -193,6 +195,13 @@ class Standing:
             self._state.aside = replicas
             self._publish()
             return self.number
+
+    def set_problem(self, actor: str, problem: str) -> None:
+        """Why the actor cannot load what it shall hold; until it does, requests need not wait for it."""
+        with self._lock:
+            if actor in self._state.actors and self._state.problems.get(actor) != problem:
+                self._state.problems[actor] = problem
+                self._publish()
 
     def set_checkpoint(self, checkpoint: str) -> None:
         """Lost experts are loaded from this directory from now on, in the version that new texts are written with."""
@@ -247,6 +256,7 @@ class Standing:
             self._state.actors = tuple(a for a in self._state.actors if a != actor)
             self._state.leaving -= {actor}
             self._state.up.pop(actor, None)
+            self._state.problems.pop(actor, None)
             self._state.replicas = {
                 layer: tuple(r for r in rs if r.actor != actor) for layer, rs in self._state.replicas.items()
             }

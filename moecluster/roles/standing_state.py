@@ -33,6 +33,7 @@ class StandingState:
     preparing: dict[str, frozenset[ExpertId]] = field(default_factory=dict)  # being loaded, not standing yet
     up: dict[str, UpActor] = field(default_factory=dict)
     aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answer NaN or infinity
+    problems: dict[str, str] = field(default_factory=dict)  # actor -> why it cannot load what it shall hold
 
     @property
     def number(self) -> tuple[int, int]:
@@ -71,7 +72,15 @@ class StandingState:
             next_weight_version=following.version if following is not None else 0,
             next_checkpoint=following.checkpoint if following is not None else "",
             old_weight_version=self.versions.old,
+            problem=self._problem_of_lost(),
         )
+
+    def _problem_of_lost(self) -> str:
+        """Why no expert that nobody serves can be loaded; empty if one of them can, or there is none."""
+        replicas = self.all_replicas()
+        served = {r.expert for r in replicas if self.serves(r)}
+        awaited = {r.actor for r in replicas if r.expert not in served}
+        return self.problems[min(awaited)] if awaited and awaited <= self.problems.keys() else ""
 
 
 def with_whole_shares(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:

@@ -26,6 +26,7 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
                 phase=a.phase,
                 experts=a.experts,
                 restarts=a.restarts,
+                problem=a.problem[:MAX_REASON_LENGTH],
             )
             for a in status.actors
         ],
@@ -48,6 +49,7 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
             )
             for r in status.replicas_aside
         ],
+        lost_experts=status.lost_experts,
     )
 
 
@@ -66,6 +68,7 @@ def decode_status(message: controller_pb2.ControllerStatus) -> ControllerStatus:
         operations=tuple(decode_operation(operation) for operation in message.operations),
         router_states=tuple(decode_router_state(state) for state in message.router_states),
         weight_version=message.weight_version,
+        lost_experts=message.lost_experts,
         replicas_aside=tuple(_decode_aside(replica) for replica in message.replicas_aside),
     )
 
@@ -88,6 +91,7 @@ def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
         phase=checked_name(message.phase, "actors.phase"),
         experts=checked_count(message.experts, "actors.experts"),
         restarts=message.restarts,
+        problem=message.problem[:MAX_REASON_LENGTH],
     )
 
 

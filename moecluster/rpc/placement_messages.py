@@ -5,6 +5,7 @@ from collections import defaultdict
 from moecluster.errors import InvalidMessage
 from moecluster.proto import controller_pb2
 from moecluster.rpc.fields import (
+    MAX_REASON_LENGTH,
     SHARE_TOLERANCE,
     checked_address,
     checked_name,
@@ -37,6 +38,7 @@ def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Pla
         next_weight_version=placement.next_weight_version,
         next_checkpoint=placement.next_checkpoint,
         old_weight_version=placement.old_weight_version,
+        problem=placement.problem[:MAX_REASON_LENGTH],
     )
 
 
@@ -80,6 +82,7 @@ def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, floa
             checked_path(message.next_checkpoint, "next_checkpoint") if message.next_weight_version else ""
         ),
         old_weight_version=message.old_weight_version,
+        problem=message.problem[:MAX_REASON_LENGTH],
     )
     return placement, message.lease_s
 

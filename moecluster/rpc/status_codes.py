@@ -11,6 +11,7 @@ from moecluster.errors import (
     BatchBroken,
     DeadlineExceeded,
     Exhausted,
+    ExpertsLost,
     InvalidMessage,
     MoeClusterError,
     NotHosted,
@@ -24,7 +25,7 @@ from moecluster.errors import (
 from moecluster.proto import expert_pb2
 
 RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
-FAULT = "fault"  # metadata behind INTERNAL: what failed, the request itself or the batch that it was in
+FAULT = "fault"  # metadata behind INTERNAL: what failed: the request itself, the batch that it was in, or experts
 LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
 AnswerT = TypeVar("AnswerT")
 
@@ -41,7 +42,11 @@ _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
-_FAULTS: tuple[tuple[type[MoeClusterError], str], ...] = ((RequestFailed, "request"), (BatchBroken, "batch"))
+_FAULTS: tuple[tuple[type[MoeClusterError], str], ...] = (
+    (RequestFailed, "request"),
+    (BatchBroken, "batch"),
+    (ExpertsLost, "experts"),
+)
 _REPLY_CODES: tuple[tuple[type[MoeClusterError], "expert_pb2.ReplyCode"], ...] = (
     (InvalidMessage, expert_pb2.INVALID_ARGUMENT),
     (Exhausted, expert_pb2.RESOURCE_EXHAUSTED),

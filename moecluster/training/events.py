@@ -81,4 +81,13 @@ class WentBack:
     seconds: float
 
 
-Event = Started | StepDone | Evaluated | CheckpointWritten | CheckpointFailed | AttemptFailed | WentBack
+@dataclass(frozen=True, kw_only=True)
+class BeganAgain:
+    """The process that the run was in was lost: another one goes on from the last complete checkpoint."""
+
+    checkpoint: str
+    restart: int  # counted from 1
+    max_restarts: int
+
+
+Event = Started | StepDone | Evaluated | CheckpointWritten | CheckpointFailed | AttemptFailed | WentBack | BeganAgain

@@ -6,18 +6,25 @@ The rank runs in the test's process, so that a message of the wanted phase can b
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from actors.commands.train import run
+from actors.settings import ROUTER
 from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller_calls import set_checkpoint
+from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 from moecluster.training.events import StepDone, WentBack
+from moecluster.training.history import History
 from moecluster.training.start import prepare_start
 from moecluster.types import ComputeBatch, ComputeResult, Phase
-from tests.ray_cluster import RayCluster
+from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.ray_session import RaySession
 from tests.ray_training import run_on
 from tests.training_runs import assert_equal_within, losses, losses_in_one_process, make_config, write_text
@@ -133,3 +140,28 @@ def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
     assert losses(events) == undisturbed  # bit for bit: deterministic, on equal hardware
     taken = [event for event in events if isinstance(event, StepDone)]
     assert len(taken) > len(undisturbed) and all(step.loss == undisturbed[step.step] for step in taken)
+
+
+def test_a_run_whose_router_is_killed_begins_again_by_itself(
+    cluster: RayCluster, text: Path, tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    """As `moecluster train` runs it: in the router's process, which is ended by SIGKILL behind its first checkpoint."""
+    cluster.wait_served()
+    config = make_config(text, tmp_path, **SHORT)
+    start = prepare_start(config)
+    set_checkpoint(cluster.driver.controller_address(), str(start.resolve()), credentials=CREDENTIALS)
+    store = CheckpointStore(tmp_path / CHECKPOINTS)
+
+    def kill_behind_a_checkpoint() -> None:
+        wait_for(lambda: len(store.steps()) > 1, "a checkpoint is written", timeout_s=120.0)
+        cluster.kill(ROUTER)
+
+    killer = threading.Thread(target=kill_behind_a_checkpoint)
+    killer.start()
+    console = Console(width=300)
+    with console.capture() as said:
+        last = run(config, str(start.resolve()), cluster.driver, console)
+    killer.join()
+    assert "the run begins again from" in said.get()
+    assert last is not None and Path(last).name == "step-00000008"
+    assert {step: done.loss for step, done in History.open(tmp_path).steps.items()} == undisturbed

@@ -12,8 +12,10 @@ import pytest
 
 from moecluster.errors import (
     BatchBroken,
+    ClusterEnded,
     DeadlineExceeded,
     Exhausted,
+    ExpertsLost,
     MoeClusterError,
     RequestFailed,
     Unavailable,
@@ -22,7 +24,7 @@ from moecluster.generations import GenerationRequest
 from moecluster.rpc.controller_server import serve_controller
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import ModelSource
-from moecluster.types import ControllerStatus, RouterState
+from moecluster.types import ActorState, ControllerStatus, RouterState
 from tests.running_front import RunningFront, running_front, wait_for
 from tests.scripted_controller import ScriptedController
 from tests.scripted_router import ScriptedRouter, ScriptedToken, word_ids, words
@@ -244,6 +246,18 @@ def test_a_request_that_failed_by_itself_is_sent_to_no_other_router(front, first
     assert len(first.requests) + len(second.requests) == 2
 
 
+def test_experts_that_cannot_be_loaded_are_named_and_no_other_router_is_asked(front, first, second) -> None:
+    for router in (first, second):
+        break_always(router, 3, ExpertsLost("/private/model: no such directory"))
+    with (
+        front.openai() as client,
+        pytest.raises(openai.InternalServerError, match="checkpoint directory is gone") as no,
+    ):
+        client.completions.create(**TEXT)
+    assert no.value.status_code == 503 and "/private" not in no.value.message
+    assert len(first.requests) + len(second.requests) == 1
+
+
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_text_is_taken_for_what_breaks_batches_after_three_of_them(front, first, second, tokens) -> None:
     for router in (first, second):
@@ -311,6 +325,64 @@ def test_routers_are_found_through_the_controller(first, second) -> None:
             for seed in range(4):
                 ask(front, seed=seed)
             assert len(second.requests) == before
+
+
+class Ailing(Listing):
+    """Whose actors are as the test says."""
+
+    actors: tuple[ActorState, ...] = ()
+    lost_experts = 0
+
+    def status(self) -> ControllerStatus:
+        return dataclasses.replace(super().status(), actors=self.actors, lost_experts=self.lost_experts)
+
+
+def test_health_says_what_is_wrong_while_texts_are_still_written(first) -> None:
+    def health(front: RunningFront) -> tuple[int, Any]:
+        answer = httpx.get(f"{front.url}/health")
+        return answer.status_code, answer.json()
+
+    with Ailing(RouterState(router="first", address=first.address)) as controller:
+        source = ModelSource(name="model", seeds=Whereabouts(controller=controller.server.address))
+        with running_front(source) as front:
+            wait_for(lambda: health(front) == (200, {"status": "ready", "reasons": [], "routers": {"model": 1}}))
+            lost = ActorState(actor="expert-1", address="", incarnation="", phase="loading", experts=0, restarts=1)
+            controller.actors, controller.lost_experts = (lost,), 4
+            wait_for(lambda: health(front)[1]["status"] == "degraded")
+            reasons = ["model: expert-1 is loading", "model: 4 experts are served by nobody at the moment"]
+            assert health(front) == (200, {"status": "degraded", "reasons": reasons, "routers": {"model": 1}})
+            controller.actors = (dataclasses.replace(lost, problem="/private/model: no such directory"),)
+            wait_for(lambda: "checkpoint directory is gone" in str(health(front)))
+            assert "/private" not in str(health(front))
+            controller.actors, controller.lost_experts = (), 0
+            wait_for(lambda: health(front)[1]["status"] == "ready")
+            controller.server.stop(0.0)
+            wait_for(lambda: "no controller answers" in str(health(front)))
+            assert health(front)[0] == 200 and health(front)[1]["status"] == "degraded"
+
+
+def test_a_cluster_that_has_ended_is_not_waited_for_until_it_is_there_again(first) -> None:
+    ended = [True]
+
+    def rediscover() -> Whereabouts:
+        if ended[0]:
+            raise ClusterEnded("Ray's raylet has ended")
+        return Whereabouts(routers=(first.address,))
+
+    source = ModelSource(name="model", seeds=Whereabouts(routers=(NOBODY,)), rediscover=rediscover)
+    with running_front(source, router_patience_s=1000.0) as front:
+        with front.openai() as client, pytest.raises(openai.InternalServerError, match="its cluster has ended") as said:
+            client.completions.create(**TEXT)
+        assert said.value.status_code == 503
+        answer = httpx.get(f"{front.url}/health")
+        assert answer.status_code == 503 and answer.json() == {
+            "status": "not ready",
+            "reasons": ["model: Ray's raylet has ended"],
+            "routers": {"model": 0},
+        }
+        ended[0] = False
+        wait_for(lambda: front.routers.answering == 1)
+        assert_whole(ask(front), first)
 
 
 def test_a_controller_elsewhere_is_found_through_the_routers(first, second) -> None:

@@ -223,7 +223,11 @@ def test_models_are_listed_and_found(front, client) -> None:
     assert refused.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="`gpt-4` does not exist"):
         client.completions.create(model="gpt-4", prompt="x")
-    assert httpx.get(f"{front.url}/health").json() == {"status": "ok", "routers": {"model": 1}}
+    assert httpx.get(f"{front.url}/health").json() == {
+        "status": "ready",
+        "reasons": [],
+        "routers": {"model": 1},
+    }
     shown = httpx.get(f"{front.url}/metrics").text
     of = 'cluster="cluster",model="model"'  # as the series of the cluster's actors have it
     assert f'moecluster_front_requests_total{{{of},route="/v1/completions",status="404"}}' in shown

@@ -48,7 +48,7 @@ def test_the_curve_is_the_same_whoever_is_killed_and_when(ray_session: RaySessio
             events = run_on(cluster, make_config(text, tmp_path / f"run-{runs}", **settings))
             taken = [event for event in events if isinstance(event, StepDone)]
             assert losses(events) == undisturbed
-            assert all(step.loss == undisturbed[step.step] for step in taken)
+            assert all(step.total_loss == undisturbed[step.step] for step in taken)
             went_back += sum(isinstance(event, WentBack) for event in events)
             runs += 1
         killer.join(60.0)

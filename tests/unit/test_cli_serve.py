@@ -23,7 +23,7 @@ def complaint(
     """Runs the command line, which must fail as a user's mistake does, and returns its one line."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("actors.cli.signal.signal", lambda *_: None)
+    monkeypatch.setattr("actors.cli.end_by_signals", lambda: None)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
@@ -89,7 +89,7 @@ def test_what_brings_a_cluster_up_and_does_not_end_when_told_is_killed(
         interrupting.start()
         begun_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            serving._bring_up("demo", ())
+            serving.OwnCluster("moecluster", ("demo",), restarts=0, ending=lambda: False).bring_up()
         interrupting.join()
     finally:
         signal.signal(signal.SIGINT, before)

@@ -400,3 +400,25 @@ def test_while_a_size_waits_for_an_actor_tokens_wake_experts_and_later_sizes_wai
     assert wait_ended(controller, grow).phase is OperationPhase.DONE
     assert wait_ended(controller, shrink).phase is OperationPhase.DONE
     assert set(controller.current(0.0).actors) == {"expert-0"}
+
+
+def test_a_lost_actor_whose_checkpoint_is_gone_says_so_until_the_checkpoint_is_back(make, actors, tmp_path) -> None:
+    """Routers need not wait for experts that cannot be loaded, and are told why."""
+    served = Path(save_tiny_model(tmp_path / "served"))
+    controller = make(checkpoint=str(served))
+    controller.start(WAIT_S)
+    served.rename(tmp_path / "gone")
+    actors.kill("expert-1")
+    without = wait_for(controller, lambda p: "expert-1" not in p.actors)
+    assert without.problem == "", "it may come back"
+    actors.revive("expert-1")
+    blocked = wait_for(controller, lambda p: bool(p.problem))
+    assert str(served) in blocked.problem and "expert-1" not in blocked.actors
+    status = controller.status()
+    assert status.lost_experts == 4
+    assert {a.actor: str(served) in a.problem for a in status.actors} == {"expert-0": False, "expert-1": True}
+    (tmp_path / "gone").rename(served)
+    back = wait_for(controller, lambda p: "expert-1" in p.actors and not p.problem)
+    assert len(back.replicas) == len(without.replicas) + 4
+    status = controller.status()
+    assert status.lost_experts == 0 and not any(a.problem for a in status.actors)

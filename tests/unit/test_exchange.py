@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.errors import AttemptAborted, DeadlineExceeded, StaleOrder, UserError
+from moecluster.errors import AttemptAborted, DeadlineExceeded, ExpertsLost, StaleOrder, UserError
 from moecluster.metrics import Metrics
 from moecluster.roles import expert_pool
 from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
@@ -227,6 +227,14 @@ def test_an_expert_without_any_replica_is_asked_for_and_waited_for(
         source.publish(replicas=HALVES)
         torch.testing.assert_close(result(), dense(modules, *tokens()).detach(), atol=5e-6, rtol=0)
         assert source.wanted == [(LAYER, (2, 3))] and source.reports == []
+
+
+def test_an_expert_that_cannot_be_loaded_is_not_waited_for(checkpoint: Path) -> None:
+    with ExpertCluster(checkpoint, replicas=HALVES) as cluster, ThreadPoolExecutor(1) as caller:
+        source = Moving(replace(cluster.placement, replicas=HALVES[:2], problem="/m: no such directory"))
+        with pytest.raises(ExpertsLost, match="/m: no such directory"):
+            call_in_thread(remote_over(cluster, source, timeout_s=1000.0), caller)()
+        assert source.wanted == []
 
 
 @torch.no_grad()

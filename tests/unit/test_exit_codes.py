@@ -139,7 +139,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("actors.commands.params.params", fails)
     monkeypatch.setattr(sys, "argv", ["moecluster", "params", "demo"])
-    monkeypatch.setattr("actors.cli.signal.signal", lambda *_: None)
+    monkeypatch.setattr("actors.cli.end_by_signals", lambda: None)
     with pytest.raises(FileNotFoundError):
         main()
 

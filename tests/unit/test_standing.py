@@ -177,3 +177,19 @@ def test_a_version_that_was_given_up_leaves_its_number_unused(standing, board) -
     assert standing.begin_version("/n").version == 3
     standing.set_checkpoint("/trained")
     assert [v.checkpoint for v in standing.versions.all] == ["/trained", "/n"]
+
+
+def test_a_placement_says_why_lost_experts_cannot_be_loaded_if_none_of_them_can(standing, board) -> None:
+    bring_up(standing)
+    standing.actor_down("expert-0")
+    standing.actor_down("expert-1")
+    standing.set_problem("expert-1", "/m: no such directory")
+    assert board.current(0.0).problem == "", "expert-0 may come back at any moment"
+    standing.set_problem("expert-0", "/m: no such directory")
+    before = board.number
+    standing.set_problem("expert-0", "/m: no such directory")
+    assert board.number == before, "nothing new"
+    assert board.current(0.0).problem == "/m: no such directory"
+    for actor in ACTORS:
+        standing.actor_up(address(actor, "b"), standing.assigned(actor))
+    assert board.current(0.0).problem == ""

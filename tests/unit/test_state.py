@@ -1,13 +1,16 @@
 """What is noted of clusters that are up, files of earlier versions included."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from actors import state
 from actors.local_ray import LocalRay
-from actors.state import UpCluster
+from actors.state import Start, UpCluster
 from moecluster.errors import ResourceError
 from moecluster.rpc.credentials import state_folder
 
@@ -20,6 +23,10 @@ UP = UpCluster(
     controller_address="127.0.0.1:5003",
     local_ray=RAY,
 )
+
+PLANNED = replace(RAY, address="")
+START = Start(name="one", ray_address="", model="/models/tiny", pid=4711, pid_started_s=1.5, local_ray=PLANNED)
+HOLD_LOCK = "from actors.state import start_lock\nwith start_lock('one') as ours: print(ours, flush=True); input()"
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +61,33 @@ def test_a_file_that_cannot_be_read_is_named(content: str) -> None:
     (state_folder() / "one.json").write_text(content)
     with pytest.raises(ResourceError, match=r"one\.json cannot be read .* remove it if no cluster one is up"):
         state.load("one")
+
+
+def test_a_start_is_not_up_until_it_is_noted_as_up() -> None:
+    state.save(START)
+    assert state.load("one") is None and state.load_start("one") == START
+    state.save(UP)
+    assert state.load("one") == UP and state.load_start("one") is None
+
+
+def test_a_lock_is_held_by_one_process_and_released_however_it_ends() -> None:
+    assert not state.is_starting("one")
+    with subprocess.Popen([sys.executable, "-c", HOLD_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
+        assert state.is_starting("one") and not state.is_starting("two")
+        with state.start_lock("one", patience_s=0.0) as ours:
+            assert not ours
+        holder.kill()
+        holder.wait()
+    assert not state.is_starting("one")
+    with state.start_lock("one", patience_s=0.0) as ours:
+        assert ours
+
+
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ResourceError, match=r"noted in .*/file/moecluster, which .* set XDG_STATE_HOME"):
+        state.save(START)
+    with pytest.raises(ResourceError, match="set XDG_STATE_HOME"), state.start_lock("one"):
+        pass

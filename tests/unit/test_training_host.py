@@ -1,23 +1,29 @@
-"""A training run in the router's process: the placement is held for exactly as long as it goes on."""
+"""A training run in the router's process: the placement is held for exactly as long as it goes on, and a run whose
+process is lost begins again."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
+from rich.console import Console
 
-from actors.training_host import Progress, TrainingHost
+from actors.commands.train import run
+from actors.driver import Cluster
+from actors.training_host import Progress, RunGone, TrainingHost
 from moecluster.config import Config
-from moecluster.errors import CheckpointError, DeadlineExceeded, StateLost, UserError
+from moecluster.errors import CheckpointError, DeadlineExceeded, StateLost, Unavailable, UserError
 from moecluster.metrics import Metrics
 from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
 from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.training.events import StepDone
+from moecluster.training.history import History
 from moecluster.training.start import prepare_start
 from moecluster.types import Placement, Replica
 from tests.expert_cluster import ExpertCluster, control_of
-from tests.training_runs import make_config, write_text
+from tests.training_runs import assert_equal_within, losses_in_one_process, make_config, write_text
 
 WAIT_S = 60.0
 
@@ -131,5 +137,80 @@ def test_without_a_hold_nothing_is_trained(training: Training) -> None:
 
 def test_progress_of_a_run_that_another_life_began_is_no_success(training: Training) -> None:
     host = training.host(Watched(training.cluster.placement))
-    with pytest.raises(StateLost, match=r"train\.resume=true"):
+    with pytest.raises(RunGone, match="its training run is gone"):
         host.progress(0)
+
+
+class LosesRouters:
+    """A cluster, as `moecluster train` sees it, whose router's process is lost after a number of steps, each time."""
+
+    def __init__(self, training: Training, *, at_steps: list[int]) -> None:
+        self._training, self._at_steps = training, at_steps
+        self.host = self._new_life()
+        self.begun_from: list[str] = []
+        self.loaded = ""
+
+    def _new_life(self) -> TrainingHost:
+        return self._training.host(Watched(self._training.cluster.placement))
+
+    def train(self, config: Config, start: str) -> None:
+        self.begun_from.append(Path(start).name)
+        self.host.start(config, Path(start))
+
+    def training_progress(self, since: int) -> Progress:
+        if self._at_steps:
+            steps = [e.step for e in self.host.progress(0).events if isinstance(e, StepDone)]
+            if steps and steps[-1] >= self._at_steps[0]:
+                self._at_steps.pop(0)
+                self.host.stop()
+                ended(self.host)
+                self.host = self._new_life()
+                raise Unavailable("the router is gone")
+            return Progress(events=(), ended=False, error=None)  # what it tells is lost with it
+        return self.host.progress(since)
+
+    def stop_training(self) -> None:
+        self.host.stop()
+
+    def reload_routers(self, model_dir: str) -> None:
+        self.loaded = Path(model_dir).name
+
+
+def run_command(training: Training, cluster: LosesRouters) -> tuple[str | None, str]:
+    console = Console(width=300)
+    with console.capture() as said:
+        last = run(training.config, str(training.start), cast(Cluster, cluster), console)
+    return last, said.get()
+
+
+def test_a_run_whose_router_is_lost_begins_again_and_its_history_has_no_gap(training: Training, tmp_path: Path) -> None:
+    undisturbed = losses_in_one_process(training.config)
+    cluster = LosesRouters(training, at_steps=[3, 4])
+    last, said = run_command(training, cluster)
+    assert "the run begins again from" in said and "(2 of at most 3 times)" in said
+    assert cluster.begun_from[0] == "step-00000000" and len(cluster.begun_from) == 3
+    assert all(name in ("step-00000002", "step-00000004") for name in cluster.begun_from[1:])
+    history = History.open(training.config.train.output_dir)
+    assert_equal_within({step: done.loss for step, done in history.steps.items()}, undisturbed, 1e-5)
+    assert last is not None and Path(last).name == cluster.loaded == "step-00000004"
+
+
+def test_a_run_without_any_checkpoint_begins_anew(training: Training, tmp_path: Path) -> None:
+    training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, checkpoint_every_steps=0)
+    cluster = LosesRouters(training, at_steps=[2])
+    run_command(training, cluster)
+    assert cluster.begun_from == ["step-00000000", "step-00000000"]
+
+
+def test_a_run_begins_again_so_often_and_not_more(training: Training, tmp_path: Path) -> None:
+    training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, max_restarts=1)
+    with pytest.raises(StateLost, match=r"more often than train\.max_restarts = 1; with train\.resume=true"):
+        run_command(training, LosesRouters(training, at_steps=[1, 1]))
+
+
+def test_a_run_without_durability_ends_with_its_router(training: Training, tmp_path: Path) -> None:
+    training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, durability="none")
+    cluster = LosesRouters(training, at_steps=[1])
+    with pytest.raises(StateLost, match=r"under train\.durability = checkpoint it would begin again"):
+        run_command(training, cluster)
+    assert len(cluster.begun_from) == 1

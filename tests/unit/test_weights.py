@@ -42,7 +42,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         pytest.fail("something is started")
 
     monkeypatch.setattr(cluster_commands, "bring_up", nothing)
-    monkeypatch.setattr(serving, "_bring_up", nothing)
+    monkeypatch.setattr(serving.OwnCluster, "bring_up", nothing)
     monkeypatch.setattr(serving, "_listen", lambda config: None)
 
     def run(*arguments: str) -> str:
@@ -116,12 +116,17 @@ def test_random_weights_that_are_asked_for_are_written_and_told(monkeypatch, cap
     assert str(weights_in(path)).startswith(f"{path} (untrained: random weights, written 20")
     with pytest.raises(CheckpointError, match="demo has no weights"):
         trained_model(config, "demo", "serve")
-    words = []
+    commands: list[tuple[str, ...]] = []
+
+    def note(own: serving.OwnCluster) -> int:
+        commands.append(own.command)
+        return 0
+
     monkeypatch.setattr(serving, "_listen", lambda config: None)
-    monkeypatch.setattr(serving, "_bring_up", lambda *given: words.append(given))
+    monkeypatch.setattr(serving.OwnCluster, "bring_up", note)
     monkeypatch.setattr(serving, "_run", lambda *given: None)
     serving.serve("demo", (), serving.FrontOptions(), (), Console(), random_weights=True)
-    assert words == [("demo", (), "--random-weights")]
+    assert [command[len(serving.SELF) :] for command in commands] == [("up", "demo", "--random-weights")]
 
 
 def up(model: str) -> UpCluster:

@@ -116,9 +116,10 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Of GET /health."""
+    """Of GET /health: 200 while texts are written, if not as they should be; 503 if nobody writes them."""
 
-    status: Literal["ok"]
+    status: Literal["ready", "degraded", "not ready"]
+    reasons: list[str]  # why it is not ready, or not wholly
     routers: dict[str, int]  # model -> routers that answer
 
 

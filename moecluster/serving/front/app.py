@@ -27,6 +27,7 @@ from moecluster.serving.front.bodies import ChatBody, CompletionBody
 from moecluster.serving.front.events import DONE, EventStream, event
 from moecluster.serving.front.forms import ChatForm, CompletionForm, Form
 from moecluster.serving.front.gate import SERVED, Gate
+from moecluster.serving.front.health import health_of
 from moecluster.serving.front.json_route import BodyRefused, json_route
 from moecluster.serving.front.keys import ApiKeys
 from moecluster.serving.front.known_fields import Fields
@@ -36,7 +37,6 @@ from moecluster.serving.front.refusals import (
     bad_request,
     refusal_of,
     refusal_of_validation,
-    unavailable,
 )
 from moecluster.serving.front.served_model import ServedModel, find_model
 from moecluster.serving.front.texts import write_texts
@@ -184,14 +184,11 @@ def _add_models(app: FastAPI, front: Front) -> None:
 
 
 def _add_watching(app: FastAPI, front: Front) -> None:
-    @app.get("/health", responses={503: _ERRORS[503]})
-    async def health() -> Health:
-        """Whether every model has a router that answers."""
-        routers = {model.name: model.directory.answering for model in front.models}
-        without = [name for name, answering in routers.items() if not answering]
-        if without:
-            raise unavailable(f"no router of {', '.join(without)} answers")
-        return Health(status="ok", routers=routers)
+    @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "Nobody writes texts"}})
+    async def health() -> Response:
+        """Whether every model is served, and what is wrong where it is not, or not wholly."""
+        found = health_of(front.models)
+        return JSONResponse(found.model_dump(), status_code=503 if found.status == "not ready" else 200)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from moecluster.errors import (
     BatchBroken,
+    ClusterEnded,
     DeadlineExceeded,
     Exhausted,
+    ExpertsLost,
     InvalidMessage,
     MoeClusterError,
     RequestFailed,
@@ -65,7 +67,8 @@ class ContinuedText:
 
         Raises InvalidMessage or another UserError for a wrong request, RequestFailed for one that cannot be computed,
         Exhausted when all routers refuse a text that is not begun, DeadlineExceeded, BatchBroken when one batch after
-        the other broke that it was in, and Unavailable when no router was found in time.
+        the other broke that it was in, ExpertsLost where what it needs cannot be loaded, and Unavailable when no router
+        was found in time: ClusterEnded as soon as none can be.
         """
         while True:
             refused: list[Exhausted] = []
@@ -82,7 +85,7 @@ class ContinuedText:
                     raise Unavailable(f"router at {router.address}: the text broke off")
                 except Exhausted as exc:
                     refused.append(exc)
-                except (InvalidMessage, UserError, RequestFailed):
+                except (InvalidMessage, UserError, RequestFailed, ExpertsLost):
                     raise
                 except StaleOrder as exc:
                     if self._text.weight_version:
@@ -130,6 +133,8 @@ class ContinuedText:
 
     def _check_patience(self) -> None:
         self._left_s()
+        if self._directory.ended:
+            raise ClusterEnded(self._directory.ended)
         if self._patience_is_over():
             raise Unavailable(f"no router was found within {self._patience.router_patience_s:g} s")
 

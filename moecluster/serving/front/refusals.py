@@ -10,8 +10,10 @@ from fastapi import Response
 
 from moecluster.errors import (
     BatchBroken,
+    ClusterEnded,
     DeadlineExceeded,
     Exhausted,
+    ExpertsLost,
     InvalidMessage,
     MoeClusterError,
     RequestFailed,
@@ -24,6 +26,8 @@ RATE_LIMIT = "rate_limit_error"
 SERVER = "server_error"
 
 RETRY_S = 1  # where a router does not say when a try is likely to be worth it
+# Where its checkpoint is, and what else is wrong with it, the router logs and `moecluster status` says.
+LOST_EXPERTS = "has lost experts that cannot be loaded again: its checkpoint directory is gone or cannot be read"
 MAX_MESSAGE_CHARACTERS = 500
 
 # What a router calls a field, and what it is in a body.
@@ -114,6 +118,10 @@ def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "promp
         return too_many(f"{model} is busy: {error}", error.retry_after_s)
     if isinstance(error, DeadlineExceeded):
         return unavailable(f"{model} did not write the text within the time for a request; ask for fewer tokens")
+    if isinstance(error, ExpertsLost):
+        return unavailable(f"{model} {LOST_EXPERTS}")
+    if isinstance(error, ClusterEnded):
+        return unavailable(f"{model} is down: its cluster has ended")
     return unavailable(f"no router of {model} serves now; try again")
 
 

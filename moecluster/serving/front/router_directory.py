@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from moecluster.errors import MoeClusterError
+from moecluster.errors import ClusterEnded, MoeClusterError
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller_messages import decode_status
@@ -49,7 +49,8 @@ class RouterDirectory:
         poll_s: float = POLL_S,
         on_look: Callable[[int], None] = lambda answering: None,
     ) -> None:
-        """rediscover: runs in a thread, may take seconds, and may raise a MoeClusterError. on_look: is told how many
+        """rediscover: runs in a thread, may take long, and may raise a MoeClusterError: ClusterEnded if nothing comes
+        back. on_look: is told how many
         routers answer.
         """
         self._controller = seeds.controller
@@ -64,6 +65,8 @@ class RouterDirectory:
         self._task: asyncio.Task[None] | None = None
         self._searching: asyncio.Task[None] | None = None
         self._searched_s = float("-inf")
+        self.cluster: ControllerStatus | None = None  # as its controller said at the last look; None: it did not
+        self.ended = ""  # why nothing of the cluster comes back by itself; empty: it is not known to have ended
 
     async def start(self) -> None:
         """Looks once, then goes on looking."""
@@ -104,6 +107,11 @@ class RouterDirectory:
         return sum(router.status is not None for router in self._routers.values())
 
     @property
+    def knows_controller(self) -> bool:
+        """Whether there is an address to ask."""
+        return bool(self._controller)
+
+    @property
     def max_tokens(self) -> int | None:
         """Prompt and continuation together, as the routers say; None: not known."""
         said = [router.status.max_tokens for router in self._routers.values() if router.status is not None]
@@ -122,6 +130,9 @@ class RouterDirectory:
 
     async def _look(self) -> None:
         said, *_ = await asyncio.gather(self._ask_controller(), *(r.look() for r in self._routers.values()))
+        self.cluster = said
+        if self.answering:
+            self.ended = ""
         if said is not None:
             self._take(said)
         elif self.answering:
@@ -169,11 +180,17 @@ class RouterDirectory:
     async def _found(self, rediscover: Callable[[], Whereabouts]) -> None:
         try:
             where = await asyncio.to_thread(rediscover)
+        except ClusterEnded as exc:
+            if not self.ended:
+                logger.error("%s", exc)
+            self.ended = str(exc)
+            return
         except MoeClusterError as exc:
             logger.info("nobody of the cluster answers, and where it is now is not to be learnt: %s", exc)
             return
         finally:
             self._searched_s = time.monotonic()
+        self.ended = ""
         self._controller = where.controller or self._controller
         await self._take_credentials(where.credentials)
         for address in where.routers:

@@ -66,6 +66,11 @@ class FrontServer:
         """Whether requests are answered."""
         return self._server.started
 
+    @property
+    def ending(self) -> bool:
+        """Whether a signal or `stop` ends it."""
+        return self._server.should_exit
+
     def run(self, sources: Sequence[ModelSource]) -> None:
         """Serves until SIGINT or SIGTERM; begun answers have their time to end. The signal is raised again then.
 

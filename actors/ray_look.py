@@ -1,0 +1,73 @@
+"""What Ray knows of a cluster's actors, asked in a process of its own: joining a Ray that hangs may block for minutes,
+in C++, and a process can be ended."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from types import TracebackType
+from typing import Self
+
+from actors.local_ray import ray_environment
+from actors.settings import Endpoints
+from actors.state import UpCluster
+from moecluster.errors import MoeClusterError
+
+COMMAND = (sys.executable, "-c", "from actors.ray_look import main; main()")
+
+
+class RayLook:
+    """Begins to ask when it is made; whoever made it may do something else meanwhile."""
+
+    def __init__(self, cluster: UpCluster, timeout_s: float) -> None:
+        """timeout_s: that actors have to answer."""
+        local = ray_environment(cluster.local_ray) if cluster.local_ray is not None else {}
+        self._process = subprocess.Popen(
+            [*COMMAND, cluster.name, cluster.ray_address, str(timeout_s)],
+            env={**os.environ, **local},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()  # fine if it has ended
+        self._process.communicate()
+
+    def wait(self, timeout_s: float) -> tuple[dict[str, Endpoints | None], str]:
+        """Where the actors are reached, None for one that does not answer; and why Ray does not say, if it does not."""
+        try:
+            said, _ = self._process.communicate(timeout=max(timeout_s, 0.0))
+            answer = json.loads(said)
+            found = {name: Endpoints(**fields) if fields else None for name, fields in answer["actors"].items()}
+            return found, str(answer["problem"])
+        except subprocess.TimeoutExpired:
+            return {}, "Ray did not say in time where the actors are"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}, "Ray cannot be asked where the actors are"
+
+
+def main() -> None:
+    """Prints a line of JSON."""
+    name, address, timeout_s = sys.argv[1:]
+    found: dict[str, Endpoints | None] = {}
+    problem = ""
+    try:
+        from actors.joining import connect
+        from actors.ray_calls import endpoints_of, named_actors
+
+        connect(address)
+        found = endpoints_of(named_actors(name), name, float(timeout_s))
+    except MoeClusterError as exc:
+        problem = str(exc)
+    actors = {actor: dataclasses.asdict(at) if at is not None else None for actor, at in found.items()}
+    print(json.dumps({"actors": actors, "problem": problem}), flush=True)
+    os._exit(0)  # leaving a Ray in order takes seconds, and may hang

@@ -1,0 +1,104 @@
+"""A local Ray whose start is broken off or ended: found, said, and brought up again by the next command."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.local_ray import MARK
+from tests.cluster.test_cli import COMMAND, ROOT, local_rays
+from tests.conftest import processes_of_this_session
+from tests.ray_cluster import wait_for
+from tests.twin_actors import save_tiny_model
+
+LONG_S = 400.0  # a start on a machine that is busy with others
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+class Commands:
+    """The command line, with a state directory of its own."""
+
+    def __init__(self, state: Path) -> None:
+        self._environment = {**os.environ, "XDG_STATE_HOME": str(state), "COLUMNS": "200"}
+
+    def begin(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [*COMMAND, *arguments],
+            env=self._environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, and what it says on standard output and on standard error."""
+        with self.begin(*arguments) as process:
+            out, err = process.communicate(timeout=LONG_S)
+        return process.returncode, out, err
+
+
+def parts(of: str) -> list[psutil.Process]:
+    """Processes of local Rays whose command lines contain a word."""
+    return [p for p, line in processes_of_this_session().items() if of in line and MARK in p.environ()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    running = Commands(tmp_path_factory.mktemp("state"))
+    yield running
+    running.run("down")
+    assert local_rays() == set()
+
+
+def test_a_start_that_is_ended_by_sigterm_says_one_line_and_leaves_nothing(commands: Commands, model: str) -> None:
+    """Also once the command has joined Ray, which would answer the signal with a stack of C++."""
+    with commands.begin("up", model, "--set", "cluster.num_expert_actors=2") as starting:
+        wait_for(lambda: parts("ray::ControllerActor"), "actors are being started", LONG_S)
+        starting.terminate()
+        _, err = starting.communicate(timeout=LONG_S)
+    assert (starting.returncode, err) == (128 + signal.SIGTERM, "moecluster: ended by SIGTERM\n")
+    assert local_rays() == set()
+
+
+def test_a_start_that_was_killed_is_found_and_the_next_one_takes_its_place(commands: Commands, model: str) -> None:
+    with commands.begin("up", model, "--set", "cluster.num_expert_actors=2") as starting:
+        wait_for(lambda: parts("gcs_server"), "Ray is being started", LONG_S)
+        starting.kill()
+    (left,) = local_rays()
+    _, _, said = commands.run("status")
+    assert f"was broken off (process {starting.pid} has ended): moecluster down ends what is left" in said
+    code, _, said = commands.run("up", model, "--set", "cluster.num_expert_actors=2")
+    assert code == 0, said
+    (up,) = local_rays()
+    assert up != left
+
+
+def test_actors_are_as_nice_as_the_command_that_started_them(commands: Commands) -> None:
+    actors = parts("ray::ExpertActor") + parts("ray::RouterActor") + parts("ray::ControllerActor")
+    assert len(actors) == 4
+    assert {actor.nice() for actor in actors} == {os.nice(0)}
+
+
+def test_a_ray_whose_raylet_is_killed_is_said_within_seconds_and_ended_by_down(commands: Commands) -> None:
+    (raylet,) = parts("raylet/raylet")
+    raylet.suspend()
+    code, said, _ = commands.run("status", "--timeout-s", "2")
+    assert code == 0 and f"raylet (process {raylet.pid}) is stopped" in said
+    raylet.kill()
+    wait_for(lambda: not parts("raylet/raylet"), "the raylet has ended")
+    code, said, _ = commands.run("status")
+    assert code == 1 and "ended: Ray's raylet has ended, and every actor with it" in said
+    code, _, said = commands.run("down")
+    assert code == 0, said
+    assert local_rays() == set()
