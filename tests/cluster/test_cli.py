@@ -141,14 +141,14 @@ def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, 
         refused = run(*wrong)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
 
-    before = json.loads(run("status", "--json").stdout)
+    before = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     os.kill(before["actors"]["controller"]["pid"], signal.SIGKILL)
     explained = run("explain", "both", "--json")
     assert explained.returncode == 0 and "asking Ray where it is now" in explained.stderr, explained.stderr
     assert json.loads(explained.stdout)["phase"] == "done"
     again = run("operations", "--json")
     assert again.stderr == "" and "both" in [operation["id"] for operation in json.loads(again.stdout)]
-    after = json.loads(run("status", "--json").stdout)["controller"]
+    after = json.loads(run("status", "--json", "--timeout-s", "60").stdout)["controller"]
     assert after["term"] > before["controller"]["term"] and after["replicas"] == before["controller"]["replicas"]
 
     trace = tmp_path / "loads.jsonl"
@@ -158,7 +158,7 @@ def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, 
 
 
 def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
-    shown = json.loads(run("status", "--json").stdout)
+    shown = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
     assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
     text = run("generate", model, "def main(", "--max-new-tokens", "20")
@@ -174,7 +174,7 @@ def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_pa
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_host_is_refused_everything(live: None, run: Run, state_home: Path) -> None:
     """Ports x attempts: every method of every service of ours and of Ray's, at every port of the processes."""
-    shown = json.loads(run("status", "--json").stdout)
+    shown = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     up = state_home / "moecluster" / "moecluster.json"
     noted = json.loads(up.read_text())
     processes = [p for p in processes_of_this_session() if p.environ().get(MARK) == noted["local_ray"]["mark"]]

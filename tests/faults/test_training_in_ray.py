@@ -139,7 +139,7 @@ def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
     assert [event for event in events if isinstance(event, WentBack)], "no state was lost"
     assert losses(events) == undisturbed  # bit for bit: deterministic, on equal hardware
     taken = [event for event in events if isinstance(event, StepDone)]
-    assert len(taken) > len(undisturbed) and all(step.loss == undisturbed[step.step] for step in taken)
+    assert len(taken) > len(undisturbed) and all(step.total_loss == undisturbed[step.step] for step in taken)
 
 
 def test_a_run_whose_router_is_killed_begins_again_by_itself(
@@ -164,4 +164,4 @@ def test_a_run_whose_router_is_killed_begins_again_by_itself(
     killer.join()
     assert "the run begins again from" in said.get()
     assert last is not None and Path(last).name == "step-00000008"
-    assert {step: done.loss for step, done in History.open(tmp_path).steps.items()} == undisturbed
+    assert {step: done.total_loss for step, done in History.open(tmp_path).steps.items()} == undisturbed

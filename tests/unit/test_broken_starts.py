@@ -42,7 +42,7 @@ def start_local_ray(planned, timeout_s):
     return replace(planned, address="127.0.0.1:1")
 
 class Cluster:
-    def start(self, config, model_dir, on_loading):
+    def start(self, config, model_dir, on_loading, *, credentials):
         reached("while actors start")
 
     def router_addresses(self):

@@ -2,7 +2,7 @@
 process is lost begins again."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -61,13 +61,15 @@ class Training:
     def __init__(self, config: Config, cluster: ExpertCluster, start: Path) -> None:
         self.config, self.cluster, self.start = config, cluster, start
 
-    def host(self, placements: Watched) -> TrainingHost:
+    def host(self, placements: Watched, metrics: Metrics | None = None) -> TrainingHost:
         pool = ExpertPool(
             placements,
             connect=self.cluster.pool._connect,
             control=lambda address: control_of(self.cluster.services[address.actor]),
         )
-        return TrainingHost(RemoteExperts(pool), placements, announce=lambda path: None, metrics=Metrics(model="m"))
+        return TrainingHost(
+            RemoteExperts(pool), placements, announce=lambda path: None, metrics=metrics or Metrics(model="m")
+        )
 
 
 @pytest.fixture
@@ -141,33 +143,48 @@ def test_progress_of_a_run_that_another_life_began_is_no_success(training: Train
         host.progress(0)
 
 
-class LosesRouters:
-    """A cluster, as `moecluster train` sees it, whose router's process is lost after a number of steps, each time."""
+class EndsAtStep(Metrics):
+    """Told of every step before anybody else is; calls `end` at the number `step` of the life, if there is one."""
 
-    def __init__(self, training: Training, *, at_steps: list[int]) -> None:
-        self._training, self._at_steps = training, at_steps
-        self.host = self._new_life()
+    def __init__(self, step: int | None, end: Callable[[], None]) -> None:
+        super().__init__(model="m")
+        self._left, self._end = step, end
+
+    def observe_train_step(self, *, loss: float, aux_losses: Mapping[str, float], seconds: float) -> None:
+        super().observe_train_step(loss=loss, aux_losses=aux_losses, seconds=seconds)
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._end()
+
+
+class LosesRouters:
+    """A cluster, as `moecluster train` sees it, whose router's process is lost after a number of its steps, each time;
+    a checkpoint that would follow is lost with it."""
+
+    def __init__(self, training: Training, *, after_steps: list[int]) -> None:
+        self._training, self._after_steps = training, after_steps
         self.begun_from: list[str] = []
         self.loaded = ""
+        self._begin_life()
 
-    def _new_life(self) -> TrainingHost:
-        return self._training.host(Watched(self._training.cluster.placement))
+    def _begin_life(self) -> None:
+        self._is_mortal = bool(self._after_steps)
+        steps = self._after_steps.pop(0) if self._is_mortal else None
+        self.host = self._training.host(
+            Watched(self._training.cluster.placement), EndsAtStep(steps, lambda: self.host.stop())
+        )
 
     def train(self, config: Config, start: str) -> None:
         self.begun_from.append(Path(start).name)
         self.host.start(config, Path(start))
 
     def training_progress(self, since: int) -> Progress:
-        if self._at_steps:
-            steps = [e.step for e in self.host.progress(0).events if isinstance(e, StepDone)]
-            if steps and steps[-1] >= self._at_steps[0]:
-                self._at_steps.pop(0)
-                self.host.stop()
-                ended(self.host)
-                self.host = self._new_life()
-                raise Unavailable("the router is gone")
-            return Progress(events=(), ended=False, error=None)  # what it tells is lost with it
-        return self.host.progress(since)
+        if not self._is_mortal or not self.begun_from:
+            return self.host.progress(since)
+        assert ended(self.host).error is None
+        self._begin_life()
+        raise Unavailable("the router is gone")  # what it told is lost with it
 
     def stop_training(self) -> None:
         self.host.stop()
@@ -185,19 +202,18 @@ def run_command(training: Training, cluster: LosesRouters) -> tuple[str | None, 
 
 def test_a_run_whose_router_is_lost_begins_again_and_its_history_has_no_gap(training: Training, tmp_path: Path) -> None:
     undisturbed = losses_in_one_process(training.config)
-    cluster = LosesRouters(training, at_steps=[3, 4])
+    cluster = LosesRouters(training, after_steps=[3, 2])
     last, said = run_command(training, cluster)
     assert "the run begins again from" in said and "(2 of at most 3 times)" in said
-    assert cluster.begun_from[0] == "step-00000000" and len(cluster.begun_from) == 3
-    assert all(name in ("step-00000002", "step-00000004") for name in cluster.begun_from[1:])
+    assert cluster.begun_from == ["step-00000000", "step-00000002", "step-00000002"]
     history = History.open(training.config.train.output_dir)
-    assert_equal_within({step: done.loss for step, done in history.steps.items()}, undisturbed, 1e-5)
+    assert_equal_within({step: done.total_loss for step, done in history.steps.items()}, undisturbed, 1e-5)
     assert last is not None and Path(last).name == cluster.loaded == "step-00000004"
 
 
 def test_a_run_without_any_checkpoint_begins_anew(training: Training, tmp_path: Path) -> None:
     training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, checkpoint_every_steps=0)
-    cluster = LosesRouters(training, at_steps=[2])
+    cluster = LosesRouters(training, after_steps=[2])
     run_command(training, cluster)
     assert cluster.begun_from == ["step-00000000", "step-00000000"]
 
@@ -205,12 +221,12 @@ def test_a_run_without_any_checkpoint_begins_anew(training: Training, tmp_path: 
 def test_a_run_begins_again_so_often_and_not_more(training: Training, tmp_path: Path) -> None:
     training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, max_restarts=1)
     with pytest.raises(StateLost, match=r"more often than train\.max_restarts = 1; with train\.resume=true"):
-        run_command(training, LosesRouters(training, at_steps=[1, 1]))
+        run_command(training, LosesRouters(training, after_steps=[1, 1]))
 
 
 def test_a_run_without_durability_ends_with_its_router(training: Training, tmp_path: Path) -> None:
     training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, durability="none")
-    cluster = LosesRouters(training, at_steps=[1])
+    cluster = LosesRouters(training, after_steps=[1])
     with pytest.raises(StateLost, match=r"under train\.durability = checkpoint it would begin again"):
         run_command(training, cluster)
     assert len(cluster.begun_from) == 1
