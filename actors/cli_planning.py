@@ -38,7 +38,11 @@ def replay(
     actors: Annotated[int | None, typer.Option(help="equal actors instead of the recorded ones")] = None,
     slots: Annotated[int | None, typer.Option(help="replicas of each layer that an actor has room for")] = None,
     budget_gb: Annotated[
-        float | None, typer.Option(help="most that a decision may load; default: 2 % of all slots, at least one actor")
+        float | None,
+        typer.Option(
+            help="that a decision may load, and borrow 3 times from later ones; "
+            "default: 2 % of all slots, at least one actor"
+        ),
     ] = None,
     half_life_s: Annotated[
         float | None, typer.Option(help="of the load that decisions are taken on; default: the trace's window")
@@ -78,7 +82,11 @@ def simulate(
     mtbf_hours: Annotated[float, typer.Option(help="mean time between the deaths of one actor")] = 1000.0,
     decide_every: Annotated[int, typer.Option(help="minutes between decisions", min=1)] = 5,
     budget_gb: Annotated[
-        float | None, typer.Option(help="most that a decision may load; default: 2 % of all slots, at least one actor")
+        float | None,
+        typer.Option(
+            help="that a decision may load, and borrow 3 times from later ones; "
+            "default: 2 % of all slots, at least one actor"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="of the load and the deaths", min=0)] = 0,
     costs: Annotated[Path | None, typer.Option(help="a result of benchmarks/layer.py to take the costs from")] = None,

@@ -43,6 +43,7 @@ def controller_settings(
             window_s=controller.window_s,
             slots_per_layer=slots_per_layer(config, layer_experts, replicas),
             budget_bytes=controller.move_budget_bytes,
+            burst=controller.move_burst,
         ),
         changer=ChangerSettings(
             policy=controller.policy,

@@ -24,7 +24,7 @@ from benchmarks.expert_loads import Floats, day_of_windows, drifted, zipf_loads
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 from moecluster.placement.balancedness import balancedness_L
 from moecluster.placement.cold_plan import cold_plan
-from moecluster.placement.decision import Decision, Observation, Policy, decision_of
+from moecluster.placement.decision import USUAL_BURST, Decision, Observation, Policy, decision_of
 from moecluster.placement.eplb_policy import eplb_plan
 from moecluster.placement.forecast import Trend, forecast
 from moecluster.placement.layout import Fleet, Layout, added_R, with_shares
@@ -184,7 +184,14 @@ class Contender:
     moved_relabelled: int = 0  # had the actors of each new plan been named so that the fewest replicas move
 
     def decide(self, load_LE: Floats, now_s: float, fleet: Fleet) -> None:
-        seen = Observation(now_s=now_s, load_LE=load_LE, fleet=fleet, layout=self.layout, budget_bytes=BUDGET_BYTES)
+        seen = Observation(
+            now_s=now_s,
+            load_LE=load_LE,
+            fleet=fleet,
+            layout=self.layout,
+            budget_bytes=BUDGET_BYTES,
+            burst=USUAL_BURST,
+        )
         start_s = time.perf_counter()
         decision, self.state = self.policy.decide(seen, self.state)
         self.times_ms.append(1e3 * (time.perf_counter() - start_s))
@@ -280,14 +287,17 @@ def relieve_a_straggler(bench: Bench) -> None:
     bench.add("straggler at half speed: replicas moved, of 18560", moved, better="lower")
 
 
+def stay_on_one_thread(module: str) -> None:
+    """Starts the module again if NumPy's BLAS, which reads this once and before anything here runs, may use more."""
+    if any(os.environ.get(name) != value for name, value in ONE_THREAD.items()):
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | ONE_THREAD)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two runs of everything, 40 windows")
     options = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ONE_THREAD.items()):
-        # NumPy's BLAS reads this once, before anything here runs.
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.planner", *sys.argv[1:]], os.environ | ONE_THREAD)
-
+    stay_on_one_thread("benchmarks.planner")
     console = Console()
     bench = Bench(effort=QUICK if options.quick else FULL, console=console)
     for part in (compare_cold_plans, compare_after_drift, relieve_a_straggler, compare_through_a_day):

@@ -150,7 +150,15 @@ class ControllerConfig(Section):
     num_redundant_experts: int = setting(
         0, "room for replicas of each layer beyond one per expert, over the least number of actors", minimum=0
     )
-    move_budget_bytes: int = setting(1024 * MIB, "most that one decision may load; 0: shares only", minimum=0)
+    move_budget_bytes: int = setting(
+        1024 * MIB, "bytes that one decision may load, move_burst aside; 0: shares only", minimum=0
+    )
+    move_burst: float = setting(
+        3.0,
+        "budgets that a decision may borrow from later ones, which then load the less, where more moves pay than "
+        "its own allows, as when the topic changes at once; 0: none",
+        minimum=0,
+    )
     max_move_bytes_per_s: int = setting(0, "pace of a copy from actor to actor; 0: as fast as it goes", minimum=0)
     drain_timeout_s: float = setting(10.0, "longest wait for routers and queues before an expert is unloaded", above=0)
     operation_timeout_s: float = setting(

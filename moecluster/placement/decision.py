@@ -18,7 +18,8 @@ class Observation:
     load_LE: Floats  # assignments per second, as the load window has them; 0 beyond a layer's experts
     fleet: Fleet
     layout: Layout  # the standing one; experts whose last replica is lost have none
-    budget_bytes: float  # most that this decision may load; replicas of lost experts are loaded regardless
+    budget_bytes: float  # that a decision may load; replicas of lost experts are loaded regardless
+    burst: float = 0.0  # budgets that may be borrowed from later decisions; 0: none
     cold_LE: Bools | None = None  # experts that shall have no replica, until a token wants them; None: none
     coactivation_LEE: Floats | None = None  # tokens per second that go to both experts; None: not known
     load_counted: bool = True  # False: no token was counted yet, and load_LE is a guess
@@ -33,6 +34,9 @@ class Decision:
     balancedness_before: float | None  # of the standing layout under the seen load; None: no load to judge by
     balancedness_after: float | None  # predicted, of the new one
     moved_bytes: float
+
+
+USUAL_BURST = 3.0  # what controller.move_burst is by default
 
 
 class Policy(Protocol, Generic[StateT]):

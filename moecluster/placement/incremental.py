@@ -1,7 +1,7 @@
 """Moves from a standing layout, where shares alone cannot even out the load: most gain for fewest bytes, if it pays.
 
 A few rounds of single moves are tried, layer by layer, on paper; of each layer the stretch of them is kept that gains
-most over its price; layers are taken by gain per byte until the budget is spent.
+most over its price; stretches are taken by gain per byte until the budget is spent.
 
 Cost: a solve of the shares per round, of the layers above the trigger only; none at all while shares suffice.
 """
@@ -43,6 +43,9 @@ class MoveSettings:
     transfer_slowdown: float = 0.1  # fraction of the cluster's work that is lost while an expert is loaded
     rounds_a_budget: int = 3  # in so many the whole budget could be spent on replicas that follow counts
     max_rounds: int = 5  # of moves thought through per decision; what is left waits for the next one
+    moves_a_round: int = 2  # of a layer, where actors are relieved
+    shifted: float = 0.3  # a layer whose worst actor stands so far above what could be has shifted, not drifted ...
+    shifted_moves_a_round: int = 8  # ... and moves up to so many at once, less finely, if the budget has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,12 @@ def with_moves(
         part,
         load_LE[layers, :width],
         _fleet_of(fleet, layers),
-        Wanted(bound_L=bound_L, tolerance=settings.min_gain / 2, most_moves_L=most_moves_L),
+        Wanted(
+            bound_L=bound_L,
+            tolerance=settings.min_gain / 2,
+            most_moves_L=most_moves_L,
+            round_moves_L=_round_moves_L(worst_L[layers] / bound_L, most_moves_L, settings),
+        ),
         settings,
         budget_bytes,
         None if coactivation_LEE is None else coactivation_LEE[layers, :width, :width],
@@ -105,6 +113,14 @@ def _layers_to_relieve(
     return layers[above], bound_L[above]
 
 
+def _round_moves_L(above_L: Floats, most_moves_L: Ints, settings: MoveSettings) -> Ints:
+    """Moves a round of each layer; above_L: how far its worst actor stands above what could be, 1 for not at all."""
+    shifted_L = above_L > 1 + settings.shifted
+    fair_L = most_moves_L // (settings.max_rounds * max(int(shifted_L.sum()), 1))
+    at_once_L = np.clip(fair_L, settings.moves_a_round, settings.shifted_moves_a_round)
+    return np.where(shifted_L, at_once_L, settings.moves_a_round)
+
+
 def _stages(
     layout: Layout,
     load_LE: Floats,
@@ -123,7 +139,12 @@ def _stages(
         part = of_layers(before.layout, going)
         width, load, of_part = part.max_experts, load_LE[going, : part.max_experts], _fleet_of(fleet, going)
         left_L = wanted.most_moves_L[going] - (before.bytes_L[going] / of_part.expert_bytes_L).astype(np.int64)
-        step = Wanted(bound_L=wanted.bound_L[going], tolerance=wanted.tolerance, most_moves_L=left_L)
+        step = replace(
+            wanted,
+            bound_L=wanted.bound_L[going],
+            most_moves_L=left_L,
+            round_moves_L=wanted.round_moves_L[going],
+        )
         pairs = None if coactivation_LEE is None else coactivation_LEE[going, :width, :width]
         fair_bytes_L = budget_bytes / settings.rounds_a_budget / len(going)  # grows as other layers are done
         moved = _moved_once(part, load, of_part, step, fair_bytes_L / of_part.expert_bytes_L, pairs)
@@ -169,21 +190,26 @@ def _share_R(layout: Layout, load_R: Floats, load_LE: Floats) -> Floats:
 
 
 def _chosen_stage_L(stages: list[_Stage], saved_s: float, price_s: float, min_gain: float, budget_bytes: float) -> Ints:
-    """Which stage each layer goes to, 0 where it stays: by gain over price per byte, while the budget lasts."""
+    """Which stage each layer goes to, 0 where it stays: step by step what gains most over its price per byte, while the
+    budget lasts."""
     worst_SL = np.stack([stage.worst_L for stage in stages])
     bytes_SL = np.stack([stage.bytes_L for stage in stages])
     net_SL = saved_s * (worst_SL[0] - worst_SL) - price_s * bytes_SL
     pays_SL: Bools = (net_SL > 0) & (worst_SL < (1 - min_gain) * worst_SL[0])
-    best_L = np.where(pays_SL, net_SL, 0.0).argmax(axis=0)
-    every_L = np.arange(len(best_L))
-    worth_L = net_SL[best_L, every_L] / np.maximum(bytes_SL[best_L, every_L], 1e-300)
-    chosen_L = np.zeros(len(best_L), dtype=np.int64)
-    for layer in np.argsort(-worth_L, kind="stable").tolist():
-        affordable_S = pays_SL[:, layer] & (bytes_SL[:, layer] <= budget_bytes)
-        if affordable_S.any():
-            chosen_L[layer] = np.where(affordable_S, net_SL[:, layer], -np.inf).argmax()
-            budget_bytes -= bytes_SL[chosen_L[layer], layer]
-    return chosen_L
+    net_SL = np.where(pays_SL, net_SL, -np.inf)
+    net_SL[0] = 0.0
+    every_L = np.arange(net_SL.shape[1])
+    chosen_L = np.zeros(net_SL.shape[1], dtype=np.int64)
+    while True:
+        more_SL = net_SL - net_SL[chosen_L, every_L]
+        cost_SL = bytes_SL - bytes_SL[chosen_L, every_L]
+        may_SL = (more_SL > 0) & (cost_SL <= budget_bytes)
+        if not may_SL.any():
+            return chosen_L
+        worth_SL = np.where(may_SL, more_SL / np.maximum(cost_SL, 1e-300), -np.inf)
+        stage, layer = np.unravel_index(int(worth_SL.argmax()), worth_SL.shape)
+        budget_bytes -= cost_SL[stage, layer]
+        chosen_L[layer] = stage
 
 
 def _fleet_of(fleet: Fleet, layers: Ints) -> Fleet:

@@ -9,7 +9,6 @@ from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with
 from moecluster.placement.shares import least_overflow
 
 EXPERTS_TRIED = 4  # of an actor above the bound, the heaviest
-MOVES_A_ROUND = 2  # of a layer: the next round sees what these made of the shares
 LEAST_RELIEF = 0.02  # of what stands above the bound, that a move must take away
 PASSED_ON = 0.5  # of an actor's divided load: what it is trusted to give to other replicas in exchange for more
 UNCOVERED = 0.05  # of its load: what it counts to leave an expert on one node
@@ -24,6 +23,7 @@ class Wanted:
     bound_L: Floats  # load / speed that actors are to come down to
     tolerance: float  # relative excess above the bound that is let be
     most_moves_L: Ints  # replicas that may be added; 0: the layer is left as it is
+    round_moves_L: Ints  # after so many the round ends: the next one sees what they made of the shares
 
 
 def relieved(
@@ -50,7 +50,7 @@ def relieved(
             wanted.bound_L[layer] * fleet.speed_A,
             None if coactivation_LEE is None else coactivation_LEE[layer],
         )
-        board.relieve(wanted.tolerance, int(wanted.most_moves_L[layer]))
+        board.relieve(wanted.tolerance, int(wanted.most_moves_L[layer]), int(wanted.round_moves_L[layer]))
         dropped_R[mine] = board.dropped_R
         added += [(layer, expert, actor) for expert, actor in board.added]
     if not added:
@@ -83,12 +83,12 @@ class _Board:
         self._free_A = fleet.slots_A - self._holds_EA.sum(axis=0)
         self._fixed_R = np.zeros(len(expert_R), dtype=np.bool_)  # part of an exchange in this round
 
-    def relieve(self, tolerance: float, most_moves: int) -> None:
+    def relieve(self, tolerance: float, most_moves: int, round_moves: int) -> None:
         """Adds, drops and exchanges, worst actor first, at most one for each actor."""
         worst_first = np.argsort(-self._over_A / self._fleet.speed_A, kind="stable")
         for actor in worst_first.tolist():
             done = self._over_A[actor] <= tolerance * self._limit_A[actor]
-            if done or len(self.added) >= min(most_moves, MOVES_A_ROUND):
+            if done or len(self.added) >= min(most_moves, round_moves):
                 break
             if not self._replicate(actor) and len(self.added) + 2 <= most_moves:
                 self._exchange(actor)

@@ -16,7 +16,7 @@ import numpy as np
 from moecluster.errors import ConfigError
 from moecluster.placement.balancedness import mean_balancedness
 from moecluster.placement.cold_plan import cold_plan
-from moecluster.placement.decision import Observation, Policy, StateT
+from moecluster.placement.decision import USUAL_BURST, Observation, Policy, StateT
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, moved_bytes
 from moecluster.placement.loads import CounterReading, LoadWindow
 from moecluster.placement.partway import hosted_experts_LE, surviving
@@ -166,6 +166,7 @@ class Replay(Generic[StateT]):
             fleet=self._fleet,
             layout=self._layout,
             budget_bytes=self._budget_bytes,
+            burst=USUAL_BURST,
         )
         began_s = self._clock()
         if self._decided:

@@ -17,7 +17,9 @@ class Scenario:
     window_s: float = 60.0
     decide_every: int = 5  # windows
     load_half_life_s: float = 300.0  # of the load window that decisions are taken on
-    budget_bytes: float  # most that a decision may load; the first plan, which fills a cold cluster, is free
+    budget_bytes: (
+        float  # that a decision may load, or borrow of later ones; the first plan, into a cold cluster, is free
+    )
     most_tokens_per_actor: float = 256.0  # of one step: the greatest batch is this times the actors
     move_link_part: float = 0.25  # the part of a link that copies take while they run
     actor_mtbf_hours: float = 1000.0  # of one actor; Llama 3's GPUs had about 50,000 (arXiv 2407.21783, section 3.3.4)

@@ -8,7 +8,7 @@ from moecluster.placement.balancedness import balancedness_L
 from moecluster.placement.decision import Decision, Observation, check_observation, decision_of
 from moecluster.placement.forecast import Trend, forecast
 from moecluster.placement.incremental import MoveSettings, with_moves
-from moecluster.placement.layout import Layout, moved_bytes, with_shares
+from moecluster.placement.layout import Floats, Layout, moved_bytes, with_shares
 from moecluster.placement.restore import restored
 from moecluster.placement.shares import least_max_shares
 from moecluster.placement.spare_moves import with_spares_moved
@@ -25,9 +25,10 @@ class ShareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShareState:
-    """How the load went so far; None before the first decision."""
+    """What earlier decisions left."""
 
-    trend: Trend | None = None
+    trend: Trend | None = None  # how the load went so far; None before the first decision
+    debt_bytes: float = 0.0  # loaded beyond the budgets so far; later decisions load the less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ class SharePolicy:
     """Policy `share`, in this order: lost experts and drained actors; shares; moves that pay; spare replicas.
 
     It plans for the load that is expected at the next decision. Under a load that does not change it comes to rest: a
-    plan that would gain too little is the standing layout itself. Replicas of lost experts, and of experts on drained
-    actors, do not count against the budget.
+    plan that would gain too little is the standing layout itself. Where more pays than the budget allows, as when the
+    topic changes at once, budget of later decisions is borrowed: n in a row load no more than n budgets and the burst.
+    Replicas of lost experts, and of experts on drained actors, do not count against the budget.
     Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0.
     """
 
@@ -52,21 +54,24 @@ class SharePolicy:
         standing = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
         shared = least_max_shares(standing, load_LE, seen.fleet, even=True)
         reshared = with_shares(standing, shared.share_R)
-        after = self._with_optional_moves(reshared, seen, load_LE)
+        after = self._with_optional_moves(reshared, seen, load_LE, state.debt_bytes)
+        spent_bytes = moved_bytes(reshared, after, seen.fleet)
+        debt_bytes = max(state.debt_bytes + spent_bytes - seen.budget_bytes, 0.0)
         reason = _reason(seen.layout, standing, reshared, after)
         if after is reshared:  # the same replicas: are the new shares worth an order?
             gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(standing, load_LE, seen.fleet)
             if np.nansum(gain) < self.settings.min_share_gain * max(len(gain), 1):
                 after = standing
                 reason = "as even as it gets" if standing is seen.layout else reason
-        return decision_of(seen, after, reason), ShareState(trend=trend)
+        return decision_of(seen, after, reason), ShareState(trend=trend, debt_bytes=debt_bytes)
 
-    def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: np.ndarray) -> Layout:
+    def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: Floats, debt_bytes: float) -> Layout:
         if seen.budget_bytes <= 0 or not layout.num_replicas:
             return layout
         fleet, settings = seen.fleet, self.settings
-        moved = with_moves(layout, load_LE, fleet, seen.budget_bytes, settings.moves, seen.coactivation_LEE)
-        left_bytes = seen.budget_bytes - moved_bytes(layout, moved, fleet)
+        most_bytes = max(seen.budget_bytes * (1 + seen.burst) - debt_bytes, 0.0)
+        moved = with_moves(layout, load_LE, fleet, most_bytes, settings.moves, seen.coactivation_LEE)
+        left_bytes = seen.budget_bytes - debt_bytes - moved_bytes(layout, moved, fleet)  # spares never borrow
         return with_spares_moved(moved, load_LE, fleet, left_bytes, settings.spare_moves_a_layer)
 
 

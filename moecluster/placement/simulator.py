@@ -22,7 +22,7 @@ import numpy as np
 from moecluster.placement.balancedness import mean_balancedness
 from moecluster.placement.cold_plan import cold_plan
 from moecluster.placement.costs import Costs
-from moecluster.placement.decision import Observation, Policy, StateT, decision_of
+from moecluster.placement.decision import USUAL_BURST, Observation, Policy, StateT, decision_of
 from moecluster.placement.fluid_queue import FluidQueue, Served, StepCosts, step_costs
 from moecluster.placement.layout import Bools, Fleet, Floats, Layout, moved_bytes
 from moecluster.placement.loads import CounterReading, ExponentialWindow
@@ -226,6 +226,7 @@ class Simulator(Generic[StateT]):
             fleet=fleet,
             layout=self._layout,
             budget_bytes=self._scenario.budget_bytes,
+            burst=USUAL_BURST,
         )
         began_s = self._clock()
         if self._decided:

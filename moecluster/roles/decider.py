@@ -64,7 +64,8 @@ class Decider:
         """What a policy, or the cluster's own, would do now. Raises ConfigError for a policy that there is not."""
         asked = policy_named(policy) if policy else self._policy
         seen = self.seen()
-        decision, _ = asked.decide(seen.observation, asked.first_state())
+        state = self._state if asked is self._policy else asked.first_state()
+        decision, _ = asked.decide(seen.observation, state)
         before, after = _by_place(seen.observation.layout, seen.names), _by_place(decision.layout, seen.names)
         return PlanPreview(
             policy=asked.name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moecluster.errors import MoeClusterError
-from moecluster.placement.decision import Observation
+from moecluster.placement.decision import USUAL_BURST, Observation
 from moecluster.placement.layout import Fleet, Floats
 from moecluster.placement.loads import make_load_window
 from moecluster.placement.naming import Names, to_layout
@@ -28,6 +28,7 @@ class ObserverSettings:
     window_s: float = 30.0
     slots_per_layer: int  # replicas of each layer that an actor has room for
     budget_bytes: float = 2.0**30
+    burst: float = USUAL_BURST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,7 @@ class Observer:
             fleet=fleet,
             layout=to_layout(placed, names),
             budget_bytes=self.settings.budget_bytes,
+            burst=self.settings.burst,
             cold_LE=cold_LE,
             load_counted=counted,
         )

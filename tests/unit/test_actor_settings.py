@@ -8,6 +8,7 @@ from actors.controller_settings import router_limits
 from actors.settings import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, most_routers, router_names
 from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError
+from moecluster.placement.decision import USUAL_BURST
 
 
 def config(**cluster: int) -> Config:
@@ -55,3 +56,7 @@ def test_limits_that_exclude_the_number_at_the_start_are_refused() -> None:
     line = re.escape("cluster.num_routers: got 1, expected 2 to 3 (serve.min_routers, serve.max_routers)")
     with pytest.raises(ConfigError, match=line):
         router_limits(read_config({"serve": {"min_routers": 2, "max_routers": 3}}))
+
+
+def test_plans_on_paper_borrow_as_much_as_a_cluster_does_by_default() -> None:
+    assert read_config({}).controller.move_burst == USUAL_BURST

@@ -270,3 +270,35 @@ def test_replicas_of_uneven_actors_follow_the_load_worst_first_and_within_the_mo
     often = recounted(layout, load_LE, fleet, np.array([2.0]), np.array([9]))
     assert often.actor_R[often.expert_R == 0].tolist() == [0, 1, 5]  # 12 / 6 is the goal
     assert recounted(layout, load_LE, fleet, np.array([12.0]), np.array([9])) is layout
+
+
+def shifted_topics() -> Case:
+    """Ten layers of 128 experts, evened out; then three of them get another order of popularity at once."""
+    num_experts_L, fleet = np.full(10, 128), fleet_of(10, 16, num_layers=10)
+    load_LE = np.concatenate([zipf(128, 1.1, seed) for seed in range(10)])
+    layout = cold_plan(load_LE, num_experts_L, fleet)
+    load_LE[:3] = np.concatenate([zipf(128, 1.1, 100 + seed) for seed in range(3)])
+    return Case(layout=layout, load_LE=load_LE, fleet=fleet)
+
+
+def test_a_sudden_shift_of_topics_is_followed_at_once_on_budget_of_later_decisions():
+    case, policy, budget = shifted_topics(), policy_named("share"), 15.0
+    seen = Observation(now_s=0.0, load_LE=case.load_LE, fleet=case.fleet, layout=case.layout, budget_bytes=budget)
+    assert balancedness_L(case.layout, case.load_LE, case.fleet)[:3].max() < 0.6
+    within, _ = policy.decide(seen, policy.first_state())
+    decision, state = policy.decide(replace(seen, burst=3.0), policy.first_state())
+    assert within.moved_bytes <= budget < decision.moved_bytes <= 4 * budget
+    reached = known(decision.balancedness_after)
+    assert reached > 0.95
+    assert reached > known(within.balancedness_after) + 0.03
+    # The same shift again: what was borrowed is paid back first.
+    again, _ = policy.decide(replace(seen, burst=3.0), state)
+    assert again.moved_bytes <= 5 * budget - decision.moved_bytes
+
+
+def test_a_short_budget_helps_every_layer_that_shifted():
+    case, policy = shifted_topics(), policy_named("share")
+    seen = Observation(now_s=0.0, load_LE=case.load_LE, fleet=case.fleet, layout=case.layout, budget_bytes=12.0)
+    decision, _ = policy.decide(seen, policy.first_state())
+    before_L, after_L = (balancedness_L(x, case.load_LE, case.fleet) for x in (case.layout, decision.layout))
+    assert (after_L[:3] > 1.3 * before_L[:3]).all()
