@@ -15,7 +15,7 @@ layers_of = $(foreach layer,$(1),$(if $(wildcard tests/$(layer)/test_*.py),tests
 PLAIN_LAYERS := $(call layers_of,unit rpc)
 RAY_LAYERS := $(call layers_of,cluster faults browser gpu)
 # The scripts that end within minutes.
-BENCHMARKS := layer planner live_balance recovery loading serving
+BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:

@@ -1,4 +1,5 @@
-"""Loads that nobody recorded: Zipf popularity that drifts, bursts, and swings with the day. Equal for equal seeds."""
+"""Loads that nobody recorded: Zipf popularity that drifts, bursts, swings with the day, and changes topic in some
+layers at once. Equal for equal seeds."""
 
 import math
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ class LoadShape:
     bursts_per_hour: float = 0.5  # topics that many ask for at once: one expert in each layer
     burst_factor: float = 4.0  # by which such an expert's popularity grows
     burst_s: float = 900.0
+    shift_every_s: float = 0.0  # how often the topic changes; 0: never
+    shift_part: float = 0.3  # part of the layers whose experts then get a new order of popularity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,10 @@ class SyntheticLoads:
             for _ in range(rng.poisson(shape.bursts_per_hour * self.window_s / 3600.0)):
                 experts_L = rng.integers(shape.num_experts, size=shape.num_layers)
                 bursts.append((time_s + rng.exponential(shape.burst_s), experts_L))
+            every_s = shape.shift_every_s
+            if every_s and time_s // every_s > index * self.window_s // every_s:
+                shifted = rng.choice(shape.num_layers, math.ceil(shape.shift_part * shape.num_layers), replace=False)
+                rank_LE[shifted] = rng.permuted(rank_LE[shifted], axis=1)
             bursts = [(end_s, experts_L) for end_s, experts_L in bursts if end_s >= time_s]
             popularity_LE = rank_LE * np.exp(log_drift_LE)
             for _, experts_L in bursts:

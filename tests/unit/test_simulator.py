@@ -98,6 +98,16 @@ def test_equal_seeds_give_equal_days() -> None:
     assert simulated(ProportionalPolicy(), dataclasses.replace(what, seed=1)) != first
 
 
+def test_topics_change_at_once_in_the_stated_part_of_the_layers_and_at_the_stated_times() -> None:
+    still: dict[str, Any] = {"drift": 0.0, "bursts_per_hour": 0.0, "swing": 0.0}
+    shape = LoadShape(num_layers=10, num_experts=16, top_k=2, tokens_per_s=1e3, shift_every_s=180.0, **still)
+    windows = [load.popularity_LE for load in SyntheticLoads(shape, window_s=60.0, num_windows=9, seed=3)]
+    changed = [int((now != then).any(axis=1).sum()) for then, now in itertools.pairwise(windows)]
+    assert changed == [0, 3, 0, 0, 3, 0, 0, 3]  # those at 180, 360 and 540 s
+    for then, now in itertools.pairwise(windows):
+        np.testing.assert_allclose(np.sort(now), np.sort(then))  # other experts, as popular as those before
+
+
 def test_a_policy_that_follows_the_load_serves_what_one_that_does_not_cannot() -> None:
     wild: dict[str, Any] = {"part": 0.75, "swing": 0.0, "zipf": 1.2, "drift": 1.5, "drift_time_s": 1800.0}
     still, follows = (simulated(policy, scenario(), **wild) for policy in (Still(), ProportionalPolicy()))
