@@ -10,6 +10,7 @@ from typing import Any
 from actors.begin_again import begins_again
 from actors.checkpoint_source import announce, checkpoint_opener
 from actors.controller_settings import controller_settings, load_source
+from actors.given_directories import GivenDirectories
 from actors.ray_supervisor import RaySupervisor
 from actors.settings import CONTROLLER, Endpoints, make_metrics
 from moecluster.config import read_config
@@ -53,6 +54,7 @@ class ControllerActor:
             connect=partial(_connect, credentials),
             watch=partial(_watch, credentials),
             metrics=metrics,
+            is_given=GivenDirectories(config.cluster.name),
             source=load_source(config, layer_experts),
             on_deposed=_leave,
             announce=partial(_announce, config.cluster.name),

@@ -1,9 +1,11 @@
 """Starts, finds and ends a cluster: its named, detached actors in a Ray namespace of its own."""
 
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ from actors.checkpoint_source import CheckpointSource
 from actors.controller_actor import ControllerActor
 from actors.controller_settings import controller_settings
 from actors.expert_actor import ExpertActor
+from actors.given_directories import GivenDirectories
 from actors.loading_progress import HostedBytes, bytes_to_load
 from actors.ray_calls import call, endpoints_of, find_actor, named_actors
 from actors.router_actor import RouterActor
@@ -36,6 +39,7 @@ from moecluster.models.expert_source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policies import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.training.checkpoints import CHECKPOINTS
 
 CALL_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes
@@ -68,6 +72,7 @@ class Cluster:
                 f"the cluster {self.name} is up already; take it down first (moecluster down), "
                 "or give this one another cluster.name"
             )
+        model_dir = os.path.abspath(model_dir)  # actors have other working directories
         source = ExpertSource(model_dir)
         layer_experts = {layer.layer: layer.num_experts for layer in source.layers}
         names = expert_names(config)
@@ -76,7 +81,10 @@ class Cluster:
         policy_named(config.controller.policy)
         check_resources(config, ray.available_resources())
         check_ports(config)
+        given = GivenDirectories(self.name)
+        given.forget_all()  # of a cluster that nobody could take down
         try:
+            given.give(model_dir)
             ports = metrics_ports(config)
             tables = config.to_tables()
             handles = {
@@ -145,8 +153,13 @@ class Cluster:
         found: ClusterCredentials = call(self._handle(CONTROLLER).credentials.remote(), CALL_TIMEOUT_S, CONTROLLER)
         return found
 
+    def give_directory(self, directory: str) -> None:
+        """Orders may name this directory, and what lies below it, from now on. Raises Unavailable."""
+        GivenDirectories(self.name).give(directory)
+
     def reload_routers(self, model_dir: str, timeout_s: float = 120.0) -> None:
         """Every router takes trunk and tokenizer of another directory, which the controller knows of already."""
+        self.give_directory(model_dir)
         routers = [name for name in self.actors() if is_router(name)]
         asked: dict[str, Any] = {name: self._handle(name).reload.remote(model_dir) for name in routers}
         for name, reference in asked.items():
@@ -156,6 +169,8 @@ class Cluster:
 
     def train(self, config: Config, start: str) -> None:
         """The first router begins a training run. Raises UserError if one is under way."""
+        for directory in (start, Path(config.train.output_dir) / CHECKPOINTS):
+            self.give_directory(str(directory))
         call(self._handle(ROUTER).train.remote(config.to_tables(), start), CALL_TIMEOUT_S, ROUTER)
 
     def training_progress(self, since: int) -> Progress:
@@ -176,6 +191,8 @@ class Cluster:
                 with suppress(Unavailable):  # gone meanwhile
                     ray.kill(self._handle(name), no_restart=True)
             time.sleep(POLL_S)
+        with suppress(Unavailable):  # the next cluster of this name begins with that
+            GivenDirectories(self.name).forget_all()
 
     def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> dict[str, Endpoints]:
         """By the handles, not by name: one that cannot start has no name any more, and its handle says why."""

@@ -9,6 +9,7 @@ import ray
 
 from actors.begin_again import begins_again
 from actors.checkpoint_source import checkpoint_opener
+from actors.given_directories import GivenDirectories
 from actors.settings import Endpoints, make_metrics
 from moecluster.config import read_config
 from moecluster.roles.expert_service import ExpertService
@@ -33,6 +34,7 @@ class ExpertActor:
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._service = ExpertService(
             name=name,
+            is_given=GivenDirectories(config.cluster.name),
             max_queue_bytes=config.experts.max_queue_bytes,
             activation_budget_bytes=config.experts.activation_budget_bytes,
             batch_invariant=config.experts.batch_invariant,

@@ -83,6 +83,14 @@ def credentials_of(up: UpCluster) -> ClusterCredentials | None:
     return read_secret(up.secret_file)
 
 
+def give_directory(up: UpCluster, directory: str) -> None:
+    """Tells a cluster, over its Ray, that orders may name this directory. Raises ResourceError, Unavailable."""
+    try:
+        join(up.name, up.ray_address, up.local_ray).give_directory(directory)
+    finally:
+        leave()
+
+
 def take_down(up: UpCluster) -> None:
     """Ends what bring_up started, and nothing else."""
     _end(up.name, up.ray_address, up.local_ray)

@@ -16,6 +16,7 @@ import torch
 
 from actors.begin_again import begins_again
 from actors.checkpoint_source import checkpoint_opener
+from actors.given_directories import GivenDirectories
 from actors.ray_calls import controller_resolver
 from actors.settings import Endpoints, make_metrics
 from moecluster.config import Config, read_config
@@ -74,6 +75,7 @@ class RouterActor:
             model_dir,
             self._experts,
             make_engine=partial(make_engine, limits=EngineLimits.of(config.serve), metrics=self._metrics),
+            is_given=GivenDirectories(config.cluster.name),
             name=name,
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",

@@ -4,6 +4,7 @@ MoeClusterError
 ├── UserError (also a ValueError)        the user can mend it: one line, exit code 2
 │   ├── ConfigError                      a wrong key, type or value in a configuration
 │   ├── CheckpointError                  a model directory that is missing, torn or of another shape
+│   ├── NotGiven                         a directory that the cluster was not given: PERMISSION_DENIED
 │   ├── UnsupportedModelError            a model family that cannot be attached
 │   ├── DataError                        training text that is empty, binary or too short
 │   ├── TraceError                       a trace of loads that is missing, torn or of another shape
@@ -40,6 +41,10 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint directory is missing, torn, or of another shape."""
+
+
+class NotGiven(UserError):
+    """An order names a directory that the cluster was not given. Names it."""
 
 
 class UnsupportedModelError(UserError):

@@ -18,6 +18,7 @@ from moecluster.rpc.in_process import InProcessTransport
 from moecluster.rpc.interfaces import ExpertTransport
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, OptimizerSettings, Placement, Replica
+from tests.given import any_directory
 
 Transport = Literal["in-process", "inline", "shm"]
 SHARED_MEMORY_BYTES = 4 * 2**20
@@ -46,7 +47,10 @@ class ExpertCluster:
         replicas = replicas or contiguous_placement(layer_experts, names)
         self.services = {
             name: ExpertService(
-                name=name, batch_invariant=batch_invariant, activation_budget_bytes=activation_budget_bytes
+                is_given=any_directory,
+                name=name,
+                batch_invariant=batch_invariant,
+                activation_budget_bytes=activation_budget_bytes,
             )
             for name in names
         }

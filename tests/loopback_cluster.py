@@ -7,6 +7,7 @@ from typing import Any, Self
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint import OpenCheckpoint
 from moecluster.models.expert_source import ExpertSource
+from moecluster.models.given_directories import IsGiven
 from moecluster.placement.initial import contiguous_placement
 from moecluster.roles.controller import Controller
 from moecluster.roles.controller_settings import ControllerSettings
@@ -27,6 +28,7 @@ from moecluster.rpc.server import RunningServer
 from moecluster.serving.engine import EngineLimits
 from moecluster.serving.make_engine import make_engine
 from moecluster.types import ActorAddress, RouterState
+from tests.given import any_directory
 
 
 class LoopbackCluster:
@@ -43,15 +45,17 @@ class LoopbackCluster:
         device: str = "cpu",
         router_supervisor: RouterSupervisor | None = None,
         open_elsewhere: OpenCheckpoint | None = None,
+        is_given: IsGiven = any_directory,
         **controller: Any,
     ) -> None:
         """device: of trunks. router_supervisor: starts more routers. open_elsewhere: opens what nobody here sees.
-        controller: fields of ControllerSettings that differ from the usual ones."""
+        is_given: what weights may be loaded out of. controller: fields of ControllerSettings that differ from the usual
+        ones."""
         self._router_supervisor = router_supervisor
         self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
         self._controller_settings = controller
         self._batch_invariant, self._device = batch_invariant, device
-        self._open_elsewhere = open_elsewhere
+        self._open_elsewhere, self._is_given = open_elsewhere, is_given
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
@@ -75,6 +79,7 @@ class LoopbackCluster:
             batch_invariant=self._batch_invariant,
             device=self._device,
             open_elsewhere=self._open_elsewhere,
+            is_given=self._is_given,
             told=told,
         )
 
@@ -92,6 +97,7 @@ class LoopbackCluster:
         }
         controller = Controller(
             ControllerSettings(**(settings | self._controller_settings)),
+            is_given=self._is_given,
             supervisor=self,
             connect=_control,
             watch=_watch,
@@ -114,7 +120,10 @@ class LoopbackCluster:
 
     def revive(self, actor: str) -> None:
         self.services[actor] = ExpertService(
-            name=actor, batch_invariant=self._batch_invariant, open_elsewhere=self._open_elsewhere
+            is_given=self._is_given,
+            name=actor,
+            batch_invariant=self._batch_invariant,
+            open_elsewhere=self._open_elsewhere,
         )
         self.servers[actor] = serve_expert(self.services[actor], credentials=None)
 
@@ -167,6 +176,7 @@ class LoopbackRouter:
         batch_invariant: bool,
         device: str,
         open_elsewhere: OpenCheckpoint | None,
+        is_given: IsGiven,
         told: Callable[[], RouterState | None],
     ) -> None:
         """controller: where it is reached now. told: see LoopbackCluster.add_router."""
@@ -178,6 +188,7 @@ class LoopbackRouter:
         self.router = Router(
             directory,
             self.remote,
+            is_given=is_given,
             make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
             name=name,
             device=device,

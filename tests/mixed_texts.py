@@ -23,6 +23,7 @@ from moecluster.serving.engine import EngineLimits
 from moecluster.serving.make_engine import make_engine
 from tests.expert_cluster import ExpertCluster
 from tests.families import VOCABULARY, make_model, save
+from tests.given import any_directory
 from tests.near_ties import is_near_tie
 
 NUM_TEXTS = 32
@@ -78,7 +79,13 @@ def written_alone(model: Any, request: GenerationRequest) -> list[int]:
 
 def written_together(directory: Path, requests: Sequence[GenerationRequest], device: str) -> list[list[int]]:
     with ExpertCluster(directory, transport="shm") as cluster:
-        router = Router(directory, cluster.remote, make_engine=partial(make_engine, limits=LIMITS), device=device)
+        router = Router(
+            directory,
+            cluster.remote,
+            is_given=any_directory,
+            make_engine=partial(make_engine, limits=LIMITS),
+            device=device,
+        )
         server = serve_router(router, credentials=None)
         try:
             with open_channel(server.address) as channel, ThreadPoolExecutor(len(requests)) as clients:

@@ -203,6 +203,7 @@ class RandomChanges:
             )
         if kind == "update":
             checkpoint = self._choose.choice([path for path in self._checkpoints if path != status.checkpoint])
+            self._cluster.driver.give_directory(checkpoint)
             return _Order(
                 what=f"update {checkpoint.rpartition('/')[2]}",
                 ask=lambda calls, name: calls.update(checkpoint, operation_id=name),

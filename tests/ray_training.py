@@ -17,6 +17,8 @@ def run_on(
     """The events of a run. prepare: sees the way to the experts before anything goes over it."""
     cluster.wait_served()
     start = prepare_start(config)
+    for directory in (start, config.train.output_dir):
+        cluster.driver.give_directory(str(directory))
     set_checkpoint(cluster.driver.controller_address(), str(start.resolve()), credentials=CREDENTIALS)
     tokenizer = run_tokenizer(config)
     with cluster.remote_experts(hold=True) as remote:

@@ -21,6 +21,7 @@ from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
 from tests.batches import make_batch
 from tests.families import make_model, save
+from tests.given import any_directory
 
 LAYER, WIDTH = 1, 32  # of the one MoE layer
 EXPERTS = tuple(ExpertId(layer=LAYER, index=index) for index in range(4))
@@ -48,7 +49,7 @@ Connect = Callable[..., GrpcExpertTransport]  # open_stream, without the address
 @contextmanager
 def serving(checkpoint: Path, name: str = "expert-0", **settings: Any) -> Iterator[ExpertService]:
     """An actor that serves all experts."""
-    with closing(ExpertService(name=name, **settings)) as service:
+    with closing(ExpertService(name=name, **{"is_given": any_directory, **settings})) as service:
         service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint))
         yield service
 
@@ -58,7 +59,7 @@ def training(
     checkpoint: Path, name: str = "expert-0", optimizer: OptimizerSettings = SGD, term: int = 1, **settings: Any
 ) -> Iterator[ExpertService]:
     """An actor that trains all experts."""
-    with closing(ExpertService(name=name, **settings)) as service:
+    with closing(ExpertService(name=name, **{"is_given": any_directory, **settings})) as service:
         service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=optimizer, training_term=term)
         yield service
 

@@ -13,6 +13,7 @@ from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc.in_process import InProcessPeerExports
 from moecluster.sections import ModelConfig
 from moecluster.types import ActorAddress
+from tests.given import any_directory
 
 TINY = ModelConfig(
     hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, num_experts=4, expert_inner_size=24, max_positions=256
@@ -100,7 +101,9 @@ class TwinActors:
 
     def _start(self, actor: str) -> ExpertService:
         return ExpertService(
-            name=actor, connect_peer=lambda peer: InProcessPeerExports(self.connect(peer), peer.incarnation)
+            is_given=any_directory,
+            name=actor,
+            connect_peer=lambda peer: InProcessPeerExports(self.connect(peer), peer.incarnation),
         )
 
     def __enter__(self) -> Self:

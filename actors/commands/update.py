@@ -8,7 +8,9 @@ from rich.console import Console
 
 from actors import state
 from actors.commands import operations
+from actors.commands.cluster import found
 from actors.commands.controller import LiveController
+from actors.launch import give_directory
 from moecluster.errors import CheckpointError, ConfigError
 from moecluster.types import ControllerStatus, OperationPhase
 
@@ -31,6 +33,7 @@ def update(
         checkpoint = _put_together(name, checkpoint, experts, keep_trunk, out, console)
     elif out:
         raise ConfigError("--out: nothing is put together without --experts or --keep-trunk")
+    give_directory(found(name), str(checkpoint))
     operation = operations.update(name, str(checkpoint), operation_id, wait, console)
     noted = state.load(name)
     if noted is not None and operation.phase is OperationPhase.DONE:

@@ -56,7 +56,12 @@ class ExpertActor:
 
     def __init__(self, name: str, experts: tuple[ExpertId, ...], setup: Setup) -> None:
         torch.set_num_threads(1)
-        self.service = ExpertService(name=name, batch_invariant=setup.invariant, activation_budget_bytes=2**30)
+        self.service = ExpertService(
+            is_given=setup.checkpoint.__eq__,
+            name=name,
+            batch_invariant=setup.invariant,
+            activation_budget_bytes=2**30,
+        )
         self.service.load(
             term=1,
             experts=experts,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from moecluster.errors import ResourceError, UserError
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint import OpenCheckpoint
+from moecluster.models.given_directories import IsGiven
 from moecluster.roles.actor_access import ActorSupervisor, Connect, Watch
 from moecluster.roles.actor_reports import ActorReports
 from moecluster.roles.changer import Changer
@@ -59,6 +60,7 @@ class Controller:
         connect: Connect,
         watch: Watch,
         metrics: Metrics,
+        is_given: IsGiven,
         source: LoadSource | None = None,
         routers: RouterSupervisor | None = None,
         on_deposed: Callable[[], None] = lambda: None,
@@ -66,10 +68,11 @@ class Controller:
         open_elsewhere: OpenCheckpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """source: where loads come from; by default the routers' reports. routers: None: they are not started or ended
-        from here. on_deposed is called when another controller has taken over. announce: lets nodes that do not see a
-        directory read it, if a node that can give it does. open_elsewhere: opens checkpoints that this node does not
-        see. clock: seconds, for leases and durations."""
+        """is_given: whether weights may be loaded out of a directory. source: where loads come from; by default the
+        routers' reports. routers: None: they are not started or ended from here. on_deposed is called when another
+        controller has taken over. announce: lets nodes that do not see a directory read it, if a node that can give it
+        does. open_elsewhere: opens checkpoints that this node does not see. clock: seconds, for leases and
+        durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
@@ -145,6 +148,7 @@ class Controller:
             log=self._log,
             sizing=self._sizing,
             on_order=self._changer.wake,
+            is_given=is_given,
             announce=announce,
             open_elsewhere=open_elsewhere,
         )
@@ -230,7 +234,8 @@ class Controller:
     # -- what users and training order --
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Lost experts are loaded from this directory from now on. Raises CheckpointError for one that cannot be."""
+        """Lost experts are loaded from this directory from now on. Raises NotGiven, and CheckpointError for one
+        that cannot be."""
         self._orders.set_checkpoint(checkpoint)
 
     def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:

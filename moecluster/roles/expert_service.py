@@ -15,6 +15,7 @@ from moecluster.growing import MAX_NUMBER
 from moecluster.linear import plain
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint import OpenCheckpoint
+from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.roles.arriving_experts import LoadSettings
 from moecluster.roles.compute_queue import ComputeQueue
 from moecluster.roles.controller_orders import ControllerOrders
@@ -46,6 +47,7 @@ class ExpertService:
         self,
         *,
         name: str,
+        is_given: IsGiven,
         max_queue_bytes: int = 256 * 2**20,
         activation_budget_bytes: int = 256 * 2**20,
         batch_invariant: bool = False,
@@ -53,11 +55,13 @@ class ExpertService:
         connect_peer: ConnectPeer = GrpcPeerExports,
         open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """Begins to compute; ends with close(). connect_peer: the way to an actor that experts are copied from.
+        """Begins to compute; ends with close(). is_given: whether experts may be loaded out of a directory.
 
+        connect_peer: the way to an actor that experts are copied from.
         open_elsewhere: opens checkpoints that this node does not see.
         """
         self.name = name
+        self._is_given = is_given
         self.incarnation = secrets.token_hex(8)
         self._hosted = HostedExperts()
         self._queue = ComputeQueue(max_queue_bytes)
@@ -129,10 +133,12 @@ class ExpertService:
 
         They come beside what is here of other weight versions; 0 stands for the version that is served. With an
         optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each other,
-        and no other order or batch for them; what came before an error stays. Raises CheckpointError, InvalidMessage,
+        and no other order or batch for them; what came before an error stays. Raises NotGiven for a directory that the
+        cluster was not given, before anything is read or changed; CheckpointError, InvalidMessage,
         DeadlineExceeded; StaleOrder for an older term, experts that were unloaded since, or a peer with
         another weight version; Unavailable if the peer does not give what it should.
         """
+        check_given(checkpoint, self._is_given)
         if peer is not None and optimizer is not None:
             raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
         self._hosted.check_version(weight_version)

@@ -18,6 +18,7 @@ from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
+from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.models.tokenizer import load_tokenizer, prompt_ids
 from moecluster.models.trunk import load_trunk
 from moecluster.roles.model_versions import ModelVersions, VersionExperts
@@ -80,6 +81,7 @@ class Router:
         experts: RemoteExperts,
         *,
         make_engine: MakeEngine,
+        is_given: IsGiven,
         name: str = "router",
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
@@ -88,14 +90,16 @@ class Router:
         controller: Callable[[], str] = lambda: "",
         open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """Loads trunk and tokenizer of a model directory. Raises CheckpointError or UnsupportedModelError.
+        """Loads trunk and tokenizer of a model directory. Raises NotGiven, CheckpointError or UnsupportedModelError.
 
-        on_change: state() says something else about weights. controller: host:port where the controller is reached
-        now, or nothing. open_elsewhere: opens checkpoints that this node does not see.
+        is_given: whether a trunk may be loaded out of a directory. on_change: state() says something else about
+        weights. controller: host:port where the controller is reached now, or nothing. open_elsewhere: opens
+        checkpoints that this node does not see.
         """
         self.name = name
         self.experts = experts
         self._make_engine = make_engine
+        self._is_given = is_given
         self._metrics = metrics
         self._controller = controller
         self._dtype, self._device = dtype, device
@@ -210,6 +214,7 @@ class Router:
             return list(self._engines)
 
     def _load(self, path: Path, version: VersionExperts) -> ServedModel:
+        check_given(str(path), self._is_given)
         experts = TrunkExperts(version)
         checkpoint = open_checkpoint(path, self._open_elsewhere)
         model = load_trunk(checkpoint, experts, self._dtype, self._device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, ResourceError
 from moecluster.models.checkpoint import OpenCheckpoint, open_checkpoint
 from moecluster.models.expert_source import ExpertSource
+from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.models.same_shape import check_same_shape, sizes
 from moecluster.roles.leases import Leases
 from moecluster.roles.operation_log import OperationLog
@@ -33,12 +34,13 @@ class UserOrders:
         log: OperationLog,
         sizing: Sizing,
         on_order: Callable[[], None],
+        is_given: IsGiven,
         announce: Callable[[str], None] = lambda checkpoint: None,
         open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """max_actors: 0 for no limit. on_order is called when something was queued. announce: lets nodes that do not
-        see a directory read it, if a node that can give it does. open_elsewhere: opens checkpoints that this node does
-        not see."""
+        """max_actors: 0 for no limit. on_order is called when something was queued. is_given: whether weights may be
+        loaded out of a directory. announce: lets nodes that do not see a directory read it, if a node that can give it
+        does. open_elsewhere: opens checkpoints that this node does not see."""
         self._min_actors = min_actors
         self._max_actors = max_actors
         self._standing = standing
@@ -46,6 +48,7 @@ class UserOrders:
         self._log = log
         self._sizing = sizing
         self._on_order = on_order
+        self._is_given = is_given
         self._announce = announce
         self._open_elsewhere = open_elsewhere
 
@@ -83,7 +86,8 @@ class UserOrders:
         return self._order("place", (str(expert), *actors), operation_id)
 
     def update(self, checkpoint: str, operation_id: str) -> Operation:
-        """Raises CheckpointError for a directory that is not whole or of another shape than what is served."""
+        """Raises NotGiven for a directory that the cluster was not given, CheckpointError for one that is not whole or
+        of another shape than what is served."""
         if not self._is_known(operation_id):
             versions = self._standing.versions
             newest = versions.all[-1]
@@ -92,16 +96,18 @@ class UserOrders:
                     f"update: {checkpoint} is weight version {newest.version} already; write new weights to another "
                     "directory"
                 )
+            check_given(checkpoint, self._is_given)
             self._announce(checkpoint)
             served, wanted = (open_checkpoint(path, self._open_elsewhere) for path in (versions.checkpoint, checkpoint))
             check_same_shape(served, wanted)
         return self._order(UPDATE, (checkpoint,), operation_id)
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Where lost experts are loaded from, from now on. Raises CheckpointError, and leaves it as it is, for what is
-        no whole checkpoint of as many experts as are served."""
+        """Where lost experts are loaded from, from now on. Raises, and leaves it as it is, CheckpointError for
+        what is no whole checkpoint of as many experts as are served, NotGiven for what the cluster was not given."""
         if not os.path.isabs(checkpoint):
             raise CheckpointError(f"{checkpoint}: expected an absolute path, as actors on other nodes take it")
+        check_given(checkpoint, self._is_given)
         found, served = sizes(ExpertSource(open_checkpoint(checkpoint, self._open_elsewhere))), self._standing
         if found != dict(served.layer_experts):
             raise CheckpointError(

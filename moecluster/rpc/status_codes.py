@@ -14,6 +14,7 @@ from moecluster.errors import (
     ExpertsLost,
     InvalidMessage,
     MoeClusterError,
+    NotGiven,
     NotHosted,
     RequestFailed,
     StaleOrder,
@@ -32,6 +33,7 @@ AnswerT = TypeVar("AnswerT")
 # The first class that an error is an instance of decides.
 _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (InvalidMessage, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotGiven, grpc.StatusCode.PERMISSION_DENIED),
     (UserError, grpc.StatusCode.FAILED_PRECONDITION),
     (Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotHosted, grpc.StatusCode.NOT_FOUND),

@@ -8,9 +8,11 @@ import pytest
 import ray
 
 from actors.checkpoint_source import CheckpointSource, announce
+from actors.given_directories import GivenDirectories
 from actors.ray_calls import call, find_actor
 from actors.settings import SOURCE
 from actors.spawn import spawn
+from moecluster.errors import NotGiven
 from moecluster.rpc.controller_calls import set_checkpoint
 from tests.generation_load import save_decided_model
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
@@ -48,6 +50,10 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
     call(source.announce.remote(NAME, directory), 60.0, SOURCE)
     announce(name, directory)
 
+    with pytest.raises(NotGiven, match=f"{NAME}: the cluster was not given this directory"):
+        set_checkpoint(cluster.driver.controller_address(), NAME, credentials=CREDENTIALS)
+    cluster.driver.give_directory(NAME)
+    assert GivenDirectories(name)(NAME) and not GivenDirectories(f"{name}-2")(NAME), "of this cluster alone"
     set_checkpoint(cluster.driver.controller_address(), NAME, credentials=CREDENTIALS)
     for actor in ("expert-0", "expert-1"):
         old = cluster.kill(actor, signal.SIGKILL)

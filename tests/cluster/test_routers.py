@@ -108,6 +108,7 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
 def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster: RayCluster, tmp_path: Path) -> None:
     """Not the model that the cluster was started with: the experts are of the newest checkpoint by then."""
     newest = save_decided_model(tmp_path)
+    cluster.driver.give_directory(newest)
     set_checkpoint(cluster.driver.controller_address(), newest, credentials=CREDENTIALS)
     pid = cluster.kill("router-1")
     wait_for(lambda: cluster.pids().get("router-1", pid) != pid, "router-1 is started again")

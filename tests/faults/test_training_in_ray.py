@@ -149,6 +149,7 @@ def test_a_run_whose_router_is_killed_begins_again_by_itself(
     cluster.wait_served()
     config = make_config(text, tmp_path, **SHORT)
     start = prepare_start(config)
+    cluster.driver.give_directory(str(start))
     set_checkpoint(cluster.driver.controller_address(), str(start.resolve()), credentials=CREDENTIALS)
     store = CheckpointStore(tmp_path / CHECKPOINTS)
 

@@ -21,6 +21,7 @@ from moecluster.rpc.expert_stream import GrpcExpertTransport
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 from tests.expert_cluster import SHARED_MEMORY_BYTES, ExpertCluster, Transport
+from tests.given import any_directory
 from tests.small_actor import TIMEOUT_S, Occupied
 
 WIDTH, INNER, EXPERTS, TOP_K, PROBES = 128, 192, 8, 3, 6  # three: sums of two have only one order
@@ -244,7 +245,7 @@ class Actors:
 
     def start(self, name: str) -> None:
         """With all experts: which of them it is asked for, the placement says."""
-        service = self.services[name] = ExpertService(name=name, batch_invariant=True)
+        service = self.services[name] = ExpertService(is_given=any_directory, name=name, batch_invariant=True)
         experts = [ExpertId(layer=0, index=index) for index in range(EXPERTS)]
         service.load(term=1, experts=experts, checkpoint=str(self._checkpoint), dtype=self._dtype)
         self._servers[name] = serve_expert(service, credentials=None)

@@ -28,6 +28,7 @@ from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId
 from tests.batches import assert_same_fields, make_batch
 from tests.families import make_model, save
+from tests.given import any_directory
 from tests.small_actor import EXPERTS, TIMEOUT_S, ask, batch_of, open_stream, result_of, served, serving
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,7 +53,7 @@ def peer_address(peer: ExpertService) -> Iterator[ActorAddress]:
 @pytest.fixture
 def taker() -> Iterator[ExpertService]:
     """An actor without experts."""
-    with closing(ExpertService(name="taker")) as service:
+    with closing(ExpertService(is_given=any_directory, name="taker")) as service:
         yield service
 
 
@@ -74,7 +75,10 @@ def test_copied_experts_are_those_of_the_checkpoint(
     save(make_model(family), tmp_path, "per-expert")
     layers = ExpertSource(tmp_path).layers
     experts = [ExpertId(layer=layer.layer, index=index) for layer in layers for index in range(layer.num_experts)]
-    with closing(ExpertService(name="peer")) as peer, closing(ExpertService(name="taker")) as taker:
+    with (
+        closing(ExpertService(is_given=any_directory, name="peer")) as peer,
+        closing(ExpertService(is_given=any_directory, name="taker")) as taker,
+    ):
         held_bytes = peer.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)
         with (
             served(peer) as server,
@@ -372,7 +376,7 @@ def test_a_throttled_copy_takes_its_time_and_both_ends_serve_meanwhile(
 def test_an_actor_gives_its_experts_to_several_at_once(
     peer: ExpertService, peer_address: ActorAddress, checkpoint: Path
 ) -> None:
-    takers = [ExpertService(name=f"taker-{i}") for i in range(4)]
+    takers = [ExpertService(is_given=any_directory, name=f"taker-{i}") for i in range(4)]
     with ThreadPoolExecutor(4) as threads:
         loads = [
             threads.submit(t.load, term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address)

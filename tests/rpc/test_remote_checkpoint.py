@@ -37,6 +37,7 @@ from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ExpertId, OptimizerSettings
 from tests.families import make_model, save
+from tests.given import any_directory
 from tests.parity import LocalExperts, batch_for, load_routed
 
 NAME = "/nowhere/on/this/host"
@@ -123,9 +124,9 @@ def test_an_expert_actor_loads_what_its_node_does_not_see(small: Path) -> None:
             assert name == NAME
             return Checkpoint.of(RemoteFiles(name, lambda: source))
 
-        with closing(ExpertService(name="far", open_elsewhere=open_elsewhere)) as far:
+        with closing(ExpertService(is_given=any_directory, name="far", open_elsewhere=open_elsewhere)) as far:
             assert far.load(term=1, experts=[expert], checkpoint=NAME) == ExpertSource(small).expert_bytes(expert)
-            with closing(ExpertService(name="near")) as near:
+            with closing(ExpertService(is_given=any_directory, name="near")) as near:
                 near.load(term=1, experts=[expert], checkpoint=str(small))
                 exported = [[t.value for t in s.export(experts=[expert], with_optimizer=False)] for s in (far, near)]
                 assert all(torch.equal(a, b) for a, b in zip(*exported, strict=True))

@@ -11,6 +11,7 @@ import torch
 
 from actors import state
 from actors.cli import main
+from actors.commands import update
 from actors.state import UpCluster
 from moecluster.models.expert_source import ExpertSource
 from moecluster.types import ExpertId
@@ -47,6 +48,14 @@ def cluster(versions: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.fixture(autouse=True)
+def given(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the cluster was given; there is no Ray to tell it over."""
+    told: list[str] = []
+    monkeypatch.setattr(update, "give_directory", lambda up, directory: told.append(directory))
+    return told
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command line, and returns its exit code and what it said."""
@@ -65,9 +74,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run_command
 
 
-def test_a_whole_directory_is_waited_for_and_noted(run: Run, cluster: LoopbackCluster, versions: list[str]) -> None:
+def test_a_whole_directory_is_waited_for_and_noted(
+    run: Run, cluster: LoopbackCluster, versions: list[str], given: list[str]
+) -> None:
     done = run("update", versions[1], "--id", "night")
     assert done.code == 0, done.err
+    assert given == [versions[1]]
     assert done.out.startswith("night is done after ") and f"version 2: {versions[1]}; " in done.out
     noted = state.load("moecluster")
     assert noted is not None and noted.model == versions[1], "generate MODEL names what is served"
@@ -77,7 +89,7 @@ def test_a_whole_directory_is_waited_for_and_noted(run: Run, cluster: LoopbackCl
 
 
 def test_some_experts_are_taken_out_of_a_directory(
-    run: Run, cluster: LoopbackCluster, versions: list[str], tmp_path: Path
+    run: Run, cluster: LoopbackCluster, versions: list[str], tmp_path: Path, given: list[str]
 ) -> None:
     done = run("update", versions[1], "--experts", "0/1", "--experts", "1/*", "--keep-trunk")
     assert done.code == 0, done.err
@@ -91,6 +103,7 @@ def test_some_experts_are_taken_out_of_a_directory(
     out = tmp_path / "mine"
     assert run("update", versions[1], "--experts", "0/0", "--out", str(out)).code == 0
     assert cluster.controller.status().checkpoint == str(out)
+    assert given == [str(served), str(out)], "what was put together, not what it was taken from"
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.roles.expert_service import ExpertService
 from moecluster.rpc.expert_server import serve_expert
 from moecluster.rpc.server import KEEPALIVE_S, open_channel
+from tests.given import any_directory
 
 PINGS = 4.5  # more than a server forgives
 
 
 def test_a_connection_without_calls_stays_up() -> None:
-    service = ExpertService(name="idle")
+    service = ExpertService(is_given=any_directory, name="idle")
     server = serve_expert(service, credentials=None)
     seen: list[grpc.ChannelConnectivity] = []
     try:

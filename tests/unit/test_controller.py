@@ -15,6 +15,7 @@ from moecluster.roles.controller import Controller
 from moecluster.roles.controller_settings import ControllerSettings
 from moecluster.roles.observer import ObserverSettings
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
+from tests.given import any_directory
 from tests.twin_actors import TwinActors, save_tiny_model
 
 ACTORS = ("expert-0", "expert-1")
@@ -52,6 +53,7 @@ def make(actors: TwinActors, checkpoint: str) -> Iterator[Callable[..., Controll
             (settings if key in ControllerSettings.__dataclass_fields__ else others)[key] = value
         controller = Controller(
             ControllerSettings(**settings),
+            is_given=any_directory,
             supervisor=actors,
             connect=actors.connect,
             watch=actors.watch,

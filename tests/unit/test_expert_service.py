@@ -28,6 +28,7 @@ from moecluster.types import (
     ExpertId,
 )
 from tests.batches import assert_same_fields, make_batch
+from tests.given import any_directory
 from tests.small_actor import (
     EXPERTS,
     LAYER,
@@ -227,7 +228,7 @@ def test_loading_again_changes_nothing_unless_told_to(service: ExpertService, ch
 
 
 def test_experts_are_served_in_the_dtype_that_was_asked_for(checkpoint: Path) -> None:
-    with closing(ExpertService(name="expert-0")) as service:
+    with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), dtype="bfloat16")
         result = ask(service, batch_of(dtype=torch.bfloat16))
         assert result.y_ND is not None and result.y_ND.dtype == torch.bfloat16

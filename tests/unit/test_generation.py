@@ -13,6 +13,7 @@ from moecluster.roles.router import Router
 from moecluster.serving.engine import EngineLimits
 from moecluster.serving.make_engine import make_engine
 from tests.expert_cluster import ExpertCluster
+from tests.given import any_directory
 from tests.twin_actors import save_tiny_model
 
 CALLS_BEFORE = 7  # of layers: three tokens and a half
@@ -35,7 +36,7 @@ def test_an_error_amid_a_text_reaches_its_reader(
     metrics = Metrics(model="tiny")
     limits = EngineLimits(max_running=4, max_cached_tokens=1024)
     make = partial(make_engine, limits=limits, metrics=metrics)
-    router = Router(Path(directory), experts.remote, make_engine=make, metrics=metrics)
+    router = Router(Path(directory), experts.remote, is_given=any_directory, make_engine=make, metrics=metrics)
     placement, calls = experts.pool.placement, 0
 
     def failing(timeout_s: float = 60.0) -> object:

@@ -16,6 +16,7 @@ from moecluster.models.composed_checkpoint import compose
 from moecluster.roles.expert_service import ExpertService
 from moecluster.types import ComputeBatch, ExpertId
 from tests.families import make_model, save
+from tests.given import any_directory
 from tests.small_actor import EXPERTS, SGD, ask, batch_of, check_rows, load_modules
 
 
@@ -31,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def service(checkpoints: list[Path]) -> Iterator[ExpertService]:
     """Serves version 1, and has loaded version 2 beside it."""
-    with closing(ExpertService(name="expert-0")) as service:
+    with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         stand(service, 1, (1,))
         for version in (1, 2):
             load(service, checkpoints, version)
@@ -90,7 +91,7 @@ def test_an_unloaded_expert_is_gone_in_all_versions(service) -> None:
 
 
 def test_what_came_before_a_version_was_named_is_of_the_one_that_is_served(checkpoints) -> None:
-    with closing(ExpertService(name="expert-0")) as service:
+    with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoints[0]), optimizer=SGD, training_term=1)
         stand(service, 5, (5,))
         assert (service.status().weight_version, service.status().experts) == (5, EXPERTS)
@@ -119,7 +120,7 @@ def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(check
     make_model("moecluster", 0).save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     make_model("moecluster", 1).save_pretrained(tmp_path / "others", max_shard_size="10KB")
     compose(tmp_path / "shards", tmp_path / "others", tmp_path / "mixed", experts=EXPERTS[2:3], keep_trunk=True)
-    with closing(ExpertService(name="expert-0")) as service:
+    with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         stand(service, 1, (1, 2))
 
         def load_from(directory: str, version: int) -> int:
@@ -146,7 +147,7 @@ def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(check
 def test_a_directory_that_was_written_anew_is_opened_anew(checkpoints, tmp_path) -> None:
     directory = shutil.copytree(checkpoints[0], tmp_path / "again")
     file = directory / SINGLE_FILE_NAME
-    with closing(ExpertService(name="expert-0")) as service:
+    with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         stand(service, 1, (1, 2))
 
         def load_again(experts: Sequence[ExpertId], version: int) -> None:

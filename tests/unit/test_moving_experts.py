@@ -24,6 +24,7 @@ from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ExportedTensor, Pace, P
 from moecluster.sections import ModelConfig
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 from tests.batches import make_batch
+from tests.given import any_directory
 from tests.small_actor import (
     EXPERTS,
     LAYER,
@@ -93,7 +94,9 @@ class Move:
     def __init__(self, checkpoint: Path, stack: ExitStack) -> None:
         self.checkpoint = checkpoint
         self.peer = HeldPeer(stack.enter_context(serving(checkpoint, "peer")))
-        self.service = stack.enter_context(closing(ExpertService(name="expert-0", connect_peer=self.peer.connect)))
+        self.service = stack.enter_context(
+            closing(ExpertService(is_given=any_directory, name="expert-0", connect_peer=self.peer.connect))
+        )
         self._threads = ThreadPoolExecutor(8)
         stack.callback(self._threads.shutdown)
         stack.callback(self.peer.go.set)
@@ -201,7 +204,7 @@ def test_a_peer_that_trains_gives_what_is_committed(move: Move, checkpoint: Path
             value.data.add_(1.0)
         peer = HeldPeer(trainer)
         peer.go.set()
-        with closing(ExpertService(name="b", connect_peer=peer.connect)) as service:
+        with closing(ExpertService(is_given=any_directory, name="b", connect_peer=peer.connect)) as service:
             service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer.address)
             ours, theirs = parameters(service), parameters(trainer)
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -386,7 +389,7 @@ def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) ->
     process = psutil.Process()
     # Packed by the loading thread. Where another does it, memory goes back only in an actor, whose threads share one
     # arena of malloc (actors/settings.py).
-    with closing(ExpertService(name="expert-0", batch_invariant=True)) as service:
+    with closing(ExpertService(is_given=any_directory, name="expert-0", batch_invariant=True)) as service:
 
         def load() -> int:
             return service.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)

@@ -22,6 +22,7 @@ from moecluster.training.loop import TrainingLoop
 from moecluster.training.start import prepare_start, read_data, run_tokenizer
 from moecluster.types import ActorAddress, ComputeBatch, Phase, Placement
 from tests.expert_cluster import ExpertCluster
+from tests.given import any_directory
 from tests.training_runs import assert_equal_within, losses, losses_in_one_process, make_config, write_text
 
 
@@ -108,7 +109,7 @@ class RestartingCluster(ExpertCluster):
     def kill(self, name: str) -> None:
         old = self.services[name]
         self.dead.append(old)
-        service = self.services[name] = ExpertService(name=name)
+        service = self.services[name] = ExpertService(is_given=any_directory, name=name)
         service.load(term=1, experts=self.placement.experts_on(name), checkpoint=str(self._directory))
         address = ActorAddress(actor=name, address="", incarnation=service.incarnation)
         self.placement = replace(
