@@ -73,9 +73,10 @@ def stream_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(STREAMS)]
 
 
-def wait_for_nothing_held() -> None:
+def wait_for_nothing_held(descriptors: int) -> None:
+    """descriptors: those of segments that were held before the test."""
     deadline_s = time.monotonic() + TIMEOUT_S
-    while (found := (mapped_segments(), held_segments(), stream_threads())) != (0, 0, []):
+    while (found := (mapped_segments(), held_segments(), stream_threads())) != (0, descriptors, []):
         assert time.monotonic() < deadline_s, found
         time.sleep(0.01)
 
@@ -84,7 +85,8 @@ def wait_for_nothing_held() -> None:
 def test_twenty_actors_that_joined_and_left_leave_nothing_behind(
     checkpoint: Path, modules: dict[int, nn.Module]
 ) -> None:
-    wait_for_nothing_held()
+    before = held_segments()
+    wait_for_nothing_held(before)
     with ExitStack() as actors, serving(checkpoint) as service:
         addresses = []
         for number in range(ACTORS):
@@ -100,7 +102,7 @@ def test_twenty_actors_that_joined_and_left_leave_nothing_behind(
                 check_rows(modules, batch, transport.submit(batch).result(TIMEOUT_S))
             assert mapped_segments() == 4 * ACTORS, "in one process: the segment of each end, mapped by both"
             actors.close()  # they leave; nobody asks for them any more
-            wait_for_nothing_held()
+            wait_for_nothing_held(before)
             with pytest.raises(Unavailable):
                 transports[0].submit(batch_of()).result(TIMEOUT_S)
 
@@ -109,6 +111,7 @@ def test_twenty_actors_that_joined_and_left_leave_nothing_behind(
 def test_the_way_to_an_actor_without_a_place_is_closed_though_it_still_listens(
     checkpoint: Path, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    descriptors = held_segments()
     with serving(checkpoint) as service, served(service) as server, served(service) as other:
         stays, leaves = (
             ActorAddress(actor=name, address=at.address, incarnation=service.incarnation)
@@ -128,4 +131,4 @@ def test_the_way_to_an_actor_without_a_place_is_closed_though_it_still_listens(
                 left.submit(batch).result(TIMEOUT_S)
             check_rows(modules, batch, kept.submit(batch).result(TIMEOUT_S))
             assert pool.transport(stays) is kept and pool.transport(leaves) is not left
-    wait_for_nothing_held()
+    wait_for_nothing_held(descriptors)

@@ -182,7 +182,7 @@ assert service.load(term=1, experts=[ExpertId(layer=1, index=0)], checkpoint=sys
 heavy = {"transformers", "scipy", "sympy", "matplotlib", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", program, str(stored(family, "per-expert"))], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, str(stored(family, "per-expert"))], check=True)
 
 
 def test_the_controller_does_without_transformers() -> None:
@@ -192,4 +192,4 @@ import actors.controller_actor
 heavy = {"transformers", "sympy", "matplotlib", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True)

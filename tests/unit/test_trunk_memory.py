@@ -58,7 +58,7 @@ print(sum(p.numel() * p.element_size() for p in model.parameters()), load_peak, 
 def measure(what: str, directory: Path) -> tuple[int, int, int]:
     """Bytes of the model's parameters, and the growth of resident memory at its peak: the model, then four experts."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, what, str(directory)], capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-c", PROGRAM, what, str(directory)], capture_output=True, text=True, check=True
     )
     parameters, load_peak, experts_peak = map(int, done.stdout.split())
     return parameters, load_peak, experts_peak

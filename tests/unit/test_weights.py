@@ -126,7 +126,9 @@ def test_random_weights_that_are_asked_for_are_written_and_told(monkeypatch, cap
     monkeypatch.setattr(serving.OwnCluster, "bring_up", note)
     monkeypatch.setattr(serving, "_run", lambda *given: None)
     serving.serve("demo", (), serving.FrontOptions(), (), Console(), random_weights=True)
-    assert [command[len(serving.SELF) :] for command in commands] == [("up", "demo", "--random-weights")]
+    assert [command[len(serving.SELF) :] for command in commands] == [
+        ("up", "demo", "--set", 'serve.model_name="demo"', "--random-weights")
+    ]
 
 
 def up(model: str) -> UpCluster:
