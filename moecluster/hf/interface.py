@@ -80,11 +80,25 @@ def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
     """The MoE layers of a model. Raises UnsupportedModelError if it has none that can be attached."""
     found = find_experts(model)
     if not found:
-        raise UnsupportedModelError(_why_nothing_found(model))
+        family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+        refuse_unattachable(family)
+        raise UnsupportedModelError(
+            f"a {family} model cannot be attached: it has no Mixture-of-Experts layer that uses transformers' experts "
+            "interface; take an MoE model such as mixtral, qwen3_moe, deepseek_v3, olmoe or gpt_oss"
+        )
     return tuple(
         MoeLayer(layer=layer, num_experts=_num_experts(module), hidden_size=_row_width(module), name=name)
         for layer, name, module in found
     )
+
+
+def refuse_unattachable(family: str) -> None:
+    """Raises UnsupportedModelError for a model_type that is known to call its experts without the interface."""
+    if family in UNATTACHABLE_FAMILIES:
+        raise UnsupportedModelError(
+            f"a {family} model cannot be attached: the family computes its experts without transformers' experts "
+            "interface; take one that uses it, such as mixtral, qwen3_moe, deepseek_v3, olmoe or gpt_oss"
+        )
 
 
 def attach(model: nn.Module, backend: Backend) -> tuple[MoeLayer, ...]:
@@ -122,17 +136,3 @@ def row_width(module: nn.Module) -> int:
     if weight is None:  # our own family: a list of experts, each a module
         return int(module.__dict__["hidden_dim"])
     return int(weight.shape[1] if module.__dict__["is_transposed"] else weight.shape[2])
-
-
-def _why_nothing_found(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    family = getattr(config, "model_type", None) or type(model).__name__
-    if family in UNATTACHABLE_FAMILIES:
-        return (
-            f"a {family} model cannot be attached: the family computes its experts without transformers' experts "
-            "interface; take one that uses it, such as mixtral, qwen3_moe, deepseek_v3, olmoe or gpt_oss"
-        )
-    return (
-        f"a {family} model cannot be attached: it has no Mixture-of-Experts layer that uses transformers' experts "
-        "interface; take an MoE model such as mixtral, qwen3_moe, deepseek_v3, olmoe or gpt_oss"
-    )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -118,8 +119,16 @@ def _renumber(key: str, index: int) -> str:
 
 
 def trunk_to_checkpoint(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The trunk's parameters under the keys of its checkpoint (the inverse of loading)."""
-    return dict(revert_weight_conversion(model, dict(state)))
+    """The trunk's parameters under the keys of its checkpoint (the inverse of loading).
+
+    A prefix that loading took off, as a language model among several has one, stays off: the configuration that is
+    written is the language model's own, and `rows_to_checkpoint` knows of no prefix.
+    """
+    bare = copy.copy(model)
+    loaded = getattr(model, "_weight_conversions", None)
+    if loaded is not None:
+        vars(bare)["_weight_conversions"] = [entry for entry in loaded if not isinstance(entry, PrefixChange)] or None
+    return dict(revert_weight_conversion(bare, dict(state)))
 
 
 def _single(value: Any) -> torch.Tensor:

@@ -19,7 +19,14 @@ from transformers.initialization import no_init_weights
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
 from moecluster.hf.foreign import one_line, read_object, reading
-from moecluster.hf.interface import BACKEND_NAME, find_experts, moe_layers, register_backend, row_width
+from moecluster.hf.interface import (
+    BACKEND_NAME,
+    find_experts,
+    moe_layers,
+    refuse_unattachable,
+    register_backend,
+    row_width,
+)
 
 GENERATION_CONFIG = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -62,12 +69,19 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     mappings: list[Any] = [AutoModelForCausalLM._model_mapping, AutoModelForSeq2SeqLM._model_mapping]
     choice = next((found for mapping in mappings if (found := mapping.get(type(config), None))), None)
     if choice is None:
-        raise UnsupportedModelError(
-            f"a {config.model_type} model cannot be attached: transformers has no language model of this family"
-        )
+        raise UnsupportedModelError(f"a {config.model_type} model cannot be attached: {_why_no_class(config)}")
     candidates: list[type[PreTrainedModel]] = list(choice) if isinstance(choice, (list, tuple)) else [choice]
     named = [candidate for candidate in candidates if candidate.__name__ in (config.architectures or ())]
     return (named or candidates)[0]
+
+
+def _why_no_class(config: PreTrainedConfig) -> str:
+    if config.get_text_config() is config and not config.sub_configs:
+        return "transformers has no language model of this family"
+    return (
+        "it is made of several models, and transformers' AutoModelForCausalLM takes no language model out of it; "
+        "give a language model alone"
+    )
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -100,6 +114,7 @@ def load_without_experts(
     Its experts modules hold no parameters, so that no byte of theirs is read. directory: has its generation config.
     """
     register_backend()
+    refuse_unattachable(config.model_type)
     trunk_class = _without_experts(model_class(config))
     with MODEL_BUILDING, reading(directory, "give the whole directory that save_pretrained wrote"):
         loaded: Any = trunk_class.from_pretrained(

@@ -61,6 +61,12 @@ class Checkpoint:
         """What config.json says, defaults left out; nothing if it is no JSON object."""
         return _read_config(self.files)
 
+    def text_config(self) -> Mapping[str, Any]:
+        """The same, of the language model where the checkpoint is made of several."""
+        config = self.config()
+        text = config.get("text_config")
+        return text if isinstance(text, dict) else config
+
     def read(self, key: str, row: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor, or its slice [row : row + 1] without reading other rows. Owns its memory.
 

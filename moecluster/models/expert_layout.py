@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from moecluster.hf.interface import moe_layers
+from moecluster.hf.interface import moe_layers, refuse_unattachable
 from moecluster.hf.keys import rows_to_checkpoint
 from moecluster.hf.modelling import empty_model, keep_one_expert
 from moecluster.models.own_build import register_own_family
@@ -19,6 +19,7 @@ class ExpertLayout:
     def __init__(self, config: PreTrainedConfig) -> None:
         """Raises UnsupportedModelError."""
         register_own_family()
+        refuse_unattachable(config.model_type)
         self.model = empty_model(config)
         self.layers: tuple[MoeLayer, ...] = moe_layers(self.model)
         self._layer_of: Mapping[int, MoeLayer] = {record.layer: record for record in self.layers}

@@ -14,7 +14,7 @@ def check_same_shape(served: str | Path | Checkpoint, wanted: str | Path | Check
     new, old = ExpertSource(wanted), ExpertSource(served)
     wanted, served = new.checkpoint.path, old.checkpoint.path
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        is_, was = new.checkpoint.config().get(key), old.checkpoint.config().get(key)
+        is_, was = new.checkpoint.text_config().get(key), old.checkpoint.text_config().get(key)
         if is_ != was:
             raise CheckpointError(f"{wanted} is of another model than {served}: {key} is {is_}, not {was}")
     if sizes(new) != sizes(old):

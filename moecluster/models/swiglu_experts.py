@@ -47,6 +47,11 @@ NAMINGS: Mapping[str, Naming] = {
     ),
 }  # fmt: skip
 
+# A family whose checkpoints are made of several models, and that of its language model alone: the first have their
+# layers under another prefix.
+LANGUAGE_MODELS: Mapping[str, Naming] = dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), _MLP)
+_PREFIXES: tuple[str, ...] = ("model.layers", "model.language_model.layers")
+
 # What families call the number E of routed experts, and their inner width F: the first that is set counts.
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _INNER_SIZE_NAMES = ("moe_intermediate_size", "intermediate_size")
@@ -75,22 +80,27 @@ class Sizes:
 
 def swiglu_experts(checkpoint: Checkpoint) -> "SwigluExperts | None":
     """The experts, if the family is known here and every one of them has the keys, shapes and dtypes it should have."""
-    config = checkpoint.config()
-    naming = NAMINGS.get(str(config.get("model_type")))
+    family, config = str(checkpoint.config().get("model_type")), checkpoint.config()
+    naming = NAMINGS.get(family)
+    starts = _PREFIXES[:1]
+    if family in LANGUAGE_MODELS:
+        naming, starts, config = LANGUAGE_MODELS[family], _PREFIXES, checkpoint.text_config()
     sizes = Sizes.of(config)
     if naming is None or sizes is None or config.get("hidden_act") != "silu":
         return None
     layouts: dict[int, PerExpertLayer | FusedLayer] = {}
     for number in range(sizes.num_layers):
-        prefix = f"model.layers.{number}"
-        for layout in (
-            PerExpertLayer(f"{prefix}.{naming.block}.experts", naming, sizes),
-            FusedLayer(f"{prefix}.mlp.experts", sizes),
-        ):
-            if layout.is_complete(checkpoint):
-                layouts[number] = layout
-        if number not in layouts and f"{prefix}.mlp.{naming.down}.weight" not in checkpoint.tensors:
-            return None  # neither experts nor a dense layer
+        prefixes = [f"{start}.{number}" for start in starts]
+        for prefix in prefixes:
+            for layout in (
+                PerExpertLayer(f"{prefix}.{naming.block}.experts", naming, sizes),
+                FusedLayer(f"{prefix}.mlp.experts", sizes),
+            ):
+                if layout.is_complete(checkpoint):
+                    layouts[number] = layout
+        dense = (f"{prefix}.mlp.{naming.down}.weight" in checkpoint.tensors for prefix in prefixes)
+        if number not in layouts and not any(dense):
+            return None
     return SwigluExperts(checkpoint, sizes, layouts) if layouts else None
 
 

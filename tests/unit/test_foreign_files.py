@@ -5,19 +5,27 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5MoeConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5MoeConfig
 
 from actors.commands.target import model_name, read_target
-from moecluster.errors import CheckpointError, UserError
+from moecluster.errors import CheckpointError, UnsupportedModelError, UserError
 from moecluster.hf.interface import Backend
+from moecluster.hf.modelling import load_without_experts
 from moecluster.models.byte_tokenizer import build_byte_tokenizer
 from moecluster.models.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.expert_layout import ExpertLayout, join_experts
 from moecluster.models.expert_source import ExpertSource
+from moecluster.models.family_experts import FamilyExperts
+from moecluster.models.model_config import read_model_config
+from moecluster.models.same_shape import check_same_shape
+from moecluster.models.swiglu_experts import swiglu_experts
 from moecluster.models.tokenizer import load_tokenizer
-from moecluster.models.trunk import load_trunk
+from moecluster.models.trunk import checkpoint_state, load_trunk
 from moecluster.models.usable import refuse_unusable
 from moecluster.types import ExpertId
 from tests.families import make_model
@@ -140,23 +148,93 @@ def test_a_whole_model_is_usable(directory: Path) -> None:
     refuse_unusable(directory)
 
 
-def test_the_language_model_of_one_that_also_sees_is_taken(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose language model is an MoE, as its family is published."""
+    directory = tmp_path_factory.mktemp("seeing")
     text = {
         "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
         "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 24, "layer_types": ["full_attention"] * 2, "pad_token_id": 0,
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3_5MoeConfig(text_config=text, vision_config=vision)
-    whole = AutoModelForImageTextToText.from_config(config)
-    whole.save_pretrained(tmp_path)
-    source = ExpertSource(tmp_path)
-    assert [(layer.layer, layer.num_experts) for layer in source.layers] == [(0, 4), (1, 4)]
-    ours = load_trunk(tmp_path, shard_backend(source))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
-    ids = torch.arange(3, 12)[None]
+    whole = AutoModelForImageTextToText.from_config(Qwen3_5MoeConfig(text_config=text, vision_config=vision))
+    whole.save_pretrained(directory)
+    return directory
+
+
+def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=5e-6)
+        logits: torch.Tensor = model(torch.arange(3, 12)[None]).logits
+    return logits
+
+
+def test_the_language_model_of_one_that_also_sees_is_taken(seeing: Path) -> None:
+    source = ExpertSource(seeing)
+    assert [(layer.layer, layer.num_experts) for layer in source.layers] == [(0, 4), (1, 4)]
+    ours = load_trunk(seeing, shard_backend(source))
+    theirs = AutoModelForCausalLM.from_pretrained(seeing, dtype=torch.float32, experts_implementation="eager")
+    torch.testing.assert_close(logits_of(ours), logits_of(theirs), rtol=0, atol=5e-6)
+
+
+def test_its_experts_are_read_without_transformers_as_with_it(seeing: Path) -> None:
+    checkpoint = Checkpoint.open(seeing)
+    ours, theirs = swiglu_experts(checkpoint), FamilyExperts(checkpoint)
+    assert ours is not None
+    assert ours.layers == theirs.layers
+    expert = ExpertId(layer=1, index=3)
+    expected = dict(theirs.load(expert, torch.float32).named_parameters())
+    found = dict(ours.load(expert, torch.float32).named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_it_is_written_as_is_a_language_model_and_takes_its_place(seeing: Path, tmp_path: Path) -> None:
+    """Trunk and experts under keys of one kind, those that transformers writes for the language model alone."""
+    source = ExpertSource(seeing)
+    trunk = load_trunk(seeing, shard_backend(source))
+    layout = ExpertLayout(trunk.config)
+    experts = [
+        layout.checkpoint_state(expert, dict(source.load(expert).named_parameters()))
+        for layer in source.layers
+        for expert in layout.experts_of(layer.layer)
+    ]
+    state = checkpoint_state(trunk) | join_experts(experts)
+    alone = AutoModelForCausalLM.from_config(trunk.config)
+    alone.save_pretrained(tmp_path / "alone")
+    assert state.keys() == Checkpoint.open(tmp_path / "alone").tensors.keys()
+    trunk.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / SINGLE_FILE_NAME, metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    torch.testing.assert_close(logits_of(theirs), logits_of(trunk), rtol=0, atol=5e-6)
+    check_same_shape(seeing, tmp_path)
+    check_same_shape(tmp_path, seeing)
+    edit(tmp_path / CONFIG_NAME, vocab_size=256)
+    with pytest.raises(CheckpointError, match=r"of another model than .*: vocab_size is 256, not 128"):
+        check_same_shape(seeing, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("llama4", "the family computes its experts without transformers' experts interface"),
+        ("dbrx", "the family computes its experts without transformers' experts interface"),
+        ("glm4v_moe", "it is made of several models, and transformers' AutoModelForCausalLM takes no language model"),
+        (
+            "qwen3_vl_moe",
+            "it is made of several models, and transformers' AutoModelForCausalLM takes no language model",
+        ),
+        ("mistral3", "it is made of several models, and transformers' AutoModelForCausalLM takes no language model"),
+        ("mistral4", "transformers has no language model of this family"),
+    ],
+)
+def test_what_transformers_opens_no_language_model_of_is_refused(tmp_path: Path, family: str, reason: str) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=f"a {family}(_text)? model cannot be attached: {reason}"):
+        ExpertLayout(config)
+    with pytest.raises(UnsupportedModelError, match=f"a {family}(_text)? model cannot be attached: {reason}"):
+        load_without_experts(config, {}, tmp_path, torch.float32)
 
 
 def shard_backend(source: ExpertSource) -> Backend:
