@@ -19,7 +19,7 @@ BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test system-deps check lint types imports stale-protos bench protos soak clean
+.PHONY: help demo test system-deps check lint types imports stale-protos bench protos models-page soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to be
 
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+models-page: $(VENV)/.dev  ## try every family of the installed transformers, and write docs/models.md; minutes
+	$(BIN)/python -m tools.generate_models_page
 
 soak: $(VENV)/.dev  ## long runs, each of DURATION seconds: 600 unless given
 	MOECLUSTER_SOAK_DURATION_S=$(DURATION) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak

@@ -178,13 +178,17 @@ def make_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         make_config(family, **settings), experts_implementation="eager"
     )
+    draw_weights(model, seed)
+    model.eval()
+    return model
+
+
+def draw_weights(model: PreTrainedModel, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.15 if parameter.ndim > 1 else parameter + noise * 0.05)
-    model.eval()
-    return model
 
 
 def save(model: PreTrainedModel, directory: str | Path, layout: Layout) -> None:
