@@ -23,7 +23,8 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # by default Ray's workers give way to all else, and starve beside it
+# By default Ray's workers give way to all else, and starve beside it.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
