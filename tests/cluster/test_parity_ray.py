@@ -70,6 +70,7 @@ def case(
 
 def train_with_sgd(case: Case, directory: Path, term: int) -> dict[str, ExpertControl]:
     """Loads the experts anew, to be trained by plain gradient descent; returns the controls of their actors."""
+    case.cluster.driver.give_directory(str(directory))
     placement, controls = case.remote.pool.placement(), case.remote.pool.controls()
     for actor, control in controls.items():
         control.load(
