@@ -6,7 +6,6 @@ before `join` has set that.
 
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -63,8 +62,6 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
             state.save(up)
         except BaseException:
             with undisturbed(), suppress(MoeClusterError):  # then the note stays, for moecluster down
-                if "actors.joining" in sys.modules:
-                    leave()  # Ray ends a driver whose Ray ends, by its own code and without a word
                 _clear(start)
             raise
     return up
