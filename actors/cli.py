@@ -198,9 +198,9 @@ for commands in (cli_changes, cli_planning, cli_requests):
 
 def main() -> None:
     """The console script."""
-    end_by_signals()  # so that what was started is ended
     try:
-        app()
+        with end_by_signals():  # so that what was started is ended
+            app()
     except SystemExit as exc:
         if name := signal_of(exc.code):
             print(f"moecluster: ended by {name}", file=sys.stderr)

@@ -5,17 +5,38 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _BY_EXIT_CODE = {128 + number: number.name for number in ENDING}
 
 
-def end_by_signals() -> None:
-    """SIGTERM and SIGHUP end this process by SystemExit, as SIGINT does by KeyboardInterrupt. What nohup ignores stays
-    ignored."""
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+@contextmanager
+def end_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what runs within by SystemExit with 128 and their number, as SIGINT does by
+    KeyboardInterrupt. What nohup ignores stays ignored.
+
+    Ray, where it waits, makes a SystemExit of its own out of ours, with the code 1: so the code is set here in the end.
+    """
+    received: list[int] = []
+
+    def end(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        yield
+    except SystemExit:
+        if received:
+            sys.exit(128 + received[0])
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def signal_of(code: object) -> str:

@@ -1,6 +1,7 @@
 """A local Ray whose start is broken off or ended: found, said, and brought up again by the next command."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,16 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     running = Commands(tmp_path_factory.mktemp("state"))
     yield running
     running.run("down")
+    assert local_rays() == set()
+
+
+def test_a_start_that_is_ended_by_sigterm_says_one_line_and_leaves_nothing(commands: Commands, model: str) -> None:
+    """Also once the command has joined Ray, which would answer the signal with a stack of C++."""
+    with commands.begin("up", model, "--set", "cluster.num_expert_actors=2") as starting:
+        wait_for(lambda: parts("ray::ControllerActor"), "actors are being started", LONG_S)
+        starting.terminate()
+        _, err = starting.communicate(timeout=LONG_S)
+    assert (starting.returncode, err) == (128 + signal.SIGTERM, "moecluster: ended by SIGTERM\n")
     assert local_rays() == set()
 
 

@@ -62,11 +62,11 @@ def old_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[RemoteExperts]:
     """Calls with the old weights, which take their time, by router."""
     call, calls = RemoteExperts.__call__, Counter[RemoteExperts]()
 
-    def slow_call(self: RemoteExperts, *args: Any, weight_version: int = 0) -> Any:
+    def slow_call(self: RemoteExperts, *args: Any, weight_version: int = 0, **kwargs: Any) -> Any:
         if weight_version == 1:
             calls[self] += 1
             time.sleep(OLD_CALL_S)
-        return call(self, *args, weight_version=weight_version)
+        return call(self, *args, weight_version=weight_version, **kwargs)
 
     monkeypatch.setattr(RemoteExperts, "__call__", slow_call)
     return calls

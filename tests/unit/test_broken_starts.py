@@ -57,8 +57,8 @@ launch.join = lambda name, address, local: Cluster()
 launch.leave = lambda: None
 launch._refuse_wrong_model = lambda model_dir: None
 from actors.signals import end_by_signals
-end_by_signals()
-launch.bring_up(read_config({"cluster": {"name": "one"}}), "/models/tiny")
+with end_by_signals():
+    launch.bring_up(read_config({"cluster": {"name": "one"}}), "/models/tiny")
 """
 MOMENTS = ("before Ray", "while Ray starts", "while actors start", "after loading")
 CONFIG: Config = read_config({"cluster": {"name": "one"}})

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def complaint(
     """Runs the command line, which must fail as a user's mistake does, and returns its one line."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("actors.cli.end_by_signals", lambda: None)
+    monkeypatch.setattr("actors.cli.end_by_signals", nullcontext)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])

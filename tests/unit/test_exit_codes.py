@@ -4,6 +4,7 @@ import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("actors.commands.params.params", fails)
     monkeypatch.setattr(sys, "argv", ["moecluster", "params", "demo"])
-    monkeypatch.setattr("actors.cli.end_by_signals", lambda: None)
+    monkeypatch.setattr("actors.cli.end_by_signals", nullcontext)
     with pytest.raises(FileNotFoundError):
         main()
 
