@@ -3,7 +3,8 @@
 Side by side, in turns: reading the same files by `readinto` into one buffer that is used again and again, which is the
 fastest that the page cache gives, by one process and by four; reading them into memory that stays, as any loader must;
 and the actors' load, from the first order to the last answer, served with from then on. Then once more with the files
-thrown out of the page cache: what the disk gives. Packing goes on behind the load, and is timed by itself.
+thrown out of the page cache: what the disk gives. Packing goes on behind the load, and is timed by itself. A copy of
+the files that bears our checksums, as checkpoints and exports of ours do, is loaded beside the one that bears none.
 
 Where the host of a virtual machine takes back memory that is free for seconds, every page of it costs several times as
 much when it comes again. So each turn loads twice, the second time right after unloading, and both are shown.
@@ -35,6 +36,7 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from actors.expert_actor import ExpertActor
+from actors.given_directories import GivenDirectories
 from actors.ray_calls import call
 from actors.settings import Endpoints
 from actors.spawn import spawn
@@ -44,6 +46,7 @@ from moecluster.config import Config, read_config
 from moecluster.models.expert_source import ExpertSource
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.training.tensor_file import write_tensors
 from moecluster.types import ExpertId
 
 NUM_ACTORS = 4
@@ -80,19 +83,30 @@ class Found:
         return [value / statistics.median(self.runs[baseline]) for value in self.runs[name]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The same experts twice."""
+
+    plain: Path
+    summed: Path  # with checksums in the files' headers
+    experts_bytes: int  # of one of them
+
+
 class Actors:
     """Four expert actors without a controller; the experts are dealt out in order."""
 
-    def __init__(self, config: Config, directory: Path, dtype: str) -> None:
-        self._directory, self._dtype = directory, dtype
+    def __init__(self, config: Config, checkpoints: "Checkpoints", dtype: str) -> None:
+        self._dtype = dtype
         experts = [
             ExpertId(layer=layer.layer, index=index)
-            for layer in ExpertSource(directory).layers
+            for layer in ExpertSource(checkpoints.plain).layers
             for index in range(layer.num_experts)
         ]
         self.names = [f"expert-{i}" for i in range(NUM_ACTORS)]
         part = -(-len(experts) // NUM_ACTORS)
         self._experts = {name: experts[i * part : (i + 1) * part] for i, name in enumerate(self.names)}
+        for directory in (checkpoints.plain, checkpoints.summed):
+            GivenDirectories(config.cluster.name).give(str(directory))
         tables, credentials = config.to_tables(), ClusterCredentials.make()
         self._handles: dict[str, Any] = {
             name: spawn(LoadedActor, "expert", config, name, tables, credentials, name, 0) for name in self.names
@@ -105,10 +119,10 @@ class Actors:
             name: GrpcExpertControl(name, reached[name].address, credentials=credentials) for name in self.names
         }
 
-    def load(self) -> tuple[float, float, int]:
+    def load(self, checkpoint: Path) -> tuple[float, float, int]:
         """Seconds until all experts are loaded, seconds from then until they are packed, and the bytes loaded."""
         began_s = time.perf_counter()
-        loaded_bytes = sum(self._everywhere(self._load))
+        loaded_bytes = sum(self._everywhere(lambda name: self._load(name, checkpoint)))
         loaded_s = time.perf_counter()
         assert all(self._everywhere(self._wait_packed))
         return loaded_s - began_s, time.perf_counter() - loaded_s, loaded_bytes
@@ -124,11 +138,11 @@ class Actors:
             self._controls[name].close()
             ray.kill(handle, no_restart=True)
 
-    def _load(self, name: str) -> int:
+    def _load(self, name: str, checkpoint: Path) -> int:
         return self._controls[name].load(
             term=1,
             experts=self._experts[name],
-            checkpoint=str(self._directory),
+            checkpoint=str(checkpoint),
             dtype=self._dtype,
             timeout_s=LOAD_TIMEOUT_S,
         )
@@ -188,24 +202,28 @@ def main() -> None:
     with ray_running():
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory(dir=given.directory) as folder:
-                size_bytes = write_checkpoint(Path(folder), dtype, given.gigabytes)
-                console.print(f"{dtype}: {size_bytes / GB:.2f} GB of experts")
-                found = measure(Path(folder), dtype, given.runs)
+                checkpoints = write_checkpoints(Path(folder), dtype, given.gigabytes)
+                console.print(f"{dtype}: {checkpoints.experts_bytes / GB:.2f} GB of experts")
+                found = measure(checkpoints, dtype, given.runs)
             rows += rows_of(dtype, found)
-            raw[dtype] = {"experts_bytes": size_bytes, "runs": found.runs}
+            raw[dtype] = {"experts_bytes": checkpoints.experts_bytes, "runs": found.runs}
     report = Report(name="loading", rows=rows, raw=raw, versions=installed_versions())
     report.print(console)
     console.print(f"written to {report.write()}")
 
 
-def write_checkpoint(directory: Path, dtype: str, gigabytes: float) -> int:
-    """A Mixtral of experts alone, a shard for each layer. Returns the bytes of the experts."""
+def write_checkpoints(folder: Path, dtype: str, gigabytes: float) -> Checkpoints:
+    """Mixtrals of experts alone, a shard for each layer."""
     expert_bytes = 3 * WIDTH * INNER * DTYPES[dtype].itemsize
     layers = max(round(gigabytes * GB / expert_bytes / EXPERTS), 1)
     config = MixtralConfig(
         hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers, num_local_experts=EXPERTS
     )
-    config.save_pretrained(directory)
+    written = Checkpoints(
+        plain=folder / "plain", summed=folder / "summed", experts_bytes=layers * EXPERTS * expert_bytes
+    )
+    for directory in (written.plain, written.summed):
+        config.save_pretrained(directory)
     weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     shapes = {"w1": (INNER, WIDTH), "w2": (WIDTH, INNER), "w3": (INNER, WIDTH)}
@@ -218,32 +236,37 @@ def write_checkpoint(directory: Path, dtype: str, gigabytes: float) -> int:
             for name, value in weights.items()
         }
         shard = f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
-        save_file(tensors, directory / shard, metadata={"format": "pt"})
+        save_file(tensors, written.plain / shard, metadata={"format": "pt"})
+        write_tensors(written.summed / shard, tensors)
         weight_map |= dict.fromkeys(tensors, shard)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for directory in (written.plain, written.summed):
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     os.sync()  # or the kernel writes while we measure, and keeps what shall be thrown out
-    return layers * EXPERTS * expert_bytes
+    return written
 
 
-def measure(directory: Path, dtype: str, runs: int) -> Found:
+def measure(checkpoints: Checkpoints, dtype: str, runs: int) -> Found:
     """Everything in turns; the first is not counted."""
-    files = sorted(directory.glob("*.safetensors"))
+    files, summed_files = (sorted(d.glob("*.safetensors")) for d in (checkpoints.plain, checkpoints.summed))
     found = Found()
     config = read_config({"cluster": {"name": "bench-loading", "num_expert_actors": NUM_ACTORS}})
     with ExitStack() as stack:
-        actors = stack.enter_context(closing(Actors(config, directory, dtype)))
+        actors = stack.enter_context(closing(Actors(config, checkpoints, dtype)))
         readers = stack.enter_context(ProcessPoolExecutor(NUM_ACTORS, mp_context=multiprocessing.get_context("spawn")))
         list(readers.map(os.path.getsize, [files[0]] * NUM_ACTORS * 8))  # all are started
         for run in range(runs + 1):
             kept = found if run else Found()
             read_plainly(readers, files, kept, "warm")
-            load(actors, kept, "warm, first")
-            load(actors, kept, "warm")
-            throw_out(files)
+            load(actors, checkpoints.plain, kept, "warm, first")
+            load(actors, checkpoints.plain, kept, "warm")
+            rate(readers, [summed_files], keep=False)
+            load(actors, checkpoints.summed, kept, "checksums, warm")
+            throw_out([*files, *summed_files])
             kept.add("read, 1 process, cold", rate(readers, [files], keep=False))
-            weigh(actors, kept)
+            weigh(actors, checkpoints.plain, kept)
             throw_out(files)
-            load(actors, kept, "cold")
+            load(actors, checkpoints.plain, kept, "cold")
+            load(actors, checkpoints.summed, kept, "checksums, cold")
     return found
 
 
@@ -262,17 +285,17 @@ def rate(readers: ProcessPoolExecutor, parts: Sequence[Sequence[Path]], *, keep:
     return sum(span.num_bytes for span in spans) / seconds
 
 
-def load(actors: Actors, found: Found, cache: str) -> None:
-    load_s, pack_s, loaded_bytes = actors.load()
+def load(actors: Actors, checkpoint: Path, found: Found, cache: str) -> None:
+    load_s, pack_s, loaded_bytes = actors.load(checkpoint)
     found.add(f"load, {cache}", loaded_bytes / load_s)
     found.add(f"packed after, {cache}", pack_s)
     actors.unload()
 
 
-def weigh(actors: Actors, found: Found) -> None:
+def weigh(actors: Actors, checkpoint: Path, found: Found) -> None:
     """A load by itself: looking at a process's pages holds up whoever wants new ones."""
     with Memory(actors.pids) as memory:
-        actors.load()
+        actors.load(checkpoint)
     hosted = actors.hosted_bytes()
     found.add("resident beside its part", max(memory.resident_bytes[name] - hosted[name] for name in actors.names))
     found.add("private beside its part", max(memory.private_bytes[name] - hosted[name] for name in actors.names))
@@ -305,6 +328,10 @@ def rows_of(dtype: str, found: Found) -> list[Row]:
         gigabytes("read, 1 process, cold"),
         gigabytes("load, cold"),
         part("load, cold", "read, 1 process, cold", WANTED_RATE),
+        gigabytes("load, checksums, warm"),
+        part("load, checksums, warm", "load, warm", None),
+        gigabytes("load, checksums, cold"),
+        part("load, checksums, cold", "load, cold", None),
         Row(name=f"{dtype}: packed after the load", runs=found.runs["packed after, warm"], unit="s", better="lower"),
         beside("resident beside its part", WANTED_BYTES),
         beside("private beside its part", None),
