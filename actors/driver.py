@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -32,7 +32,6 @@ from actors.settings import (
     router_names,
 )
 from actors.spawn import spawn
-from actors.training_host import Progress
 from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, ResourceError, Unavailable
 from moecluster.models.expert_source import ExpertSource
@@ -40,6 +39,9 @@ from moecluster.placement.initial import initial_placement
 from moecluster.placement.policies import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.training.checkpoints import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from actors.training_host import Progress  # brings transformers along, which takes seconds
 
 CALL_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes
@@ -173,7 +175,7 @@ class Cluster:
             self.give_directory(str(directory))
         call(self._handle(ROUTER).train.remote(config.to_tables(), start), CALL_TIMEOUT_S, ROUTER)
 
-    def training_progress(self, since: int) -> Progress:
+    def training_progress(self, since: int) -> "Progress":
         """What the run has told since event number `since`."""
         progress: Progress = call(self._handle(ROUTER).training_progress.remote(since), PROGRESS_TIMEOUT_S, ROUTER)
         return progress

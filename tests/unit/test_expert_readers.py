@@ -185,10 +185,10 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", program, str(stored(family, "per-expert"))], check=True)
 
 
-def test_the_controller_does_without_transformers() -> None:
+def test_controllers_and_drivers_do_without_transformers() -> None:
     program = """
 import sys
-import actors.controller_actor
+import actors.controller_actor, actors.driver
 heavy = {"transformers", "sympy", "matplotlib", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
 assert not heavy, heavy
 """
