@@ -8,6 +8,14 @@ import typer
 from actors.cli_options import Name
 from actors.console import make_console
 
+BudgetGb = Annotated[
+    float | None,
+    typer.Option(
+        help="that a decision may load, and borrow 3 times from later ones; "
+        "default: 2 % of all slots, at least one actor"
+    ),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Makes these commands part of the command line."""
@@ -37,13 +45,7 @@ def replay(
     policy: Annotated[list[str] | None, typer.Option(help="share, eplb or static; may be repeated")] = None,
     actors: Annotated[int | None, typer.Option(help="equal actors instead of the recorded ones")] = None,
     slots: Annotated[int | None, typer.Option(help="replicas of each layer that an actor has room for")] = None,
-    budget_gb: Annotated[
-        float | None,
-        typer.Option(
-            help="that a decision may load, and borrow 3 times from later ones; "
-            "default: 2 % of all slots, at least one actor"
-        ),
-    ] = None,
+    budget_gb: BudgetGb = None,
     half_life_s: Annotated[
         float | None, typer.Option(help="of the load that decisions are taken on; default: the trace's window")
     ] = None,
@@ -81,13 +83,7 @@ def simulate(
     utilisation: Annotated[float, typer.Option(help="mean load, as a part of what perfect spreading serves")] = 0.6,
     mtbf_hours: Annotated[float, typer.Option(help="mean time between the deaths of one actor")] = 1000.0,
     decide_every: Annotated[int, typer.Option(help="minutes between decisions", min=1)] = 5,
-    budget_gb: Annotated[
-        float | None,
-        typer.Option(
-            help="that a decision may load, and borrow 3 times from later ones; "
-            "default: 2 % of all slots, at least one actor"
-        ),
-    ] = None,
+    budget_gb: BudgetGb = None,
     seed: Annotated[int, typer.Option(help="of the load and the deaths", min=0)] = 0,
     costs: Annotated[Path | None, typer.Option(help="a result of benchmarks/layer.py to take the costs from")] = None,
     cost: Annotated[list[str] | None, typer.Option(help="a cost by name, such as row_s=2e-7; may be repeated")] = None,

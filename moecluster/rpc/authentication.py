@@ -82,21 +82,13 @@ def _bounded(handler: Handler, room: threading.BoundedSemaphore) -> Handler:
     return grpc.stream_stream_rpc_method_handler(answer)
 
 
-class AuthenticatedChannel(grpc.Channel):
-    """A channel that sends the secret with every call, and is otherwise the one that it wraps.
+class _WithSecret:
+    """The four kinds of call of a channel, each with the secret. Not an interceptor of gRPC: its calls would be other
+    objects, which raise and end at other times."""
 
-    Not an interceptor of gRPC: its calls would be other objects, which raise and end at other times.
-    """
-
-    def __init__(self, channel: grpc.Channel, credentials: ClusterCredentials) -> None:
+    def __init__(self, channel: Any, credentials: ClusterCredentials) -> None:
         self._channel = channel
         self._metadata = credentials.metadata
-
-    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
-        self._channel.subscribe(callback, try_to_connect)
-
-    def unsubscribe(self, callback: Any) -> None:
-        self._channel.unsubscribe(callback)
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         return _WithMetadata(self._channel.unary_unary(*args, **kwargs), self._metadata)
@@ -109,6 +101,16 @@ class AuthenticatedChannel(grpc.Channel):
 
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
         return _WithMetadata(self._channel.stream_stream(*args, **kwargs), self._metadata)
+
+
+class AuthenticatedChannel(_WithSecret, grpc.Channel):
+    """A channel that sends the secret with every call, and is otherwise the one that it wraps."""
+
+    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
+        self._channel.subscribe(callback, try_to_connect)
+
+    def unsubscribe(self, callback: Any) -> None:
+        self._channel.unsubscribe(callback)
 
     def close(self) -> None:
         self._channel.close()
@@ -120,30 +122,15 @@ class AuthenticatedChannel(grpc.Channel):
         self.close()
 
 
-class AuthenticatedAsyncChannel(grpc.aio.Channel):
+class AuthenticatedAsyncChannel(_WithSecret, grpc.aio.Channel):
     """The same for an event loop."""
-
-    def __init__(self, channel: grpc.aio.Channel, credentials: ClusterCredentials) -> None:
-        self._channel = channel
-        self._metadata = credentials.metadata
-
-    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return _WithMetadata(self._channel.unary_unary(*args, **kwargs), self._metadata)
-
-    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return _WithMetadata(self._channel.unary_stream(*args, **kwargs), self._metadata)
-
-    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return _WithMetadata(self._channel.stream_unary(*args, **kwargs), self._metadata)
-
-    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return _WithMetadata(self._channel.stream_stream(*args, **kwargs), self._metadata)
 
     async def close(self, grace: float | None = None) -> None:
         await self._channel.close(grace)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        return self._channel.get_state(try_to_connect)
+        state: grpc.ChannelConnectivity = self._channel.get_state(try_to_connect)
+        return state
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
         await self._channel.wait_for_state_change(last_observed_state)
