@@ -15,6 +15,7 @@ import contextlib
 import os
 import random
 import secrets
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -46,10 +47,18 @@ TOLERATED_COMMANDS = ("multiprocessing.resource_tracker", "multiprocessing.forks
 
 def pytest_configure() -> None:
     os.environ[SESSION_VARIABLE] = uuid.uuid4().hex
+    # Under nohup, and behind a shell script's "&", signals are ignored, also by what the tests start and then signal.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("RAY_ADDRESS", None)  # tests name their cluster
     torch.set_num_threads(1)
     hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
     hypothesis.settings.load_profile("reproducible")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Of -n auto. A third of the time tests wait: for a lease, a deadline, a child."""
+    return max(2, (os.cpu_count() or 1) * 3 // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from moecluster.proto import checkpoint_pb2, controller_pb2, expert_pb2, router_pb2
 
 OURS = (checkpoint_pb2, controller_pb2, expert_pb2, router_pb2)
-CALL_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 60.0
 Metadata = Sequence[tuple[str, str]]
 
 

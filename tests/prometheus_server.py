@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 SCRAPE_INTERVAL_S = 0.2
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 10.0
 LISTENS = re.compile(r'msg="Listening on".* address=(\S+)')
 

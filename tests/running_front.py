@@ -13,7 +13,7 @@ from moecluster.serving.front.keys import ApiKeys
 from moecluster.serving.front.router_directory import Whereabouts
 from moecluster.serving.front.server import FrontServer, ModelSource
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class RunningFront:

@@ -27,7 +27,7 @@ LAYER, WIDTH = 1, 32  # of the one MoE layer
 EXPERTS = tuple(ExpertId(layer=LAYER, index=index) for index in range(4))
 SGD = OptimizerSettings(name="sgd")
 TAG = StepTag(term=1, step=1, attempt=0)
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 SEGMENT_BYTES = 2**20
 TRANSPORTS = ("inline", "shm")
 

@@ -19,7 +19,7 @@ from moecluster.types import ExpertId, OperationPhase
 from tests.scripted_controller import LOADS, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController
 from tests.small_actor import served, serving
 
-WAIT_S = 15.0
+WAIT_S = 60.0
 EXPERT = ExpertId(layer=3, index=1)
 
 

@@ -16,7 +16,7 @@ from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 SLOTS = 4  # of each layer, whose experts are 4
 
 

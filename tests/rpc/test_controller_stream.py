@@ -18,7 +18,7 @@ from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica, RouterState
 from tests.scripted_controller import ScriptedController
 
-WAIT_S = 15.0
+WAIT_S = 60.0
 
 
 def placement(term: int, generation: int) -> Placement:

@@ -10,7 +10,7 @@ from moecluster.rpc.server import open_channel, start_server
 
 NAME, METHOD = "test.Streams", "Numbers"
 ROUNDS = 1000  # with retries of gRPC's own, one of their calls never ended, each time that this was tried
-CALL_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 30.0
 
 
 def numbers(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from moecluster.generations import GenerationPiece, GenerationRequest
 from moecluster.serving.front.known_router import KnownRouter
 from tests.scripted_router import ScriptedRouter
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 REQUEST = GenerationRequest(request_id="r", prompt="once", max_new_tokens=8)
 
 

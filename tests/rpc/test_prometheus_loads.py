@@ -31,7 +31,7 @@ BATCH_ROWS = 4000
 # Between decisions, on the tests' own clock. Readings are dated by scrapes, of a second ago at most: 1 % of it.
 PERIOD_S = 100.0
 LOAD_TOLERANCE = 0.02
-WAIT_S = 15.0
+WAIT_S = 60.0
 EXAMPLE = Path(__file__).parents[2] / "clusters" / "prometheus.yml"
 
 

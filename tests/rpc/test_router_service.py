@@ -19,7 +19,7 @@ from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from moecluster.types import OperationPhase, RouterState
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SETTINGS = RouterSizingSettings(
     max_routers=3,
     size=RouterSizeSettings(min_routers=1, max_routers=3, target_texts=2.0, upscale_delay_s=0.2, downscale_delay_s=0.5),

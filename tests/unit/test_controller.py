@@ -20,7 +20,7 @@ from tests.twin_actors import TwinActors, save_tiny_model
 
 ACTORS = ("expert-0", "expert-1")
 LAYER_EXPERTS = {0: 4, 1: 4}
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")

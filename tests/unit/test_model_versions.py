@@ -16,7 +16,7 @@ from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.rpc.placement_board import PlacementBoard
 from moecluster.types import Placement
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 FIRST = Placement(term=1, generation=1, layer_experts={0: 1}, actors={}, replicas=(), weight_version=1, checkpoint="/1")
 
 

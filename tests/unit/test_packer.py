@@ -16,7 +16,7 @@ from moecluster.linear import can_pack, plain
 from moecluster.roles import packer as packer_module
 from moecluster.roles.packer import AT_ONCE_BYTES, JOIN_TIMEOUT_S, Packer
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 LARGE = AT_ONCE_BYTES // (3 * 64 * 4) + 64  # inner width of an expert that is not packed at once
 
 

@@ -17,7 +17,7 @@ from moecluster.types import ExpertId
 from tests.families import make_model, save
 
 EXPERTS = [ExpertId(layer=layer, index=index) for layer in (0, 1) for index in range(4)]
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Watched(ExpertSource):

@@ -14,7 +14,7 @@ from moecluster.roles.operation_log import OperationLog
 from moecluster.roles.router_sizing import KIND, RouterSizing, RouterSizingSettings
 from moecluster.types import Operation, OperationPhase, RouterState
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 LEASE_S = 10.0
 IDLE_S = 3.0
 
