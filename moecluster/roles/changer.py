@@ -6,7 +6,7 @@ placement, every expert stands once, and nothing moves.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from moecluster.errors import Exhausted, MoeClusterError, Unavailable, UserError
@@ -163,12 +163,13 @@ class Changer:
         """False if it waits for actors: it is queued again. Raises Interrupted if it gave way to a recovery."""
         self._first_tried_s.setdefault(operation.id, self._clock())
         self._log.update(operation.id, phase=OperationPhase.PREPARING, detail="")
+        missing = self._missing()  # it may fail for one that is back by then
         try:
             self._ordered.carry_out(operation)
         except Interrupted:
             raise
         except MoeClusterError as exc:
-            if self._is_worth_another_try(operation, exc):
+            if self._is_worth_another_try(operation, exc, missing | self._missing()):
                 self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=f"waits: {exc}")
                 return False
             logger.warning("%s failed: %s", operation.id, exc)
@@ -181,12 +182,15 @@ class Changer:
         self._first_tried_s.pop(operation.id)
         return True
 
-    def _is_worth_another_try(self, operation: Operation, error: MoeClusterError) -> bool:
+    def _missing(self) -> set[str]:
+        """Actors that are to stay and do not serve now."""
+        return set(self._sizing.staying()) - self._standing.up().keys()
+
+    def _is_worth_another_try(self, operation: Operation, error: MoeClusterError, missing: Collection[str]) -> bool:
         """A size that is ordered waits for actors that are asked for or lost, within limits; a placement does not."""
         if operation.kind not in SIZES or self._rounds.closed:
             return False
         tried_s = self._clock() - self._first_tried_s[operation.id]
-        missing = set(self._sizing.staying()) - self._standing.up().keys()
         return tried_s < self._settings.operation_timeout_s and (isinstance(error, Unavailable) or bool(missing))
 
     def _apply(self, operation_id: str, target: LayerReplicas, *, urgent: bool = False) -> None:

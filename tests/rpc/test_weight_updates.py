@@ -295,9 +295,9 @@ def test_what_only_another_host_sees_is_read_from_there(start, versions, alone, 
 
 
 def test_training_and_updates_exclude_each_other(start, versions, slow_loads) -> None:
-    cluster = start()
+    cluster = start(lease_s=5.0, update=UpdateSettings(router_grace_s=60.0))  # long ones, for a busy machine
     operation = cluster.controller.update(versions[1])
-    assert slow_loads.wait(10.0)
+    assert slow_loads.wait(60.0)
     cluster.controller.renew_lease("trainer", (0, 0), hold=True)
     assert "a training run was begun" in ended(cluster, operation).detail
     wait_until(lambda: cluster.controller.current(0.0).held)

@@ -13,6 +13,7 @@ from moecluster.placement.static_policy import StaticPolicy
 from moecluster.roles.changer import ChangerSettings
 from moecluster.roles.controller import Controller
 from moecluster.roles.controller_settings import ControllerSettings
+from moecluster.roles.decider import Change, Decider
 from moecluster.roles.observer import ObserverSettings
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
 from tests.given import any_directory
@@ -357,6 +358,27 @@ def test_an_error_of_a_policy_ends_neither_the_operation_nor_the_thread_that_cha
     assert failed.phase is OperationPhase.FAILED and "its log says how" in failed.detail
     done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
     assert done.phase is OperationPhase.DONE
+
+
+def test_an_order_that_failed_for_a_lost_actor_is_tried_again_though_it_is_back_by_then(
+    make, actors, monkeypatch
+) -> None:
+    controller = make(**static(slots=4), min_actors=1)
+    controller.start(WAIT_S)
+    actors.kill("expert-0")
+    wait_for(controller, lambda p: "expert-0" not in p.actors)
+    fill = Decider.fill
+
+    def fail_and_wait(self: Decider) -> Change:
+        try:
+            return fill(self)
+        except ResourceError:
+            actors.revive("expert-0")
+            wait_for(controller, lambda p: "expert-0" in p.actors)
+            raise
+
+    monkeypatch.setattr(Decider, "fill", fail_and_wait)
+    assert wait_ended(controller, controller.scale(1)).phase is OperationPhase.DONE
 
 
 def test_a_size_that_is_ordered_while_an_actor_is_lost_comes_when_it_is_back(make, actors) -> None:
