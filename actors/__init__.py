@@ -1,1 +1,1 @@
-"""The only code that imports Ray: thin shells around the roles, the driver, the cluster's launch and the commands."""
+"""Thin Ray shells around the roles, and the driver that starts, finds and ends a cluster."""

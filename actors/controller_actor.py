@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from actors.begin_again import begins_again
-from actors.checkpoint_source import announce, checkpoint_opener
-from actors.controller_settings import controller_settings, load_source
+from actors.checkpoint_actor import announce, checkpoint_opener
+from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
-from actors.ray_supervisor import RaySupervisor
-from actors.settings import CONTROLLER, Endpoints, make_metrics
+from actors.names import CONTROLLER, Endpoints, make_metrics
+from actors.restart_policy import begins_again
+from actors.supervisor import RaySupervisor
 from moecluster.config import read_config
+from moecluster.controller.controller import Controller
 from moecluster.errors import DeadlineExceeded, MoeClusterError
-from moecluster.roles.controller import Controller
-from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.health_watch import HealthWatch
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.health import HealthWatch
 from moecluster.types import ActorAddress, Replica
 
 logger = logging.getLogger(__name__)

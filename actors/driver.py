@@ -12,15 +12,13 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from actors.checkpoint_source import CheckpointSource
+from actors.checkpoint_actor import CheckpointSource
 from actors.controller_actor import ControllerActor
-from actors.controller_settings import controller_settings
+from actors.controller_config import controller_settings
 from actors.expert_actor import ExpertActor
 from actors.given_directories import GivenDirectories
 from actors.loading_progress import HostedBytes, bytes_to_load
-from actors.ray_calls import call, endpoints_of, find_actor, named_actors
-from actors.router_actor import RouterActor
-from actors.settings import (
+from actors.names import (
     CONTROLLER,
     ROUTER,
     SOURCE,
@@ -31,17 +29,19 @@ from actors.settings import (
     metrics_ports,
     router_names,
 )
+from actors.ray_calls import call, endpoints_of, find_actor, named_actors
+from actors.router_actor import RouterActor
 from actors.spawn import spawn
 from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, ResourceError, Unavailable
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import initial_placement
-from moecluster.placement.policies import policy_named
+from moecluster.placement.policy.registry import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.training.checkpoints import CHECKPOINTS
+from moecluster.training.checkpoint_store import CHECKPOINTS
 
 if TYPE_CHECKING:
-    from actors.training_host import Progress  # brings transformers along, which takes seconds
+    from actors.training_host import Progress
 
 CALL_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes

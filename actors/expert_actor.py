@@ -7,15 +7,15 @@ from typing import Any
 
 import ray
 
-from actors.begin_again import begins_again
-from actors.checkpoint_source import checkpoint_opener
+from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
-from actors.settings import Endpoints, make_metrics
+from actors.names import Endpoints, make_metrics
+from actors.restart_policy import begins_again
 from moecluster.config import read_config
-from moecluster.roles.expert_service import ExpertService
+from moecluster.expert.service import ExpertService
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.peer_exports import GrpcPeerExports
+from moecluster.rpc.expert.export import GrpcPeerExports
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.types import ActorAddress
 
 

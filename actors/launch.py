@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from actors import state
+from actors import cluster_file
+from actors.cluster_file import Start, UpCluster
 from actors.local_ray import (
     LocalRay,
     is_gone,
@@ -23,13 +24,12 @@ from actors.local_ray import (
     start_local_ray,
     stop_local_ray,
 )
-from actors.settings import OnLoading
+from actors.names import OnLoading
 from actors.signals import undisturbed
-from actors.state import Start, UpCluster
 from moecluster.config import Config
+from moecluster.config.sections import ClusterConfig
 from moecluster.errors import MoeClusterError, ResourceError
 from moecluster.rpc.credentials import ClusterCredentials, read_secret, secret_path, write_secret
-from moecluster.sections import ClusterConfig
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
@@ -46,20 +46,20 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
     """
     name = config.cluster.name
     _refuse_second(name)
-    state.check()
+    cluster_file.check()
     _refuse_wrong_model(model_dir)
-    with state.start_lock(name) as ours:
+    with cluster_file.start_lock(name) as ours:
         if not ours:
             raise ResourceError(_under_way(name))
         _refuse_second(name)
-        broken = state.load_start(name)
+        broken = cluster_file.load_start(name)
         if broken is not None:
             _clear(broken)
         start = _plan(config, model_dir)
-        state.save(start)
+        cluster_file.save(start)
         try:
             up = _start(config, start, on_loading)
-            state.save(up)
+            cluster_file.save(up)
         except BaseException:
             with undisturbed(), suppress(MoeClusterError):  # then the note stays, for moecluster down
                 _clear(start)
@@ -94,14 +94,14 @@ def give_directory(up: UpCluster, directory: str) -> None:
 def take_down(up: UpCluster) -> None:
     """Ends what bring_up started, and nothing else."""
     _end(up.name, up.ray_address, up.local_ray)
-    state.forget(up.name)
+    cluster_file.forget(up.name)
 
 
 def end_start(name: str) -> None:
     """Ends a start, under way or broken off, and what there is of it; nothing if it has ended. Raises ResourceError."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with state.start_lock(name) as ours:
-            start = state.load_start(name)
+        with cluster_file.start_lock(name) as ours:
+            start = cluster_file.load_start(name)
             if start is None:
                 return
             if ours:
@@ -109,10 +109,10 @@ def end_start(name: str) -> None:
                 return
         _signal_starter(start, number)
         deadline_s = time.monotonic() + END_START_TIMEOUT_S
-        while state.is_starting(name) and time.monotonic() < deadline_s:
+        while cluster_file.is_starting(name) and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
-    with state.start_lock(name) as ours:
-        start = state.load_start(name)
+    with cluster_file.start_lock(name) as ours:
+        start = cluster_file.load_start(name)
         if start is not None and not ours:
             raise ResourceError(f"process {start.pid}, which starts the cluster {name}, does not end; end it first")
         if start is not None:
@@ -121,7 +121,7 @@ def end_start(name: str) -> None:
 
 def said_of_start(start: Start) -> str:
     """What becomes of a start that was begun, and what to type."""
-    if state.is_starting(start.name):
+    if cluster_file.is_starting(start.name):
         return _under_way(start.name)
     return (
         f"the start of the cluster {start.name} was broken off (process {start.pid} has ended): "
@@ -148,7 +148,7 @@ def leave() -> None:
 
 
 def _refuse_second(name: str) -> None:
-    noted = state.load(name)
+    noted = cluster_file.load(name)
     if noted is not None:
         raise ResourceError(
             f"the cluster {name} is up already and serves {noted.model}; "
@@ -157,7 +157,7 @@ def _refuse_second(name: str) -> None:
 
 
 def _under_way(name: str) -> str:
-    start = state.load_start(name)
+    start = cluster_file.load_start(name)
     who = f" by process {start.pid}" if start is not None else ""
     return f"the cluster {name} is being started{who}: wait for it, or end the start with {_typed('down', name)}"
 
@@ -202,7 +202,7 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
 def _clear(start: Start) -> None:
     """Ends what there is of a start, whose lock is held, and forgets it."""
     _end(start.name, start.ray_address, start.local_ray)
-    state.forget(start.name)
+    cluster_file.forget(start.name)
 
 
 def _end(name: str, ray_address: str, local: LocalRay | None) -> None:

@@ -7,10 +7,10 @@ from typing import Self
 import torch
 
 from moecluster.errors import MoeClusterError
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.read_ahead import loaded_bytes
+from moecluster.models.experts.prefetch import loaded_bytes
+from moecluster.models.experts.source import ExpertSource
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.types import ExpertId, Replica
 
 ASK_TIMEOUT_S = 1.0

@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util import list_named_actors
 
-from actors.settings import CONTROLLER, Endpoints
+from actors.names import CONTROLLER, Endpoints
 from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
 
 RESOLVE_TIMEOUT_S = 5.0

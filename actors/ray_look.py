@@ -9,9 +9,9 @@ import sys
 from types import TracebackType
 from typing import Self
 
+from actors.cluster_file import UpCluster
 from actors.local_ray import ray_environment
-from actors.settings import Endpoints
-from actors.state import UpCluster
+from actors.names import Endpoints
 from moecluster.errors import MoeClusterError
 
 COMMAND = (sys.executable, "-c", "from actors.ray_look import main; main()")

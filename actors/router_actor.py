@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from actors.begin_again import begins_again
-from actors.checkpoint_source import checkpoint_opener
+from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
+from actors.names import Endpoints, make_metrics
 from actors.ray_calls import controller_resolver
-from actors.settings import Endpoints, make_metrics
+from actors.restart_policy import begins_again
 from moecluster.config import Config, read_config
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.load_counts import LoadReporter
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.metrics import Metrics
-from moecluster.roles.expert_pool import ExpertPool
-from moecluster.roles.load_reporter import LoadReporter
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_calls import set_checkpoint
-from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.controller.client import set_checkpoint
+from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_stream import GrpcExpertTransport
-from moecluster.rpc.interfaces import ExpertTransport
-from moecluster.rpc.router_server import serve_router
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.interface import ExpertTransport
+from moecluster.rpc.router.server import serve_router
 from moecluster.types import ActorAddress, RouterState
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class RouterActor:
         """credentials: asked for by its server, and sent to other actors. model_dir: trunk and tokenizer at first; a
         router that is started again takes what the controller names."""
         from actors.training_host import TrainingHost
-        from moecluster.roles.router import Router
-        from moecluster.serving.engine import EngineLimits
-        from moecluster.serving.make_engine import make_engine
+        from moecluster.router.engine.engine import EngineLimits
+        from moecluster.router.engine.factory import make_engine
+        from moecluster.router.router import Router
 
         config = read_config(tables)
         self._config = config

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.settings import options
+from actors.names import options
 from moecluster.config import Config
 
 NODE_LABEL = "ray.io/node-id"

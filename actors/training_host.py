@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecluster.config import Config
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import MoeClusterError, StateLost, UserError
 from moecluster.metrics import Metrics
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.interfaces import PlacementHold
+from moecluster.rpc.controller.interface import PlacementHold
 from moecluster.training.events import Event
 from moecluster.training.history import History
 from moecluster.training.loop import TrainingLoop
-from moecluster.training.start import read_data, run_tokenizer
+from moecluster.training.setup import read_data, run_tokenizer
 
 logger = logging.getLogger(__name__)
 

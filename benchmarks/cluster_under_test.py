@@ -10,14 +10,14 @@ from actors.driver import Cluster
 from actors.ray_calls import controller_resolver
 from actors.router_actor import make_remote_experts
 from moecluster.config import read_config
+from moecluster.config.sections import ModelConfig
+from moecluster.dispatch.load_counts import LoadReporter
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.metrics import Metrics
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.own_build import build_model
-from moecluster.roles.load_reporter import LoadReporter
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_client import ControllerClient
+from moecluster.models.native.build import build_model
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
+from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.sections import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

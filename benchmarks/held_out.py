@@ -35,12 +35,12 @@ from benchmarks.planner import (
     stay_on_one_thread,
 )
 from benchmarks.report import Report, installed_versions
-from moecluster.placement.cold_plan import cold_plan
-from moecluster.placement.decision import Decision, Observation, Policy
-from moecluster.placement.incremental import MoveSettings
-from moecluster.placement.policies import policy_named
-from moecluster.placement.share_policy import SharePolicy, ShareSettings, ShareState
-from moecluster.placement.synthetic import LoadShape, SyntheticLoads
+from moecluster.placement.plan.cold import cold_plan
+from moecluster.placement.plan.incremental import MoveSettings
+from moecluster.placement.policy.interface import Decision, Observation, Policy
+from moecluster.placement.policy.registry import policy_named
+from moecluster.placement.policy.share import SharePolicy, ShareSettings, ShareState
+from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
 
 NUM_WINDOWS = 30
 SHIFT_EVERY_WINDOWS = 11

@@ -22,10 +22,10 @@ import ray
 import torch
 from rich.console import Console
 
-from actors.settings import process_environment
+from actors.names import process_environment
 from benchmarks.cluster_under_test import Contender, save_model, started
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
-from moecluster.rpc.controller_calls import ControllerCalls
+from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import Operation
 
 NUM_EXPERTS = 16

@@ -37,15 +37,15 @@ from transformers import MixtralConfig
 
 from actors.expert_actor import ExpertActor
 from actors.given_directories import GivenDirectories
+from actors.names import Endpoints
 from actors.ray_calls import call
-from actors.settings import Endpoints
 from actors.spawn import spawn
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 from benchmarks.workers.plain_read import read_files, throw_out
 from moecluster.config import Config, read_config
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.experts.source import ExpertSource
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.training.tensor_file import write_tensors
 from moecluster.types import ExpertId
 

@@ -22,15 +22,15 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks.expert_loads import Floats, day_of_windows, drifted, zipf_loads
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
-from moecluster.placement.balancedness import balancedness_L
-from moecluster.placement.cold_plan import cold_plan
-from moecluster.placement.decision import USUAL_BURST, Decision, Observation, Policy, decision_of
-from moecluster.placement.eplb_policy import eplb_plan
-from moecluster.placement.forecast import Trend, forecast
 from moecluster.placement.layout import Fleet, Layout, added_R, with_shares
-from moecluster.placement.policies import policy_named
-from moecluster.placement.replica_counts import least_worst_load_L
-from moecluster.placement.shares import least_max_shares
+from moecluster.placement.load.forecast import Trend, forecast
+from moecluster.placement.names import balancedness_L
+from moecluster.placement.plan.cold import cold_plan
+from moecluster.placement.plan.replica_counts import least_worst_load_L
+from moecluster.placement.plan.shares import least_max_shares
+from moecluster.placement.policy.eplb import eplb_plan
+from moecluster.placement.policy.interface import USUAL_BURST, Decision, Observation, Policy, decision_of
+from moecluster.placement.policy.registry import policy_named
 
 NUM_LAYERS, NUM_EXPERTS = 58, 256
 NUM_EXPERTS_L = np.full(NUM_LAYERS, NUM_EXPERTS)

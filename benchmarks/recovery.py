@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from actors.driver import Cluster
-from actors.settings import process_environment
+from actors.names import process_environment
 from benchmarks.cluster_under_test import Contender, save_model, started
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 

@@ -30,15 +30,15 @@ import ray
 from rich.console import Console
 
 from actors.driver import Cluster
-from actors.settings import process_environment
+from actors.names import process_environment
 from benchmarks.measure import ROOT
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 from benchmarks.serving_model import save_mixtral
 from moecluster.config import read_config
-from moecluster.generations import GenerationRequest
+from moecluster.generation import GenerationRequest
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.router_messages import encode_generation_request
+from moecluster.rpc.router.messages import encode_generation_request
 from moecluster.rpc.server import open_channel
 
 CONCURRENCY = 32

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moecluster.models.byte_tokenizer import END_ID, PAD_ID, VOCAB_SIZE, build_byte_tokenizer
+from moecluster.models.tokenizer.byte_level import END_ID, PAD_ID, VOCAB_SIZE, build_byte_tokenizer
 
 HIDDEN_SIZE = 1024
 INNER_SIZE = 3584

@@ -4,18 +4,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import Unavailable
-from moecluster.models.expert_source import ExpertSource
+from moecluster.expert.service import ExpertService
+from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.actor_access import ControlConnection
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.expert_stream import GrpcExpertTransport
-from moecluster.rpc.in_process import InProcessTransport
-from moecluster.rpc.interfaces import ExpertTransport
+from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.in_process import InProcessTransport
+from moecluster.rpc.expert.interface import ControlConnection, ExpertTransport
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, OptimizerSettings, Placement, Replica
 from tests.given import any_directory

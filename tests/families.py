@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moecluster.models.own_build import register_own_family
+from moecluster.models.native.build import register_own_family
 
 Layout = Literal["per-expert", "fused"]
 LAYOUTS: tuple[Layout, ...] = ("per-expert", "fused")

@@ -11,10 +11,10 @@ from typing import Self
 
 from transformers import AutoModelForCausalLM
 
-from actors.settings import CONTROLLER
+from actors.names import CONTROLLER
 from moecluster.errors import MoeClusterError
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.own_build import build_model, register_own_family
+from moecluster.models.native.build import build_model, register_own_family
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.types import ExpertId
 from tests.near_ties import is_near_tie
 from tests.ray_cluster import RayCluster

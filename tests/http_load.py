@@ -13,8 +13,8 @@ import httpx
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moecluster.models.detokenizer import Detokenizer
-from moecluster.models.streaming_decoder import StreamingDecoder
+from moecluster.models.tokenizer.decoding import Detokenizer
+from moecluster.models.tokenizer.detokenizer import StreamingDecoder
 
 CLEAR_GAP = 1e-3  # between the two best logits, in float32: far beyond what another grouping of a sum changes
 JOIN_TIMEOUT_S = 180.0

@@ -4,29 +4,29 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Self
 
+from moecluster.controller.controller import Controller
+from moecluster.controller.operations.routers import RouterSupervisor
+from moecluster.controller.operations.weight_rollout import UpdateSettings
+from moecluster.controller.settings import ControllerSettings
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.expert.service import ExpertService
 from moecluster.metrics import Metrics
-from moecluster.models.checkpoint import OpenCheckpoint
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.checkpoint.reader import OpenCheckpoint
+from moecluster.models.experts.source import ExpertSource
 from moecluster.models.given_directories import IsGiven
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.controller import Controller
-from moecluster.roles.controller_settings import ControllerSettings
-from moecluster.roles.expert_pool import ExpertPool
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.roles.router import Router
-from moecluster.roles.router_sizing import RouterSupervisor
-from moecluster.roles.weight_updates import UpdateSettings
-from moecluster.rpc.controller_client import ControllerClient
-from moecluster.rpc.controller_server import serve_controller
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.expert_stream import GrpcExpertTransport
-from moecluster.rpc.health_watch import HealthWatch
-from moecluster.rpc.router_server import serve_router
+from moecluster.router.engine.engine import EngineLimits
+from moecluster.router.engine.factory import make_engine
+from moecluster.router.router import Router
+from moecluster.rpc.controller.server import serve_controller
+from moecluster.rpc.controller.subscription import ControllerClient
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.server import serve_expert
+from moecluster.rpc.health import HealthWatch
+from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer
-from moecluster.serving.engine import EngineLimits
-from moecluster.serving.make_engine import make_engine
 from moecluster.types import ActorAddress, RouterState
 from tests.given import any_directory
 

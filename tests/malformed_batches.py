@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from moecluster.proto import expert_pb2, tensor_pb2
-from moecluster.rpc import codec
+from moecluster.rpc import tensors
+from moecluster.rpc.expert import messages
 from moecluster.types import MicroBatchTag, Phase
 from tests.raw_stream import GOOD
 from tests.small_actor import TAG, WIDTH, batch_of
@@ -57,9 +58,9 @@ def region_that_nobody_agreed_on(rng: random.Random, batch: expert_pb2.Batch) ->
 
 
 def wrong_rows(rng: random.Random, batch: expert_pb2.Batch) -> None:
-    rows = codec.decode_tensor(batch.pair_rows, "", dtypes=(torch.int32,), shape=(None,)).clone()
+    rows = tensors.decode_tensor(batch.pair_rows, "", dtypes=(torch.int32,), shape=(None,)).clone()
     rows[rng.randrange(len(rows))] = rng.choice([-1, -(2**31), 5, 2**31 - 1])
-    batch.pair_rows.CopyFrom(codec.encode_tensor(rows))
+    batch.pair_rows.CopyFrom(tensors.encode_tensor(rows))
 
 
 def wrong_counts(rng: random.Random, batch: expert_pb2.Batch) -> None:
@@ -74,14 +75,14 @@ def wrong_experts(rng: random.Random, batch: expert_pb2.Batch) -> None:
 
 def another_width(rng: random.Random, batch: expert_pb2.Batch) -> None:
     rows = torch.zeros(5, rng.choice([1, WIDTH - 1, WIDTH + 1, 3 * WIDTH]))
-    batch.x.CopyFrom(codec.encode_tensor(rows))
-    batch.grad.CopyFrom(codec.encode_tensor(rows))
+    batch.x.CopyFrom(tensors.encode_tensor(rows))
+    batch.grad.CopyFrom(tensors.encode_tensor(rows))
 
 
 def another_float(rng: random.Random, batch: expert_pb2.Batch) -> None:
     rows = torch.zeros(5, WIDTH, dtype=rng.choice([torch.bfloat16, torch.float16]))
-    batch.x.CopyFrom(codec.encode_tensor(rows))
-    batch.grad.CopyFrom(codec.encode_tensor(rows))
+    batch.x.CopyFrom(tensors.encode_tensor(rows))
+    batch.grad.CopyFrom(tensors.encode_tensor(rows))
 
 
 def wrong_deadline(rng: random.Random, batch: expert_pb2.Batch) -> None:
@@ -129,7 +130,7 @@ def malformed_batches() -> Iterator[tuple[str, expert_pb2.Batch]]:
     train = MicroBatchTag(step=TAG)
     bases = [
         GOOD,
-        *(codec.encode_batch(batch_of(5, phase=p, train=train)) for p in (Phase.TRAIN_FORWARD, Phase.BACKWARD)),
+        *(messages.encode_batch(batch_of(5, phase=p, train=train)) for p in (Phase.TRAIN_FORWARD, Phase.BACKWARD)),
     ]
     for number in range(GENERATED):
         batch = expert_pb2.Batch()

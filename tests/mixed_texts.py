@@ -11,16 +11,16 @@ import grpc
 import torch
 from transformers import PreTrainedModel
 
-from moecluster.generations import GenerationRequest
+from moecluster.generation import GenerationRequest
 from moecluster.hf.trial import without_generation_settings
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
-from moecluster.roles.router import Router
-from moecluster.rpc.router_messages import decode_piece, encode_generation_request
-from moecluster.rpc.router_server import serve_router
+from moecluster.router.engine.engine import EngineLimits
+from moecluster.router.engine.factory import make_engine
+from moecluster.router.router import Router
+from moecluster.rpc.router.messages import decode_piece, encode_generation_request
+from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import open_channel
-from moecluster.serving.engine import EngineLimits
-from moecluster.serving.make_engine import make_engine
 from tests.expert_cluster import ExpertCluster
 from tests.families import VOCABULARY, make_model, save
 from tests.given import any_directory

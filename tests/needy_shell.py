@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from actors.begin_again import begins_again
+from actors.restart_policy import begins_again
 from moecluster.errors import CheckpointError
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecluster.hf.interface import Backend
-from moecluster.models.checkpoint import Checkpoint
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.checkpoint.reader import Checkpoint
+from moecluster.models.experts.source import ExpertSource
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId
 from tests.families import VOCABULARY

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moecluster.placement.balancedness import mean_balancedness
-from moecluster.placement.decision import Decision, Observation
 from moecluster.placement.layout import Layout, make_layout, moved_bytes
-from moecluster.placement.partway import hosted_experts_LE
+from moecluster.placement.names import mean_balancedness
+from moecluster.placement.policy.interface import Decision, Observation
+from moecluster.simulation.layouts import hosted_experts_LE
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from actors.settings import CONTROLLER, EXPERT_PREFIX
+from actors.names import CONTROLLER, EXPERT_PREFIX
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unavailable, UserError
-from moecluster.rpc.controller_calls import ControllerCalls
+from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import ControllerStatus, ExpertId, Operation, OperationPhase
 from tests.happenings import Happening
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for

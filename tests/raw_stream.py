@@ -6,15 +6,15 @@ from typing import Any
 import grpc
 import torch
 
+from moecluster.expert.service import ExpertService
 from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import codec
-from moecluster.rpc.shared_memory import Segment
+from moecluster.rpc.expert import messages
+from moecluster.rpc.same_host.segment import Segment
 from tests.small_actor import ask, batch_of
 
 SERVICE = "moecluster.v1.ExpertService"
-GOOD = codec.encode_batch(batch_of(5))
+GOOD = messages.encode_batch(batch_of(5))
 
 
 class RawStream:
@@ -64,8 +64,8 @@ def check_serves(service: ExpertService, stub: ExpertServiceStub) -> None:
 def check_good_answer(service: ExpertService, stream: RawStream) -> None:
     reply = stream.ask(GOOD)
     assert reply.code == expert_pb2.OK, reply.detail
-    batch = codec.decode_batch(GOOD)
-    y_ND = codec.decode_result(reply, batch).y_ND
+    batch = messages.decode_batch(GOOD)
+    y_ND = messages.decode_result(reply, batch).y_ND
     expected_ND = ask(service, batch).y_ND
     assert y_ND is not None and expected_ND is not None and torch.equal(y_ND, expected_ND)
 

@@ -19,12 +19,13 @@ from actors.driver import CALL_TIMEOUT_S, Cluster
 from actors.ray_calls import controller_resolver
 from actors.router_actor import make_remote_experts
 from moecluster.client import Client
-from moecluster.config import override, read_config
+from moecluster.config import read_config
+from moecluster.config.load import override
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import MoeClusterError
 from moecluster.metrics import Metrics
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_calls import controller_status
-from moecluster.rpc.controller_client import ControllerClient
+from moecluster.rpc.controller.client import controller_status
+from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ControllerStatus
 

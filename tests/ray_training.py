@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from moecluster.config import Config
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_calls import set_checkpoint
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.rpc.controller.client import set_checkpoint
 from moecluster.training.events import Event
 from moecluster.training.loop import TrainingLoop
-from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from tests.ray_cluster import CREDENTIALS, RayCluster
 
 

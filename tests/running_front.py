@@ -8,10 +8,10 @@ from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
 
-from moecluster.sections import ServeConfig
-from moecluster.serving.front.keys import ApiKeys
-from moecluster.serving.front.router_directory import Whereabouts
-from moecluster.serving.front.server import FrontServer, ModelSource
+from moecluster.config.sections import ServeConfig
+from moecluster.gateway.api_keys import ApiKeys
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.server import FrontServer, ModelSource
 
 WAIT_S = 60.0
 

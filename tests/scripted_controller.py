@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moecluster.errors import UserError
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import (
     ActorAddress,
     ActorLoads,

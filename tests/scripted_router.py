@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 
 from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, StaleOrder
-from moecluster.generations import GenerationPiece, GenerationRequest, TokenLogprob
+from moecluster.generation import GenerationPiece, GenerationRequest, TokenLogprob
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.router_server import serve_router
+from moecluster.rpc.router.server import serve_router
 from moecluster.types import RouterStatus
 
 WORDS = ("the", "red", "fox", "swam", "über", "grey", "ice", "and", "sang", "low", "notes", "till", "dawn")

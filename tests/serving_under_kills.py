@@ -12,11 +12,11 @@ import numpy as np
 import psutil
 from transformers import AutoModelForCausalLM
 
-from actors.settings import CONTROLLER
-from moecluster.models.own_build import register_own_family
-from moecluster.models.tokenizer import load_tokenizer
-from moecluster.serving.front.router_directory import Whereabouts
-from moecluster.serving.front.server import ModelSource
+from actors.names import CONTROLLER
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.server import ModelSource
+from moecluster.models.native.build import register_own_family
+from moecluster.models.tokenizer.load import load_tokenizer
 from tests.generation_load import save_decided_model
 from tests.http_load import HttpClients, StreamedText, assert_all_right, clear_texts, stream_text
 from tests.ray_cluster import CREDENTIALS, RayCluster

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from moecluster.errors import MoeClusterError
-from moecluster.models.expert_source import ExpertSource
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.expert_stream import GrpcExpertTransport
-from moecluster.rpc.in_process import InProcessTransport
+from moecluster.expert.service import ExpertService
+from moecluster.models.experts.source import ExpertSource
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.in_process import InProcessTransport
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
 from tests.batches import make_batch

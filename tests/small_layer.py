@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.types import Replica
 from tests.small_actor import (
     EXPERTS,

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from moecluster.config import Config, read_config
-from moecluster.models.own_build import build_model
+from moecluster.models.native.build import build_model
 from moecluster.training.events import Event, StepDone
 from moecluster.training.schedule import WarmupCosine
-from moecluster.training.start import read_data, run_tokenizer
+from moecluster.training.setup import read_data, run_tokenizer
 
 WORDS = ["expert", "gate", "trunk", "router", "token", "batch", "actor", "step", "load", "shard"]
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self, cast
 
+from moecluster.config.sections import ModelConfig
+from moecluster.controller.actors.interfaces import LifeWatch
 from moecluster.errors import DeadlineExceeded, Unavailable
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.own_build import build_model
-from moecluster.roles.actor_access import ControlConnection, LifeWatch
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc.in_process import InProcessPeerExports
-from moecluster.sections import ModelConfig
+from moecluster.expert.service import ExpertService
+from moecluster.models.native.build import build_model
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
+from moecluster.rpc.expert.in_process import InProcessPeerExports
+from moecluster.rpc.expert.interface import ControlConnection
 from moecluster.types import ActorAddress
 from tests.given import any_directory
 

@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM
 
-from moecluster.generations import GenerationRequest
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.own_build import build_model, register_own_family
+from moecluster.generation import GenerationRequest
+from moecluster.models.native.build import build_model, register_own_family
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.types import Operation, OperationPhase
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import TINY

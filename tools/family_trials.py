@@ -21,18 +21,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moecluster.config import Config, read_config
 from moecluster.errors import UserError
-from moecluster.experts.optimizer import is_decayed
 from moecluster.hf.continuous_batching import supports_paging
 from moecluster.hf.padding import sees_padding
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.model_config import read_loadable_config
+from moecluster.models.config import read_loadable_config
+from moecluster.models.experts.layout import ExpertLayout
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.models.trunk import load_trunk
+from moecluster.optim.two_phase import is_decayed
 from moecluster.training.data import TextData
 from moecluster.training.events import StepDone
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.schedule import WarmupCosine
-from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from tests.expert_cluster import ExpertCluster
 from tests.families import draw_weights
 from tests.parity import LocalExperts

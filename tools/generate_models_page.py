@@ -15,7 +15,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moecluster.hf.modelling import text_config
-from moecluster.models.own_build import register_own_family
+from moecluster.models.native.build import register_own_family
 from tools.family_trials import LOGIT_TOLERANCE, LOSS_TOLERANCE, STEPS, Trial, try_family
 from tools.moe_families import families_with_interface, families_without_interface
 

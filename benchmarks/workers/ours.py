@@ -25,12 +25,13 @@ from transformers import MixtralConfig
 from benchmarks.case import Case, DType, Transport
 from benchmarks.layer_inputs import D_INNER, D_MODEL, NUM_EXPERTS, TOP_K, Batch, make_batches, make_expert
 from benchmarks.workers.loop import Call, serve
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.expert.service import ExpertService
+from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings, Placement, Replica, StepTag
 
 NUM_ACTORS = 2

@@ -13,7 +13,7 @@ host; elsewhere give a copy of its file as `secret_file`, or name it in $MOECLUS
 Given several routers of a cluster, a text whose router is lost goes on at another one, exactly where it broke off.
 """
 
-from moecluster.client.asynchronous import AsyncClient, AsyncGenerationStream
+from moecluster.client.aio import AsyncClient, AsyncGenerationStream
 from moecluster.client.requests import TextOptions
 from moecluster.client.sync import Client, GenerationStream
 from moecluster.rpc.credentials import ClusterCredentials, local_credentials

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import grpc
 import grpc.aio
 
-from moecluster.client.routes import Route, Routers
+from moecluster.client.failover import Route, Routers
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.rpc.credentials import ClusterCredentials, given_credentials, read_secret
 from moecluster.rpc.status_codes import from_rpc_error

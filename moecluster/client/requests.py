@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
 from moecluster.errors import InvalidMessage
-from moecluster.generations import GenerationRequest, SamplingParameters
-from moecluster.rpc.router_messages import encode_generation_request
+from moecluster.generation import GenerationRequest, SamplingParameters
+from moecluster.rpc.router.messages import encode_generation_request
 
 MAX_NEW_TOKENS = 256
 

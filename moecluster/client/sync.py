@@ -9,16 +9,15 @@ import grpc
 import torch
 
 from moecluster.client.cluster_client import STATUS_TIMEOUT_S, CancelAnswers, ClusterClient
-from moecluster.client.hidden_states import decode_moe_reply, encode_moe_request
+from moecluster.client.failover import Route
 from moecluster.client.requests import TextOptions, build_request
-from moecluster.client.routes import Route
-from moecluster.client.written_text import WrittenText
+from moecluster.client.stream_state import WrittenText
 from moecluster.errors import Unavailable
-from moecluster.generations import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.router_messages import decode_router_status
+from moecluster.rpc.router.messages import decode_moe_reply, decode_router_status, encode_moe_request
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import RouterStatus

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moecluster.dispatch.shares import LayerTable, choose_actors, content_keys
+from moecluster.dispatch.replica_choice import LayerTable, choose_actors, content_keys
 from moecluster.types import ComputeResult
 
 ROW_WORDS = 8

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moecluster.errors import UnsupportedModelError
-from moecluster.linear import can_pack, linear, pack
+from moecluster.moe.linear import can_pack, linear, pack
 
 RowFunction = Callable[[torch.Tensor], torch.Tensor]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from moecluster.errors import UnsupportedModelError
 from moecluster.hf.modelling import empty_model
-from moecluster.models.model_config import read_model_config
+from moecluster.models.config import read_model_config
 
 # What families call K, the experts per token.
 _TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")

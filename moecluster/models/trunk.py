@@ -13,8 +13,8 @@ from moecluster.errors import CheckpointError
 from moecluster.hf.interface import Backend, attach
 from moecluster.hf.keys import trunk_to_checkpoint
 from moecluster.hf.modelling import load_without_experts
-from moecluster.models.checkpoint import Checkpoint
-from moecluster.models.model_config import read_loadable_config
+from moecluster.models.checkpoint.reader import Checkpoint
+from moecluster.models.config import read_loadable_config
 
 
 @dataclass(frozen=True, kw_only=True)

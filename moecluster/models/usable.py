@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from moecluster.hf.modelling import read_generation_config
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.model_config import read_loadable_config
-from moecluster.models.tokenizer import load_tokenizer
+from moecluster.models.config import read_loadable_config
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.tokenizer.load import load_tokenizer
 
 
 def refuse_unusable(directory: str | Path) -> None:

@@ -11,6 +11,7 @@ MAX_NAME_LENGTH = 256
 MAX_PATH_LENGTH = 4096
 MAX_REASON_LENGTH = 1000
 SHARE_TOLERANCE = 1e-6
+MAX_MESSAGE_BYTES = 256 * 2**20
 
 
 def checked_name(name: str, field: str) -> str:

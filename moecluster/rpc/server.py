@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from moecluster.errors import ResourceError
 from moecluster.rpc.authentication import AuthenticatedAsyncChannel, AuthenticatedChannel, RequireSecret
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.limits import MAX_MESSAGE_BYTES
+from moecluster.rpc.fields import MAX_MESSAGE_BYTES
 
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0

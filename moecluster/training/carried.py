@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from moecluster.hf.keys import unknown_keys
-from moecluster.models.checkpoint import Checkpoint
-from moecluster.models.checkpoint_files import FolderFiles
-from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.headers import STORED, TensorInfo, read_header
-from moecluster.models.training_files import CARRIED_NAME
-from moecluster.models.training_state import FOLDER
+from moecluster.models.checkpoint.files import FolderFiles
+from moecluster.models.checkpoint.headers import STORED, TensorInfo, read_header
+from moecluster.models.checkpoint.reader import Checkpoint
+from moecluster.models.checkpoint.training_progress import FOLDER
+from moecluster.models.checkpoint.training_state import CARRIED_NAME
+from moecluster.models.experts.layout import ExpertLayout
 from moecluster.training.tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)

@@ -12,19 +12,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moecluster.errors import StateLost
-from moecluster.experts.optimizer import state_names
-from moecluster.models.checkpoint import INDEX_NAME
-from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.training_files import (
+from moecluster.models.checkpoint.reader import INDEX_NAME
+from moecluster.models.checkpoint.training_progress import FOLDER, TrainingState, write_training_state
+from moecluster.models.checkpoint.training_state import (
     CARRIED_NAME,
     TRUNK_WEIGHTS_NAME,
     expert_optimizer_file,
     expert_weights_name,
     trunk_optimizer_file,
 )
-from moecluster.models.training_state import FOLDER, TrainingState, write_training_state
+from moecluster.models.experts.layout import ExpertLayout
 from moecluster.models.trunk import checkpoint_state
-from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.optim.two_phase import state_names
+from moecluster.rpc.expert.interface import ExportedTensor
 from moecluster.training.carried import carry_over
 from moecluster.training.tensor_file import TensorFile, write_tensors
 from moecluster.types import ExpertId, OptimizerSettings

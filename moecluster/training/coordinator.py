@@ -22,7 +22,7 @@ from moecluster.errors import (
     Unavailable,
     UserError,
 )
-from moecluster.rpc.interfaces import Participant
+from moecluster.optim.participant import Participant
 from moecluster.types import ExpertActorStatus, MessageKey, StepTag
 
 AnswerT = TypeVar("AnswerT")

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moecluster.errors import DataError
-from moecluster.training.texts import Domain
+from moecluster.training.corpus import Domain
 
 PIECE_CHARACTERS = 2**14  # tokenized at once: tokenizers slow down on long texts
 

@@ -9,15 +9,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moecluster.config import Config
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import AttemptAborted, CheckpointError, MoeClusterError, StaleOrder, StateLost, UserError
 from moecluster.metrics import Metrics
-from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.training_state import TrainingState
-from moecluster.placement.balancedness import layer_balancedness
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.models.checkpoint.training_progress import TrainingState
+from moecluster.models.experts.layout import ExpertLayout
+from moecluster.placement.names import layer_balancedness
+from moecluster.rpc.expert.interface import ExportedTensor
+from moecluster.training.checkpoint_store import CHECKPOINTS, CheckpointStore
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
-from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
 from moecluster.training.data import TextData
 from moecluster.training.evaluation import evaluate
 from moecluster.training.events import (
@@ -30,10 +30,10 @@ from moecluster.training.events import (
     StepDone,
     WentBack,
 )
-from moecluster.training.rank import Computed, compute_gradients, update_gates
+from moecluster.training.gradients import Computed, compute_gradients, update_gates
 from moecluster.training.schedule import WarmupCosine
 from moecluster.training.session import Session, open_session, optimizer_settings
-from moecluster.training.start import fixed_settings
+from moecluster.training.setup import fixed_settings
 from moecluster.types import ExpertId, StepTag
 
 logger = logging.getLogger(__name__)

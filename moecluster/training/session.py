@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from moecluster.config import Config
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import ConfigError, MoeClusterError, StateLost, Unavailable, UserError
-from moecluster.models.training_files import read_trunk_optimizer_state
-from moecluster.models.training_state import TrainingState, read_training_state
+from moecluster.models.checkpoint.training_progress import TrainingState, read_training_state
+from moecluster.models.checkpoint.training_state import read_trunk_optimizer_state
 from moecluster.models.trunk import load_trunk
-from moecluster.roles.expert_pool import ExpertPool
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.interfaces import ExpertControl
+from moecluster.rpc.expert.interface import ExpertControl
 from moecluster.training.coordinator import StepCoordinator
 from moecluster.training.trunk_participant import TrunkParticipant
 from moecluster.types import ExpertId, OptimizerSettings, Placement

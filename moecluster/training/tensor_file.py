@@ -12,8 +12,8 @@ from typing import Self
 
 import torch
 
-from moecluster.models.checksums import SummedHeader, sums_of
-from moecluster.models.headers import STORED
+from moecluster.models.checkpoint.checksums import SummedHeader, sums_of
+from moecluster.models.checkpoint.headers import STORED
 
 DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 

@@ -7,9 +7,9 @@ import psutil
 import torch
 from torch import nn
 
-from moecluster.experts.step_state import StepState
-from moecluster.models.training_state import TrainingState
+from moecluster.models.checkpoint.training_progress import TrainingState
 from moecluster.models.trunk import trunk_parameters
+from moecluster.optim.step_state import StepState
 from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
 
 MODULE = "trunk"

@@ -16,7 +16,7 @@ from tests.every_method import guarded_methods, health_methods
 from tests.second_user import SECRETS, listening, try_everything
 from tests.twin_actors import save_tiny_model
 
-COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0
 SETTINGS = ("cluster.num_expert_actors=2", "controller.max_expert_actors=3", "controller.num_redundant_experts=4")

@@ -20,8 +20,8 @@ from actors.driver import Cluster
 from moecluster.client import Client
 from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.models.model_config import read_model_config
-from moecluster.rpc.controller_calls import controller_status
+from moecluster.models.config import read_model_config
+from moecluster.rpc.controller.client import controller_status
 from tests.ray_cluster import CREDENTIALS
 from tests.twin_actors import save_tiny_model
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moecluster.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
-from moecluster.sections import ServeConfig
+from moecluster.config.sections import ServeConfig
+from moecluster.models.tokenizer.byte_level import VOCAB_SIZE, build_byte_tokenizer
 from tests.families import save
 from tests.ray_cluster import RayCluster
 from tests.ray_session import RaySession

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.expert_source import ExpertSource
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.interfaces import ExpertControl
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
+from moecluster.rpc.expert.interface import ExpertControl
 from moecluster.types import ExpertId, OptimizerSettings, StepTag
 from tests.families import Layout, make_model, save
 from tests.parity import (

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.checkpoint_source import CheckpointSource, announce
+from actors.checkpoint_actor import CheckpointSource, announce
 from actors.given_directories import GivenDirectories
+from actors.names import SOURCE
 from actors.ray_calls import call, find_actor
-from actors.settings import SOURCE
 from actors.spawn import spawn
 from moecluster.errors import NotGiven
-from moecluster.rpc.controller_calls import set_checkpoint
+from moecluster.rpc.controller.client import set_checkpoint
 from tests.generation_load import save_decided_model
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.ray_session import RaySession

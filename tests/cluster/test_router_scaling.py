@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.settings import is_router
+from actors.names import is_router
 from moecluster.client import Client
 from moecluster.errors import MoeClusterError
-from moecluster.rpc.controller_calls import ControllerCalls
+from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import OperationPhase, RouterState
 from tests.generation_load import PROMPTS, save_decided_model
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for

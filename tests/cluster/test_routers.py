@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from actors.settings import is_router
+from actors.names import is_router
 from actors.training_host import RunGone
 from moecluster.client import Client
 from moecluster.errors import MoeClusterError, Unavailable, UserError
-from moecluster.rpc.controller_calls import ControllerCalls, set_checkpoint
+from moecluster.rpc.controller.client import ControllerCalls, set_checkpoint
 from moecluster.types import ExpertId, RouterStatus
 from tests.generation_load import save_decided_model
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for

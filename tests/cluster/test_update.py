@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from actors import state
-from actors.state import UpCluster
+from actors import cluster_file
+from actors.cluster_file import UpCluster
 from moecluster.client import Client
 from moecluster.rpc.credentials import secret_path, write_secret
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
 
-COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(300)
@@ -47,7 +47,7 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
             secret_file=str(secret_path(name)),
             local_ray=None,
         )
-        state.save(noted)
+        cluster_file.save(noted)
         write_secret(secret_path(name), CREDENTIALS)
         texts: list[list[int]] = []
         failures: list[str] = []

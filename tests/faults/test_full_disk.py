@@ -9,7 +9,7 @@ import pytest
 WRITE_TWO_CHECKPOINTS = """
 import os, sys, torch
 from moecluster.errors import CheckpointError
-from moecluster.training.checkpoints import CheckpointStore
+from moecluster.training.checkpoint_store import CheckpointStore
 from moecluster.training.tensor_file import write_tensors
 
 store = CheckpointStore(sys.argv[1])

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from actors.commands.train import run
-from actors.settings import ROUTER
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.controller_calls import set_checkpoint
-from moecluster.training.checkpoints import CHECKPOINTS, CheckpointStore
+from actors.names import ROUTER
+from moecluster.cli.commands.train import run
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.rpc.controller.client import set_checkpoint
+from moecluster.training.checkpoint_store import CHECKPOINTS, CheckpointStore
 from moecluster.training.events import StepDone, WentBack
 from moecluster.training.history import History
-from moecluster.training.start import prepare_start
+from moecluster.training.setup import prepare_start
 from moecluster.types import ComputeBatch, ComputeResult, Phase
 from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.ray_session import RaySession

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moecluster.client import Client
-from moecluster.models.model_config import read_model_config
+from moecluster.models.config import read_model_config
 from tests.families import FAMILIES
 from tests.loopback_cluster import LoopbackCluster
 from tests.mixed_texts import assert_texts_of_the_whole_model

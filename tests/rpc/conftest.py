@@ -9,9 +9,9 @@ import grpc
 import pytest
 from torch import nn
 
+from moecluster.expert.service import ExpertService
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.server import RunningServer
 from tests.raw_stream import RawStream
 from tests.small_actor import Connect, load_modules, open_stream, save_small_model, served, serving

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from moecluster.controller.actors.manager import Keepers
 from moecluster.errors import Unavailable
-from moecluster.roles.expert_loader import ExpertLoader
-from moecluster.roles.keepers import Keepers
+from moecluster.expert.loader import ExpertLoader
 from moecluster.types import ExpertId
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from moecluster.dispatch import connection_pool
+from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.errors import Unavailable
-from moecluster.roles import expert_pool
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.types import ActorAddress, Placement, Replica
 from tests.small_actor import EXPERTS, SEGMENT_BYTES, TIMEOUT_S, batch_of, check_rows, served, serving
 
@@ -125,7 +126,7 @@ def test_the_way_to_an_actor_without_a_place_is_closed_though_it_still_listens(
             pool.table(after, 1)
             batch = batch_of()
             check_rows(modules, batch, left.submit(batch).result(TIMEOUT_S))  # of a request that planned before
-            monkeypatch.setattr(expert_pool, "LEFT_S", 0.0)
+            monkeypatch.setattr(connection_pool, "LEFT_S", 0.0)
             pool.table(replace(after, generation=3), 1)
             with pytest.raises(Unavailable, match="was closed"):
                 left.submit(batch).result(TIMEOUT_S)

@@ -16,14 +16,14 @@ from moecluster.client import AsyncClient, Client, ClusterCredentials
 from moecluster.errors import ConfigError, Unauthenticated, Unavailable
 from moecluster.proto import expert_pb2, expert_pb2_grpc
 from moecluster.rpc.authentication import MAX_ANONYMOUS_CALLS
-from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
-from moecluster.rpc.controller_calls import ControllerCalls
-from moecluster.rpc.controller_client import ControllerClient
-from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
+from moecluster.rpc.controller.client import ControllerCalls
+from moecluster.rpc.controller.server import serve_controller
+from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.rpc.credentials import SECRET_FILE_VARIABLE, write_secret
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.health_watch import HealthWatch
-from moecluster.rpc.router_server import serve_router
+from moecluster.rpc.expert.server import serve_expert
+from moecluster.rpc.health import HealthWatch
+from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer, open_async_channel, open_channel
 from moecluster.types import Placement
 from tests.every_method import OURS, Metadata, Method, code_of, guarded_methods, health_methods

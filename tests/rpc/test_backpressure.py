@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import DeadlineExceeded, Exhausted
+from moecluster.expert.service import ExpertService
 from moecluster.metrics import Metrics
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, Placement, Replica
 from tests.expert_cluster import control_of

@@ -16,21 +16,21 @@ from typing import Any
 import httpx
 import pytest
 
-from actors import state
-from actors.state import UpCluster
+from actors import cluster_file
+from actors.cluster_file import UpCluster
 from moecluster.client import Client
 from moecluster.errors import ConfigError, Unavailable
-from moecluster.serving.http_front import open_front
-from moecluster.serving.offline.journal import Journal, journal_path
-from moecluster.serving.offline.lines import BatchInput
-from moecluster.serving.offline.run import run_batch
-from moecluster.serving.offline.sending import Retries
+from moecluster.http_client.batch.journal import Journal, journal_path
+from moecluster.http_client.batch.lines import BatchInput
+from moecluster.http_client.batch.run import run_batch
+from moecluster.http_client.batch.send import Retries
+from moecluster.http_client.connection import open_front
 from tests.loopback_cluster import LoopbackCluster
 from tests.openai_stand_in import StandIn, Trouble, answer_to, serving
 from tests.twin_actors import save_tiny_model
 
 WAIT_S = 60.0
-COMMAND = (sys.executable, "-c", "from actors.cli import main; main()", "batch")
+COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "batch")
 
 Ask = Callable[..., list[dict[str, Any]]]
 
@@ -274,7 +274,7 @@ def test_straight_to_a_cluster_through_a_front_of_its_own(tmp_path, monkeypatch)
         request["body"] |= {"max_tokens": 8, "temperature": 0}  # type: ignore[operator]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
     with LoopbackCluster(str(model)) as cluster:
-        state.save(
+        cluster_file.save(
             UpCluster(
                 name="mine",
                 ray_address="",

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moecluster.models.own_build import register_own_family
-from moecluster.models.own_config import OwnConfig
-from moecluster.roles.expert_pool import ExpertPool
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.expert.service import ExpertService
+from moecluster.models.native.build import register_own_family
+from moecluster.models.native.configuration import OwnConfig
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 from tests.expert_cluster import SHARED_MEMORY_BYTES, ExpertCluster, Transport

@@ -16,7 +16,7 @@ from tests.openai_stand_in import StandIn, Trouble, serving
 from tests.running_front import running_front
 from tests.twin_actors import save_tiny_model
 
-COMMAND = (sys.executable, "-c", "from actors.cli import main; main()", "bench", "serve")
+COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "bench", "serve")
 WAIT_S = 60.0
 
 

@@ -22,10 +22,10 @@ from moecluster.errors import (
     StateLost,
     Unavailable,
 )
-from moecluster.experts import compute
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import codec
-from moecluster.rpc.limits import MAX_MESSAGE_BYTES
+from moecluster.expert import compute
+from moecluster.expert.service import ExpertService
+from moecluster.rpc.expert import messages
+from moecluster.rpc.fields import MAX_MESSAGE_BYTES
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase
 from tests.batches import assert_same_fields, make_batch
@@ -216,7 +216,7 @@ def test_a_batch_larger_than_a_message_is_refused_before_it_is_sent(
     transport = connect("inline")
     rows = MAX_MESSAGE_BYTES // (4 * WIDTH) + 1
     x_ND = torch.zeros(1, WIDTH).expand(rows, WIDTH)  # takes no memory
-    with pytest.raises(InvalidMessage, match=rf"x: \d+ bytes in one message, at most {codec.MAX_CONTENT_BYTES}"):
+    with pytest.raises(InvalidMessage, match=rf"x: \d+ bytes in one message, at most {messages.MAX_CONTENT_BYTES}"):
         transport.submit(batch_of(x_ND=x_ND))
     check_rows(modules, batch_of(), result_of(transport, batch_of()))
 

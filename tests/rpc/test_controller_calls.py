@@ -11,9 +11,9 @@ import pytest
 from moecluster.errors import InvalidMessage, Unavailable, UserError
 from moecluster.proto import controller_pb2, tensor_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
-from moecluster.rpc import controller_server
-from moecluster.rpc.controller_calls import ControllerCalls
-from moecluster.rpc.controller_server import serve_controller
+from moecluster.rpc.controller import server as controller_server
+from moecluster.rpc.controller.client import ControllerCalls
+from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.types import ExpertId, OperationPhase
 from tests.scripted_controller import LOADS, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.observe import ObserverSettings
+from moecluster.controller.reconciler import ChangerSettings
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.mover import MoverSettings
-from moecluster.roles.observer import ObserverSettings
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model

@@ -10,10 +10,10 @@ import pytest
 from moecluster.errors import DeadlineExceeded, InvalidMessage, Unavailable, UserError
 from moecluster.proto import controller_pb2, tensor_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
-from moecluster.rpc.controller_calls import controller_status, set_checkpoint
-from moecluster.rpc.controller_client import STATE_PERIOD_S, WANT_AGAIN_S, ControllerClient
-from moecluster.rpc.controller_server import serve_controller
-from moecluster.rpc.placement_messages import decode_placement, encode_placement
+from moecluster.rpc.controller.client import controller_status, set_checkpoint
+from moecluster.rpc.controller.placement_messages import decode_placement, encode_placement
+from moecluster.rpc.controller.server import serve_controller
+from moecluster.rpc.controller.subscription import STATE_PERIOD_S, WANT_AGAIN_S, ControllerClient
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica, RouterState
 from tests.scripted_controller import ScriptedController

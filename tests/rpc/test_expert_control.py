@@ -28,12 +28,12 @@ from moecluster.errors import (
     Unavailable,
     UserError,
 )
+from moecluster.expert.service import ExpertService
 from moecluster.proto import expert_pb2
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import export_chunks
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.expert import export
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.rpc.status_codes import error_of_reply, reply_code_of
 from moecluster.types import ExpertId, MessageKey, MicroBatchTag, OptimizerSettings, Phase, StepTag
@@ -164,7 +164,7 @@ def test_load_and_unload(control: GrpcExpertControl, checkpoint: Path) -> None:
 def test_exported_tensors_are_whole_whatever_the_chunks(
     control: GrpcExpertControl, trainer: ExpertService, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(export_chunks, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(export, "CHUNK_BYTES", chunk_bytes)
     experts = EXPERTS[:1] if chunk_bytes == 1 else EXPERTS
     expected = trainer.export(experts=experts, with_optimizer=False)
     for ours, theirs in zip(control.export(experts=experts, with_optimizer=False), expected, strict=True):

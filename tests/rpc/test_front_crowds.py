@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from moecluster.serving.front.connections import MAX_HEAD_BYTES
+from moecluster.gateway.connections import MAX_HEAD_BYTES
 from tests.running_front import WAIT_S, RunningFront, running_front, wait_for
 from tests.scripted_router import ScriptedRouter
 

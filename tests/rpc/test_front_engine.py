@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moecluster.models.own_build import register_own_family
+from moecluster.models.native.build import register_own_family
 from tests.generation_load import save_decided_model
 from tests.loopback_cluster import LoopbackCluster
 from tests.running_front import RunningFront, running_front

@@ -20,10 +20,10 @@ from moecluster.errors import (
     RequestFailed,
     Unavailable,
 )
-from moecluster.generations import GenerationRequest
-from moecluster.rpc.controller_server import serve_controller
-from moecluster.serving.front.router_directory import Whereabouts
-from moecluster.serving.front.server import ModelSource
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.server import ModelSource
+from moecluster.generation import GenerationRequest
+from moecluster.rpc.controller.server import serve_controller
 from moecluster.types import ActorState, ControllerStatus, RouterState
 from tests.running_front import RunningFront, running_front, wait_for
 from tests.scripted_controller import ScriptedController

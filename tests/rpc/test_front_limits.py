@@ -16,11 +16,11 @@ import httpx
 import openai
 import pytest
 
+from moecluster.config.sections import ServeConfig
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.sections import ServeConfig
-from moecluster.serving.front.keys import ApiKeys
-from moecluster.serving.front.router_directory import Whereabouts
-from moecluster.serving.front.server import FrontServer, ModelSource
+from moecluster.gateway.api_keys import ApiKeys
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.server import FrontServer, ModelSource
 from tests.running_front import RunningFront, running_front, wait_for
 from tests.scripted_router import ScriptedRouter, words
 
@@ -208,7 +208,7 @@ def test_a_port_in_use_and_a_name_given_twice_are_said() -> None:
 
 def test_the_front_brings_neither_torch_nor_ray_nor_transformers() -> None:
     heavy = "print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
-    for module in ("moecluster.serving.front.server", "actors.commands.serve"):
+    for module in ("moecluster.gateway.server", "moecluster.cli.commands.serve"):
         done = subprocess.run(
             [sys.executable, "-c", f"import sys, {module}; {heavy}"], capture_output=True, text=True, timeout=60
         )

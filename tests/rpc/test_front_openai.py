@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from moecluster.client import Client
-from moecluster.serving.front.router_directory import Whereabouts
-from moecluster.serving.front.server import ModelSource
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.server import ModelSource
 from tests.generation_load import save_decided_model
 from tests.loopback_cluster import LoopbackCluster
 from tests.running_front import RunningFront, running_front

@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
+from moecluster.controller.operations.weight_rollout import UpdateSettings
 from moecluster.errors import NotGiven
 from moecluster.models.given_directories import is_within
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.roles.weight_updates import UpdateSettings
-from moecluster.rpc.controller_calls import ControllerCalls
-from moecluster.rpc.expert_control import GrpcExpertControl
+from moecluster.rpc.controller.client import ControllerCalls
+from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.server import open_channel
 from moecluster.types import ActorAddress, ExpertId, OperationPhase, OptimizerSettings
 from tests.loopback_cluster import LoopbackCluster

@@ -10,15 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.errors import (
-    StaleOrder,
-    Unavailable,
-)
+from moecluster.errors import StaleOrder, Unavailable
+from moecluster.expert.service import ExpertService
 from moecluster.proto import tensor_pb2
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc.expert_stream import GrpcExpertTransport
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.same_host.segment import Segment
 from moecluster.rpc.server import RunningServer
-from moecluster.rpc.shared_memory import Segment
 from moecluster.types import ActorAddress
 from tests.small_actor import (
     SEGMENT_BYTES,

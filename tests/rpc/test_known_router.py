@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from moecluster.errors import Unavailable
-from moecluster.generations import GenerationPiece, GenerationRequest
-from moecluster.serving.front.known_router import KnownRouter
+from moecluster.gateway.router_connection import KnownRouter
+from moecluster.generation import GenerationPiece, GenerationRequest
 from tests.scripted_router import ScriptedRouter
 
 WAIT_S = 60.0

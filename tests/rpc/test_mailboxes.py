@@ -10,10 +10,11 @@ import pytest
 from torch import nn
 
 from moecluster.errors import DeadlineExceeded, Unavailable
-from moecluster.experts import compute
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import compute_session, expert_stream, mailbox
-from moecluster.rpc.mailbox import MailboxUnavailable, PeerMailbox
+from moecluster.expert import compute
+from moecluster.expert.service import ExpertService
+from moecluster.rpc.expert import compute_session, compute_stream
+from moecluster.rpc.same_host import mailbox
+from moecluster.rpc.same_host.mailbox import MailboxUnavailable, PeerMailbox
 from moecluster.types import ComputeBatch, ComputeResult
 from tests.small_actor import (
     TIMEOUT_S,
@@ -51,7 +52,7 @@ def check_posted(posted: list[bool], expected: int) -> None:
     assert posted == [True] * expected
 
 
-def check_some(modules: dict[int, nn.Module], transport: expert_stream.GrpcExpertTransport, calls: int = 4) -> None:
+def check_some(modules: dict[int, nn.Module], transport: compute_stream.GrpcExpertTransport, calls: int = 4) -> None:
     for seed in range(calls):
         batch = batch_of(1 + seed, seed=seed)
         check_rows(modules, batch, result_of(transport, batch))
@@ -86,7 +87,7 @@ def test_full_mailboxes_send_messages_round_by_the_stream(
     check_some(modules, connect("shm"))
 
 
-@pytest.mark.parametrize("end", [compute_session, expert_stream])
+@pytest.mark.parametrize("end", [compute_session, compute_stream])
 @pytest.mark.parametrize("name", ["Mailbox", "PeerMailbox"])
 def test_who_has_no_mailbox_uses_the_stream(
     connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch, end: object, name: str
@@ -154,7 +155,7 @@ def test_a_wait_ends_with_its_timeout_and_another_thread_s_goes_on(
 
 
 def waiting_on(
-    transport: expert_stream.GrpcExpertTransport,
+    transport: compute_stream.GrpcExpertTransport,
 ) -> "tuple[list[Future[ComputeResult]], ThreadPoolExecutor]":
     """Three threads that wait for answers of an occupied actor."""
     threads = ThreadPoolExecutor(3)

@@ -8,12 +8,13 @@ import grpc
 import pytest
 import torch
 
+from moecluster.expert.service import ExpertService
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import codec
-from moecluster.rpc.limits import MAX_MESSAGE_BYTES
-from moecluster.rpc.shared_memory import Segment
+from moecluster.rpc import tensors
+from moecluster.rpc.expert import messages
+from moecluster.rpc.fields import MAX_MESSAGE_BYTES
+from moecluster.rpc.same_host.segment import Segment
 from tests.malformed_batches import FIELDS, malformed_batches
 from tests.raw_stream import GOOD, RawStream, check_good_answer, check_serves, raw_compute
 from tests.small_actor import TIMEOUT_S, WIDTH, Occupied, training, wait_for_rows
@@ -49,8 +50,8 @@ def test_every_malformed_region_is_refused_and_good_ones_between_are_exact(
     rng = random.Random(1)
     numbers = [0, 1, 32, 63, 64, 2**16 - 64, 2**16, 2**32, 2**63, 2**64 - 1]
     for _ in range(100):
-        batch = codec.encode_batch(codec.decode_batch(GOOD), segment)
-        right = codec.region_of(batch.x)
+        batch = messages.encode_batch(messages.decode_batch(GOOD), segment)
+        right = tensors.region_of(batch.x)
         assert right is not None
         field = rng.choice(["offset", "length_bytes", "sequence"])
         setattr(batch.x.region, field, rng.choice([n for n in numbers if n != getattr(right, field)]))
@@ -69,8 +70,8 @@ def test_rows_that_are_written_over_while_they_are_used_are_noticed(
     """A router that uses a region again before it was answered gets an error, not a wrong result."""
     segment = Segment(2**16)
     stream = RawStream(stub, segment)
-    batch = codec.encode_batch(codec.decode_batch(GOOD), segment)
-    region = codec.region_of(batch.x)
+    batch = messages.encode_batch(messages.decode_batch(GOOD), segment)
+    region = tensors.region_of(batch.x)
     assert region is not None
     with Occupied(service):
         stream.send(expert_pb2.ComputeRequest(batch=batch))

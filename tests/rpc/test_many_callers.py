@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch import nn
 
-from moecluster.rpc.mailbox import PeerMailbox
+from moecluster.rpc.same_host.mailbox import PeerMailbox
 from tests.small_actor import TIMEOUT_S, Connect, batch_of, check_rows, result_of
 
 CALLERS, TURNS = 24, 20

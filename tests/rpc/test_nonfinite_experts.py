@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moecluster.client import Client
+from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.observe import ObserverSettings
+from moecluster.controller.reconciler import ChangerSettings
 from moecluster.errors import RequestFailed
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import all_experts
-from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.mover import MoverSettings
-from moecluster.roles.observer import ObserverSettings
 from moecluster.types import ExpertId, OperationPhase, Replica
 from tests.loopback_cluster import LoopbackCluster
 from tests.weight_versions import PROMPTS, done, ended, save_version, texts_alone, wait_until, write

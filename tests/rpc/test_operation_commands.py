@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors import state
-from actors.cli import main
-from actors.commands import operations as operation_commands
-from actors.state import UpCluster
-from moecluster.placement.trace_reader import open_trace
-from moecluster.rpc.controller_server import serve_controller
+from actors import cluster_file
+from actors.cluster_file import UpCluster
+from moecluster.cli.app import main
+from moecluster.cli.commands import operations as operation_commands
+from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.server import RunningServer
+from moecluster.simulation.trace.reader import open_trace
 from moecluster.types import OperationPhase, Replica
 from tests.scripted_controller import LOADS, NOW_S, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController
 
@@ -59,7 +59,7 @@ def server(controller: ScriptedController) -> Iterator[RunningServer]:
 
 def note_cluster(controller_address: str) -> None:
     """As `up` does, on a Ray that is not ours to end."""
-    state.save(
+    cluster_file.save(
         UpCluster(
             name="moecluster",
             ray_address=NOBODY,
@@ -272,7 +272,7 @@ def test_a_file_that_is_no_trace_is_left_as_it_is(run, tmp_path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_recording_that_is_interrupted_is_whole(controller, tmp_path, number) -> None:
     out = tmp_path / "loads.jsonl"
-    command = [sys.executable, "-c", "from actors.cli import main; main()", "record", str(out)]
+    command = [sys.executable, "-c", "from moecluster.cli.app import main; main()", "record", str(out)]
     with Counting(controller):
         recording = subprocess.Popen(
             [*command, "--window-s", "0.2", "--for-s", "0"],

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId, OptimizerSettings, StepTag
 from tests.expert_cluster import ExpertCluster, Transport
 from tests.families import FAMILIES, LAYOUTS, Layout, make_model, save

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from moecluster.errors import DeadlineExceeded, StaleOrder, Unavailable
-from moecluster.models.expert_source import ExpertSource
+from moecluster.expert.service import ExpertService
+from moecluster.models.experts.source import ExpertSource
 from moecluster.proto import expert_pb2
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import export_chunks
-from moecluster.rpc.expert_control import GrpcExpertControl
-from moecluster.rpc.expert_server import serve_expert
-from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.rpc.expert import export as export_chunks
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.interface import ExportedTensor
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId
 from tests.batches import assert_same_fields, make_batch
@@ -279,7 +279,7 @@ def test_a_peer_whose_server_stops_midway(
 PEER_PROCESS = """
 import sys
 from pathlib import Path
-from moecluster.rpc.expert_server import serve_expert
+from moecluster.rpc.expert.server import serve_expert
 from tests.small_actor import serving
 
 with serving(Path(sys.argv[1]), "peer") as service:

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moecluster.controller.load.direct import DirectLoadSource, LoadSource, SourceReading
+from moecluster.controller.load.prometheus import PrometheusLoadSource
+from moecluster.controller.load.prometheus_client import PrometheusServer
 from moecluster.errors import ConfigError, MoeClusterError, Unavailable
 from moecluster.metrics import Metrics
-from moecluster.placement.decision import Decision, Observation
 from moecluster.placement.layout import Fleet, Ints, Layout, make_layout
-from moecluster.placement.loads import ExponentialWindow, LoadWindow, SlidingWindow
-from moecluster.placement.policies import policy_named
-from moecluster.placement.speeds import ActorWork as Computed
-from moecluster.placement.speeds import SpeedMeter
-from moecluster.placement.start import contiguous_layout
-from moecluster.roles.load_sources import DirectLoadSource, LoadSource, SourceReading
-from moecluster.roles.prometheus_loads import PrometheusLoadSource
-from moecluster.roles.prometheus_query import PrometheusServer
+from moecluster.placement.load.speed import ActorWork as Computed
+from moecluster.placement.load.speed import SpeedMeter
+from moecluster.placement.load.window import ExponentialWindow, LoadWindow, SlidingWindow
+from moecluster.placement.policy.interface import Decision, Observation
+from moecluster.placement.policy.registry import policy_named
+from moecluster.simulation.layouts import contiguous_layout
 from moecluster.types import ActorWork, ExpertId, LoadSnapshot
 from tests.known import known
 from tests.prometheus_server import RunningPrometheus, check_config

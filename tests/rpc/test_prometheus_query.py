@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from moecluster.controller.load.prometheus import PrometheusLoadSource
+from moecluster.controller.load.prometheus_client import PrometheusServer, Sample
 from moecluster.errors import ConfigError, DeadlineExceeded, InvalidMessage, MoeClusterError, Unavailable
-from moecluster.roles.prometheus_loads import PrometheusLoadSource
-from moecluster.roles.prometheus_query import PrometheusServer, Sample
 
 TIMEOUT_S = 0.5
 POLL_S = 0.01  # of a server that is asked to end

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actors.checkpoint_source import CheckpointSource
+from actors.checkpoint_actor import CheckpointSource
 from moecluster.errors import (
     CheckpointError,
     Exhausted,
@@ -23,15 +23,16 @@ from moecluster.errors import (
     Unavailable,
     UserError,
 )
-from moecluster.models.checkpoint import SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.checkpoint_files import LocalFiles, Seen
-from moecluster.models.expert_source import ExpertSource
+from moecluster.expert.service import ExpertService
+from moecluster.models.checkpoint.files import LocalFiles, Seen
+from moecluster.models.checkpoint.reader import SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.experts.source import ExpertSource
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc import checkpoint_client, checkpoint_server
-from moecluster.rpc.checkpoint_client import RemoteFiles, SourceAddress
-from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
+from moecluster.rpc.checkpoint import client
+from moecluster.rpc.checkpoint import server as checkpoint_server
+from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
+from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.rpc.status_codes import from_rpc_error
@@ -64,8 +65,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks and ranges, so that there are many; short pauses."""
     monkeypatch.setattr(checkpoint_server, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(checkpoint_client, "RANGE_BYTES", 2500)
-    monkeypatch.setattr(checkpoint_client, "PAUSE_S", 0.01)
+    monkeypatch.setattr(client, "RANGE_BYTES", 2500)
+    monkeypatch.setattr(client, "PAUSE_S", 0.01)
 
 
 @contextmanager
@@ -214,7 +215,7 @@ def test_chunks_that_are_not_what_was_asked_for(
         monkeypatch.setattr(checkpoint_server, "_chunks", tampered)
         with pytest.raises(InvalidMessage, match=complaint):
             checkpoint.read("lm_head.weight")
-    assert len(asked) == checkpoint_client.ATTEMPTS
+    assert len(asked) == client.ATTEMPTS
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_names_that_are_no_files_of_a_model_are_not_written(names: list[str]) ->
         files=[checkpoint_pb2.CheckpointFile(name=name, size_bytes=size) for name, size in sizes.items()]
     )
     with pytest.raises(InvalidMessage, match="is no name of a model's file"):
-        checkpoint_client._checked_sizes(reply)
+        client._checked_sizes(reply)
 
 
 def test_too_much_beside_the_weights_is_not_fetched() -> None:
@@ -235,7 +236,7 @@ def test_too_much_beside_the_weights_is_not_fetched() -> None:
             files=[checkpoint_pb2.CheckpointFile(name=f"{i}.json", size_bytes=size) for i, size in enumerate(sizes)]
         )
         with pytest.raises(InvalidMessage, match="bytes beside the weights"):
-            checkpoint_client._checked_sizes(reply)
+            client._checked_sizes(reply)
 
 
 def test_reading_goes_on_at_a_source_that_was_started_again(small: Path) -> None:
@@ -255,7 +256,7 @@ def test_reading_goes_on_at_a_source_that_was_started_again(small: Path) -> None
 
 
 def test_a_source_that_is_gone_ends_the_reading(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_client, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(client, "CONNECT_TIMEOUT_S", 0.2)
     with announced(small) as (server, source), closing(RemoteFiles(NAME, lambda: source)) as files:
         checkpoint = Checkpoint.of(files)
         server.stop(0.0)
@@ -276,9 +277,9 @@ def test_a_source_at_which_many_read_is_waited_for(small: Path, monkeypatch: pyt
 
 
 def test_a_source_that_stays_busy_is_given_up_in_time(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_client, "BUSY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "BUSY_TIMEOUT_S", 0.3)
     with announced(small) as (_, source), closing(RemoteFiles(NAME, lambda: source)) as files:
-        monkeypatch.setattr(checkpoint_client, "_fill", refuse)
+        monkeypatch.setattr(client, "_fill", refuse)
         with pytest.raises(Exhausted, match="full"):
             Checkpoint.of(files)
 

@@ -10,7 +10,7 @@ import pytest
 
 from moecluster.client import AsyncClient, Client
 from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
-from moecluster.generations import GenerationRequest
+from moecluster.generation import GenerationRequest
 from tests.loopback_cluster import LoopbackCluster
 from tests.scripted_router import ScriptedRouter, ScriptedToken, serving, write_bytes
 from tests.twin_actors import save_tiny_model

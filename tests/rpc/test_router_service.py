@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from moecluster.client import Client
 from moecluster.errors import Exhausted, InvalidMessage
-from moecluster.models.model_config import read_model_config
+from moecluster.models.config import read_model_config
 from moecluster.proto import router_pb2, tensor_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
-from moecluster.rpc import codec
+from moecluster.rpc import tensors
 from moecluster.rpc.server import open_channel
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model
@@ -154,7 +154,7 @@ def test_moe_gates_and_dispatches_raw_hidden_states(client, checkpoint) -> None:
 
 def test_moe_ends_by_the_deadline_of_its_message(cluster) -> None:
     """Not by that of its call, nor by the router's own, which both are far longer."""
-    x = codec.encode_tensor(torch.randn(3, 32))
+    x = tensors.encode_tensor(torch.randn(3, 32))
     cluster.kill("expert-1")
     try:
         started_s = time.monotonic()
@@ -172,7 +172,7 @@ def test_moe_ends_by_the_deadline_of_its_message(cluster) -> None:
 
 @pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf")])
 def test_a_deadline_that_is_none_is_refused(cluster, timeout_s) -> None:
-    request = router_pb2.MoeRequest(layer=1, x=codec.encode_tensor(torch.randn(3, 32)), timeout_s=timeout_s)
+    request = router_pb2.MoeRequest(layer=1, x=tensors.encode_tensor(torch.randn(3, 32)), timeout_s=timeout_s)
     with open_channel(cluster.router_server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         RouterServiceStub(channel).Moe(request, timeout=WAIT_S)
     assert caught.value.code() == INVALID and str(caught.value.details()).startswith("timeout_s")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from moecluster.controller.operations.routers import RouterSizingSettings
 from moecluster.errors import UserError
-from moecluster.placement.router_scaling import RouterSizeSettings
-from moecluster.roles.router_sizing import RouterSizingSettings
-from moecluster.rpc.controller_calls import ControllerCalls, controller_status
-from moecluster.rpc.controller_client import ControllerClient
+from moecluster.placement.scaling import RouterSizeSettings
+from moecluster.rpc.controller.client import ControllerCalls, controller_status
+from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.types import OperationPhase, RouterState
 from tests.loopback_cluster import LoopbackCluster
 from tests.twin_actors import save_tiny_model

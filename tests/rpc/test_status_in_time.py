@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors import ray_look, state
-from actors.commands.cluster import status
-from actors.state import UpCluster
-from moecluster.rpc.controller_server import serve_controller
+from actors import cluster_file, ray_look
+from actors.cluster_file import UpCluster
+from moecluster.cli.commands.cluster import status
+from moecluster.rpc.controller.server import serve_controller
 from tests.scripted_controller import ScriptedController
 
 HANGS = (sys.executable, "-c", "import time; time.sleep(1000)")
@@ -29,7 +29,7 @@ def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, controller: str) -> str
         controller_address=controller,
         local_ray=None,
     )
-    state.save(up)
+    cluster_file.save(up)
     console = Console(width=300)
     with console.capture() as said:
         begun_s = time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 from moecluster.config import read_config
 from moecluster.training.events import CheckpointWritten, StepDone
 from moecluster.training.loop import TrainingLoop
-from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from tests.expert_cluster import ExpertCluster, Transport
 
 

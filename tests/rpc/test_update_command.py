@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actors import state
-from actors.cli import main
-from actors.commands import update
-from actors.state import UpCluster
-from moecluster.models.expert_source import ExpertSource
+from actors import cluster_file
+from actors.cluster_file import UpCluster
+from moecluster.cli.app import main
+from moecluster.cli.commands import update
+from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId
 from tests.loopback_cluster import LoopbackCluster
 from tests.weight_versions import save_version
@@ -34,7 +34,7 @@ def cluster(versions: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("COLUMNS", "400")
     with LoopbackCluster(versions[0]) as running:
         # As `up` does, on a Ray that is not ours to end.
-        state.save(
+        cluster_file.save(
             UpCluster(
                 name="moecluster",
                 ray_address="127.0.0.1:1",
@@ -81,7 +81,7 @@ def test_a_whole_directory_is_waited_for_and_noted(
     assert done.code == 0, done.err
     assert given == [versions[1]]
     assert done.out.startswith("night is done after ") and f"version 2: {versions[1]}; " in done.out
-    noted = state.load("moecluster")
+    noted = cluster_file.load("moecluster")
     assert noted is not None and noted.model == versions[1], "generate MODEL names what is served"
     again = run("update", versions[1])
     assert again.code == 2 and f"{versions[1]} is weight version 2 already" in again.err

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from moecluster.client import Client
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.detokenizer import Detokenizer
-from moecluster.models.streaming_decoder import StreamingDecoder
-from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.roles.weight_updates import UpdateSettings
+from moecluster.controller.operations.weight_rollout import UpdateSettings
+from moecluster.controller.reconciler import ChangerSettings
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
+from moecluster.models.tokenizer.decoding import Detokenizer
+from moecluster.models.tokenizer.detokenizer import StreamingDecoder
 from tests.loopback_cluster import LoopbackCluster, LoopbackRouter
 from tests.running_front import running_front
 from tests.weight_versions import NEW_TOKENS, PROMPTS, done, save_version, texts_alone, wait_until

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from moecluster.controller.operations.weight_rollout import UpdateSettings
+from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.observe import ObserverSettings
+from moecluster.controller.reconciler import ChangerSettings
 from moecluster.errors import CheckpointError, ResourceError, StaleOrder
-from moecluster.models.checkpoint import Checkpoint
-from moecluster.models.composed_checkpoint import compose
+from moecluster.expert.loader import ExpertLoader
+from moecluster.models.checkpoint.reader import Checkpoint
 from moecluster.models.trunk import load_trunk
-from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.expert_loader import ExpertLoader
-from moecluster.roles.mover import MoverSettings
-from moecluster.roles.observer import ObserverSettings
-from moecluster.roles.weight_updates import UpdateSettings
-from moecluster.rpc.checkpoint_client import RemoteFiles, SourceAddress
-from moecluster.rpc.checkpoint_server import Announcements, serve_checkpoints
-from moecluster.rpc.controller_calls import ControllerCalls
+from moecluster.models.update.compose import compose
+from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
+from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
+from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import ExpertId, OperationPhase, RouterState
 from tests.loopback_cluster import LoopbackCluster
 from tests.weight_versions import PROMPTS, Clients, done, ended, save_version, texts_alone, wait_until, write
@@ -76,7 +76,7 @@ def slow_loads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return load(self, order, settings)
 
     monkeypatch.setattr(ExpertLoader, "load", slow_load)
-    monkeypatch.setattr("moecluster.roles.actor_life.MAX_PREPARED_AT_ONCE", 1)
+    monkeypatch.setattr("moecluster.controller.actors.session.MAX_PREPARED_AT_ONCE", 1)
     return begun
 
 
@@ -227,7 +227,7 @@ def test_a_trunk_that_cannot_be_loaded_leaves_the_old_version(start, versions, a
             raise CheckpointError(f"{checkpoint.path} has no model.norm.weight")
         return load_trunk(checkpoint, *args)
 
-    monkeypatch.setattr("moecluster.roles.router.load_trunk", torn_trunk)
+    monkeypatch.setattr("moecluster.router.router.load_trunk", torn_trunk)
     with Clients(cluster, alone):
         failed = ended(cluster, cluster.controller.update(versions[1]))
         assert failed.phase is OperationPhase.FAILED
@@ -241,7 +241,7 @@ def test_a_trunk_that_cannot_be_loaded_leaves_the_old_version(start, versions, a
 
 def test_whoever_does_not_load_in_time_is_named(start, versions, alone, monkeypatch) -> None:
     cluster = start(update=UpdateSettings(prepare_timeout_s=0.5))
-    monkeypatch.setattr("moecluster.roles.router.load_tokenizer", lambda path: time.sleep(2.0))
+    monkeypatch.setattr("moecluster.router.router.load_tokenizer", lambda path: time.sleep(2.0))
     failed = ended(cluster, cluster.controller.update(versions[1]))
     assert failed.detail == "router did not load the new version within 0.5 s"
     assert write(cluster, PROMPTS[0]).ids == alone[0][PROMPTS[0]]

@@ -11,11 +11,11 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from moecluster.expert.service import ExpertService
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc.expert_server import MAX_EXPERTS_PER_ORDER, serve_expert
-from moecluster.rpc.interfaces import MAX_PICTURE_BYTES
+from moecluster.rpc.expert.interface import MAX_PICTURE_BYTES
+from moecluster.rpc.expert.server import MAX_EXPERTS_PER_ORDER, serve_expert
 from tests.malformed_batches import GENERATED
 from tests.raw_stream import SERVICE, check_serves
 from tests.small_actor import EXPERTS, TIMEOUT_S, training

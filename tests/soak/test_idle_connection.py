@@ -4,10 +4,10 @@ import time
 
 import grpc
 
+from moecluster.expert.service import ExpertService
 from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
-from moecluster.roles.expert_service import ExpertService
-from moecluster.rpc.expert_server import serve_expert
+from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import KEEPALIVE_S, open_channel
 from tests.given import any_directory
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.settings import CONTROLLER
+from actors.names import CONTROLLER
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
 from tests.ray_session import RaySession
 from tests.serving_under_kills import Outcome, describe, serve_under_kills

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moecluster.training.events import StepDone, WentBack
-from moecluster.training.start import prepare_start
+from moecluster.training.setup import prepare_start
 from tests.ray_cluster import RayCluster
 from tests.ray_session import RaySession
 from tests.ray_training import run_on

@@ -2,8 +2,8 @@
 
 import torch
 
-from moecluster.gating.base import Gate
-from moecluster.gating.registry import make_gate
+from moecluster.moe.gates.base import Gate
+from moecluster.moe.gates.registry import make_gate
 from moecluster.types import Routing
 
 NUM_EXPERTS, HIDDEN = 8, 16

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from actors.controller_settings import router_limits
-from actors.settings import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, most_routers, router_names
+from actors.controller_config import router_limits
+from actors.names import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, most_routers, router_names
 from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError
-from moecluster.placement.decision import USUAL_BURST
+from moecluster.placement.policy.interface import USUAL_BURST
 
 
 def config(**cluster: int) -> Config:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.balancedness import balancedness_L, layer_balancedness, mean_balancedness
-from moecluster.placement.decision import Observation, decision_of
 from moecluster.placement.layout import Fleet, Floats, Layout, make_layout, without
+from moecluster.placement.names import balancedness_L, layer_balancedness, mean_balancedness
+from moecluster.placement.policy.interface import Observation, decision_of
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecluster.errors import DataError, ResourceError
-from moecluster.serving.offline.journal import Journal, is_complete, journal_path
-from moecluster.serving.offline.lines import MAX_LINE_BYTES, BatchInput
-from moecluster.serving.offline.tally import Tally
+from moecluster.http_client.batch.journal import Journal, is_complete, journal_path
+from moecluster.http_client.batch.lines import MAX_LINE_BYTES, BatchInput
+from moecluster.http_client.batch.tally import Tally
 
 NUM_LINES = 6
 

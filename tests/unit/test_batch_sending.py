@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from moecluster.errors import DataError
-from moecluster.serving.http_front import message_of, open_front
-from moecluster.serving.offline.journal import Journal, journal_path
-from moecluster.serving.offline.lines import MAX_LINE_BYTES, BatchInput
-from moecluster.serving.offline.run import run_batch
-from moecluster.serving.offline.sending import Retries
+from moecluster.http_client.batch.journal import Journal, journal_path
+from moecluster.http_client.batch.lines import MAX_LINE_BYTES, BatchInput
+from moecluster.http_client.batch.run import run_batch
+from moecluster.http_client.batch.send import Retries
+from moecluster.http_client.connection import message_of, open_front
 
 Serve = Callable[[httpx.Request], httpx.Response]
 

@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from moecluster.errors import ConfigError
-from moecluster.serving.bench.streamed import Measured
-from moecluster.serving.bench.summary import Slo, in_flight_over_time, rate_over_time, spread, summarize
-from moecluster.serving.bench.workload import LengthRange, asks, poisson_arrivals, read_range
-from moecluster.serving.http_front import front_url, message_of, read_api_key, retry_after_s
+from moecluster.http_client.bench.request import Measured
+from moecluster.http_client.bench.summary import Slo, in_flight_over_time, rate_over_time, spread, summarize
+from moecluster.http_client.bench.workload import LengthRange, asks, poisson_arrivals, read_range
+from moecluster.http_client.connection import front_url, message_of, read_api_key, retry_after_s
 
 
 def measured(

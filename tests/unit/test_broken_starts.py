@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors import launch, state
-from actors.commands import cluster as commands
+from actors import cluster_file, launch
+from actors.cluster_file import Start, UpCluster
 from actors.local_ray import is_running, stop_local_ray
 from actors.signals import signals_later
-from actors.state import Start, UpCluster
+from moecluster.cli.commands import cluster as commands
+from moecluster.cli.common.lookup import found
 from moecluster.config import Config, read_config
 from moecluster.errors import ResourceError
 
@@ -24,7 +25,7 @@ STARTER = """
 import os, signal, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-from actors import launch, state
+from actors import launch
 from moecluster.config import read_config
 
 moment = sys.argv[1]
@@ -87,7 +88,7 @@ def broken(request: pytest.FixtureRequest) -> Iterator[Start]:
     """A start that was ended by SIGKILL at a moment."""
     with starter(request.param) as process:
         process.kill()
-    start = state.load_start("one")
+    start = cluster_file.load_start("one")
     assert start is not None and start.local_ray is not None and start.pid == process.pid
     assert is_running(start.local_ray) == (request.param != "before Ray")
     yield start
@@ -96,7 +97,7 @@ def broken(request: pytest.FixtureRequest) -> Iterator[Start]:
 
 def nothing_is_left(start: Start) -> bool:
     assert start.local_ray is not None
-    return not (is_running(start.local_ray) or Path(start.local_ray.folder).exists() or state.load_start("one"))
+    return not (is_running(start.local_ray) or Path(start.local_ray.folder).exists() or cluster_file.load_start("one"))
 
 
 def said_by_down() -> str:
@@ -108,7 +109,7 @@ def said_by_down() -> str:
 
 def test_a_start_that_was_killed_at_any_moment_is_said_and_ended_by_down(broken: Start) -> None:
     with pytest.raises(ResourceError, match=rf"was broken off \(process {broken.pid} has ended\): moecluster down --n"):
-        commands.found("one")
+        found("one")
     assert "the start of cluster one is ended" in said_by_down()
     assert nothing_is_left(broken)
     with pytest.raises(ResourceError, match="no cluster one is up"):
@@ -133,10 +134,10 @@ def test_a_note_of_a_machine_that_was_started_again_is_ended() -> None:
     """Nothing that it names is there, and its process's number is another one's: ours."""
     with starter("while Ray starts") as process:
         process.kill()
-    start = state.load_start("one")
+    start = cluster_file.load_start("one")
     assert start is not None and start.local_ray is not None
     stop_local_ray(start.local_ray)
-    state.save(Start(**{**vars(start), "pid": os.getpid()}))
+    cluster_file.save(Start(**{**vars(start), "pid": os.getpid()}))
     assert "is ended" in said_by_down()
     assert nothing_is_left(start)
 
@@ -146,12 +147,12 @@ def test_of_two_starts_at_once_one_is_refused() -> None:
         with pytest.raises(ResourceError, match=rf"is being started by process {first.pid}: wait for it, or end"):
             launch.bring_up(CONFIG, "/models/tiny")
         with pytest.raises(ResourceError, match=rf"is being started by process {first.pid}"):
-            commands.found("one")
+            found("one")
         assert first.stdin is not None
         first.stdin.write("go on\n")
         first.stdin.close()
         assert first.wait() == 0
-    up = state.load("one")
+    up = cluster_file.load("one")
     assert up is not None and up.local_ray is not None and is_running(up.local_ray)
     launch.take_down(up)
     assert not is_running(up.local_ray)
@@ -159,7 +160,7 @@ def test_of_two_starts_at_once_one_is_refused() -> None:
 
 def test_down_ends_a_start_that_is_under_way() -> None:
     with starter("while Ray starts") as process:
-        start = state.load_start("one")
+        start = cluster_file.load_start("one")
         assert start is not None
         assert "the start of cluster one is ended" in said_by_down()
         assert process.wait() == 128 + signal.SIGTERM
@@ -169,7 +170,7 @@ def test_down_ends_a_start_that_is_under_way() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_start_that_is_signalled_leaves_nothing(number: signal.Signals) -> None:
     with starter("while actors start") as process:
-        start = state.load_start("one")
+        start = cluster_file.load_start("one")
         assert start is not None
         process.send_signal(number)
         process.wait()

@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.own_build import build_model
-from moecluster.models.own_config import own_config
-from moecluster.sections import ModelConfig
+from moecluster.config.sections import ModelConfig
+from moecluster.models.experts.layout import ExpertLayout
+from moecluster.models.native.build import build_model
+from moecluster.models.native.configuration import own_config
 
 
 def test_initialization_survives_empty_models_in_other_threads():

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from moecluster.generations import GenerationRequest
+from moecluster.generation import GenerationRequest
 from moecluster.hf.templates import fit_to_template
-from moecluster.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
-from moecluster.models.tokenizer import prompt_ids
+from moecluster.models.tokenizer.byte_level import VOCAB_SIZE, build_byte_tokenizer
+from moecluster.models.tokenizer.load import prompt_ids
 
 HEAD = "{% if add_generation_prompt %}[assistant]{% endif %}"
 TEXT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + HEAD

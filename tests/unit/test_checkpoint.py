@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
-from moecluster.models.checkpoint import INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.checkpoint.reader import INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.experts.source import ExpertSource
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId
 from tests.families import make_model, save

@@ -10,9 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from moecluster.errors import CheckpointError
-from moecluster.models.training_files import read_optimizer_state
-from moecluster.models.training_state import TrainingState, read_step, read_training_state, write_training_state
-from moecluster.training.checkpoints import CheckpointStore
+from moecluster.models.checkpoint.training_progress import (
+    TrainingState,
+    read_step,
+    read_training_state,
+    write_training_state,
+)
+from moecluster.models.checkpoint.training_state import read_optimizer_state
+from moecluster.training.checkpoint_store import CheckpointStore
 from moecluster.training.tensor_file import TensorFile, write_tensors
 from moecluster.types import ExpertId
 

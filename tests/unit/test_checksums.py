@@ -10,21 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from moecluster.errors import CheckpointError
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.checkpoint import Checkpoint
-from moecluster.models.checkpoint_files import FolderFiles
-from moecluster.models.composed_checkpoint import compose
-from moecluster.models.expert_layout import ExpertLayout
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.headers import read_header, read_headers
-from moecluster.models.training_files import (
-    CARRIED_NAME,
-    read_optimizer_state,
-    read_trunk_optimizer_state,
-)
-from moecluster.models.training_state import TrainingState, read_training_state
+from moecluster.models.checkpoint.files import FolderFiles
+from moecluster.models.checkpoint.headers import read_header, read_headers
+from moecluster.models.checkpoint.reader import Checkpoint
+from moecluster.models.checkpoint.training_progress import TrainingState, read_training_state
+from moecluster.models.checkpoint.training_state import CARRIED_NAME, read_optimizer_state, read_trunk_optimizer_state
+from moecluster.models.experts.layout import ExpertLayout
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.models.trunk import load_trunk
-from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.models.update.compose import compose
+from moecluster.rpc.expert.interface import ExportedTensor
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
 from moecluster.types import ExpertId, OptimizerSettings
 from tests.families import make_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from actors.cli import app, main
+from moecluster.cli.app import app, main
 from moecluster.rpc.credentials import state_folder
 from tests.twin_actors import save_tiny_model
 

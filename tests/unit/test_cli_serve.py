@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from actors import state
-from actors.cli import main
-from actors.commands import serve as serving
-from actors.state import UpCluster
+from actors import cluster_file
+from actors.cluster_file import UpCluster
+from moecluster.cli.app import main
+from moecluster.cli.commands import serve as serving
 from moecluster.rpc.credentials import state_folder
 
 
@@ -24,7 +24,7 @@ def complaint(
     """Runs the command line, which must fail as a user's mistake does, and returns its one line."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("actors.cli.end_by_signals", nullcontext)
+    monkeypatch.setattr("moecluster.cli.app.end_by_signals", nullcontext)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
@@ -64,7 +64,7 @@ def test_a_cluster_that_serves_something_else_is_not_served_under_a_wrong_name(c
         name="moecluster", ray_address="127.0.0.1:1", model="/models/other", router_addresses=("127.0.0.1:2",),
         controller_address="127.0.0.1:3", local_ray=None,
     )  # fmt: skip
-    state.save(up)
+    cluster_file.save(up)
     assert "serves /models/other, not" in complaint("serve", str(model))
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from actors.cli import app
-from actors.commands.shown import shown_part
+from moecluster.cli.app import app
+from moecluster.cli.common.formatting import shown_part
 from moecluster.errors import UserError
-from moecluster.placement.synthetic import LoadShape, SyntheticLoads
-from moecluster.placement.trace import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
-from moecluster.placement.trace_writer import TraceWriter
+from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
+from moecluster.simulation.trace.format import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
+from moecluster.simulation.trace.writer import TraceWriter
 
 SMALL = ("--actors", "6", "--layers", "2", "--experts", "12", "--top-k", "2", "--hours", "0.5", "--slots", "3")
 

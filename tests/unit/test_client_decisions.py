@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moecluster.client.cluster_client import CancelAnswers, Channels
-from moecluster.client.routes import Route, Routers
+from moecluster.client.failover import Route, Routers
 from moecluster.errors import (
     BatchBroken,
     Exhausted,
@@ -15,8 +15,8 @@ from moecluster.errors import (
     StaleOrder,
     Unavailable,
 )
-from moecluster.generations import GenerationPiece, GenerationRequest
-from moecluster.rpc.received_text import ReceivedText
+from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.rpc.router.resume import ReceivedText
 
 LOST = Unavailable("lost")
 STALE = StaleOrder("other weights")

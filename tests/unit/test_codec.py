@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import expert_pb2, tensor_pb2
-from moecluster.rpc import codec
-from moecluster.rpc.shared_memory import PeerSegment, Region, Segment
+from moecluster.rpc import tensors
+from moecluster.rpc.expert import messages
+from moecluster.rpc.same_host.segment import PeerSegment, Region, Segment
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
 from tests.batches import assert_same_fields, make_batch
 
@@ -33,7 +34,7 @@ def segment() -> Iterator[Segment]:
 
 @pytest.fixture(scope="module")
 def peer(segment: Segment) -> PeerSegment:
-    codec.expect_read_only_views()
+    tensors.expect_read_only_views()
     return PeerSegment(os.getpid(), segment.fd, segment.size_bytes)
 
 
@@ -54,12 +55,12 @@ def test_tensors_arrive_bit_for_bit(
     segment: Segment, peer: PeerSegment, shape: tuple[int, ...], dtype: torch.dtype, seed: int, shared: bool
 ) -> None:
     value = random_bits(shape, dtype, seed)
-    message = codec.encode_tensor(value, segment if shared else None)
+    message = tensors.encode_tensor(value, segment if shared else None)
     received = tensor_pb2.Tensor.FromString(message.SerializeToString())
-    got = codec.decode_tensor(received, "x", dtypes=(dtype,), shape=(None,) * len(shape), peer=peer)
+    got = tensors.decode_tensor(received, "x", dtypes=(dtype,), shape=(None,) * len(shape), peer=peer)
     assert got.dtype == dtype and got.shape == value.shape
     assert torch.equal(got.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
-    region = codec.region_of(received)
+    region = tensors.region_of(received)
     assert (region is not None) == shared
     if region is not None:
         segment.release(region.sequence)
@@ -68,14 +69,14 @@ def test_tensors_arrive_bit_for_bit(
 def test_a_tensor_that_is_not_contiguous_arrives_row_major(segment: Segment, peer: PeerSegment) -> None:
     value = torch.arange(12.0).view(3, 4).T
     for through in (None, segment):
-        message = codec.encode_tensor(value, through)
-        got = codec.decode_tensor(message, "x", dtypes=(torch.float32,), shape=(4, 3), peer=peer)
+        message = tensors.encode_tensor(value, through)
+        got = tensors.decode_tensor(message, "x", dtypes=(torch.float32,), shape=(4, 3), peer=peer)
         assert torch.equal(got, value)
 
 
 def test_a_tensor_goes_inline_when_the_segment_is_full() -> None:
     small = Segment(256)
-    message = codec.encode_tensor(torch.zeros(1000), small)
+    message = tensors.encode_tensor(torch.zeros(1000), small)
     assert message.WhichOneof("content") == "inline" and len(message.inline) == 4000
     small.close()
 
@@ -105,10 +106,10 @@ def batches(draw: st.DrawFn) -> ComputeBatch:
         rows=rows,
         width=draw(st.integers(1, 9)),
         phase=phase,
-        dtype=draw(st.sampled_from(codec.ROW_DTYPES)),
+        dtype=draw(st.sampled_from(tensors.ROW_DTYPES)),
         seed=draw(st.integers(0, 99)),
         layer=draw(st.integers(0, 2**31 - 1)),
-        deadline_s=draw(st.floats(1e-9, codec.MAX_DEADLINE_S)),
+        deadline_s=draw(st.floats(1e-9, messages.MAX_DEADLINE_S)),
         train=train,
         request_id=draw(SMALL),
         placement=(draw(SMALL), draw(SMALL)),
@@ -126,10 +127,10 @@ def through_the_wire(message: expert_pb2.Batch) -> expert_pb2.Batch:
 def test_batches_arrive_as_they_were_sent(
     segment: Segment, peer: PeerSegment, batch: ComputeBatch, shared: bool
 ) -> None:
-    message = through_the_wire(codec.encode_batch(batch, segment if shared else None))
-    assert_same_fields(codec.decode_batch(message, peer if shared else None), batch)
+    message = through_the_wire(messages.encode_batch(batch, segment if shared else None))
+    assert_same_fields(messages.decode_batch(message, peer if shared else None), batch)
     for tensor in (message.x, message.grad):
-        region = codec.region_of(tensor)
+        region = tensors.region_of(tensor)
         if region is not None:
             segment.release(region.sequence)
 
@@ -151,11 +152,11 @@ def test_results_arrive_as_they_were_sent_and_free_their_regions(
     segment: Segment, peer: PeerSegment, batch: ComputeBatch, shared: bool
 ) -> None:
     result = result_for(batch)
-    message = codec.encode_result(result, segment if shared else None)
+    message = messages.encode_result(result, segment if shared else None)
     message = expert_pb2.BatchReply.FromString(message.SerializeToString())
     released: list[int] = []
-    assert_same_fields(codec.decode_result(message, batch, peer if shared else None, released.append), result)
-    regions = [codec.region_of(tensor) for tensor in (message.y, message.grad_x)]
+    assert_same_fields(messages.decode_result(message, batch, peer if shared else None, released.append), result)
+    regions = [tensors.region_of(tensor) for tensor in (message.y, message.grad_x)]
     assert released == [region.sequence for region in regions if region is not None]
     assert bool(released) == shared
     for sequence in released:
@@ -163,7 +164,7 @@ def test_results_arrive_as_they_were_sent_and_free_their_regions(
 
 
 # Three rows of width four; expert 1 gets rows 0 and 2, expert 5 gets row 1.
-GOOD = codec.encode_batch(make_batch({1: [0, 2], 5: [1]}, rows=3, width=4, phase=Phase.BACKWARD))
+GOOD = messages.encode_batch(make_batch({1: [0, 2], 5: [1]}, rows=3, width=4, phase=Phase.BACKWARD))
 Change = Callable[[expert_pb2.Batch], object]
 
 
@@ -181,7 +182,7 @@ def set_list(name: str, *values: int) -> Change:
 
 
 def set_tensor(name: str, value: torch.Tensor) -> Change:
-    return lambda message: getattr(message, name).CopyFrom(codec.encode_tensor(value))
+    return lambda message: getattr(message, name).CopyFrom(tensors.encode_tensor(value))
 
 
 def set_shape(name: str, *shape: int) -> Change:
@@ -244,8 +245,8 @@ MALFORMED: list[tuple[str, str, Change]] = [
     ("x is a scalar", "x.shape: []", set_shape("x")),
     ("negative rows", "x.shape: [-3, -4]", set_shape("x", -3, -4)),
     ("huge rows", "x.shape", set_shape("x", 2**62, 2**62)),
-    ("too many rows", "x.shape", set_shape("x", codec.MAX_ROWS + 1, 1)),
-    ("too wide", "x.shape", set_shape("x", 1, codec.MAX_WIDTH + 1)),
+    ("too many rows", "x.shape", set_shape("x", tensors.MAX_ROWS + 1, 1)),
+    ("too wide", "x.shape", set_shape("x", 1, tensors.MAX_WIDTH + 1)),
     ("x cut off", "x.inline: 44 bytes, not 48", lambda m: change_tensor("x", "inline", m.x.inline[:-4])(m)),
     ("x too long", "x.inline: 49 bytes, not 48", lambda m: change_tensor("x", "inline", m.x.inline + b"\0")(m)),
     ("x without content", "x.inline: 0 bytes, not 48", lambda m: m.x.ClearField("inline")),
@@ -271,7 +272,7 @@ MALFORMED: list[tuple[str, str, Change]] = [
 
 
 def test_the_message_that_the_table_breaks_is_good() -> None:
-    assert codec.decode_batch(through_the_wire(GOOD)).experts == (1, 5)
+    assert messages.decode_batch(through_the_wire(GOOD)).experts == (1, 5)
 
 
 @pytest.mark.parametrize(("field", "change"), [pytest.param(f, c, id=name) for name, f, c in MALFORMED])
@@ -279,13 +280,13 @@ def test_a_malformed_field_is_refused_by_name(field: str, change: Change) -> Non
     message = through_the_wire(GOOD)
     change(message)
     with pytest.raises(InvalidMessage) as caught:
-        codec.decode_batch(through_the_wire(message))
+        messages.decode_batch(through_the_wire(message))
     assert field in str(caught.value)
 
 
 def shared_batch(segment: Segment) -> tuple[expert_pb2.Batch, Region]:
-    message = codec.encode_batch(make_batch({1: [0, 2], 5: [1]}, rows=3, width=4), segment)
-    region = codec.region_of(message.x)
+    message = messages.encode_batch(make_batch({1: [0, 2], 5: [1]}, rows=3, width=4), segment)
+    region = tensors.region_of(message.x)
     assert region is not None
     return message, region
 
@@ -310,20 +311,20 @@ def test_a_region_that_is_not_what_it_says_is_refused(
     wrong = change(region)
     set_region("x", offset=wrong.offset, length_bytes=wrong.length_bytes, sequence=wrong.sequence)(message)
     with pytest.raises(InvalidMessage, match=field):
-        codec.decode_batch(message, peer)
+        messages.decode_batch(message, peer)
     segment.release(region.sequence)
 
 
 def test_a_region_that_was_used_again_is_noticed_after_reading(segment: Segment, peer: PeerSegment) -> None:
     message, region = shared_batch(segment)
-    codec.decode_batch(message, peer)
+    messages.decode_batch(message, peer)
     segment.release(region.sequence)
     taken = segment.write(torch.zeros(3, 4))
     assert taken is not None and taken.offset == region.offset
     with pytest.raises(InvalidMessage, match=f"region: sequence {region.sequence} was overwritten"):
         peer.check(region)
     with pytest.raises(InvalidMessage, match="was overwritten"):
-        codec.decode_batch(message, peer)
+        messages.decode_batch(message, peer)
     segment.release(taken.sequence)
 
 
@@ -331,25 +332,25 @@ def test_a_region_that_was_used_again_is_noticed_after_reading(segment: Segment,
     ("phase", "unsummed", "change", "field"),
     [
         (Phase.FORWARD, False, lambda m: m.ClearField("y"), "y.dtype"),
-        (Phase.FORWARD, False, lambda m: m.y.CopyFrom(codec.encode_tensor(torch.zeros(3, 4).half())), "y.dtype"),
-        (Phase.FORWARD, False, lambda m: m.y.CopyFrom(codec.encode_tensor(torch.zeros(2, 4))), "y.shape"),
-        (Phase.FORWARD, True, lambda m: m.y.CopyFrom(codec.encode_tensor(torch.zeros(3, 4))), "y.shape"),
+        (Phase.FORWARD, False, lambda m: m.y.CopyFrom(tensors.encode_tensor(torch.zeros(3, 4).half())), "y.dtype"),
+        (Phase.FORWARD, False, lambda m: m.y.CopyFrom(tensors.encode_tensor(torch.zeros(2, 4))), "y.shape"),
+        (Phase.FORWARD, True, lambda m: m.y.CopyFrom(tensors.encode_tensor(torch.zeros(3, 4))), "y.shape"),
         (Phase.FORWARD, False, lambda m: setattr(m.y, "inline", b"1"), "y.inline"),
         (Phase.TRAIN_FORWARD, False, lambda m: m.y.region.CopyFrom(tensor_pb2.Region(length_bytes=48)), "y.region"),
         (Phase.BACKWARD, False, lambda m: m.ClearField("grad_x"), "grad_x.dtype"),
         (Phase.BACKWARD, False, lambda m: m.ClearField("grad_w"), "grad_w.dtype"),
-        (Phase.BACKWARD, False, lambda m: m.grad_w.CopyFrom(codec.encode_tensor(torch.zeros(5))), "grad_w.shape"),
+        (Phase.BACKWARD, False, lambda m: m.grad_w.CopyFrom(tensors.encode_tensor(torch.zeros(5))), "grad_w.shape"),
     ],
 )
 def test_a_malformed_result_is_refused_by_name(
     phase: Phase, unsummed: bool, change: Callable[[expert_pb2.BatchReply], object], field: str
 ) -> None:
     batch = make_batch({1: [0, 2], 5: [1, 2]}, rows=3, width=4, phase=phase, unsummed=unsummed)
-    message = codec.encode_result(result_for(batch))
-    codec.decode_result(message, batch)
+    message = messages.encode_result(result_for(batch))
+    messages.decode_result(message, batch)
     change(message)
     with pytest.raises(InvalidMessage, match=rf"^{field}"):
-        codec.decode_result(message, batch)
+        messages.decode_result(message, batch)
 
 
 @given(
@@ -365,23 +366,23 @@ def test_damaged_bytes_give_a_sound_batch_or_an_invalid_message(places: list[tup
     except DecodeError:
         return  # gRPC refuses it before it reaches us
     try:
-        batch = codec.decode_batch(message)
+        batch = messages.decode_batch(message)
     except InvalidMessage:
         return
     assert len(batch.experts) == len(batch.pair_counts) and sum(batch.pair_counts) == len(batch.pair_rows_P)
     assert batch.pair_rows_P.min() >= 0 and batch.pair_rows_P.max() < len(batch.x_ND)
     assert len(batch.pair_weights_P) == len(batch.pair_rows_P)
-    assert 0 < batch.deadline_s <= codec.MAX_DEADLINE_S
+    assert 0 < batch.deadline_s <= messages.MAX_DEADLINE_S
     assert (batch.grad_ND is not None) == (batch.phase is Phase.BACKWARD)
     if batch.grad_ND is not None:
         assert batch.grad_ND.shape == batch.x_ND.shape
 
 
 def test_elements_are_little_endian() -> None:
-    assert codec.tensor_bytes(torch.tensor([1.0, -2.0])) == struct.pack("<2f", 1.0, -2.0)
+    assert tensors.tensor_bytes(torch.tensor([1.0, -2.0])) == struct.pack("<2f", 1.0, -2.0)
 
 
 def test_unknown_dtype_codes_are_refused() -> None:
-    assert codec.dtype_of(tensor_pb2.BFLOAT16) is torch.bfloat16
+    assert tensors.dtype_of(tensor_pb2.BFLOAT16) is torch.bfloat16
     with pytest.raises(InvalidMessage, match="dtype: 0 is unknown"):
-        codec.dtype_of(tensor_pb2.DTYPE_UNSPECIFIED)
+        tensors.dtype_of(tensor_pb2.DTYPE_UNSPECIFIED)

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moecluster.errors import CheckpointError
-from moecluster.models import composed_checkpoint
-from moecluster.models.checkpoint import INDEX_NAME, Checkpoint
-from moecluster.models.composed_checkpoint import compose
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.headers import read_headers
-from moecluster.models.own_build import register_own_family
+from moecluster.models.checkpoint.headers import read_headers
+from moecluster.models.checkpoint.reader import INDEX_NAME, Checkpoint
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.native.build import register_own_family
 from moecluster.models.trunk import load_trunk
+from moecluster.models.update import compose as composed_checkpoint
+from moecluster.models.update.compose import compose
 from moecluster.types import ExpertId
 from tests.families import LAYOUTS, make_model, save
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moecluster.experts import compute
-from moecluster.experts.base import Expert
-from moecluster.experts.blocks import BLOCK_ROWS, BlockRunner, prove
-from moecluster.experts.kept_activations import KeptActivations
-from moecluster.experts.registry import make_expert
+from moecluster.expert import compute
+from moecluster.expert.activations import KeptActivations
+from moecluster.expert.batch_invariant import BLOCK_ROWS, BlockRunner, prove
+from moecluster.moe.experts.base import Expert
+from moecluster.moe.experts.registry import make_expert
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
 from tests.batches import assert_same_fields, make_batch
 

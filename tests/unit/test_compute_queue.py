@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecluster.errors import Exhausted, MoeClusterError, Unavailable
-from moecluster.roles import compute_queue
-from moecluster.roles.compute_queue import ComputeQueue, Waiting
+from moecluster.expert import queue as compute_queue
+from moecluster.expert.queue import ComputeQueue, Waiting
 from moecluster.types import ComputeBatch, ComputeResult, Phase
 from tests.batches import make_batch
 

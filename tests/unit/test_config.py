@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.config import SECTIONS, Config, load_config, parse_override, preset_names, read_config
+from moecluster.config import Config, load_config, read_config
+from moecluster.config.load import SECTIONS, parse_override, preset_names
+from moecluster.config.sections import ModelConfig
 from moecluster.errors import ConfigError
-from moecluster.sections import ModelConfig
 
 
 def complaint(tables: dict[str, object]) -> str:

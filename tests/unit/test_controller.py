@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
+from moecluster.controller.controller import Controller
+from moecluster.controller.rebalance.decide import Change, Decider
+from moecluster.controller.rebalance.observe import ObserverSettings
+from moecluster.controller.reconciler import ChangerSettings
+from moecluster.controller.settings import ControllerSettings
 from moecluster.errors import CheckpointError, ResourceError, StaleOrder, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts, contiguous_placement
-from moecluster.placement.static_policy import StaticPolicy
-from moecluster.roles.changer import ChangerSettings
-from moecluster.roles.controller import Controller
-from moecluster.roles.controller_settings import ControllerSettings
-from moecluster.roles.decider import Change, Decider
-from moecluster.roles.observer import ObserverSettings
+from moecluster.placement.policy.static import StaticPolicy
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
 from tests.given import any_directory
 from tests.twin_actors import TwinActors, save_tiny_model

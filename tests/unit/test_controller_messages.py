@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import controller_pb2, tensor_pb2
-from moecluster.rpc.controller_messages import decode_status, encode_status
-from moecluster.rpc.load_messages import decode_cluster_loads, decode_load, encode_cluster_loads, encode_load
-from moecluster.rpc.operation_messages import (
+from moecluster.rpc.controller.load_messages import decode_cluster_loads, decode_load, encode_cluster_loads, encode_load
+from moecluster.rpc.controller.operation_messages import (
     decode_operation,
     decode_operations,
     decode_plan,
@@ -20,8 +19,9 @@ from moecluster.rpc.operation_messages import (
     encode_operations,
     encode_plan,
 )
-from moecluster.rpc.picture import ControllerPicture, decode_picture, encode_picture
-from moecluster.rpc.placement_messages import decode_placement, encode_placement
+from moecluster.rpc.controller.placement_messages import decode_placement, encode_placement
+from moecluster.rpc.controller.snapshot import ControllerPicture, decode_picture, encode_picture
+from moecluster.rpc.controller.status_messages import decode_status, encode_status
 from moecluster.types import (
     ActorState,
     ClusterLoads,

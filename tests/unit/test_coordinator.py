@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moecluster.errors import AttemptAborted, MoeClusterError, StaleOrder, StateLost, Unavailable, UserError
-from moecluster.experts.step_state import StepState
+from moecluster.optim.step_state import StepState
 from moecluster.training.coordinator import Recovered, StepCoordinator, clip_scale_of
 from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
 

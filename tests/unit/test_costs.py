@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import layer_inputs
 from moecluster.errors import ConfigError
-from moecluster.placement import costs as costs_module
-from moecluster.placement.costs import Costs, calibrated
+from moecluster.simulation import costs as costs_module
+from moecluster.simulation.costs import Costs, calibrated
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "layer.json"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import launch, state
-from actors.state import UpCluster
+from actors import cluster_file, launch
+from actors.cluster_file import UpCluster
 from moecluster.client import local_credentials
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.rpc.credentials import ClusterCredentials, private_folder, read_secret, secret_path, write_secret
@@ -106,9 +106,9 @@ def test_commands_find_it_through_what_up_noted_and_down_removes_it(monkeypatch:
         name="one", ray_address="127.0.0.1:1", model="/m", router_addresses=("127.0.0.1:2",),
         controller_address="127.0.0.1:3", secret_file=str(secret_path("one")), local_ray=None,
     )  # fmt: skip
-    state.save(up)
+    cluster_file.save(up)
     write_secret(secret_path("one"), credentials)
-    noted = state.load("one")
+    noted = cluster_file.load("one")
     assert noted is not None and launch.credentials_of(noted) == credentials
     assert credentials.secret not in (secret_path("one").parent / "one.json").read_text()
 
@@ -120,7 +120,7 @@ def test_commands_find_it_through_what_up_noted_and_down_removes_it(monkeypatch:
     monkeypatch.setattr(launch, "join", lambda *_: Joined())
     monkeypatch.setattr(launch, "leave", lambda: None)
     assert launch.credentials_of(noted) == credentials == local_credentials("one")
-    state.forget("one")
+    cluster_file.forget("one")
     assert not secret_path("one").exists()
 
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from actors import state
-from actors.commands import serve as serving
-from actors.commands.serve import OwnCluster
-from actors.diagnosis import Diagnosis, of_actors, of_local_ray
+from actors import cluster_file
 from actors.local_ray import LocalRay, RayProcess
-from actors.settings import Endpoints
+from actors.names import Endpoints
+from moecluster.cli.commands import serve as serving
+from moecluster.cli.commands.serve import OwnCluster
+from moecluster.cli.common.diagnosis import Diagnosis, of_actors, of_local_ray
 from moecluster.errors import ClusterEnded
-from moecluster.serving.front.router_directory import Whereabouts
+from moecluster.gateway.router_discovery import Whereabouts
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
 RAY = LocalRay(address="127.0.0.1:6379", mark="m", folder="/tmp/ray", auth="token")
@@ -82,7 +82,7 @@ def test_a_cluster_of_serve_that_has_ended_is_brought_up_again_and_not_for_ever(
     there = Whereabouts(routers=("127.0.0.1:1",))
     monkeypatch.setattr(serving, "ask_ray", lost)
     monkeypatch.setattr(serving, "_noted", lambda cluster: there)
-    monkeypatch.setattr(state, "load", lambda name: None)
+    monkeypatch.setattr(cluster_file, "load", lambda name: None)
     own = OwnCluster("one", ("demo",), restarts=2, ending=lambda: False)
 
     def bring_up() -> int:

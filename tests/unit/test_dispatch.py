@@ -20,7 +20,7 @@ from moecluster.dispatch.permute import (
     kept_slots,
     rows_of,
 )
-from moecluster.dispatch.shares import NO_ACTOR, LayerTable, layer_table
+from moecluster.dispatch.replica_choice import NO_ACTOR, LayerTable, layer_table
 from moecluster.errors import NotHosted
 from moecluster.types import ActorAddress, ComputeResult, ExpertId, Placement, Replica
 

@@ -16,18 +16,18 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from moecluster.dispatch.trunk_backend import TrunkExperts, VersionExperts
 from moecluster.errors import BatchBroken, Exhausted, InvalidMessage, MoeClusterError, RequestFailed, Unavailable
-from moecluster.generations import GenerationPiece, GenerationRequest, SamplingParameters
+from moecluster.generation import GenerationPiece, GenerationRequest, SamplingParameters
 from moecluster.hf.interface import moe_layers
-from moecluster.models.tokenizer import load_tokenizer
+from moecluster.models.tokenizer.load import load_tokenizer
 from moecluster.models.trunk import load_trunk
-from moecluster.roles.model_versions import VersionExperts
-from moecluster.roles.trunk_experts import TrunkExperts
-from moecluster.serving import make_engine as making
-from moecluster.serving import padded_writer, paged_writer, token_choice
-from moecluster.serving.engine import Engine, EngineLimits
-from moecluster.serving.make_engine import make_engine
-from moecluster.serving.running_text import RunningText
+from moecluster.router.engine import continuous_batching, static_batching
+from moecluster.router.engine import factory as making
+from moecluster.router.engine import sampler as token_choice
+from moecluster.router.engine.engine import Engine, EngineLimits
+from moecluster.router.engine.factory import make_engine
+from moecluster.router.engine.sequence import RunningText
 from tests.expert_cluster import ExpertCluster
 from tests.generation_load import save_decided_model
 
@@ -292,7 +292,7 @@ def sick_logits(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]
         logits_BV[rows, 5] = float("nan")
         return choose(texts, logits_BV)
 
-    for module in (paged_writer, padded_writer):
+    for module in (continuous_batching, static_batching):
         patches.setattr(module, "choose_tokens", poisoned)
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from moecluster.dispatch import connection_pool
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import AttemptAborted, DeadlineExceeded, ExpertsLost, StaleOrder, UserError
 from moecluster.metrics import Metrics
-from moecluster.roles import expert_pool
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.in_process import InProcessTransport
-from moecluster.rpc.interfaces import ExpertTransport
+from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.rpc.expert.in_process import InProcessTransport
+from moecluster.rpc.expert.interface import ExpertTransport
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 from tests.expert_cluster import ExpertCluster, control_of
 from tests.small_actor import (
@@ -129,7 +130,7 @@ def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(
         for _ in range(5):
             check_served(remote, modules)
         assert len(source.reports) == 1
-        monkeypatch.setattr(expert_pool, "SUSPECT_S", 0.0)
+        monkeypatch.setattr(connection_pool, "SUSPECT_S", 0.0)
         time.sleep(1.1)
         for _ in range(2):
             check_served(remote, modules)

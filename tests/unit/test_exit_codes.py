@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from actors import exit_codes
-from actors.cli import app, main
-from actors.cli_requests import bench
-from actors.exit_codes import exit_code
 from moecluster import __version__, errors
+from moecluster.cli import exit_codes
+from moecluster.cli.app import app, main
+from moecluster.cli.exit_codes import exit_code
+from moecluster.cli.http_commands import bench
 
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = sorted(c.callback.__name__ for c in app.registered_commands if c.callback)
@@ -130,7 +130,7 @@ def test_what_ends_a_command_is_one_line(run: Run, monkeypatch: pytest.MonkeyPat
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("actors.commands.params.params", fails)
+    monkeypatch.setattr("moecluster.cli.commands.params.params", fails)
     assert run("params", "demo") == (code, "", line)
 
 
@@ -138,9 +138,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
-    monkeypatch.setattr("actors.commands.params.params", fails)
+    monkeypatch.setattr("moecluster.cli.commands.params.params", fails)
     monkeypatch.setattr(sys, "argv", ["moecluster", "params", "demo"])
-    monkeypatch.setattr("actors.cli.end_by_signals", nullcontext)
+    monkeypatch.setattr("moecluster.cli.app.end_by_signals", nullcontext)
     with pytest.raises(FileNotFoundError):
         main()
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moecluster.errors import CheckpointError, UnsupportedModelError
-from moecluster.models.checkpoint import SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.family_experts import FamilyExperts
-from moecluster.models.swiglu_experts import NAMINGS, SwigluExperts, swiglu_experts
+from moecluster.models.checkpoint.reader import SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.experts.family import FamilyExperts
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.experts.swiglu import NAMINGS, SwigluExperts, swiglu_experts
 from moecluster.types import ExpertId
 from tests.families import LAYOUTS, Layout, make_model, save
 
@@ -175,7 +175,7 @@ def test_an_expert_actor_does_without_transformers(stored: Callable[[str, Layout
     program = """
 import sys
 import actors.expert_actor
-from moecluster.roles.expert_service import ExpertService
+from moecluster.expert.service import ExpertService
 from moecluster.types import ExpertId
 service = ExpertService(is_given=lambda path: True, name="expert-0")
 assert service.load(term=1, experts=[ExpertId(layer=1, index=0)], checkpoint=sys.argv[1]) > 0

@@ -19,14 +19,10 @@ from moecluster.errors import (
     StaleOrder,
     Unavailable,
 )
-from moecluster.experts import compute
+from moecluster.expert import compute
+from moecluster.expert.service import ExpertService
 from moecluster.metrics import Metrics
-from moecluster.roles.expert_service import ExpertService
-from moecluster.types import (
-    ComputeBatch,
-    ComputeResult,
-    ExpertId,
-)
+from moecluster.types import ComputeBatch, ComputeResult, ExpertId
 from tests.batches import assert_same_fields, make_batch
 from tests.given import any_directory
 from tests.small_actor import (

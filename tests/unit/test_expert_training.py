@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moecluster.errors import AttemptAborted, NotHosted, StaleOrder, StateLost
-from moecluster.experts import compute
-from moecluster.models.expert_layout import ExpertLayout, join_experts
-from moecluster.models.model_config import read_loadable_config
-from moecluster.models.training_files import expert_optimizer_file
-from moecluster.models.training_state import TrainingState, write_training_state
-from moecluster.roles.expert_service import ExpertService
+from moecluster.expert import compute
+from moecluster.expert.service import ExpertService
+from moecluster.models.checkpoint.training_progress import TrainingState, write_training_state
+from moecluster.models.checkpoint.training_state import expert_optimizer_file
+from moecluster.models.config import read_loadable_config
+from moecluster.models.experts.layout import ExpertLayout, join_experts
 from moecluster.types import (
     ComputeBatch,
     ComputeResult,

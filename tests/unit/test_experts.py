@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from moecluster.errors import ConfigError
-from moecluster.experts.registry import EXPERT_KINDS, make_expert
+from moecluster.moe.experts.registry import EXPERT_KINDS, make_expert
 
 ACTIVATIONS = {"relu": torch.relu, "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), "silu": F.silu}
 

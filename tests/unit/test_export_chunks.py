@@ -9,8 +9,8 @@ import torch
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import expert_pb2, tensor_pb2
-from moecluster.rpc import export_chunks
-from moecluster.rpc.interfaces import ExportedTensor
+from moecluster.rpc.expert import export
+from moecluster.rpc.expert.interface import ExportedTensor
 from moecluster.types import ExpertId
 from tests.batches import assert_same_fields
 
@@ -46,11 +46,11 @@ def chunk(
 def test_what_is_cut_comes_together_as_it_was(
     monkeypatch: pytest.MonkeyPatch, value: torch.Tensor, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(export_chunks, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(export, "CHUNK_BYTES", chunk_bytes)
     tensor = ExportedTensor(expert=ExpertId(layer=3, index=7), name="a/b", value=value, weight_version=5)
     paced: list[int] = []
-    chunks = [*export_chunks.cut(tensor), *export_chunks.cut(tensor)]
-    found = list(export_chunks.assemble(chunks, pace=paced.append))
+    chunks = [*export.cut(tensor), *export.cut(tensor)]
+    found = list(export.assemble(chunks, pace=paced.append))
     assert len(found) == 2 and sum(paced) == 2 * value.nbytes and max(paced) <= chunk_bytes
     for whole in found:
         assert_same_fields(whole, tensor)
@@ -60,7 +60,7 @@ def test_what_is_cut_comes_together_as_it_was(
 def test_chunks_become_tensors() -> None:
     content = torch.arange(4.0).numpy().tobytes()
     chunks = [chunk(content[:5]), chunk(content[5:], offset_bytes=5), chunk(b"", shape=(0, 3)), chunk(content)]
-    tensors = list(export_chunks.assemble(chunks))
+    tensors = list(export.assemble(chunks))
     assert [tuple(t.value.shape) for t in tensors] == [(4,), (0, 3), (4,)]
     assert torch.equal(tensors[0].value, torch.arange(4.0)) and torch.equal(tensors[2].value, torch.arange(4.0))
     assert tensors[0].expert == ExpertId(layer=1, index=2)
@@ -87,7 +87,7 @@ def test_chunks_become_tensors() -> None:
 )
 def test_broken_chunks_are_refused(chunks: list[expert_pb2.ExportChunk], complaint: str) -> None:
     with pytest.raises(InvalidMessage, match=complaint):
-        list(export_chunks.assemble(chunks))
+        list(export.assemble(chunks))
 
 
 def test_a_tensor_beyond_the_bytes_that_are_wanted_is_refused_at_its_first_chunk() -> None:
@@ -99,6 +99,6 @@ def test_a_tensor_beyond_the_bytes_that_are_wanted_is_refused_at_its_first_chunk
             yield chunk(bytes(4), shape=(100,), offset_bytes=offset_bytes)
 
     with pytest.raises(InvalidMessage, match=r"shape: \[100\] of 1/2 w is too large, at most 399 bytes"):
-        list(export_chunks.assemble(endless(), max_tensor_bytes=399))
+        list(export.assemble(endless(), max_tensor_bytes=399))
     assert taken == [0]
-    assert len(list(export_chunks.assemble(endless(), max_tensor_bytes=400))) == 1
+    assert len(list(export.assemble(endless(), max_tensor_bytes=400))) == 1

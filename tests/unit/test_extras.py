@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from actors import extras
-from actors.extras import EXTRAS, need
+from moecluster.cli.common import extras
+from moecluster.cli.common.extras import EXTRAS, need
 from moecluster.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden())
 import actors, moecluster
-from actors.cli import main
+from moecluster.cli.app import main
 
 failed = []
 for package in (moecluster, actors):

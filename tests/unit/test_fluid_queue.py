@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.costs import Costs
-from moecluster.placement.fluid_queue import FluidQueue, Served, StepCosts, steady_batch, step_costs
 from moecluster.placement.layout import make_layout
-from moecluster.placement.start import uniform_fleet
+from moecluster.simulation.costs import Costs
+from moecluster.simulation.fluid_queue import FluidQueue, Served, StepCosts, steady_batch, step_costs
+from moecluster.simulation.layouts import uniform_fleet
 
 COSTS = Costs(message_s=1e-3, expert_s=1e-4, row_s=1e-5, row_bytes=1000.0, link_bytes_per_s=1e9)
 

@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5MoeConfig
 
-from actors.commands.target import model_name, read_target
+from moecluster.cli.common.model_target import model_name, read_target
 from moecluster.errors import CheckpointError, UnsupportedModelError, UserError
 from moecluster.hf.interface import Backend
 from moecluster.hf.modelling import load_without_experts
-from moecluster.models.byte_tokenizer import build_byte_tokenizer
-from moecluster.models.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.expert_layout import ExpertLayout, join_experts
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.family_experts import FamilyExperts
-from moecluster.models.model_config import read_model_config
-from moecluster.models.same_shape import check_same_shape
-from moecluster.models.swiglu_experts import swiglu_experts
-from moecluster.models.tokenizer import load_tokenizer
+from moecluster.models.checkpoint.reader import CONFIG_NAME, INDEX_NAME, SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.config import read_model_config
+from moecluster.models.experts.family import FamilyExperts
+from moecluster.models.experts.layout import ExpertLayout, join_experts
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.experts.swiglu import swiglu_experts
+from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
+from moecluster.models.tokenizer.load import load_tokenizer
 from moecluster.models.trunk import checkpoint_state, load_trunk
+from moecluster.models.update.compatibility import check_same_shape
 from moecluster.models.usable import refuse_unusable
 from moecluster.types import ExpertId
 from tests.families import make_model

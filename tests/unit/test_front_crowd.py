@@ -1,6 +1,6 @@
 """Who goes when there is no room: the oldest of those that fill it, not who came last."""
 
-from moecluster.serving.front.crowd import Crowd, Place, party_of_address
+from moecluster.gateway.crowd import Crowd, Place, party_of_address
 
 
 def fill(crowd: Crowd, ended: list[str], *names_and_parties: tuple[str, tuple[str, ...], int]) -> None:

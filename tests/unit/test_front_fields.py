@@ -10,9 +10,9 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion import ChatCompletion
 from pydantic import ValidationError
 
-from moecluster.serving.front.bodies import Body, ChatBody, CompletionBody, Message, StreamOptions, TextPart
-from moecluster.serving.front.known_fields import Fields, without_unknown
-from moecluster.serving.front.refusals import refusal_of_validation
+from moecluster.gateway.api_errors import refusal_of_validation
+from moecluster.gateway.schemas.known_fields import Fields, without_unknown
+from moecluster.gateway.schemas.requests import Body, ChatBody, CompletionBody, Message, StreamOptions, TextPart
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "x"}

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import ConfigError
-from moecluster.sections import SecurityConfig, ServeConfig
-from moecluster.serving.front.keys import ApiKeys, read_api_keys
-from moecluster.serving.front.refusals import Refusal
-from moecluster.serving.front.server import keys_for
+from moecluster.gateway.api_errors import Refusal
+from moecluster.gateway.api_keys import ApiKeys, read_api_keys
+from moecluster.gateway.server import keys_for
 
 
 def test_keys_of_a_file_are_let_in_and_not_kept(tmp_path: Path) -> None:

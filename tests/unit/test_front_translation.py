@@ -7,15 +7,15 @@ import pytest
 from pydantic import ValidationError
 
 from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
-from moecluster.generations import GenerationPiece, TokenLogprob
-from moecluster.rpc.router_messages import decode_generation_request, encode_generation_request
-from moecluster.serving.front.bodies import ChatBody, CompletionBody
-from moecluster.serving.front.events import event
-from moecluster.serving.front.forms import ChatForm, CompletionForm
-from moecluster.serving.front.gate import route_of
-from moecluster.serving.front.logprobs import CompletionLogprobs, chat_logprobs
-from moecluster.serving.front.refusals import MAX_MESSAGE_CHARACTERS, Refusal, refusal_of, refusal_of_validation
-from moecluster.serving.front.translation import SEEDS, chat_job, completion_job
+from moecluster.gateway.api_errors import MAX_MESSAGE_CHARACTERS, Refusal, refusal_of, refusal_of_validation
+from moecluster.gateway.format_response import ChatForm, CompletionForm
+from moecluster.gateway.logprobs import CompletionLogprobs, chat_logprobs
+from moecluster.gateway.middleware import route_of
+from moecluster.gateway.parse_request import SEEDS, chat_job, completion_job
+from moecluster.gateway.schemas.requests import ChatBody, CompletionBody
+from moecluster.gateway.sse import event
+from moecluster.generation import GenerationPiece, TokenLogprob
+from moecluster.rpc.router.messages import decode_generation_request, encode_generation_request
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecluster.errors import ConfigError
-from moecluster.gating.registry import GATES, make_gate
+from moecluster.moe.gates.registry import GATES, make_gate
 from moecluster.types import Routing
 from tests.unit.gate_helpers import HIDDEN, NUM_EXPERTS, gate_of, losses_of, same
 

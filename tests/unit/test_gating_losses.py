@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecluster.gating.capacity import count_assignments, drop_beyond_capacity, expert_capacity
-from moecluster.gating.losses import (
+from moecluster.moe.gates.capacity import count_assignments, drop_beyond_capacity, expert_capacity
+from moecluster.moe.gates.losses import (
     cv_squared,
     entropy,
     load_balance_loss,

@@ -9,8 +9,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.configuration_switch_transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
-from moecluster.gating.base import Gate
-from moecluster.gating.registry import make_gate
+from moecluster.moe.gates.base import Gate
+from moecluster.moe.gates.registry import make_gate
 from tests.unit.gate_helpers import HIDDEN, NUM_EXPERTS, gate_of, losses_of
 
 

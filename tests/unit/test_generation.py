@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from moecluster.errors import DeadlineExceeded, MoeClusterError
-from moecluster.generations import GenerationRequest
+from moecluster.generation import GenerationRequest
 from moecluster.metrics import Metrics
-from moecluster.roles.router import Router
-from moecluster.serving.engine import EngineLimits
-from moecluster.serving.make_engine import make_engine
+from moecluster.router.engine.engine import EngineLimits
+from moecluster.router.engine.factory import make_engine
+from moecluster.router.router import Router
 from tests.expert_cluster import ExpertCluster
 from tests.given import any_directory
 from tests.twin_actors import save_tiny_model

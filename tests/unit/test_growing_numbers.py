@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from moecluster.controller.actors.interfaces import Orders
+from moecluster.controller.actors.session import ActorLife
+from moecluster.controller.state.handover import beginning
+from moecluster.controller.state.weight_versions import StandingVersions
 from moecluster.errors import InvalidMessage
+from moecluster.expert.service import ExpertService
 from moecluster.growing import MAX_AHEAD, MAX_AHEAD_AT_START, MAX_NUMBER, check_ahead
-from moecluster.roles.actor_life import ActorLife
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.keeper_owner import Orders
-from moecluster.roles.standing_versions import StandingVersions
-from moecluster.roles.take_over import beginning
-from moecluster.rpc.picture import ControllerPicture, decode_picture, encode_picture
+from moecluster.rpc.controller.snapshot import ControllerPicture, decode_picture, encode_picture
 from moecluster.types import ActorAddress, OptimizerSettings, StepTag, WeightVersion
 from tests.small_actor import EXPERTS, SGD, save_small_model, training
 

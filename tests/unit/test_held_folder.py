@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.rpc import held_folder
-from moecluster.rpc.held_folder import PREFIX, HeldFolder
+from moecluster.rpc.checkpoint import locked_folder
+from moecluster.rpc.checkpoint.locked_folder import PREFIX, HeldFolder
 
 HOLDER = """
 import signal, sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from moecluster.rpc.held_folder import HeldFolder
+from moecluster.rpc.checkpoint.locked_folder import HeldFolder
 folder = HeldFolder()
 print(folder.path, flush=True)
 signal.pause()
@@ -21,7 +21,7 @@ signal.pause()
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(held_folder, "NEW_S", 0.0)
+    monkeypatch.setattr(locked_folder, "NEW_S", 0.0)
     return tmp_path
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moecluster.errors import CheckpointError, InvalidMessage, NotHosted, StaleOrder
-from moecluster.models.checkpoint import SINGLE_FILE_NAME
-from moecluster.models.composed_checkpoint import compose
-from moecluster.roles.expert_service import ExpertService
+from moecluster.expert.service import ExpertService
+from moecluster.models.checkpoint.reader import SINGLE_FILE_NAME
+from moecluster.models.update.compose import compose
 from moecluster.types import ComputeBatch, ExpertId
 from tests.families import make_model, save
 from tests.given import any_directory

@@ -3,15 +3,15 @@
 import threading
 import time
 
+from moecluster.controller.actors.manager import Keepers, KeepersSettings
+from moecluster.controller.load.direct import DirectLoadSource
+from moecluster.controller.load.reports import ActorReports
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.weight_versions import StandingVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.actor_reports import ActorReports
-from moecluster.roles.keepers import Keepers, KeepersSettings
-from moecluster.roles.load_sources import DirectLoadSource
-from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.standing import Standing
-from moecluster.roles.standing_versions import StandingVersions
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import WeightVersion
 
 LAYERS = {0: 4}

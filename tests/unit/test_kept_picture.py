@@ -3,14 +3,14 @@
 import threading
 import time
 
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.handover import KeptPicture
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.weight_versions import StandingVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.kept_picture import KeptPicture
-from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.standing import Standing
-from moecluster.roles.standing_versions import StandingVersions
-from moecluster.rpc.picture import decode_picture
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.controller.latest_placement import PlacementBoard
+from moecluster.rpc.controller.snapshot import decode_picture
 from moecluster.types import WeightVersion
 
 LAYERS = {0: 4}

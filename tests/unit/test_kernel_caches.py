@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from actors.settings import process_environment
+from actors.names import process_environment
 
 BOUND_BYTES = 64 * 10**6
 
@@ -14,7 +14,7 @@ BOUND_BYTES = 64 * 10**6
 PROGRAM = """
 import ctypes
 import torch
-from moecluster.linear import pack, linear
+from moecluster.moe.linear import pack, linear
 
 class Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (

@@ -2,7 +2,7 @@ import threading
 import time
 from dataclasses import replace
 
-from moecluster.roles.leases import Leases
+from moecluster.controller.state.router_leases import Leases
 from moecluster.types import RouterState
 
 

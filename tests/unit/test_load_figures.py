@@ -3,9 +3,8 @@ import queue
 import numpy as np
 import pytest
 
-from moecluster.placement.balancedness import layer_balancedness
-from moecluster.roles.load_counts import LoadCounts
-from moecluster.roles.load_reporter import LoadReporter, difference
+from moecluster.dispatch.load_counts import LoadCounts, LoadReporter, difference
+from moecluster.placement.names import layer_balancedness
 from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica
 
 

@@ -3,9 +3,9 @@ import threading
 import numpy as np
 import pytest
 
+from moecluster.controller.load.direct import MAX_ASSIGNMENTS, DirectLoadSource, WorkCounter
 from moecluster.errors import InvalidMessage
-from moecluster.placement.loads import SlidingWindow
-from moecluster.roles.load_sources import MAX_ASSIGNMENTS, DirectLoadSource, WorkCounter
+from moecluster.placement.load.window import SlidingWindow
 from moecluster.types import ActorWork, ExpertId, LoadSnapshot
 
 LAYER_EXPERTS = {1: 3, 4: 2}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from actors.commands.loading_bar import loading_bar
 from actors.loading_progress import bytes_to_load
-from moecluster.models.expert_source import ExpertSource
+from moecluster.cli.common.progress import loading_bar
+from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from tests.families import make_model, save
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecluster.errors import InvalidMessage
-from moecluster.placement.loads import (
+from moecluster.placement.load.window import (
     CounterReading,
     ExponentialWindow,
     LoadWindow,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from actors.commands.train import _figures
-from moecluster.models.own_config import OwnConfig
-from moecluster.models.own_model import OwnForCausalLM
+from moecluster.cli.commands.train import _figures
+from moecluster.models.native.configuration import OwnConfig
+from moecluster.models.native.modeling import OwnForCausalLM
 from moecluster.training.events import StepDone
-from moecluster.training.rank import FOREIGN_AUX_LOSS, loss_parts
+from moecluster.training.gradients import FOREIGN_AUX_LOSS, loss_parts
 
 VOCABULARY = 32
 IDS_BS = torch.arange(24).view(2, 12) % VOCABULARY

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.rpc.mailbox import MAX_LETTER_BYTES, Mailbox, MailboxUnavailable, PeerMailbox
+from moecluster.rpc.same_host.mailbox import MAX_LETTER_BYTES, Mailbox, MailboxUnavailable, PeerMailbox
 
 JOIN_S = 10.0
 
@@ -122,7 +122,7 @@ def test_closing_ends_who_waits_and_gives_descriptors_back() -> None:
 
 OWNER = """
 import sys, time
-from moecluster.rpc.mailbox import Mailbox
+from moecluster.rpc.same_host.mailbox import Mailbox
 mailbox = Mailbox()
 print(mailbox.fd, flush=True)
 print(mailbox.receive().decode(), flush=True)

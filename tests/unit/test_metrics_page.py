@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import disable_created_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from moecluster.gateway.metrics import FrontMetrics
 from moecluster.metrics import Metrics
-from moecluster.serving.front.metrics import FrontMetrics
 from moecluster.types import ExpertId
 from tests.prometheus_server import promtool
 

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.dispatch.trunk_backend import VersionExperts
 from moecluster.errors import CheckpointError, StaleOrder, Unavailable
-from moecluster.roles.model_versions import LOOK_S, ModelVersions, VersionExperts
-from moecluster.roles.remote_experts import RemoteExperts
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.router.model_versions import LOOK_S, ModelVersions
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import Placement
 
 WAIT_S = 60.0
@@ -183,7 +184,7 @@ def test_a_trunk_that_cannot_be_loaded_is_told_and_the_old_one_stays(board, load
 
 
 def test_a_router_that_was_left_out_tries_again_until_it_has_what_is_served(board, loads, make, monkeypatch) -> None:
-    monkeypatch.setattr("moecluster.roles.model_versions.RETRY_S", 0.05)
+    monkeypatch.setattr("moecluster.router.model_versions.RETRY_S", 0.05)
     loads.torn = {"/2"}
     versions = make()
     board.say(1)

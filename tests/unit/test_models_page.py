@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from moecluster.hf.interface import UNATTACHABLE_FAMILIES
-from moecluster.models.own_build import register_own_family
+from moecluster.models.native.build import register_own_family
 from tests.families import FAMILIES, SEE_PADDING
 from tools.family_trials import refusal_of
 from tools.generate_models_page import PAGE, page, read_results, tried_version

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import nn
 
+from moecluster.config.sections import ModelConfig
 from moecluster.errors import DeadlineExceeded, InvalidMessage, NotHosted, StaleOrder, Unavailable
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.own_build import build_model
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.peer_copy import BytePace
-from moecluster.rpc.in_process import InProcessPeerExports
-from moecluster.rpc.interfaces import MAX_PICTURE_BYTES, ExportedTensor, Pace, PeerExports
-from moecluster.sections import ModelConfig
+from moecluster.expert.service import ExpertService
+from moecluster.expert.weight_sources import BytePace
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.native.build import build_model
+from moecluster.rpc.expert.in_process import InProcessPeerExports
+from moecluster.rpc.expert.interface import MAX_PICTURE_BYTES, ExportedTensor, Pace, PeerExports
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 from tests.batches import make_batch
 from tests.given import any_directory

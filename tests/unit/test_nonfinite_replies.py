@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import RequestFailed
 from moecluster.metrics import Metrics
-from moecluster.models.expert_source import ExpertSource
-from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId, Replica
 from tests.expert_cluster import ExpertCluster
 from tests.small_actor import EXPERTS, LAYER, WIDTH, load_modules, save_small_model

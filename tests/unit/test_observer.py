@@ -1,13 +1,13 @@
 """What the policy is shown of actors that are up and have not loaded all of theirs yet."""
 
+from moecluster.controller.load.direct import SourceReading
+from moecluster.controller.load.reports import ActorReports
+from moecluster.controller.rebalance.observe import Observer, ObserverSettings
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.weight_versions import StandingVersions
 from moecluster.metrics import Metrics
-from moecluster.placement.naming import to_replicas
-from moecluster.roles.actor_reports import ActorReports
-from moecluster.roles.load_sources import SourceReading
-from moecluster.roles.observer import Observer, ObserverSettings
-from moecluster.roles.standing import Standing
-from moecluster.roles.standing_versions import StandingVersions
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.placement.names import to_replicas
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
 
 EXPERTS = tuple(ExpertId(layer=0, index=index) for index in range(3))

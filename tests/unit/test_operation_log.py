@@ -1,8 +1,8 @@
 import pytest
 
+from moecluster.controller.state.operation_log import MAX_KEPT, MAX_KEPT_RESHARES, MAX_QUEUED, OperationLog
 from moecluster.errors import Exhausted, ResourceError
 from moecluster.metrics import Metrics
-from moecluster.roles.operation_log import MAX_KEPT, MAX_KEPT_RESHARES, MAX_QUEUED, OperationLog
 from moecluster.types import Operation, OperationPhase
 
 

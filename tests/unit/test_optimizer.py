@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moecluster.errors import CheckpointError
-from moecluster.experts.optimizer import TwoPhaseOptimizer, is_decayed
+from moecluster.optim.two_phase import TwoPhaseOptimizer, is_decayed
 from moecluster.types import OptimizerSettings
 
 

@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from moecluster.config import load_config, preset_names
+from moecluster.config import load_config
+from moecluster.config.load import preset_names
+from moecluster.config.sections import ModelConfig
 from moecluster.errors import ConfigError
 from moecluster.hf.interface import attach
-from moecluster.models.own_build import build_expert, build_model, empty_own_model, register_own_family
-from moecluster.models.own_model import OwnExperts, OwnForCausalLM
-from moecluster.sections import ModelConfig
+from moecluster.models.native.build import build_expert, build_model, empty_own_model, register_own_family
+from moecluster.models.native.modeling import OwnExperts, OwnForCausalLM
 from moecluster.types import ExpertId
 
 TINY = ModelConfig(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.experts.glu import GluExpert
+from moecluster.expert import packer as packer_module
+from moecluster.expert.packer import AT_ONCE_BYTES, JOIN_TIMEOUT_S, Packer
 from moecluster.hf.shard import ExpertShard
-from moecluster.linear import can_pack, plain
-from moecluster.roles import packer as packer_module
-from moecluster.roles.packer import AT_ONCE_BYTES, JOIN_TIMEOUT_S, Packer
+from moecluster.moe.experts.glu import GluExpert
+from moecluster.moe.linear import can_pack, plain
 
 WAIT_S = 60.0
 LARGE = AT_ONCE_BYTES // (3 * 64 * 4) + 64  # inner width of an expert that is not packed at once

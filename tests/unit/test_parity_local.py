@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from moecluster.models.expert_layout import ExpertLayout, join_experts
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.experts.layout import ExpertLayout, join_experts
+from moecluster.models.experts.source import ExpertSource
 from moecluster.models.trunk import checkpoint_state
 from moecluster.types import ExpertId
 from tests.families import FAMILIES, LAYOUTS, Layout, make_model, save

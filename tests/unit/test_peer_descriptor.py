@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.rpc.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
-from moecluster.rpc.shared_memory import MAILBOX, NAME, NONCE_BYTES, PeerSegment, Segment, SegmentUnavailable
+from moecluster.rpc.same_host.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
+from moecluster.rpc.same_host.segment import MAILBOX, NAME, NONCE_BYTES, PeerSegment, Segment, SegmentUnavailable
 
 NOBODY = 65533  # no user of this host
 SEGMENT_BYTES = 2**16

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import launch, places, state
-from actors.cli import main
+from actors import cluster_file, launch, places
+from actors.cluster_file import UpCluster
 from actors.places import (
     BEHIND_SOCKET_FOLDER_BYTES,
     MAX_SOCKET_PATH_BYTES,
@@ -21,7 +21,7 @@ from actors.places import (
     make_socket_folder,
     name_socket_folder,
 )
-from actors.state import UpCluster
+from moecluster.cli.app import main
 from moecluster.errors import ConfigError, ResourceError
 from tests.twin_actors import save_tiny_model
 
@@ -115,7 +115,7 @@ def test_no_place_for_the_state_is_said_before_anything_is_started(
     monkeypatch.chdir(tmp_path)
     place = place.format(tmp=tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", place)
-    monkeypatch.setattr("actors.commands.serve._listen", lambda config: pytest.fail("something listens"))
+    monkeypatch.setattr("moecluster.cli.commands.serve._listen", lambda config: pytest.fail("something listens"))
     said = complaint(command, model, *(("x",) if command == "generate" else ()))
     assert place in said and "set XDG_STATE_HOME" in said
 
@@ -153,13 +153,13 @@ def test_what_cannot_be_noted_or_read_is_named(monkeypatch, tmp_path) -> None:
         name="one", ray_address="a:1", model="m", router_addresses=("a:2",), controller_address="a:3", local_ray=None
     )
     with pytest.raises(ResourceError, match=r"file/moecluster, which cannot be made or written"):
-        state.save(up)
-    assert state.load("one") is None
-    assert state.load("x" * 300) is None
+        cluster_file.save(up)
+    assert cluster_file.load("one") is None
+    assert cluster_file.load("x" * 300) is None
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "loop"))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ResourceError, match=r"one\.json cannot be read"):
-        state.load("one")
+        cluster_file.load("one")
 
 
 def test_a_run_is_told_of_its_folder_before_its_text_is_read(complaint, monkeypatch, tmp_path) -> None:

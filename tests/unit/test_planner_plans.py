@@ -7,13 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.balancedness import balancedness_L
-from moecluster.placement.coactivation import gathered, pairs_together_L
-from moecluster.placement.cold_plan import cold_plan
-from moecluster.placement.decision import Observation
-from moecluster.placement.eplb_policy import eplb_plan
-from moecluster.placement.exact_fill import exact_fill
-from moecluster.placement.incremental import MoveSettings, with_moves
 from moecluster.placement.layout import (
     Fleet,
     Floats,
@@ -25,11 +18,18 @@ from moecluster.placement.layout import (
     with_shares,
     without,
 )
-from moecluster.placement.policies import policy_named
-from moecluster.placement.recount import recounted
-from moecluster.placement.replica_counts import least_worst_load_L, minimax_counts
-from moecluster.placement.shares import least_max_shares
-from moecluster.placement.spare_slots import on_one_node
+from moecluster.placement.names import balancedness_L
+from moecluster.placement.plan.coactivation import gathered, pairs_together_L
+from moecluster.placement.plan.cold import cold_plan
+from moecluster.placement.plan.follow_load import recounted
+from moecluster.placement.plan.incremental import MoveSettings, with_moves
+from moecluster.placement.plan.packing import exact_fill
+from moecluster.placement.plan.replica_counts import least_worst_load_L, minimax_counts
+from moecluster.placement.plan.shares import least_max_shares
+from moecluster.placement.plan.spares import on_one_node
+from moecluster.placement.policy.eplb import eplb_plan
+from moecluster.placement.policy.interface import Observation
+from moecluster.placement.policy.registry import policy_named
 from tests.known import known
 from tests.unit.planner_cases import Case, cases, random_fleet, random_load
 from tests.unit.test_planner_properties import assert_valid

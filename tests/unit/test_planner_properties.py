@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.placement.balancedness import balancedness_L
-from moecluster.placement.decision import USUAL_BURST, Observation
 from moecluster.placement.layout import Fleet, Floats, Layout, added_R, make_layout, without
-from moecluster.placement.policies import POLICIES, policy_named
-from moecluster.placement.restore import restored
+from moecluster.placement.names import balancedness_L
+from moecluster.placement.plan.restore import restored
+from moecluster.placement.policy.interface import USUAL_BURST, Observation
+from moecluster.placement.policy.registry import POLICIES, policy_named
 from tests.known import known
 from tests.unit.planner_cases import Case, cases, random_load, shares_per_expert
 

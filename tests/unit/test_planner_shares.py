@@ -6,7 +6,7 @@ from hypothesis import given
 from scipy.optimize import linprog
 
 from moecluster.placement.layout import Fleet, Floats, Layout, actor_load_LA, with_shares
-from moecluster.placement.shares import least_max_shares
+from moecluster.placement.plan.shares import least_max_shares
 from tests.unit.planner_cases import Case, cases, shares_per_expert
 
 

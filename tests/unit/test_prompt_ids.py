@@ -5,9 +5,9 @@ import json
 import pytest
 
 from moecluster.errors import InvalidMessage
-from moecluster.generations import GenerationRequest
-from moecluster.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
-from moecluster.models.tokenizer import prompt_ids
+from moecluster.generation import GenerationRequest
+from moecluster.models.tokenizer.byte_level import VOCAB_SIZE, build_byte_tokenizer
+from moecluster.models.tokenizer.load import prompt_ids
 
 
 def ids_of(content: str) -> list[int]:

@@ -13,10 +13,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moecluster.errors import CheckpointError
-from moecluster.models.checkpoint import SINGLE_FILE_NAME, Checkpoint
-from moecluster.models.checkpoint_files import LocalFiles, Seen
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.swiglu_experts import SwigluExperts
+from moecluster.models.checkpoint.files import LocalFiles, Seen
+from moecluster.models.checkpoint.reader import SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.experts.swiglu import SwigluExperts
 from moecluster.types import ExpertId
 from tests.families import make_model, save
 from tests.parity import LOGIT_TOLERANCE, LocalExperts, batch_for, largest_difference, load_routed

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from moecluster.errors import CheckpointError, StaleOrder
-from moecluster.models.checkpoint import Checkpoint
-from moecluster.models.expert_source import ExpertSource
-from moecluster.models.read_ahead import loaded_bytes, read_ahead
+from moecluster.models.checkpoint.reader import Checkpoint
+from moecluster.models.experts.prefetch import loaded_bytes, read_ahead
+from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId
 from tests.families import make_model, save
 

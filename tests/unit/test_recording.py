@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from moecluster.errors import ResourceError
-from moecluster.placement.recording import TraceRecorder
-from moecluster.placement.trace import TraceEvent
-from moecluster.placement.trace_reader import open_trace
-from moecluster.placement.trace_writer import TraceWriter
+from moecluster.simulation.trace.format import TraceEvent
+from moecluster.simulation.trace.reader import open_trace
+from moecluster.simulation.trace.recorder import TraceRecorder
+from moecluster.simulation.trace.writer import TraceWriter
 from moecluster.types import ActorState, ClusterLoads
 from tests.scripted_controller import LOADS, NOW_S
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from moecluster.dispatch.load_counts import LoadCounts
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import StateLost, UserError
 from moecluster.metrics import Metrics
-from moecluster.roles.load_counts import LoadCounts
-from moecluster.roles.remote_experts import RemoteExperts
 from moecluster.types import MessageKey
 from tests.expert_cluster import ExpertCluster
 from tests.small_actor import (

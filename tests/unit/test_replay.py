@@ -11,16 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.placement.balancedness import balancedness_L
-from moecluster.placement.decision import Decision, Observation, decision_of
 from moecluster.placement.layout import Fleet
-from moecluster.placement.loads import ExponentialWindow
-from moecluster.placement.partway import hosted_experts_LE, layers_taken, surviving
-from moecluster.placement.policies import policy_named
-from moecluster.placement.replay import Replay, ReplayedWindow, replay_fleet, summarize
-from moecluster.placement.start import contiguous_layout, uniform_fleet, usual_budget_bytes
-from moecluster.placement.synthetic import LoadShape, SyntheticLoads
-from moecluster.placement.trace import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
+from moecluster.placement.load.window import ExponentialWindow
+from moecluster.placement.names import balancedness_L
+from moecluster.placement.policy.interface import Decision, Observation, decision_of
+from moecluster.placement.policy.registry import policy_named
+from moecluster.simulation.layouts import (
+    contiguous_layout,
+    hosted_experts_LE,
+    layers_taken,
+    surviving,
+    uniform_fleet,
+    usual_budget_bytes,
+)
+from moecluster.simulation.replay import Replay, ReplayedWindow, replay_fleet, summarize
+from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
+from moecluster.simulation.trace.format import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
 from tests.known import known
 from tests.proportional_policy import ProportionalPolicy
 

@@ -4,8 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.hysteresis import CROWDED_DELAYS, SizeState
-from moecluster.placement.router_scaling import RouterObservation, RouterSizeSettings, decide_routers
+from moecluster.placement.scaling import (
+    CROWDED_DELAYS,
+    RouterObservation,
+    RouterSizeSettings,
+    SizeState,
+    decide_routers,
+)
 
 SETTINGS = RouterSizeSettings(
     min_routers=1, max_routers=6, target_texts=8.0, target_waiting=1.0, upscale_delay_s=10.0, downscale_delay_s=300.0

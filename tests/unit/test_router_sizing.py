@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from moecluster.controller.operations.routers import KIND, RouterSizing, RouterSizingSettings
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import ResourceError, Unavailable
 from moecluster.metrics import Metrics
-from moecluster.placement.router_scaling import RouterSizeSettings
-from moecluster.roles.leases import Leases
-from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.router_sizing import KIND, RouterSizing, RouterSizingSettings
+from moecluster.placement.scaling import RouterSizeSettings
 from moecluster.types import Operation, OperationPhase, RouterState
 
 WAIT_S = 60.0

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.hysteresis import SizeState
-from moecluster.placement.scaling import SizeObservation, SizeSettings, decide_size
+from moecluster.placement.scaling import SizeObservation, SizeSettings, SizeState, decide_size
 
 SETTINGS = SizeSettings(min_actors=2, max_actors=8, upscale_delay_s=30.0, downscale_delay_s=600.0)
 

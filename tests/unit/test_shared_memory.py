@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from moecluster.errors import InvalidMessage
-from moecluster.rpc.codec import expect_read_only_views
-from moecluster.rpc.shared_memory import (
+from moecluster.rpc.same_host.segment import (
     ALIGNMENT_BYTES,
     NAME,
     REQUIRED_SEALS,
@@ -32,6 +31,7 @@ from moecluster.rpc.shared_memory import (
     Segment,
     SegmentUnavailable,
 )
+from moecluster.rpc.tensors import expect_read_only_views
 
 SEGMENT_BYTES = 4096
 ROOM_BYTES = SEGMENT_BYTES - ALIGNMENT_BYTES  # all but the nonce
@@ -331,7 +331,7 @@ def test_the_nonce_is_not_a_region(segment: Segment) -> None:
 OTHER_PROCESS = """
 import sys
 import torch
-from moecluster.rpc.shared_memory import Segment
+from moecluster.rpc.same_host.segment import Segment
 segment = Segment(2**20)
 region = segment.write(torch.arange(1000, dtype=torch.int32))
 offer = segment.offer()

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.placement.costs import Costs
-from moecluster.placement.decision import Decision, Observation, decision_of
-from moecluster.placement.fluid_queue import step_costs
-from moecluster.placement.growth import fit_power_law, measure_sizes, sizes_around
 from moecluster.placement.layout import Layout, make_layout
-from moecluster.placement.policies import POLICIES, policy_named
-from moecluster.placement.scenario import Scenario, SimulatedWindow, balanced_tokens_per_s, summarize
-from moecluster.placement.simulator import Simulator
-from moecluster.placement.start import contiguous_layout, uniform_fleet, usual_budget_bytes
-from moecluster.placement.synthetic import LoadShape, SyntheticLoads
-from moecluster.placement.transfers import STORE, schedule
+from moecluster.placement.policy.interface import Decision, Observation, decision_of
+from moecluster.placement.policy.registry import POLICIES, policy_named
+from moecluster.simulation.costs import Costs
+from moecluster.simulation.fluid_queue import step_costs
+from moecluster.simulation.layouts import contiguous_layout, uniform_fleet, usual_budget_bytes
+from moecluster.simulation.scaling_law import fit_power_law, measure_sizes, sizes_around
+from moecluster.simulation.scenario import Scenario, SimulatedWindow, balanced_tokens_per_s, summarize
+from moecluster.simulation.simulator import Simulator
+from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
+from moecluster.simulation.transfers import STORE, schedule
 from tests.known import known
 from tests.proportional_policy import ProportionalPolicy
 

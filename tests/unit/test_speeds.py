@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.speeds import ActorWork, SpeedMeter, SpeedSettings
+from moecluster.placement.load.speed import ActorWork, SpeedMeter, SpeedSettings
 
 ACTORS = ("a", "b", "c", "d", "e")
 

@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.placement_state import with_whole_shares
+from moecluster.controller.state.weight_versions import StandingVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.standing import Standing
-from moecluster.roles.standing_state import with_whole_shares
-from moecluster.roles.standing_versions import StandingVersions
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
 
 LAYER_EXPERTS = {0: 2, 3: 2}

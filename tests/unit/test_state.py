@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from actors import state
+from actors import cluster_file
+from actors.cluster_file import Start, UpCluster
 from actors.local_ray import LocalRay
-from actors.state import Start, UpCluster
 from moecluster.errors import ResourceError
 from moecluster.rpc.credentials import state_folder
 
@@ -26,7 +26,9 @@ UP = UpCluster(
 
 PLANNED = replace(RAY, address="")
 START = Start(name="one", ray_address="", model="/models/tiny", pid=4711, pid_started_s=1.5, local_ray=PLANNED)
-HOLD_LOCK = "from actors.state import start_lock\nwith start_lock('one') as ours: print(ours, flush=True); input()"
+HOLD_LOCK = (
+    "from actors.cluster_file import start_lock\nwith start_lock('one') as ours: print(ours, flush=True); input()"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,21 +37,21 @@ def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_found_by_its_name_until_it_is_forgotten() -> None:
-    state.save(UP)
-    assert state.load("one") == UP and UP.router_address == "127.0.0.1:5001"
-    assert state.load("another") is None
-    state.forget("one")
-    state.forget("one")
-    assert state.load("one") is None
+    cluster_file.save(UP)
+    assert cluster_file.load("one") == UP and UP.router_address == "127.0.0.1:5001"
+    assert cluster_file.load("another") is None
+    cluster_file.forget("one")
+    cluster_file.forget("one")
+    assert cluster_file.load("one") is None
 
 
 def test_a_file_that_names_a_single_router_is_read() -> None:
-    state.save(UP)
+    cluster_file.save(UP)
     file = state_folder() / "one.json"
     fields = json.loads(file.read_text())
     fields["router_address"] = fields.pop("router_addresses")[0]
     file.write_text(json.dumps(fields))
-    loaded = state.load("one")
+    loaded = cluster_file.load("one")
     assert loaded is not None and loaded.router_addresses == ("127.0.0.1:5001",)
 
 
@@ -57,30 +59,30 @@ def test_a_file_that_names_a_single_router_is_read() -> None:
     "content", ["", "[]", "{}", '{"name": "one", "local_ray": null}', '{"local_ray": {"mark": 1}}']
 )
 def test_a_file_that_cannot_be_read_is_named(content: str) -> None:
-    state.save(UP)
+    cluster_file.save(UP)
     (state_folder() / "one.json").write_text(content)
     with pytest.raises(ResourceError, match=r"one\.json cannot be read .* remove it if no cluster one is up"):
-        state.load("one")
+        cluster_file.load("one")
 
 
 def test_a_start_is_not_up_until_it_is_noted_as_up() -> None:
-    state.save(START)
-    assert state.load("one") is None and state.load_start("one") == START
-    state.save(UP)
-    assert state.load("one") == UP and state.load_start("one") is None
+    cluster_file.save(START)
+    assert cluster_file.load("one") is None and cluster_file.load_start("one") == START
+    cluster_file.save(UP)
+    assert cluster_file.load("one") == UP and cluster_file.load_start("one") is None
 
 
 def test_a_lock_is_held_by_one_process_and_released_however_it_ends() -> None:
-    assert not state.is_starting("one")
+    assert not cluster_file.is_starting("one")
     with subprocess.Popen([sys.executable, "-c", HOLD_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"True\n"
-        assert state.is_starting("one") and not state.is_starting("two")
-        with state.start_lock("one", patience_s=0.0) as ours:
+        assert cluster_file.is_starting("one") and not cluster_file.is_starting("two")
+        with cluster_file.start_lock("one", patience_s=0.0) as ours:
             assert not ours
         holder.kill()
         holder.wait()
-    assert not state.is_starting("one")
-    with state.start_lock("one", patience_s=0.0) as ours:
+    assert not cluster_file.is_starting("one")
+    with cluster_file.start_lock("one", patience_s=0.0) as ours:
         assert ours
 
 
@@ -88,6 +90,6 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     with pytest.raises(ResourceError, match=r"noted in .*/file/moecluster, which .* set XDG_STATE_HOME"):
-        state.save(START)
-    with pytest.raises(ResourceError, match="set XDG_STATE_HOME"), state.start_lock("one"):
+        cluster_file.save(START)
+    with pytest.raises(ResourceError, match="set XDG_STATE_HOME"), cluster_file.start_lock("one"):
         pass

@@ -1,7 +1,7 @@
 from rich.console import Console
 
-from actors.commands.cluster import actors_table
-from actors.settings import Endpoints
+from actors.names import Endpoints
+from moecluster.cli.commands.cluster import actors_table
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
 ENDPOINTS: dict[str, Endpoints | None] = {

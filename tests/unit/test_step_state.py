@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moecluster.errors import AttemptAborted, InvalidMessage, StaleOrder, StateLost
-from moecluster.experts.step_state import StepState
+from moecluster.optim.step_state import StepState
 from moecluster.types import MessageKey, OptimizerSettings, StepTag
 
 SGD = OptimizerSettings(name="sgd")

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.serving.stop_texts import StopTexts
+from moecluster.router.engine.stop_strings import StopTexts
 
 LETTERS = st.text(alphabet="ab", max_size=12)
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from moecluster.models.detokenizer import Detokenizer
-from moecluster.models.streaming_decoder import StreamingDecoder
-from moecluster.models.token_bytes import TokenBytes
+from moecluster.models.tokenizer.decoding import Detokenizer
+from moecluster.models.tokenizer.detokenizer import StreamingDecoder
+from moecluster.models.tokenizer.token_bytes import TokenBytes
 from tests.tokenizers_of_all_kinds import KINDS
 
 LONG = 90  # tokens: several windows

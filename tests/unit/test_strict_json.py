@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moecluster.serving.strict_json import MAX_DEPTH, JsonProblem, parse_json
+from moecluster.strict_json import MAX_DEPTH, JsonProblem, parse_json
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ import re
 import pytest
 from rich.console import Console
 
-from actors.commands.batch import _table as batch_table
-from actors.commands.cluster import actors_table
-from actors.commands.params import _table as params_table
-from actors.commands.plan import _table as plan_table
-from actors.commands.shown import operations_table
-from actors.commands.tables import make_table, show_table
-from actors.console import make_console
-from actors.settings import Endpoints
+from actors.names import Endpoints
+from moecluster.cli.commands.batch import _table as batch_table
+from moecluster.cli.commands.cluster import actors_table
+from moecluster.cli.commands.params import _table as params_table
+from moecluster.cli.commands.plan import _table as plan_table
+from moecluster.cli.common.console import make_console
+from moecluster.cli.common.formatting import operations_table
+from moecluster.cli.common.tables import make_table, show_table
+from moecluster.http_client.batch.tally import Tally
 from moecluster.models.description import ModelDescription
-from moecluster.serving.offline.tally import Tally
 from moecluster.types import ExpertId, Operation, OperationPhase, PlanPreview, Replica
 
 ADDRESSES = [f"2001:db8:85a3:8d3:1319:8a2e:370:{number}" for number in range(7340, 7349)]

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from moecluster.models.byte_tokenizer import BEGIN_ID, END_ID, PAD_ID, VOCAB_SIZE, build_byte_tokenizer
-from moecluster.models.detokenizer import Detokenizer
-from moecluster.models.streaming_decoder import StreamingDecoder
+from moecluster.models.tokenizer.byte_level import BEGIN_ID, END_ID, PAD_ID, VOCAB_SIZE, build_byte_tokenizer
+from moecluster.models.tokenizer.decoding import Detokenizer
+from moecluster.models.tokenizer.detokenizer import StreamingDecoder
 
 TOKENIZER = build_byte_tokenizer()
 

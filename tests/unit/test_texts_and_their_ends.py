@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from moecluster.generations import GenerationPiece, GenerationRequest
-from moecluster.models.detokenizer import Detokenizer
-from moecluster.models.token_bytes import TokenBytes
-from moecluster.serving.make_engine import end_ids
-from moecluster.serving.running_text import RunningText
-from moecluster.serving.token_choice import ChosenToken
+from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.models.tokenizer.decoding import Detokenizer
+from moecluster.models.tokenizer.token_bytes import TokenBytes
+from moecluster.router.engine.factory import end_ids
+from moecluster.router.engine.sampler import ChosenToken
+from moecluster.router.engine.sequence import RunningText
 from tests.families import make_model
 from tests.tokenizers_of_all_kinds import KINDS
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from moecluster.errors import InvalidMessage, RequestFailed
-from moecluster.generations import SamplingParameters
+from moecluster.generation import SamplingParameters
 from moecluster.proto import router_pb2
-from moecluster.rpc.router_messages import MAX_PENALTY, decode_generation_request
-from moecluster.serving.token_choice import ChosenToken, choose_tokens, draw, keyed_uniform, penalised
+from moecluster.router.engine.sampler import ChosenToken, choose_tokens, draw, keyed_uniform, penalised
+from moecluster.rpc.router.messages import MAX_PENALTY, decode_generation_request
 
 
 @dataclass

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from moecluster.errors import TraceError
-from moecluster.placement.synthetic import LoadShape, SyntheticLoads
-from moecluster.placement.trace import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
-from moecluster.placement.trace_reader import open_trace
-from moecluster.placement.trace_writer import TraceWriter
+from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
+from moecluster.simulation.trace.format import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
+from moecluster.simulation.trace.reader import open_trace
+from moecluster.simulation.trace.writer import TraceWriter
 
 HEADER = TraceHeader(
     model="tiny",

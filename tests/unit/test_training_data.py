@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecluster.errors import DataError, UserError
-from moecluster.models.byte_tokenizer import END_ID, build_byte_tokenizer
+from moecluster.models.tokenizer.byte_level import END_ID, build_byte_tokenizer
+from moecluster.training.corpus import STDLIB, Domain, read_domains
 from moecluster.training.data import TextData
 from moecluster.training.schedule import WarmupCosine
-from moecluster.training.texts import STDLIB, Domain, read_domains
 
 
 def make_data(domains: tuple[Domain, ...], *, sequence_length: int = 8, seed: int = 0) -> TextData:

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from moecluster.config import Config, read_config
-from moecluster.experts.optimizer import is_decayed
-from moecluster.models.byte_tokenizer import VOCAB_SIZE, build_byte_tokenizer
+from moecluster.models.tokenizer.byte_level import VOCAB_SIZE, build_byte_tokenizer
+from moecluster.optim.two_phase import is_decayed
 from moecluster.training.events import StepDone, WentBack
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.schedule import WarmupCosine
-from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from tests.expert_cluster import ExpertCluster
 from tests.families import Layout, make_model, save
 

@@ -10,17 +10,18 @@ from typing import cast
 import pytest
 from rich.console import Console
 
-from actors.commands.train import run
 from actors.driver import Cluster
 from actors.training_host import Progress, RunGone, TrainingHost
+from moecluster.cli.commands.train import run
 from moecluster.config import Config
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import CheckpointError, DeadlineExceeded, StateLost, Unavailable, UserError
 from moecluster.metrics import Metrics
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller.in_process import FixedPlacement
 from moecluster.training.events import StepDone
 from moecluster.training.history import History
-from moecluster.training.start import prepare_start
+from moecluster.training.setup import prepare_start
 from moecluster.types import Placement, Replica
 from tests.expert_cluster import ExpertCluster, control_of
 from tests.training_runs import assert_equal_within, losses_in_one_process, make_config, write_text

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moecluster.config import Config
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import AttemptAborted, StateLost, Unavailable
+from moecluster.expert.service import ExpertService
 from moecluster.models.trunk import load_trunk
-from moecluster.roles.expert_pool import ExpertPool, FixedPlacement
-from moecluster.roles.expert_service import ExpertService
-from moecluster.roles.remote_experts import RemoteExperts
+from moecluster.rpc.controller.in_process import FixedPlacement
 from moecluster.training.events import AttemptFailed, Event, StepDone, WentBack
 from moecluster.training.loop import TrainingLoop
-from moecluster.training.start import prepare_start, read_data, run_tokenizer
+from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from moecluster.types import ActorAddress, ComputeBatch, Phase, Placement
 from tests.expert_cluster import ExpertCluster
 from tests.given import any_directory

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from moecluster.config import Config, read_config
 from moecluster.errors import CheckpointError, ConfigError, DataError
-from moecluster.models.own_build import build_model
-from moecluster.models.training_state import read_training_state
-from moecluster.training.checkpoints import CheckpointStore
+from moecluster.models.checkpoint.training_progress import read_training_state
+from moecluster.models.native.build import build_model
+from moecluster.training.checkpoint_store import CheckpointStore
 from moecluster.training.events import Evaluated, Started, StepDone, WentBack
 from moecluster.training.history import History
-from moecluster.training.report import draw_loss_curve
-from moecluster.training.start import fixed_settings, prepare_start, read_data, run_tokenizer
+from moecluster.training.plots.loss_curve import draw_loss_curve
+from moecluster.training.setup import fixed_settings, prepare_start, read_data, run_tokenizer
 
 TINY = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "expert_inner_size": 16}
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 import torch
 from transformers import MixtralForCausalLM
-from moecluster.models.expert_source import ExpertSource
+from moecluster.models.experts.source import ExpertSource
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId
 

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
+from moecluster.controller.load.reports import ActorReports
+from moecluster.controller.operations.weight_rollout import KIND, UpdateSettings, WeightUpdates
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.router_leases import Leases
+from moecluster.controller.state.weight_versions import StandingVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
-from moecluster.roles.actor_reports import ActorReports
-from moecluster.roles.leases import Leases
-from moecluster.roles.operation_log import OperationLog
-from moecluster.roles.standing import Standing
-from moecluster.roles.standing_versions import StandingVersions
-from moecluster.roles.weight_updates import KIND, UpdateSettings, WeightUpdates
-from moecluster.rpc.placement_board import PlacementBoard
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import ActorAddress, Operation, OperationPhase, WeightVersion
 
 LAYER_EXPERTS = {0: 4}

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from actors import state
-from actors.cli import main
-from actors.commands import cluster as cluster_commands
-from actors.commands import serve as serving
-from actors.commands.target import read_target
-from actors.commands.weights import model_to_serve, trained_model, weights_in
-from actors.state import UpCluster
+from actors import cluster_file
+from actors.cluster_file import UpCluster
+from moecluster.cli.app import main
+from moecluster.cli.commands import cluster as cluster_commands
+from moecluster.cli.commands import serve as serving
+from moecluster.cli.common.model_target import read_target
+from moecluster.cli.common.model_weights import model_to_serve, trained_model, weights_in
 from moecluster.errors import CheckpointError, ConfigError
-from moecluster.models.training_state import TrainingState, write_training_state
-from moecluster.training.start import fixed_settings
+from moecluster.models.checkpoint.training_progress import TrainingState, write_training_state
+from moecluster.training.setup import fixed_settings
 
 RUN = "runs/demo-{}/checkpoints/step-{:08d}"
 
@@ -85,9 +85,9 @@ def test_the_newest_run_of_the_preset_is_named(complaint, command) -> None:
     note_run(RUN.format(4, 900), step=900, written_s=1.8e9, preset="mixtral")
     note_run(RUN.format(5, 0), step=0, written_s=1.8e9)
     (Path(RUN.format(6, 600)) / "training").mkdir(parents=True)
-    (Path(RUN.format(6, 600)) / "training" / "state.json").write_text("torn")
+    (Path(RUN.format(6, 600)) / "training" / "cluster_file.json").write_text("torn")
     for name in (1, 2):  # the state files are younger than the weights are made to look
-        file = next(Path(f"runs/demo-{name}").rglob("state.json"))
+        file = next(Path(f"runs/demo-{name}").rglob("cluster_file.json"))
         os.utime(file, (1.6e9 + name, 1.6e9 + name))
     said = complaint(command, "demo", *(("x",) if command == "generate" else ()))
     assert f"take its newest run with moecluster {command} {newest}" in said, said
@@ -141,14 +141,14 @@ def up(model: str) -> UpCluster:
 @pytest.mark.parametrize("command", ["serve", "generate"])
 def test_a_cluster_that_serves_something_else_is_not_taken_for_the_preset(complaint, command) -> None:
     """Also where the preset itself has no weights at all."""
-    state.save(up("/models/other"))
+    cluster_file.save(up("/models/other"))
     said = complaint(command, "demo", *(("x",) if command == "generate" else ()))
     assert "is up and serves /models/other, not demo, of which nothing is trained in runs/moecluster" in said
 
 
 def test_status_serve_and_up_tell_path_step_and_time(monkeypatch, capsys) -> None:
     path = str(note_run(RUN.format(1, 600), step=600).resolve())
-    os.utime(Path(path) / "training" / "state.json", (1.7e9, 1.7e9))
+    os.utime(Path(path) / "training" / "cluster_file.json", (1.7e9, 1.7e9))
     told = f"{path} (step 600, written 2023-11-1"
     monkeypatch.setattr(serving, "FrontServer", object)
 
@@ -158,7 +158,7 @@ def test_status_serve_and_up_tell_path_step_and_time(monkeypatch, capsys) -> Non
         def run(self, sources: object) -> None:
             pass
 
-    state.save(up(path))
+    cluster_file.save(up(path))
     serving._run(Server(), [("demo", "moecluster")], Console(width=10**6))  # type: ignore[arg-type]
     assert f"demo: {told}" in capsys.readouterr().out
     monkeypatch.setattr(cluster_commands, "bring_up", lambda *_: up(path))

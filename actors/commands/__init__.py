@@ -1,1 +1,0 @@
-"""What the commands do; actors/cli.py declares them."""

@@ -1,0 +1,1 @@
+"""The command `moecluster`: the one place that may use all others."""

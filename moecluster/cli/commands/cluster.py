@@ -1,0 +1,193 @@
+"""up, status and down."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from actors import cluster_file
+from actors.cluster_file import UpCluster
+from actors.launch import bring_up, end_start, take_down
+from actors.local_ray import processes_of
+from actors.names import CONTROLLER, Endpoints
+from actors.ray_look import RayLook
+from moecluster.cli.common.diagnosis import Diagnosis, of_actors, of_local_ray
+from moecluster.cli.common.formatting import operations_table, to_json
+from moecluster.cli.common.lookup import found
+from moecluster.cli.common.model_target import read_target
+from moecluster.cli.common.model_weights import model_to_serve, weights_in
+from moecluster.cli.common.progress import loading_bar
+from moecluster.cli.common.tables import make_table, show_table
+from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
+from moecluster.rpc.controller.client import ControllerCalls
+from moecluster.rpc.credentials import ClusterCredentials, read_secret
+from moecluster.types import ActorState, ControllerStatus, RouterState
+
+STATUS_S = 3.5  # that `status` takes at most, beside the start of its process
+ACTOR_PATIENCE, CONTROLLER_PATIENCE = 0.4, 0.6  # parts of that
+LAST_WORDS_S = 0.3  # to say what was found
+
+
+def up(target: str, settings: Sequence[str], console: Console, *, random_weights: bool = False) -> None:
+    """Brings a cluster up, which goes on until `down`."""
+    config = read_target(target, settings)
+    cluster_file.check()
+    model_dir = model_to_serve(config, target, "up", random_weights=random_weights)
+    routers = "a router" if config.cluster.num_routers == 1 else f"{config.cluster.num_routers} routers"
+    actors = f"{config.cluster.num_expert_actors} expert actors"
+    with loading_bar(console, f"starting {actors}, {routers} and a controller") as on_loading:
+        cluster = bring_up(config, model_dir, on_loading)
+    said = f"cluster {cluster.name} is up and serves {weights_in(cluster.model)}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    for address in cluster.router_addresses:
+        console.print(f"  router (gRPC)  {address}")
+    console.print(f"  Ray            {cluster.ray_address}")
+    console.print(f"  secret         {cluster.secret_file}", soft_wrap=True)
+    console.print('next: moecluster status | moecluster generate MODEL "PROMPT" | moecluster down', highlight=False)
+
+
+def down(name: str, console: Console) -> None:
+    """Ends what `up` started, and nothing else."""
+    if cluster_file.load_start(name) is not None:
+        with console.status(f"ending the start of {name}"):
+            end_start(name)
+        if cluster_file.load(name) is None:
+            console.print(f"the start of cluster {name} is ended, and nothing of it is left")
+            return
+    cluster = found(name)
+    with console.status(f"ending {name}"):
+        take_down(cluster)
+    console.print(f"cluster {name} is down")
+
+
+def status(name: str, as_json: bool, timeout_s: float, console: Console) -> bool:
+    """Shows every actor of a cluster that is up, and what is wrong; within the timeout, whatever hangs. Returns whether
+    it still serves."""
+    deadline_s = time.monotonic() + timeout_s
+    cluster = found(name)
+    seen, endpoints, diagnosis = _look(cluster, deadline_s)
+    if as_json:
+        console.print_json(to_json(_plain(cluster, endpoints, seen, diagnosis)))
+        return not diagnosis.ended
+    said = f"cluster {cluster.name} serves {weights_in(cluster.model)}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    for line in _summary(seen) if seen is not None else ():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for replica in seen.replicas_aside if seen is not None else ():
+        line = f"expert {replica.expert} of {replica.actor} is {replica.state}: {replica.problem or 'NaN or infinity'}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for problem in diagnosis.problems:
+        console.print(f"{diagnosis.status}: {problem}", highlight=False, markup=False, soft_wrap=True)
+    if diagnosis.ended:
+        return False
+    show_table(actors_table(endpoints, seen), console)
+    if seen is not None and seen.operations:
+        show_table(operations_table(seen.operations), console)
+    return True
+
+
+def _look(
+    cluster: UpCluster, deadline_s: float
+) -> tuple[ControllerStatus | None, dict[str, Endpoints | None], Diagnosis]:
+    """What the controller says, where Ray finds the actors, and what is wrong."""
+    local, of_ray = cluster.local_ray, Diagnosis()
+    if local is not None:
+        of_ray = of_local_ray(local, processes_of(local), cluster.name)
+        if of_ray.ended:
+            return None, {}, of_ray
+    with RayLook(cluster, ACTOR_PATIENCE * (deadline_s - time.monotonic())) as asked:
+        credentials = _noted_credentials(cluster)
+        seen = _ask_controller(
+            cluster.controller_address, credentials, CONTROLLER_PATIENCE * (deadline_s - time.monotonic())
+        )
+        endpoints, silence = asked.wait(deadline_s - LAST_WORDS_S - time.monotonic())
+    at = endpoints.get(CONTROLLER)
+    if seen is None and at is not None and at.address != cluster.controller_address:  # it was started anew
+        seen = _ask_controller(at.address, credentials, max(deadline_s - time.monotonic(), LAST_WORDS_S))
+    of_actors_ = of_actors(endpoints, seen, at.address if at is not None else cluster.controller_address)
+    problems = of_ray.problems + of_actors_.problems + ((silence,) if silence else ())
+    return seen, endpoints, Diagnosis(problems=problems)
+
+
+def _noted_credentials(cluster: UpCluster) -> ClusterCredentials | None:
+    """Those of the cluster's file alone: whatever else knows them may hang. None if it is not there."""
+    try:
+        return read_secret(cluster.secret_file) if cluster.secret_file else None
+    except MoeClusterError:
+        return None
+
+
+def _ask_controller(address: str, credentials: ClusterCredentials | None, timeout_s: float) -> ControllerStatus | None:
+    try:
+        with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as calls:
+            return calls.status()
+    except (Unavailable, DeadlineExceeded):
+        return None
+
+
+def _summary(seen: ControllerStatus) -> list[str]:
+    held = ", held while a run trains" if seen.held else ""
+    cold = f", {seen.cold_experts} experts unloaded until a token wants them" if seen.cold_experts else ""
+    return [
+        f"term {seen.term}, placement {seen.generation}{held}: {seen.replicas} replicas{cold}",
+        f"policy {seen.policy}, routers with a lease: {seen.routers}",
+        f"weight version {seen.weight_version}: {seen.checkpoint}{_older(seen)}",
+    ]
+
+
+def _older(seen: ControllerStatus) -> str:
+    """Routers that still write texts with older weights."""
+    behind = [s.router for s in seen.router_states if 0 < s.oldest_weight_version < seen.weight_version]
+    return f"; texts begun with older weights are still written by {', '.join(behind)}" if behind else ""
+
+
+def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
+    """A line for each actor: where it is reached, and what the controller knows of it, if it answers."""
+    columns = ("actor", "phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid")
+    table = make_table(*columns, box=None, pad_edge=False)
+    states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
+    routers = {router.router: router for router in seen.router_states} if seen is not None else {}
+    for name in sorted(endpoints.keys() | states.keys() | routers.keys()):
+        reached, router = endpoints.get(name), routers.get(name)
+        table.add_row(
+            name,
+            _phase(reached, states.get(name), router),
+            str(states[name].experts) if name in states else "",
+            str(states[name].restarts) if name in states else "",
+            str(router.running) if router else "",
+            str(router.waiting) if router else "",
+            reached.address if reached else _address_said(states.get(name), routers.get(name)),
+            reached.metrics_address if reached else "",
+            str(reached.pid) if reached else "",
+        )
+    return table
+
+
+def _phase(reached: Endpoints | None, actor: ActorState | None, router: RouterState | None) -> str:
+    if actor is not None:
+        return actor.phase
+    if router is not None and router.leaving:
+        return "leaving"
+    return "serving" if reached is not None or router is not None else "restarting"
+
+
+def _address_said(actor: ActorState | None, router: RouterState | None) -> str:
+    """By the controller, where Ray does not say."""
+    return (actor.address if actor is not None else "") or (router.address if router is not None else "")
+
+
+def _plain(
+    cluster: UpCluster, endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None, diagnosis: Diagnosis
+) -> dict[str, object]:
+    return {
+        "name": cluster.name,
+        "status": diagnosis.status,
+        "problems": list(diagnosis.problems),
+        "model": cluster.model,
+        "weights": dataclasses.asdict(weights_in(cluster.model)),
+        "ray_address": cluster.ray_address,
+        "actors": {name: dataclasses.asdict(e) if e is not None else None for name, e in endpoints.items()},
+        "controller": dataclasses.asdict(seen) if seen is not None else None,
+    }

@@ -1,0 +1,94 @@
+"""generate: a text from a model, streamed to the terminal as it comes."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from actors import cluster_file
+from actors.launch import bring_up, credentials_of, take_down
+from moecluster.cli.common.lookup import found
+from moecluster.cli.common.model_target import read_target
+from moecluster.cli.common.model_weights import refuse_another_model, trained_model, weights_in
+from moecluster.cli.common.progress import loading_bar
+from moecluster.cli.common.routers import find_routers
+from moecluster.client import Client, TextOptions
+from moecluster.errors import ConfigError, InvalidMessage
+
+
+def generate(
+    target: str, prompt: str, chat: bool, options: TextOptions, settings: Sequence[str], console: Console
+) -> None:
+    """Writes the prompt's continuation to standard output; everything else goes to the console (standard error).
+
+    chat: the prompt is what a user says, and the answer is written. options: those that were given; of the others,
+    temperature, top_p and seed are the configuration's.
+    """
+    if not prompt:
+        raise ConfigError('PROMPT: got an empty text, expected something to go on from, for example "def main("')
+    config = read_target(target, settings)
+    serve = config.serve
+    asked: TextOptions = {"temperature": serve.temperature, "top_p": serve.top_p, "seed": serve.seed, **options}
+    if cluster_file.load(config.cluster.name) is not None:
+        cluster = found(config.cluster.name)
+        refuse_another_model(cluster, config, target)
+        if (weights := weights_in(cluster.model)).step == 0:
+            console.print(f"the model is {weights}", highlight=False, markup=False, soft_wrap=True)
+        _write(
+            Client(
+                cluster.router_addresses,
+                discover=lambda: find_routers(cluster, console),
+                credentials=credentials_of(cluster),
+            ),
+            prompt,
+            chat,
+            asked,
+            console,
+        )
+        return
+    model_dir = trained_model(config, target, "generate")
+    with loading_bar(console, f"no cluster {config.cluster.name} is up: starting one for this text") as on_loading:
+        cluster = bring_up(config, model_dir, on_loading)
+    console.print("started a cluster for this text alone (moecluster up keeps one)")
+    try:
+        _write(Client(cluster.router_addresses, credentials=credentials_of(cluster)), prompt, chat, asked, console)
+    finally:
+        take_down(cluster)
+
+
+def given_options(
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: Sequence[str] | None,
+) -> TextOptions:
+    """What was given on the command line; None was not."""
+    options: TextOptions = {"max_new_tokens": max_new_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    if top_p is not None:
+        options["top_p"] = top_p
+    if top_k is not None:
+        options["top_k"] = top_k
+    if seed is not None:
+        options["seed"] = seed
+    if stop is not None:
+        options["stop"] = stop
+    return options
+
+
+def _write(client: Client, prompt: str, chat: bool, options: TextOptions, console: Console) -> None:
+    with client:
+        try:
+            text = (
+                client.chat([{"role": "user", "content": prompt}], **options)
+                if chat
+                else client.generate(prompt, **options)
+            )
+            for piece in text:
+                print(piece.text, end="", flush=True)
+        except InvalidMessage as exc:
+            raise ConfigError(str(exc)) from exc
+    print(flush=True)
+    console.print(f"{len(text.ids)} tokens after a prompt of {text.prompt_tokens}, ended by: {text.finish_reason}")

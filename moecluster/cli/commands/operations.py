@@ -1,0 +1,182 @@
+"""scale, drain, place and update, which begin operations; operations and explain, which show them."""
+
+import dataclasses
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from moecluster.cli.common.formatting import (
+    operations_table,
+    shown_bytes,
+    shown_duration,
+    shown_moves,
+    shown_time,
+    to_json,
+)
+from moecluster.cli.common.live_controller import LiveController
+from moecluster.cli.common.tables import make_table, show_table
+from moecluster.errors import ConfigError, InvalidMessage, OperationFailed
+from moecluster.rpc.controller.client import ControllerCalls
+from moecluster.types import ExpertId, Operation, OperationPhase
+
+POLL_S = 0.2
+
+_EXPERT = re.compile(r"(\d{1,9})/(\d{1,9})")
+
+
+def scale(
+    name: str, expert_actors: int | None, routers: int | None, operation_id: str, wait: bool, console: Console
+) -> None:
+    """Makes it so many expert actors, or so many routers."""
+    if (expert_actors is None) == (routers is None):
+        raise ConfigError("N: expected a number of expert actors, or --routers with a number of routers instead")
+    if expert_actors is not None and expert_actors < 1:
+        raise ConfigError(f"N: got {expert_actors}, expected at least 1 expert actor")
+    if routers is not None and routers < 1:
+        raise ConfigError(f"--routers: got {routers}, expected at least 1 router")
+    order = _with_id("scale" if routers is None else "scale-routers", operation_id)
+
+    def ask(calls: ControllerCalls) -> Operation:
+        if routers is not None:
+            return calls.scale_routers(routers, operation_id=order)
+        assert expert_actors is not None
+        return calls.scale(expert_actors, operation_id=order)
+
+    _carry_out(name, ask, wait, console)
+
+
+def drain(name: str, node: str, operation_id: str, wait: bool, console: Console) -> None:
+    """Empties a node, or one expert actor."""
+    order = _with_id("drain", operation_id)
+    _carry_out(name, lambda calls: calls.drain(node, operation_id=order), wait, console)
+
+
+def place(
+    name: str, expert: str, actors: Sequence[str], nowhere: bool, operation_id: str, wait: bool, console: Console
+) -> None:
+    """Lets an expert stand on exactly the named actors, or nowhere."""
+    if nowhere == bool(actors):
+        raise ConfigError("ACTOR: expected the names of one actor or more, or --nowhere instead of them")
+    where = _parse_expert(expert)
+    order = _with_id("place", operation_id)
+    _carry_out(name, lambda calls: calls.place(where, actors, operation_id=order), wait, console)
+
+
+def update(name: str, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
+    """Replaces all weights by those of a directory; returns the operation as far as it is."""
+    order = _with_id("update", operation_id)
+    return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=order), wait, console)
+
+
+def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
+    """Lists what the controller does and has done, the newest first."""
+    with LiveController(name) as controller:
+        found = controller.ask(lambda calls: calls.operations(limit))
+    if as_json:
+        console.print_json(to_json([dataclasses.asdict(operation) for operation in found]))
+    elif found:
+        show_table(operations_table(found), console)
+    else:
+        console.print("no operation yet")
+
+
+def explain(name: str, operation_id: str, as_json: bool, console: Console) -> None:
+    """Says why an operation was begun, how far it is, and what it gained."""
+    with LiveController(name) as controller:
+        operation = controller.ask(lambda calls: calls.operation(operation_id))
+    if as_json:
+        console.print_json(to_json(dataclasses.asdict(operation)))
+        return
+    asked = " ".join((operation.kind, *operation.arguments))
+    console.print(f"{operation.id}: {asked}", highlight=False, markup=False)
+    table = make_table("", "value", prose=("value",), box=None, show_header=False, pad_edge=False)
+    for what, text in (
+        ("why", operation.reason),
+        ("phase", operation.phase.value),
+        ("detail", operation.detail),
+        ("begun", shown_time(operation.created_s)),
+        ("took", shown_duration(operation)),
+        ("moved", shown_moves(operation)),
+        ("balancedness", _gain(operation)),
+    ):
+        if text:
+            table.add_row(what, escape(text))
+    show_table(table, console)
+
+
+def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:
+    """Begins an operation and, if asked to, sees it through. Raises OperationFailed."""
+    with LiveController(name) as controller:
+        try:
+            operation = controller.ask(order)
+        except InvalidMessage as exc:
+            raise ConfigError(str(exc)) from exc
+        if wait:
+            operation = _see_through(controller, operation, console)
+    if operation.phase is OperationPhase.FAILED:
+        raise OperationFailed(f"{operation.id}: {operation.detail or 'the controller gives no reason'}")
+    if operation.phase.ended:
+        line = f"{operation.id} is done after {shown_duration(operation)}: {_outcome(operation)}"
+    else:
+        line = f"{operation.id} is {operation.phase.value}; moecluster explain {operation.id} says how it goes"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return operation
+
+
+def _outcome(operation: Operation) -> str:
+    if operation.kind == "update":
+        return f"{operation.detail}; {shown_bytes(operation.moved_bytes)} of experts loaded"
+    if operation.kind == "scale-routers":
+        return f"routers: {operation.arguments[0]}"
+    return shown_moves(operation)
+
+
+def _see_through(controller: LiveController, operation: Operation, console: Console) -> Operation:
+    """The operation when it has ended; its phase is shown meanwhile."""
+    operation_id = operation.id
+    try:
+        with console.status(_progress(operation)) as shown:
+            while not operation.phase.ended:
+                time.sleep(POLL_S)
+                operation = controller.ask(lambda calls: calls.operation(operation_id))
+                shown.update(_progress(operation))
+    except KeyboardInterrupt:
+        console.print(f"{operation_id} goes on without being waited for", highlight=False, markup=False)
+        raise
+    return operation
+
+
+def _progress(operation: Operation) -> str:
+    detail = f": {operation.detail}" if operation.detail else ""
+    return escape(f"{operation.id} is {operation.phase.value}{detail}")
+
+
+def _with_id(kind: str, given: str) -> str:
+    """An id of our own, so that asking again after a lost answer asks for nothing new."""
+    return given or f"{kind}-{secrets.token_hex(4)}"
+
+
+def _parse_expert(text: str) -> ExpertId:
+    match = _EXPERT.fullmatch(text)
+    if match is None:
+        raise ConfigError(f'EXPERT: got "{text}", expected layer/index such as 3/17')
+    return ExpertId(layer=int(match[1]), index=int(match[2]))
+
+
+def _gain(operation: Operation) -> str:
+    """Balancedness before, as predicted and as measured, and what was gained of the gain that was predicted."""
+    before = operation.balancedness_before
+    predicted = operation.balancedness_predicted
+    measured = operation.balancedness_measured
+    figures = [
+        f"{value:.3f} {word}"
+        for value, word in ((before, "before"), (predicted, "predicted"), (measured, "measured"))
+        if value is not None
+    ]
+    if before is not None and predicted is not None and measured is not None:
+        figures.append(f"gain {measured - before:+.3f} of {predicted - before:+.3f} predicted")
+    return ", ".join(figures)

@@ -1,0 +1,72 @@
+"""update: new weights for a cluster that serves; of a part of them, a whole checkpoint is put together first."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from actors import cluster_file
+from actors.launch import give_directory
+from moecluster.cli.commands import operations
+from moecluster.cli.common.live_controller import LiveController
+from moecluster.cli.common.lookup import found
+from moecluster.errors import CheckpointError, ConfigError
+from moecluster.types import ControllerStatus, OperationPhase
+
+
+def update(
+    name: str,
+    directory: str,
+    experts: Sequence[str],
+    keep_trunk: bool,
+    out: str,
+    operation_id: str,
+    wait: bool,
+    console: Console,
+) -> None:
+    """Replaces all weights by those of a directory; or some experts, and the trunk or not."""
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"no model directory at {directory}: give a directory with config.json and safetensors")
+    checkpoint = Path(directory).resolve()
+    if experts or keep_trunk:
+        checkpoint = _put_together(name, checkpoint, experts, keep_trunk, out, console)
+    elif out:
+        raise ConfigError("--out: nothing is put together without --experts or --keep-trunk")
+    give_directory(found(name), str(checkpoint))
+    operation = operations.update(name, str(checkpoint), operation_id, wait, console)
+    noted = cluster_file.load(name)
+    if noted is not None and operation.phase is OperationPhase.DONE:
+        cluster_file.save(replace(noted, model=str(checkpoint)))
+
+
+def _put_together(
+    name: str, directory: Path, experts: Sequence[str], keep_trunk: bool, out: str, console: Console
+) -> Path:
+    # Reading checkpoints brings torch along, which the other commands need not wait for.
+    from moecluster.models.experts.source import ExpertSource
+    from moecluster.models.update.compatibility import sizes
+    from moecluster.models.update.compose import compose
+    from moecluster.placement.initial import all_experts, experts_named
+
+    with LiveController(name) as controller:
+        seen = controller.ask(lambda calls: calls.status())
+    known = sizes(ExpertSource(directory))
+    named = {expert for pattern in experts for expert in experts_named(pattern, known, "--experts")}
+    taken = named or set(all_experts(known))
+    path = Path(out).resolve() if out else _beside(seen)
+    with console.status(f"putting {path} together"):
+        compose(seen.checkpoint, directory, path, experts=taken, keep_trunk=keep_trunk)
+    trunk = "" if keep_trunk else " and the trunk"
+    console.print(f"{path}: {len(taken)} experts{trunk} out of {directory}, all else out of {seen.checkpoint}")
+    return path
+
+
+def _beside(seen: ControllerStatus) -> Path:
+    """A name that is free, beside the directory that is served."""
+    served = Path(seen.checkpoint)
+    stem = served.name.rpartition("-v")[0] if served.name.rpartition("-v")[2].isdecimal() else served.name
+    version = seen.weight_version + 1
+    while (path := served.with_name(f"{stem or served.name}-v{version}")).exists():
+        version += 1
+    return path

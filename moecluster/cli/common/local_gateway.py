@@ -1,0 +1,67 @@
+"""An HTTP front in this process, for a command that needs one only while it runs."""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.launch import credentials_of
+from moecluster.cli.common.lookup import found
+from moecluster.cli.common.routers import find_routers
+from moecluster.config.sections import ServeConfig
+from moecluster.errors import ResourceError
+from moecluster.gateway.api_keys import ApiKeys
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.server import FrontServer, ModelSource
+
+START_TIMEOUT_S = 30.0
+GRACE_S = 1.0  # who asks has ended by then
+MAX_BODY_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnFront:
+    """Where it listens, on the loopback, and the key that nobody else has."""
+
+    url: str
+    api_key: str
+
+
+@contextmanager
+def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFront]:
+    """Serves the cluster of that name that is up, under the name of its model's directory or its own.
+
+    Raises ClusterNotFound if there is none.
+    """
+    cluster = found(name)
+    api_key = secrets.token_urlsafe(32)
+    source = ModelSource(
+        name=Path(cluster.model).name,
+        cluster=name,
+        alias=name,
+        seeds=Whereabouts(
+            routers=cluster.router_addresses,
+            controller=cluster.controller_address,
+            credentials=credentials_of(cluster),
+        ),
+        rediscover=lambda: Whereabouts(routers=find_routers(cluster, console)),
+    )
+    settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)
+    server = FrontServer(settings, ApiKeys([api_key]))
+    thread = threading.Thread(target=server.run, args=([source],), name="front", daemon=True)
+    thread.start()
+    try:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline_s:
+                raise ResourceError(f"the front to the cluster {name} does not start")
+            time.sleep(0.01)
+        yield OwnFront(url=f"http://{server.address}", api_key=api_key)
+    finally:
+        server.stop()
+        thread.join(START_TIMEOUT_S)

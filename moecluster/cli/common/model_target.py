@@ -1,0 +1,55 @@
+"""What a command is asked to work with: a model directory, a TOML file, or a preset's name."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors import cluster_file
+from actors.places import check_folder
+from moecluster.config import Config, load_config, read_config
+from moecluster.config.load import override, parse_override, preset_names
+from moecluster.errors import ConfigError
+
+
+def read_target(target: str, settings: Sequence[str]) -> Config:
+    """The settings that a target stands for; settings are overrides such as train.steps=100. Raises ConfigError.
+
+    serve.model_name is always set in them: what HTTP clients, and the label `model` of all metrics, call the model.
+    """
+    config = _read_target(target, dict(parse_override(text) for text in settings))
+    if config.serve.model_name:
+        return config
+    return replace(config, serve=replace(config.serve, model_name=model_name(target)))
+
+
+def _read_target(target: str, overrides: Mapping[str, Any]) -> Config:
+    if os.path.isdir(target):  # False for any string, unlike Path.is_dir
+        return read_config(override({"model": {"path": target}}, overrides), source=target)
+    if not os.path.isfile(target) and target not in preset_names():
+        raise ConfigError(
+            f'"{target}": no such model directory, TOML file or preset; the presets are {", ".join(preset_names())}'
+        )
+    return load_config(target, overrides)
+
+
+def model_name(target: str) -> str:
+    """What a model is served as unless told otherwise: the name that the user gave its directory, or its file's stem.
+
+    A snapshot in a download cache (models--ORG--NAME/snapshots/HASH, or without ORG) has its model's name.
+    """
+    path = Path(os.path.abspath(target))  # a link keeps its own name
+    if not os.path.isdir(target):
+        return path.stem
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        name = cached.removeprefix("models--")
+        return name.partition("--")[2] or name
+    return path.name
+
+
+def check_places(config: Config) -> None:
+    """Raises UserError if a run could not write what it leaves, before any work is spent on it."""
+    cluster_file.check()
+    check_folder("train.output_dir", config.train.output_dir)

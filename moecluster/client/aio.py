@@ -1,0 +1,190 @@
+"""The client for asyncio: the same surface as that for threads."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+import torch
+
+from moecluster.client.cluster_client import STATUS_TIMEOUT_S, CancelAnswers, ClusterClient
+from moecluster.client.failover import Route
+from moecluster.client.requests import TextOptions, build_request
+from moecluster.client.stream_state import WrittenText
+from moecluster.errors import Unavailable
+from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.proto import router_pb2
+from moecluster.proto.router_pb2_grpc import RouterServiceStub
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.router.messages import decode_moe_reply, decode_router_status, encode_moe_request
+from moecluster.rpc.server import open_async_channel
+from moecluster.rpc.status_codes import from_rpc_error
+from moecluster.types import RouterStatus
+
+if TYPE_CHECKING:
+    from moecluster.proto.router_pb2_grpc import RouterServiceAsyncStub  # a type only: one class serves both
+
+AnswerT = TypeVar("AnswerT")
+Discover = Callable[[], Awaitable[Iterable[str]]]
+Call = grpc.aio.UnaryStreamCall[router_pb2.GenerateRequest, router_pb2.GenerateReply]
+
+
+class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
+    """A way to the routers of one cluster, for one event loop."""
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        prompt_ids: Sequence[int] = (),
+        messages: Sequence[Mapping[str, str]] = (),
+        **options: Unpack[TextOptions],
+    ) -> "AsyncGenerationStream":
+        """Begins a text after one of: a prompt, its token ids, a conversation. Iterate over the result for its pieces.
+
+        Called within the event loop. Raises InvalidMessage for what cannot be sent; the rest is raised while iterating.
+        """
+        request = build_request(prompt, prompt_ids, messages, **options)
+        return AsyncGenerationStream(request, self._route_of_text(), self._stub, self._find_routers)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> "AsyncGenerationStream":
+        """Begins the answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
+        return self.generate(messages=messages, **options)
+
+    async def cancel(self, request_id: str) -> bool:
+        """Ends a text, at whichever router it runs. False if none knows it. Raises Unavailable if none answers."""
+        request, answers = router_pb2.CancelRequest(request_id=request_id), CancelAnswers()
+        for address in self._routers.addresses:
+            with answers.asking(address):
+                answers.add((await self._stub(address).Cancel(request, timeout=STATUS_TIMEOUT_S)).found)
+        return answers.found()
+
+    async def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(y_TD, ids_TK, weights_TK): gates and dispatches raw hidden states of one layer. Raises a MoeClusterError."""
+        request = encode_moe_request(layer, x_TD, self._timeout_s)
+        return decode_moe_reply(await self._ask(lambda stub: stub.Moe(request, timeout=self._timeout_s)), x_TD)
+
+    async def status(self) -> RouterStatus:
+        """What the first router that answers says of itself. Raises Unavailable if nobody answers."""
+        request = router_pb2.RouterStatusRequest()
+        return decode_router_status(await self._ask(lambda stub: stub.Status(request, timeout=STATUS_TIMEOUT_S)))
+
+    async def close(self) -> None:
+        """Ends the connections, and texts that still run over them."""
+        for channel in self._channels.close():
+            await channel.close()
+
+    async def _ask(self, call: Callable[["RouterServiceAsyncStub"], Awaitable[AnswerT]]) -> AnswerT:
+        """The answer of the first router that is there."""
+        route = self._route_of_call()
+        while True:
+            address = await _next_address(route, self._find_routers)
+            try:
+                return await call(self._stub(address))
+            except grpc.RpcError as exc:
+                route.failed(from_rpc_error(exc, f"router at {address}"), wrote=False)
+
+    def _open(self, address: str, credentials: ClusterCredentials | None) -> grpc.aio.Channel:
+        return open_async_channel(address, credentials)
+
+    def _stub(self, address: str) -> "RouterServiceAsyncStub":
+        stub: RouterServiceAsyncStub = RouterServiceStub(self._channels.to(address))  # type: ignore[assignment]
+        return stub
+
+    async def _find_routers(self) -> tuple[str, ...]:
+        """Where the routers are now; connections to where they are not any more are ended."""
+        assert self._discover is not None
+        found = tuple(await self._discover())
+        for channel in self._channels.keep(found):
+            await channel.close()
+        return found
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncGenerationStream(WrittenText):
+    """The pieces of one text, as an asynchronous iterator. What has come so far stands in its fields."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        route: Route,
+        stub_of: Callable[[str], "RouterServiceAsyncStub"],
+        find_routers: Discover,
+    ) -> None:
+        super().__init__(request, route)
+        self._stub_of = stub_of
+        self._find_routers = find_routers
+        first = route.next()
+        self._call = self._begin(first) if first else None
+
+    async def __aiter__(self) -> AsyncIterator[GenerationPiece]:
+        """Raises a MoeClusterError: InvalidMessage, Exhausted, Unavailable, DeadlineExceeded, ...
+
+        Unavailable and Exhausted only when no router is left to go on at.
+        """
+        try:
+            if self._call is None:
+                await self._begin_next()
+            while not self.finish_reason:
+                try:
+                    assert self._call is not None
+                    async for message in self._call:
+                        yield self._note(message)
+                    self._check_finished()
+                except (grpc.RpcError, Unavailable) as exc:
+                    if self._goes_on_after(exc):
+                        await self._begin_next()
+                except asyncio.CancelledError:
+                    # Of the call, by `cancel` or a closed client; or of the task that iterates.
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        raise
+                    if self._goes_on_after(Unavailable(f"router at {self.address}: the call was cancelled")):
+                        await self._begin_next()
+        finally:
+            self.cancel()
+
+    async def text(self) -> str:
+        """The whole text that is still to come. Raises what iterating raises."""
+        return "".join([piece.text async for piece in self])
+
+    def cancel(self) -> None:
+        """Ends the text; fine once it has ended."""
+        self._left = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def _begin(self, address: str) -> Call:
+        return self._stub_of(address).Generate(self._next_message(address), timeout=self._route.left_s)
+
+    async def _begin_next(self) -> None:
+        """Begins at the next router. Raises why there is none."""
+        self._call = self._begin(await _next_address(self._route, self._find_routers))
+        if self._left:  # by another task, meanwhile
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+async def _next_address(route: Route, find_routers: Discover) -> str:
+    while (address := route.next()) is None:
+        if route.wants_discovery():
+            route.discovered(await find_routers())
+        else:
+            await asyncio.sleep(route.pause_s())
+    return address

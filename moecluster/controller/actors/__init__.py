@@ -1,0 +1,1 @@
+"""Each expert actor of the cluster, looked after: started, loaded, watched, begun again."""

@@ -1,0 +1,300 @@
+"""All keepers of a controller: what they are told of the cluster, and what becomes of what they say."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from moecluster.controller.actors.interfaces import ActorSupervisor, Orders, Watch
+from moecluster.controller.actors.monitor import ActorKeeper
+from moecluster.controller.actors.replicas_aside import ReplicasAside
+from moecluster.controller.load.direct import DirectLoadSource
+from moecluster.controller.load.reports import ActorReports
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.handover import READ_TIMEOUT_S, read_actors
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.errors import MoeClusterError, StaleOrder, UserError
+from moecluster.rpc.expert.interface import Connect
+from moecluster.types import (
+    ActorAddress,
+    ActorState,
+    ExpertActorStatus,
+    ExpertId,
+    OperationPhase,
+    ReplicaAside,
+    WeightVersion,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepersSettings:
+    """How actors are kept."""
+
+    dtype: str = ""  # of experts; empty: the checkpoint's
+    lease_s: float = 10.0
+    health_period_s: float = 1.0
+    start_timeout_s: float = 60.0  # for an actor to be started anew
+    load_timeout_s: float = 60.0
+
+
+class Keepers:
+    """Satisfies KeeperOwner of keeper_owner.py. Thread-safe."""
+
+    def __init__(
+        self,
+        settings: KeepersSettings,
+        *,
+        standing: Standing,
+        log: OperationLog,
+        reports: ActorReports,
+        direct: DirectLoadSource,
+        supervisor: ActorSupervisor,
+        connect: Connect,
+        watch: Watch,
+        picture: Callable[[], bytes],
+        on_news: Callable[[], None],
+        on_deposed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """picture: what the controller leaves with its actors; on_news: an actor came or went."""
+        self._settings = settings
+        self._standing = standing
+        self._log = log
+        self._reports = reports
+        self._direct = direct
+        self._supervisor = supervisor
+        self._connect = connect
+        self._watch = watch
+        self._picture = picture
+        self._on_news = on_news
+        self._on_deposed = on_deposed
+        self._clock = clock
+        self._aside = ReplicasAside(standing, log, look=self.look)
+        self._lock = threading.RLock()
+        self._keepers: dict[str, ActorKeeper] = {}
+        self._closed = False
+        self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
+        self._awaited: frozenset[str] = frozenset()  # of those: the ones that the first placement waits for
+        self._all_tried = threading.Event()
+        self._opened_s: float | None = None  # when the first placement was published
+        self._restores: dict[str, str] = {}  # actor that is lost -> operation
+        self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # version, and why it is not loaded there
+
+    def read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
+        """What those that answer say of themselves, before any order; by growing placement numbers."""
+        return read_actors(lambda actor: self._new_keeper(actor).read(READ_TIMEOUT_S), actors)
+
+    def start(self, actors: Collection[str], *, awaited: Collection[str]) -> None:
+        """Begins to look after the actors of the start; awaited: those that the first placement waits for."""
+        self._awaited = frozenset(awaited)
+        for actor in actors:
+            self.keep(actor)
+
+    def wait_tried(self, timeout_s: float) -> list[MoeClusterError]:
+        """Waits until the awaited actors came up or failed; returns why actors failed, users' mistakes first."""
+        self._all_tried.wait(timeout_s)
+        with self._lock:
+            failures = [error for error in self._first_outcomes.values() if error is not None]
+        return sorted(failures, key=lambda error: not isinstance(error, UserError))
+
+    def keep(self, actor: str) -> None:
+        """Begins to look after an actor. Fine if it is kept already."""
+        with self._lock:
+            if actor in self._keepers or self._closed:
+                return
+            keeper = self._keepers[actor] = self._new_keeper(actor)
+        keeper.start()
+
+    def let_go(self, actor: str) -> None:
+        """Looks after the actor no more: it leaves the cluster."""
+        with self._lock:
+            keeper = self._keepers.pop(actor, None)
+        if keeper is not None:
+            keeper.let_go()  # the changer, which asks, has more to do than to wait for an actor that is lost
+        self._reports.forget(actor)
+        self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was taken out of the cluster")
+
+    def look(self, actor: str) -> None:
+        """The actor may be lost: asks it at once."""
+        keeper = self._keepers.get(actor)
+        if keeper is not None:
+            keeper.look()
+
+    def look_all(self) -> None:
+        """There are new orders."""
+        with self._lock:
+            keepers = list(self._keepers.values())
+        for keeper in keepers:
+            keeper.look()
+
+    def opened(self) -> None:
+        """The first placement of this term is published now."""
+        self._opened_s = self._clock()
+
+    def states(self) -> tuple[ActorState, ...]:
+        """Every actor as it was last seen."""
+        with self._lock:
+            return tuple(keeper.state() for _, keeper in sorted(self._keepers.items()))
+
+    def close(self) -> None:
+        """Leaves the actors as they are."""
+        with self._lock:
+            self._closed = True
+            keepers = list(self._keepers.values())
+        for keeper in keepers:
+            keeper.close()
+
+    # -- what keepers ask and say --
+
+    def orders(self) -> Orders:
+        """What stands now."""
+        with self._standing.unchanged():
+            (term, generation), versions = self._standing.number, self._standing.versions
+        return Orders(
+            term=term,
+            generation=generation,
+            versions=versions,
+            dtype=self._settings.dtype,
+            picture=self._picture(),
+        )
+
+    def assigned(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor shall hold."""
+        return self._standing.assigned(actor)
+
+    def kept(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor may hold."""
+        return self._standing.kept(actor)
+
+    def lost(self) -> frozenset[ExpertId]:
+        """Experts that nobody serves."""
+        return self._standing.lost()
+
+    def settled(self) -> bool:
+        """Whether every router that holds a lease had the time to take a placement of this term."""
+        return self._opened_s is not None and self._clock() - self._opened_s >= self._settings.lease_s
+
+    def actor_up(
+        self,
+        address: ActorAddress,
+        held: Collection[ExpertId],
+        *,
+        versions: tuple[WeightVersion, ...],
+        complete: bool,
+    ) -> None:
+        """The actor serves these experts: routers may use it."""
+        if complete:
+            self._end_restore(address.actor, OperationPhase.DONE)
+            self._note_outcome(address.actor, None)
+        self._standing.actor_up(address, held, versions=versions)
+        self._on_news()
+
+    def actor_prepared(
+        self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
+    ) -> None:
+        """The actor holds these experts in the version that is next."""
+        with self._lock:
+            self._not_prepared.pop(address.actor, None)
+        if loaded_bytes:
+            operation = next((o for o in self._log.under_way() if o.kind == "update"), None)
+            if operation is not None:
+                self._log.count_moved(operation.id, loaded_bytes=loaded_bytes, added=0, removed=0)
+        if self._standing.actor_prepared(address, version, experts):
+            self._on_news()
+
+    def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
+        """The actor cannot load the version that is next now."""
+        with self._lock:
+            self._not_prepared[actor] = (version, error)
+        self._on_news()
+
+    def not_prepared(self, version: int) -> dict[str, MoeClusterError]:
+        """Actors that could not load a version when they were last told to, and why."""
+        with self._lock:
+            return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
+
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+        """A router had NaN or infinity of a replica."""
+        self._aside.report(actor, incarnation, expert, placement)
+
+    def replicas_aside(self) -> tuple[ReplicaAside, ...]:
+        """Replicas that routers had NaN or infinity of."""
+        return self._aside.states()
+
+    def to_reload(self, actor: str) -> frozenset[ExpertId]:
+        """What is to be loaded anew."""
+        return self._aside.to_reload(actor)
+
+    def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
+        """It was."""
+        self._aside.reloaded(actor, experts, loaded_bytes)
+
+    def reload_failed(self, actor: str, experts: Collection[ExpertId], error: MoeClusterError) -> None:
+        """It was not."""
+        self._aside.reload_failed(actor, experts, str(error))
+
+    def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
+        """The actor has loaded experts after its start."""
+        operation_id = self._restores.get(actor)
+        if operation_id is not None:
+            self._log.count_moved(operation_id, loaded_bytes=loaded_bytes, added=0, removed=0)
+
+    def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
+        """The actor answered a look."""
+        self._reports.add(status, self._clock())
+        self._direct.set_work(address.actor, address.incarnation, status.work)
+
+    def actor_down(self, actor: str) -> None:
+        """The actor is lost: its experts' requests go to other replicas, or wait."""
+        self._standing.actor_down(actor)
+        self._reports.forget(actor)
+        # Before the lock: a change of the standing calls look_all, which waits for it, with the standing's lock held.
+        belongs, experts = actor in self._standing.actors, len(self._standing.assigned(actor))
+        with self._lock:
+            if actor not in self._restores and belongs:
+                reason = f"{actor} was lost with {experts} replicas"
+                self._restores[actor] = self._log.begin("restore", reason=reason, arguments=(actor,)).id
+        self._on_news()
+
+    def actor_failed(self, actor: str, error: MoeClusterError) -> None:
+        """The actor cannot be brought up now; its keeper goes on trying."""
+        self._note_outcome(actor, error)
+        if isinstance(error, UserError):  # no waiting mends it: its checkpoint is gone, or does not fit
+            self._standing.set_problem(actor, str(error))
+        operation_id = self._restores.get(actor)
+        if operation_id is not None:
+            self._log.update(operation_id, detail=f"tried in vain: {error}")
+
+    def deposed(self, error: StaleOrder) -> None:
+        """Another controller has taken over: gives no more orders."""
+        logger.warning("another controller has taken over: %s", error)
+        self._on_deposed()
+
+    # -- inside --
+
+    def _new_keeper(self, actor: str) -> ActorKeeper:
+        return ActorKeeper(
+            actor,
+            owner=self,
+            supervisor=self._supervisor,
+            connect=self._connect,
+            watch=self._watch,
+            health_period_s=self._settings.health_period_s,
+            start_timeout_s=self._settings.start_timeout_s,
+            load_timeout_s=self._settings.load_timeout_s,
+        )
+
+    def _end_restore(self, actor: str, phase: OperationPhase, detail: str = "") -> None:
+        with self._lock:
+            operation_id = self._restores.pop(actor, None)
+        if operation_id is not None:
+            self._log.update(operation_id, phase=phase, detail=detail)
+
+    def _note_outcome(self, actor: str, error: MoeClusterError | None) -> None:
+        with self._lock:
+            self._first_outcomes.setdefault(actor, error)
+            if self._awaited <= self._first_outcomes.keys():
+                self._all_tried.set()

@@ -1,0 +1,188 @@
+"""Keeps one expert actor served: finds it, loads its experts, looks after it, and begins again when it is lost."""
+
+import logging
+import threading
+
+from moecluster.controller.actors.interfaces import ActorSupervisor, KeeperOwner, Watch
+from moecluster.controller.actors.session import ActorLife
+from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.rpc.expert.interface import Connect, ExpertControl
+from moecluster.types import ActorAddress, ActorState, ExpertActorStatus
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 2.0
+HANGS_AFTER = 2  # looks without an answer
+
+
+class ActorKeeper:
+    """One thread that keeps one actor. Orders to the actor are given by this thread alone, so they arrive in order."""
+
+    def __init__(
+        self,
+        actor: str,
+        *,
+        owner: KeeperOwner,
+        supervisor: ActorSupervisor,
+        connect: Connect,
+        watch: Watch,
+        health_period_s: float,
+        start_timeout_s: float,
+        load_timeout_s: float,
+    ) -> None:
+        self.actor = actor
+        self._owner = owner
+        self._supervisor = supervisor
+        self._connect = connect
+        self._watch = watch
+        self._health_period_s = health_period_s
+        self._start_timeout_s = start_timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._closed = threading.Event()
+        self._wake = threading.Event()
+        self._address: ActorAddress | None = None
+        self._phase = "restarting"
+        self._num_experts = 0
+        self._lives = 0
+        self._problem = ""  # why it does not serve
+        self._silent = 0  # looks in a row that met with silence
+        self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
+
+    def read(self, timeout_s: float) -> ExpertActorStatus | None:
+        """What the actor says of itself, before any order; None if it does not answer. For a new controller."""
+        address = self._supervisor.address_of(self.actor, timeout_s)
+        if address is None:
+            return None
+        try:
+            control = self._connect(address)
+        except MoeClusterError:
+            return None
+        try:
+            return control.status(with_picture=True)
+        except MoeClusterError:
+            return None
+        finally:
+            control.close()
+
+    def start(self) -> None:
+        """Begins to keep the actor."""
+        self._thread.start()
+
+    def look(self) -> None:
+        """Look after the actor now: it may be gone, or there is something new to tell it."""
+        self._wake.set()
+
+    def let_go(self) -> None:
+        """As close, without waiting for the thread, which may be waiting for the actor."""
+        self._closed.set()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Leaves the actor alone, as it is."""
+        self.let_go()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=self._health_period_s + 10.0)
+
+    def state(self) -> ActorState:
+        """The actor as it was last seen."""
+        address = self._address
+        return ActorState(
+            actor=self.actor,
+            address=address.address if address else "",
+            incarnation=address.incarnation if address else "",
+            phase=self._phase,
+            experts=self._num_experts if self._phase == "serving" else 0,
+            restarts=max(self._lives - 1, 0),
+            problem=self._problem,
+        )
+
+    def _run(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while not self._closed.is_set():
+            try:
+                self._keep_one_life()
+                backoff_s = FIRST_BACKOFF_S
+            except StaleOrder as exc:
+                self._owner.deposed(exc)
+                return
+            except MoeClusterError as exc:
+                self._silent += isinstance(exc, DeadlineExceeded)
+                self._problem = str(exc)
+                logger.info("%s is not served: %s", self.actor, exc)
+                self._owner.actor_failed(self.actor, exc)
+                self._closed.wait(backoff_s)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    def _keep_one_life(self) -> None:
+        """From finding the actor to losing it. Raises a MoeClusterError if it could not be brought up."""
+        self._phase = "restarting"
+        if self._silent >= HANGS_AFTER:
+            logger.warning("%s hangs: ending it, so that it starts again", self.actor)
+            self._supervisor.restart(self.actor)
+            self._silent = 0
+        address = self._supervisor.address_of(self.actor, self._start_timeout_s)
+        if address is None:
+            raise Unavailable(f"{self.actor} was not started within {self._start_timeout_s:g} s")
+        if self._closed.is_set():
+            return
+        control = self._connect(address)
+        try:
+            self._phase = "loading"
+            try:
+                life = ActorLife(address, control, owner=self._owner, load_timeout_s=self._load_timeout_s)
+                self._num_experts = life.load()
+            except MoeClusterError:
+                self._owner.actor_down(self.actor)  # it may serve a part by now
+                raise
+            if self._address is None or self._address.incarnation != address.incarnation:
+                self._lives += 1
+            self._address = address
+            self._phase, self._problem = "serving", ""
+            watch = self._watch(address, self.look)
+            try:
+                self._look_after(life, control)
+            finally:
+                watch.close()
+        finally:
+            control.close()
+        if not self._closed.is_set():
+            self._phase = "restarting"
+            self._owner.actor_down(self.actor)
+
+    def _look_after(self, life: ActorLife, control: ExpertControl) -> None:
+        """Asks for the actor's status over and over, and tells it what is new, until it is lost, hangs or is closed."""
+        while True:
+            self._wake.wait(self._health_period_s)
+            self._wake.clear()
+            if self._closed.is_set():
+                return
+            try:
+                life.tell_news()
+                life.reload(self._owner.to_reload(self.actor))
+                assigned = self._owner.assigned(self.actor)
+                status = control.status()
+                self._silent = 0
+                self._num_experts = len(status.experts)
+                self._owner.actor_reports(life.address, status)
+                life.unload_surplus()
+                if life.prepare(assigned, status):
+                    self._wake.set()
+            except Exhausted:
+                continue  # busy, so alive
+            except DeadlineExceeded:
+                self._silent += 1
+                if self._silent < HANGS_AFTER:
+                    self._wake.set()
+                    continue
+                return
+            except StaleOrder:
+                raise
+            except MoeClusterError as exc:
+                logger.info("%s is lost: %s", self.actor, exc)
+                return
+            # Only what was assigned before and after the answer: experts move meanwhile.
+            missing = (assigned & self._owner.assigned(self.actor)) - life.held_of(status.experts, status)
+            if status.incarnation != life.address.incarnation or missing:
+                logger.info("%s has lost its experts", self.actor)
+                return

@@ -1,0 +1,169 @@
+"""One life of an expert actor: it is told what stands, and made to hold what it shall in the versions that stand."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from moecluster.controller.actors.interfaces import KeeperOwner, Orders
+from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.growing import MAX_AHEAD
+from moecluster.rpc.expert.interface import ExpertControl
+from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVersion
+
+logger = logging.getLogger(__name__)
+
+MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
+MAX_LOADS = 8  # of what an actor shall hold, in one life, if experts are moved away amid each
+
+
+class ActorLife:
+    """Used by one thread, so that orders arrive in order. Begins with load. Every call raises what an order raised."""
+
+    def __init__(
+        self, address: ActorAddress, control: ExpertControl, *, owner: KeeperOwner, load_timeout_s: float
+    ) -> None:
+        self.address = address
+        self._actor = address.actor
+        self._control = control
+        self._owner = owner
+        self._load_timeout_s = load_timeout_s
+        self._told = owner.orders()  # what it was told last; the first of it by load
+        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when this life was begun
+
+    def load(self) -> int:
+        """Fences the actor and makes it hold what it shall, what nobody serves first. Returns how many experts it
+        holds."""
+        self._catch_up()
+        self._tell(self._told)
+        status = self._control.status()
+        there = frozenset(status.experts).union(*status.other_versions.values())
+        self._surplus = there - self._owner.kept(self._actor)
+        for _ in range(MAX_LOADS):
+            try:
+                return self._load_assigned(status)
+            except StaleOrder as exc:
+                logger.info("%s loads anew: %s", self._actor, exc)
+                # Another controller's actor refuses this; else experts were moved away meanwhile.
+                self._tell(self._owner.orders())
+                status = self._control.status()
+        raise Unavailable(f"experts of {self._actor} were moved away amid each of {MAX_LOADS} loads")
+
+    def _catch_up(self) -> None:
+        """An actor takes no term that is far ahead of those it knows: it is brought there in steps."""
+        if self._told.term <= MAX_AHEAD:
+            return
+        known = self._control.status().placement[0]
+        while self._told.term > known + MAX_AHEAD:
+            known += MAX_AHEAD
+            self._control.unload(term=known, experts=())
+
+    def _load_assigned(self, status: ExpertActorStatus) -> int:
+        """Raises StaleOrder if some were unloaded meanwhile, or another controller has the say."""
+        assigned = self._owner.assigned(self._actor)
+        held = self.held_of(assigned, status)
+        lost = self._owner.lost()
+        parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
+        if not parts:
+            self._owner.actor_up(self.address, held, versions=self._told.versions.written_with, complete=True)
+        for part in parts:
+            self._load_part(sorted(part))
+            held |= part
+            written_with = self._told.versions.written_with
+            self._owner.actor_up(self.address, held, versions=written_with, complete=held == assigned)
+        return len(held)
+
+    def tell_news(self) -> None:
+        """Tells it what has changed since it was told last."""
+        orders = self._owner.orders()
+        if orders != self._told:
+            self._tell(orders)
+
+    def held_of(self, experts: Iterable[ExpertId], status: ExpertActorStatus) -> set[ExpertId]:
+        """Those of some experts that it holds in every version that texts are written with."""
+        return set(experts).intersection(*(status.held(v.version) for v in self._told.versions.written_with))
+
+    def unload_surplus(self) -> None:
+        """Not at once: a predecessor's placement, by which routers still went, may have named it."""
+        if not self._surplus or not self._owner.settled():
+            return
+        surplus, self._surplus = self._surplus - self._owner.kept(self._actor), frozenset()
+        if surplus:
+            self._control.unload(term=self._told.term, experts=sorted(surplus))
+
+    def reload(self, experts: frozenset[ExpertId]) -> None:
+        """Loads experts anew that it serves, in every version that texts are written with. Raises Unavailable,
+        StaleOrder."""
+        if not experts:
+            return
+        try:
+            versions = self._told.versions.written_with
+            loaded_bytes = sum(self._load_version(version, sorted(experts), replace=True) for version in versions)
+        except StaleOrder as exc:
+            logger.info("%s loads nothing anew: %s", self._actor, exc)
+            self._tell(self._owner.orders())  # another controller's actor refuses this; else experts were moved away
+        except MoeClusterError as exc:
+            if isinstance(exc, Unavailable):
+                self._control.status()  # raises it again if the actor is away, not what it reads from
+            self._owner.reload_failed(self._actor, experts, exc)
+        else:
+            self._owner.reloaded(self._actor, experts, loaded_bytes)
+
+    def prepare(self, assigned: frozenset[ExpertId], status: ExpertActorStatus) -> bool:
+        """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
+
+        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleOrder.
+        """
+        version = self._told.versions.next
+        if version is None:
+            return False
+        held = set(status.held(version.version))
+        missing = sorted(assigned - held)
+        part = [expert for expert in missing if expert.layer == missing[0].layer][:MAX_PREPARED_AT_ONCE]
+        loaded_bytes = 0
+        try:
+            if part:
+                loaded_bytes = self._load_version(version, part, replace=False)
+        except StaleOrder as exc:
+            logger.info("%s did not load weight version %d: %s", self._actor, version.version, exc)
+            # Another controller's actor refuses this; else experts were moved meanwhile.
+            self._tell(self._told)
+            return True
+        except MoeClusterError as exc:
+            if isinstance(exc, Unavailable):
+                self._control.status()  # raises it again if the actor is away, not what it reads from
+            logger.info("%s does not load weight version %d: %s", self._actor, version.version, exc)
+            self._owner.preparing_failed(self._actor, version.version, exc)
+            return False
+        self._owner.actor_prepared(self.address, version.version, held.union(part), loaded_bytes=loaded_bytes)
+        return len(part) < len(missing)
+
+    def _load_part(self, experts: Sequence[ExpertId]) -> None:
+        while True:
+            for version in self._told.versions.written_with:
+                loaded_bytes = self._load_version(version, experts, replace=True)
+                self._owner.actor_loaded(self._actor, loaded_bytes)
+            orders = self._owner.orders()
+            if set(orders.versions.written_with) <= set(self._told.versions.written_with):
+                return
+            self._tell(orders)  # the checkpoint moved on while loading: load the new one
+
+    def _load_version(self, version: WeightVersion, experts: Sequence[ExpertId], *, replace: bool) -> int:
+        return self._control.load(
+            term=self._told.term,
+            experts=experts,
+            checkpoint=version.checkpoint,
+            weight_version=version.version,
+            dtype=self._told.dtype,
+            replace=replace,
+            timeout_s=self._load_timeout_s,
+        )
+
+    def _tell(self, orders: Orders) -> None:
+        self._control.set_placement(
+            term=orders.term,
+            generation=orders.generation,
+            checkpoint=orders.versions.checkpoint,
+            picture=orders.picture,
+            weight_version=orders.versions.weight_version,
+            weight_versions=[v.version for v in orders.versions.all],
+        )
+        self._told = orders

@@ -1,0 +1,175 @@
+"""Loads by way of a Prometheus server that scrapes the /metrics of routers and expert actors.
+
+Counters are taken per scraped process, where a restart shows as counters that fall, and not summed over processes.
+A reading is dated by the newest scrape, so what was counted between two scrapes is spread over the time between them.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from moecluster.controller.load.direct import SourceReading, WorkCounter
+from moecluster.controller.load.prometheus_client import PrometheusServer, Sample, quoted
+from moecluster.errors import ConfigError, InvalidMessage, Unavailable
+from moecluster.metrics import COMMON_LABELS, QUANTILE_LABEL
+from moecluster.placement.load.window import CounterReading
+
+STARTED = "moecluster_start_time_seconds"
+EXPERT_TOKENS = "moecluster_expert_tokens_total"
+EXPERT_QUANTILES = "moecluster_expert_tokens_quantile"  # shown only by a process that leaves experts out
+ACTOR_TOKENS = "moecluster_actor_tokens_total"
+ACTOR_RUNS = "moecluster_actor_expert_runs_total"
+ACTOR_BUSY = "moecluster_actor_busy_seconds_total"
+COUNTERS = (STARTED, EXPERT_TOKENS, EXPERT_QUANTILES, ACTOR_TOKENS, ACTOR_RUNS, ACTOR_BUSY)
+# What tells series of one process apart; the labels that are left (instance, job, ...) name the process.
+OWN_LABELS = frozenset({"__name__", *COMMON_LABELS, "layer", "expert", QUANTILE_LABEL, "actor"})
+MAX_COUNT = 2**53  # up to which a float holds every whole number
+
+TIMEOUT_S = 5.0
+MAX_AGE_S = 90.0  # of the newest scrape: a server with the usual interval of a minute is let miss none
+
+Process = tuple[tuple[str, str], ...]  # labels, sorted
+Series = dict[Process, list[Sample]]  # of one metric
+
+
+class PrometheusLoadSource:
+    """A LoadSource that asks a Prometheus server."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        cluster: str,
+        layer_experts: Mapping[int, int],
+        timeout_s: float = TIMEOUT_S,
+        max_age_s: float = MAX_AGE_S,
+    ) -> None:
+        """address: http://host:port; ConfigError if it is something else. cluster: its name, a label of all its series.
+        layer_experts: MoE layer -> its number of experts. max_age_s: processes scraped longer ago are gone."""
+        self._server = PrometheusServer(address, timeout_s=timeout_s)
+        self._cluster = cluster
+        self._layer_experts = dict(layer_experts)
+        self._max_age_s = max_age_s
+        self._last: tuple[Mapping[Process, float], SourceReading] | None = None  # with the scrapes that it comes from
+
+    def read(self, now_s: float) -> SourceReading:
+        """The counters as they were last scraped; the same record again while nothing was scraped since.
+
+        Raises Unavailable if the server is away, or has nothing or nothing new of the cluster; DeadlineExceeded;
+        ConfigError if a router leaves out experts; InvalidMessage for series that do not fit the model.
+        """
+        scrapes = self._server.query(f"timestamp({STARTED}{{cluster={quoted(self._cluster)}}})")
+        if not scrapes:
+            raise Unavailable(
+                f"Prometheus at {self._server.address} has no series of cluster {self._cluster!r}: "
+                "it should scrape the /metrics of every router and expert actor"
+            )
+        asked_s = scrapes[0].time_s
+        scraped_s = {_process(scrape): _count(scrape) for scrape in scrapes}
+        age_s = max(asked_s - max(scraped_s.values()), 0.0)
+        if age_s > self._max_age_s:
+            raise Unavailable(
+                f"Prometheus at {self._server.address} last scraped cluster {self._cluster!r} {age_s:.0f} s ago, "
+                f"and what is older than {self._max_age_s:g} s is not planned by"
+            )
+        if self._last is None or self._last[0] != scraped_s:
+            counters = self._counters(scraped_s, asked_s=asked_s, dated_s=now_s - age_s)
+            self._last = (scraped_s, counters)
+        return self._last[1]
+
+    def _counters(self, scraped_s: Mapping[Process, float], *, asked_s: float, dated_s: float) -> SourceReading:
+        """What these processes showed at a Unix time of the server, but for those that it scrapes no more."""
+        names, cluster = quoted("|".join(COUNTERS)), quoted(self._cluster)
+        series: dict[str, Series] = {name: defaultdict(list) for name in COUNTERS}
+        for sample in self._server.query(f"{{__name__=~{names},cluster={cluster}}}", at_s=asked_s):
+            process, name = _process(sample), _text(sample, "__name__")
+            if name not in series:
+                raise InvalidMessage(f"an answer with {name[:40]!r}, which was not asked for")
+            if asked_s - scraped_s.get(process, asked_s) <= self._max_age_s:
+                series[name][process].append(sample)
+        for name, found in series.items():
+            for process in found.keys() - series[STARTED].keys():
+                raise InvalidMessage(f"{_name(process)} shows {name} without {STARTED}")
+        for process in series[EXPERT_QUANTILES]:
+            raise self._incomplete(process)
+        return SourceReading(
+            counters=CounterReading(
+                now_s=dated_s,
+                tokens={_name(process): self._tokens(process, s) for process, s in series[EXPERT_TOKENS].items()},
+            ),
+            work=_work(series),
+        )
+
+    def _incomplete(self, process: Process) -> ConfigError:
+        experts = sum(self._layer_experts.values())
+        return ConfigError(
+            f"{_name(process)} does not show all {experts} experts to Prometheus: set cluster.max_expert_series to at "
+            f'least {experts}, or controller.load_source = "direct"'
+        )
+
+    def _tokens(self, process: Process, samples: Iterable[Sample]) -> dict[int, npt.NDArray[np.int64]]:
+        """Layer -> assignments per expert, int64 [E], that one router counted."""
+        layers: dict[int, npt.NDArray[np.int64]] = {}
+        for sample in samples:
+            layer, expert = _index(sample, "layer"), _index(sample, "expert")
+            experts = self._layer_experts.get(layer, 0)
+            if expert >= experts:
+                raise InvalidMessage(f"{EXPERT_TOKENS}: expert {layer}/{expert}, which the model does not have")
+            if layer not in layers:
+                layers[layer] = np.full(experts, -1, dtype=np.int64)
+            layers[layer][expert] = int(_count(sample))
+        if any((tokens_E < 0).any() for tokens_E in layers.values()):
+            raise self._incomplete(process)
+        return layers
+
+
+def _work(series: Mapping[str, Series]) -> dict[str, WorkCounter]:
+    """Actor -> what its newest life has computed: the one before may be shown until it is missed by a scrape."""
+    found: dict[str, tuple[float, WorkCounter]] = {}
+    for process, samples in series[ACTOR_TOKENS].items():
+        started_s = _count(series[STARTED][process][0])
+        life = f"{_name(process)} since {started_s:.6f}"
+        runs, busy_s = (
+            {_text(sample, "actor"): _count(sample) for sample in series[name][process]}
+            for name in (ACTOR_RUNS, ACTOR_BUSY)
+        )
+        for sample in samples:
+            actor = _text(sample, "actor")
+            if actor not in busy_s or actor not in runs:
+                continue  # scraped while it computed its very first batch
+            counter = WorkCounter(
+                life=life, computed_rows=_count(sample), expert_runs=runs[actor], busy_s=busy_s[actor]
+            )
+            if actor not in found or started_s > found[actor][0]:
+                found[actor] = (started_s, counter)
+    return {actor: counter for actor, (_, counter) in found.items()}
+
+
+def _process(sample: Sample) -> Process:
+    return tuple(sorted((name, value) for name, value in sample.labels.items() if name not in OWN_LABELS))
+
+
+def _name(process: Process) -> str:
+    return ",".join(f"{name}={value}" for name, value in process) or "a process without labels"
+
+
+def _text(sample: Sample, label: str) -> str:
+    if not sample.labels.get(label):
+        raise InvalidMessage(f"{sample.labels.get('__name__')}: a series without the label {label}")
+    return sample.labels[label]
+
+
+def _index(sample: Sample, label: str) -> int:
+    text = _text(sample, label)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise InvalidMessage(f"{sample.labels.get('__name__')}: {label} {text[:40]!r}, expected a number")
+    return int(text)
+
+
+def _count(sample: Sample) -> float:
+    if not (math.isfinite(sample.value) and 0 <= sample.value <= MAX_COUNT):
+        raise InvalidMessage(f"{sample.labels.get('__name__')}: {sample.value}, expected a count")
+    return sample.value

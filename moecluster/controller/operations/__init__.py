@@ -1,0 +1,1 @@
+"""What users order and how it is carried out: scaling, draining, placing, new weights."""

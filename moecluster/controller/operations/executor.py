@@ -1,0 +1,143 @@
+"""Carries out what users order: a number of actors, a node to be emptied, where an expert stands; and wakes experts."""
+
+from collections.abc import Collection
+
+from moecluster.controller.operations.expert_actors import Sizing, number_of
+from moecluster.controller.rebalance.apply import Mover
+from moecluster.controller.rebalance.decide import Decider
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.errors import ResourceError
+from moecluster.types import ExpertId, Operation, Replica
+
+KINDS = frozenset({"scale", "drain", "place", "wake"})  # carried out here; a successor goes on with these
+SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors
+
+
+class OrderedChanges:
+    """Used by one thread at a time. Every order may be carried out again: what is done already is left alone."""
+
+    def __init__(
+        self,
+        *,
+        standing: Standing,
+        log: OperationLog,
+        decider: Decider,
+        mover: Mover,
+        sizing: Sizing,
+    ) -> None:
+        self._standing = standing
+        self._log = log
+        self._decider = decider
+        self._mover = mover
+        self._sizing = sizing
+
+    def carry_out(self, operation: Operation) -> None:
+        """Raises Interrupted if it gave way to a recovery, Unavailable if an actor is not there (yet), another
+        MoeClusterError if it failed."""
+        {"scale": self._scale, "drain": self._drain, "place": self._place, "wake": self._wake}[operation.kind](
+            operation
+        )
+
+    def take_back(self, operation: Operation) -> None:
+        """The order has failed: actors that were to leave by it stay, and those that never came are not asked for."""
+        if operation.kind in SIZES:
+            self._standing.set_leaving(())
+            self._sizing.give_up_missing()
+
+    def _scale(self, operation: Operation) -> None:
+        """To a number of actors: new ones are started and filled, or those of the highest numbers emptied and ended."""
+        wanted = int(operation.arguments[0])
+        self._sizing.check_size(wanted, "scale")
+        staying = self._sizing.staying()
+        if wanted < len(staying):
+            self._standing.set_leaving({*self._standing.leaving, *staying[wanted:]})
+        elif wanted > len(staying):
+            self._sizing.add(self._sizing.new_names(wanted - len(staying)))
+        if not self._standing.leaving:
+            self._sizing.check_up(self._sizing.staying())
+            self._fill(operation.id)
+        self._empty_leaving(operation.id)
+
+    def _drain(self, operation: Operation) -> None:
+        """Empties the actors of a node, after starting others elsewhere if the slots would not do."""
+        target = operation.arguments[0]
+        up = self._standing.up()
+        leaving = [a for a in self._standing.actors if a == target or (a in up and up[a].address.node == target)]
+        if not leaving:
+            return  # done before
+        self._standing.set_leaving({*self._standing.leaving, *leaving})
+        missing = self._sizing.needed - len(self._sizing.staying())
+        if missing > 0:
+            self._sizing.add(self._sizing.new_names(missing), avoid_nodes=[target])
+        self._empty_leaving(operation.id)
+
+    def _place(self, operation: Operation) -> None:
+        """An expert onto exactly these actors, with equal shares; onto none: cold until a token wants it."""
+        expert, actors = parse_expert(operation.arguments[0]), operation.arguments[1:]
+        others = [r for r in self._standing.replicas_of(expert.layer) if r.expert != expert]
+        self._check_room(expert, actors, others)
+        placed = [Replica(expert=expert, actor=actor, share=1 / len(actors)) for actor in actors]
+        target = {expert.layer: tuple(sorted((*others, *placed), key=lambda r: (r.expert, r.actor)))}
+        self._mover.apply(operation.id, target, exactly=[expert])
+
+    def _check_room(self, expert: ExpertId, actors: Collection[str], others: list[Replica]) -> None:
+        up = self._standing.up()
+        for actor in actors:
+            if actor not in up or actor in self._standing.leaving:
+                raise ResourceError(f"place {expert}: {actor} serves no experts now; {', '.join(sorted(up))} do")
+            taken = sum(r.actor == actor for r in others)
+            if taken >= self._decider.observer.settings.slots_per_layer:
+                raise ResourceError(
+                    f"place {expert}: all {taken} slots of layer {expert.layer} on {actor} are taken; "
+                    "name another actor, or raise controller.slots_per_layer"
+                )
+
+    def _wake(self, operation: Operation) -> None:
+        """Cold experts that a token wants are loaded where there is most room."""
+        for expert in map(parse_expert, operation.arguments):
+            if expert not in self._standing.cold:
+                continue
+            replicas = self._standing.replicas_of(expert.layer)
+            taken = {a: 0 for a in self._standing.up() if a not in self._standing.leaving}
+            for r in replicas:
+                if r.actor in taken:
+                    taken[r.actor] += 1
+            if not taken:
+                raise ResourceError(f"expert {expert} cannot be loaded: no expert actor is up")
+            actor = min(taken, key=lambda a: (taken[a], number_of(a)))
+            placed = (*replicas, Replica(expert=expert, actor=actor))
+            self._mover.apply(
+                operation.id, {expert.layer: tuple(sorted(placed, key=lambda r: (r.expert, r.actor)))}, urgent=True
+            )
+
+    def _fill(self, operation_id: str) -> None:
+        """Spreads the experts over all actors that stay."""
+        change = self._decider.fill()
+        self._log.update(
+            operation_id,
+            balancedness_before=change.decision.balancedness_before,
+            balancedness_predicted=change.decision.balancedness_after,
+        )
+        self._mover.apply(operation_id, change.target)
+
+    def _empty_leaving(self, operation_id: str) -> None:
+        """Moves everything off the actors that leave, then ends them."""
+        leaving = sorted(self._standing.leaving)
+        if not leaving:
+            return
+        self._sizing.check_size(len(self._sizing.staying()), "drain")
+        self._log.update(operation_id, detail=f"emptying {', '.join(leaving)}")
+        self._fill(operation_id)
+        left = [
+            str(r.expert) for r in self._standing.replicas() if r.actor in leaving and r.actor in self._standing.up()
+        ]
+        if left:
+            raise ResourceError(f"{', '.join(leaving)} still hold {len(left)} experts ({left[0]}, ...)")
+        self._sizing.remove(leaving)
+
+
+def parse_expert(name: str) -> ExpertId:
+    """The expert that an operation's argument names: layer/index."""
+    layer, index = map(int, name.split("/"))
+    return ExpertId(layer=layer, index=index)

@@ -1,0 +1,85 @@
+"""Changes of the cluster's size: actors are asked for and filled, or emptied and ended. Each step may be repeated."""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+
+from moecluster.controller.actors.interfaces import ActorSupervisor
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.errors import ResourceError, Unavailable
+
+
+class Sizing:
+    """Used by one thread at a time. Filling and emptying themselves are the policy's and the mover's work."""
+
+    def __init__(
+        self,
+        standing: Standing,
+        *,
+        supervisor: ActorSupervisor,
+        keep: Callable[[str], None],
+        let_go: Callable[[str], None],
+        slots_per_layer: int,
+    ) -> None:
+        """keep begins to look after an actor, let_go ends that."""
+        self._standing = standing
+        self._supervisor = supervisor
+        self._keep = keep
+        self._let_go = let_go
+        self._slots_per_layer = slots_per_layer
+
+    @property
+    def needed(self) -> int:
+        """The fewest actors whose slots hold every expert."""
+        return -(-max(self._standing.layer_experts.values()) // self._slots_per_layer)
+
+    def check_size(self, actors: int, what: str) -> None:
+        """Raises ResourceError if so many actors have too few slots for the experts."""
+        most = max(self._standing.layer_experts.values())
+        missing = most - actors * self._slots_per_layer
+        if missing > 0:
+            raise ResourceError(
+                f"{what}: {actors} expert actors of {self._slots_per_layer} slots for each layer are {missing} slots "
+                f"short of its {most} experts; {self.needed} actors are the fewest (controller.slots_per_layer)"
+            )
+
+    def staying(self) -> tuple[str, ...]:
+        """The actors that are not leaving, in the order of their numbers."""
+        return tuple(sorted((a for a in self._standing.actors if a not in self._standing.leaving), key=number_of))
+
+    def add(self, actors: Iterable[str], *, avoid_nodes: Collection[str] = ()) -> None:
+        """Asks for actors, and begins to look after them."""
+        for actor in actors:
+            self._standing.add_actor(actor)
+            self._supervisor.create(actor, avoid_nodes=avoid_nodes)
+            self._keep(actor)
+
+    def new_names(self, count: int) -> list[str]:
+        """Names of the lowest numbers that no actor has."""
+        taken = set(self._standing.actors)
+        return [name for n in range(len(taken) + count) if (name := f"expert-{n}") not in taken][:count]
+
+    def check_up(self, actors: Collection[str]) -> None:
+        """Raises Unavailable, naming those that do not serve yet."""
+        if missing := sorted(set(actors) - self._standing.up().keys(), key=number_of):
+            raise Unavailable(
+                f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not serve yet; "
+                "is the Ray cluster short of CPUs, GPUs or memory?"
+            )
+
+    def give_up_missing(self) -> None:
+        """Actors that were asked for and hold nothing are not waited for any more."""
+        up = self._standing.up()
+        self.remove([a for a in self._standing.actors if a not in up and not self._standing.assigned(a)])
+
+    def remove(self, actors: Iterable[str]) -> None:
+        """Ends actors that hold nothing that is needed any more."""
+        for actor in actors:
+            self._let_go(actor)
+            self._standing.remove_actor(actor)
+            self._supervisor.remove(actor)
+
+
+def number_of(actor: str) -> tuple[int, str]:
+    """Orders actors by the number in their names."""
+    digits = re.search(r"(\d+)$", actor)
+    return (int(digits.group()) if digits else 0, actor)

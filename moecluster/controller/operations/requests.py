@@ -1,0 +1,150 @@
+"""What users and routers order of a controller: checked, then queued for those who carry it out."""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+
+from moecluster.controller.operations.expert_actors import Sizing
+from moecluster.controller.operations.weight_rollout import KIND as UPDATE
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.router_leases import Leases
+from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, ResourceError
+from moecluster.models.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.given_directories import IsGiven, check_given
+from moecluster.models.update.compatibility import check_same_shape, sizes
+from moecluster.types import ExpertId, Operation
+
+MIN_NODE_PREFIX = 4
+
+
+class UserOrders:
+    """Thread-safe. An order with the id of a known operation is that operation, whatever has become of what it names.
+
+    What users order raises ResourceError while training holds the placement.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_actors: int,
+        max_actors: int,
+        standing: Standing,
+        leases: Leases,
+        log: OperationLog,
+        sizing: Sizing,
+        on_order: Callable[[], None],
+        is_given: IsGiven,
+        announce: Callable[[str], None] = lambda checkpoint: None,
+        open_elsewhere: OpenCheckpoint | None = None,
+    ) -> None:
+        """max_actors: 0 for no limit. on_order is called when something was queued. is_given: whether weights may be
+        loaded out of a directory. announce: lets nodes that do not see a directory read it, if a node that can give it
+        does. open_elsewhere: opens checkpoints that this node does not see."""
+        self._min_actors = min_actors
+        self._max_actors = max_actors
+        self._standing = standing
+        self._leases = leases
+        self._log = log
+        self._sizing = sizing
+        self._on_order = on_order
+        self._is_given = is_given
+        self._announce = announce
+        self._open_elsewhere = open_elsewhere
+
+    def scale(self, expert_actors: int, operation_id: str) -> Operation:
+        """Raises ResourceError beyond the limits."""
+        lowest, highest = self._min_actors, self._max_actors
+        if expert_actors < lowest or (highest and expert_actors > highest):
+            limit = f"{lowest} to {highest}" if highest else f"{lowest} or more"
+            raise ResourceError(
+                f"scale: {expert_actors} expert actors are beyond the limits, which are {limit} "
+                "(controller.min_expert_actors, controller.max_expert_actors)"
+            )
+        self._sizing.check_size(expert_actors, "scale")
+        return self._order("scale", (str(expert_actors),), operation_id)
+
+    def drain(self, node: str, operation_id: str) -> Operation:
+        """node: its id, or how it begins, or an expert actor. Raises ResourceError if there is none of that name."""
+        up = self._standing.up()
+        nodes = sorted({u.address.node for u in up.values() if u.address.node})
+        matching = [n for n in nodes if n == node or (len(node) >= MIN_NODE_PREFIX and n.startswith(node))]
+        if len(matching) == 1:
+            node = matching[0]
+        elif node not in self._standing.actors:
+            self._refuse_unknown(operation_id, f'drain: no node or expert actor "{node}"', [*nodes, *up])
+        return self._order("drain", (node,), operation_id)
+
+    def place(self, expert: ExpertId, actors: Sequence[str], operation_id: str) -> Operation:
+        """Raises ResourceError for an expert or actors that there are not."""
+        self._check_expert(expert, ResourceError)
+        unknown = [actor for actor in actors if actor not in self._standing.actors]
+        if unknown:
+            self._refuse_unknown(operation_id, f'place: no expert actor "{unknown[0]}"', self._standing.actors)
+        if len(set(actors)) < len(actors):
+            raise ResourceError(f"place {expert}: an actor is named twice; it holds one replica of an expert")
+        return self._order("place", (str(expert), *actors), operation_id)
+
+    def update(self, checkpoint: str, operation_id: str) -> Operation:
+        """Raises NotGiven for a directory that the cluster was not given, CheckpointError for one that is not whole or
+        of another shape than what is served."""
+        if not self._is_known(operation_id):
+            versions = self._standing.versions
+            newest = versions.all[-1]
+            if newest.checkpoint == checkpoint:
+                raise ResourceError(
+                    f"update: {checkpoint} is weight version {newest.version} already; write new weights to another "
+                    "directory"
+                )
+            check_given(checkpoint, self._is_given)
+            self._announce(checkpoint)
+            served, wanted = (open_checkpoint(path, self._open_elsewhere) for path in (versions.checkpoint, checkpoint))
+            check_same_shape(served, wanted)
+        return self._order(UPDATE, (checkpoint,), operation_id)
+
+    def set_checkpoint(self, checkpoint: str) -> None:
+        """Where lost experts are loaded from, from now on. Raises, and leaves it as it is, CheckpointError for
+        what is no whole checkpoint of as many experts as are served, NotGiven for what the cluster was not given."""
+        if not os.path.isabs(checkpoint):
+            raise CheckpointError(f"{checkpoint}: expected an absolute path, as actors on other nodes take it")
+        check_given(checkpoint, self._is_given)
+        found, served = sizes(ExpertSource(open_checkpoint(checkpoint, self._open_elsewhere))), self._standing
+        if found != dict(served.layer_experts):
+            raise CheckpointError(
+                f"{checkpoint} is of another model than is served: its experts (layer: number) are {found}, "
+                f"not {dict(served.layer_experts)}"
+            )
+        served.set_checkpoint(checkpoint)
+
+    def wake(self, router: str, experts: Sequence[ExpertId]) -> None:
+        """A router has tokens for these: those that stand nowhere on purpose are loaded again. Raises InvalidMessage
+        for experts that there are not."""
+        for expert in experts:
+            self._check_expert(expert, InvalidMessage)
+        cold = sorted(set(experts) & self._standing.cold)
+        asked = {name for o in self._log.under_way() if o.kind == "wake" for name in o.arguments}
+        names = tuple(str(expert) for expert in cold if str(expert) not in asked)
+        if names:
+            self._log.order("wake", reason=f"{router} has tokens for them", arguments=names)
+            self._on_order()
+
+    def _order(self, kind: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
+        if self._standing.held or self._leases.any_hold():
+            raise ResourceError(f"{kind}: a training run holds the placement; order it again when the run has ended")
+        operation = self._log.order(kind, reason="ordered", arguments=arguments, operation_id=operation_id)
+        self._on_order()
+        return operation
+
+    def _refuse_unknown(self, operation_id: str, what: str, known: Collection[str]) -> None:
+        """Raises ResourceError, unless the operation was ordered before: then what it named may be gone by now."""
+        if not self._is_known(operation_id):
+            raise ResourceError(f"{what}; there are {', '.join(sorted(known))}")
+
+    def _is_known(self, operation_id: str) -> bool:
+        return bool(operation_id) and any(o.id == operation_id for o in self._log.newest())
+
+    def _check_expert(self, expert: ExpertId, error: type[MoeClusterError]) -> None:
+        count = self._standing.layer_experts.get(expert.layer)
+        if count is None or not 0 <= expert.index < count:
+            layers = ", ".join(f"{at}/0 to {at}/{n - 1}" for at, n in sorted(self._standing.layer_experts.items()))
+            raise error(f"there is no expert {expert}; the experts are {layers[:200]}")

@@ -1,0 +1,1 @@
+"""From loads to moves: observe, decide, apply, measure."""

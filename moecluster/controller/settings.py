@@ -1,0 +1,60 @@
+"""What a controller starts with, and what its parts start with by that."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moecluster.controller.actors.manager import KeepersSettings
+from moecluster.controller.operations.routers import RouterSizingSettings
+from moecluster.controller.operations.weight_rollout import UpdateSettings
+from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.observe import ObserverSettings
+from moecluster.controller.reconciler import ChangerSettings
+from moecluster.rpc.controller.snapshot import ControllerPicture
+from moecluster.types import Replica
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings:
+    """What a controller starts with."""
+
+    actors: tuple[str, ...]
+    replicas: tuple[Replica, ...]
+    layer_experts: Mapping[int, int]  # MoE layer -> its number of experts
+    checkpoint: str  # a directory that the expert actors see
+    dtype: str = ""  # empty: the checkpoint's
+    lease_s: float = 10.0
+    health_period_s: float = 1.0
+    start_timeout_s: float = 60.0  # for Ray to start an actor anew
+    load_timeout_s: float = 60.0
+    max_actors: int = 0  # most that may be ordered; 0: no limit
+    min_actors: int = 1
+    observer: ObserverSettings | None = None  # None: room for just what the replicas take
+    changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
+    mover: MoverSettings = field(default_factory=MoverSettings)
+    update: UpdateSettings = field(default_factory=UpdateSettings)
+    routers: RouterSizingSettings = field(default_factory=RouterSizingSettings)
+
+    @property
+    def keepers(self) -> KeepersSettings:
+        """How actors are kept."""
+        return KeepersSettings(
+            dtype=self.dtype,
+            lease_s=self.lease_s,
+            health_period_s=self.health_period_s,
+            start_timeout_s=self.start_timeout_s,
+            load_timeout_s=self.load_timeout_s,
+        )
+
+    @property
+    def observing(self) -> ObserverSettings:
+        """How the load is looked at, and what room there is."""
+        if self.observer is not None:
+            return self.observer
+        taken = Counter((r.actor, r.expert.layer) for r in self.replicas)
+        return ObserverSettings(slots_per_layer=max(taken.values()))
+
+    @property
+    def first_picture(self) -> ControllerPicture:
+        """What stands when a cluster is started."""
+        return ControllerPicture(actors=self.actors, leaving=(), replicas=self.replicas, operations=(), cold=())

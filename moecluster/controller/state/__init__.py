@@ -1,0 +1,1 @@
+"""What stands: actors, placement, leases, weight versions, operations; and what a successor inherits."""

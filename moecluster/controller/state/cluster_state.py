@@ -1,0 +1,320 @@
+"""What stands: the replicas and their shares, the actors that are up, and the placement that routers see of it."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from moecluster.controller.state.placement_state import StandingState, UpActor
+from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import all_experts
+from moecluster.rpc.controller.latest_placement import NEVER, PlacementBoard
+from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
+
+
+class Standing:
+    """Every change that routers can see is published as a new generation. Thread-safe."""
+
+    def __init__(
+        self,
+        layer_experts: Mapping[int, int],
+        *,
+        board: PlacementBoard,
+        metrics: Metrics,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_change is called after every change that actors are told of."""
+        self.layer_experts = dict(layer_experts)
+        self._board = board
+        self._metrics = metrics
+        self._on_change = on_change
+        self._open = False
+        self._lock = threading.RLock()
+        self._state = StandingState()
+
+    # -- what stands --
+
+    def unchanged(self) -> AbstractContextManager[bool]:
+        """Nothing changes inside: several things are read that belong together."""
+        return self._lock
+
+    @property
+    def number(self) -> tuple[int, int]:
+        with self._lock:
+            return self._state.number
+
+    @property
+    def versions(self) -> StandingVersions:
+        """The weight versions that stand."""
+        return self._state.versions
+
+    def unprepared(self) -> list[str]:
+        """Actors that are up and do not hold all that they serve in the next version yet."""
+        with self._lock:
+            return sorted(a for a, up in self._state.up.items() if (up.held & self.assigned(a)) - up.prepared)
+
+    @property
+    def held(self) -> bool:
+        """Whether training runs keep the placement as it is."""
+        return self._state.held
+
+    @property
+    def actors(self) -> tuple[str, ...]:
+        """In being: up, or on their way."""
+        return self._state.actors
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Actors that take no replicas any more."""
+        return self._state.leaving
+
+    @property
+    def cold(self) -> frozenset[ExpertId]:
+        """Experts without a replica on purpose."""
+        return self._state.cold
+
+    def up(self) -> dict[str, UpActor]:
+        """The actors that serve."""
+        with self._lock:
+            return dict(sorted(self._state.up.items()))
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """All that shall stand, also on actors that are lost for the moment."""
+        with self._lock:
+            return self._state.all_replicas()
+
+    def replicas_of(self, layer: int) -> tuple[Replica, ...]:
+        """Those of one layer."""
+        with self._lock:
+            return self._state.replicas.get(layer, ())
+
+    def assigned(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor shall hold."""
+        with self._lock:
+            return frozenset(r.expert for rs in self._state.replicas.values() for r in rs if r.actor == actor)
+
+    def kept(self, actor: str) -> frozenset[ExpertId]:
+        """What the actor may hold: what it shall, and what is being prepared."""
+        with self._lock:
+            return self.assigned(actor) | self._state.preparing.get(actor, frozenset())
+
+    def holders(self, expert: ExpertId) -> list[ActorAddress]:
+        """The actors that serve the expert now, in every version that texts are written with, and well."""
+        with self._lock:
+            replicas = self._state.replicas.get(expert.layer, ())
+            serving = [r for r in replicas if r.expert == expert and self._state.serves(r)]
+            return [self._state.up[r.actor].address for r in serving if (r.actor, expert) not in self._state.aside]
+
+    def lost(self) -> frozenset[ExpertId]:
+        """Experts that should be served and have no replica on an actor that is up."""
+        with self._lock:
+            served = {r.expert for r in self._state.all_replicas() if self._state.serves(r)}
+            return frozenset(all_experts(self.layer_experts)) - served - self._state.cold
+
+    # -- changes --
+
+    def begin(
+        self,
+        *,
+        term: int,
+        generation: int,
+        versions: StandingVersions,
+        actors: Iterable[str],
+        leaving: Iterable[str] = (),
+        replicas: Iterable[Replica],
+        cold: Iterable[ExpertId] = (),
+    ) -> None:
+        """What a controller begins with; nothing is published before `open`."""
+        with self._lock:
+            by_layer: dict[int, list[Replica]] = {layer: [] for layer in sorted(self.layer_experts)}
+            for replica in replicas:
+                by_layer[replica.expert.layer].append(replica)
+            self._state = StandingState(
+                term=term,
+                generation=generation,
+                versions=versions,
+                actors=tuple(actors),
+                leaving=frozenset(leaving),
+                replicas={layer: tuple(rs) for layer, rs in by_layer.items()},
+                cold=frozenset(cold),
+                up=self._state.up,
+            )
+
+    def open(self) -> None:
+        """From now on changes are published. Before every actor was tried, routers would see a part of the placement
+        and wait for the rest."""
+        with self._lock:
+            self._open = True
+            if self._board.number == NEVER:
+                self._publish()
+
+    def actor_up(
+        self, address: ActorAddress, held: Iterable[ExpertId], *, versions: tuple[WeightVersion, ...] = ()
+    ) -> None:
+        """The actor serves these experts; in one life of it, also what it was given before.
+
+        versions: those that it holds them in, if its loading took long enough for them to change: it serves nothing
+        before it holds all that texts are written with.
+        """
+        with self._lock:
+            if address.actor not in self._state.actors:
+                return  # it was taken out of the cluster meanwhile
+            if versions and not {v.version for v in self.versions.written_with} <= {v.version for v in versions}:
+                held = ()
+            before = self._state.up.get(address.actor)
+            same_life = before is not None and before.address == address
+            more = before.held & self.kept(address.actor) if before is not None and same_life else frozenset()
+            prepared = before.prepared if before is not None and same_life else frozenset()
+            if not same_life:  # everything is loaded anew
+                self._state.aside = frozenset(key for key in self._state.aside if key[0] != address.actor)
+            self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more, prepared=prepared)
+            if self.assigned(address.actor) <= self._state.up[address.actor].held:
+                self._state.problems.pop(address.actor, None)
+            self._publish()
+
+    def actor_prepared(self, address: ActorAddress, version: int, experts: Iterable[ExpertId]) -> bool:
+        """The actor holds these experts in the version that is next. False if that is not new."""
+        with self._lock:
+            up, following = self._state.up.get(address.actor), self.versions.next
+            if up is None or up.address != address or following is None or following.version != version:
+                return False
+            self._state.up[address.actor] = replace(up, prepared=frozenset(experts))
+            return up.prepared != frozenset(experts)
+
+    def actor_down(self, actor: str) -> None:
+        """The actor is lost. Fine if it was not up."""
+        with self._lock:
+            if self._state.up.pop(actor, None) is not None:
+                self._publish()
+
+    def set_aside(self, replicas: frozenset[tuple[str, ExpertId]]) -> tuple[int, int]:
+        """These replicas (actor, expert) get no rows where the expert has others. Returns the number of the placement
+        that says so."""
+        with self._lock:
+            self._state.aside = replicas
+            self._publish()
+            return self.number
+
+    def set_problem(self, actor: str, problem: str) -> None:
+        """Why the actor cannot load what it shall hold; until it does, requests need not wait for it."""
+        with self._lock:
+            if actor in self._state.actors and self._state.problems.get(actor) != problem:
+                self._state.problems[actor] = problem
+                self._publish()
+
+    def set_checkpoint(self, checkpoint: str) -> None:
+        """Lost experts are loaded from this directory from now on, in the version that new texts are written with."""
+        with self._lock:
+            self._state.versions = self._state.versions.with_checkpoint(checkpoint)
+            self._publish()
+
+    def begin_version(self, checkpoint: str) -> WeightVersion:
+        """A new version that is prepared from now on, beside the one that stands."""
+        with self._lock:
+            self._set_versions(self._state.versions.with_next(checkpoint))
+            return self._state.versions.all[-1]
+
+    def publish_version(self) -> tuple[int, int] | None:
+        """New texts are written with the next version from now on: returns the number of the placement that says so.
+        None if an actor does not hold all that it serves in that version."""
+        with self._lock:
+            published = self._state.versions.with_next_published()
+            if self.unprepared():
+                return None
+            self._set_versions(published)
+            return self.number
+
+    def drop_other_versions(self) -> None:
+        """Only the version that new texts are written with stands from now on."""
+        with self._lock:
+            self._set_versions(self._state.versions.without_others())
+
+    def set_held(self, held: bool) -> None:
+        """Whether the placement stays as it is from now on."""
+        with self._lock:
+            if self._state.held != held:
+                self._state.held = held
+                self._publish()
+
+    def add_actor(self, actor: str) -> None:
+        """An actor that is being started."""
+        with self._lock:
+            if actor not in self._state.actors:
+                self._state.actors = (*self._state.actors, actor)
+        self._on_change()
+
+    def set_leaving(self, actors: Iterable[str]) -> None:
+        """These actors take no replicas any more; all others do."""
+        with self._lock:
+            self._state.leaving = frozenset(actors) & set(self._state.actors)
+        self._on_change()
+
+    def remove_actor(self, actor: str) -> None:
+        """The actor is gone for good."""
+        with self._lock:
+            self._state.actors = tuple(a for a in self._state.actors if a != actor)
+            self._state.leaving -= {actor}
+            self._state.up.pop(actor, None)
+            self._state.problems.pop(actor, None)
+            self._state.replicas = {
+                layer: tuple(r for r in rs if r.actor != actor) for layer, rs in self._state.replicas.items()
+            }
+            self._publish()
+
+    def prepare(self, actor: str, experts: Iterable[ExpertId]) -> None:
+        """The actor is about to load experts that do not stand yet."""
+        with self._lock:
+            self._state.preparing[actor] = self._state.preparing.get(actor, frozenset()) | frozenset(experts)
+
+    def prepared(self, actor: str, experts: Iterable[ExpertId]) -> None:
+        """The end of `prepare`, well or not."""
+        with self._lock:
+            left = self._state.preparing.get(actor, frozenset()) - frozenset(experts)
+            self._state.preparing = {**self._state.preparing, actor: left}
+
+    def commit(
+        self, changed: Mapping[int, tuple[Replica, ...]], loaded: Mapping[str, frozenset[ExpertId]]
+    ) -> tuple[int, int]:
+        """These layers' replicas shall stand from now on; loaded says what actors hold more. Returns the number that it
+        was published by. An expert of the layers without a replica is cold from now on."""
+        with self._lock:
+            for layer, replicas in changed.items():
+                self._state.replicas[layer] = replicas
+                placed = {r.expert for r in replicas}
+                experts = {ExpertId(layer=layer, index=index) for index in range(self.layer_experts[layer])}
+                self._state.cold = (self._state.cold - placed) | (experts - placed)
+            for actor, experts_more in loaded.items():
+                up = self._state.up.get(actor)
+                if up is not None:
+                    self._state.up[actor] = replace(up, held=up.held | experts_more)
+            self._publish()
+            return self.number
+
+    def unloaded(self, actor: str, experts: Iterable[ExpertId]) -> None:
+        """The actor does not hold these any more."""
+        with self._lock:
+            up = self._state.up.get(actor)
+            if up is not None:
+                self._state.up[actor] = replace(up, held=up.held - frozenset(experts))
+            self._state.aside -= {(actor, expert) for expert in experts}
+
+    def _set_versions(self, versions: StandingVersions) -> None:
+        if versions.weight_version != self._state.versions.weight_version:
+            self._state.aside = frozenset()
+        self._state.versions = versions
+        self._state.up = {actor: replace(up, prepared=frozenset()) for actor, up in self._state.up.items()}
+        self._publish()
+
+    def _publish(self) -> None:
+        if not self._open:
+            return
+        self._state.generation += 1
+        placement = self._state.placement(self.layer_experts)
+        self._board.publish(placement)
+        self._metrics.set_generation(placement.generation)
+        counts = dict.fromkeys(all_experts(self.layer_experts), 0)
+        for replica in placement.replicas:
+            counts[replica.expert] += 1
+        self._metrics.set_replicas(counts)
+        self._on_change()

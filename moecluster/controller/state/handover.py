@@ -1,0 +1,125 @@
+"""What a controller leaves with its actors, and what its successor learns from them before it gives any order."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.errors import InvalidMessage
+from moecluster.growing import MAX_NUMBER
+from moecluster.rpc.controller.snapshot import ControllerPicture, decode_picture, encode_picture
+from moecluster.types import ExpertActorStatus, WeightVersion
+
+OPERATIONS_IN_PICTURE = 64
+logger = logging.getLogger(__name__)
+READ_TIMEOUT_S = 10.0  # for an actor's answer
+READ_GRACE_S = 2.0  # for the others once one has answered: an actor that is being started has nothing to tell
+MAX_READS_AT_ONCE = 32
+
+
+class KeptPicture:
+    """The picture as bytes, made anew when it is asked for after a change. Thread-safe."""
+
+    def __init__(self, standing: Standing, log: OperationLog) -> None:
+        self._standing = standing
+        self._log = log
+        self._lock = threading.Lock()
+        self._outdated = True
+        self._encoded = b""
+
+    def outdate(self) -> None:
+        """Something has changed."""
+        self._outdated = True  # without the lock: whoever calls may hold the one that making a picture waits for
+
+    def encoded(self) -> bytes:
+        """The picture of what stands now."""
+        with self._lock:
+            if self._outdated:
+                self._outdated = False  # first: what changes while it is made makes it anew
+                self._encoded = encode_picture(self._now())
+            return self._encoded
+
+    def _now(self) -> ControllerPicture:
+        actors, versions = self._standing.actors, self._standing.versions
+        return ControllerPicture(
+            actors=actors,
+            leaving=tuple(sorted(self._standing.leaving)),
+            replicas=tuple(r for r in self._standing.replicas() if r.actor in actors),
+            operations=self._log.for_successor(OPERATIONS_IN_PICTURE),
+            cold=tuple(sorted(self._standing.cold)),
+            versions=versions.all,
+            weight_version=versions.weight_version,
+            last_weight_version=versions.last_version,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What a controller begins with."""
+
+    term: int  # higher than every actor has seen
+    generation: int
+    versions: StandingVersions
+    picture: ControllerPicture
+    succeeds: bool  # the picture is a predecessor's: the cluster is not being started
+
+
+def read_actors(read: Callable[[str], ExpertActorStatus | None], actors: Sequence[str]) -> list[ExpertActorStatus]:
+    """What the actors say of themselves, by their placement numbers. read returns within READ_TIMEOUT_S; None: no
+    answer."""
+    pool = ThreadPoolExecutor(max_workers=min(len(actors), MAX_READS_AT_ONCE))
+    waiting = {pool.submit(read, actor) for actor in actors}
+    seen: list[ExpertActorStatus] = []
+    deadline_s = time.monotonic() + READ_TIMEOUT_S
+    while waiting and (left_s := deadline_s - time.monotonic()) > 0:
+        answers, waiting = wait(waiting, left_s, FIRST_COMPLETED)
+        if more := [status for answer in answers if (status := answer.result()) is not None]:
+            seen += more
+            deadline_s = min(deadline_s, time.monotonic() + READ_GRACE_S)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return sorted(seen, key=lambda status: status.placement)
+
+
+def beginning(seen: Sequence[ExpertActorStatus], *, first: ControllerPicture, checkpoint: str) -> Beginning:
+    """What the actors keep of a predecessor; seen is sorted by placement numbers. first, and checkpoint, are what a
+    cluster is started with."""
+    term, generation = seen[-1].placement if seen else (0, 0)
+    found = _newest_picture(seen)
+    return Beginning(
+        term=term + 1,
+        generation=generation if generation < MAX_NUMBER // 2 else 0,  # a higher term may count anew
+        versions=_versions_of(found) or _served_version(seen, checkpoint),
+        picture=found or first,
+        succeeds=found is not None,
+    )
+
+
+def _versions_of(picture: ControllerPicture | None) -> StandingVersions | None:
+    if picture is None or not picture.versions:
+        return None
+    return StandingVersions(
+        all=picture.versions, weight_version=picture.weight_version, last_version=picture.last_weight_version
+    )
+
+
+def _served_version(seen: Sequence[ExpertActorStatus], checkpoint: str) -> StandingVersions:
+    """Where no picture says which version stands: what the actors serve, or the first."""
+    version = max((status.weight_version for status in seen), default=0) or 1
+    told = seen[-1].checkpoint if seen else ""
+    return StandingVersions.only(WeightVersion(version=version, checkpoint=told or checkpoint))
+
+
+def _newest_picture(seen: Sequence[ExpertActorStatus]) -> ControllerPicture | None:
+    """The picture of the highest placement number that can be read; seen is sorted by that."""
+    for status in reversed(seen):
+        if status.picture:
+            try:
+                return decode_picture(status.picture)
+            except InvalidMessage as exc:
+                logger.warning("the picture that %s keeps cannot be read: %s", status.actor, exc)
+    return None

@@ -1,0 +1,95 @@
+"""What stands, as data, and the placement that routers see of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.types import ActorAddress, ExpertId, Placement, Replica, WeightVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpActor:
+    """An actor that serves."""
+
+    address: ActorAddress
+    held: frozenset[ExpertId]  # in every version that texts are written with
+    prepared: frozenset[ExpertId] = frozenset()  # in the version that is next
+
+
+@dataclass(kw_only=True)
+class StandingState:
+    """Not thread-safe."""
+
+    term: int = 0
+    generation: int = 0
+    versions: StandingVersions = field(
+        default_factory=lambda: StandingVersions.only(WeightVersion(version=1, checkpoint=""))
+    )
+    held: bool = False
+    actors: tuple[str, ...] = ()
+    leaving: frozenset[str] = frozenset()
+    replicas: dict[int, tuple[Replica, ...]] = field(default_factory=dict)  # layer -> those that shall stand
+    cold: frozenset[ExpertId] = frozenset()  # without a replica on purpose
+    preparing: dict[str, frozenset[ExpertId]] = field(default_factory=dict)  # being loaded, not standing yet
+    up: dict[str, UpActor] = field(default_factory=dict)
+    aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answer NaN or infinity
+    problems: dict[str, str] = field(default_factory=dict)  # actor -> why it cannot load what it shall hold
+
+    @property
+    def number(self) -> tuple[int, int]:
+        return (self.term, self.generation)
+
+    def all_replicas(self) -> tuple[Replica, ...]:
+        """All that shall stand, by layer."""
+        return tuple(r for layer in sorted(self.replicas) for r in self.replicas[layer])
+
+    def serves(self, replica: Replica) -> bool:
+        """Whether its actor is up and holds the expert. One that is set aside serves if there is no other one."""
+        if not self._is_held(replica):
+            return False
+        return (replica.actor, replica.expert) not in self.aside or not any(
+            self._is_held(other) and (other.actor, other.expert) not in self.aside
+            for other in self.replicas[replica.expert.layer]
+            if other.expert == replica.expert
+        )
+
+    def _is_held(self, replica: Replica) -> bool:
+        up = self.up.get(replica.actor)
+        return up is not None and replica.expert in up.held
+
+    def placement(self, layer_experts: Mapping[int, int]) -> Placement:
+        """What routers see: the replicas that serve, and the versions that texts are written with."""
+        following = self.versions.next
+        return Placement(
+            term=self.term,
+            generation=self.generation,
+            layer_experts=layer_experts,
+            actors={actor: up.address for actor, up in sorted(self.up.items())},
+            replicas=with_whole_shares(tuple(r for r in self.all_replicas() if self.serves(r))),
+            held=self.held,
+            weight_version=self.versions.weight_version,
+            checkpoint=self.versions.checkpoint,
+            next_weight_version=following.version if following is not None else 0,
+            next_checkpoint=following.checkpoint if following is not None else "",
+            old_weight_version=self.versions.old,
+            problem=self._problem_of_lost(),
+        )
+
+    def _problem_of_lost(self) -> str:
+        """Why no expert that nobody serves can be loaded; empty if one of them can, or there is none."""
+        replicas = self.all_replicas()
+        served = {r.expert for r in replicas if self.serves(r)}
+        awaited = {r.actor for r in replicas if r.expert not in served}
+        return self.problems[min(awaited)] if awaited and awaited <= self.problems.keys() else ""
+
+
+def with_whole_shares(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
+    """The replicas with each expert's shares scaled to sum to 1; equal ones where all are 0."""
+    total: dict[ExpertId, float] = {}
+    count: dict[ExpertId, int] = {}
+    for r in replicas:
+        total[r.expert] = total.get(r.expert, 0.0) + r.share
+        count[r.expert] = count.get(r.expert, 0) + 1
+    return tuple(
+        replace(r, share=r.share / total[r.expert] if total[r.expert] > 0 else 1 / count[r.expert]) for r in replicas
+    )

@@ -1,0 +1,173 @@
+"""A router's connections to the expert actors of the standing placement."""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from moecluster.dispatch.replica_choice import LayerTable, layer_table
+from moecluster.errors import MoeClusterError, UserError
+from moecluster.rpc.controller.interface import ControllerLink
+from moecluster.rpc.expert.interface import ControlConnection, ExpertControl, ExpertTransport
+from moecluster.types import ActorAddress, ExpertId, Placement
+
+LEFT_S = 120.0  # how long the way to an actor without a place is kept; one that has ended has freed its memory
+SUSPECT_S = 1.0  # how long an actor that did not answer is asked last
+
+
+class ExpertPool:
+    """Opens transports when they are first needed, and anew when an actor has moved or come back. Thread-safe."""
+
+    def __init__(
+        self,
+        placements: ControllerLink,
+        *,
+        connect: Callable[[ActorAddress], ExpertTransport],
+        control: Callable[[ActorAddress], ControlConnection],
+    ) -> None:
+        """connect and control raise MoeClusterErrors when the actor does not answer."""
+        self._placements = placements
+        self._connect = connect
+        self._control = control
+        self._lock = threading.Lock()
+        self._opening: dict[str, threading.Lock] = {}
+        self._open: dict[str, tuple[ActorAddress, ExpertTransport]] = {}
+        self._controls: dict[str, tuple[ActorAddress, ControlConnection]] = {}
+        self._tables: dict[int, LayerTable] = {}
+        self._tables_of = (-1, -1)
+        self._aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answered NaN or infinity,
+        self._aside_of = (-1, -1)  # in this placement: the next one has them again
+        self._suspects: dict[ActorAddress, tuple[float, MoeClusterError]] = {}  # until when, and why
+        self._left_s: dict[str, float] = {}  # actors without a place, whose transport is open: since when
+
+    def placement(self, timeout_s: float = 60.0) -> Placement:
+        """The newest placement."""
+        return self._placements.current(timeout_s)
+
+    def wait_for_change(self, number: tuple[int, int], timeout_s: float) -> bool:
+        """Waits for a newer placement; False if none came."""
+        return self._placements.newer_than(number, timeout_s) is not None
+
+    def table(self, placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
+        """The layer's part of a placement. Raises UserError if the model has no experts in the layer."""
+        if layer not in placement.layer_experts:
+            raise UserError(
+                f"the cluster serves no experts of layer {layer}, only of {sorted(placement.layer_experts)}: "
+                "the trunk is of another model"
+            )
+        if not avoid and self._tables_of != placement.number:
+            self._close_left(placement)
+        with self._lock:
+            aside = self._aside if self._aside_of == placement.number else frozenset()
+            if avoid:
+                return layer_table(placement, layer, avoid, aside)
+            if self._tables_of != placement.number:
+                self._tables, self._tables_of = {}, placement.number
+            table = self._tables.get(layer)
+            if table is None:
+                table = self._tables[layer] = layer_table(placement, layer, (), aside)
+            return table
+
+    def set_aside(self, placement: Placement, actor: str, expert: ExpertId) -> bool:
+        """A replica answers NaN or infinity: it is asked no more by this placement if there is another one of the
+        expert, and the controller is told. False if that is known."""
+        with self._lock:
+            if self._aside_of != placement.number:
+                self._aside, self._aside_of = frozenset(), placement.number
+            if (actor, expert) in self._aside:
+                return False
+            self._aside |= {(actor, expert)}
+            self._tables.pop(expert.layer, None)
+        self._placements.report_nonfinite(actor, placement.actors[actor].incarnation, expert, placement.number)
+        return True
+
+    def transport(self, address: ActorAddress) -> ExpertTransport:
+        """The open way to an actor. Raises what connecting raises."""
+        found = self._open.get(address.actor)
+        if found is not None and found[0] == address:
+            return found[1]
+        with self._lock:
+            opening = self._opening.setdefault(address.actor, threading.Lock())
+        with opening:
+            found = self._open.get(address.actor)
+            if found is not None and found[0] == address:
+                return found[1]
+            if found is not None:
+                self._open.pop(address.actor, None)  # drop() may have been faster
+                found[1].close()
+            try:
+                transport = self._connect(address)
+            except MoeClusterError as exc:
+                self._suspect(address, exc)
+                raise
+            self._open[address.actor] = (address, transport)
+            return transport
+
+    def _close_left(self, placement: Placement) -> None:
+        """Closes the ways to actors that have left, once no request of an older placement can still be on them."""
+        now_s = time.monotonic()
+        with self._lock:
+            without_place = [actor for actor in list(self._open) if actor not in placement.actors]
+            self._left_s = {actor: self._left_s.get(actor, now_s) for actor in without_place}
+            over = [actor for actor, since_s in self._left_s.items() if now_s - since_s >= LEFT_S]
+            transports = [self._open.pop(actor)[1] for actor in over]
+        for transport in transports:
+            transport.close()
+
+    def drop(self, address: ActorAddress, transport: ExpertTransport | None, reason: MoeClusterError) -> None:
+        """An actor did not answer: closes the way to it, if it is still that one, and tells the controller."""
+        with self._lock:
+            found = self._open.get(address.actor)
+            if found is not None and found[1] is transport:
+                del self._open[address.actor]
+        if transport is not None:
+            transport.close()
+        self._suspect(address, reason)
+        self.report(address, reason)
+
+    def suspects(self, placement: Placement) -> dict[str, MoeClusterError]:
+        """Actors that did not answer lately, in the life that the placement names, and why. Other replicas go first,
+        so that one request at most finds out that an actor is dead before the controller has said so."""
+        if not self._suspects:
+            return {}
+        now_s = time.monotonic()
+        with self._lock:
+            self._suspects = {address: kept for address, kept in self._suspects.items() if kept[0] > now_s}
+            return {a.actor: why for a, (_, why) in self._suspects.items() if placement.actors.get(a.actor) == a}
+
+    def _suspect(self, address: ActorAddress, reason: MoeClusterError) -> None:
+        with self._lock:
+            self._suspects[address] = (time.monotonic() + SUSPECT_S, reason)
+
+    def report(self, address: ActorAddress, reason: MoeClusterError) -> None:
+        """Tells the controller that an actor does not serve what it should."""
+        self._placements.report_failure(address.actor, address.incarnation, str(reason))
+
+    def want(self, layer: int, experts: Sequence[int]) -> None:
+        """Tells the controller that tokens wait for experts that stand nowhere."""
+        self._placements.want_experts(layer, experts)
+
+    def controls(self) -> dict[str, ExpertControl]:
+        """The orders' side of every actor of the standing placement, by name.
+
+        Each goes on until a later call finds that its actor has moved, come back or gone.
+        """
+        actors = self.placement().actors
+        with self._lock:
+            for name, (address, control) in list(self._controls.items()):
+                if actors.get(name) != address:
+                    del self._controls[name]
+                    control.close()
+            for name, address in actors.items():
+                if name not in self._controls:
+                    self._controls[name] = (address, self._control(address))
+            return {name: control for name, (_, control) in self._controls.items()}
+
+    def close(self) -> None:
+        """Closes every way to an actor."""
+        with self._lock:
+            transports, self._open = self._open, {}
+            controls, self._controls = self._controls, {}
+        for _, transport in transports.values():
+            transport.close()
+        for _, control in controls.values():
+            control.close()

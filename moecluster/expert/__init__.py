@@ -1,0 +1,1 @@
+"""The expert actor's inside: loads, computes and trains experts; without Ray."""

@@ -1,0 +1,178 @@
+"""Brings experts into an actor's slots, while others of it compute."""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from moecluster.errors import CheckpointError, StaleOrder
+from moecluster.expert import compute
+from moecluster.expert.batch_invariant import BlockProofs
+from moecluster.expert.fencing import LoadOrder
+from moecluster.expert.packer import Packer
+from moecluster.expert.store import HostedExperts
+from moecluster.expert.training import ExpertTraining
+from moecluster.expert.weight_sources import (
+    DTYPES,
+    ArrivedExpert,
+    LoadSettings,
+    copy_experts,
+    read_experts,
+    wanted_dtype,
+)
+from moecluster.models.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from moecluster.models.checkpoint.training_progress import read_step
+from moecluster.models.checkpoint.training_state import read_optimizer_state
+from moecluster.models.experts.source import ExpertSource, Origin
+from moecluster.moe.experts.finiteness import probe_rows
+from moecluster.rpc.expert.interface import ConnectPeer
+from moecluster.types import ExpertId
+
+MAX_SOURCES = 2  # directories that are kept open: as many as there are weight versions at once
+
+
+class ExpertLoader:
+    """One load at a time: whoever calls has the order's turn."""
+
+    def __init__(
+        self,
+        actor: str,
+        hosted: HostedExperts,
+        training: ExpertTraining,
+        state_lock: threading.RLock,
+        *,
+        connect_peer: ConnectPeer,
+        open_elsewhere: OpenCheckpoint | None,
+        batch_invariant: bool,
+    ) -> None:
+        """state_lock: held while slots and training change. open_elsewhere: for checkpoints not on this node."""
+        self.run: compute.RunExpert = compute.run_plainly  # how the experts in the slots are to be run
+        self._actor = actor
+        self._hosted = hosted
+        self._training = training
+        self._state_lock = state_lock
+        self._connect_peer = connect_peer
+        self._open_elsewhere = open_elsewhere
+        self._proofs = BlockProofs() if batch_invariant else None
+        self.packer = Packer(actor, always_at_once=batch_invariant)
+        self._sources: dict[tuple[str, int], ExpertSource] = {}  # by directory and weight version
+
+    def load(self, order: LoadOrder, settings: LoadSettings) -> int:
+        """Returns the bytes loaded. Raises as ExpertService.load says."""
+        is_trained = settings.optimizer is not None
+        version = settings.weight_version or self._hosted.weight_version
+        source = self._source(settings.checkpoint, version, here=is_trained)
+        hosted = set(self._hosted.ids(version))
+        if settings.optimizer is not None:
+            step = read_step(settings.checkpoint)
+            with self._state_lock:
+                self._training.begin(settings.optimizer, settings.training_term, step)
+            hosted = {expert for expert in hosted if self._training.holds(expert)}  # what was only served comes anew
+        wanted = [e for e in dict.fromkeys(settings.experts) if settings.replace or e not in hosted]
+        self._hosted.widths |= {layer.layer: layer.hidden_size for layer in source.layers}
+        wanted_dtype(source, wanted, settings.dtype)
+        origins = {expert: source.origin(expert) for expert in wanted} if not is_trained else {}
+        shared = self._share(wanted, origins, version, settings, order)
+        loaded_bytes = 0
+        for arrived in self._arriving(source, [e for e in wanted if e not in shared], settings, order):
+            if self._proofs is not None:
+                width, dtype = self._hosted.widths[arrived.expert.layer], wanted_dtype(source, (), settings.dtype)
+                self.run = self._proofs.add(arrived.module, width, dtype)
+            if self._on_trial(version):
+                self._check_finite(arrived.expert, arrived.module, version, settings)
+            state = read_optimizer_state(settings.checkpoint, arrived.expert) if is_trained else None
+            with self._state_lock:
+                order.check(arrived.expert)
+                if arrived.expert in order.dropped:
+                    continue
+                version = _agreed_version(arrived, version)
+                origin = origins.get(arrived.expert) if settings.peer is None else None
+                loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version, origin=origin)
+                if is_trained:
+                    self._training.add(arrived.expert, arrived.module, state)
+                elif version == self._hosted.weight_version:
+                    self._training.remove(arrived.expert)
+        order.finish(wanted)
+        return loaded_bytes
+
+    def _share(
+        self,
+        wanted: Sequence[ExpertId],
+        origins: Mapping[ExpertId, Origin | None],
+        version: int,
+        settings: LoadSettings,
+        order: LoadOrder,
+    ) -> set[ExpertId]:
+        """Takes what is here in another version and comes from the same bytes: in a checkpoint of which only some
+        experts are new, all the others."""
+        shared = set()
+        for expert in wanted:
+            origin = origins.get(expert)
+            same = self._hosted.equal_to(expert, origin) if origin else None
+            if same is None or same.weight_version == version or not _is_of(same.module, settings.dtype):
+                continue
+            if self._on_trial(version):
+                self._check_finite(expert, same.module, version, settings)
+            with self._state_lock:
+                order.check(expert)
+                if expert in order.dropped or self._training.holds(expert):
+                    continue
+                self._hosted.add(expert, same.module, version, origin=origin)
+            shared.add(expert)
+        return shared
+
+    def _on_trial(self, version: int) -> bool:
+        """Whether the version is to replace the one that is served: what that one may do, it is refused for."""
+        return version > self._hosted.weight_version > 0
+
+    @torch.no_grad()
+    def _check_finite(self, expert: ExpertId, module: nn.Module, version: int, settings: LoadSettings) -> None:
+        """Raises CheckpointError if the expert answers a few moderate rows with NaN or infinity."""
+        x_ND = probe_rows(self._hosted.widths[expert.layer], DTYPES[settings.dtype or "float32"])
+        if not bool(torch.isfinite(self.run(module, x_ND)).all()):
+            raise CheckpointError(
+                f"weight version {version} ({settings.checkpoint}): expert {expert.index} of layer {expert.layer} "
+                "answers NaN or infinity"
+            )
+
+    def _source(self, checkpoint: str, version: int, *, here: bool) -> ExpertSource:
+        """A directory may be written anew for another version: it is opened anew for each.
+
+        here: the directory must be on this node, as training reads more of it than weights.
+        """
+        elsewhere = None if here else self._open_elsewhere
+        if elsewhere is None and not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
+            raise CheckpointError(f"{checkpoint}: no such directory on the node of {self._actor}")
+        wanted = (checkpoint, version)
+        if wanted not in self._sources:
+            newest = list(self._sources.items())[-(MAX_SOURCES - 1) :]
+            self._sources = {**dict(newest), wanted: ExpertSource(open_checkpoint(checkpoint, elsewhere))}
+        return self._sources[wanted]
+
+    def _arriving(
+        self, source: ExpertSource, wanted: list[ExpertId], settings: LoadSettings, order: LoadOrder
+    ) -> Iterator[ArrivedExpert]:
+        if settings.peer is not None:
+            return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order, self.packer)
+        packer = None if settings.optimizer is not None else self.packer
+        return read_experts(source, wanted, settings.dtype, order, packer)
+
+
+def _agreed_version(arrived: ArrivedExpert, wanted: int) -> int:
+    """The weight version of an arrived expert. wanted: 0 where neither the order nor this actor names one.
+
+    Raises StaleOrder if a peer gave another.
+    """
+    given = arrived.weight_version
+    if given is None or given == wanted:
+        return wanted
+    if wanted:
+        raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {given}, {wanted} is wanted here")
+    return given
+
+
+def _is_of(module: nn.Module, dtype: str) -> bool:
+    """Whether an expert that is here has the dtype that is wanted."""
+    return next((p.dtype for p in module.parameters()), None) == DTYPES.get(dtype or "float32")

@@ -1,0 +1,303 @@
+"""The expert actor's role: holds experts, computes what waits, and takes the orders of controller and coordinator."""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import psutil
+import torch
+from torch import nn
+
+from moecluster.errors import InvalidMessage, StaleOrder
+from moecluster.expert.fencing import ControllerOrders
+from moecluster.expert.loader import ExpertLoader
+from moecluster.expert.queue import ComputeQueue
+from moecluster.expert.store import HostedExperts
+from moecluster.expert.training import ExpertTraining
+from moecluster.expert.weight_sources import LoadSettings
+from moecluster.expert.worker import ExpertComputing
+from moecluster.growing import MAX_NUMBER
+from moecluster.memory import return_freed_memory
+from moecluster.metrics import Metrics
+from moecluster.models.checkpoint.reader import OpenCheckpoint
+from moecluster.models.given_directories import IsGiven, check_given
+from moecluster.moe.linear import plain
+from moecluster.rpc.expert.export import GrpcPeerExports
+from moecluster.rpc.expert.interface import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
+from moecluster.types import (
+    ActorAddress,
+    ComputeBatch,
+    ExpertActorStatus,
+    ExpertId,
+    MessageKey,
+    OptimizerSettings,
+    ReduceResult,
+    StepTag,
+)
+
+DRAIN_LOOK_S = 0.005
+
+
+class ExpertService:
+    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        is_given: IsGiven,
+        max_queue_bytes: int = 256 * 2**20,
+        activation_budget_bytes: int = 256 * 2**20,
+        batch_invariant: bool = False,
+        metrics: Metrics | None = None,
+        connect_peer: ConnectPeer = GrpcPeerExports,
+        open_elsewhere: OpenCheckpoint | None = None,
+    ) -> None:
+        """Begins to compute; ends with close(). is_given: whether experts may be loaded out of a directory.
+
+        connect_peer: the way to an actor that experts are copied from.
+        open_elsewhere: opens checkpoints that this node does not see.
+        """
+        self.name = name
+        self._is_given = is_given
+        self.incarnation = secrets.token_hex(8)
+        self._hosted = HostedExperts()
+        self._queue = ComputeQueue(max_queue_bytes)
+        self._training = ExpertTraining(name, activation_budget_bytes)
+        # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
+        self._state_lock = threading.RLock()
+        self._orders = ControllerOrders()
+        self._loader = ExpertLoader(
+            name,
+            self._hosted,
+            self._training,
+            self._state_lock,
+            connect_peer=connect_peer,
+            open_elsewhere=open_elsewhere,
+            batch_invariant=batch_invariant,
+        )
+        self._placement = (0, 0)
+        self._checkpoint = ""  # as the last set_placement said
+        self._picture = b""  # likewise
+        self._computing = ExpertComputing(
+            name,
+            self.incarnation,
+            self._queue,
+            self._hosted,
+            self._training,
+            self._state_lock,
+            run=lambda: self._loader.run,
+            placement=lambda: self._placement,
+            metrics=metrics,
+        )
+
+    # -- computing --
+
+    def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
+        """Queues a batch; a full queue answers Exhausted at once. wake=False: compute_waiting() is called next."""
+        self._computing.submit(batch, reply, wake=wake)
+
+    def compute_waiting(self) -> None:
+        """Computes in the calling thread what waits, if that is little and nobody computes; else another one does."""
+        self._computing.compute_waiting()
+
+    def close(self) -> None:
+        """Computes what waits, then ends."""
+        self._computing.close()
+        self._loader.packer.close()
+
+    def wait_packed(self, timeout_s: float) -> bool:
+        """Whether every expert that is served has the layout that is computed fastest with, within the timeout."""
+        return self._loader.packer.wait(timeout_s)
+
+    # -- orders of the controller --
+
+    def load(
+        self,
+        *,
+        term: int,
+        experts: Sequence[ExpertId],
+        checkpoint: str,
+        dtype: str = "",
+        weight_version: int = 0,
+        optimizer: OptimizerSettings | None = None,
+        replace: bool = False,
+        training_term: int = 0,
+        timeout_s: float = 60.0,
+        peer: ActorAddress | None = None,
+        max_bytes_per_s: int = 0,
+    ) -> int:
+        """Loads experts out of a checkpoint directory, or out of a peer; what is hosted already stays unless replaced.
+
+        They come beside what is here of other weight versions; 0 stands for the version that is served. With an
+        optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each other,
+        and no other order or batch for them; what came before an error stays. Raises NotGiven for a directory that the
+        cluster was not given, before anything is read or changed; CheckpointError, InvalidMessage,
+        DeadlineExceeded; StaleOrder for an older term, experts that were unloaded since, or a peer with
+        another weight version; Unavailable if the peer does not give what it should.
+        """
+        check_given(checkpoint, self._is_given)
+        if peer is not None and optimizer is not None:
+            raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
+        self._hosted.check_version(weight_version)
+        self._training.check_term(training_term)
+        settings = LoadSettings(
+            experts=experts,
+            checkpoint=checkpoint,
+            dtype=dtype,
+            weight_version=weight_version,
+            replace=replace,
+            optimizer=optimizer,
+            training_term=training_term,
+            peer=peer,
+            max_bytes_per_s=max_bytes_per_s,
+        )
+        with self._orders.loading(term, experts, timeout_s) as order:
+            return self._loader.load(order, settings)
+
+    def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
+        """Drops experts in all versions; unknown ones are fine. A load that is ordered meanwhile keeps its own.
+
+        Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleOrder.
+        """
+        with self._orders.unloading(term, experts) as order:
+            deadline_s = time.monotonic() + drain_timeout_s
+            while time.monotonic() < deadline_s and self._queue.wants(order.experts):
+                self._orders.check(term)
+                time.sleep(DRAIN_LOOK_S)
+            with self._state_lock, self._orders.admitted(term):
+                for expert in order.experts:
+                    self._hosted.remove(expert)
+                    self._training.remove(expert)
+        return_freed_memory()
+
+    def set_placement(
+        self,
+        *,
+        term: int,
+        generation: int,
+        checkpoint: str = "",
+        picture: bytes = b"",
+        weight_version: int = 0,
+        weight_versions: Sequence[int] = (),
+    ) -> None:
+        """The placement that now stands, what lost experts are loaded from, and the controller's picture.
+
+        status returns them; an empty picture leaves the last one. Experts of versions that do not stand any more are
+        dropped. Raises StaleOrder, InvalidMessage.
+        """
+        if len(picture) > MAX_PICTURE_BYTES:
+            raise InvalidMessage(f"picture: {len(picture)} bytes, at most {MAX_PICTURE_BYTES}")
+        if 0 in weight_versions:
+            raise InvalidMessage("weight_versions: they begin at 1")
+        if weight_versions and weight_version not in weight_versions:
+            raise InvalidMessage(f"weight_version: {weight_version} is none of {list(weight_versions)[:5]}")
+        if generation > MAX_NUMBER:
+            raise InvalidMessage(f"generation: {generation}, at most {MAX_NUMBER}")
+        for version in (weight_version, *weight_versions):
+            self._hosted.check_version(version)
+        with self._orders.admitted(term):
+            if (term, generation) < self._placement:
+                return
+            self._placement, self._checkpoint = (term, generation), checkpoint
+            self._picture = picture or self._picture
+            surplus = self._hosted.surplus_versions(weight_version, weight_versions)
+            if not surplus and weight_version:
+                self._hosted.keep_versions(weight_version, weight_versions)
+        if surplus:
+            self._keep_versions(term, (term, generation), weight_version, weight_versions)
+
+    def _keep_versions(
+        self, term: int, placement: tuple[int, int], weight_version: int, weight_versions: Sequence[int]
+    ) -> None:
+        with self._state_lock, self._orders.admitted(term):
+            if self._placement != placement:
+                return  # something newer was said meanwhile
+            for expert in self._hosted.keep_versions(weight_version, weight_versions):
+                self._training.remove(expert)
+        return_freed_memory()
+
+    def export(
+        self,
+        *,
+        experts: Sequence[ExpertId],
+        with_optimizer: bool,
+        step: int = 0,
+        incarnation: str = "",
+        weight_version: int = 0,
+    ) -> Iterator[ExportedTensor]:
+        """Copies of the experts' tensors. Computing goes on meanwhile; experts in training stand still for their copy.
+
+        Raises NotHosted, StaleOrder for another step or incarnation.
+        """
+        if incarnation and incarnation != self.incarnation:
+            raise StaleOrder(f"this is incarnation {self.incarnation}, not {incarnation}")
+        for expert in experts:
+            if not (self._training.has_begun or step or with_optimizer):
+                hosted = self._hosted.get(expert, weight_version)
+                tensors: Iterator[tuple[str, torch.Tensor]] = (
+                    (name, plain(p)) for name, p in hosted.module.named_parameters()
+                )
+            else:
+                with self._state_lock:
+                    hosted = self._hosted.get(expert, weight_version)
+                    tensors = iter(self._training_tensors(expert, hosted.module, with_optimizer, step))
+            for name, value in tensors:
+                yield ExportedTensor(expert=expert, name=name, value=value, weight_version=hosted.weight_version)
+
+    def _training_tensors(
+        self, expert: ExpertId, module: nn.Module, with_optimizer: bool, step: int
+    ) -> list[tuple[str, torch.Tensor]]:
+        if step and not (self._training.has_begun and self._training.state.step == step):
+            raise StaleOrder(f"step {step} is not what is committed here")
+        tensors = [(name, plain(p)) for name, p in module.named_parameters()]
+        if with_optimizer:
+            tensors += [(f"optimizer/{name}", v) for name, v in self._training.state_tensors(expert).items()]
+        return tensors
+
+    # -- orders of the step coordinator --
+
+    def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
+        with self._state_lock:
+            square_norm = self._training.state.reduce(tag, expected)
+        return ReduceResult(incarnation=self.incarnation, square_norm=square_norm)
+
+    def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
+        with self._state_lock:
+            self._training.state.prepare(tag, clip_scale=clip_scale, learning_rate=learning_rate)
+        return self.incarnation
+
+    def commit(self, tag: StepTag) -> str:
+        with self._state_lock:
+            self._training.commit(tag)
+        return self.incarnation
+
+    def abort(self, tag: StepTag) -> None:
+        with self._state_lock:
+            self._training.abort(tag)
+
+    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
+        with self._state_lock:
+            training = self._training.state if self._training.has_begun else None
+            # Read before the experts: a version that is named meanwhile is another one, and not one without experts.
+            weight_version = self._hosted.weight_version
+            if training_term and training is not None:
+                training.fence(training_term)
+            return ExpertActorStatus(
+                actor=self.name,
+                incarnation=self.incarnation,
+                placement=self._placement,
+                experts=self._hosted.ids(weight_version),
+                hosted_bytes=self._hosted.size_bytes(),
+                weight_version=weight_version,
+                training_term=training.term if training is not None else 0,
+                committed=training.committed if training is not None else None,
+                prepared=training.prepared if training is not None else None,
+                rss_bytes=psutil.Process().memory_info().rss,
+                checkpoint=self._checkpoint,
+                picture=self._picture if with_picture else b"",
+                work=replace(self._computing.work, queue_rows=self._queue.rows),
+                other_versions=self._hosted.other_versions(weight_version),
+            )

@@ -1,0 +1,209 @@
+"""Where the weights of an expert come from: a checkpoint, or another actor.
+
+What is copied from another actor is asked for expert by expert, checked against the model, and no faster than allowed.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
+from moecluster.expert.fencing import LoadOrder
+from moecluster.expert.packer import Packer
+from moecluster.memory import RETURN_EVERY_BYTES, return_freed_memory
+from moecluster.models.experts.prefetch import read_ahead
+from moecluster.models.experts.source import ExpertSource
+from moecluster.rpc.expert.interface import ConnectPeer, PeerExports
+from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOOK_EVERY_S = 0.1  # whether the order still stands, while nothing is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """What a load is to bring, and from where."""
+
+    experts: Sequence[ExpertId]
+    checkpoint: str  # a directory; of a copy from a peer too: it says what experts of the model are
+    dtype: str  # float32 | bfloat16 | float16; empty: float32
+    weight_version: int  # 0: what the actor serves, or if it serves nothing, the peer
+    replace: bool  # also what is here already in that version
+    optimizer: OptimizerSettings | None  # None: the experts are served, not trained
+    training_term: int
+    peer: ActorAddress | None
+    max_bytes_per_s: int  # of a copy from a peer; 0: as fast as it goes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrivedExpert:
+    """An expert that is ready for a slot."""
+
+    expert: ExpertId
+    module: nn.Module
+    weight_version: int | None = None  # None: nobody said
+
+
+def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) -> torch.dtype:
+    """The dtype of an order. Raises InvalidMessage for an unknown one, and for experts that the model does not have."""
+    sizes = {layer.layer: layer.num_experts for layer in source.layers}
+    unknown = [str(e) for e in experts if not 0 <= e.index < sizes.get(e.layer, 0)]
+    if unknown:
+        raise InvalidMessage(f"experts: the model has no {', '.join(unknown[:5])} (layer/index)")
+    if (dtype or "float32") not in DTYPES:
+        raise InvalidMessage(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    return DTYPES[dtype or "float32"]
+
+
+def read_experts(
+    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, order: LoadOrder, packer: Packer | None
+) -> Iterator[ArrivedExpert]:
+    """Experts out of a checkpoint, in order. packer: None for experts that are trained.
+
+    Raises InvalidMessage, before any is read; CheckpointError; StaleOrder and DeadlineExceeded of the order.
+    """
+    checked_dtype = wanted_dtype(source, experts, dtype)
+
+    wanted = (expert for expert in experts if expert not in order.dropped)
+    read = read_ahead(source, wanted, checked_dtype, check=order.check)
+    yield from finish((ArrivedExpert(expert=expert, module=module) for expert, module in read), packer)
+
+
+def finish(arrived: Iterable[ArrivedExpert], packer: Packer | None) -> Iterator[ArrivedExpert]:
+    """Makes experts ready for their slots: all have the same form, wherever they come from.
+
+    packer: None for experts that are trained.
+    """
+    brought_bytes = 0  # since freed memory was returned
+    with packer.held() if packer is not None else nullcontext():
+        for expert in arrived:
+            module = expert.module.requires_grad_(packer is None)
+            brought_bytes += sum(p.numel() * p.element_size() for p in module.parameters())
+            if brought_bytes >= RETURN_EVERY_BYTES:
+                return_freed_memory()
+                brought_bytes = 0
+            if packer is not None:
+                packer.take(module)
+            yield expert
+    return_freed_memory()
+
+
+class BytePace:
+    """Bytes per second, kept by waiting after what came: a token bucket that starts empty and saves nothing up."""
+
+    def __init__(self, max_bytes_per_s: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """max_bytes_per_s: 0 for as fast as it goes."""
+        self._max_bytes_per_s = max_bytes_per_s
+        self._clock = clock
+        self._paid_until_s = -math.inf
+
+    def count(self, num_bytes: int) -> None:
+        """Bytes that came now."""
+        if self._max_bytes_per_s:
+            self._paid_until_s = max(self._paid_until_s, self._clock()) + num_bytes / self._max_bytes_per_s
+
+    @property
+    def wait_s(self) -> float:
+        """How long to wait before more may come; not positive: go on."""
+        return self._paid_until_s - self._clock()
+
+
+def copy_experts(
+    connect: ConnectPeer,
+    peer: ActorAddress,
+    source: ExpertSource,
+    experts: Sequence[ExpertId],
+    settings: LoadSettings,
+    order: LoadOrder,
+    packer: Packer,
+) -> Iterator[ArrivedExpert]:
+    """Experts of a peer that holds them in the wanted dtype, ready as those out of a checkpoint; one at a time.
+
+    Raises InvalidMessage for an expert that the model does not have or an unknown dtype, before any is copied;
+    Unavailable for whatever the peer does not give as it should; StaleOrder and DeadlineExceeded of the order.
+    """
+    dtype = wanted_dtype(source, experts, settings.dtype)
+    pace = BytePace(settings.max_bytes_per_s)
+    exports = connect(peer)
+    order.interrupt = exports.close  # a peer that hangs holds up no newer order
+    try:
+        wanted = (expert for expert in experts if expert not in order.dropped)
+        copied = (
+            _copy(exports, peer, source, expert, dtype, order, pace, settings.weight_version) for expert in wanted
+        )
+        yield from finish(copied, packer)
+    finally:
+        exports.close()
+
+
+def _copy(
+    exports: PeerExports,
+    peer: ActorAddress,
+    source: ExpertSource,
+    expert: ExpertId,
+    dtype: torch.dtype,
+    order: LoadOrder,
+    pace: BytePace,
+    weight_version: int,
+) -> ArrivedExpert:
+    def keep_pace(num_bytes: int) -> None:
+        order.check(expert)
+        pace.count(num_bytes)
+        while (wait_s := pace.wait_s) > 0:
+            time.sleep(min(wait_s, LOOK_EVERY_S))
+            order.check(expert)
+
+    order.check(expert)
+    module = source.empty(expert)
+    try:
+        version = _fill(module, expert, dtype, exports, order.left_s, keep_pace, weight_version)
+    except MoeClusterError as exc:
+        order.check(expert)  # our own order has ended, and the copy with it
+        raise Unavailable(f"expert {expert} cannot be copied from {peer.actor}: {exc}") from exc
+    return ArrivedExpert(expert=expert, module=module, weight_version=version)
+
+
+def _fill(
+    module: nn.Module,
+    expert: ExpertId,
+    dtype: torch.dtype,
+    exports: PeerExports,
+    timeout_s: float,
+    keep_pace: Callable[[int], None],
+    weight_version: int,
+) -> int | None:
+    """Puts what the peer sends in the place of the module's parameters; returns its weight version. weight_version: 0
+    for whatever the peer serves."""
+    missing = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    if not missing:
+        return None
+    largest_bytes = max(math.prod(shape) for shape in missing.values()) * dtype.itemsize
+    state: dict[str, torch.Tensor] = {}
+    versions: set[int] = set()
+    for sent in exports.tensors(
+        expert,
+        weight_version=weight_version,
+        max_tensor_bytes=largest_bytes,
+        timeout_s=timeout_s,
+        pace=keep_pace,
+    ):
+        shape = missing.pop(sent.name, None)
+        if sent.expert != expert or shape is None:
+            raise InvalidMessage(f"name: {sent.expert} {sent.name} was not asked for or came twice")
+        if sent.value.dtype != dtype or tuple(sent.value.shape) != shape:
+            raise InvalidMessage(
+                f"{sent.name}: {sent.value.dtype} {list(sent.value.shape)}, the model has {dtype} {list(shape)}"
+            )
+        state[sent.name] = sent.value
+        versions.add(sent.weight_version)
+    if missing:
+        raise InvalidMessage(f"name: {', '.join(missing)} did not come")
+    if len(versions) != 1:
+        raise InvalidMessage(f"weight_version: {sorted(versions)} within one expert")
+    module.load_state_dict(state, assign=True)
+    return versions.pop()

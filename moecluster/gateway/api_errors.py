@@ -1,0 +1,160 @@
+"""What is refused, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Response
+
+from moecluster.errors import (
+    BatchBroken,
+    ClusterEnded,
+    DeadlineExceeded,
+    Exhausted,
+    ExpertsLost,
+    InvalidMessage,
+    MoeClusterError,
+    RequestFailed,
+    UserError,
+)
+from moecluster.gateway.schemas.known_fields import UNSUPPORTED
+
+INVALID_REQUEST = "invalid_request_error"
+RATE_LIMIT = "rate_limit_error"
+SERVER = "server_error"
+
+RETRY_S = 1  # where a router does not say when a try is likely to be worth it
+# Where its checkpoint is, and what else is wrong with it, the router logs and `moecluster status` says.
+LOST_EXPERTS = "has lost experts that cannot be loaded again: its checkpoint directory is gone or cannot be read"
+MAX_MESSAGE_CHARACTERS = 500
+
+# What a router calls a field, and what it is in a body.
+_PARAMS = {"prompt_ids": "prompt", "max_new_tokens": "max_tokens"}
+_FIELD = re.compile(r"([a-z_]+)(?:\.[a-z_]+)*: ")
+_OVERFLOW = "exceed the model's"  # how a router says that prompt and continuation have no room
+_UNIONS = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": "a text or a list of texts",
+}
+# Of a pydantic location: what names a part of the body, and not a branch of a union.
+_INNER_FIELDS = frozenset({"role", "content", "name", "type", "text", "include_usage"})
+
+
+class Refusal(MoeClusterError):
+    """An answer other than what was asked for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """status: of HTTP. kind: `type` in the body. param: the field of the request that is to blame."""
+        super().__init__(message)
+        self.status = status
+        self.message = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """As it is sent."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        """The whole answer."""
+        # ASCII: what a client sent may be quoted, and need not be encodable.
+        content = json.dumps(self.body()).encode("ascii")
+        return Response(content, self.status, dict(self.headers or {}), "application/json")
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> Refusal:
+    """400: the request itself is wrong, and would be refused again."""
+    return Refusal(400, message, param=param, code=code)
+
+
+def model_not_found(name: str) -> Refusal:
+    """404 for a model's name."""
+    return Refusal(404, f"The model `{name}` does not exist", param="model", code="model_not_found")
+
+
+def too_many(message: str, retry_after_s: float | None = None) -> Refusal:
+    """429: the same request may be taken later."""
+    after_s = max(math.ceil(RETRY_S if retry_after_s is None else retry_after_s), 1)
+    headers = {"Retry-After": str(after_s)}
+    return Refusal(429, message, kind=RATE_LIMIT, code="rate_limit_exceeded", headers=headers)
+
+
+def unavailable(message: str) -> Refusal:
+    """503: nobody is to blame who asked."""
+    return Refusal(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
+
+
+def failed(message: str) -> Refusal:
+    """500: this request cannot be computed; the same one would fail again."""
+    return Refusal(500, message, kind=SERVER, code="request_failed")
+
+
+def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "prompt") -> Refusal:
+    """How an error of a model's routers is told. Where they are is nobody's business outside.
+
+    prompt_param: the field of the body that the prompt was made of.
+    """
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, InvalidMessage | UserError):
+        return _wrong_request(str(error), prompt_param)
+    if isinstance(error, RequestFailed | BatchBroken):
+        return failed(f"{model} cannot answer this request: {error}")
+    if isinstance(error, Exhausted):
+        return too_many(f"{model} is busy: {error}", error.retry_after_s)
+    if isinstance(error, DeadlineExceeded):
+        return unavailable(f"{model} did not write the text within the time for a request; ask for fewer tokens")
+    if isinstance(error, ExpertsLost):
+        return unavailable(f"{model} {LOST_EXPERTS}")
+    if isinstance(error, ClusterEnded):
+        return unavailable(f"{model} is down: its cluster has ended")
+    return unavailable(f"no router of {model} serves now; try again")
+
+
+def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+    """400 for a body that is not what its schema says. errors: as pydantic lists them."""
+    refused_field = next((error for error in errors if error["type"] == UNSUPPORTED), None)
+    if refused_field is not None:  # whatever else is wrong with the other forms that a field may have
+        param = _param(refused_field)
+        return bad_request(f"{param}: {refused_field['msg']}", param=param, code="unsupported_parameter")
+    param = _param(errors[0])
+    if not param:
+        return bad_request("the body is no JSON object; is the header Content-Type: application/json missing?")
+    said = "; or: ".join(dict.fromkeys(str(error["msg"]) for error in errors if _param(error) == param))
+    expected = f"expected {_UNIONS[param]} ({said})" if param in _UNIONS else said
+    return bad_request(f"{param}: {expected}", param=param)
+
+
+def _param(error: Mapping[str, Any]) -> str:
+    """Such as messages[0].content."""
+    names = [name for name in error["loc"] if name != "body"]
+    param = str(names[0]) if names else ""
+    for name in names[1:] if param not in _UNIONS else ():
+        if isinstance(name, int):
+            param += f"[{name}]"
+        elif name in _INNER_FIELDS:
+            param += f".{name}"
+    field = error.get("ctx", {}).get("name", "")  # of an object as a whole: which of its fields it is
+    return f"{param}.{field}" if param and field else param or field
+
+
+def _wrong_request(message: str, prompt_param: str) -> Refusal:
+    for field, param in {**_PARAMS, "messages_json": prompt_param, "prompt": prompt_param}.items():
+        message = re.sub(rf"\b{field}\b", param, message)
+    named = _FIELD.match(message)
+    code = "context_length_exceeded" if _OVERFLOW in message else None
+    return bad_request(message, param=named.group(1) if named else None, code=code)

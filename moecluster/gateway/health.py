@@ -1,0 +1,36 @@
+"""How the models behind a front are, in a word, and why."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from moecluster.gateway.api_errors import LOST_EXPERTS
+from moecluster.gateway.schemas.responses import Health
+from moecluster.gateway.served_model import ServedModel
+
+
+def health_of(models: Sequence[ServedModel]) -> Health:
+    """Ready: nothing is wrong. Degraded: texts are written, not all or not as they should. Not ready: a model has
+    nobody to write them."""
+    routers = {model.name: model.directory.answering for model in models}
+    reasons = [reason for model in models for reason in _reasons(model)]
+    status: Literal["ready", "degraded", "not ready"] = "degraded" if reasons else "ready"
+    if not all(routers.values()):
+        status = "not ready"
+    return Health(status=status, reasons=reasons, routers=routers)
+
+
+def _reasons(model: ServedModel) -> list[str]:
+    """What is wrong with one model. No address and no path: /health asks for no key."""
+    directory = model.directory
+    if not directory.answering:
+        return [f"{model.name}: {directory.ended or 'no router answers'}"]
+    seen = directory.cluster
+    if seen is None:
+        silent = "no controller answers; what is lost does not come back before one does"
+        return [f"{model.name}: {silent}"] if directory.knows_controller else []
+    reasons = [f"{actor.actor} is {actor.phase}" for actor in seen.actors if actor.phase != "serving"]
+    if seen.lost_experts and any(actor.problem for actor in seen.actors):
+        reasons.append(f"it {LOST_EXPERTS}")
+    elif seen.lost_experts:
+        reasons.append(f"{seen.lost_experts} experts are served by nobody at the moment")
+    return [f"{model.name}: {reason}" for reason in reasons]

@@ -1,0 +1,159 @@
+"""What every request passes before a route sees it: key, size, room; and what ends it when its client leaves."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from moecluster.config.sections import ServeConfig
+from moecluster.gateway.admission import Admission
+from moecluster.gateway.api_errors import Refusal
+from moecluster.gateway.api_keys import ApiKeys
+from moecluster.gateway.crowd import Place, party_of_address
+from moecluster.gateway.metrics import FrontMetrics
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+PROTECTED = "/v1/"
+SERVED = "moecluster.model"  # in a request's scope: the name of the served model that it is for
+ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json"})
+CLIENT_LEFT = 499
+DRAINED_BODIES = 8  # times the largest body, before the connection of a larger one is closed
+MAX_DIGITS = 18  # of a length
+CLOSE = {"Connection": "close"}
+
+
+class Gate:
+    """ASGI middleware around the routes."""
+
+    def __init__(
+        self, app: App, *, keys: ApiKeys, admission: Admission, settings: ServeConfig, metrics: FrontMetrics
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._admission = admission
+        self._settings = settings
+        self._metrics = metrics
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, or the app's start and end."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        self._metrics.begin_request()
+        try:
+            await self._pass(scope, receive, answer)
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, answer)
+        except _ClientLeft:
+            answer.status = CLIENT_LEFT
+        except asyncio.CancelledError:
+            answer.status = answer.status or CLIENT_LEFT
+            raise
+        finally:
+            self._metrics.end_request(route_of(scope["path"]), answer.status or 500, model=scope.get(SERVED, ""))
+
+    async def _pass(self, scope: Message, receive: Receive, answer: "_Answer") -> None:
+        headers = {name: value for name, value in scope["headers"]}
+        parties: tuple[str, ...] = (party_of_address(scope["client"][0] if scope.get("client") else ""),)
+        if scope["path"].startswith(PROTECTED):
+            header = headers[b"authorization"].decode("latin-1") if b"authorization" in headers else None
+            parties += self._keys.check(header)
+        if scope["method"] != "POST":
+            await self._app(scope, receive, answer)
+            return
+        deadline = asyncio.timeout(None)  # set when the wait begins
+        with self._admission.body(parties, lambda: deadline.reschedule(0.0)) as place:
+            body = await self._read_body(receive, headers.get(b"content-length"), place, deadline)
+            with self._admission.request(place):
+                await self._while_client_stays(scope, body, receive, answer)
+
+    async def _read_body(
+        self, receive: Receive, announced: bytes | None, place: Place, deadline: asyncio.Timeout
+    ) -> bytes:
+        """The whole body. Raises Refusal; of what is too large a part is read, or its client would not read why."""
+        limit_bytes = self._settings.max_body_bytes
+        most_bytes = DRAINED_BODIES * limit_bytes
+        too_large = Refusal(
+            413, f"the body is larger than {limit_bytes} bytes", code="request_too_large", headers=CLOSE
+        )
+        if announced is not None and announced.isdigit() and int(announced[:MAX_DIGITS]) > most_bytes:
+            raise too_large
+        chunks: list[bytes] = []
+        seen_bytes, more = 0, True
+        try:
+            async with deadline:
+                deadline.reschedule(asyncio.get_running_loop().time() + self._settings.body_timeout_s)
+                while more and seen_bytes <= most_bytes:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientLeft
+                    chunk = message.get("body", b"")
+                    more = message.get("more_body", False)
+                    seen_bytes += len(chunk)
+                    if seen_bytes <= limit_bytes:
+                        self._admission.take(place, len(chunk))
+                        chunks.append(chunk)
+        except TimeoutError as exc:
+            within = "while others needed its room" if place.ended else f"within {self._settings.body_timeout_s:g} s"
+            raise Refusal(408, f"the body did not arrive {within}", headers=CLOSE) from exc
+        if seen_bytes > limit_bytes:
+            raise too_large
+        return b"".join(chunks)
+
+    async def _while_client_stays(self, scope: Message, body: bytes, receive: Receive, answer: "_Answer") -> None:
+        """Runs the route; a client that goes away ends it, and with it what its router writes."""
+        handed_over = False
+
+        async def replay() -> Message:
+            nonlocal handed_over
+            if not handed_over:
+                handed_over = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await asyncio.Event().wait()  # until the route ends: that the client leaves is seen below
+            raise AssertionError("nobody sets it")
+
+        route = asyncio.ensure_future(self._app(scope, replay, answer))
+        gone = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({route, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not route.done() and not answer.complete:
+                raise _ClientLeft
+            await route
+        finally:
+            gone.cancel()
+            route.cancel()
+            await asyncio.gather(route, gone, return_exceptions=True)
+
+
+class _Answer:
+    """Sends on, and remembers what was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self.status = 0
+        self.complete = False
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
+        await self._send(message)
+
+
+class _ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def route_of(path: str) -> str:
+    """The label of a path: one of a fixed set, whatever clients ask for."""
+    if path in ROUTES:
+        return path
+    return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"

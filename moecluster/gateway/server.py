@@ -1,0 +1,158 @@
+"""The front as a server: its socket, its start, its graceful end."""
+
+import ipaddress
+import resource
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import uvicorn
+
+from moecluster.config.sections import SecurityConfig, ServeConfig
+from moecluster.errors import ConfigError, ResourceError
+from moecluster.gateway.api_keys import ApiKeys, read_api_keys
+from moecluster.gateway.app import Front, build_app
+from moecluster.gateway.connections import ConnectionLimits, guarded_protocol
+from moecluster.gateway.metrics import FrontMetrics
+from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.served_model import ServedModel
+
+BACKLOG = 2048
+OWN_FILES = 256
+KEEP_ALIVE_S = 75  # longer than common proxies keep a connection: who closes first may cut off a request
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model to serve: what it is called, and where its cluster's routers were last seen."""
+
+    name: str
+    seeds: Whereabouts
+    cluster: str = ""  # the name of the cluster, for the metrics
+    alias: str = ""  # a second name, where it is the only model
+    rediscover: Callable[[], Whereabouts] | None = None  # see RouterDirectory
+
+
+class FrontServer:
+    """Listens from the start; `run` serves until a signal or `stop`."""
+
+    def __init__(self, settings: ServeConfig, keys: ApiKeys) -> None:
+        """Raises ResourceError if the port is in use."""
+        self.keys = keys
+        self.metrics = FrontMetrics()
+        self.front = Front(settings, keys, self.metrics)
+        self._sources: Sequence[ModelSource] = ()
+        self._socket = _listen(settings.host, settings.port)
+        host, port = self._socket.getsockname()[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        config = uvicorn.Config(
+            build_app(self.front, self._make_models),
+            loop="uvloop",
+            http=guarded_protocol(_limits(settings)),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(settings.grace_s),
+        )
+        self._server = uvicorn.Server(config)
+
+    @property
+    def started(self) -> bool:
+        """Whether requests are answered."""
+        return self._server.started
+
+    @property
+    def ending(self) -> bool:
+        """Whether a signal or `stop` ends it."""
+        return self._server.should_exit
+
+    def run(self, sources: Sequence[ModelSource]) -> None:
+        """Serves until SIGINT or SIGTERM; begun answers have their time to end. The signal is raised again then.
+
+        Raises ConfigError, as check_names.
+        """
+        check_names([source.name for source in sources])
+        self._sources = sources
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Ends `run`, which runs in another thread, as a signal does."""
+        self._server.should_exit = True
+
+    async def _make_models(self, stack: AsyncExitStack) -> Sequence[ServedModel]:
+        models = []
+        for source in self._sources:
+            model = ServedModel(
+                source.name,
+                source.seeds,
+                self.front.settings,
+                self.metrics,
+                cluster=source.cluster,
+                alias=source.alias,
+                rediscover=source.rediscover,
+            )
+            stack.push_async_callback(model.directory.close)
+            await model.directory.start()
+            models.append(model)
+        return models
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError where there is no model, or a name is given twice."""
+    if not names:
+        raise ConfigError("models: there is none to serve; give one or more, each as NAME=CLUSTER")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"models: {', '.join(names)}: a name is given twice, and each must be its own")
+
+
+def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
+    """The keys that the settings name. Raises ConfigError where everybody on the network would be let in."""
+    keys = read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
+    if not (keys or security.allow_without_keys or _is_loopback(settings.host)):
+        raise ConfigError(
+            f"serve.host: {settings.host} is reached from other machines, and there are no API keys: give "
+            "security.api_keys_file, or set security.allow_without_keys = true if all who reach it may use it"
+        )
+    return keys
+
+
+def _limits(settings: ServeConfig) -> ConnectionLimits:
+    """No more connections than the process may open, less what it needs for itself."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = settings.max_connections if files == resource.RLIM_INFINITY else max(files - OWN_FILES, files // 2)
+    return ConnectionLimits(
+        max_connections=min(settings.max_connections, room),
+        idle_s=KEEP_ALIVE_S,
+        head_timeout_s=settings.head_timeout_s,
+        send_timeout_s=settings.send_timeout_s,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(BACKLOG)
+    except OSError as exc:
+        listening.close()
+        raise ResourceError(
+            f"cannot listen on {host}:{port} ({exc.strerror or exc}); choose another serve.host, or a free serve.port"
+        ) from exc
+    listening.set_inheritable(False)
+    return listening

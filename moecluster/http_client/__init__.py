@@ -1,0 +1,1 @@
+"""Programs that send HTTP requests: offline batches and load tests."""

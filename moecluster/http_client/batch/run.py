@@ -1,0 +1,66 @@
+"""A batch from its first pending line to its last: so many at once, each noted in the journal as it ends."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from moecluster.http_client.batch.journal import Journal, Output
+from moecluster.http_client.batch.lines import BatchInput
+from moecluster.http_client.batch.send import OnRefused, Retries, send_line
+
+
+async def run_batch(
+    batch: BatchInput,
+    journal: Journal,
+    front: httpx.AsyncClient,
+    *,
+    concurrency: int,
+    retries: Retries,
+    on_done: Callable[[Output], None],
+    on_refused: OnRefused = lambda why: None,
+) -> None:
+    """Sends every pending line. on_done gets each when it is in the journal; on_refused: see send_line.
+
+    Raises Unavailable, ConfigError or ResourceError where going on makes no sense; what had ended is kept.
+    """
+    pending = journal.pending()
+    notes = _Notes(journal, on_done)
+
+    async def work() -> None:
+        for index in pending:  # shared by all workers
+            await notes.add(index, await send_line(front, batch.line(index), retries, on_refused))
+
+    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(batch)))]
+    try:
+        await asyncio.gather(*workers)  # raises the first error
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        await notes.write()
+
+
+class _Notes:
+    """Writes to the journal, all that ended during one write with the next."""
+
+    def __init__(self, journal: Journal, on_done: Callable[[Output], None]) -> None:
+        self._journal = journal
+        self._on_done = on_done
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._writing = asyncio.Lock()
+
+    async def add(self, index: int, output: dict[str, Any]) -> None:
+        """Returns when it is on the disk."""
+        self._waiting.append((index, output))
+        await self.write()
+
+    async def write(self) -> None:
+        async with self._writing:
+            if self._waiting:
+                ended, self._waiting = self._waiting, []
+                # Shielded: a worker that is cancelled meanwhile does not break off the write, which others wait for.
+                await asyncio.shield(asyncio.to_thread(self._journal.append, ended))
+                for _, output in ended:
+                    self._on_done(output)

@@ -1,0 +1,1 @@
+"""Safetensors files on disk or from another host: read, checked, and quantized formats undone."""

@@ -1,0 +1,63 @@
+"""How far a checkpoint of training is: a small file of it, read without torch."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecluster.errors import CheckpointError
+from moecluster.models.checkpoint.checksums import json_crc
+
+FOLDER = "training"  # of a checkpoint: what only training needs
+STATE_FILE = "state.json"
+CHECKSUM = "crc32"  # of all else in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """What training needs besides tensors. Random numbers are a function of the step and the seed in the settings."""
+
+    step: int  # committed
+    data_position: int  # sequences drawn so far
+    term: int  # of the coordinator that wrote it
+    settings: Mapping[str, Any]  # "section.key" -> value: those that a run cannot change half-way
+
+
+def write_training_state(checkpoint: str | Path, state: TrainingState) -> None:
+    """Makes the directory complete: to be written last."""
+    path = Path(checkpoint) / FOLDER / STATE_FILE
+    path.parent.mkdir(exist_ok=True)
+    content = dataclasses.asdict(state)
+    content[CHECKSUM] = json_crc(content)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_training_state(checkpoint: str | Path) -> TrainingState | None:
+    """None if the directory was not written by training. Raises CheckpointError if torn."""
+    path = Path(checkpoint) / FOLDER / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        written = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
+        if written is not None and written != json_crc(content):
+            raise CheckpointError(f"{path} is damaged: it is not what was written; copy it again")
+        state = TrainingState(**content)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as exc:
+        raise CheckpointError(f"{path} cannot be read as a training state: {exc}") from exc
+    counts = (state.step, state.data_position, state.term)
+    if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(state.settings, dict):
+        raise CheckpointError(
+            f"{path} cannot be read as a training state: step, data_position and term must be counts, settings a table"
+        )
+    return state
+
+
+def read_step(checkpoint: str | Path) -> int | None:
+    """The step whose state the checkpoint holds; None if training did not write it."""
+    state = read_training_state(checkpoint)
+    return None if state is None else state.step

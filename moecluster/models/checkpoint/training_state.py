@@ -1,0 +1,56 @@
+"""A checkpoint of training: an ordinary model directory, and in `training/` what only training needs.
+
+    config.json, tokenizer files, model.safetensors.index.json
+    model-trunk.safetensors             all weights but the experts'
+    model-layer-NNN-experts.safetensors the weights of a layer's experts
+    model-carried.safetensors           what the model was given with and nothing here trains, if there is any
+    training/state.json                 TrainingState; a directory with it is complete
+    training/optimizer-trunk.safetensors            keys STATE/PARAMETER
+    training/optimizer-layer-NNN.safetensors        keys INDEX/STATE/PARAMETER
+
+What gates keep (a bias) are buffers of the trunk and stand with its weights.
+"""
+
+from pathlib import Path
+
+import torch
+
+from moecluster.models.checkpoint.files import FolderFiles
+from moecluster.models.checkpoint.headers import read_header
+from moecluster.models.checkpoint.reader import Checkpoint
+from moecluster.models.checkpoint.training_progress import FOLDER
+from moecluster.types import ExpertId
+
+CARRIED_NAME = "model-carried.safetensors"
+TRUNK_WEIGHTS_NAME = "model-trunk.safetensors"
+
+
+def expert_weights_name(layer: int) -> str:
+    return f"model-layer-{layer:03d}-experts.safetensors"
+
+
+def expert_optimizer_file(checkpoint: str | Path, layer: int) -> Path:
+    return Path(checkpoint) / FOLDER / f"optimizer-layer-{layer:03d}.safetensors"
+
+
+def trunk_optimizer_file(checkpoint: str | Path) -> Path:
+    return Path(checkpoint) / FOLDER / "optimizer-trunk.safetensors"
+
+
+def read_optimizer_state(checkpoint: str | Path, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+    """An expert's optimizer state by name; None if the checkpoint has none. Raises CheckpointError if torn."""
+    return _read_tensors(expert_optimizer_file(checkpoint, expert.layer), f"{expert.index}/")
+
+
+def read_trunk_optimizer_state(checkpoint: str | Path) -> dict[str, torch.Tensor] | None:
+    """The trunk's optimizer state by name; None if the checkpoint has none. Raises CheckpointError if torn."""
+    return _read_tensors(trunk_optimizer_file(checkpoint), "")
+
+
+def _read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor] | None:
+    """Tensors that own their memory, by their names without the prefix."""
+    if not path.is_file():
+        return None
+    files = FolderFiles(path.parent)
+    stored = Checkpoint(files=files, tensors=read_header(files, path.name, path.stat().st_size))
+    return {key.removeprefix(prefix): stored.read_stored(key) for key in stored.tensors if key.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""Experts out of checkpoints, one at a time, for each family."""

@@ -1,0 +1,1 @@
+"""Our own small family of models."""

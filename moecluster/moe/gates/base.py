@@ -1,0 +1,193 @@
+"""What all gates share: noise that can be drawn again, capacity, and losses that any gate may take.
+
+A gate of a family subclasses `Gate` and says in `choose` which experts a token visits and with what weight.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from moecluster.config.fields import Section, setting
+from moecluster.errors import ConfigError
+from moecluster.moe.gates.capacity import drop_beyond_capacity, expert_capacity
+from moecluster.moe.gates.losses import entropy, z_loss
+from moecluster.types import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions(Section):
+    """Options of every gate, with no effect unless set."""
+
+    section: ClassVar[str] = "model.gate_options"
+
+    jitter: float = setting(0.0, "while training, the gate's input is times U(1 - jitter, 1 + jitter)", minimum=0)
+    capacity_factor: float = setting(0.0, "while training, room of an expert; 0: nothing is dropped", minimum=0)
+    eval_capacity_factor: float = setting(0.0, "the same outside training", minimum=0)
+    drop_policy: str = setting("position", "who goes first when room is short", choices=("position", "probability"))
+    router_z_loss_coef: float = setting(0.0, "weight of the z-loss", minimum=0)
+    router_entropy_coef: float = setting(0.0, "weight of the entropy of the routing probabilities", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The rows that a gate routes, and what else it may look at. Padding is not among them."""
+
+    x_TD: torch.Tensor  # float32
+    sequence_ids_T: torch.Tensor  # int64, which sequence of the batch a token is of
+    input_ids_T: torch.Tensor | None  # int64 token ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a gate's family decides, before capacity and the common losses."""
+
+    ids_TK: torch.Tensor  # int64 in [0, E]; E: skip
+    weights_TK: torch.Tensor  # float32
+    logits_TE: torch.Tensor  # float32
+    probs_TE: torch.Tensor  # float32, sum to 1 over E
+    aux_losses: dict[str, torch.Tensor] = field(default_factory=dict)  # with their coefficients
+    pool: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Gate(nn.Module):
+    """Routes tokens to experts. Computes in float32 whatever the model's dtype.
+
+    weight: float32 [E, D].
+    """
+
+    options_type: ClassVar[type[GateOptions]] = GateOptions
+    zero_init: ClassVar[bool] = False  # whether the system starts from zero weights
+
+    def __init__(self, *, hidden_size: int, num_experts: int, top_k: int, options: GateOptions) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"model.top_k: got {top_k}, expected at least 1 and at most num_experts = {num_experts}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.options = options
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        self._noise_seed: int | None = None
+        self._micro_batch = 0
+
+    def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int, layer: int) -> None:
+        """Make all noise a function of these numbers, so that a step that is run again draws the same.
+
+        Without it, noise comes from torch's global generator.
+        """
+        self._noise_seed = int(np.random.SeedSequence((seed, step, micro_batch, layer)).generate_state(1)[0])
+        self._micro_batch = micro_batch
+
+    def after_step(self, loads_E: torch.Tensor) -> None:
+        """Adapt to the assignments [E] of a whole committed step; for gates that balance without a loss."""
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        *,
+        input_ids_T: torch.Tensor | None = None,
+        sequence_ids_T: torch.Tensor | None = None,
+        valid_T: torch.Tensor | None = None,
+    ) -> Routing:
+        """Route T tokens.
+
+        x_TD: any floating dtype. input_ids_T: token ids, for gates that look at them. sequence_ids_T: which sequence
+        a token is of; None: all of one. valid_T: bool; tokens where it is False (padding) visit no expert, take no
+        room and count in no loss.
+        """
+        if sequence_ids_T is None:
+            sequence_ids_T = torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
+        if valid_T is None or bool(valid_T.all()):
+            return self._route(Tokens(x_TD=x_TD.float(), sequence_ids_T=sequence_ids_T, input_ids_T=input_ids_T))
+        routing = self._route(
+            Tokens(
+                x_TD=x_TD[valid_T].float(),
+                sequence_ids_T=sequence_ids_T[valid_T],
+                input_ids_T=None if input_ids_T is None else input_ids_T[valid_T],
+            )
+        )
+        shape = (x_TD.shape[0], routing.ids_TK.shape[1])
+        ids_TK = torch.full(shape, self.num_experts, dtype=torch.int64, device=x_TD.device)
+        ids_TK[valid_T] = routing.ids_TK
+        weights_TK = routing.weights_TK.new_zeros(shape).masked_scatter(valid_T[:, None], routing.weights_TK)
+        return Routing(
+            ids_TK=ids_TK,
+            weights_TK=weights_TK,
+            aux_losses=routing.aux_losses,
+            stats=routing.stats,
+            pool=routing.pool,
+        )
+
+    def choose(self, tokens: Tokens) -> Choice:
+        """The family's decision. `tokens.x_TD` has its jitter already; T is at least 1."""
+        raise NotImplementedError
+
+    def pooled_losses(self, pools: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Losses over all layers together, from each layer's `Routing.pool`, with their coefficients."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, {self.options}"
+
+    def logits(self, tokens: Tokens) -> torch.Tensor:
+        """float32 [T, E]: x Wᵀ."""
+        return nn.functional.linear(tokens.x_TD, self.weight.float())
+
+    def uniform(self, shape: torch.Size, stream: int) -> torch.Tensor:
+        """float32 in [0, 1); drawn on the CPU, so that it is the same on every device."""
+        return torch.rand(shape, generator=self._generator(stream)).to(self.weight.device)
+
+    def normal(self, shape: torch.Size, stream: int) -> torch.Tensor:
+        """float32 from N(0, 1); drawn on the CPU, so that it is the same on every device."""
+        return torch.randn(shape, generator=self._generator(stream)).to(self.weight.device)
+
+    def _generator(self, stream: int) -> torch.Generator | None:
+        """Uses of noise within one forward call name different streams, so that none repeats another."""
+        if self._noise_seed is None:
+            return None
+        return torch.Generator().manual_seed((self._noise_seed << 8) + stream)
+
+    def _route(self, tokens: Tokens) -> Routing:
+        num_tokens = tokens.x_TD.shape[0]
+        if num_tokens == 0:
+            ids_TK = torch.empty((0, self.top_k), dtype=torch.int64, device=tokens.x_TD.device)
+            return Routing(ids_TK=ids_TK, weights_TK=tokens.x_TD.new_empty((0, self.top_k)))
+        choice = self.choose(self._jittered(tokens))
+        ids_TK = self._within_capacity(choice)
+        dropped = ids_TK >= self.num_experts
+        return Routing(
+            ids_TK=ids_TK,
+            weights_TK=choice.weights_TK.masked_fill(dropped, 0.0),
+            aux_losses={**choice.aux_losses, **self._common_losses(choice)},
+            stats={"router_entropy": entropy(choice.probs_TE.detach()), "dropped_assignments": dropped.sum()},
+            pool=choice.pool,
+        )
+
+    def _jittered(self, tokens: Tokens) -> Tokens:
+        jitter = self.options.jitter
+        if not self.training or jitter == 0:
+            return tokens
+        factor_TD = 1 - jitter + 2 * jitter * self.uniform(tokens.x_TD.shape, stream=0)
+        return Tokens(
+            x_TD=tokens.x_TD * factor_TD, sequence_ids_T=tokens.sequence_ids_T, input_ids_T=tokens.input_ids_T
+        )
+
+    def _within_capacity(self, choice: Choice) -> torch.Tensor:
+        factor = self.options.capacity_factor if self.training else self.options.eval_capacity_factor
+        if factor == 0:
+            return choice.ids_TK
+        num_tokens, top_k = choice.ids_TK.shape
+        capacity = expert_capacity(num_tokens, top_k=top_k, num_experts=self.num_experts, capacity_factor=factor)
+        priority_T = choice.probs_TE.amax(dim=-1) if self.options.drop_policy == "probability" else None
+        return drop_beyond_capacity(choice.ids_TK, capacity, self.num_experts, priority_T=priority_T)
+
+    def _common_losses(self, choice: Choice) -> dict[str, torch.Tensor]:
+        losses = {}
+        if self.options.router_z_loss_coef > 0:
+            losses["router_z"] = self.options.router_z_loss_coef * z_loss(choice.logits_TE)
+        if self.options.router_entropy_coef > 0:
+            losses["router_entropy"] = self.options.router_entropy_coef * entropy(choice.probs_TE)
+        return losses

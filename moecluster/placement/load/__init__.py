@@ -1,0 +1,1 @@
+"""Loads over time: windows, forecasts, and how fast actors are."""

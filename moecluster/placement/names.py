@@ -1,0 +1,111 @@
+"""The planner's numbers and the cluster's names: layouts out of replicas and back, and how even a placement is.
+
+A layer's balancedness is the load per unit of speed that its actors carry on average, over that of the worst actor;
+with equal speeds, mean load / max load. It lies in [0, 1], and 1 is perfect. An actor counts if it has slots, or if it
+carries load of the layer though it has none any more (it is being drained). A layer that carries no load has none.
+This is its one definition, wherever it is shown or planned by.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, carried_LA, make_layout
+from moecluster.types import ExpertId, Placement, Replica
+
+
+def balancedness_of_loads_L(load_LA: Floats, speed_A: Floats, has_room_A: Bools) -> Floats:
+    """Balancedness [L] of what each actor carries; NaN for layers without load. Loads and speeds are not negative.
+
+    An actor of speed 0 that carries load never ends with it: 0.
+    """
+    counts_LA = has_room_A | (load_LA > 0)
+    total_L = load_LA.sum(axis=1)
+    speed_L = (counts_LA * speed_A).sum(axis=1)
+    stuck_L = ((load_LA > 0) & (speed_A <= 0)).any(axis=1)
+    worst_L = np.divide(load_LA, speed_A, out=np.zeros_like(load_LA), where=speed_A > 0).max(axis=1, initial=0.0)
+    even_L = np.divide(total_L, speed_L, out=np.zeros_like(total_L), where=speed_L > 0)
+    of_L = np.divide(even_L, worst_L, out=np.full_like(total_L, np.nan), where=worst_L > 0)
+    of_L[stuck_L] = 0.0
+    balancedness: Floats = np.minimum(of_L, 1.0)  # rounding may lead beyond; NaN stays
+    return balancedness
+
+
+def balancedness_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
+    """Balancedness [L] of a layout under a load, of the experts that stand somewhere; NaN for layers without load."""
+    return balancedness_of_loads_L(
+        carried_LA(layout, load_LE, fleet.num_actors), fleet.speed_A.astype(np.float64), fleet.slots_A > 0
+    )
+
+
+def mean_balancedness(layout: Layout, load_LE: Floats, fleet: Fleet) -> float | None:
+    """Mean over the layers that carry load; None if none does: there is nothing to judge."""
+    of_L = balancedness_L(layout, load_LE, fleet)
+    judged = of_L[~np.isnan(of_L)]
+    return float(judged.mean()) if len(judged) else None
+
+
+def layer_balancedness(placement: Placement, tokens: Mapping[ExpertId, int]) -> dict[int, float]:
+    """Layer -> balancedness over all actors, at equal speeds. Layers that got no token are left out.
+
+    tokens: assignments per expert.
+    """
+    actors = {actor: position for position, actor in enumerate(placement.actors)}
+    layers = {layer: position for position, layer in enumerate(sorted({r.expert.layer for r in placement.replicas}))}
+    load_LA = np.zeros((len(layers), len(actors)))
+    for replica in placement.replicas:
+        load_LA[layers[replica.expert.layer], actors[replica.actor]] += tokens.get(replica.expert, 0) * replica.share
+    of_L = balancedness_of_loads_L(load_LA, np.ones(len(actors)), np.ones(len(actors), dtype=np.bool_))
+    return {layer: float(of_L[position]) for layer, position in layers.items() if not np.isnan(of_L[position])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Which layer and which actor a position stands for."""
+
+    layer_experts: Mapping[int, int]  # MoE layer -> its number of experts
+    actors: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.layer_experts))
+
+    @property
+    def num_experts_L(self) -> Ints:
+        return np.array([self.layer_experts[layer] for layer in self.layers], dtype=np.int64)
+
+
+def to_layout(replicas: Iterable[Replica], names: Names) -> Layout:
+    """The replicas that stand on the named actors, each expert's shares scaled to sum to 1."""
+    layer_at = {layer: i for i, layer in enumerate(names.layers)}
+    actor_at = {actor: i for i, actor in enumerate(names.actors)}
+    here = [r for r in replicas if r.actor in actor_at]
+    layout = make_layout(
+        names.num_experts_L,
+        np.array([layer_at[r.expert.layer] for r in here], dtype=np.int64),
+        np.array([r.expert.index for r in here], dtype=np.int64),
+        np.array([actor_at[r.actor] for r in here], dtype=np.int64),
+        np.array([r.share for r in here], dtype=np.float64),
+    )
+    return replace(layout, share_R=scaled_shares(layout))
+
+
+def to_replicas(layout: Layout, names: Names) -> dict[int, tuple[Replica, ...]]:
+    """Layer -> its replicas; every layer has an entry."""
+    found: dict[int, list[Replica]] = {layer: [] for layer in names.layers}
+    for layer_at, index, actor_at, share in zip(
+        layout.layer_R.tolist(), layout.expert_R.tolist(), layout.actor_R.tolist(), layout.share_R.tolist(), strict=True
+    ):
+        layer = names.layers[layer_at]
+        expert = ExpertId(layer=layer, index=index)
+        found[layer].append(Replica(expert=expert, actor=names.actors[actor_at], share=share))
+    return {layer: tuple(replicas) for layer, replicas in found.items()}
+
+
+def scaled_shares(layout: Layout) -> Floats:
+    """Shares that sum to 1 for each expert: as they relate to each other, or equal where all are 0. [R]"""
+    keys = layout.num_layers * layout.max_experts
+    sum_R = np.bincount(layout.expert_key_R, weights=layout.share_R, minlength=keys)[layout.expert_key_R]
+    count_R = np.bincount(layout.expert_key_R, minlength=keys)[layout.expert_key_R]
+    return np.where(sum_R > 0, layout.share_R / np.where(sum_R > 0, sum_R, 1.0), 1.0 / count_R)

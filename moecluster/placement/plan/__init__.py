@@ -1,0 +1,1 @@
+"""Plans: from loads to replicas, shares and moves."""

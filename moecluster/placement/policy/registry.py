@@ -1,0 +1,28 @@
+"""The policies by name: what decides which replicas stand where, and their shares.
+
+share   restores what is lost, empties drained actors, solves the shares anew, and moves what is worth its bytes
+eplb    the published plan of DeepSeek's EPLB, anew at every decision: the baseline
+static  restores and drains, and changes nothing else
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from moecluster.config.fields import suggest
+from moecluster.errors import ConfigError
+from moecluster.placement.policy.eplb import EplbPolicy
+from moecluster.placement.policy.interface import Policy
+from moecluster.placement.policy.share import SharePolicy
+from moecluster.placement.policy.static import StaticPolicy
+
+POLICIES: Mapping[str, Callable[[], Policy[Any]]] = MappingProxyType(
+    {"share": SharePolicy, "eplb": EplbPolicy, "static": StaticPolicy}
+)
+
+
+def policy_named(name: str) -> Policy[Any]:
+    """The policy of that name with its default settings. Raises ConfigError for a name that there is not."""
+    if name not in POLICIES:
+        raise ConfigError(f'controller.policy: got "{name}", no such policy; {suggest(name, POLICIES)}')
+    return POLICIES[name]()

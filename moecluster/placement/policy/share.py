@@ -1,0 +1,85 @@
+"""The default policy: shares follow the load at no price; replicas follow where that pays for their bytes."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moecluster.placement.layout import Floats, Layout, moved_bytes, with_shares
+from moecluster.placement.load.forecast import Trend, forecast
+from moecluster.placement.names import balancedness_L
+from moecluster.placement.plan.incremental import MoveSettings, with_moves
+from moecluster.placement.plan.restore import restored
+from moecluster.placement.plan.shares import least_max_shares
+from moecluster.placement.plan.spares import with_spares_moved
+from moecluster.placement.policy.interface import Decision, Observation, check_observation, decision_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareSettings:
+    """How eagerly the policy acts."""
+
+    min_share_gain: float = 0.0005  # of mean balancedness, for which shares alone are changed
+    spare_moves_a_layer: int = 2  # most spare replicas of a layer that one decision places or moves
+    moves: MoveSettings = field(default_factory=MoveSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareState:
+    """What earlier decisions left."""
+
+    trend: Trend | None = None  # how the load went so far; None before the first decision
+    debt_bytes: float = 0.0  # loaded beyond the budgets so far; later decisions load the less
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharePolicy:
+    """Policy `share`, in this order: lost experts and drained actors; shares; moves that pay; spare replicas.
+
+    It plans for the load that is expected at the next decision. Under a load that does not change it comes to rest: a
+    plan that would gain too little is the standing layout itself. Where more pays than the budget allows, as when the
+    topic changes at once, budget of later decisions is borrowed: n in a row load no more than n budgets and the burst.
+    Replicas of lost experts, and of experts on drained actors, do not count against the budget.
+    Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0.
+    """
+
+    name: str = "share"
+    settings: ShareSettings = field(default_factory=ShareSettings)
+
+    def first_state(self) -> ShareState:
+        return ShareState()
+
+    def decide(self, seen: Observation, state: ShareState) -> tuple[Decision, ShareState]:
+        check_observation(seen)
+        load_LE, trend = forecast(seen.load_LE, state.trend)
+        standing = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
+        shared = least_max_shares(standing, load_LE, seen.fleet, even=True)
+        reshared = with_shares(standing, shared.share_R)
+        after = self._with_optional_moves(reshared, seen, load_LE, state.debt_bytes)
+        spent_bytes = moved_bytes(reshared, after, seen.fleet)
+        debt_bytes = max(state.debt_bytes + spent_bytes - seen.budget_bytes, 0.0)
+        reason = _reason(seen.layout, standing, reshared, after)
+        if after is reshared:  # the same replicas: are the new shares worth an order?
+            gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(standing, load_LE, seen.fleet)
+            if np.nansum(gain) < self.settings.min_share_gain * max(len(gain), 1):
+                after = standing
+                reason = "as even as it gets" if standing is seen.layout else reason
+        return decision_of(seen, after, reason), ShareState(trend=trend, debt_bytes=debt_bytes)
+
+    def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: Floats, debt_bytes: float) -> Layout:
+        if seen.budget_bytes <= 0 or not layout.num_replicas:
+            return layout
+        fleet, settings = seen.fleet, self.settings
+        most_bytes = max(seen.budget_bytes * (1 + seen.burst) - debt_bytes, 0.0)
+        moved = with_moves(layout, load_LE, fleet, most_bytes, settings.moves, seen.coactivation_LEE)
+        left_bytes = seen.budget_bytes - debt_bytes - moved_bytes(layout, moved, fleet)  # spares never borrow
+        return with_spares_moved(moved, load_LE, fleet, left_bytes, settings.spare_moves_a_layer)
+
+
+def _reason(seen: Layout, standing: Layout, reshared: Layout, after: Layout) -> str:
+    """One line on what was done, in the order of urgency."""
+    parts = []
+    if standing is not seen:
+        parts.append("experts restored, or moved off drained actors")
+    if after is not reshared:
+        parts.append("replicas added or moved where shares alone do not suffice")
+    return "; ".join([*parts, "shares follow the load"])

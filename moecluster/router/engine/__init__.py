@@ -1,0 +1,1 @@
+"""Generates text for many requests at once over one trunk."""

@@ -1,0 +1,248 @@
+"""The router: a model's trunk whose experts are elsewhere, and the texts that are written on it."""
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.dispatch.trunk_backend import TrunkExperts, VersionExperts
+from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError
+from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.hf.interface import moe_layers
+from moecluster.metrics import Metrics
+from moecluster.models.checkpoint.reader import OpenCheckpoint, open_checkpoint
+from moecluster.models.given_directories import IsGiven, check_given
+from moecluster.models.tokenizer.load import load_tokenizer, prompt_ids
+from moecluster.models.trunk import load_trunk
+from moecluster.moe.experts.finiteness import is_finite
+from moecluster.router.model_versions import ModelVersions
+from moecluster.types import RouterState, RouterStatus
+
+logger = logging.getLogger(__name__)
+
+
+class TextEngine(Protocol):
+    """What writes the texts of one trunk. Thread-safe."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most that one text may have, prompt included."""
+
+    @property
+    def running(self) -> int:
+        """Texts that are being written."""
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait to be begun."""
+
+    def begin(
+        self, request: GenerationRequest, prompt_ids: list[int], *, on_over: Callable[[], object]
+    ) -> Iterator[GenerationPiece]:
+        """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
+
+        Raises InvalidMessage, naming the field, or Exhausted; then on_over is not called.
+        """
+
+    def cancel(self, name: str) -> bool:
+        """Ends a text; False if there is none of that name."""
+
+    def close(self) -> None:
+        """Ends all texts."""
+
+
+MakeEngine = Callable[[PreTrainedModel, PreTrainedTokenizerBase, TrunkExperts], TextEngine]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A trunk in memory, and what writes on it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    experts: TrunkExperts
+    engine: TextEngine
+
+
+class Router:
+    """Writes texts, and computes single MoE layers. Thread-safe."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        experts: RemoteExperts,
+        *,
+        make_engine: MakeEngine,
+        is_given: IsGiven,
+        name: str = "router",
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        metrics: Metrics | None = None,
+        on_change: Callable[[], None] = lambda: None,
+        controller: Callable[[], str] = lambda: "",
+        open_elsewhere: OpenCheckpoint | None = None,
+    ) -> None:
+        """Loads trunk and tokenizer of a model directory. Raises NotGiven, CheckpointError or UnsupportedModelError.
+
+        is_given: whether a trunk may be loaded out of a directory. on_change: state() says something else about
+        weights. controller: host:port where the controller is reached now, or nothing. open_elsewhere: opens
+        checkpoints that this node does not see.
+        """
+        self.name = name
+        self.experts = experts
+        self._make_engine = make_engine
+        self._is_given = is_given
+        self._metrics = metrics
+        self._controller = controller
+        self._dtype, self._device = dtype, device
+        self._open_elsewhere = open_elsewhere
+        self._lock = threading.Lock()
+        self._engines: list[TextEngine] = []  # of all trunks in memory
+        self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
+        if metrics is not None:
+            metrics.watch_texts(running=lambda: self._texts()[0], waiting=lambda: self._texts()[1])
+
+    def reload(self, path: str | Path) -> None:
+        """Takes trunk and tokenizer of another directory; texts that are being written go on with the old ones."""
+        self._models.reload(path)
+
+    def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
+        """The pieces of a text as they come. An iterator that is left early ends its text.
+
+        Raises InvalidMessage, naming the field, Exhausted when too many texts wait, or StaleOrder where the weight
+        version that a text was begun with is not here; while it runs, what reaching the experts raises.
+        """
+        use = None
+        try:
+            use = self._models.use(version=request.weight_version)
+            served = use.model
+            ids = prompt_ids(request, served.tokenizer, served.model.config.get_text_config().vocab_size)
+            return served.engine.begin(request, ids, on_over=use.release)
+        except BaseException as exc:
+            if use is not None:
+                use.release()
+            if self._metrics is not None and isinstance(exc, MoeClusterError):
+                self._metrics.count_request("refused")
+            raise
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a text. False if none of that name is written."""
+        return any(engine.cancel(request_id) for engine in self._all_engines())
+
+    def moe(
+        self, layer: int, x_TD: torch.Tensor, timeout_s: float = math.inf
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(y_TD, ids_TK, weights_TK) of one MoE layer for raw hidden states: its gate, and its routed experts' sum.
+
+        timeout_s: for the experts' answers, if it is shorter than the router's own. Raises InvalidMessage for a layer
+        without experts, or another width or dtype, and DeadlineExceeded.
+        """
+        with self._models.use() as use:
+            return self._moe(use.model, layer, x_TD, timeout_s)
+
+    def _moe(
+        self, served: ServedModel, layer: int, x_TD: torch.Tensor, timeout_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        record = next((found for found in moe_layers(served.model) if found.layer == layer), None)
+        if record is None:
+            raise InvalidMessage(f"layer: {layer} has no experts")
+        width = served.model.config.get_text_config().hidden_size
+        if x_TD.shape[1] != width:
+            raise InvalidMessage(f"x.shape: width {x_TD.shape[1]}, and the model's is {width}")
+        if x_TD.dtype != self._dtype:
+            raise InvalidMessage(f"x.dtype: {x_TD.dtype}, and the model's is {self._dtype}")
+        block = served.model.get_submodule(record.name.rpartition(".")[0])
+        with self.experts.within(timeout_s):
+            return served.experts.run(block, x_TD.to(self._device))
+
+    def status(self) -> RouterStatus:
+        """Never waits; the placement is (0, 0) before the first one."""
+        try:
+            placement = self.experts.pool.placement(0.0).number
+        except MoeClusterError:
+            placement = (0, 0)
+        path, served = self._models.current
+        running, waiting = self._texts()
+        return RouterStatus(
+            router=self.name,
+            model=str(path),
+            weight_version=self._models.in_use().newest,
+            placement=placement,
+            running=running,
+            waiting=waiting,
+            max_tokens=served.engine.max_tokens,
+            rss_bytes=psutil.Process().memory_info().rss,
+            controller=self._controller(),
+        )
+
+    def state(self) -> RouterState:
+        """What the controller is told. Never waits."""
+        weights, (running, waiting) = self._models.in_use(), self._texts()
+        return RouterState(
+            router=self.name,
+            running=running,
+            waiting=waiting,
+            weight_version=weights.newest,
+            oldest_weight_version=weights.oldest,
+            ready_weight_version=weights.ready,
+            failed_weight_version=weights.failed,
+            problem=weights.problem,
+        )
+
+    def close(self) -> None:
+        """Ends all texts, and the connections to the experts."""
+        for engine in self._all_engines():
+            engine.close()
+        self._models.close()
+        self.experts.close()
+
+    def _texts(self) -> tuple[int, int]:
+        """(how many are being written, how many wait), on all trunks together."""
+        engines = self._all_engines()
+        return sum(engine.running for engine in engines), sum(engine.waiting for engine in engines)
+
+    def _all_engines(self) -> list[TextEngine]:
+        with self._lock:
+            return list(self._engines)
+
+    def _load(self, path: Path, version: VersionExperts) -> ServedModel:
+        check_given(str(path), self._is_given)
+        experts = TrunkExperts(version)
+        checkpoint = open_checkpoint(path, self._open_elsewhere)
+        model = load_trunk(checkpoint, experts, self._dtype, self._device)
+        model.train(False)
+        self._check_finite(model, path, refuse=bool(version.version))
+        experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
+        tokenizer = load_tokenizer(checkpoint.files.metadata)
+        engine = self._make_engine(model, tokenizer, experts)
+        with self._lock:
+            self._engines.append(engine)
+        return ServedModel(model=model, tokenizer=tokenizer, experts=experts, engine=engine)
+
+    def _check_finite(self, model: PreTrainedModel, path: Path, *, refuse: bool) -> None:
+        """A trunk that is to replace another one is refused with NaN or infinity in it, with CheckpointError."""
+        name = next((name for name, value in model.named_parameters() if not _is_finite(value)), None)
+        if name is not None:
+            problem = f"{path}: the trunk's tensor {name} holds NaN or infinity"
+            if refuse:
+                raise CheckpointError(problem)
+            logger.error("%s: texts that need it fail", problem)
+
+    def _close(self, served: ServedModel) -> None:
+        with self._lock:
+            self._engines = [engine for engine in self._engines if engine is not served.engine]
+        served.engine.close()
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if value.is_meta or value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return True
+    return is_finite(value.detach()) or bool(torch.isfinite(value).all())

@@ -1,0 +1,1 @@
+"""The checkpoint service: files for hosts that do not see the directory."""

@@ -1,0 +1,199 @@
+"""The files of a checkpoint that another host has: the other end of checkpoint_server.py.
+
+What is trusted: that the server sends the bytes of the checkpoint; their checksums guard against accidents only. Names
+and sizes are checked before anything is written here: configuration and tokenizer, bounded, in a temporary folder that
+goes with the last use. Weights are never written, each range goes straight to where it stays.
+"""
+
+import random
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from moecluster.errors import CheckpointError, DeadlineExceeded, Exhausted, InvalidMessage, StaleOrder, Unavailable
+from moecluster.models.checkpoint.files import CONFIG_NAME, METADATA_NAME, WEIGHTS_NAME, Seen
+from moecluster.proto import checkpoint_pb2
+from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
+from moecluster.rpc.checkpoint.locked_folder import HeldFolder
+from moecluster.rpc.checkpoint.server import MAX_METADATA_BYTES
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.server import open_channel
+from moecluster.rpc.status_codes import from_rpc_error
+
+RANGE_BYTES = 64 * 2**20  # asked for in one call
+CONNECT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 60.0  # of one range
+ATTEMPTS = 3
+PAUSE_S = 0.5  # before another attempt
+BUSY_TIMEOUT_S = 120.0  # for a source at which many read
+MAX_FILES = 10_000
+MAX_ALL_METADATA_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceAddress:
+    """Where an announced checkpoint is read."""
+
+    address: str  # host:port of its CheckpointService
+    id: str
+
+
+ResultT = TypeVar("ResultT")
+_PASSING = (Unavailable, DeadlineExceeded, StaleOrder, InvalidMessage)  # worth another connection
+
+Locate = Callable[[], SourceAddress]  # raises a MoeClusterError if nobody has announced the checkpoint
+
+
+class RemoteFiles:
+    """CheckpointFiles of another host. Connects anew, a few times, when the connection breaks; calls end in time."""
+
+    def __init__(self, path: str | Path, locate: Locate, *, credentials: ClusterCredentials | None = None) -> None:
+        """path: what the user calls the directory. Fetches all files but the weights.
+
+        Raises CheckpointError if there is no model in it, Unavailable or DeadlineExceeded if it cannot be reached.
+        """
+        self.path = Path(path)
+        self._locate = locate
+        self._credentials = credentials
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._closed = threading.Event()
+        sizes = _checked_sizes(self._again(_Connection.files))
+        self._weights = {name: size for name, size in sizes.items() if WEIGHTS_NAME.fullmatch(name)}
+        if CONFIG_NAME not in sizes:
+            raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
+        self._folder = HeldFolder()
+        self.metadata = self._folder.path
+        for name, size in sizes.items():
+            if name not in self._weights:
+                content = bytearray(size)
+                self.read_into(name, 0, memoryview(content))
+                (self.metadata / name).write_bytes(content)
+
+    def weights(self) -> Mapping[str, int]:
+        return self._weights
+
+    def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
+        for at in range(0, len(out), RANGE_BYTES):
+            part = out[at : at + RANGE_BYTES]
+            self._again(partial(_Connection.read, name=name, begin=begin + at, out=part))
+            if seen is not None:  # not before: what a broken connection brought comes again
+                seen(part)
+
+    def close(self) -> None:
+        """Ends the connection and what is read, and removes the folder; whoever comes later gets Unavailable."""
+        self._closed.set()
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+        self._folder.remove()
+
+    def _again(self, call: Callable[["_Connection"], ResultT]) -> ResultT:
+        """The call's result, over a new connection where the last one failed; a source that is busy is waited for."""
+        broken: _Connection | None = None
+        attempts, busy_until_s = 0, time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            connection: _Connection | None = None
+            try:
+                connection = self._connected(broken)
+                return call(connection)
+            except Exhausted:
+                if self._closed.is_set() or time.monotonic() >= busy_until_s:
+                    raise
+                broken = None
+                self._closed.wait(PAUSE_S * random.uniform(0.5, 1.5))  # not all readers at once again
+            except _PASSING:
+                attempts += 1
+                if self._closed.is_set() or attempts == ATTEMPTS:
+                    raise
+                broken = connection
+                self._closed.wait(PAUSE_S * attempts)
+
+    def _connected(self, broken: "_Connection | None") -> "_Connection":
+        with self._lock:
+            if self._closed.is_set():
+                raise Unavailable(f"{self.path}: the connection was closed")
+            if self._connection is not None and self._connection is broken:
+                self._connection.close()
+                self._connection = None
+            if self._connection is None:
+                self._connection = _Connection(self._locate(), self._credentials)
+            return self._connection
+
+
+class _Connection:
+    """To one life of the source."""
+
+    def __init__(self, source: SourceAddress, credentials: ClusterCredentials | None) -> None:
+        self._source = source
+        self._channel = open_channel(source.address, credentials)
+        self._stub = CheckpointServiceStub(self._channel)
+        try:
+            grpc.channel_ready_future(self._channel).result(CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError as exc:
+            self._channel.close()
+            raise Unavailable(f"{source.address}: no connection within {CONNECT_TIMEOUT_S:g} s") from exc
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def files(self) -> checkpoint_pb2.CheckpointFilesReply:
+        request = checkpoint_pb2.CheckpointFilesRequest(id=self._source.id)
+        try:
+            return self._stub.Files(request, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self._source.address) from exc
+        except ValueError as exc:  # the channel was closed
+            raise Unavailable(f"{self._source.address}: {exc}") from exc
+
+    def read(self, name: str, begin: int, out: memoryview) -> None:
+        """Fills out with the file's bytes. Raises InvalidMessage for chunks that are not what was asked for."""
+        request = checkpoint_pb2.CheckpointReadRequest(id=self._source.id, name=name, begin=begin, num_bytes=len(out))
+        try:
+            call = self._stub.Read(request, timeout=CALL_TIMEOUT_S)
+        except ValueError as exc:  # the channel was closed
+            raise Unavailable(f"{self._source.address}: {exc}") from exc
+        try:
+            filled = _fill(out, begin, name, call)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self._source.address) from exc
+        finally:
+            call.cancel()
+        if filled != len(out):
+            raise InvalidMessage(f"content: {filled} bytes of {name}, {len(out)} were asked for")
+
+
+def _fill(out: memoryview, begin: int, name: str, chunks: Iterable[checkpoint_pb2.CheckpointChunk]) -> int:
+    """Puts chunks that come in order into out; returns how many bytes came."""
+    filled = 0
+    for chunk in chunks:
+        if chunk.begin != begin + filled:
+            raise InvalidMessage(f"begin: {chunk.begin} of {name}, not {begin + filled}")
+        if not chunk.content or len(chunk.content) > len(out) - filled:
+            raise InvalidMessage(f"content: {len(chunk.content)} bytes of {name}, {len(out) - filled} are left")
+        if zlib.crc32(chunk.content) != chunk.crc32:
+            raise InvalidMessage(f"crc32: the checksum of {name} at {chunk.begin} is wrong")
+        out[filled : filled + len(chunk.content)] = chunk.content
+        filled += len(chunk.content)
+    return filled
+
+
+def _checked_sizes(reply: checkpoint_pb2.CheckpointFilesReply) -> dict[str, int]:
+    """File name -> bytes. Raises InvalidMessage for names that are no bare ones, and for too much of them."""
+    if len(reply.files) > MAX_FILES:
+        raise InvalidMessage(f"files: {len(reply.files)}, at most {MAX_FILES}")
+    sizes = {file.name: file.size_bytes for file in reply.files}
+    for name in sizes:
+        if not (METADATA_NAME.fullmatch(name) or WEIGHTS_NAME.fullmatch(name)):
+            raise InvalidMessage(f"files: {name[:80]!r} is no name of a model's file")
+    metadata = [size for name, size in sizes.items() if not WEIGHTS_NAME.fullmatch(name)]
+    if max(metadata, default=0) > MAX_METADATA_BYTES or sum(metadata) > MAX_ALL_METADATA_BYTES:
+        raise InvalidMessage(f"files: {sum(metadata)} bytes beside the weights, at most {MAX_ALL_METADATA_BYTES}")
+    return sizes

@@ -1,0 +1,144 @@
+"""Checkpoint directories of this host for nodes that do not see them.
+
+What is trusted: whoever knows a directory's id, which nobody guesses, may read its files, and nothing else can be asked
+for. The files are those that were there when the directory was announced, by their bare names: weights, configuration,
+tokenizer. Links among them are followed, as a download cache has them: who announces a directory answers for it.
+"""
+
+import os
+import secrets
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, StaleOrder
+from moecluster.models.checkpoint.files import METADATA_NAME, LocalFiles
+from moecluster.proto import checkpoint_pb2, checkpoint_pb2_grpc
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.server import RunningServer, start_server
+from moecluster.rpc.status_codes import abort_with, answer
+
+CHUNK_BYTES = 2**20
+MAX_ANNOUNCED = 8  # directories; beyond it the oldest is forgotten
+MAX_METADATA_BYTES = 64 * 2**20  # of one file that is not weights; a larger one is left out
+MAX_READS = 64  # at once, of all clients
+ID_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announced:
+    """A directory whose files may be read."""
+
+    id: str
+    directory: Path
+    sizes: Mapping[str, int]  # file name -> bytes
+
+
+class Announcements:
+    """Which directories may be read, by the name that others know them by. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Announced] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, directory: str | Path) -> Announced:
+        """Lists the directory's files anew; name: what orders call it. Raises CheckpointError if it is no model's."""
+        files = LocalFiles(directory)
+        sizes = dict(files.weights())
+        for file in files.path.iterdir():
+            if METADATA_NAME.fullmatch(file.name) and file.is_file() and file.stat().st_size <= MAX_METADATA_BYTES:
+                sizes[file.name] = file.stat().st_size
+        announced = Announced(id=secrets.token_urlsafe(ID_BYTES), directory=files.path, sizes=sizes)
+        with self._lock:
+            self._by_name.pop(name, None)
+            self._by_name[name] = announced
+            while len(self._by_name) > MAX_ANNOUNCED:
+                del self._by_name[next(iter(self._by_name))]
+        return announced
+
+    def named(self, name: str) -> Announced | None:
+        """None if nobody announced it."""
+        with self._lock:
+            return self._by_name.get(name)
+
+    def with_id(self, id: str) -> Announced:
+        """Raises StaleOrder for an id that was never given, or no longer holds."""
+        with self._lock:
+            announced = list(self._by_name.values())
+        for found in announced:
+            if secrets.compare_digest(found.id.encode(), id.encode()):
+                return found
+        raise StaleOrder("id: no checkpoint of this id is announced")
+
+
+class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
+    """Checks what is asked for, and reads it."""
+
+    def __init__(self, announcements: Announcements) -> None:
+        self._announcements = announcements
+
+    def Files(
+        self, request: checkpoint_pb2.CheckpointFilesRequest, context: grpc.ServicerContext
+    ) -> checkpoint_pb2.CheckpointFilesReply:
+        def files() -> checkpoint_pb2.CheckpointFilesReply:
+            sizes = self._announcements.with_id(request.id).sizes
+            return checkpoint_pb2.CheckpointFilesReply(
+                files=[checkpoint_pb2.CheckpointFile(name=name, size_bytes=size) for name, size in sizes.items()]
+            )
+
+        return answer(context, files)
+
+    def Read(
+        self, request: checkpoint_pb2.CheckpointReadRequest, context: grpc.ServicerContext
+    ) -> Iterator[checkpoint_pb2.CheckpointChunk]:
+        try:
+            announced = self._announcements.with_id(request.id)
+            size = announced.sizes.get(request.name)
+            if size is None:
+                raise InvalidMessage("name: the checkpoint has no such file")
+            if request.begin + request.num_bytes > size:
+                raise InvalidMessage(
+                    f"num_bytes: {request.num_bytes} from {request.begin} on, and {request.name} has {size}"
+                )
+            yield from _chunks(announced.directory / request.name, size, request.begin, request.num_bytes)
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+
+def _chunks(file: Path, size: int, begin: int, num_bytes: int) -> Iterator[checkpoint_pb2.CheckpointChunk]:
+    try:
+        with file.open("rb", buffering=0) as handle:
+            if os.fstat(handle.fileno()).st_size != size:
+                raise CheckpointError(f"{file} has changed since it was announced")
+            end = begin + num_bytes
+            while begin < end:
+                content = os.pread(handle.fileno(), min(CHUNK_BYTES, end - begin), begin)
+                if not content:
+                    raise CheckpointError(f"{file} is torn: it ends {end - begin} bytes too soon")
+                yield checkpoint_pb2.CheckpointChunk(begin=begin, content=content, crc32=zlib.crc32(content))
+                begin += len(content)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def serve_checkpoints(
+    announcements: Announcements,
+    *,
+    credentials: ClusterCredentials | None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> RunningServer:
+    """Serves what is announced, now and later. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
+
+    def add_services(server: grpc.Server) -> list[str]:
+        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(CheckpointServicer(announcements), server)
+        return [checkpoint_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name]
+
+    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=MAX_READS)

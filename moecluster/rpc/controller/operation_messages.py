@@ -1,0 +1,103 @@
+"""Operations and plans to messages and back. What comes off the wire is checked here before it is used."""
+
+import math
+
+from moecluster.errors import InvalidMessage
+from moecluster.proto import controller_pb2
+from moecluster.rpc.controller.placement_messages import decode_replica, encode_replica
+from moecluster.rpc.fields import checked_amount, checked_count, checked_name
+from moecluster.types import Operation, OperationPhase, PlanPreview
+
+NOT_KNOWN = -1.0  # a balancedness on the wire
+NOT_ENDED = 0.0
+
+
+def encode_operation(operation: Operation) -> controller_pb2.Operation:
+    """The message of an operation."""
+    return controller_pb2.Operation(
+        id=operation.id,
+        kind=operation.kind,
+        phase=operation.phase.value,
+        reason=operation.reason,
+        detail=operation.detail,
+        arguments=operation.arguments,
+        created_s=operation.created_s,
+        ended_s=NOT_ENDED if operation.ended_s is None else operation.ended_s,
+        balancedness_before=_or_not_known(operation.balancedness_before),
+        balancedness_predicted=_or_not_known(operation.balancedness_predicted),
+        balancedness_measured=_or_not_known(operation.balancedness_measured),
+        moved_bytes=operation.moved_bytes,
+        added_replicas=operation.added_replicas,
+        removed_replicas=operation.removed_replicas,
+    )
+
+
+def decode_operation(message: controller_pb2.Operation) -> Operation:
+    """The operation of a message. Raises InvalidMessage, naming the field."""
+    phases = {phase.value: phase for phase in OperationPhase}
+    if message.phase not in phases:
+        raise InvalidMessage(f"phase: {message.phase[:40]!r}, expected one of {', '.join(phases)}")
+    return Operation(
+        id=checked_name(message.id, "id"),
+        kind=checked_name(message.kind, "kind"),
+        phase=phases[message.phase],
+        reason=message.reason,
+        detail=message.detail,
+        arguments=tuple(message.arguments),
+        created_s=checked_amount(message.created_s, "created_s"),
+        ended_s=None if message.ended_s == NOT_ENDED else checked_amount(message.ended_s, "ended_s"),
+        balancedness_before=_balancedness(message.balancedness_before, "balancedness_before"),
+        balancedness_predicted=_balancedness(message.balancedness_predicted, "balancedness_predicted"),
+        balancedness_measured=_balancedness(message.balancedness_measured, "balancedness_measured"),
+        moved_bytes=message.moved_bytes,
+        added_replicas=checked_count(message.added_replicas, "added_replicas"),
+        removed_replicas=checked_count(message.removed_replicas, "removed_replicas"),
+    )
+
+
+def encode_operations(operations: tuple[Operation, ...]) -> controller_pb2.OperationList:
+    """The message of several operations, in their order."""
+    return controller_pb2.OperationList(operations=[encode_operation(operation) for operation in operations])
+
+
+def decode_operations(message: controller_pb2.OperationList) -> tuple[Operation, ...]:
+    """The operations of a message, in their order. Raises InvalidMessage, naming the field."""
+    return tuple(decode_operation(operation) for operation in message.operations)
+
+
+def encode_plan(plan: PlanPreview) -> controller_pb2.PlanReply:
+    """The message of what a policy would do."""
+    return controller_pb2.PlanReply(
+        policy=plan.policy,
+        reason=plan.reason,
+        balancedness_before=_or_not_known(plan.balancedness_before),
+        balancedness_after=_or_not_known(plan.balancedness_after),
+        moved_bytes=plan.moved_bytes,
+        added=[encode_replica(replica) for replica in plan.added],
+        removed=[encode_replica(replica) for replica in plan.removed],
+        changed_shares=plan.changed_shares,
+    )
+
+
+def decode_plan(message: controller_pb2.PlanReply) -> PlanPreview:
+    """What a policy would do. Raises InvalidMessage, naming the field."""
+    return PlanPreview(
+        policy=checked_name(message.policy, "policy"),
+        reason=message.reason,
+        balancedness_before=_balancedness(message.balancedness_before, "balancedness_before"),
+        balancedness_after=_balancedness(message.balancedness_after, "balancedness_after"),
+        moved_bytes=checked_amount(message.moved_bytes, "moved_bytes"),
+        added=tuple(decode_replica(replica, "added") for replica in message.added),
+        removed=tuple(decode_replica(replica, "removed") for replica in message.removed),
+        changed_shares=checked_count(message.changed_shares, "changed_shares"),
+    )
+
+
+def _or_not_known(balancedness: float | None) -> float:
+    return NOT_KNOWN if balancedness is None else balancedness
+
+
+def _balancedness(value: float, field: str) -> float | None:
+    if not math.isfinite(value):
+        raise InvalidMessage(f"{field}: {value}, expected a finite number")
+    return None if value < 0 else value

@@ -1,0 +1,238 @@
+"""ControllerService at the server's edge: placements out; leases, reports and orders in."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import grpc
+
+from moecluster.errors import InvalidMessage, Unavailable
+from moecluster.proto import controller_pb2, controller_pb2_grpc
+from moecluster.rpc.controller.interface import ControllerHandler
+from moecluster.rpc.controller.latest_placement import NEVER
+from moecluster.rpc.controller.load_messages import decode_load, encode_cluster_loads
+from moecluster.rpc.controller.operation_messages import encode_operation, encode_operations, encode_plan
+from moecluster.rpc.controller.placement_messages import encode_placement
+from moecluster.rpc.controller.status_messages import decode_router_state, encode_status
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.fields import (
+    MAX_REASON_LENGTH,
+    checked_count,
+    checked_name,
+    checked_names,
+    checked_optional_name,
+    checked_path,
+    decode_expert,
+    decode_experts,
+)
+from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.status_codes import abort_with, answer
+from moecluster.types import RouterState
+
+WAIT_S = 1.0  # between looks at whether a subscriber is still there
+READY_WAIT_S = 5.0  # of an order for a controller that is starting
+
+AnswerT = TypeVar("AnswerT")
+
+
+class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
+    """Translates messages to calls of the handler, and its errors to status codes.
+
+    Before a controller publishes its first placement it does not know what its predecessor did: what asks for loads,
+    plans and operations waits for that a little, and is UNAVAILABLE then.
+    """
+
+    def __init__(self, handler: ControllerHandler) -> None:
+        self._handler = handler
+
+    def WatchPlacement(
+        self, request_iterator: Iterator[controller_pb2.WatchRequest], context: grpc.ServicerContext
+    ) -> Iterator[controller_pb2.Placement]:
+        subscription = _Subscription(self._handler, request_iterator)
+        threading.Thread(target=subscription.read, name="watch-placement", daemon=True).start()
+        sent = NEVER
+        while context.is_active() and not subscription.ended.is_set():
+            placement = self._handler.newer_than(sent, WAIT_S)
+            if placement is not None:
+                sent = placement.number
+                yield encode_placement(placement, self._handler.lease_s)
+        if subscription.error is not None:
+            abort_with(context, subscription.error)
+
+    def ReportFailure(
+        self, request: controller_pb2.FailureReport, context: grpc.ServicerContext
+    ) -> controller_pb2.FailureReply:
+        def report() -> controller_pb2.FailureReply:
+            checked_name(request.reporter, "reporter")
+            actor = checked_name(request.actor, "actor")
+            for expert in decode_experts(request.nonfinite, "nonfinite"):
+                self._handler.report_nonfinite(
+                    actor, request.incarnation, expert, (request.placement_term, request.generation)
+                )
+            if not request.nonfinite:
+                self._handler.report_failure(actor, request.incarnation, request.reason[:MAX_REASON_LENGTH])
+            return controller_pb2.FailureReply()
+
+        return answer(context, report)
+
+    def ReportLoad(
+        self, request: controller_pb2.LoadReport, context: grpc.ServicerContext
+    ) -> controller_pb2.LoadReportReply:
+        def report() -> controller_pb2.LoadReportReply:
+            self._handler.report_load(checked_name(request.router, "router"), decode_load(request))
+            return controller_pb2.LoadReportReply()
+
+        return answer(context, report)
+
+    def WantExperts(
+        self, request: controller_pb2.WantRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.WantReply:
+        def want() -> controller_pb2.WantReply:
+            router = checked_name(request.router, "router")
+            self._handler.want_experts(router, decode_experts(request.experts, "experts"))
+            return controller_pb2.WantReply()
+
+        return answer(context, want)
+
+    def SetCheckpoint(
+        self, request: controller_pb2.SetCheckpointRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.SetCheckpointReply:
+        def set_checkpoint() -> controller_pb2.SetCheckpointReply:
+            self._handler.set_checkpoint(checked_path(request.checkpoint, "checkpoint"))
+            return controller_pb2.SetCheckpointReply()
+
+        return answer(context, set_checkpoint)
+
+    def Status(
+        self, request: controller_pb2.ControllerStatusRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.ControllerStatus:
+        return answer(context, lambda: encode_status(self._handler.status()))
+
+    def Loads(self, request: controller_pb2.LoadsRequest, context: grpc.ServicerContext) -> controller_pb2.LoadsReply:
+        return self._answer_when_ready(context, lambda: encode_cluster_loads(self._handler.loads()))
+
+    def Scale(self, request: controller_pb2.ScaleRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def scale() -> controller_pb2.Operation:
+            operation_id = _operation_id(request.operation_id)
+            if not request.routers:
+                expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
+                return encode_operation(self._handler.scale(expert_actors, operation_id=operation_id))
+            if request.expert_actors:
+                raise InvalidMessage("routers: given beside expert_actors, expected one of the two")
+            routers = checked_count(request.routers, "routers", least=1)
+            return encode_operation(self._handler.scale_routers(routers, operation_id=operation_id))
+
+        return self._answer_when_ready(context, scale)
+
+    def Drain(self, request: controller_pb2.DrainRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def drain() -> controller_pb2.Operation:
+            node = checked_name(request.node, "node")
+            return encode_operation(self._handler.drain(node, operation_id=_operation_id(request.operation_id)))
+
+        return self._answer_when_ready(context, drain)
+
+    def Place(self, request: controller_pb2.PlaceRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def place() -> controller_pb2.Operation:
+            if not request.HasField("expert"):
+                raise InvalidMessage("expert: missing")
+            expert = decode_expert(request.expert, "expert")
+            actors = checked_names(request.actors, "actors")
+            operation = self._handler.place(expert, actors, operation_id=_operation_id(request.operation_id))
+            return encode_operation(operation)
+
+        return self._answer_when_ready(context, place)
+
+    def Update(self, request: controller_pb2.UpdateRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
+        def update() -> controller_pb2.Operation:
+            checkpoint = checked_path(request.checkpoint, "checkpoint")
+            operation = self._handler.update(checkpoint, operation_id=_operation_id(request.operation_id))
+            return encode_operation(operation)
+
+        return self._answer_when_ready(context, update)
+
+    def Plan(self, request: controller_pb2.PlanRequest, context: grpc.ServicerContext) -> controller_pb2.PlanReply:
+        def plan() -> controller_pb2.PlanReply:
+            return encode_plan(self._handler.plan(checked_optional_name(request.policy, "policy")))
+
+        return self._answer_when_ready(context, plan)
+
+    def GetOperation(
+        self, request: controller_pb2.GetOperationRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.Operation:
+        def get() -> controller_pb2.Operation:
+            return encode_operation(self._handler.operation(checked_name(request.id, "id")))
+
+        return self._answer_when_ready(context, get)
+
+    def ListOperations(
+        self, request: controller_pb2.ListOperationsRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.OperationList:
+        def list_operations() -> controller_pb2.OperationList:
+            return encode_operations(self._handler.operations(checked_count(request.limit, "limit")))
+
+        return self._answer_when_ready(context, list_operations)
+
+    def _answer_when_ready(self, context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
+        def ready() -> AnswerT:
+            if self._handler.newer_than(NEVER, READY_WAIT_S) is None:
+                raise Unavailable("the controller is starting, and reads what its predecessor did; try again")
+            return call()
+
+        return answer(context, ready)
+
+
+class _Subscription:
+    """The incoming half of one router's stream: every message renews its lease."""
+
+    def __init__(self, handler: ControllerHandler, requests: Iterator[controller_pb2.WatchRequest]) -> None:
+        self._handler = handler
+        self._requests = requests
+        self.error: InvalidMessage | None = None
+        self.ended = threading.Event()
+
+    def read(self) -> None:
+        try:
+            for request in self._requests:
+                router = checked_name(request.router, "router")
+                applied = (request.applied_term, request.applied_generation)
+                self._handler.renew_lease(router, applied, hold=request.hold, state=_router_state(request, router))
+        except InvalidMessage as exc:
+            self.error = exc
+        except grpc.RpcError:
+            pass  # the router is gone; its lease runs out by itself
+        finally:
+            self.ended.set()
+
+
+def serve_controller(
+    handler: ControllerHandler,
+    *,
+    credentials: ClusterCredentials | None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    max_calls: int = MAX_CALLS,
+) -> RunningServer:
+    """Serves a controller. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
+
+    def add_services(server: grpc.Server) -> list[str]:
+        controller_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerServicer(handler), server)
+        return [controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name]
+
+    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
+
+
+def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
+    """What the router says of itself; nothing but its name if it says nothing."""
+    if not request.HasField("state"):
+        return RouterState(router=router)
+    state = decode_router_state(request.state)
+    if state.router != router:
+        raise InvalidMessage(f"state.router: {state.router}, and the lease is {router}'s")
+    return state
+
+
+def _operation_id(given: str) -> str:
+    return checked_optional_name(given, "operation_id")

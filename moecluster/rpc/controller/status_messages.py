@@ -1,0 +1,127 @@
+"""The controller's status to a message and back. What comes off the wire is checked here before it is used."""
+
+from moecluster.proto import controller_pb2
+from moecluster.rpc.controller.operation_messages import decode_operation, encode_operation
+from moecluster.rpc.fields import (
+    MAX_REASON_LENGTH,
+    checked_address,
+    checked_count,
+    checked_name,
+    decode_expert,
+    encode_expert,
+)
+from moecluster.types import ActorState, ControllerStatus, ReplicaAside, RouterState
+
+
+def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
+    """The message of the controller's status."""
+    return controller_pb2.ControllerStatus(
+        term=status.term,
+        generation=status.generation,
+        actors=[
+            controller_pb2.ActorState(
+                actor=a.actor,
+                address=a.address,
+                incarnation=a.incarnation,
+                phase=a.phase,
+                experts=a.experts,
+                restarts=a.restarts,
+                problem=a.problem[:MAX_REASON_LENGTH],
+            )
+            for a in status.actors
+        ],
+        checkpoint=status.checkpoint,
+        routers=status.routers,
+        policy=status.policy,
+        held=status.held,
+        replicas=status.replicas,
+        cold_experts=status.cold_experts,
+        operations=[encode_operation(operation) for operation in status.operations],
+        router_states=[encode_router_state(state) for state in status.router_states],
+        weight_version=status.weight_version,
+        replicas_aside=[
+            controller_pb2.ReplicaAside(
+                actor=r.actor,
+                expert=encode_expert(r.expert),
+                state=r.state,
+                problem=r.problem[:MAX_REASON_LENGTH],
+                reports=r.reports,
+            )
+            for r in status.replicas_aside
+        ],
+        lost_experts=status.lost_experts,
+    )
+
+
+def decode_status(message: controller_pb2.ControllerStatus) -> ControllerStatus:
+    """The controller's status of a message. Raises InvalidMessage, naming the field."""
+    return ControllerStatus(
+        term=message.term,
+        generation=message.generation,
+        actors=tuple(_decode_actor(actor) for actor in message.actors),
+        checkpoint=message.checkpoint,
+        routers=checked_count(message.routers, "routers"),
+        policy=message.policy,
+        held=message.held,
+        replicas=message.replicas,
+        cold_experts=message.cold_experts,
+        operations=tuple(decode_operation(operation) for operation in message.operations),
+        router_states=tuple(decode_router_state(state) for state in message.router_states),
+        weight_version=message.weight_version,
+        lost_experts=message.lost_experts,
+        replicas_aside=tuple(_decode_aside(replica) for replica in message.replicas_aside),
+    )
+
+
+def _decode_aside(message: controller_pb2.ReplicaAside) -> ReplicaAside:
+    return ReplicaAside(
+        actor=checked_name(message.actor, "replicas_aside.actor"),
+        expert=decode_expert(message.expert, "replicas_aside.expert"),
+        state=checked_name(message.state, "replicas_aside.state"),
+        problem=message.problem[:MAX_REASON_LENGTH],
+        reports=message.reports,
+    )
+
+
+def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
+    return ActorState(
+        actor=checked_name(message.actor, "actors.actor"),
+        address=message.address,  # empty while it has none
+        incarnation=message.incarnation,  # likewise
+        phase=checked_name(message.phase, "actors.phase"),
+        experts=checked_count(message.experts, "actors.experts"),
+        restarts=message.restarts,
+        problem=message.problem[:MAX_REASON_LENGTH],
+    )
+
+
+def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
+    """The message of what is known of a router."""
+    return controller_pb2.RouterState(
+        router=state.router,
+        address=state.address,
+        running=state.running,
+        waiting=state.waiting,
+        weight_version=state.weight_version,
+        oldest_weight_version=state.oldest_weight_version,
+        leaving=state.leaving,
+        ready_weight_version=state.ready_weight_version,
+        failed_weight_version=state.failed_weight_version,
+        problem=state.problem[:MAX_REASON_LENGTH],
+    )
+
+
+def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
+    """What a router says of itself, or the controller of it. Raises InvalidMessage, naming the field."""
+    return RouterState(
+        router=checked_name(message.router, "state.router"),
+        address=checked_address(message.address, "state.address") if message.address else "",
+        running=checked_count(message.running, "state.running"),
+        waiting=checked_count(message.waiting, "state.waiting"),
+        weight_version=message.weight_version,
+        oldest_weight_version=message.oldest_weight_version,
+        leaving=message.leaving,
+        ready_weight_version=message.ready_weight_version,
+        failed_weight_version=message.failed_weight_version,
+        problem=message.problem[:MAX_REASON_LENGTH],
+    )

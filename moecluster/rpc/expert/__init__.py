@@ -1,0 +1,1 @@
+"""The expert service: batches, weights, optimizer steps."""

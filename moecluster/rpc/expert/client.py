@@ -1,0 +1,201 @@
+"""Orders to an expert actor over gRPC: the client of all unary calls of ExpertService."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from moecluster.errors import Unavailable
+from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.expert import export as export_chunks
+from moecluster.rpc.expert import messages
+from moecluster.rpc.expert.interface import ExportedTensor
+from moecluster.rpc.server import open_channel
+from moecluster.rpc.status_codes import from_rpc_error
+from moecluster.types import (
+    ActorAddress,
+    ActorWork,
+    ExpertActorStatus,
+    ExpertId,
+    MessageKey,
+    OptimizerSettings,
+    ReduceResult,
+    StepTag,
+)
+
+EXPORT_TIMEOUT_S = 600.0
+
+
+def _refs(experts: Sequence[ExpertId]) -> list[tensor_pb2.ExpertRef]:
+    return [tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in experts]
+
+
+def _experts(refs: Iterable[tensor_pb2.ExpertRef]) -> tuple[ExpertId, ...]:
+    return tuple(ExpertId(layer=ref.layer, index=ref.index) for ref in refs)
+
+
+class GrpcExpertControl:
+    """An ExpertControl at host:port. Every call ends within timeout_s; failures are MoeClusterErrors."""
+
+    def __init__(
+        self, name: str, address: str, *, timeout_s: float = 30.0, credentials: ClusterCredentials | None = None
+    ) -> None:
+        self.name = name
+        self._timeout_s = timeout_s
+        self._channel = open_channel(address, credentials)
+        self._stub = ExpertServiceStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def load(
+        self,
+        *,
+        term: int,
+        experts: Sequence[ExpertId],
+        checkpoint: str,
+        dtype: str = "",
+        weight_version: int = 0,
+        optimizer: OptimizerSettings | None = None,
+        replace: bool = False,
+        training_term: int = 0,
+        timeout_s: float = 60.0,
+        peer: ActorAddress | None = None,
+        max_bytes_per_s: int = 0,
+    ) -> int:
+        request = expert_pb2.LoadRequest(
+            term=term,
+            experts=_refs(experts),
+            checkpoint=checkpoint,
+            dtype=dtype,
+            weight_version=weight_version,
+            replace=replace,
+            training_term=training_term,
+            timeout_s=timeout_s,
+            peer_address=peer.address if peer is not None else "",
+            peer_incarnation=peer.incarnation if peer is not None else "",
+            max_bytes_per_s=max_bytes_per_s,
+        )
+        if optimizer is not None:
+            request.optimizer.CopyFrom(
+                expert_pb2.OptimizerSettings(
+                    name=optimizer.name,
+                    beta1=optimizer.beta1,
+                    beta2=optimizer.beta2,
+                    eps=optimizer.eps,
+                    weight_decay=optimizer.weight_decay,
+                    momentum=optimizer.momentum,
+                )
+            )
+        return int(self._call(self._stub.Load, request, timeout_s).loaded_bytes)
+
+    def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
+        request = expert_pb2.UnloadRequest(term=term, experts=_refs(experts), drain_timeout_s=drain_timeout_s)
+        self._call(self._stub.Unload, request, self._timeout_s + drain_timeout_s)
+
+    def set_placement(
+        self,
+        *,
+        term: int,
+        generation: int,
+        checkpoint: str = "",
+        picture: bytes = b"",
+        weight_version: int = 0,
+        weight_versions: Sequence[int] = (),
+    ) -> None:
+        request = expert_pb2.SetPlacementRequest(
+            term=term,
+            generation=generation,
+            checkpoint=checkpoint,
+            picture=picture,
+            weight_version=weight_version,
+            weight_versions=weight_versions,
+        )
+        self._call(self._stub.SetPlacement, request)
+
+    def export(
+        self,
+        *,
+        experts: Sequence[ExpertId],
+        with_optimizer: bool,
+        step: int = 0,
+        incarnation: str = "",
+        weight_version: int = 0,
+    ) -> Iterator[ExportedTensor]:
+        request = expert_pb2.ExportRequest(
+            experts=_refs(experts),
+            with_optimizer=with_optimizer,
+            step=step,
+            incarnation=incarnation,
+            weight_version=weight_version,
+        )
+        try:
+            yield from export_chunks.assemble(self._stub.Export(request, timeout=EXPORT_TIMEOUT_S))
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self.name) from exc
+
+    def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
+        request = expert_pb2.ReduceRequest(
+            step=messages.encode_step(tag),
+            expected=[
+                expert_pb2.MessageKey(
+                    rank=key.rank,
+                    micro_batch=key.micro_batch,
+                    layer=key.layer,
+                    pass_index=key.pass_index,
+                    rows=key.rows,
+                )
+                for key in expected
+            ],
+        )
+        reply = self._call(self._stub.Reduce, request)
+        return ReduceResult(incarnation=reply.incarnation, square_norm=reply.square_norm)
+
+    def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
+        request = expert_pb2.PrepareRequest(
+            step=messages.encode_step(tag), clip_scale=clip_scale, learning_rate=learning_rate
+        )
+        return str(self._call(self._stub.Prepare, request).incarnation)
+
+    def commit(self, tag: StepTag) -> str:
+        return str(self._call(self._stub.Commit, expert_pb2.CommitRequest(step=messages.encode_step(tag))).incarnation)
+
+    def abort(self, tag: StepTag) -> None:
+        self._call(self._stub.Abort, expert_pb2.AbortRequest(step=messages.encode_step(tag)))
+
+    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
+        request = expert_pb2.StatusRequest(training_term=training_term, with_picture=with_picture)
+        reply = self._call(self._stub.Status, request)
+        return ExpertActorStatus(
+            actor=reply.actor,
+            incarnation=reply.incarnation,
+            placement=(reply.placement_term, reply.generation),
+            experts=_experts(reply.experts),
+            hosted_bytes=reply.hosted_bytes,
+            weight_version=reply.weight_version,
+            training_term=reply.training_term,
+            committed=messages.decode_step(reply.committed) if reply.HasField("committed") else None,
+            prepared=messages.decode_step(reply.prepared) if reply.HasField("prepared") else None,
+            rss_bytes=reply.rss_bytes,
+            checkpoint=reply.checkpoint,
+            picture=reply.picture,
+            work=ActorWork(
+                computed_rows=reply.computed_rows,
+                expert_runs=reply.expert_runs,
+                busy_s=reply.busy_s,
+                batches=reply.batches,
+                queue_wait_s=reply.queue_wait_s,
+                queue_rows=reply.queue_rows,
+            ),
+            other_versions={held.version: _experts(held.experts) for held in reply.other_versions},
+        )
+
+    def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            return method(request, timeout=timeout_s or self._timeout_s)
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc, self.name) from exc
+        except ValueError as exc:  # the channel was closed
+            raise Unavailable(f"{self.name}: {exc}") from exc

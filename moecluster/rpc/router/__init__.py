@@ -1,0 +1,1 @@
+"""The router service: text generation, single layers, status."""

@@ -1,0 +1,256 @@
+"""The router's messages to records and back. What comes off the wire is checked here before it is used."""
+
+import json
+import math
+
+import torch
+
+from moecluster.errors import Exhausted, InvalidMessage
+from moecluster.generation import GenerationPiece, GenerationRequest, SamplingParameters, TokenLogprob
+from moecluster.proto import router_pb2, tensor_pb2
+from moecluster.rpc import tensors
+from moecluster.rpc.fields import checked_count, checked_name
+from moecluster.types import ExpertId, RouterStatus
+
+MAX_PROMPT_CHARACTERS = 2**20
+MAX_PROMPT_IDS = 2**18
+MAX_NEW_TOKENS = 2**16
+MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY = 0.01
+MAX_TOP_K = 2**20
+MAX_PENALTY = 100.0
+MAX_BIAS = 1000.0
+MAX_BIASES = 1024
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_TOP_LOGPROBS = 20
+
+
+def encode_moe_request(layer: int, x_TD: torch.Tensor, timeout_s: float) -> router_pb2.MoeRequest:
+    """The message for these rows."""
+    return router_pb2.MoeRequest(layer=layer, x=tensors.encode_tensor(x_TD.cpu()), timeout_s=timeout_s)
+
+
+def decode_moe_reply(reply: router_pb2.MoeReply, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y_TD, ids_TK, weights_TK) of the answer to x_TD. Raises InvalidMessage, naming the field."""
+    rows = (len(x_TD), None)
+    return (
+        tensors.decode_tensor(reply.y, "y", dtypes=(x_TD.dtype,), shape=rows),
+        tensors.decode_tensor(reply.ids, "ids", dtypes=(torch.int64,), shape=rows),
+        tensors.decode_tensor(reply.weights, "weights", dtypes=(torch.float32,), shape=rows),
+    )
+
+
+def encode_generation_request(request: GenerationRequest) -> router_pb2.GenerateRequest:
+    """The message of a request."""
+    sampling = request.sampling
+    return router_pb2.GenerateRequest(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_ids=request.prompt_ids,
+        messages_json=request.messages_json,
+        max_new_tokens=request.max_new_tokens,
+        stop=request.stop,
+        ignore_eos=request.ignore_eos,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        logprobs=request.logprobs,
+        top_logprobs=request.top_logprobs,
+        generated_ids=request.generated_ids,
+        weight_version=request.weight_version,
+    )
+
+
+def decode_generation_request(message: router_pb2.GenerateRequest) -> GenerationRequest:
+    """The request of a message. Raises InvalidMessage, or Exhausted for what is too large, naming the field."""
+    for name, size, limit in (
+        ("prompt", len(message.prompt), MAX_PROMPT_CHARACTERS),
+        ("prompt_ids", len(message.prompt_ids), MAX_PROMPT_IDS),
+        ("messages_json", len(message.messages_json), MAX_PROMPT_CHARACTERS),
+        ("generated_ids", len(message.generated_ids), MAX_NEW_TOKENS),
+    ):
+        if size > limit:
+            raise Exhausted(f"{name}: {size} {'ids' if name.endswith('ids') else 'characters'}, at most {limit}")
+    if message.max_new_tokens > MAX_NEW_TOKENS:
+        raise Exhausted(f"max_new_tokens: {message.max_new_tokens}, at most {MAX_NEW_TOKENS}")
+    if sum(map(bool, (message.prompt, message.prompt_ids, message.messages_json))) != 1:
+        raise InvalidMessage("prompt: give a text that is not empty, or prompt_ids, or messages_json, one of the three")
+    if message.messages_json:
+        _check_messages(message.messages_json)
+    checked_count(message.max_new_tokens, "max_new_tokens")
+    # As many as max_new_tokens are right: the router that wrote them was lost before it said that this is the end.
+    if 0 < message.max_new_tokens < len(message.generated_ids):
+        raise InvalidMessage(f"generated_ids: {len(message.generated_ids)}, more than max_new_tokens")
+    if message.weight_version and not message.generated_ids:
+        raise InvalidMessage(f"weight_version: {message.weight_version}, and a text that begins has none of its own")
+    return GenerationRequest(
+        request_id=checked_name(message.request_id, "request_id"),
+        prompt=message.prompt,
+        prompt_ids=tuple(message.prompt_ids),
+        messages_json=message.messages_json,
+        max_new_tokens=message.max_new_tokens,
+        stop=_checked_stops(message),
+        ignore_eos=message.ignore_eos,
+        sampling=_decode_sampling(message),
+        logprobs=message.logprobs,
+        top_logprobs=int(_within(message.top_logprobs, 0, MAX_TOP_LOGPROBS, "top_logprobs")),
+        generated_ids=tuple(message.generated_ids),
+        weight_version=message.weight_version,
+    )
+
+
+def _check_messages(text: str) -> None:
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage(f"messages_json: no JSON: {exc}") from exc
+    if not isinstance(messages, list) or not messages:
+        raise InvalidMessage("messages_json: expected a list of at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidMessage(f'messages_json: message {i} is no object with a "role"')
+        content = message.get("content")
+        if not isinstance(content, str) and not _are_text_parts(content):
+            raise InvalidMessage(f'messages_json: the "content" of message {i} is no text and no list of text parts')
+
+
+def _are_text_parts(content: object) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(
+            isinstance(part, dict)
+            and part.keys() == {"type", "text"}
+            and part["type"] == "text"
+            and isinstance(part["text"], str)
+            for part in content
+        )
+    )
+
+
+def _checked_stops(message: router_pb2.GenerateRequest) -> tuple[str, ...]:
+    if len(message.stop) > MAX_STOPS:
+        raise InvalidMessage(f"stop: {len(message.stop)} texts, at most {MAX_STOPS}")
+    for stop in message.stop:
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            raise InvalidMessage(f"stop: a text of {len(stop)} characters, expected 1 to {MAX_STOP_CHARACTERS}")
+    return tuple(message.stop)
+
+
+def _decode_sampling(message: router_pb2.GenerateRequest) -> SamplingParameters:
+    if len(message.logit_bias) > MAX_BIASES:
+        raise InvalidMessage(f"logit_bias: {len(message.logit_bias)} tokens, at most {MAX_BIASES}")
+    return SamplingParameters(
+        temperature=_within(message.temperature, 0, MAX_TEMPERATURE, "temperature"),
+        top_p=_within(message.top_p, 0, 1, "top_p"),
+        top_k=int(_within(message.top_k, 0, MAX_TOP_K, "top_k")),
+        min_p=_within(message.min_p, 0, 1, "min_p"),
+        seed=message.seed,
+        repetition_penalty=message.repetition_penalty
+        and _within(message.repetition_penalty, MIN_REPETITION_PENALTY, MAX_PENALTY, "repetition_penalty"),
+        presence_penalty=_within(message.presence_penalty, -MAX_PENALTY, MAX_PENALTY, "presence_penalty"),
+        frequency_penalty=_within(message.frequency_penalty, -MAX_PENALTY, MAX_PENALTY, "frequency_penalty"),
+        logit_bias={
+            checked_count(token, "logit_bias"): _within(bias, -MAX_BIAS, MAX_BIAS, "logit_bias")
+            for token, bias in message.logit_bias.items()
+        },
+    )
+
+
+def _within(value: float, lowest: float, highest: float, field: str) -> float:
+    if not lowest <= value <= highest:  # true for NaN too
+        raise InvalidMessage(f"{field}: {value}, not within {lowest:g} and {highest:g}")
+    return value
+
+
+def encode_piece(piece: GenerationPiece) -> router_pb2.GenerateReply:
+    """The message of a piece."""
+    return router_pb2.GenerateReply(
+        ids=piece.ids,
+        text=piece.text,
+        logprobs=[_encode_logprob(logprob) for logprob in piece.logprobs],
+        finish_reason=piece.finish_reason,
+        prompt_tokens=piece.prompt_tokens,
+        cached_tokens=piece.cached_tokens,
+        weight_version=piece.weight_version,
+        experts=[
+            router_pb2.ExpertCount(
+                expert=tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index), assignments=assignments
+            )
+            for expert, assignments in piece.experts.items()
+        ],
+    )
+
+
+def decode_piece(message: router_pb2.GenerateReply) -> GenerationPiece:
+    """The piece of a message. Raises InvalidMessage, naming the field."""
+    if message.logprobs and len(message.logprobs) != len(message.ids):
+        raise InvalidMessage(f"logprobs: {len(message.logprobs)} for {len(message.ids)} ids")
+    return GenerationPiece(
+        ids=tuple(message.ids),
+        text=message.text,
+        logprobs=tuple(_decode_logprob(logprob) for logprob in message.logprobs),
+        finish_reason=message.finish_reason,
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        weight_version=message.weight_version,
+        experts={ExpertId(layer=e.expert.layer, index=e.expert.index): e.assignments for e in message.experts},
+    )
+
+
+def _encode_logprob(logprob: TokenLogprob) -> router_pb2.TokenLogprob:
+    return router_pb2.TokenLogprob(
+        id=logprob.id,
+        logprob=logprob.logprob,
+        token=logprob.token,
+        top=[_encode_logprob(alternative) for alternative in logprob.top],
+    )
+
+
+def _decode_logprob(message: router_pb2.TokenLogprob) -> TokenLogprob:
+    if math.isnan(message.logprob):
+        raise InvalidMessage("logprobs.logprob: not a number")
+    return TokenLogprob(
+        id=message.id,
+        logprob=message.logprob,
+        token=message.token,
+        top=tuple(TokenLogprob(id=top.id, logprob=top.logprob, token=top.token) for top in message.top),
+    )
+
+
+def encode_router_status(status: RouterStatus) -> router_pb2.RouterStatus:
+    """The message of a router's status."""
+    return router_pb2.RouterStatus(
+        router=status.router,
+        model=status.model,
+        placement_term=status.placement[0],
+        generation=status.placement[1],
+        running=status.running,
+        rss_bytes=status.rss_bytes,
+        waiting=status.waiting,
+        weight_version=status.weight_version,
+        max_tokens=status.max_tokens,
+        controller=status.controller,
+    )
+
+
+def decode_router_status(message: router_pb2.RouterStatus) -> RouterStatus:
+    """A router's status of a message."""
+    return RouterStatus(
+        router=message.router,
+        model=message.model,
+        placement=(message.placement_term, message.generation),
+        running=message.running,
+        rss_bytes=message.rss_bytes,
+        waiting=message.waiting,
+        weight_version=message.weight_version,
+        max_tokens=message.max_tokens,
+        controller=message.controller,
+    )

@@ -1,0 +1,90 @@
+"""RouterService at the server's edge: generations streamed out, single MoE layers, status."""
+
+import logging
+import math
+from collections.abc import Iterator
+
+import grpc
+import torch
+
+from moecluster.errors import MoeClusterError, RequestFailed
+from moecluster.proto import router_pb2, router_pb2_grpc
+from moecluster.rpc import tensors
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.fields import checked_amount, checked_name
+from moecluster.rpc.router.interface import RouterHandler
+from moecluster.rpc.router.messages import decode_generation_request, encode_piece, encode_router_status
+from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.status_codes import abort_with
+
+logger = logging.getLogger(__name__)
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Translates messages to calls of the handler, and its errors to status codes."""
+
+    def __init__(self, handler: RouterHandler) -> None:
+        self._handler = handler
+
+    def Generate(
+        self, request: router_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[router_pb2.GenerateReply]:
+        try:
+            decoded = decode_generation_request(request)
+            pieces = self._handler.generate(decoded)
+
+            def leave() -> (
+                None
+            ):  # a client that goes away: the iterator may wait for a token, and not see it until then
+                self._handler.cancel(decoded.request_id)
+
+            context.add_callback(leave)
+            for piece in pieces:
+                yield encode_piece(piece)
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+        except Exception as exc:  # of a tokenizer, of torch: another router would meet it again
+            logger.exception("the request %s failed", request.request_id)
+            abort_with(context, RequestFailed(f"the router cannot compute this request: {exc!r}"))
+
+    def Cancel(self, request: router_pb2.CancelRequest, context: grpc.ServicerContext) -> router_pb2.CancelReply:
+        try:
+            return router_pb2.CancelReply(found=self._handler.cancel(checked_name(request.request_id, "request_id")))
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+    def Moe(self, request: router_pb2.MoeRequest, context: grpc.ServicerContext) -> router_pb2.MoeReply:
+        try:
+            x_TD = tensors.decode_tensor(request.x, "x", dtypes=tensors.ROW_DTYPES, shape=(None, None))
+            timeout_s = checked_amount(request.timeout_s, "timeout_s") or math.inf
+            y_TD, ids_TK, weights_TK = self._handler.moe(request.layer, x_TD, timeout_s)
+            return router_pb2.MoeReply(
+                y=tensors.encode_tensor(y_TD.cpu()),
+                ids=tensors.encode_tensor(ids_TK.cpu().to(torch.int64)),
+                weights=tensors.encode_tensor(weights_TK.cpu().to(torch.float32)),
+            )
+        except MoeClusterError as exc:
+            abort_with(context, exc)
+
+    def Status(self, request: router_pb2.RouterStatusRequest, context: grpc.ServicerContext) -> router_pb2.RouterStatus:
+        return encode_router_status(self._handler.status())
+
+
+def serve_router(
+    handler: RouterHandler,
+    *,
+    credentials: ClusterCredentials | None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    max_calls: int = MAX_CALLS,
+) -> RunningServer:
+    """Serves a router. credentials as in start_server.
+
+    Raises ResourceError if the port is in use.
+    """
+
+    def add_services(server: grpc.Server) -> list[str]:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(handler), server)
+        return [router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name]
+
+    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)

@@ -1,0 +1,1 @@
+"""The short way between processes of one host: shared memory and mailboxes."""

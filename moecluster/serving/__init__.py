@@ -1,1 +1,0 @@
-"""Writing texts for many clients at once, and the fronts that they come through."""

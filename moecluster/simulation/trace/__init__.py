@@ -1,0 +1,1 @@
+"""Traces of loads: the file format, and recording one."""

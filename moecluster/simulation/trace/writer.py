@@ -1,0 +1,77 @@
+"""Writing a trace: append-safe, a line at a time."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moecluster.errors import TraceError
+from moecluster.simulation.trace.format import FORMAT, VERSION, TraceHeader, TraceWindow
+from moecluster.simulation.trace.reader import read_header, read_window, refuse
+
+
+class TraceWriter:
+    """Writes a trace line by line, each on its way to the disk at once: a crash tears the last one at most.
+
+    A file that is there already is gone on with, if it is a trace of the same header; a torn last line is cut off.
+    Raises TraceError if it is anything else.
+    """
+
+    def __init__(self, path: str | Path, header: TraceHeader) -> None:
+        self._header = header
+        self._path = Path(path)
+        self._time_s = -math.inf
+        whole = self._go_on() if self._path.is_file() and self._path.stat().st_size else 0
+        try:
+            self._file = self._path.open("ab")
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be written: {error.strerror}") from error
+        self._file.truncate(whole)
+        if not whole:
+            fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header)}
+            self._write(fields)
+
+    def add(self, window: TraceWindow) -> None:
+        """Appends a window."""
+        assert window.time_s > self._time_s, "windows come in the order of time"
+        self._time_s = window.time_s
+        rows = zip(window.counts_LE, self._header.layers, strict=True)
+        counts = [counts_E[: layer.experts].tolist() for counts_E, layer in rows]
+        fields: dict[str, Any] = {"time_s": window.time_s, "counts": counts}
+        if window.events:
+            fields["events"] = [dataclasses.asdict(event) for event in window.events]
+        self._write(fields)
+
+    def close(self) -> None:
+        """Ends it, with all lines on the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _go_on(self) -> int:
+        """Bytes of the whole lines that are there already."""
+        content = self._path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if not whole:
+            refuse(self._path, 1, "is not a whole line; give another file to record to")
+        lines = content[:whole].split(b"\n")[:-1]
+        if read_header(self._path, lines[0] + b"\n") != self._header:
+            refuse(self._path, 1, "is of another cluster or model; give another file to record to")
+        if len(lines) > 1:
+            self._time_s = read_window(self._path, len(lines), lines[-1] + b"\n", self._header, -math.inf).time_s
+        return whole
+
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(fields, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        self._file.flush()
