@@ -41,7 +41,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.training.checkpoint_store import CHECKPOINTS
 
 if TYPE_CHECKING:
-    from actors.training_host import Progress
+    from actors.training_host import Progress  # brings transformers along, which takes seconds
 
 CALL_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes

@@ -90,7 +90,7 @@ def _is_there(out: Path, lines: BatchInput) -> bool:
 def _run_through_own_front(
     lines: BatchInput, journal: Journal, choice: BatchChoice, shown: "_Shown", console: Console
 ) -> None:
-    from moecluster.cli.common.local_gateway import front_to
+    from moecluster.cli.common.local_gateway import front_to  # brings FastAPI and gRPC along
 
     with front_to(choice.cluster, choice.concurrency, console) as own:
         run_until_signalled(_run(lines, journal, own.url, own.api_key, choice, shown))

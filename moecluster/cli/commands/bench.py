@@ -98,7 +98,7 @@ def _tell(choice: LoadChoice, seen: "_Seen", console: Console, *, interrupted: b
     }
     write_report(choice.json, report, console)
     if choice.plot is not None:
-        from moecluster.http_client.bench.plot import draw_load
+        from moecluster.http_client.bench.plot import draw_load  # needs matplotlib
 
         draw_load(seen.measured, slo, title, choice.plot)
         console.print(f"as a picture: {choice.plot}", highlight=False, soft_wrap=True)

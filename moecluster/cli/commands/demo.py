@@ -173,7 +173,7 @@ def _show_map(
     if not is_installed("matplotlib"):
         console.print("  no picture: pip install 'moecluster[plots]'", markup=False)
     else:
-        from moecluster.training.plots.domain_usage import draw_domain_map
+        from moecluster.training.plots.domain_usage import draw_domain_map  # needs matplotlib
 
         picture = Path(config.train.output_dir) / MAP_PICTURE
         draw_domain_map(shares, picture)

@@ -69,7 +69,7 @@ def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
     }
     write_report(choice.json, report, console)
     if choice.plot is not None:
-        from moecluster.cli.common.plots import draw_replay
+        from moecluster.cli.common.plots import draw_replay  # needs matplotlib
 
         draw_replay(replays, choice.plot)
         console.print(f"as a picture: {choice.plot}", highlight=False)

@@ -119,7 +119,7 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
     }
     write_report(choice.json, report, console)
     if choice.plot is not None:
-        from moecluster.cli.common.plots import draw_simulation
+        from moecluster.cli.common.plots import draw_simulation  # needs matplotlib
 
         draw_simulation(windows, sizes, title, choice.plot)
         console.print(f"as a picture: {choice.plot}", highlight=False)

@@ -210,7 +210,7 @@ def _draw(history: History, path: Path, console: Console) -> None:
         said = f"no picture of the loss: pip install 'moecluster[plots]' (the figures are in {history.path})"
         console.print(said, highlight=False, markup=False)
         return
-    from moecluster.training.plots.loss_curve import draw_loss_curve
+    from moecluster.training.plots.loss_curve import draw_loss_curve  # needs matplotlib
 
     draw_loss_curve(history, path)
     console.print(f"loss curve: {path}")

@@ -41,7 +41,7 @@ class KeepersSettings:
 
 
 class Keepers:
-    """Satisfies KeeperOwner of keeper_owner.py. Thread-safe."""
+    """Satisfies KeeperOwner of interfaces.py. Thread-safe."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Where the controller learns the load from: what routers and expert actors have counted so far.
 
-A source tells counters, and nothing of windows (placement/loads.py) or speeds (placement/speeds.py). Straight from the
-reports of the routers here; from a Prometheus server in prometheus_loads.py. Both lead to the same decisions.
+A source tells counters, and nothing of windows (placement/load/window.py) or speeds (speed.py). Straight from the
+reports of the routers here; from a Prometheus server in prometheus.py. Both lead to the same decisions.
 """
 
 import threading

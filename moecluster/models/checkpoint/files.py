@@ -1,4 +1,4 @@
-"""The files of one checkpoint directory: of this host, or (rpc/checkpoint_client.py) of another."""
+"""The files of one checkpoint directory: of this host, or (rpc/checkpoint/client.py) of another."""
 
 import os
 import re

@@ -2,7 +2,7 @@
 
 For these the checkpoint's keys and a few settings of config.json say all, and a process that only serves experts starts
 two seconds sooner and is 150 MB smaller. Whatever does not fit to the letter is left to transformers
-(family_experts.py), which also says what is wrong with it.
+(family.py), which also says what is wrong with it.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that another host has: the other end of checkpoint_server.py.
+"""The files of a checkpoint that another host has: the other end of server.py.
 
 What is trusted: that the server sends the bytes of the checkpoint; their checksums guard against accidents only. Names
 and sizes are checked before anything is written here: configuration and tokenizer, bounded, in a temporary folder that
