@@ -19,7 +19,7 @@ BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test system-deps check lint types imports stale-protos bench protos models-page soak clean
+.PHONY: help demo test system-deps check lint sizes types imports stale-protos bench protos models-page soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,11 +36,14 @@ test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, clus
 system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
 	@tools/install_system_deps.sh
 
-check: lint types imports stale-protos  ## style, types, import layers, generated code
+check: lint sizes types imports stale-protos  ## style, sizes, types, import layers, generated code
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+sizes: $(VENV)/.dev
+	$(BIN)/python tools/check_file_sizes.py
 
 types: $(VENV)/.dev
 	$(BIN)/mypy .
