@@ -11,7 +11,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 # A layer without tests is left out. Tests of the first layers share nothing and run on all cores; files of the others
 # start a Ray each and run two at a time.
-layers_of = $(foreach layer,$(1),$(if $(wildcard tests/$(layer)/test_*.py),tests/$(layer)))
+layers_of = $(foreach layer,$(1),$(wildcard tests/$(layer)))
 PLAIN_LAYERS := $(call layers_of,unit rpc)
 RAY_LAYERS := $(call layers_of,cluster faults browser gpu)
 # The scripts that end within minutes.

@@ -7,8 +7,8 @@
 - Processes that the tests started, at any depth, must be gone when the session ends. They are known by an environment
   variable that every child inherits, so daemons that gave up their parent are found too.
 
-Real Ray comes from the fixtures `ray_session` and `ray_namespace` of tests/ray_session.py, a real Prometheus from
-`prometheus` of tests/prometheus_server.py.
+Real Ray comes from the fixtures `ray_session` and `ray_namespace` of tests/support/clusters/ray_session.py, a real
+Prometheus from `prometheus` of prometheus_server.py beside it.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ import psutil
 import pytest
 import torch
 
-pytest_plugins = ["tests.prometheus_server", "tests.ray_session"]
+pytest_plugins = ["tests.support.clusters.prometheus_server", "tests.support.clusters.ray_session"]
 
 TESTS = Path(__file__).parent
 SESSION_VARIABLE = "MOECLUSTER_TEST_SESSION"

@@ -33,9 +33,9 @@ from moecluster.training.events import StepDone
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.schedule import WarmupCosine
 from moecluster.training.setup import prepare_start, read_data, run_tokenizer
-from tests.expert_cluster import ExpertCluster
-from tests.families import draw_weights
-from tests.parity import LocalExperts
+from tests.support.clusters.expert_cluster import ExpertCluster
+from tests.support.models.families import draw_weights
+from tests.support.models.parity import LocalExperts
 from tools.tiny_configs import tiny_config
 
 LOGIT_TOLERANCE = 1e-5  # float32

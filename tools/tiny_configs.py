@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families import FAMILIES, SEE_PADDING, make_config
+from tests.support.models.families import FAMILIES, SEE_PADDING, make_config
 
 VOCABULARY = 320  # room for the bytes and what tokenizers add
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ray
 
-from tests.needy_shell import NeedyShell
-from tests.ray_cluster import wait_for
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_cluster import wait_for
+from tests.support.clusters.ray_session import RaySession
+from tests.support.fakes.needy_shell import NeedyShell
 
 
 def start(needed: Path, lives: Path) -> Any:

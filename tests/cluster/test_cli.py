@@ -12,9 +12,9 @@ import pytest
 
 from actors.local_ray import MARK
 from tests.conftest import processes_of_this_session
-from tests.every_method import guarded_methods, health_methods
-from tests.second_user import SECRETS, listening, try_everything
-from tests.twin_actors import save_tiny_model
+from tests.support.clusters.every_method import guarded_methods, health_methods
+from tests.support.clusters.second_user import SECRETS, listening, try_everything
+from tests.support.clusters.twin_actors import save_tiny_model
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,8 +22,8 @@ from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.models.config import read_model_config
 from moecluster.rpc.controller.client import controller_status
-from tests.ray_cluster import CREDENTIALS
-from tests.twin_actors import save_tiny_model
+from tests.support.clusters.ray_cluster import CREDENTIALS
+from tests.support.clusters.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
 NEW_TOKENS = 200

@@ -21,9 +21,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moecluster.config.sections import ServeConfig
 from moecluster.models.tokenizer.byte_level import VOCAB_SIZE, build_byte_tokenizer
-from tests.families import save
-from tests.ray_cluster import RayCluster
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_cluster import RayCluster
+from tests.support.clusters.ray_session import RaySession
+from tests.support.models.families import save
 
 MB = 10**6
 ROUTER_BYTES = 450 * MB  # beside the trunk, the configured attention cache and the configured shared memory

@@ -13,8 +13,10 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.rpc.expert.interface import ExpertControl
 from moecluster.types import ExpertId, OptimizerSettings, StepTag
-from tests.families import Layout, make_model, save
-from tests.parity import (
+from tests.support.clusters.ray_cluster import RayCluster
+from tests.support.clusters.ray_session import RaySession
+from tests.support.models.families import Layout, make_model, save
+from tests.support.models.parity import (
     GRADIENT_TOLERANCE,
     LOGIT_TOLERANCE,
     NEW_TOKENS,
@@ -26,8 +28,6 @@ from tests.parity import (
     load_routed,
     run_model,
 )
-from tests.ray_cluster import RayCluster
-from tests.ray_session import RaySession
 
 Weights = dict[ExpertId, dict[str, torch.Tensor]]
 CHECKPOINTS: list[tuple[str, Layout]] = [("mixtral", "per-expert"), ("gpt_oss", "fused")]

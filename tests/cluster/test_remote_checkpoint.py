@@ -14,9 +14,9 @@ from actors.ray_calls import call, find_actor
 from actors.spawn import spawn
 from moecluster.errors import NotGiven
 from moecluster.rpc.controller.client import set_checkpoint
-from tests.generation_load import save_decided_model
-from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.generation_load import save_decided_model
 
 PROMPT = "def add(a, b):"
 NEW_TOKENS = 60

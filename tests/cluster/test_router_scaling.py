@@ -12,9 +12,9 @@ from moecluster.client import Client
 from moecluster.errors import MoeClusterError
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import OperationPhase, RouterState
-from tests.generation_load import PROMPTS, save_decided_model
-from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.generation_load import PROMPTS, save_decided_model
 
 NEW_TOKENS = 100
 NUM_CLIENTS = 3

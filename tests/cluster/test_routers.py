@@ -14,10 +14,10 @@ from moecluster.client import Client
 from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.rpc.controller.client import ControllerCalls, set_checkpoint
 from moecluster.types import ExpertId, RouterStatus
-from tests.generation_load import save_decided_model
-from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.ray_session import RaySession
-from tests.training_runs import losses, make_config, write_text
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.generation_load import save_decided_model
+from tests.support.training.training_runs import losses, make_config, write_text
 
 PROMPTS = ("def add(a, b):", "The tower of", "import os")
 NEW_TOKENS = 200

@@ -14,8 +14,8 @@ import pytest
 
 from tests.cluster.test_cli import COMMAND, ROOT, local_rays
 from tests.conftest import processes_of_this_session
-from tests.generation_load import save_decided_model
-from tests.ray_cluster import wait_for
+from tests.support.clusters.ray_cluster import wait_for
+from tests.support.soak.generation_load import save_decided_model
 
 UP_TIMEOUT_S = 180.0
 MAX_FRONT_BYTES = 200 * 2**20  # torch alone would take more

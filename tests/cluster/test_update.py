@@ -13,8 +13,8 @@ from actors import cluster_file
 from actors.cluster_file import UpCluster
 from moecluster.client import Client
 from moecluster.rpc.credentials import secret_path, write_secret
-from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.changes_soak import show, soak
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.changes_soak import show, soak
 
 
 @pytest.mark.timeout(300)

@@ -4,9 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.generation_load import PROMPTS, assert_undisturbed, generate, generate_under_kills, save_decided_model
-from tests.ray_cluster import RayCluster
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_cluster import RayCluster
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.generation_load import (
+    PROMPTS,
+    assert_undisturbed,
+    generate,
+    generate_under_kills,
+    save_decided_model,
+)
 
 DURATION_S = 20.0  # tests/soak has the long form
 KILL_EVERY_S = 7.0

@@ -12,8 +12,8 @@ import pytest
 from actors.local_ray import MARK
 from tests.cluster.test_cli import COMMAND, ROOT, local_rays
 from tests.conftest import processes_of_this_session
-from tests.ray_cluster import wait_for
-from tests.twin_actors import save_tiny_model
+from tests.support.clusters.ray_cluster import wait_for
+from tests.support.clusters.twin_actors import save_tiny_model
 
 LONG_S = 400.0  # a start on a machine that is busy with others
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_session import RaySession
-from tests.serving_under_kills import describe, serve_under_kills
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.serving_under_kills import describe, serve_under_kills
 
 
 @pytest.mark.timeout(300)

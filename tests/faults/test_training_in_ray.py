@@ -24,10 +24,16 @@ from moecluster.training.events import StepDone, WentBack
 from moecluster.training.history import History
 from moecluster.training.setup import prepare_start
 from moecluster.types import ComputeBatch, ComputeResult, Phase
-from tests.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.ray_session import RaySession
-from tests.ray_training import run_on
-from tests.training_runs import assert_equal_within, losses, losses_in_one_process, make_config, write_text
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_session import RaySession
+from tests.support.training.ray_training import run_on
+from tests.support.training.training_runs import (
+    assert_equal_within,
+    losses,
+    losses_in_one_process,
+    make_config,
+    write_text,
+)
 
 TOLERANCE = 1e-5
 VICTIM = "expert-2"

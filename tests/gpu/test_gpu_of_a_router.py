@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from tests.ray_cluster import RayCluster
-from tests.ray_session import RaySession
-from tests.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
+from tests.support.clusters.ray_cluster import RayCluster
+from tests.support.clusters.ray_session import RaySession
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
 
 CONTEXT_BYTES = 100 * 2**20  # CUDA takes more than this for a process that computes
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from moecluster.client import Client
 from moecluster.models.config import read_model_config
-from tests.families import FAMILIES
-from tests.loopback_cluster import LoopbackCluster
-from tests.mixed_texts import assert_texts_of_the_whole_model
-from tests.weight_versions import NEW_TOKENS, PROMPTS, done, save_version, texts_alone
+from tests.support.clusters.loopback_cluster import LoopbackCluster
+from tests.support.models.families import FAMILIES
+from tests.support.models.mixed_texts import assert_texts_of_the_whole_model
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, done, save_version, texts_alone
 
 NUM_UPDATES = 4
 SAMPLED: Mapping[str, Any] = {

@@ -13,8 +13,8 @@ from moecluster.expert.service import ExpertService
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.server import RunningServer
-from tests.raw_stream import RawStream
-from tests.small_actor import Connect, load_modules, open_stream, save_small_model, served, serving
+from tests.support.expert.small_actor import Connect, load_modules, open_stream, save_small_model, served, serving
+from tests.support.fakes.raw_stream import RawStream
 
 
 @pytest.fixture(scope="session")

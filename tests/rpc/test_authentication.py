@@ -26,9 +26,9 @@ from moecluster.rpc.health import HealthWatch
 from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer, open_async_channel, open_channel
 from moecluster.types import Placement
-from tests.every_method import OURS, Metadata, Method, code_of, guarded_methods, health_methods
-from tests.scripted_controller import ScriptedController
-from tests.scripted_router import ScriptedRouter
+from tests.support.clusters.every_method import OURS, Metadata, Method, code_of, guarded_methods, health_methods
+from tests.support.fakes.scripted_controller import ScriptedController
+from tests.support.fakes.scripted_router import ScriptedRouter
 
 CREDENTIALS = ClusterCredentials(secret="k" * 43)
 SERVERS = ("expert", "router", "controller", "checkpoint")

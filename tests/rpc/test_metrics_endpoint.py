@@ -7,9 +7,9 @@ import pytest
 from moecluster.client import Client
 from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
-from tests.loopback_cluster import LoopbackCluster
-from tests.running_front import wait_for
-from tests.twin_actors import save_tiny_model
+from tests.support.clusters.loopback_cluster import LoopbackCluster
+from tests.support.clusters.running_front import wait_for
+from tests.support.clusters.twin_actors import save_tiny_model
 
 
 def texts_of(port: int) -> dict[str, float]:

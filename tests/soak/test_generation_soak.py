@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.changes_soak import report, show, soak
-from tests.ray_session import RaySession
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.changes_soak import report, show, soak
 
 DURATION_S = float(os.environ.get("MOECLUSTER_SOAK_DURATION_S", "60"))
 FULL_S = 600.0

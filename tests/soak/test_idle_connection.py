@@ -9,7 +9,7 @@ from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import KEEPALIVE_S, open_channel
-from tests.given import any_directory
+from tests.support.clusters.given import any_directory
 
 PINGS = 4.5  # more than a server forgives
 

@@ -2,9 +2,9 @@
 
 import psutil
 
-from tests.malformed_http import send_bad_requests
-from tests.running_front import running_front
-from tests.scripted_router import ScriptedRouter
+from tests.support.clusters.running_front import running_front
+from tests.support.fakes.scripted_router import ScriptedRouter
+from tests.support.malformed.malformed_http import send_bad_requests
 
 REQUESTS = 10_000
 MAX_GROWTH_BYTES = 64 * 2**20  # of the whole process, the client and the router in it

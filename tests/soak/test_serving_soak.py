@@ -8,8 +8,8 @@ from rich.console import Console
 
 from actors.names import CONTROLLER
 from benchmarks.report import MIN_RUNS, Report, Row, installed_versions
-from tests.ray_session import RaySession
-from tests.serving_under_kills import Outcome, describe, serve_under_kills
+from tests.support.clusters.ray_session import RaySession
+from tests.support.soak.serving_under_kills import Outcome, describe, serve_under_kills
 
 DURATION_S = min(float(os.environ.get("MOECLUSTER_SOAK_DURATION_S", "60")), 300.0)
 FULL_S = 300.0

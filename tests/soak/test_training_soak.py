@@ -8,10 +8,10 @@ from typing import Any
 
 from moecluster.training.events import StepDone, WentBack
 from moecluster.training.setup import prepare_start
-from tests.ray_cluster import RayCluster
-from tests.ray_session import RaySession
-from tests.ray_training import run_on
-from tests.training_runs import losses, make_config, write_text
+from tests.support.clusters.ray_cluster import RayCluster
+from tests.support.clusters.ray_session import RaySession
+from tests.support.training.ray_training import run_on
+from tests.support.training.training_runs import losses, make_config, write_text
 
 DURATION_S = float(os.environ.get("MOECLUSTER_SOAK_DURATION_S", "60"))
 KILL_EVERY_S = float(os.environ.get("MOECLUSTER_SOAK_KILL_EVERY_S", "20"))

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moecluster.gateway.metrics import FrontMetrics
 from moecluster.metrics import Metrics
 from moecluster.types import ExpertId
-from tests.prometheus_server import promtool
+from tests.support.clusters.prometheus_server import promtool
 
 __all__ = ["promtool"]
 

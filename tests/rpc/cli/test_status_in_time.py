@@ -1,0 +1,61 @@
+"""`status` ends in time whatever hangs, and says what does not answer."""
+
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from actors import cluster_file, ray_look
+from actors.cluster_file import UpCluster
+from moecluster.cli.commands.cluster import status
+from moecluster.rpc.controller.server import serve_controller
+from tests.support.fakes.scripted_controller import ScriptedController
+
+HANGS = (sys.executable, "-c", "import time; time.sleep(1000)")
+BREAKS = (sys.executable, "-c", "raise SystemExit(1)")
+MUCH_LESS_S = 30.0  # than anything that hangs here takes
+
+
+def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, controller: str) -> str:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    up = UpCluster(
+        name="one",
+        ray_address="127.0.0.1:1",
+        model="/m",
+        router_addresses=("127.0.0.1:2",),
+        controller_address=controller,
+        local_ray=None,
+    )
+    cluster_file.save(up)
+    console = Console(width=300)
+    with console.capture() as said:
+        begun_s = time.monotonic()
+        assert status("one", False, 1.0, console)
+        assert time.monotonic() - begun_s < MUCH_LESS_S
+    return said.get()
+
+
+def test_a_controller_and_a_ray_that_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_look, "COMMAND", HANGS)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        said = say(monkeypatch, tmp_path, f"127.0.0.1:{silent.getsockname()[1]}")
+    assert "degraded: no controller answers at 127.0.0.1:" in said
+    assert "degraded: Ray did not say in time where the actors are" in said
+
+
+def test_what_the_controller_says_is_shown_where_ray_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_look, "COMMAND", BREAKS)
+    controller = ScriptedController()
+    server = serve_controller(controller, credentials=None)
+    try:
+        said = say(monkeypatch, tmp_path, server.address)
+    finally:
+        server.stop(0.0)
+        controller.close()
+    assert "term 2, placement 5" in said and "127.0.0.1:5000" in said
+    assert "degraded: Ray cannot be asked where the actors are" in said

@@ -1,0 +1,168 @@
+"""Routers and a controller over loopback: what it knows of them, and how it starts and ends them."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from moecluster.controller.operations.routers import RouterSizingSettings
+from moecluster.errors import UserError
+from moecluster.placement.scaling import RouterSizeSettings
+from moecluster.rpc.controller.client import ControllerCalls, controller_status
+from moecluster.rpc.controller.subscription import ControllerClient
+from moecluster.types import OperationPhase, RouterState
+from tests.support.clusters.loopback_cluster import LoopbackCluster
+from tests.support.clusters.twin_actors import save_tiny_model
+
+WAIT_S = 60.0
+SETTINGS = RouterSizingSettings(
+    max_routers=3,
+    size=RouterSizeSettings(min_routers=1, max_routers=3, target_texts=2.0, upscale_delay_s=0.2, downscale_delay_s=0.5),
+    period_s=0.05,
+    lease_s=0.6,
+    idle_s=0.3,
+)
+
+
+class Lives:
+    """A RouterSupervisor whose routers are no more than what a controller sees of one: a lease, with a state."""
+
+    def __init__(self) -> None:
+        self.where: Callable[[], str] = lambda: ""
+        self.states: dict[str, RouterState] = {}
+        self.created: list[tuple[str, str]] = []
+        self._clients: dict[str, ControllerClient] = {}
+        self._lock = threading.Lock()
+
+    def known_routers(self) -> tuple[str, ...]:
+        return ("router", *self._clients)
+
+    def create_router(self, router: str, checkpoint: str) -> None:
+        with self._lock:
+            if router in self._clients:
+                return
+            self.created.append((router, checkpoint))
+            self.states[router] = RouterState(router=router, address=f"127.0.0.1:{5000 + len(self.created)}")
+            self._clients[router] = ControllerClient(
+                router=router, resolve=lambda: self.where(), state=lambda: self.states[router]
+            )
+
+    def remove_router(self, router: str) -> None:
+        with self._lock:
+            client = self._clients.pop(router, None)
+        if client is not None:
+            client.close()
+
+    def tell(self, router: str, *, running: int = 0, waiting: int = 0) -> None:
+        self.states[router] = dataclasses.replace(self.states[router], running=running, waiting=waiting)
+
+
+@pytest.fixture
+def lives() -> Iterator[Lives]:
+    routers = Lives()
+    yield routers
+    for name in routers.known_routers()[1:]:
+        routers.remove_router(name)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def cluster(lives: Lives, checkpoint: str) -> Iterator[LoopbackCluster]:
+    """Its own router is the first one; the others are lives."""
+    with LoopbackCluster(checkpoint, num_actors=1, router_supervisor=lives, routers=SETTINGS) as running:
+        running.told = RouterState(router="router", address=running.router_server.address)
+        lives.where = lambda: running.controller_server.address
+        yield running
+
+
+def wait_until(condition: Callable[[], bool], what: str = "it") -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what} did not come true"
+        time.sleep(0.01)
+
+
+def seen(cluster: LoopbackCluster) -> dict[str, RouterState]:
+    return {s.router: s for s in controller_status(cluster.controller_server.address).router_states}
+
+
+def test_a_state_arrives_changes_and_goes_with_the_lease(cluster) -> None:
+    wait_until(lambda: seen(cluster) == {"router": cluster.told})
+    state = [RouterState(router="mine", address="127.0.0.1:1", running=2)]
+    client = ControllerClient(router="mine", resolve=lambda: cluster.controller_server.address, state=lambda: state[0])
+    wait_until(lambda: seen(cluster).get("mine") == state[0])
+    state[0] = RouterState(router="mine", address="127.0.0.1:1", running=1, waiting=7, weight_version=3)
+    wait_until(lambda: seen(cluster)["mine"] == state[0])
+    client.close()
+    assert "mine" in seen(cluster)
+    wait_until(lambda: "mine" not in seen(cluster))
+    assert controller_status(cluster.controller_server.address).routers == 1
+
+
+def test_a_new_life_takes_the_place_of_the_old_one_at_once(cluster) -> None:
+    def live(state: RouterState) -> None:
+        client = ControllerClient(router="mine", resolve=lambda: cluster.controller_server.address, state=lambda: state)
+        wait_until(lambda: seen(cluster).get("mine") == state)
+        client.close()
+
+    live(RouterState(router="mine", address="127.0.0.1:1", running=3))
+    live(RouterState(router="mine", address="127.0.0.1:2"))
+
+
+def test_a_new_controller_hears_of_all_routers_again(cluster) -> None:
+    wait_until(lambda: "router" in seen(cluster))
+    cluster.replace_controller()
+    wait_until(lambda: seen(cluster) == {"router": cluster.told})
+
+
+def test_under_a_queue_routers_come_and_when_it_is_over_they_leave_and_end(cluster, lives) -> None:
+    cluster.told = dataclasses.replace(cluster.told, running=2, waiting=3)
+    wait_until(lambda: set(seen(cluster)) == {"router", "router-1", "router-2"})
+    assert all(checkpoint == cluster.controller.status().checkpoint for _, checkpoint in lives.created)
+    lives.tell("router-2", running=1)
+    cluster.told = dataclasses.replace(cluster.told, running=0, waiting=0)
+    leaving = {"router": False, "router-1": True, "router-2": True}
+    wait_until(lambda: {name: s.leaving for name, s in seen(cluster).items()} == leaving)
+    wait_until(lambda: set(seen(cluster)) == {"router", "router-2"})
+    assert seen(cluster)["router-2"].leaving, "its text is waited for"
+    lives.tell("router-2")
+    wait_until(lambda: set(seen(cluster)) == {"router"} and set(lives.known_routers()) == {"router"})
+    with ControllerCalls(cluster.controller_server.address) as calls:
+        wait_until(lambda: all(o.phase.ended for o in calls.operations()))
+        down, *_, up = [o for o in calls.operations() if o.kind == "scale-routers"]
+    assert (up.arguments, down.arguments) == (("3",), ("1",)) and down.phase is OperationPhase.DONE
+    assert "3.0 of which wait" in up.reason
+
+
+def test_a_number_is_ordered_over_the_wire_and_a_successor_goes_on_with_it(cluster, lives) -> None:
+    cluster.told = dataclasses.replace(cluster.told, running=2)  # just what one router shall have
+    with ControllerCalls(cluster.controller_server.address) as calls:
+        with pytest.raises(UserError, match="4 routers are beyond the limits, which are 1 to 3"):
+            calls.scale_routers(4)
+        calls.scale_routers(2, operation_id="grow")
+        wait_until(lambda: calls.operation("grow").phase is OperationPhase.DONE)
+        lives.tell("router-1", running=1)
+        calls.scale_routers(1, operation_id="shrink")
+        wait_until(lambda: calls.operation("shrink").phase is OperationPhase.COMMITTING)
+        wait_until(lambda: b"shrink" in cluster.services["expert-0"].status(with_picture=True).picture)
+    cluster.replace_controller()
+    wait_until(lambda: {n: s.leaving for n, s in seen(cluster).items()} == {"router": False, "router-1": True})
+    lives.tell("router-1")
+    with ControllerCalls(cluster.controller_server.address) as calls:
+        wait_until(lambda: calls.operation("shrink").phase is OperationPhase.DONE)
+    assert lives.known_routers() == ("router",)
+
+
+def test_a_cluster_whose_routers_are_not_the_controllers_says_so(checkpoint) -> None:
+    with (
+        LoopbackCluster(checkpoint, num_actors=1) as cluster,
+        ControllerCalls(cluster.controller_server.address) as calls,
+        pytest.raises(UserError, match="by other means"),
+    ):
+        calls.scale_routers(2)

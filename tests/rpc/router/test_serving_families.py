@@ -1,0 +1,13 @@
+"""Every family of the parity suite serves: texts written together through a router are those of the whole model."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.models.families import FAMILIES, SEE_PADDING
+from tests.support.models.mixed_texts import assert_texts_of_the_whole_model
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SEE_PADDING])
+def test_a_mixed_batch_of_texts_is_what_the_whole_model_writes(family: str, tmp_path: Path) -> None:
+    assert_texts_of_the_whole_model(family, tmp_path, seed=[*FAMILIES, *SEE_PADDING].index(family))

@@ -1,0 +1,218 @@
+"""A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, Self
+
+from moecluster.controller.controller import Controller
+from moecluster.controller.operations.routers import RouterSupervisor
+from moecluster.controller.operations.weight_rollout import UpdateSettings
+from moecluster.controller.settings import ControllerSettings
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.expert.service import ExpertService
+from moecluster.metrics import Metrics
+from moecluster.models.checkpoint.reader import OpenCheckpoint
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.given_directories import IsGiven
+from moecluster.placement.initial import contiguous_placement
+from moecluster.router.engine.engine import EngineLimits
+from moecluster.router.engine.factory import make_engine
+from moecluster.router.router import Router
+from moecluster.rpc.controller.server import serve_controller
+from moecluster.rpc.controller.subscription import ControllerClient
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.server import serve_expert
+from moecluster.rpc.health import HealthWatch
+from moecluster.rpc.router.server import serve_router
+from moecluster.rpc.server import RunningServer
+from moecluster.types import ActorAddress, RouterState
+from tests.support.clusters.given import any_directory
+
+
+class LoopbackCluster:
+    """num_actors expert actors, of which each can be killed and revived, a controller, and a router."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        num_actors: int = 2,
+        max_running: int = 4,
+        max_waiting: int = 0,
+        batch_invariant: bool = False,
+        device: str = "cpu",
+        router_supervisor: RouterSupervisor | None = None,
+        open_elsewhere: OpenCheckpoint | None = None,
+        is_given: IsGiven = any_directory,
+        **controller: Any,
+    ) -> None:
+        """device: of trunks. router_supervisor: starts more routers. open_elsewhere: opens what nobody here sees.
+        is_given: what weights may be loaded out of. controller: fields of ControllerSettings that differ from the usual
+        ones."""
+        self._router_supervisor = router_supervisor
+        self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
+        self._controller_settings = controller
+        self._batch_invariant, self._device = batch_invariant, device
+        self._open_elsewhere, self._is_given = open_elsewhere, is_given
+        self.draining: set[str] = set()  # nodes; each actor is on a node of its own
+        self.names = tuple(f"expert-{i}" for i in range(num_actors))
+        self.services: dict[str, ExpertService] = {}
+        self.servers: dict[str, RunningServer] = {}
+        for name in self.names:
+            self.revive(name)
+        self._directory = directory
+        self.controller, self.controller_server = self.start_controller()
+        self._limits = EngineLimits(max_running=max_running, max_waiting=max_waiting, max_cached_tokens=4096)
+        self._first = self.add_router("router", told=lambda: self.told)
+        self.router, self.router_server = self._first.router, self._first.server
+        self.placements, self.remote, self.metrics = self._first.placements, self._first.remote, self._first.metrics
+
+    def add_router(self, name: str, *, told: Callable[[], RouterState | None] = lambda: None) -> "LoopbackRouter":
+        """A router more, which its caller closes. told: what the controller is told of it; None: what it says."""
+        return LoopbackRouter(
+            name,
+            self._directory,
+            controller=lambda: self.controller_server.address,
+            limits=self._limits,
+            batch_invariant=self._batch_invariant,
+            device=self._device,
+            open_elsewhere=self._open_elsewhere,
+            is_given=self._is_given,
+            told=told,
+        )
+
+    def start_controller(self) -> tuple[Controller, RunningServer]:
+        layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(self._directory).layers}
+        settings: dict[str, Any] = {
+            "actors": self.names,
+            "replicas": contiguous_placement(layer_experts, self.names),
+            "layer_experts": layer_experts,
+            "checkpoint": self._directory,
+            "lease_s": 0.6,
+            "health_period_s": 0.5,
+            "start_timeout_s": 1.0,
+            "update": UpdateSettings(router_grace_s=1.8),
+        }
+        controller = Controller(
+            ControllerSettings(**(settings | self._controller_settings)),
+            is_given=self._is_given,
+            supervisor=self,
+            connect=_control,
+            watch=_watch,
+            metrics=Metrics(model="tiny"),
+            routers=self._router_supervisor,
+            open_elsewhere=self._open_elsewhere,
+        )
+        controller.start(20.0)
+        return controller, serve_controller(controller, credentials=None)
+
+    def replace_controller(self) -> None:
+        """Ends the controller and starts another one, at another address."""
+        self.controller_server.stop(0.0)
+        self.controller.close()
+        self.controller, self.controller_server = self.start_controller()
+
+    def kill(self, actor: str) -> None:
+        self.servers.pop(actor).stop(0.0)
+        self.services.pop(actor).close()
+
+    def revive(self, actor: str) -> None:
+        self.services[actor] = ExpertService(
+            is_given=self._is_given,
+            name=actor,
+            batch_invariant=self._batch_invariant,
+            open_elsewhere=self._open_elsewhere,
+        )
+        self.servers[actor] = serve_expert(self.services[actor], credentials=None)
+
+    def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
+        server = self.servers.get(actor)
+        if server is None:
+            return None
+        incarnation = self.services[actor].incarnation
+        return ActorAddress(actor=actor, address=server.address, incarnation=incarnation, node=f"node-of-{actor}")
+
+    def restart(self, actor: str) -> None:
+        self.kill(actor)
+        self.revive(actor)
+
+    def known(self) -> tuple[str, ...]:
+        return tuple(self.services)
+
+    def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
+        if actor not in self.services:
+            self.revive(actor)
+
+    def remove(self, actor: str) -> None:
+        if actor in self.services:
+            self.kill(actor)
+
+    def draining_nodes(self) -> frozenset[str]:
+        return frozenset(self.draining)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._first.close()
+        self.controller.close()
+        self.controller_server.stop(0.0)
+        for name in list(self.servers):
+            self.kill(name)
+
+
+class LoopbackRouter:
+    """A router, its server, and its way to the controller."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: str,
+        *,
+        controller: Callable[[], str],
+        limits: EngineLimits,
+        batch_invariant: bool,
+        device: str,
+        open_elsewhere: OpenCheckpoint | None,
+        is_given: IsGiven,
+        told: Callable[[], RouterState | None],
+    ) -> None:
+        """controller: where it is reached now. told: see LoopbackCluster.add_router."""
+        self._own_state = lambda: RouterState(router=name)
+        self.placements = ControllerClient(router=name, resolve=controller, state=lambda: told() or self._own_state())
+        self.metrics = Metrics(model="tiny")
+        pool = ExpertPool(self.placements, connect=partial(_connect, router=name), control=_control)
+        self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
+        self.router = Router(
+            directory,
+            self.remote,
+            is_given=is_given,
+            make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
+            name=name,
+            device=device,
+            metrics=self.metrics,
+            on_change=self.placements.renew,
+            open_elsewhere=open_elsewhere,
+        )
+        self._own_state = self.router.state
+        self.server = serve_router(self.router, credentials=None)
+
+    def close(self) -> None:
+        """Ends it, its connections first, as a crash does: nobody is told. Again is fine."""
+        self.server.stop(0.0)
+        self.placements.close()
+        self.router.close()
+
+
+def _connect(address: ActorAddress, *, router: str) -> GrpcExpertTransport:
+    return GrpcExpertTransport(address, router=router, shared_memory_bytes=2**20)
+
+
+def _control(address: ActorAddress) -> GrpcExpertControl:
+    return GrpcExpertControl(address.actor, address.address, timeout_s=5.0)
+
+
+def _watch(address: ActorAddress, on_lost: Callable[[], None]) -> HealthWatch:
+    return HealthWatch(address.address, on_lost)

@@ -1,0 +1,233 @@
+"""A training run in the router's process: the placement is held for exactly as long as it goes on, and a run whose
+process is lost begins again."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+from rich.console import Console
+
+from actors.driver import Cluster
+from actors.training_host import Progress, RunGone, TrainingHost
+from moecluster.cli.commands.train import run
+from moecluster.config import Config
+from moecluster.dispatch.connection_pool import ExpertPool
+from moecluster.dispatch.remote_experts import RemoteExperts
+from moecluster.errors import CheckpointError, DeadlineExceeded, StateLost, Unavailable, UserError
+from moecluster.metrics import Metrics
+from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.training.events import StepDone
+from moecluster.training.history import History
+from moecluster.training.setup import prepare_start
+from moecluster.types import Placement, Replica
+from tests.support.clusters.expert_cluster import ExpertCluster, control_of
+from tests.support.training.training_runs import assert_equal_within, losses_in_one_process, make_config, write_text
+
+WAIT_S = 60.0
+
+
+class Watched(FixedPlacement):
+    """Notes in which order it is held, looked at and released. Experts that are wanted come, if it was told so."""
+
+    def __init__(self, placement: Placement, *, refuses: bool = False, cold: tuple[Replica, ...] = ()) -> None:
+        super().__init__(replace(placement, replicas=tuple(r for r in placement.replicas if r not in cold)))
+        self._cold = cold
+        self._refuses = refuses
+        self.calls: list[str] = []
+
+    def current(self, timeout_s: float) -> Placement:
+        self.calls.append("look")
+        return super().current(timeout_s)
+
+    def hold(self, timeout_s: float) -> None:
+        self.calls.append("hold")
+        if self._refuses:
+            raise DeadlineExceeded(f"not within {timeout_s:g} s")
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    def want_experts(self, layer: int, experts: object) -> None:
+        self.calls.append("want")
+        self._placement = replace(self._placement, replicas=(*self._placement.replicas, *self._cold))
+        self._cold = ()
+
+
+class Training:
+    """A host over two expert services, and the settings of a run."""
+
+    def __init__(self, config: Config, cluster: ExpertCluster, start: Path) -> None:
+        self.config, self.cluster, self.start = config, cluster, start
+
+    def host(self, placements: Watched, metrics: Metrics | None = None) -> TrainingHost:
+        pool = ExpertPool(
+            placements,
+            connect=self.cluster.pool._connect,
+            control=lambda address: control_of(self.cluster.services[address.actor]),
+        )
+        return TrainingHost(
+            RemoteExperts(pool), placements, announce=lambda path: None, metrics=metrics or Metrics(model="m")
+        )
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[Training]:
+    config = make_config(write_text(tmp_path), tmp_path / "run", steps=4)
+    start = prepare_start(config)
+    with ExpertCluster(start) as cluster:
+        yield Training(config, cluster, start)
+
+
+def ended(host: TrainingHost) -> Progress:
+    deadline_s = time.monotonic() + WAIT_S
+    while not (progress := host.progress(0)).ended:
+        assert time.monotonic() < deadline_s, "the run goes on and on"
+        time.sleep(0.01)
+    return progress
+
+
+def test_the_placement_is_held_before_it_is_read_until_all_is_handed_over(training: Training) -> None:
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    progress = ended(host)
+    assert progress.error is None
+    assert [event.step for event in progress.events if isinstance(event, StepDone)] == [1, 2, 3, 4]
+    assert placements.calls[0] == "hold" and placements.calls[-1] == "release"
+    assert set(placements.calls[1:-1]) == {"look"}
+
+
+def test_experts_that_stand_nowhere_are_wanted_before_training_begins(training: Training) -> None:
+    placements = Watched(training.cluster.placement, cold=training.cluster.placement.replicas[:1])
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    assert ended(host).error is None
+    assert placements.calls.count("want") == 1
+
+
+def test_a_run_that_is_stopped_releases_the_placement(training: Training) -> None:
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    with pytest.raises(UserError, match="under way"):
+        host.start(training.config, training.start)
+    host.stop()
+    assert ended(host).error is None
+    assert placements.calls.count("hold") == placements.calls.count("release") == 1
+
+
+def test_a_run_that_fails_releases_the_placement(training: Training, tmp_path: Path) -> None:
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.config, tmp_path / "nothing")
+    assert isinstance(ended(host).error, CheckpointError)
+    assert placements.calls[0] == "hold" and placements.calls[-1] == "release"
+    host.start(training.config, training.start)
+    assert ended(host).error is None
+
+
+def test_without_a_hold_nothing_is_trained(training: Training) -> None:
+    placements = Watched(training.cluster.placement, refuses=True)
+    host = training.host(placements)
+    host.start(training.config, training.start)
+    progress = ended(host)
+    assert isinstance(progress.error, DeadlineExceeded) and progress.events == ()
+    assert placements.calls == ["hold"]
+
+
+def test_progress_of_a_run_that_another_life_began_is_no_success(training: Training) -> None:
+    host = training.host(Watched(training.cluster.placement))
+    with pytest.raises(RunGone, match="its training run is gone"):
+        host.progress(0)
+
+
+class EndsAtStep(Metrics):
+    """Told of every step before anybody else is; calls `end` at the number `step` of the life, if there is one."""
+
+    def __init__(self, step: int | None, end: Callable[[], None]) -> None:
+        super().__init__(model="m")
+        self._left, self._end = step, end
+
+    def observe_train_step(self, *, loss: float, aux_losses: Mapping[str, float], seconds: float) -> None:
+        super().observe_train_step(loss=loss, aux_losses=aux_losses, seconds=seconds)
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._end()
+
+
+class LosesRouters:
+    """A cluster, as `moecluster train` sees it, whose router's process is lost after a number of its steps, each time;
+    a checkpoint that would follow is lost with it."""
+
+    def __init__(self, training: Training, *, after_steps: list[int]) -> None:
+        self._training, self._after_steps = training, after_steps
+        self.begun_from: list[str] = []
+        self.loaded = ""
+        self._begin_life()
+
+    def _begin_life(self) -> None:
+        self._is_mortal = bool(self._after_steps)
+        steps = self._after_steps.pop(0) if self._is_mortal else None
+        self.host = self._training.host(
+            Watched(self._training.cluster.placement), EndsAtStep(steps, lambda: self.host.stop())
+        )
+
+    def train(self, config: Config, start: str) -> None:
+        self.begun_from.append(Path(start).name)
+        self.host.start(config, Path(start))
+
+    def training_progress(self, since: int) -> Progress:
+        if not self._is_mortal or not self.begun_from:
+            return self.host.progress(since)
+        assert ended(self.host).error is None
+        self._begin_life()
+        raise Unavailable("the router is gone")  # what it told is lost with it
+
+    def stop_training(self) -> None:
+        self.host.stop()
+
+    def reload_routers(self, model_dir: str) -> None:
+        self.loaded = Path(model_dir).name
+
+
+def run_command(training: Training, cluster: LosesRouters) -> tuple[str | None, str]:
+    console = Console(width=300)
+    with console.capture() as said:
+        last = run(training.config, str(training.start), cast(Cluster, cluster), console)
+    return last, said.get()
+
+
+def test_a_run_whose_router_is_lost_begins_again_and_its_history_has_no_gap(training: Training, tmp_path: Path) -> None:
+    undisturbed = losses_in_one_process(training.config)
+    cluster = LosesRouters(training, after_steps=[3, 2])
+    last, said = run_command(training, cluster)
+    assert "the run begins again from" in said and "(2 of at most 3 times)" in said
+    assert cluster.begun_from == ["step-00000000", "step-00000002", "step-00000002"]
+    history = History.open(training.config.train.output_dir)
+    assert_equal_within({step: done.total_loss for step, done in history.steps.items()}, undisturbed, 1e-5)
+    assert last is not None and Path(last).name == cluster.loaded == "step-00000004"
+
+
+def test_a_run_without_any_checkpoint_begins_anew(training: Training, tmp_path: Path) -> None:
+    training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, checkpoint_every_steps=0)
+    cluster = LosesRouters(training, after_steps=[2])
+    run_command(training, cluster)
+    assert cluster.begun_from == ["step-00000000", "step-00000000"]
+
+
+def test_a_run_begins_again_so_often_and_not_more(training: Training, tmp_path: Path) -> None:
+    training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, max_restarts=1)
+    with pytest.raises(StateLost, match=r"more often than train\.max_restarts = 1; with train\.resume=true"):
+        run_command(training, LosesRouters(training, after_steps=[1, 1]))
+
+
+def test_a_run_without_durability_ends_with_its_router(training: Training, tmp_path: Path) -> None:
+    training.config = make_config(write_text(tmp_path), tmp_path / "run", steps=4, durability="none")
+    cluster = LosesRouters(training, after_steps=[1])
+    with pytest.raises(StateLost, match=r"under train\.durability = checkpoint it would begin again"):
+        run_command(training, cluster)
+    assert len(cluster.begun_from) == 1

@@ -1,0 +1,499 @@
+"""Experts that come and go while an actor serves: copies from a peer, loads among other orders, unloads that drain."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from moecluster.config.sections import ModelConfig
+from moecluster.errors import DeadlineExceeded, InvalidMessage, NotHosted, StaleOrder, Unavailable
+from moecluster.expert.service import ExpertService
+from moecluster.expert.weight_sources import BytePace
+from moecluster.models.experts.source import ExpertSource
+from moecluster.models.native.build import build_model
+from moecluster.rpc.expert.in_process import InProcessPeerExports
+from moecluster.rpc.expert.interface import MAX_PICTURE_BYTES, ExportedTensor, Pace, PeerExports
+from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
+from tests.support.clusters.given import any_directory
+from tests.support.expert.batches import make_batch
+from tests.support.expert.small_actor import (
+    EXPERTS,
+    LAYER,
+    TIMEOUT_S,
+    WIDTH,
+    Occupied,
+    ask,
+    batch_of,
+    check_rows,
+    load_modules,
+    save_small_model,
+    serving,
+    submit,
+    training,
+    wait_for_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def modules(checkpoint: Path) -> dict[int, nn.Module]:
+    return load_modules(checkpoint)
+
+
+class HeldPeer:
+    """A peer that gives its first expert at once, and the others when it is let go. Its own connection."""
+
+    def __init__(self, service: ExpertService) -> None:
+        self.address = ActorAddress(actor="peer", address="", incarnation=service.incarnation)
+        self.go, self.asked, self.closed = threading.Event(), threading.Event(), threading.Event()
+        self.copies: Counter[ExpertId] = Counter()
+        self._service = service
+
+    def connect(self, address: ActorAddress) -> PeerExports:
+        self.closed.clear()
+        return self
+
+    def tensors(
+        self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
+    ) -> Iterator[ExportedTensor]:
+        self.copies[expert] += 1
+        if expert != EXPERTS[0]:
+            self.asked.set()
+            while not self.go.wait(0.002):
+                if self.closed.is_set():
+                    raise Unavailable("the connection was closed")
+        exports = InProcessPeerExports(self._service, self.address.incarnation)
+        yield from exports.tensors(
+            expert,
+            weight_version=weight_version,
+            max_tensor_bytes=max_tensor_bytes,
+            timeout_s=timeout_s,
+            pace=pace,
+        )
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Move:
+    """An actor without experts, and a peer that holds all and is slow to give them."""
+
+    def __init__(self, checkpoint: Path, stack: ExitStack) -> None:
+        self.checkpoint = checkpoint
+        self.peer = HeldPeer(stack.enter_context(serving(checkpoint, "peer")))
+        self.service = stack.enter_context(
+            closing(ExpertService(is_given=any_directory, name="expert-0", connect_peer=self.peer.connect))
+        )
+        self._threads = ThreadPoolExecutor(8)
+        stack.callback(self._threads.shutdown)
+        stack.callback(self.peer.go.set)
+
+    def load(self, *, term: int = 1, **changes: Any) -> int:
+        order: dict[str, Any] = {"experts": EXPERTS, "checkpoint": str(self.checkpoint), "peer": self.peer.address}
+        return self.service.load(term=term, **(order | changes))
+
+    def begin_load(self, **changes: Any) -> "Future[int]":
+        """Begins a load that stands still in the copy of the second expert."""
+        load = self._threads.submit(self.load, **changes)
+        assert self.peer.asked.wait(TIMEOUT_S)
+        return load
+
+    def begin(self, order: Any, **arguments: Any) -> "Future[Any]":
+        return self._threads.submit(order, **arguments)
+
+
+@pytest.fixture
+def move(checkpoint: Path) -> Iterator[Move]:
+    with ExitStack() as stack:
+        yield Move(checkpoint, stack)
+
+
+# -- loads among other orders --
+
+
+def test_other_orders_and_batches_go_on_while_experts_come(move: Move) -> None:
+    load = move.begin_load()
+    move.service.set_placement(term=1, generation=3)
+    move.service.unload(term=1, experts=[ExpertId(layer=9, index=9)])
+    status = move.service.status()
+    assert (status.placement, status.experts) == ((1, 3), EXPERTS[:1])
+    assert ask(move.service, make_batch({0: [0]}, rows=1, width=WIDTH, layer=LAYER)).y_ND is not None
+    assert not load.done()
+    move.peer.go.set()
+    assert load.result(TIMEOUT_S) == move.service.status().hosted_bytes
+    assert move.service.status().experts == EXPERTS
+
+
+def test_a_load_of_a_controller_that_is_over_stops_at_once(move: Move) -> None:
+    load = move.begin_load()
+    move.service.set_placement(term=2, generation=1)
+    with pytest.raises(StaleOrder, match="controller term 1 is over: 2 has the say"):
+        load.result(TIMEOUT_S)  # while the peer still gives nothing
+    assert move.service.status().experts == EXPERTS[:1]
+    move.peer.go.set()
+    assert move.load(term=2) > 0 and move.service.status().experts == EXPERTS
+
+
+def test_a_load_that_waits_for_its_turn_is_fenced_too(move: Move) -> None:
+    loads = [move.begin_load(), move.begin(move.load)]
+    while len(move.service._orders._loads) < 2:
+        time.sleep(0.002)
+    move.service.unload(term=2, experts=[])
+    for load in loads:
+        with pytest.raises(StaleOrder, match="controller term 1 is over"):
+            load.result(TIMEOUT_S)
+    assert move.service.status().experts == EXPERTS[:1]
+
+
+def test_what_is_unloaded_while_it_is_loaded_does_not_come(move: Move) -> None:
+    load = move.begin_load()
+    move.service.unload(term=1, experts=EXPERTS[:3])  # one that came, one that is coming, one not yet asked for
+    move.peer.go.set()
+    with pytest.raises(StaleOrder, match=r"unloaded while they were loaded: 1/0, 1/1, 1/2 \(layer/index\)"):
+        load.result(TIMEOUT_S)
+    assert move.service.status().experts == EXPERTS[3:]
+    assert EXPERTS[2] not in move.peer.copies
+    assert move.load() > 0 and move.service.status().experts == EXPERTS
+
+
+def test_two_loads_of_an_expert_bring_it_once(move: Move) -> None:
+    loads = [move.begin_load(experts=EXPERTS[:2]), move.begin(move.load)]
+    while len(move.service._orders._loads) < 2:
+        time.sleep(0.002)
+    move.peer.go.set()
+    loaded = [load.result(TIMEOUT_S) for load in loads]
+    assert sum(loaded) == move.service.status().hosted_bytes and loaded[0] == loaded[1] > 0
+    assert move.peer.copies == Counter(EXPERTS)
+
+
+def test_a_load_waits_for_others_no_longer_than_its_time(move: Move) -> None:
+    move.begin_load()
+    with pytest.raises(DeadlineExceeded, match=r"another load took longer than 0\.05 s"):
+        move.load(timeout_s=0.05)
+
+
+def test_an_expert_that_is_named_twice_comes_once(move: Move) -> None:
+    move.peer.go.set()
+    assert move.load(experts=[*EXPERTS, *EXPERTS]) == move.service.status().hosted_bytes
+    assert move.peer.copies == Counter(EXPERTS)
+
+
+# -- what a peer gives --
+
+
+def parameters(service: ExpertService) -> dict[tuple[ExpertId, str], torch.Tensor]:
+    return {(t.expert, t.name): t.value for t in service.export(experts=EXPERTS, with_optimizer=False)}
+
+
+def test_a_peer_that_trains_gives_what_is_committed(move: Move, checkpoint: Path) -> None:
+    with training(checkpoint, "trainer", optimizer=OptimizerSettings(name="sgd")) as trainer:
+        for value in trainer._hosted.get(EXPERTS[1]).module.parameters():
+            value.data.add_(1.0)
+        peer = HeldPeer(trainer)
+        peer.go.set()
+        with closing(ExpertService(is_given=any_directory, name="b", connect_peer=peer.connect)) as service:
+            service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer.address)
+            ours, theirs = parameters(service), parameters(trainer)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+            assert not any(p.requires_grad for e in EXPERTS for p in service._hosted.get(e).module.parameters())
+
+
+def test_experts_are_not_trained_from_a_peer(move: Move) -> None:
+    with pytest.raises(InvalidMessage, match="peer_address: experts are trained from a checkpoint on"):
+        move.load(optimizer=OptimizerSettings(), training_term=1)
+
+
+def test_a_copy_needs_no_turn_of_the_computing_thread(move: Move) -> None:
+    move.peer.go.set()
+    peer = move.peer._service
+    with peer._state_lock:  # as while a batch is computed
+        assert move.begin(move.load).result(TIMEOUT_S) > 0
+
+
+def test_an_order_of_another_dtype_than_the_peer_s_leaves_it_to_the_checkpoint(move: Move) -> None:
+    move.peer.go.set()
+    with pytest.raises(Unavailable, match=r"1/0 cannot be copied from peer: .*float32.* the model has torch\.bfloat16"):
+        move.load(dtype="bfloat16")
+    assert move.service.status().experts == ()
+
+
+def test_what_the_model_does_not_have_is_asked_of_no_peer(move: Move) -> None:
+    with pytest.raises(InvalidMessage, match="the model has no 1/4"):
+        move.load(experts=[*EXPERTS, ExpertId(layer=LAYER, index=4)])
+    assert not move.peer.copies
+
+
+# -- weight versions --
+
+
+def at_version(service: ExpertService, checkpoint: Path, version: int) -> None:
+    service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, weight_version=version)
+
+
+def test_an_empty_actor_takes_the_peer_s_weight_version(move: Move, checkpoint: Path) -> None:
+    at_version(move.peer._service, checkpoint, 3)
+    move.peer.go.set()
+    move.load()
+    assert move.service.status().weight_version == 3
+    exported = move.service.export(experts=EXPERTS, with_optimizer=False)
+    assert {tensor.weight_version for tensor in exported} == {3}
+    assert ask(move.service, batch_of(weight_version=3)).y_ND is not None
+
+
+def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> None:
+    move.service.load(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), weight_version=2)
+    at_version(move.peer._service, checkpoint, 3)
+    move.peer.go.set()
+    with pytest.raises(StaleOrder, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
+        move.load()
+    assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS[:1], 2)
+    move.load(weight_version=3)  # beside the other
+    assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS, 3)
+    assert move.service.status().other_versions == {2: EXPERTS[:1]}
+
+
+def test_the_version_that_is_ordered_is_the_one_that_comes(move: Move, checkpoint: Path) -> None:
+    at_version(move.peer._service, checkpoint, 3)
+    move.peer.go.set()
+    with pytest.raises(Unavailable, match="expert 1/0 is not here in weight version 4"):
+        move.load(weight_version=4)
+    assert move.service.status().experts == ()
+    assert move.load(weight_version=3) > 0 and move.service.status().weight_version == 3
+
+
+# -- the pace of a copy --
+
+
+def test_bytes_come_no_faster_than_allowed() -> None:
+    now_s = [100.0]
+    pace = BytePace(1000, clock=lambda: now_s[0])
+    assert pace.wait_s <= 0
+    pace.count(500)
+    assert pace.wait_s == pytest.approx(0.5)
+    now_s[0] += 0.4
+    pace.count(200)
+    assert pace.wait_s == pytest.approx(0.3)
+    now_s[0] += 60.0  # a pause saves nothing up
+    pace.count(1000)
+    assert pace.wait_s == pytest.approx(1.0)
+
+
+def test_without_a_limit_nothing_waits() -> None:
+    pace = BytePace(0)
+    pace.count(10**12)
+    assert pace.wait_s <= 0
+
+
+def test_a_throttled_copy_ends_with_its_order(move: Move) -> None:
+    move.peer.go.set()
+    with pytest.raises(DeadlineExceeded, match=r"1/0: not loaded within 0\.3 s"):
+        move.load(max_bytes_per_s=1, timeout_s=0.3)
+    load = move.begin(move.load, max_bytes_per_s=1)
+    while move.peer.copies[EXPERTS[0]] < 2:
+        time.sleep(0.002)
+    move.service.set_placement(term=2, generation=1)
+    with pytest.raises(StaleOrder, match="controller term 1 is over"):
+        load.result(TIMEOUT_S)
+
+
+# -- unloads --
+
+
+@pytest.fixture
+def service(checkpoint: Path) -> Iterator[ExpertService]:
+    with serving(checkpoint) as service:
+        yield service
+
+
+def test_an_unload_waits_for_what_is_queued(service: ExpertService, modules: dict[int, nn.Module]) -> None:
+    service.set_placement(term=1, generation=6)
+    with ThreadPoolExecutor(1) as threads:
+        with Occupied(service):
+            waits = submit(service, batch_of(3))
+            unload = threads.submit(service.unload, term=1, experts=EXPERTS[:1], drain_timeout_s=TIMEOUT_S)
+            time.sleep(0.05)
+            assert not unload.done() and service.status().experts == EXPERTS
+        check_rows(modules, batch_of(3), waits.result(TIMEOUT_S))
+        unload.result(TIMEOUT_S)
+    assert service.status().experts == EXPERTS[1:]
+    with pytest.raises(NotHosted) as caught:
+        ask(service, batch_of())
+    assert caught.value.placement == (1, 6)
+
+
+def test_an_unload_waits_no_longer_than_it_may(service: ExpertService) -> None:
+    with Occupied(service):
+        waits = submit(service, batch_of())
+        service.unload(term=1, experts=EXPERTS[:1], drain_timeout_s=0.05)
+        assert service.status().experts == EXPERTS[1:]
+    with pytest.raises(NotHosted):
+        waits.result(TIMEOUT_S)
+
+
+def test_an_unload_does_not_wait_for_batches_of_other_experts(service: ExpertService) -> None:
+    with Occupied(service):
+        submit(service, batch_of())  # of experts 0 and 2
+        wait_for_rows(service, 2)
+        begun_s = time.monotonic()
+        service.unload(term=1, experts=[EXPERTS[1], EXPERTS[3]], drain_timeout_s=TIMEOUT_S)
+        assert time.monotonic() - begun_s < TIMEOUT_S / 2
+    assert service.status().experts == (EXPERTS[0], EXPERTS[2])
+
+
+def test_a_load_that_is_ordered_while_an_unload_drains_keeps_its_experts(
+    service: ExpertService, checkpoint: Path
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with Occupied(service):
+            unload = threads.submit(service.unload, term=1, experts=EXPERTS[:3], drain_timeout_s=TIMEOUT_S)
+            while not service._orders._unloads:
+                time.sleep(0.002)
+            assert service.load(term=1, experts=EXPERTS[1:2], checkpoint=str(checkpoint)) == 0
+        unload.result(TIMEOUT_S)
+    assert service.status().experts == (EXPERTS[1], EXPERTS[3])
+
+
+def test_an_unload_of_a_controller_that_is_over_drops_nothing(service: ExpertService) -> None:
+    with ThreadPoolExecutor(1) as threads, Occupied(service):
+        unload = threads.submit(service.unload, term=1, experts=EXPERTS[:1], drain_timeout_s=TIMEOUT_S)
+        while not service._orders._unloads:
+            time.sleep(0.002)
+        service.set_placement(term=2, generation=1)
+        with pytest.raises(StaleOrder, match="controller term 1 is over"):
+            unload.result(TIMEOUT_S)
+        assert service.status().experts == EXPERTS
+
+
+WIDE = ModelConfig(
+    hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=8, expert_inner_size=2048, max_positions=64
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) -> None:
+    build_model(WIDE, seed=0).save_pretrained(tmp_path)
+    experts = [ExpertId(layer=0, index=index) for index in range(WIDE.num_experts)]
+    process = psutil.Process()
+    # Packed by the loading thread. Where another does it, memory goes back only in an actor, whose threads share one
+    # arena of malloc (actors/settings.py).
+    with closing(ExpertService(is_given=any_directory, name="expert-0", batch_invariant=True)) as service:
+
+        def load() -> int:
+            return service.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)
+
+        def compute() -> None:
+            rows = torch.float32 if dtype == "float32" else torch.bfloat16
+            ask(service, make_batch({0: [0, 1], 5: [0]}, rows=2, width=WIDE.hidden_size, layer=0, dtype=rows))
+
+        load()  # what the first use of everything keeps is not of experts
+        compute()
+        service.unload(term=1, experts=experts)
+        before_bytes = process.memory_info().rss
+        hosted_bytes = load()
+        compute()
+        held_bytes = process.memory_info().rss - before_bytes
+        service.unload(term=1, experts=experts)
+        left_bytes = process.memory_info().rss - before_bytes
+    assert hosted_bytes >= 8 * 3 * 512 * 2048 * 2
+    assert 0.9 * hosted_bytes < held_bytes < 1.3 * hosted_bytes
+    assert left_bytes < 0.1 * hosted_bytes
+
+
+# -- what status says --
+
+
+def test_the_controller_s_picture_is_kept_for_its_successor(service: ExpertService) -> None:
+    service.set_placement(term=3, generation=2, picture=b"first")
+    service.set_placement(term=3, generation=3)
+    assert service.status().picture == b""
+    assert service.status(with_picture=True).picture == b"first"
+    service.set_placement(term=3, generation=1, picture=b"overtaken on its way")
+    assert service.status(with_picture=True).picture == b"first"
+    largest = bytes(MAX_PICTURE_BYTES)
+    service.set_placement(term=4, generation=1, picture=largest)
+    with pytest.raises(InvalidMessage, match=f"picture: {MAX_PICTURE_BYTES + 1} bytes, at most {MAX_PICTURE_BYTES}"):
+        service.set_placement(term=5, generation=1, picture=largest + b"x")
+    status = service.status(with_picture=True)
+    assert (status.placement, status.picture) == ((4, 1), largest)
+
+
+def test_work_is_counted(service: ExpertService) -> None:
+    idle = service.status().work
+    assert (idle.computed_rows, idle.batches, idle.queue_rows, idle.busy_s, idle.queue_wait_s) == (0, 0, 0, 0.0, 0.0)
+    with Occupied(service):  # a batch of 2 rows and 3 pairs
+        futures = [
+            submit(service, batch_of(4)),
+            submit(service, batch_of(1)),
+            submit(service, batch_of(deadline_s=0.01)),
+        ]
+        time.sleep(0.1)
+        assert service.status().work.queue_rows == 7
+    for future in futures[:2]:
+        future.result(TIMEOUT_S)
+    with pytest.raises(DeadlineExceeded):
+        futures[2].result(TIMEOUT_S)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while (work := service.status().work).batches < 4 and time.monotonic() < deadline_s:
+        time.sleep(0.002)  # batches are counted a little after their replies
+    assert (work.computed_rows, work.batches, work.queue_rows) == (3 + 5 + 2, 4, 0)
+    assert 3 * 0.1 <= work.queue_wait_s < 30.0
+    assert 0.1 <= work.busy_s < 30.0
+
+
+# -- batch-invariant mode --
+
+
+class Uneven(nn.Module):
+    """An expert whose rows depend on how many there are beyond 100."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
+        return x_nD * self.weight + (1.0 if len(x_nD) > 100 else 0.0)
+
+
+def give(monkeypatch: pytest.MonkeyPatch, made: dict[int, nn.Module]) -> None:
+    """Has checkpoints give these modules for some experts."""
+    really_load = ExpertSource.load
+
+    def load(self: ExpertSource, expert: ExpertId, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return made[expert.index] if expert.index in made else really_load(self, expert, dtype)
+
+    monkeypatch.setattr(ExpertSource, "load", load)
+
+
+def test_block_sizes_hold_for_every_form_of_expert(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, {1: Uneven()})
+    with serving(checkpoint, batch_invariant=True) as service:
+        batch = make_batch({1: list(range(600))}, rows=600, width=WIDTH, layer=LAYER, unsummed=True)
+        y_PD = ask(service, batch).y_PD
+        assert y_PD is not None and torch.equal(y_PD, batch.x_ND)
+        check = make_batch({0: list(range(600))}, rows=600, width=WIDTH, layer=LAYER, unsummed=True)
+        assert ask(service, check).y_PD is not None
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_experts_without_parameters_are_served(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
+) -> None:
+    give(monkeypatch, {0: nn.Identity(), 2: nn.Identity()})
+    with serving(checkpoint, batch_invariant=batch_invariant) as service:
+        batch = make_batch({0: [0, 1]}, rows=2, width=WIDTH, layer=LAYER)
+        y_ND = ask(service, batch).y_ND
+        assert y_ND is not None
+        torch.testing.assert_close(y_ND, batch.x_ND * batch.pair_weights_P[:, None])
