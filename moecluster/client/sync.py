@@ -17,7 +17,8 @@ from moecluster.generation import GenerationPiece, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.router.messages import decode_moe_reply, decode_router_status, encode_moe_request
+from moecluster.rpc.router.layer_messages import decode_moe_reply, encode_moe_request
+from moecluster.rpc.router.messages import decode_router_status
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import RouterStatus

@@ -3,12 +3,9 @@
 import json
 import math
 
-import torch
-
 from moecluster.errors import Exhausted, InvalidMessage
 from moecluster.generation import GenerationPiece, GenerationRequest, SamplingParameters, TokenLogprob
 from moecluster.proto import router_pb2, tensor_pb2
-from moecluster.rpc import tensors
 from moecluster.rpc.fields import checked_count, checked_name
 from moecluster.types import ExpertId, RouterStatus
 
@@ -24,21 +21,6 @@ MAX_BIASES = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
-
-
-def encode_moe_request(layer: int, x_TD: torch.Tensor, timeout_s: float) -> router_pb2.MoeRequest:
-    """The message for these rows."""
-    return router_pb2.MoeRequest(layer=layer, x=tensors.encode_tensor(x_TD.cpu()), timeout_s=timeout_s)
-
-
-def decode_moe_reply(reply: router_pb2.MoeReply, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y_TD, ids_TK, weights_TK) of the answer to x_TD. Raises InvalidMessage, naming the field."""
-    rows = (len(x_TD), None)
-    return (
-        tensors.decode_tensor(reply.y, "y", dtypes=(x_TD.dtype,), shape=rows),
-        tensors.decode_tensor(reply.ids, "ids", dtypes=(torch.int64,), shape=rows),
-        tensors.decode_tensor(reply.weights, "weights", dtypes=(torch.float32,), shape=rows),
-    )
 
 
 def encode_generation_request(request: GenerationRequest) -> router_pb2.GenerateRequest:

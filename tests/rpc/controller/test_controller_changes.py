@@ -184,7 +184,8 @@ def test_a_node_that_ray_takes_away_is_drained_by_itself(start) -> None:
     with Traffic(cluster):
         cluster.draining.add("node-of-expert-2")
         wait_until(lambda: "expert-2" not in cluster.services)
-        assert next(o.kind for o in cluster.controller.operations(0) if o.phase is OperationPhase.DONE) == "drain"
+        wait_until(lambda: [o.phase for o in cluster.controller.operations(0)] == [OperationPhase.DONE])
+        assert [o.kind for o in cluster.controller.operations(0)] == ["drain"]
         assert_whole(cluster)
 
 

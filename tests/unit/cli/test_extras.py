@@ -88,9 +88,8 @@ NEEDS = {
 }
 # Only behind a check of what they need.
 MODULES = {
-    "serve": r"moecluster\.serving\.front(\..+)?|actors\.commands\.(serve|own_front)",
-    "plots": r"moecluster\.serving\.bench\.picture|moecluster\.training\.(report|domain_picture)"
-    r"|actors\.commands\.placement_pictures",
+    "serve": r"moecluster\.gateway(\..+)?|moecluster\.cli\.(commands\.serve|common\.local_gateway)",
+    "plots": r"moecluster\.http_client\.bench\.plot|moecluster\.training\.plots\..+|moecluster\.cli\.common\.plots",
 }
 
 

@@ -85,9 +85,9 @@ def test_the_newest_run_of_the_preset_is_named(complaint, command) -> None:
     note_run(RUN.format(4, 900), step=900, written_s=1.8e9, preset="mixtral")
     note_run(RUN.format(5, 0), step=0, written_s=1.8e9)
     (Path(RUN.format(6, 600)) / "training").mkdir(parents=True)
-    (Path(RUN.format(6, 600)) / "training" / "cluster_file.json").write_text("torn")
+    (Path(RUN.format(6, 600)) / "training" / "state.json").write_text("torn")
     for name in (1, 2):  # the state files are younger than the weights are made to look
-        file = next(Path(f"runs/demo-{name}").rglob("cluster_file.json"))
+        file = next(Path(f"runs/demo-{name}").rglob("state.json"))
         os.utime(file, (1.6e9 + name, 1.6e9 + name))
     said = complaint(command, "demo", *(("x",) if command == "generate" else ()))
     assert f"take its newest run with moecluster {command} {newest}" in said, said
@@ -148,7 +148,7 @@ def test_a_cluster_that_serves_something_else_is_not_taken_for_the_preset(compla
 
 def test_status_serve_and_up_tell_path_step_and_time(monkeypatch, capsys) -> None:
     path = str(note_run(RUN.format(1, 600), step=600).resolve())
-    os.utime(Path(path) / "training" / "cluster_file.json", (1.7e9, 1.7e9))
+    os.utime(Path(path) / "training" / "state.json", (1.7e9, 1.7e9))
     told = f"{path} (step 600, written 2023-11-1"
     monkeypatch.setattr(serving, "FrontServer", object)
 
