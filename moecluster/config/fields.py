@@ -1,4 +1,4 @@
-"""How one section of settings is declared, read and checked. Knows no section: those stand in config.py.
+"""How one section of settings is declared, read and checked. Knows no section: those stand in sections.py.
 
 A section is a frozen keyword-only dataclass that derives from `Section`; each field is one line made by `setting`.
 Every complaint is a ConfigError in one line: section.key, what was given, what would be right.
