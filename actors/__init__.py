@@ -1,1 +1,1 @@
-"""Thin Ray shells around the four services, and the driver that starts, finds and ends a cluster."""
+"""Thin Ray shells around the four services, and the driver that starts, finds and stops a cluster."""

@@ -1,4 +1,4 @@
-"""The shell of a checkpoint source, on the node that has the directory; and how the other actors find it."""
+"""The shell of a checkpoint source, on the node that has the directory; and how other actors find it."""
 
 import os
 from contextlib import suppress
@@ -7,7 +7,7 @@ import ray
 
 from actors.names import SOURCE, Endpoints
 from actors.ray_calls import call, find_actor
-from actors.restart_policy import begins_again
+from actors.restart_policy import restart_on_init_failure
 from moecluster.errors import CheckpointError, MoeClusterError, Unavailable
 from moecluster.models.checkpoint.reader import Checkpoint, OpenCheckpoint
 from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
@@ -18,9 +18,9 @@ FIND_TIMEOUT_S = 10.0
 
 
 class CheckpointSource:
-    """Serves the directories that were announced to it. Who may call it, over Ray, learns their ids."""
+    """Serves the directories announced to it. Callers authenticated by Ray get their ids."""
 
-    @begins_again
+    @restart_on_init_failure
     def __init__(self, directory: str, credentials: ClusterCredentials, host: str) -> None:
         """directory: announced at once, also after a restart."""
         self._announcements = Announcements()
@@ -28,13 +28,13 @@ class CheckpointSource:
         self.announce(directory, directory)
 
     def announce(self, name: str, directory: str) -> None:
-        """name: what orders call the directory. Raises CheckpointError if it is no model's."""
+        """name: the directory's name in requests. Raises CheckpointError if it is not a model's directory."""
         self._announcements.add(name, directory)
 
     def locate(self, name: str) -> SourceAddress | None:
-        """Where the directory is read; None if there is no such model here under that name.
+        """Returns where the directory can be read; None if there is no such model on this node.
 
-        One that is served and was announced to an earlier life of this source is announced again.
+        A directory that was announced only to an earlier incarnation of this source is announced again.
         """
         announced = self._announcements.named(name)
         if announced is None:
@@ -43,12 +43,12 @@ class CheckpointSource:
         return SourceAddress(address=self._server.address, id=announced.id) if announced is not None else None
 
     def endpoints(self) -> Endpoints:
-        """Where the process is reached."""
+        """Returns the addresses of the process."""
         return Endpoints(actor=SOURCE, pid=os.getpid(), address=self._server.address, metrics_address="")
 
 
 def checkpoint_opener(namespace: str, credentials: ClusterCredentials) -> OpenCheckpoint:
-    """A function that opens a checkpoint which this node does not see, out of the namespace's source."""
+    """Returns a function that opens a checkpoint that this node does not see, from the namespace's source."""
 
     def open_elsewhere(name: str) -> Checkpoint:
         return Checkpoint.of(RemoteFiles(name, lambda: _locate(name, namespace), credentials=credentials))
@@ -73,7 +73,7 @@ def _node() -> str:
 
 
 def announce(namespace: str, directory: str) -> None:
-    """Lets the other nodes read one more directory of the source's node. Nothing to do where there is no source.
+    """Lets other nodes read one more directory of the source's node. Does nothing without a source.
 
     Raises CheckpointError if the source does not see it.
     """

@@ -1,5 +1,5 @@
-"""What is up, or being started: one small file per cluster in the user's state directory, so that later commands find
-it. A start is noted before anything of it exists, and holds a lock that the kernel releases however the process ends.
+"""Records clusters that are up or being started: one small file per cluster in the user's state directory. A start is
+recorded before anything of it exists, and holds a lock that the kernel releases however the process ends.
 """
 
 import contextlib
@@ -26,36 +26,36 @@ LOCK_POLL_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class UpCluster:
-    """A cluster that `up` started."""
+    """A cluster that `moecluster up` started."""
 
     name: str
     ray_address: str
     model: str  # the directory that it serves
-    router_addresses: tuple[str, ...]  # when this was noted; a router that was started again listens elsewhere
+    router_addresses: tuple[str, ...]  # when this was recorded; a restarted router listens elsewhere
     controller_address: str
-    secret_file: str = ""  # where the secret lies; empty: the cluster asks for none
-    local_ray: LocalRay | None  # None: the Ray cluster is not ours to end
+    secret_file: str = ""  # path of the secret; empty: the cluster has none
+    local_ray: LocalRay | None  # None: the Ray cluster is external, and not stopped with this one
 
     @property
     def router_address(self) -> str:
-        """Of the first router."""
+        """Address of the first router."""
         return self.router_addresses[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A start that has begun: of all that it may have brought up, or left when it was broken off."""
+    """A start in progress or broken off, with what is needed to clean it up."""
 
     name: str
-    ray_address: str  # of a Ray that is not ours; empty: a local one is started
+    ray_address: str  # of an external Ray; empty: a local one is started
     model: str
     pid: int  # of the command
-    pid_started_s: float  # when that process began: another one may get its number
+    pid_started_s: float  # when that process started, since its pid may be reused
     local_ray: LocalRay | None
 
 
 def check() -> None:
-    """Raises ResourceError if nothing can be noted: to be asked before anything is started."""
+    """Raises ResourceError if the state directory cannot be written: to be called before anything is started."""
     folder = state_folder()
     try:
         probe_folder(folder)
@@ -64,7 +64,7 @@ def check() -> None:
 
 
 def save(noted: UpCluster | Start) -> None:
-    """Writes the file, readable by the user alone; complete or not at all. Raises ResourceError."""
+    """Writes the file atomically, readable by the user alone. Raises ResourceError."""
     fields = dataclasses.asdict(noted) | ({"starting": True} if isinstance(noted, Start) else {})
     try:
         aside = _folder() / f"{noted.name}.json.new"
@@ -76,19 +76,19 @@ def save(noted: UpCluster | Start) -> None:
 
 
 def load(name: str) -> UpCluster | None:
-    """The cluster of that name, if it is up. Raises ResourceError for a file that cannot be read."""
+    """Returns the cluster of that name, if it is up. Raises ResourceError for a file that cannot be read."""
     noted = _read(name)
     return noted if isinstance(noted, UpCluster) else None
 
 
 def load_start(name: str) -> Start | None:
-    """The start of that name, if one has begun and has not ended. Raises ResourceError, as load."""
+    """Returns the start of that name, if it has not completed. Raises ResourceError, as load does."""
     noted = _read(name)
     return noted if isinstance(noted, Start) else None
 
 
 def forget(name: str) -> None:
-    """Removes the file and the secret; fine if there is none."""
+    """Removes the file and the secret, if they exist. Raises ResourceError."""
     try:
         _file(name).unlink(missing_ok=True)
         secret_path(name).unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def _refused(folder: Path, exc: OSError) -> ResourceError:
 
 @contextlib.contextmanager
 def start_lock(name: str, patience_s: float = LOCK_PATIENCE_S) -> Iterator[bool]:
-    """Held by the one process that starts the cluster, or ends a start. Yields whether it is ours now.
+    """Takes the lock of the one process that starts the cluster, or ends a start. Yields whether it was acquired.
 
     Raises ResourceError if the state directory cannot be written.
     """
@@ -117,7 +117,7 @@ def start_lock(name: str, patience_s: float = LOCK_PATIENCE_S) -> Iterator[bool]
 
 
 def is_starting(name: str) -> bool:
-    """Whether a living process starts the cluster now, or ends a start."""
+    """Returns whether a living process is starting the cluster, or ending a start."""
     with _lock_file(name) as descriptor:
         return not _try_lock(descriptor, fcntl.LOCK_SH)
 
@@ -152,7 +152,7 @@ def _read(name: str) -> UpCluster | Start | None:
         return None
     except OSError as exc:
         if exc.errno == errno.ENAMETOOLONG:
-            return None  # no name of a cluster that could be noted
+            return None  # no cluster can have this name
         raise ResourceError(f"{file} cannot be read ({exc.strerror}); set XDG_STATE_HOME as it was for `up`") from exc
     try:
         fields = json.loads(file.read_text())
@@ -166,7 +166,7 @@ def _read(name: str) -> UpCluster | Start | None:
 
 
 def _up_cluster(fields: dict[str, Any]) -> UpCluster:
-    # Files of clusters with a single router name just that.
+    # Older files have a single router_address.
     routers = tuple(fields.pop("router_addresses", ())) or (fields.pop("router_address"),)
     return UpCluster(**fields, router_addresses=routers)
 

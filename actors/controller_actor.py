@@ -11,7 +11,7 @@ from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
 from actors.names import CONTROLLER, Endpoints, make_metrics
-from actors.restart_policy import begins_again
+from actors.restart_policy import restart_on_init_failure
 from actors.supervisor import RaySupervisor
 from moecluster.config import read_config
 from moecluster.controller.controller import Controller
@@ -24,13 +24,13 @@ from moecluster.types import ActorAddress, Replica
 
 logger = logging.getLogger(__name__)
 
-ORDER_TIMEOUT_S = 5.0  # for orders that are quick; loading has its own
+ORDER_TIMEOUT_S = 5.0  # for quick requests; loading has its own timeout
 
 
 class ControllerActor:
-    """Takes over whatever its expert actors hold, also when Ray has started it again after its death."""
+    """Takes over whatever its expert actors hold, also after Ray has restarted it."""
 
-    @begins_again
+    @restart_on_init_failure
     def __init__(
         self,
         tables: Mapping[str, Any],
@@ -66,17 +66,17 @@ class ControllerActor:
         threading.Thread(target=self._start, name="start", daemon=True).start()
 
     def endpoints(self) -> Endpoints:
-        """Where the process is reached."""
+        """Returns the addresses of the process."""
         return Endpoints(
             actor=CONTROLLER, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
         )
 
     def credentials(self) -> ClusterCredentials:
-        """The cluster's secret, for a command on a host without its file. Ray has asked the caller for a token."""
+        """Returns the cluster's secret, for a command on a host without its file. Ray has authenticated the caller."""
         return self._credentials
 
     def wait_started(self, timeout_s: float) -> None:
-        """Returns once the first placement is published. Raises what kept the experts from being loaded."""
+        """Returns once the first placement is published. Raises the error that kept the experts from being loaded."""
         if not self._started.wait(timeout_s):
             raise DeadlineExceeded(f"the experts were not loaded within {timeout_s:g} s")
         if self._failure is not None:
@@ -102,10 +102,10 @@ def _watch(credentials: ClusterCredentials, address: ActorAddress, on_lost: Call
 def _announce(namespace: str, directory: str) -> None:
     try:
         announce(namespace, directory)
-    except MoeClusterError as exc:  # then every node has to see it by itself
+    except MoeClusterError as exc:  # then every node must see the directory itself
         logger.info("%s is not announced: %s", directory, exc)
 
 
 def _leave() -> None:
-    """Another controller has taken over. Ray starts this one again, which then takes a higher term if it is alone."""
+    """Exits: another controller has taken over. Ray restarts this one, which takes a higher term if it is alone."""
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What the settings say to the controller."""
+"""Derives the controller's settings from the configuration."""
 
 from collections.abc import Mapping
 
@@ -8,21 +8,21 @@ from moecluster.controller.load.direct import LoadSource
 from moecluster.controller.load.prometheus import PrometheusLoadSource
 from moecluster.controller.operations.routers import RouterSizingSettings
 from moecluster.controller.operations.weight_rollout import UpdateSettings
-from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
-from moecluster.controller.reconciler import ChangerSettings
+from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.controller.settings import ControllerSettings
 from moecluster.errors import ConfigError
 from moecluster.placement.scaling import RouterSizeSettings, SizeSettings
 from moecluster.types import Replica
 
-GRACE_LEASES = 3  # without a sign of a router, before an update goes on without it
+GRACE_LEASES = 3  # leases without a sign of a router, after which an update goes on without it
 
 
 def controller_settings(
     config: Config, model_dir: str, replicas: tuple[Replica, ...], layer_experts: Mapping[int, int]
 ) -> ControllerSettings:
-    """The controller of a cluster that serves a model."""
+    """Returns the controller's settings for a cluster that serves a model."""
     controller, cluster = config.controller, config.cluster
     size = size_limits(config)
     return ControllerSettings(
@@ -44,7 +44,7 @@ def controller_settings(
             budget_bytes=controller.move_budget_bytes,
             burst=controller.move_burst,
         ),
-        changer=ChangerSettings(
+        reconciler=ReconcilerSettings(
             policy=controller.policy,
             period_s=controller.period_s,
             quiet_s=controller.lease_s,
@@ -52,7 +52,7 @@ def controller_settings(
             scale_to_zero_after_s=controller.scale_to_zero_after_s,
             size=size,
         ),
-        mover=MoverSettings(
+        applier=ApplierSettings(
             dtype=config.model.dtype,
             load_timeout_s=cluster.start_timeout_s,
             drain_timeout_s=controller.drain_timeout_s,
@@ -60,7 +60,7 @@ def controller_settings(
         ),
         update=UpdateSettings(
             prepare_timeout_s=controller.operation_timeout_s,
-            texts_timeout_s=controller.update_timeout_s,
+            old_requests_timeout_s=controller.update_timeout_s,
             router_grace_s=GRACE_LEASES * controller.lease_s,
         ),
         routers=RouterSizingSettings(
@@ -76,8 +76,8 @@ def controller_settings(
 
 
 def size_limits(config: Config) -> SizeSettings | None:
-    """Between which sizes the controller chooses; None if it shall not. Raises ConfigError for limits that exclude
-    the size that the cluster starts with."""
+    """Returns the limits and targets of the number of expert actors; None without autoscaling. Raises ConfigError if
+    the initial number is outside the limits."""
     controller, actors = config.controller, config.cluster.num_expert_actors
     if not controller.min_expert_actors and not controller.max_expert_actors:
         return None
@@ -98,8 +98,8 @@ def size_limits(config: Config) -> SizeSettings | None:
 
 
 def router_limits(config: Config) -> RouterSizeSettings | None:
-    """Between which numbers of routers the controller chooses; None if it shall not. Raises ConfigError for limits that
-    exclude the number that the cluster starts with."""
+    """Returns the limits and targets of the number of routers; None without autoscaling. Raises ConfigError if the
+    initial number is outside the limits."""
     serve, routers = config.serve, config.cluster.num_routers
     if not serve.min_routers and not serve.max_routers:
         return None
@@ -119,8 +119,8 @@ def router_limits(config: Config) -> RouterSizeSettings | None:
 
 
 def slots_per_layer(config: Config, layer_experts: Mapping[int, int], replicas: tuple[Replica, ...]) -> int:
-    """Replicas of each layer that an actor has room for. By default just enough that the fewest actors hold every
-    expert and the redundant ones; never fewer than the first placement takes. Raises ConfigError if given too few."""
+    """Returns an actor's slots for replicas of each layer. By default just enough for the smallest cluster to hold all
+    experts and the redundant ones, and for the first placement. Raises ConfigError if the setting is too small."""
     controller = config.controller
     taken: dict[tuple[str, int], int] = {}
     for r in replicas:
@@ -136,7 +136,7 @@ def slots_per_layer(config: Config, layer_experts: Mapping[int, int], replicas: 
 
 
 def load_source(config: Config, layer_experts: Mapping[int, int]) -> LoadSource | None:
-    """The Prometheus server that the settings name; None for the routers' own reports."""
+    """Returns a source for the Prometheus server in the settings; None to use the routers' own reports."""
     if config.controller.load_source == "direct":
         return None
     return PrometheusLoadSource(

@@ -1,4 +1,4 @@
-"""Starts, finds and ends a cluster: its named, detached actors in a Ray namespace of its own."""
+"""Starts, finds and stops a cluster: its named, detached actors in a Ray namespace of its own."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ from actors.controller_actor import ControllerActor
 from actors.controller_config import controller_settings
 from actors.expert_actor import ExpertActor
 from actors.given_directories import GivenDirectories
-from actors.loading_progress import HostedBytes, bytes_to_load
+from actors.loading_progress import LoadedBytes, bytes_to_load
 from actors.names import (
     CONTROLLER,
     ROUTER,
@@ -41,7 +41,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.training.checkpoint_store import CHECKPOINTS
 
 if TYPE_CHECKING:
-    from actors.training_host import Progress  # brings transformers along, which takes seconds
+    from actors.training_host import Progress  # imports transformers, which takes seconds
 
 CALL_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes
@@ -50,10 +50,10 @@ POLL_S = 0.1
 
 
 class Cluster:
-    """The actors of one namespace. All calls end within finite times; failures are MoeClusterErrors."""
+    """The actors of one namespace. All calls have finite timeouts; failures are MoeClusterErrors."""
 
     def __init__(self, name: str) -> None:
-        """The driver has joined Ray. Nothing is started or asked."""
+        """Requires that the driver has joined Ray. Does not contact the cluster."""
         self.name = name
 
     def start(
@@ -66,8 +66,8 @@ class Cluster:
     ) -> None:
         """Starts the actors and loads the experts; returns when all of them serve.
 
-        on_loading: told over and over how much is loaded. credentials: what all its servers ask for.
-        Raises UserError if a model, a placement, the resources or a port do not fit; then nothing is left behind.
+        on_loading: called repeatedly with the bytes loaded so far. credentials: required by all its servers.
+        Raises UserError if the model, placement, resources or ports do not fit; then everything started is stopped.
         """
         if self.exists():
             raise ResourceError(
@@ -79,12 +79,12 @@ class Cluster:
         layer_experts = {layer.layer: layer.num_experts for layer in source.layers}
         names = expert_names(config)
         replicas = initial_placement(config.controller.placement, layer_experts, names)
-        controller_settings(config, model_dir, replicas, layer_experts)  # complains now, not in the actor
+        controller_settings(config, model_dir, replicas, layer_experts)  # fail here rather than in the actor
         policy_named(config.controller.policy)
         check_resources(config, ray.available_resources())
         check_ports(config)
         given = GivenDirectories(self.name)
-        given.forget_all()  # of a cluster that nobody could take down
+        given.forget_all()  # left over from a cluster of this name that was not taken down
         try:
             given.give(model_dir)
             ports = metrics_ports(config)
@@ -109,7 +109,7 @@ class Cluster:
             deadline_s = time.monotonic() + config.cluster.start_timeout_s
             endpoints = self._wait_ready(handles, config.cluster.start_timeout_s)
             total_bytes = bytes_to_load(source, replicas, getattr(torch, config.model.dtype))
-            with HostedBytes({name: endpoints[name].address for name in names}, credentials) as hosted:
+            with LoadedBytes({name: endpoints[name].address for name in names}, credentials) as hosted:
 
                 def look() -> None:
                     if on_loading is not None:
@@ -121,25 +121,25 @@ class Cluster:
             raise
 
     def exists(self) -> bool:
-        """Whether the namespace has actors."""
+        """Returns whether the namespace has actors."""
         return bool(self.actors())
 
     def actors(self) -> list[str]:
-        """Names of the actors that are there, or being started again."""
+        """Returns the names of the actors that are alive or being restarted."""
         return named_actors(self.name)
 
     def endpoints(
         self, timeout_s: float = CALL_TIMEOUT_S, *, names: Sequence[str] | None = None
     ) -> dict[str, Endpoints | None]:
-        """Where every actor, or those named, is reached; None for one that does not answer within the timeout."""
+        """Returns the endpoints of every actor, or of those named; None for one that does not answer in time."""
         return endpoints_of(self.actors() if names is None else names, self.name, timeout_s)
 
     def router_address(self) -> str:
-        """host:port of the first router, for moecluster.client.Client. Raises Unavailable."""
+        """Returns host:port of the first router, for moecluster.client.Client. Raises Unavailable."""
         return self._endpoints_of(ROUTER).address
 
     def router_addresses(self) -> tuple[str, ...]:
-        """host:port of every router that answers now. Raises Unavailable if none does."""
+        """Returns host:port of every router that answers now. Raises Unavailable if none does."""
         found = self.endpoints(names=[name for name in self.actors() if is_router(name)])
         addresses = tuple(endpoints.address for endpoints in found.values() if endpoints is not None)
         if not addresses:
@@ -147,57 +147,57 @@ class Cluster:
         return addresses
 
     def controller_address(self) -> str:
-        """host:port of the controller. Raises Unavailable."""
+        """Returns host:port of the controller. Raises Unavailable."""
         return self._endpoints_of(CONTROLLER).address
 
     def credentials(self) -> ClusterCredentials:
-        """The cluster's secret, as its controller has it. Raises Unavailable."""
+        """Returns the cluster's secret, from its controller. Raises Unavailable."""
         found: ClusterCredentials = call(self._handle(CONTROLLER).credentials.remote(), CALL_TIMEOUT_S, CONTROLLER)
         return found
 
     def give_directory(self, directory: str) -> None:
-        """Orders may name this directory, and what lies below it, from now on. Raises Unavailable."""
+        """Allows requests to the cluster to name this directory and everything below it. Raises Unavailable."""
         GivenDirectories(self.name).give(directory)
 
     def reload_routers(self, model_dir: str, timeout_s: float = 120.0) -> None:
-        """Every router takes trunk and tokenizer of another directory, which the controller knows of already."""
+        """Makes every router load trunk and tokenizer from a directory that the controller knows already."""
         self.give_directory(model_dir)
         routers = [name for name in self.actors() if is_router(name)]
         asked: dict[str, Any] = {name: self._handle(name).reload.remote(model_dir) for name in routers}
         for name, reference in asked.items():
-            # One that is being started again takes the directory that the controller names.
+            # A router that is being restarted loads the directory that the controller names.
             with suppress(Unavailable):
                 call(reference, timeout_s, name)
 
     def train(self, config: Config, start: str) -> None:
-        """The first router begins a training run. Raises UserError if one is under way."""
+        """Starts a training run in the first router. Raises UserError if one is in progress."""
         for directory in (start, Path(config.train.output_dir) / CHECKPOINTS):
             self.give_directory(str(directory))
         call(self._handle(ROUTER).train.remote(config.to_tables(), start), CALL_TIMEOUT_S, ROUTER)
 
     def training_progress(self, since: int) -> "Progress":
-        """What the run has told since event number `since`."""
+        """Returns the run's events from number `since` on, and whether it has ended."""
         progress: Progress = call(self._handle(ROUTER).training_progress.remote(since), PROGRESS_TIMEOUT_S, ROUTER)
         return progress
 
     def stop_training(self) -> None:
-        """Ends the run after what it does now."""
+        """Ends the run after its current event."""
         call(self._handle(ROUTER).stop_training.remote(), CALL_TIMEOUT_S, ROUTER)
 
     def stop(self) -> None:
-        """Ends all actors of the namespace, and waits until they are gone."""
+        """Kills all actors of the namespace, and waits until they are gone."""
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
-        # Again and again: the controller may have asked for another actor just before its end.
+        # In a loop: the controller may have requested another actor just before it died.
         while (names := self.actors()) and time.monotonic() < deadline_s:
             for name in sorted(names, key=_stop_order):
                 with suppress(Unavailable):  # gone meanwhile
                     ray.kill(self._handle(name), no_restart=True)
             time.sleep(POLL_S)
-        with suppress(Unavailable):  # the next cluster of this name begins with that
+        with suppress(Unavailable):  # the next cluster of this name forgets them when it starts
             GivenDirectories(self.name).forget_all()
 
     def _wait_ready(self, handles: Mapping[str, "ActorHandle[Any]"], timeout_s: float) -> dict[str, Endpoints]:
-        """By the handles, not by name: one that cannot start has no name any more, and its handle says why."""
+        """Waits by handle, not by name: an actor that cannot start loses its name, but its handle tells why."""
         deadline_s = time.monotonic() + timeout_s
         found: dict[str, Endpoints] = {}
         for name, handle in handles.items():
@@ -214,7 +214,7 @@ class Cluster:
         return found
 
     def _wait_loaded(self, deadline_s: float, look: Callable[[], None]) -> None:
-        """Until the first placement stands; look is called meanwhile, and once after."""
+        """Waits until the first placement is published; calls look meanwhile, and once more afterwards."""
         left_s = max(deadline_s - time.monotonic(), 0.0)
         started: Any = self._handle(CONTROLLER).wait_started.remote(left_s)
         while not ray.wait([started], timeout=POLL_S)[0] and time.monotonic() < deadline_s:
@@ -231,7 +231,7 @@ class Cluster:
 
 
 def check_resources(config: Config, available: Mapping[str, float]) -> None:
-    """Raises ResourceError saying how many CPUs or GPUs are missing. available: what Ray has free, by its names."""
+    """Raises ResourceError naming the missing CPUs or GPUs. available: Ray's free resources, by Ray's names."""
     cluster = config.cluster
     needed = {
         "CPU": cluster.num_expert_actors * cluster.cpus_per_expert_actor
@@ -252,7 +252,7 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
 
 
 def has_other_nodes(config: Config) -> bool:
-    """Whether actors may stand where the checkpoint is not: any Ray but one of this host alone may have more nodes."""
+    """Returns whether actors may run on nodes without the checkpoint: a Ray given by address may grow nodes."""
     return bool(config.cluster.address) or len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
@@ -273,5 +273,5 @@ def check_ports(config: Config) -> None:
 
 
 def _stop_order(name: str) -> int:
-    """The controller first, so that it does not mend what is being taken down."""
+    """Sorts the controller first, so that it does not restore what is being taken down."""
     return 0 if name == CONTROLLER else 1

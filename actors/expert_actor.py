@@ -10,7 +10,7 @@ import ray
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
-from actors.restart_policy import begins_again
+from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
 from moecluster.expert.service import ExpertService
 from moecluster.rpc.credentials import ClusterCredentials
@@ -20,13 +20,13 @@ from moecluster.types import ActorAddress
 
 
 class ExpertActor:
-    """Holds no expert at first; the controller orders what to load."""
+    """Holds no experts at first; the controller tells it what to load."""
 
-    @begins_again
+    @restart_on_init_failure
     def __init__(
         self, tables: Mapping[str, Any], credentials: ClusterCredentials, name: str, metrics_port: int
     ) -> None:
-        """credentials: asked for by its server, and sent to other actors."""
+        """credentials: required by its server, and sent to other actors."""
         config = read_config(tables)
         self._name = name
         self._metrics = make_metrics(config)
@@ -45,7 +45,7 @@ class ExpertActor:
         self._server = serve_expert(self._service, credentials=credentials, host=config.cluster.host)
 
     def address(self) -> ActorAddress:
-        """Where this life of the actor listens."""
+        """Returns where this incarnation of the actor listens."""
         return ActorAddress(
             actor=self._name,
             address=self._server.address,
@@ -54,7 +54,7 @@ class ExpertActor:
         )
 
     def endpoints(self) -> Endpoints:
-        """Where the process is reached."""
+        """Returns the addresses of the process."""
         return Endpoints(
             actor=self._name, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
         )

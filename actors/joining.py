@@ -1,4 +1,4 @@
-"""Joining a Ray as a driver, and leaving it. Imports little beside Ray, which reads its authentication then."""
+"""Joins a Ray cluster as a driver, and leaves it. Imports little besides Ray, which reads its authentication then."""
 
 import logging
 import os
@@ -27,21 +27,21 @@ def connect(address: str) -> None:
             f"no Ray cluster answers at {address}; give host:port of a running one (ray start prints it), "
             "or none to start a local one"
         ) from exc
-    disconnect()  # fine if there is nothing to leave
+    disconnect()  # harmless if not joined
     try:
-        # Ray would take a loopback address for the one that this host has in its network.
+        # Otherwise Ray replaces a loopback address by this host's network address.
         own: dict[str, Any] = {"_node_ip_address": host} if host == "127.0.0.1" else {}
-        with signals_later():  # the threads that gRPC begins leave signals to this one, too
+        with signals_later():  # threads started by gRPC inherit the signal mask, so signals stay with this thread
             _refuse_what_is_no_ray(host, int(port))
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except ResourceError:
         raise
-    except Exception as exc:  # whatever kind Ray raises: an address, a token, a version that is not the Ray's
+    except Exception as exc:  # Ray raises many kinds: for an address, a token, a version mismatch
         raise ResourceError(f"the Ray cluster at {address} cannot be joined: {_why_not_joined(exc)}") from exc
 
 
 def _refuse_what_is_no_ray(host: str, port: int) -> None:
-    """Ray itself would wait for minutes for a process that is stopped, or that speaks something else."""
+    """Raises ResourceError if no gRPC server answers; Ray would wait for minutes for a stopped or foreign process."""
     if os.environ.get("RAY_USE_TLS", "0") == "1":
         return
     with grpc.insecure_channel(f"{host}:{port}") as channel:
@@ -55,7 +55,7 @@ def _refuse_what_is_no_ray(host: str, port: int) -> None:
 
 
 def _why_not_joined(error: BaseException) -> str:
-    """One line. Ray tells of a token that is missing or wrong only in what caused its error."""
+    """Returns one line. Ray reports a missing or wrong token only in the causes of its error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, AuthenticationError):

@@ -1,7 +1,7 @@
-"""Bringing a whole cluster up and down, the Ray under it included; what is up is noted for later commands.
+"""Brings a whole cluster up and down, including the Ray under it; records what is up for later commands.
 
-Ray reads its authentication from the environment once, when it is imported. So nothing here imports it (or the driver)
-before `join` has set that.
+Ray reads its authentication from the environment once, when it is imported. So nothing here imports Ray (or the driver)
+before `join` has set it.
 """
 
 import os
@@ -34,15 +34,15 @@ from moecluster.rpc.credentials import ClusterCredentials, read_secret, secret_p
 if TYPE_CHECKING:
     from actors.driver import Cluster
 
-END_START_TIMEOUT_S = 30.0  # a start that is signalled clears up first
+END_START_TIMEOUT_S = 30.0  # a start that is signaled cleans up first
 POLL_S = 0.1
-CLOCK_SLACK_S = 5.0  # when a process began is reckoned from the clock, which may have been set since
+CLOCK_SLACK_S = 5.0  # a process's start time is derived from the clock, which may have been set since
 
 
 def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None) -> UpCluster:
-    """Starts Ray, if no address of one is given, and the cluster on it. Raises UserError, with nothing left behind.
+    """Starts Ray, unless an address is given, and the cluster on it. Raises UserError, with nothing left behind.
 
-    Also if this process is killed at any moment, what there is of it by then is noted, for `end_start`.
+    If this process is killed at any moment, the file records what exists by then, for `end_start`.
     """
     name = config.cluster.name
     _refuse_second(name)
@@ -61,16 +61,16 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
             up = _start(config, start, on_loading)
             cluster_file.save(up)
         except BaseException:
-            with undisturbed(), suppress(MoeClusterError):  # then the note stays, for moecluster down
+            with undisturbed(), suppress(MoeClusterError):  # on failure the file stays, for moecluster down
                 _clear(start)
             raise
     return up
 
 
 def credentials_of(up: UpCluster) -> ClusterCredentials | None:
-    """What the cluster asks for, from its file; if that is gone, from its controller, whom Ray lets us reach.
+    """Returns the cluster's credentials from its file; if that is gone, from its controller, reached over Ray.
 
-    None for a cluster that asks for none. Raises UserError.
+    None for a cluster without a secret. Raises UserError.
     """
     if not up.secret_file:
         return None
@@ -84,7 +84,7 @@ def credentials_of(up: UpCluster) -> ClusterCredentials | None:
 
 
 def give_directory(up: UpCluster, directory: str) -> None:
-    """Tells a cluster, over its Ray, that orders may name this directory. Raises ResourceError, Unavailable."""
+    """Allows requests to a cluster to name this directory, over its Ray. Raises ResourceError, Unavailable."""
     try:
         join(up.name, up.ray_address, up.local_ray).give_directory(directory)
     finally:
@@ -92,13 +92,13 @@ def give_directory(up: UpCluster, directory: str) -> None:
 
 
 def take_down(up: UpCluster) -> None:
-    """Ends what bring_up started, and nothing else."""
+    """Stops what bring_up started, and nothing else."""
     _end(up.name, up.ray_address, up.local_ray)
     cluster_file.forget(up.name)
 
 
 def end_start(name: str) -> None:
-    """Ends a start, under way or broken off, and what there is of it; nothing if it has ended. Raises ResourceError."""
+    """Stops a start, in progress or broken off, and what it started; nothing if it completed. Raises ResourceError."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with cluster_file.start_lock(name) as ours:
             start = cluster_file.load_start(name)
@@ -119,8 +119,8 @@ def end_start(name: str) -> None:
             _clear(start)
 
 
-def said_of_start(start: Start) -> str:
-    """What becomes of a start that was begun, and what to type."""
+def message_of_start(start: Start) -> str:
+    """Returns a message on a start's state, and what to type."""
     if cluster_file.is_starting(start.name):
         return _under_way(start.name)
     return (
@@ -130,7 +130,7 @@ def said_of_start(start: Start) -> str:
 
 
 def join(name: str, address: str, local: LocalRay | None) -> "Cluster":
-    """The cluster of a name, with this process as a driver of its Ray. Raises ResourceError."""
+    """Joins the cluster's Ray as a driver, and returns the cluster. Raises ResourceError."""
     if local is not None:
         os.environ.update(ray_environment(local))
     from actors.driver import Cluster
@@ -141,7 +141,7 @@ def join(name: str, address: str, local: LocalRay | None) -> "Cluster":
 
 
 def leave() -> None:
-    """This process is no driver any more; the cluster goes on."""
+    """Leaves Ray as a driver; the cluster goes on."""
     from actors.joining import disconnect
 
     disconnect()
@@ -200,16 +200,16 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
 
 
 def _clear(start: Start) -> None:
-    """Ends what there is of a start, whose lock is held, and forgets it."""
+    """Stops what a start, whose lock is held, has started, and forgets it."""
     _end(start.name, start.ray_address, start.local_ray)
     cluster_file.forget(start.name)
 
 
 def _end(name: str, ray_address: str, local: LocalRay | None) -> None:
-    """Ends a cluster: all of a Ray that is ours, else the actors of its name."""
+    """Stops a cluster: the whole Ray if it is local, else the actors of its namespace."""
     if local is not None:
         stop_local_ray(local)
-    elif not is_gone(ray_address):  # else its actors are gone with it
+    elif not is_gone(ray_address):  # if it is gone, so are its actors
         join(name, ray_address, None).stop()
         leave()
 
@@ -223,7 +223,7 @@ def _signal_starter(start: Start, number: signal.Signals) -> None:
 
 def _refuse_wrong_model(model_dir: str) -> None:
     """Raises CheckpointError or UnsupportedModelError, before anything is started."""
-    # Brings transformers along, which takes seconds: only where a cluster is really started.
+    # Imports transformers, which takes seconds: only where a cluster is really started.
     from moecluster.models.usable import refuse_unusable
 
     refuse_unusable(model_dir)

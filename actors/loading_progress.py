@@ -1,4 +1,4 @@
-"""How much of the experts is loaded while a cluster starts: what their actors say that they hold."""
+"""Measures how much of the experts is loaded while a cluster starts, by asking the expert actors."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -17,15 +17,15 @@ ASK_TIMEOUT_S = 1.0
 
 
 def bytes_to_load(source: ExpertSource, replicas: Sequence[Replica], dtype: torch.dtype) -> int:
-    """What a placement's replicas take once they are loaded."""
+    """Returns the bytes that a placement's replicas occupy once loaded."""
     of_layer = {
         layer.layer: loaded_bytes(source, ExpertId(layer=layer.layer, index=0), dtype) for layer in source.layers
     }
     return sum(of_layer[replica.expert.layer] for replica in replicas)
 
 
-class HostedBytes:
-    """Asks expert actors, over and over, how many bytes of experts they hold."""
+class LoadedBytes:
+    """Polls expert actors for the bytes of experts that they hold."""
 
     def __init__(self, addresses: Mapping[str, str], credentials: ClusterCredentials) -> None:
         """addresses: actor -> host:port."""
@@ -39,7 +39,7 @@ class HostedBytes:
         self._last = dict.fromkeys(addresses, 0)
 
     def total(self) -> int:
-        """Of one that does not answer, what it said before."""
+        """Returns the sum over all actors; an actor that does not answer counts with its last answer."""
         for actor, control in self._controls.items():
             try:
                 self._last[actor] = control.status().hosted_bytes

@@ -1,6 +1,6 @@
-"""A local Ray of our own that outlives the command that started it, and is ended without touching any other.
+"""A local Ray that outlives the command that started it, and is stopped without touching any other Ray.
 
-Every process of it inherits a mark in its environment. What bears the mark is ended; `ray stop` would end all Rays.
+All its processes inherit a mark in their environment. Stopping kills those processes; `ray stop` would stop all Rays.
 """
 
 import contextlib
@@ -26,33 +26,33 @@ MARK = "MOECLUSTER_LOCAL_RAY"
 HOST = "127.0.0.1"
 END_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 3.0
-LOOK_AGAIN_S = 0.05  # for what was being forked when processes were looked at
-GAVE_UP = "timed out"  # what `ray start` says when it has met a limit of its own that no setting lengthens
+POLL_AGAIN_S = 0.05  # finds processes that were being forked during the last look
+GAVE_UP = "timed out"  # what `ray start` prints when it hits an internal limit that no setting extends
 MIN_PATIENCE_S = 60.0  # Ray's defaults
-SESSIONS = "ray"  # Ray lets everybody write into its folder, so that lies in one that only its owner enters
-OBJECT_STORE_BYTES = 128 * 2**20  # rows travel over gRPC; Ray's own store holds only arguments of calls
+SESSIONS = "ray"  # Ray makes its folder writable for everybody, so it is placed in one that only its owner may enter
+OBJECT_STORE_BYTES = 128 * 2**20  # rows travel over gRPC; Ray's object store holds only call arguments
 PORT_OPTIONS = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
                 "metrics-export-port", "runtime-env-agent-port")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRay:
-    """A started Ray."""
+    """A local Ray, planned or started."""
 
     address: str  # host:port
     mark: str  # value of the environment variable MARK in all its processes
-    folder: str  # its files; the token (mode 0600) is `token` in it
+    folder: str  # of its files; the token (mode 0600) is `token` in it
     auth: str  # token | disabled
 
 
 def plan_local_ray(auth: str) -> LocalRay:
-    """How a Ray will be known, and its folder, for a note of it before it is started. The address is open yet."""
+    """Returns a Ray with its mark and a new folder, to be recorded before it is started. The address is still empty."""
     return LocalRay(address="", mark=secrets.token_hex(8), folder=make_socket_folder(), auth=auth)
 
 
 def start_local_ray(planned: LocalRay, timeout_s: float) -> LocalRay:
-    """Starts a head on the loopback, without dashboard. Raises ResourceError if it does not come up in time; then, and
-    if this is interrupted, stop_local_ray ends what there is of it."""
+    """Starts a head node on the loopback, without dashboard. Raises ResourceError if it does not start in time; then,
+    and if this is interrupted, stop_local_ray cleans up."""
     deadline_s = time.monotonic() + timeout_s
     token = Path(planned.folder) / "token"
     try:
@@ -72,12 +72,12 @@ def start_local_ray(planned: LocalRay, timeout_s: float) -> LocalRay:
 
 
 def _ray_start(local: LocalRay, ports: Sequence[int], timeout_s: float, deadline_s: float) -> str:
-    """Runs `ray start`, and returns what it says if it fails. Raises ResourceError at the deadline."""
+    """Runs `ray start`, and returns its last line if it fails, else "". Raises ResourceError at the deadline."""
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--node-ip-address={HOST}"]
     command += [f"--{option}={port}" for option, port in zip(PORT_OPTIONS, ports, strict=True)]
     command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={local.folder}/{SESSIONS}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    # What the user has set counts. By default Ray's workers give way to whatever else the host does.
+    # The user's settings take precedence. Ray's default lowers the priority of its workers.
     environment = {"RAY_worker_niceness": "0", **patience(timeout_s), **os.environ}
     environment |= {**ray_environment(local), MARK: local.mark}
     environment.pop("RAY_ADDRESS", None)
@@ -90,12 +90,12 @@ def _ray_start(local: LocalRay, ports: Sequence[int], timeout_s: float, deadline
         ) from exc
     except OSError as exc:
         return str(exc)
-    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    return (said[-1].strip() if said else f"exit {done.returncode}") if done.returncode else ""
+    message = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return (message[-1].strip() if message else f"exit {done.returncode}") if done.returncode else ""
 
 
 def patience(timeout_s: float) -> dict[str, str]:
-    """Environment in which none of Ray's own limits of a start, as a slow or busy machine meets them, is shorter."""
+    """Returns an environment with Ray's own start-up limits raised to at least timeout_s, for slow or busy machines."""
     seconds = str(math.ceil(max(timeout_s, MIN_PATIENCE_S)))
     return {
         "RAY_gcs_server_port_wait_time_s": seconds,
@@ -107,11 +107,11 @@ def patience(timeout_s: float) -> dict[str, str]:
 
 
 def ray_environment(local: LocalRay) -> dict[str, str]:
-    """What a process needs in its environment to talk to this Ray."""
+    """Returns the environment variables that a process needs to talk to this Ray."""
     variables = {
         "RAY_AUTH_MODE": local.auth,
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Else Ray takes the address of this host in its network for 127.0.0.1, and listens on all addresses.
+        # Otherwise Ray uses this host's network address instead of 127.0.0.1, and listens on all addresses.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     if local.auth == "token":
@@ -124,12 +124,12 @@ class RayProcess:
     """A living process of a local Ray."""
 
     pid: int
-    part: str  # raylet, gcs_server, ...; ray::ExpertActor of an actor
-    stopped: bool  # by a signal: it is there and does nothing
+    part: str  # raylet, gcs_server, ...; ray::ExpertActor for an actor
+    stopped: bool  # by a signal such as SIGSTOP
 
 
 def processes_of(local: LocalRay) -> list[RayProcess]:
-    """Its living processes."""
+    """Returns its living processes."""
     found = []
     for process in _marked(local.mark):
         with contextlib.suppress(psutil.Error):
@@ -141,12 +141,12 @@ def processes_of(local: LocalRay) -> list[RayProcess]:
 
 
 def is_running(local: LocalRay) -> bool:
-    """Whether any process of it is left."""
+    """Returns whether any of its processes is left."""
     return bool(_marked(local.mark))
 
 
 def is_gone(address: str) -> bool:
-    """Whether nobody listens at a Ray's address (host:port) any more. A host that is silent may come back."""
+    """Returns whether a Ray's address (host:port) refuses connections. A host that is silent may come back."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -158,7 +158,7 @@ def is_gone(address: str) -> bool:
 
 
 def stop_local_ray(local: LocalRay) -> None:
-    """Ends every process of this Ray and removes its files. Repeated is fine."""
+    """Kills every process of this Ray and removes its files. May be repeated."""
     _end_processes(local.mark)
     shutil.rmtree(local.folder, ignore_errors=True)
 
@@ -171,13 +171,13 @@ def _end_processes(mark: str) -> None:
         looks_without = 0 if left else looks_without + 1
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()  # there is no state to save, and what is asked to end takes seconds
+                process.kill()  # there is no state to save, and a graceful end takes seconds
         psutil.wait_procs(left, timeout=1.0)
-        time.sleep(LOOK_AGAIN_S)
+        time.sleep(POLL_AGAIN_S)
 
 
 def _marked(mark: str) -> list[psutil.Process]:
-    """Living processes that inherited the mark."""
+    """Returns the living processes that inherited the mark."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -189,7 +189,7 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Different ports that are free now."""
+    """Returns different ports that are free now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for taken in sockets:

@@ -1,4 +1,4 @@
-"""What the processes of actors are started with: names, ports, threads."""
+"""Names, ports, resources and environments of the actors' processes."""
 
 import os
 from collections.abc import Callable
@@ -9,37 +9,37 @@ from moecluster.config import Config
 from moecluster.metrics import Metrics
 
 CONTROLLER = "controller"
-ROUTER = "router"  # the first one: training runs there
+ROUTER = "router"  # the first router: training runs there
 EXPERT_PREFIX = "expert-"
-ORDERED_GROWTH = 4  # a slip of the finger must not ask for hundreds of processes
-SOURCE = "checkpoint-source"  # where other nodes read the checkpoint, if there are any
+ORDERED_GROWTH = 4  # default limit of scaling by command: a typo must not start hundreds of processes
+SOURCE = "checkpoint-source"  # serves the checkpoint to other nodes, if there are any
 
 
-OnLoading = Callable[[int, int], None]  # told of the bytes of experts that are loaded, of how many
+OnLoading = Callable[[int, int], None]  # called with the bytes of experts loaded, and the total
 
 
 def router_names(config: Config) -> tuple[str, ...]:
-    """The names of the routers, in order: router, router-1, ..."""
+    """Returns the names of the routers, in order: router, router-1, ..."""
     return (ROUTER, *(f"{ROUTER}-{i}" for i in range(1, config.cluster.num_routers)))
 
 
 def most_routers(config: Config) -> int:
-    """How many routers there may ever be at once."""
+    """Returns the largest number of routers at any time."""
     return max(config.serve.max_routers or ORDERED_GROWTH * config.cluster.num_routers, config.cluster.num_routers)
 
 
 def is_router(actor: str) -> bool:
-    """Whether an actor's name is a router's."""
+    """Returns whether an actor's name is a router's."""
     return actor == ROUTER or actor.startswith(f"{ROUTER}-")
 
 
 def expert_names(config: Config) -> tuple[str, ...]:
-    """The names of the expert actors, in order."""
+    """Returns the names of the expert actors, in order."""
     return tuple(f"{EXPERT_PREFIX}{i}" for i in range(config.cluster.num_expert_actors))
 
 
 def make_metrics(config: Config) -> Metrics:
-    """The metrics of an actor's process. A cluster that no command has named a model for is named after itself."""
+    """Returns the metrics of an actor's process. Without serve.model_name the model is named after the cluster."""
     return Metrics(
         model=config.serve.model_name or config.cluster.name,
         cluster=config.cluster.name,
@@ -49,25 +49,25 @@ def make_metrics(config: Config) -> Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoints:
-    """Where an actor's process is reached."""
+    """Addresses of an actor's process."""
 
     actor: str
     pid: int
     address: str  # gRPC, host:port
     metrics_address: str  # /metrics, host:port
-    nice: int = field(default_factory=lambda: os.nice(0))  # of the process that makes this record, as Linux counts
+    nice: int = field(default_factory=lambda: os.nice(0))  # niceness of the process that creates this record
 
 
 def metrics_ports(config: Config) -> dict[str, int]:
-    """Actor -> port of its /metrics: the first router's is the configured one, the others follow; 0 means any."""
+    """Returns actor -> port of its /metrics: the first router's is cluster.metrics_port, others follow; 0: any port."""
     names = (*router_names(config), CONTROLLER, *expert_names(config))
     first = config.cluster.metrics_port
     return {name: first + i if first else 0 for i, name in enumerate(names)}
 
 
 def metrics_port(config: Config, actor: str) -> int:
-    """Port of one actor's /metrics. Actors that join later go on counting from the last: first all the routers that
-    there may be, then expert actors."""
+    """Returns the port of one actor's /metrics. Actors that join later get the next ports: first all routers up to
+    most_routers, then expert actors."""
     ports = metrics_ports(config)
     if actor in ports or not config.cluster.metrics_port:
         return ports.get(actor, 0)
@@ -79,16 +79,16 @@ def metrics_port(config: Config, actor: str) -> int:
 
 
 def process_environment(threads: int) -> dict[str, str]:
-    """Environment of an actor's process."""
+    """Returns the environment of an actor's process."""
     return {
         "OMP_NUM_THREADS": str(threads),
         # Idle OpenMP threads of one process must not spin on the cores of another.
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
-        # malloc gives back what is free at the end of its first arena only; experts that moved away would leave more.
+        # malloc returns free memory at the end of its first arena only; experts that moved away would leave more.
         "MALLOC_ARENA_MAX": "1",
-        # oneDNN, and torch above it, each keep 0.3 MB of compiled kernel for every number of rows that a weight of one
-        # shape met, 1,024 of them by default: hundreds of megabytes under a load that varies.
+        # oneDNN, and torch above it, each cache 0.3 MB of compiled kernel per number of rows that a weight of one shape
+        # sees, 1,024 of them by default: hundreds of megabytes under a varying load.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "LRU_CACHE_CAPACITY": "16",
         "TOKENIZERS_PARALLELISM": "false",
@@ -100,7 +100,7 @@ def process_environment(threads: int) -> dict[str, str]:
 
 
 def options(config: Config, role: str) -> dict[str, Any]:
-    """Ray's resources and environment for an actor of a role: expert, router, controller or source."""
+    """Returns Ray's resources and environment for an actor of a role: expert, router, controller or source."""
     cluster = config.cluster
     cpus, gpus, threads = {
         "expert": (cluster.cpus_per_expert_actor, cluster.gpus_per_expert_actor, config.experts.threads),

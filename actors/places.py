@@ -1,4 +1,4 @@
-"""Where commands write, checked before any work is spent on what could not be kept."""
+"""Checks and chooses the places where commands write, before any work is spent on output that could not be kept."""
 
 import os
 import secrets
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from moecluster.errors import ConfigError, ResourceError
 
-MAX_SOCKET_PATH_BYTES = 107  # of a Unix socket; the kernel takes no longer path
-# What comes behind it: Ray's folder, in which it makes session_DATE_TIME_PID/sockets/plasma_store
+MAX_SOCKET_PATH_BYTES = 107  # the kernel's limit for the path of a Unix socket
+# What follows it: Ray's folder, in which Ray creates session_DATE_TIME_PID/sockets/plasma_store
 BEHIND_SOCKET_FOLDER_BYTES = len("/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store")
 SOCKET_FOLDER_PREFIX = "moecluster-"
-RANDOM_BYTES = 4  # behind the prefix, as hexadecimal digits
+RANDOM_BYTES = 4  # after the prefix, as hexadecimal digits
 
 
 def make_socket_folder() -> str:
-    """A new folder that only this user enters (mode 0700), with room for the paths of Ray's sockets in it.
+    """Creates a folder that only this user may enter (mode 0700), with a path short enough for Ray's sockets in it.
 
-    Ray opens the folder that it is given to all users, so that one is to lie in this.
-    Raises ResourceError if no folder can be made.
+    Ray opens its own folder to all users, so that one must be inside this.
+    Raises ResourceError if no folder can be created.
     """
     folder = name_socket_folder()
     try:
@@ -31,10 +31,10 @@ def make_socket_folder() -> str:
 
 
 def name_socket_folder() -> str:
-    """Where such a folder can be made; it is not there yet.
+    """Returns a path for such a folder, which does not exist yet.
 
-    In TMPDIR where that is short enough, as it is not in many a batch system; else where every host has room.
-    Raises ResourceError if there is no such place.
+    In TMPDIR if its path is short enough (in many batch systems it is not), else in one of the usual places.
+    Raises ResourceError if no place is suitable.
     """
     refused = []
     for parent in _socket_parents():
@@ -54,13 +54,13 @@ def name_socket_folder() -> str:
 
 
 def longest_socket_parent_bytes() -> int:
-    """How long the path of a folder may be in which make_socket_folder makes one."""
+    """Returns the longest path, in bytes, of a folder in which make_socket_folder can create one."""
     name_bytes = len(f"/{SOCKET_FOLDER_PREFIX}") + 2 * RANDOM_BYTES
     return MAX_SOCKET_PATH_BYTES - BEHIND_SOCKET_FOLDER_BYTES - name_bytes
 
 
 def probe_folder(path: Path) -> None:
-    """Raises OSError if no file can be written below a folder, which may not be there yet. Leaves nothing."""
+    """Raises OSError if no file can be written below a folder, which need not exist yet. Leaves nothing behind."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def probe_folder(path: Path) -> None:
 
 
 def check_folder(name: str, path: str) -> None:
-    """Raises ConfigError if no file can be written below a folder. name: of the setting, for the complaint."""
+    """Raises ConfigError if no file can be written below a folder. name: the setting, for the error message."""
     try:
         probe_folder(Path(path).absolute())
     except OSError as exc:
@@ -83,9 +83,9 @@ def check_folder(name: str, path: str) -> None:
 
 
 def check_file(name: str, path: Path) -> None:
-    """Raises ConfigError if a file cannot be written: its folder is not there, or the system refuses.
+    """Raises ConfigError if a file cannot be written: its folder does not exist, or the system refuses.
 
-    Leaves no new file, and does not touch one that is there. name: of the option, for the complaint.
+    Leaves no new file, and does not change an existing one. name: the option, for the error message.
     """
     if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise ConfigError(f'{name}: got "{path}", expected a file in a folder that is there')
@@ -103,7 +103,7 @@ def check_file(name: str, path: Path) -> None:
 
 
 def _socket_parents() -> list[str]:
-    """In the order in which they are tried. What lies in memory, or goes when its user logs out, comes last."""
+    """Returns candidate folders in order. Those in memory, or removed when the user logs out, come last."""
     found = []
     with suppress(FileNotFoundError):  # no folder for temporary files at all
         found.append(tempfile.gettempdir())

@@ -1,4 +1,4 @@
-"""Calls to named actors, with finite waits, and Ray's errors as ours."""
+"""Calls named actors, with finite timeouts and with Ray's errors translated to MoeClusterErrors."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +16,7 @@ RESOLVE_TIMEOUT_S = 5.0
 
 
 def find_actor(name: str, namespace: str) -> "ActorHandle[Any]":
-    """The handle of a named actor. Raises Unavailable if there is none."""
+    """Returns the handle of a named actor. Raises Unavailable if there is none."""
     try:
         return ray.get_actor(name, namespace=namespace)
     except ValueError as exc:
@@ -24,7 +24,7 @@ def find_actor(name: str, namespace: str) -> "ActorHandle[Any]":
 
 
 def named_actors(namespace: str) -> list[str]:
-    """The namespace's actors that are there, or being started again. Raises Unavailable if Ray does not say."""
+    """Returns the namespace's actors that are alive or being restarted. Raises Unavailable if Ray does not answer."""
     try:
         found = list_named_actors(all_namespaces=True)
     except (RayError, RuntimeError) as exc:
@@ -33,7 +33,7 @@ def named_actors(namespace: str) -> list[str]:
 
 
 def endpoints_of(names: Sequence[str], namespace: str, timeout_s: float) -> dict[str, Endpoints | None]:
-    """Where actors are reached; None for one that does not answer within the timeout."""
+    """Returns the actors' endpoints; None for one that does not answer within the timeout."""
     asked: dict[str, Any] = {}
     for name in names:
         with suppress(Unavailable):  # gone meanwhile
@@ -48,7 +48,7 @@ def endpoints_of(names: Sequence[str], namespace: str, timeout_s: float) -> dict
 
 
 def call(reference: Any, timeout_s: float, what: str) -> Any:
-    """The result of an actor's method. Raises a MoeClusterError: the method's own, Unavailable or DeadlineExceeded."""
+    """Returns an actor method's result. Raises a MoeClusterError: the method's own, Unavailable or DeadlineExceeded."""
     try:
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError as exc:
@@ -64,19 +64,19 @@ def call(reference: Any, timeout_s: float, what: str) -> Any:
 
 
 def last_line(error: Exception) -> str:
-    """What an exception of Ray says in the end, under its traceback."""
+    """Returns the last line of a Ray exception, below its traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says at first, of several lines that explain it."""
+    """Returns the first line of an exception's message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
 def controller_resolver(namespace: str) -> Callable[[], str]:
-    """A function that says where the namespace's controller listens now, for ControllerClient."""
+    """Returns a function that finds the address of the namespace's controller, for ControllerClient."""
 
     def resolve() -> str:
         handle = find_actor(CONTROLLER, namespace)

@@ -1,5 +1,5 @@
-"""What Ray knows of a cluster's actors, asked in a process of its own: joining a Ray that hangs may block for minutes,
-in C++, and a process can be ended."""
+"""Asks Ray for a cluster's actors in a separate process: joining a hanging Ray may block for minutes in C++ code, and a
+process can be killed."""
 
 import dataclasses
 import json
@@ -17,11 +17,11 @@ from moecluster.errors import MoeClusterError
 COMMAND = (sys.executable, "-c", "from actors.ray_look import main; main()")
 
 
-class RayLook:
-    """Begins to ask when it is made; whoever made it may do something else meanwhile."""
+class RayPoll:
+    """Starts asking when constructed; the caller may do other work before it waits."""
 
     def __init__(self, cluster: UpCluster, timeout_s: float) -> None:
-        """timeout_s: that actors have to answer."""
+        """timeout_s: how long actors have to answer."""
         local = ray_environment(cluster.local_ray) if cluster.local_ray is not None else {}
         self._process = subprocess.Popen(
             [*COMMAND, cluster.name, cluster.ray_address, str(timeout_s)],
@@ -39,14 +39,14 @@ class RayLook:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()  # fine if it has ended
+        self._process.kill()  # harmless if it has ended
         self._process.communicate()
 
     def wait(self, timeout_s: float) -> tuple[dict[str, Endpoints | None], str]:
-        """Where the actors are reached, None for one that does not answer; and why Ray does not say, if it does not."""
+        """Returns the actors' endpoints, None for one that does not answer; and Ray's problem, empty if it answered."""
         try:
-            said, _ = self._process.communicate(timeout=max(timeout_s, 0.0))
-            answer = json.loads(said)
+            message, _ = self._process.communicate(timeout=max(timeout_s, 0.0))
+            answer = json.loads(message)
             found = {name: Endpoints(**fields) if fields else None for name, fields in answer["actors"].items()}
             return found, str(answer["problem"])
         except subprocess.TimeoutExpired:
@@ -56,7 +56,7 @@ class RayLook:
 
 
 def main() -> None:
-    """Prints a line of JSON."""
+    """Prints one line of JSON."""
     name, address, timeout_s = sys.argv[1:]
     found: dict[str, Endpoints | None] = {}
     problem = ""
@@ -70,4 +70,4 @@ def main() -> None:
         problem = str(exc)
     actors = {actor: dataclasses.asdict(at) if at is not None else None for actor, at in found.items()}
     print(json.dumps({"actors": actors, "problem": problem}), flush=True)
-    os._exit(0)  # leaving a Ray in order takes seconds, and may hang
+    os._exit(0)  # leaving Ray cleanly takes seconds, and may hang

@@ -1,4 +1,4 @@
-"""Ray gives an actor up for good if its constructor raises, even in a life that follows a death. Ours try again."""
+"""Restarts actors whose constructor fails after a crash: Ray never restarts an actor whose constructor raised."""
 
 import logging
 import os
@@ -13,18 +13,18 @@ from moecluster.errors import MoeClusterError
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 3.0  # before the next life
-EXIT_CODE = 1  # as of a crash: Ray starts the actor again
+PAUSE_S = 3.0  # before the next incarnation
+EXIT_CODE = 1  # counts as a crash: Ray restarts the actor
 
 ShellT = TypeVar("ShellT")
 ArgumentsT = ParamSpec("ArgumentsT")
 
 
-def begins_again(
+def restart_on_init_failure(
     init: Callable[Concatenate[ShellT, ArgumentsT], None],
 ) -> Callable[Concatenate[ShellT, ArgumentsT], None]:
-    """For the __init__ of a shell: in its first life it raises, and whoever starts the cluster hears why; in later
-    ones the process ends, and Ray starts another one, until what it needs is there again."""
+    """Decorates the __init__ of a shell. In the first incarnation it raises, so that whoever starts the cluster sees
+    why; in later ones it exits the process instead, so that Ray restarts it until it succeeds."""
 
     @wraps(init)
     def begin(self: ShellT, /, *args: ArgumentsT.args, **kwargs: ArgumentsT.kwargs) -> None:

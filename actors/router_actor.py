@@ -1,13 +1,12 @@
-"""The shell of a router: a Router behind gRPC. A training rank runs in the process of the first one.
+"""The shell of a router: a Router behind gRPC. Training runs in the process of the first one.
 
-What brings transformers along, which takes seconds and 100 MB, is imported in a router's own process alone: the
+Modules that import transformers, which takes seconds and 100 MB, are imported in a router's own process only: the
 controller, which starts routers, does without.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
 from actors.ray_calls import controller_resolver
-from actors.restart_policy import begins_again
+from actors.restart_policy import restart_on_init_failure
 from moecluster.config import Config, read_config
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.load_counts import LoadReporter
@@ -40,9 +39,9 @@ MORE_CALLS = 64
 
 
 class RouterActor:
-    """Loads the trunk, and reaches the experts by the controller's placement."""
+    """Loads the trunk, and reaches the experts through the controller's placement."""
 
-    @begins_again
+    @restart_on_init_failure
     def __init__(
         self,
         tables: Mapping[str, Any],
@@ -51,11 +50,10 @@ class RouterActor:
         model_dir: str,
         metrics_port: int,
     ) -> None:
-        """credentials: asked for by its server, and sent to other actors. model_dir: trunk and tokenizer at first; a
-        router that is started again takes what the controller names."""
+        """credentials: required by its server, and sent to other actors. model_dir: initial trunk and tokenizer; a
+        restarted router loads what the controller names."""
         from actors.training_host import TrainingHost
         from moecluster.router.engine.engine import EngineLimits
-        from moecluster.router.engine.factory import make_engine
         from moecluster.router.router import Router
 
         config = read_config(tables)
@@ -65,7 +63,7 @@ class RouterActor:
         port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)
-        self._serving: tuple[Router, str] | None = None  # and where it listens
+        self._serving: tuple[Router, str] | None = None  # and its gRPC address
         self._placements = ControllerClient(router=name, resolve=resolve, state=self._state, credentials=credentials)
         self._experts = make_remote_experts(config, self._placements, self._metrics, credentials)
         self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
@@ -74,7 +72,7 @@ class RouterActor:
         self._router = Router(
             model_dir,
             self._experts,
-            make_engine=partial(make_engine, limits=EngineLimits.of(config.serve), metrics=self._metrics),
+            limits=EngineLimits.of(config.serve),
             is_given=GivenDirectories(config.cluster.name),
             name=name,
             dtype=getattr(torch, config.model.dtype),
@@ -90,7 +88,7 @@ class RouterActor:
             announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint, credentials=credentials),
             metrics=self._metrics,
         )
-        # A call for every text that is written or waits, and some to spare for those that are refused or only look.
+        # A call for every running or waiting request, and some for those that are refused or only ask for status.
         max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
         self._server = serve_router(
             self._router, credentials=credentials, host=config.cluster.host, max_calls=max_calls
@@ -98,29 +96,29 @@ class RouterActor:
         self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
-        """Where the process is reached."""
+        """Returns the addresses of the process."""
         return Endpoints(
             actor=self._name, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
         )
 
     def reload(self, model_dir: str) -> None:
-        """Takes trunk and tokenizer of another directory. Raises CheckpointError or UnsupportedModelError."""
+        """Loads trunk and tokenizer from another directory. Raises CheckpointError or UnsupportedModelError."""
         self._router.reload(model_dir)
 
     def train(self, tables: Mapping[str, Any], start: str) -> None:
-        """Begins a training run from a directory. Raises UserError if one is under way."""
+        """Starts a training run from a directory. Raises UserError if one is in progress."""
         self._training.start(read_config(tables), Path(start))
 
     def training_progress(self, since: int) -> "Progress":
-        """What the run has told since event number `since`."""
+        """Returns the run's events from number `since` on, and whether it has ended."""
         return self._training.progress(since)
 
     def stop_training(self) -> None:
-        """Ends the run after what it does now."""
+        """Ends the run after its current event."""
         self._training.stop()
 
     def _state(self) -> RouterState:
-        """What the controller is told with every renewal of the lease; before the router serves, its name alone."""
+        """Returns what is reported at every renewal of the lease; only the name until the router serves."""
         if self._serving is None:
             return RouterState(router=self._name)
         router, address = self._serving
@@ -130,7 +128,7 @@ class RouterActor:
 def make_remote_experts(
     config: Config, placements: ControllerClient, metrics: Metrics, credentials: ClusterCredentials
 ) -> RemoteExperts:
-    """The experts of a cluster, as a trunk's backend."""
+    """Returns the backend that connects a trunk to the cluster's experts."""
     shared_memory_bytes = config.router.shared_memory_bytes if config.router.transport == "auto" else 0
 
     def connect(address: ActorAddress) -> ExpertTransport:

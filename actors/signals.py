@@ -1,4 +1,4 @@
-"""Signals that end a command: all as SystemExit, so that what it started is ended; and none of them amid that."""
+"""Signals that end a command: turned into SystemExit, so that it cleans up; and held off while it does."""
 
 import signal
 import sys
@@ -13,10 +13,10 @@ _BY_EXIT_CODE = {128 + number: number.name for number in ENDING}
 
 @contextmanager
 def end_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what runs within by SystemExit with 128 and their number, as SIGINT does by
-    KeyboardInterrupt. What nohup ignores stays ignored.
+    """SIGTERM and SIGHUP raise SystemExit with 128 plus their number, as SIGINT raises KeyboardInterrupt. Signals that
+    nohup ignores stay ignored.
 
-    Ray, where it waits, makes a SystemExit of its own out of ours, with the code 1: so the code is set here in the end.
+    Ray, while it waits, replaces our SystemExit by its own with code 1: so the code is set again at the end.
     """
     received: list[int] = []
 
@@ -40,13 +40,13 @@ def end_by_signals() -> Iterator[None]:
 
 
 def signal_of(code: object) -> str:
-    """The name of the signal that an exit code stands for; empty if there is none."""
+    """Returns the name of the signal that an exit code stands for; empty if none."""
     return _BY_EXIT_CODE.get(code, "") if isinstance(code, int) else ""
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """A second Ctrl-C, or what supervisors send twice, leaves no half of a cluster behind. Only for what ends soon."""
+    """Ignores further signals, so that a second Ctrl-C does not interrupt a clean-up. Only for what ends soon."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -60,8 +60,8 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """Signals that come meanwhile take effect afterwards, by the handlers from before. Ray, joined, sets its own: they
-    print a stack of C++, or end the process with another exit code."""
+    """Delays signals until afterwards, and restores the handlers from before. When joined, Ray sets its own, which
+    print a C++ stack or end the process with another exit code."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

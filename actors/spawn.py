@@ -1,4 +1,4 @@
-"""Starting the named, detached actors of a cluster."""
+"""Starts the named, detached actors of a cluster."""
 
 from collections.abc import Collection
 from typing import Any
@@ -21,10 +21,10 @@ def spawn(
     avoid_nodes: Collection[str] = (),
     node: str = "",
 ) -> "ActorHandle[Any]":
-    """Starts a detached actor in the cluster's namespace, or finds it. It waits until Ray has room for it.
+    """Starts a detached actor in the cluster's namespace, or finds it. It stays pending until Ray has room for it.
 
-    role: expert, router, controller or source. All are started again for ever, and find their state anew.
-    avoid_nodes: ids of Ray nodes that it must not be started on; node: of the only one that it may be on.
+    role: expert, router, controller or source. Ray restarts all of them without limit; they rebuild their state.
+    avoid_nodes: ids of Ray nodes to exclude; node: id of the only node allowed.
     """
     selector = node or (f"!in({','.join(avoid_nodes)})" if avoid_nodes else "")
     placed: dict[str, Any] = {"label_selector": {NODE_LABEL: selector}} if selector else {}

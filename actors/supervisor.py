@@ -1,10 +1,10 @@
-"""Expert actors and routers as Ray keeps them, for the controller: found, started again, asked for, and ended."""
+"""Finds, restarts, creates and removes expert actors and routers in Ray, for the controller."""
 
 import time
 from collections.abc import Collection
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]  # as Ray Serve does: no public call tells it
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # as in Ray Serve: no public API has draining nodes
 from ray.exceptions import RayError
 
 from actors.expert_actor import ExpertActor
@@ -32,12 +32,12 @@ class RaySupervisor:
         self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
-        """Where the actor listens now; waits while Ray starts it again. None after the timeout."""
+        """Returns the actor's current address; waits while Ray restarts it. None after the timeout."""
         deadline_s = time.monotonic() + timeout_s
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
                 handle = find_actor(actor, self._namespace)
-                # A call that reaches a life of the actor just as it ends may never be answered: ask again.
+                # A call to an incarnation that is just ending may never be answered: ask again.
                 address: ActorAddress = call(handle.address.remote(), min(ASK_AGAIN_S, left_s), actor)
                 return address
             except MoeClusterError:
@@ -45,22 +45,22 @@ class RaySupervisor:
         return None
 
     def restart(self, actor: str) -> None:
-        """Ends a process that hangs; Ray starts a new one."""
+        """Kills a process that hangs; Ray starts a new one."""
         try:
             ray.kill(find_actor(actor, self._namespace), no_restart=False)
         except (MoeClusterError, RayError):
             return  # gone already
 
     def known(self) -> tuple[str, ...]:
-        """The expert actors of the namespace: alive, or being started."""
+        """Returns the expert actors of the namespace: alive, or being started."""
         return tuple(name for name in named_actors(self._namespace) if name.startswith(EXPERT_PREFIX))
 
-    def known_routers(self) -> tuple[str, ...]:
-        """The routers of the namespace: alive, or being started."""
+    def existing_routers(self) -> tuple[str, ...]:
+        """Returns the routers of the namespace: alive, or being started."""
         return tuple(name for name in named_actors(self._namespace) if is_router(name))
 
     def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
-        """Asks Ray for an actor. While no node has room, it waits there, and Ray's autoscaler sees it."""
+        """Asks Ray for an expert actor. While no node has room, it stays pending, visible to Ray's autoscaler."""
         port = metrics_port(self._config, actor)
         spawn(
             ExpertActor, "expert", self._config, actor,
@@ -76,19 +76,19 @@ class RaySupervisor:
         )  # fmt: skip
 
     def remove_router(self, router: str) -> None:
-        """Ends a router for good."""
+        """Kills a router for good."""
         self.remove(router)
 
     def remove(self, actor: str) -> None:
-        """Ends an actor for good, so that its node may be freed."""
+        """Kills an actor for good, so that its node may be released."""
         try:
             ray.kill(find_actor(actor, self._namespace), no_restart=True)
         except (MoeClusterError, RayError):
             return  # gone already
 
     def draining_nodes(self) -> frozenset[str]:
-        """Nodes that Ray says will go: drained by its autoscaler, or preempted by their cloud."""
+        """Returns the nodes that Ray reports as draining: by its autoscaler, or preempted by their cloud."""
         try:
             return frozenset(self._gcs.get_draining_nodes(timeout=GCS_TIMEOUT_S))
         except (RayError, RuntimeError):
-            return frozenset()  # no answer now: the next look asks again
+            return frozenset()  # no answer now: the next call asks again

@@ -1,4 +1,4 @@
-"""A training rank inside the first router's process: the run in a thread, its events kept for whoever asks."""
+"""Runs a training rank inside the first router's process: in a thread, with its events kept for polling."""
 
 import logging
 import threading
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run has told since an earlier look."""
+    """New events of a run, and whether it has ended."""
 
     events: tuple[Event, ...]
     ended: bool
-    error: MoeClusterError | None  # why it ended, if not by itself
+    error: MoeClusterError | None  # why the run failed, if it did
 
 
 class RunGone(StateLost):
-    """The run ended with the process that it ran in: another one may go on from its last checkpoint."""
+    """The run ended with its process; a new run may continue from the last checkpoint."""
 
 
 class TrainingHost:
-    """At most one run at a time."""
+    """Hosts at most one run at a time."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class TrainingHost:
         announce: Callable[[str], None],
         metrics: Metrics,
     ) -> None:
-        """placement: held while a run goes on. announce: tells the controller what lost experts are loaded from."""
+        """placement: held during a run. announce: tells the controller the directory to load lost experts from."""
         self._experts = experts
         self._placement = placement
         self._announce = announce
@@ -54,7 +54,7 @@ class TrainingHost:
         self._thread: threading.Thread | None = None
 
     def start(self, config: Config, start: Path) -> None:
-        """Begins a run from a directory. Raises UserError if one is under way."""
+        """Starts a run from a directory. Raises UserError if one is in progress."""
         if self._thread is not None and self._thread.is_alive():
             raise UserError("a training run is under way in this cluster: wait for its end, or take the cluster down")
         self._events, self._error = [], None
@@ -63,19 +63,19 @@ class TrainingHost:
         self._thread.start()
 
     def progress(self, since: int) -> Progress:
-        """Events from number `since` on; asked for in order, none is lost. Raises RunGone if no run began here."""
+        """Returns the events from number `since` on. Raises RunGone if no run was started in this process."""
         if self._thread is None:
             raise RunGone("the router's process was started again, and its training run is gone")
         ended = not self._thread.is_alive()
         return Progress(events=tuple(self._events[since:]), ended=ended, error=self._error if ended else None)
 
     def stop(self) -> None:
-        """Ends the run after what it does now; its last checkpoint stays."""
+        """Ends the run after its current event; its last checkpoint stays."""
         self._stop.set()
 
     def _run(self, config: Config, start: Path) -> None:
         try:
-            # First held, then read: the experts are trained where they stand from now on.
+            # Hold before reading: from now on the experts are trained where they are placed.
             self._placement.hold(config.cluster.start_timeout_s)
             try:
                 self._train(config, start)
@@ -83,12 +83,12 @@ class TrainingHost:
                 self._placement.release()
         except MoeClusterError as exc:
             self._error = exc
-        except (RuntimeError, OSError) as exc:  # of torch and the disk
+        except (RuntimeError, OSError) as exc:  # from torch and the disk
             logger.exception("the training run failed")
             self._error = MoeClusterError(f"the training run failed: {exc}")
 
     def _train(self, config: Config, start: Path) -> None:
-        # Here, and not where it is shown: what a checkpoint contains is in the history, however this process ends.
+        # Recorded here, not where it is shown: the history covers every checkpoint, however this process ends.
         history = History.open(config.train.output_dir)
         tokenizer = run_tokenizer(config)
         loop = TrainingLoop(

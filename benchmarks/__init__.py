@@ -1,1 +1,1 @@
-"""Scripts that measure what they compare side by side in one run; `results/` holds what they printed."""
+"""Benchmark scripts. Each measures all contenders side by side in one run; `results/` holds their reports."""

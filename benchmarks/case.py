@@ -1,4 +1,4 @@
-"""What is measured: one call of one MoE layer, on one batch size, dtype, direction and transport."""
+"""One benchmark case: a call of one MoE layer with a given batch size, dtype, direction and transport."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ Transport = Literal["shm", "inline"]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One measured case. `transport` is None for contenders that have no choice of it."""
+    """One measured case. `transport` is None for contenders without a choice of transport."""
 
     tokens: int
     dtype: DType

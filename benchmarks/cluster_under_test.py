@@ -1,4 +1,4 @@
-"""A whole cluster for a benchmark, and this process as one more router of it."""
+"""Starts a whole cluster for a benchmark, with this process as an additional router."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A cluster, and the way to its experts from this process."""
+    """A cluster, and this process's connection to its experts."""
 
     name: str
     driver: Cluster
@@ -31,7 +31,7 @@ class Contender:
 
 
 def save_model(directory: Path, *, num_experts: int, hidden_size: int, inner_size: int, top_k: int) -> None:
-    """A model of our own family with one MoE layer."""
+    """Writes a native model with one MoE layer."""
     model = ModelConfig(
         hidden_size=hidden_size, num_layers=1, num_experts=num_experts, expert_inner_size=inner_size, top_k=top_k
     )
@@ -41,7 +41,7 @@ def save_model(directory: Path, *, num_experts: int, hidden_size: int, inner_siz
 
 @contextmanager
 def started(name: str, directory: str, tables: Mapping[str, Mapping[str, Any]]) -> Iterator[Contender]:
-    """Two expert actors, a controller and a router that serve the model. This process has joined Ray."""
+    """Starts two expert actors, a controller and a router that serve the model. Ray must be initialized."""
     cluster = {"name": f"bench-{name}", "num_expert_actors": 2, **tables.get("cluster", {})}
     config = read_config({**tables, "cluster": cluster})
     driver, credentials = Cluster(config.cluster.name), ClusterCredentials.make()

@@ -1,4 +1,4 @@
-"""Made-up loads of experts: Zipf laws, a one-time drift, and a day of windows with drift, bursts and a swing."""
+"""Synthetic expert loads: Zipf laws, a one-time drift, and a day of windows with drift, bursts and a daily swing."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ Floats = npt.NDArray[np.float64]
 
 EXPONENT_JITTER = 0.05  # standard deviation of a layer's Zipf exponent
 WALK, REVERSION = 0.02, 0.995  # of the logarithm of an expert's load, per window
-BURSTS_A_LAYER = 0.128  # that begin in a window
+BURSTS_A_LAYER = 0.128  # expected number that begin in a window
 BURST_LOG_HEIGHT = (1.0, 2.0)
 BURST_END = 0.2  # chance per window: a burst lasts five of them on average
-SWING = 0.5  # part of the load that another mixture of the same law takes over at the height of the day
+SWING = 0.5  # fraction of the load that follows a second draw of the same law at noon
 
 
 def zipf_loads(rng: np.random.Generator, num_layers: int, num_experts: int, exponent: float) -> Floats:
-    """Loads by Zipf's law, [L, E], each layer's with a sum of 1, an order and an exponent of its own."""
+    """Returns Zipf loads [L, E]. Each layer sums to 1 and has its own order of experts and its own exponent."""
     exponent_L = exponent + EXPONENT_JITTER * rng.standard_normal(num_layers)
     load_LE = np.arange(1, num_experts + 1.0) ** -exponent_L[:, None]
     load_LE /= load_LE.sum(axis=1, keepdims=True)
@@ -25,7 +25,7 @@ def zipf_loads(rng: np.random.Generator, num_layers: int, num_experts: int, expo
 
 
 def drifted(rng: np.random.Generator, load_LE: Floats, drift: float) -> Floats:
-    """Every load times its own lognormal factor, whose logarithm has `drift` as standard deviation."""
+    """Multiplies every load by its own lognormal factor; `drift` is the standard deviation of its logarithm."""
     loads: Floats = load_LE * np.exp(drift * rng.standard_normal(load_LE.shape))
     return loads
 
@@ -33,7 +33,7 @@ def drifted(rng: np.random.Generator, load_LE: Floats, drift: float) -> Floats:
 def day_of_windows(
     rng: np.random.Generator, num_layers: int, num_experts: int, exponent: float, num_windows: int
 ) -> Iterator[Floats]:
-    """The load of each window of one day."""
+    """Yields the load [L, E] of each window of one day."""
     night_LE = zipf_loads(rng, num_layers, num_experts, exponent)
     noon_LE = zipf_loads(rng, num_layers, num_experts, exponent)
     walk_LE = np.zeros_like(night_LE)

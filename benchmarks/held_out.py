@@ -1,13 +1,13 @@
-"""The planner on loads that it was not tuned on: other laws, exponents and seeds than those of `benchmarks.planner`.
+"""Tests the planner on loads it was not tuned on: other laws, exponents and seeds than those of `benchmarks.planner`.
 
     python -m benchmarks.held_out [--quick]
 
-Seven scenarios of 58 layers of 256 experts on 320 slots of 32 actors, 30 windows each, as routers would count them. All
-policies begin with the same cold plan; each decision knows the windows before the one that it is scored on. Beside
-`share` and `eplb` goes `share` without what it does for a sudden shift. `--quick` takes two runs of each, and writes
-nothing.
+Seven scenarios with 58 layers of 256 experts on 320 slots of 32 actors, 30 windows each, counted as routers would. All
+policies start from the same cold plan; each decision knows the windows before the one it is scored on. `share` is
+compared with `eplb`, and with `share` without its reaction to sudden shifts. `--quick` does two runs of each and writes
+no report.
 
-But how many moves a shifted layer makes at once was chosen on the first run of the topic shifts.
+One exception: the number of moves that a shifted layer makes at once was tuned on the first run of the topic shifts.
 """
 
 import argparse
@@ -63,7 +63,7 @@ SCENARIOS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class WithinBudget:
-    """`share` without what it does for a sudden shift: no more moves at once, no decision beyond its own budget."""
+    """`share` without its reaction to sudden shifts: no extra moves at once, no decision beyond its own budget."""
 
     name: str = "share within each budget"
     policy: SharePolicy = field(
@@ -78,7 +78,7 @@ class WithinBudget:
 
 
 def windows_of(scenario: str, run: int) -> Iterator[Floats]:
-    """The assignments [L, E] counted in each window of a scenario; runs differ by their seeds."""
+    """Yields the assignments [L, E] counted in each window of a scenario. Runs differ by their seeds."""
     changes = dict(SCENARIOS[scenario])
     if "shift_part" in changes:
         changes["shift_every_s"] = SHIFT_EVERY_WINDOWS * WINDOW_S
@@ -111,7 +111,7 @@ def compare(bench: Bench, scenario: str) -> None:
 
 
 def run_through(bench: Bench, scenario: str, run: int) -> dict[str, Contender]:
-    """All policies through the same windows."""
+    """Runs all policies through the same windows."""
     fleet = FLEETS[ROOMY]()
     windows = windows_of(scenario, run)
     previous_LE = next(windows)

@@ -1,10 +1,11 @@
-"""One MoE layer (width 1024, inner 3584, 8 experts, top-2), side by side: ours over gRPC, transformers in process,
-plain Ray actors, and hivemind's mixture layer, all on the same two cores.
+"""Compares one MoE layer (width 1024, inner 3584, 8 experts, top-2) side by side: moecluster ("ours") over gRPC,
+transformers in process, plain Ray actors, and hivemind's mixture layer, all on the same two cores.
 
     python -m benchmarks.layer [--quick] [--without hivemind]
 
-The in-process baseline is, for each case, the fastest of transformers' experts implementations and of two ways for its
-idle threads to wait; it is found first, then measured anew in turns with ours. `--quick` keeps the cases with a target.
+The in-process baseline is, for each case, the fastest combination of transformers' experts implementations and two wait
+policies for idle threads. It is chosen first, then measured again in turns with ours. `--quick` runs only the cases
+with a target.
 """
 
 import argparse
@@ -32,7 +33,7 @@ HIVEMIND_TOKENS = 64
 MOST_TOKENS_BATCHED = 1  # batched_mm copies weights for every (token, expert) pair: already 40 times slower at 16
 CHOOSING_RUNS = 5
 
-# Least speed of ours, as a multiple of the in-process baseline's.
+# Minimum speed of ours, as a multiple of the in-process baseline's.
 IN_PROCESS_TARGETS = {
     Case(tokens=2048, dtype="bfloat16", transport="shm"): 0.95,
     Case(tokens=256, dtype="bfloat16", transport="shm"): 0.90,
@@ -69,14 +70,14 @@ IN_PROCESS = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is measured: the cases' sizes, and seconds per run."""
+    """Which cases are measured, and for how many seconds per run."""
 
     dtypes: Sequence[DType]
     min_run_s: float
     only_with_target: bool
 
     def cases(self) -> list[Case]:
-        """The cases without their transport, largest last, one dtype after the other (weights are made per dtype)."""
+        """Returns the cases without transport, dtype by dtype (weights are built per dtype), largest last."""
         every = [
             Case(tokens=tokens, dtype=dtype, direction=direction)
             for dtype in self.dtypes
@@ -92,16 +93,16 @@ QUICK = Effort(dtypes=("bfloat16",), min_run_s=0.1, only_with_target=True)
 
 
 class Bench:
-    """Collects rows and every figure behind them."""
+    """Collects report rows and the raw measurements behind them."""
 
     def __init__(self, *, effort: Effort, console: Console) -> None:
         self.effort = effort
         self.console = console
         self.rows: list[Row] = []
-        self.calls: list[dict[str, Any]] = []  # every run of every contender, in the order taken
+        self.calls: list[dict[str, Any]] = []  # every run of every contender, in the order measured
 
     def measure(self, turns: Mapping[str, Turn], *, runs: int = MIN_RUNS) -> dict[str, list[float]]:
-        """Seconds per call of each contender, in turns; kept for the report's raw data."""
+        """Returns seconds per call of each contender, measured in turns. Also keeps them for the report's raw data."""
         seconds = take_turns(turns, runs=runs, min_run_s=self.effort.min_run_s)
         for name, turn in turns.items():
             contender = turn.worker.contender.name
@@ -118,20 +119,20 @@ class Bench:
     def compare(
         self, label: str, other: Worker, case: Case, ours: Worker, targets: Mapping[Transport, float | None]
     ) -> None:
-        """Rows for the other's time, for ours over each transport in `targets`, and for how much faster ours is."""
+        """Adds rows for the other's time, for ours over each transport in `targets`, and for their speed ratio."""
         turns = {label: Turn(worker=other, case=case)}
         turns |= {transport: Turn(worker=ours, case=replace(case, transport=transport)) for transport in targets}
         seconds = self.measure(turns)
         self.add_time(label, case, seconds[label])
         for transport, target in targets.items():
-            own_case = replace(case, transport=transport)
-            self.add_time("ours", own_case, seconds[transport])
+            our_case = replace(case, transport=transport)
+            self.add_time("ours", our_case, seconds[transport])
             ratios = speed_ratios(seconds[transport], seconds[label])
-            self.add_ratio(f"speed of ours / {label}: {own_case}", ratios, target)
+            self.add_ratio(f"speed of ours / {label}: {our_case}", ratios, target)
 
 
 def choose_in_process(bench: Bench) -> dict[Case, Contender]:
-    """The fastest in-process setting of each case."""
+    """Returns the fastest in-process setting for each case."""
     medians: dict[Case, dict[str, float]] = {case: {} for case in bench.effort.cases()}
     for contender in IN_PROCESS:
         with running(contender) as worker:
@@ -174,7 +175,7 @@ def compare_hivemind(bench: Bench) -> None:
 
 
 def price_batch_invariance(bench: Bench) -> None:
-    """How many times as long a call takes when it promises equal bits whatever the batch."""
+    """Measures how many times as long a call takes in batch-invariant mode."""
     with running(OURS) as plain, running(OURS_INVARIANT) as invariant:
         for tokens in TOKENS:
             case = Case(tokens=tokens, dtype="bfloat16", transport="shm")

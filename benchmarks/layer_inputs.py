@@ -1,6 +1,6 @@
-"""The one MoE layer that all contenders compute, and the batches that they compute it on, equal for all by seed.
+"""The MoE layer and the batches that all contenders compute, made equal by seed.
 
-The layer has the shape of a small Mixtral block: E = 8 SwiGLU experts, of which K = 2 take each token.
+The layer has the shape of a small Mixtral block: E = 8 SwiGLU experts, K = 2 per token.
 Shape letters: T tokens, D model width, F expert inner width, E experts, K experts per token.
 """
 
@@ -14,13 +14,13 @@ D_MODEL = 1024
 D_INNER = 3584
 NUM_EXPERTS = 8
 TOP_K = 2
-NUM_BATCHES = 8  # calls go round these, so that no call finds its inputs, or at few tokens its experts, in the cache
+NUM_BATCHES = 8  # calls cycle through them, so that inputs, and experts at few tokens, are not in the CPU cache
 WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One layer call: x_TD and the output's gradient grad_TD in the case's dtype, the gate's choice beside them."""
+    """One layer call: x_TD and the output's gradient grad_TD in the case's dtype, with the gate's choice."""
 
     x_TD: torch.Tensor
     ids_TK: torch.Tensor  # int64 in [0, E), distinct in a row
@@ -33,7 +33,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 def make_batches(case: Case) -> tuple[Batch, ...]:
-    """Normal rows, and experts drawn uniformly: the same for every contender that is given the same case."""
+    """Returns batches of normal rows and uniformly drawn experts, the same for every contender of a case."""
     generator = torch.Generator().manual_seed(case.tokens)
     return tuple(_make_batch(case, generator) for _ in range(NUM_BATCHES))
 
@@ -46,7 +46,7 @@ def _make_batch(case: Case, generator: torch.Generator) -> Batch:
 
 
 def make_expert(index: int, dtype: DType) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of one expert: gate_up [2F, D] (gate first) and down [D, F], in the layout of transformers' Mixtral."""
+    """Returns one expert's weights as in transformers' Mixtral: gate_up [2F, D] (gate first) and down [D, F]."""
     generator = torch.Generator().manual_seed(index)
     gate_up = torch.randn(2 * D_INNER, D_MODEL, generator=generator) * WEIGHT_STD
     down = torch.randn(D_MODEL, D_INNER, generator=generator) * WEIGHT_STD

@@ -1,7 +1,7 @@
-"""What the controller gains live: two Ray expert actors of one thread, Zipf 1.2 traffic over 16 experts.
+"""Measures the throughput gain of live rebalancing: two single-thread expert actors, Zipf 1.2 traffic over 16 experts.
 
-Two clusters stand side by side with the hot half of the experts on one actor. One keeps that placement (`static`), the
-other follows the load (`share`). Both get the same batches, one cluster at a time, in turns; the other is idle then.
+Two clusters run side by side, each with the hot half of the experts on one actor. One keeps that placement (`static`),
+the other follows the load (`share`). Both get the same batches, in turns; the other cluster is idle meanwhile.
 
     python -m benchmarks.live_balance
 """
@@ -32,9 +32,9 @@ NUM_EXPERTS = 16
 ZIPF_S = 1.2
 HIDDEN_SIZE = 512
 INNER_SIZE = 4096
-TOKENS = 8192  # of a batch; each goes to one expert
+TOKENS = 8192  # per batch; each goes to one expert
 NUM_BATCHES = 8
-WARM_UP_S = 15.0  # in which the controller finds its placement
+WARM_UP_S = 15.0  # lets the controller settle on a placement
 TURN_S = 8.0
 TURNS = 5
 TARGET = 1.6
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def settings(policy: str) -> dict[str, dict[str, Any]]:
-    """The contiguous placement puts experts 0 to 7, the hot ones, on one actor."""
+    """Returns the cluster's settings. The default contiguous placement puts the hot experts, 0 to 7, on one actor."""
     return {
         "model": {"dtype": "bfloat16"},
         "controller": {"policy": policy, "num_redundant_experts": 8, "period_s": 1.0, "window_s": 10.0},
@@ -101,14 +101,14 @@ def settings(policy: str) -> dict[str, dict[str, Any]]:
 
 
 def zipf() -> npt.NDArray[np.float64]:
-    """The share of each expert in the traffic: [E], descending."""
+    """Returns each expert's fraction of the traffic: [E], descending."""
     weights_E = np.arange(1, NUM_EXPERTS + 1, dtype=np.float64) ** -ZIPF_S
     share_E: npt.NDArray[np.float64] = weights_E / weights_E.sum()
     return share_E
 
 
 def make_batches() -> list[Batch]:
-    """Tokens whose experts are drawn from the Zipf law."""
+    """Returns batches whose tokens' experts are drawn from the Zipf law."""
     drawn = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
     return [
@@ -122,7 +122,7 @@ def make_batches() -> list[Batch]:
 
 
 def throughput(contender: Contender, batches: list[Batch], seconds: float) -> float:
-    """Tokens per second through the cluster. A request that fails ends the benchmark."""
+    """Returns tokens per second through the cluster. A failed request ends the benchmark."""
     began_s, tokens = time.perf_counter(), 0
     for batch in itertools.cycle(batches):
         with torch.inference_mode():
@@ -134,7 +134,7 @@ def throughput(contender: Contender, batches: list[Batch], seconds: float) -> fl
 
 
 def operations_of(contender: Contender) -> tuple[Operation, ...]:
-    """What its controller did, the newest first."""
+    """Returns the operations of the cluster's controller, newest first."""
     with ControllerCalls(contender.driver.controller_address(), credentials=contender.driver.credentials()) as calls:
         assert calls.status().policy == contender.name
         return calls.operations()

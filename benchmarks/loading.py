@@ -1,16 +1,16 @@
-"""How fast a checkpoint's experts come into four real expert actors, and what each process takes for it.
+"""Measures how fast four real expert actors load a checkpoint's experts, and how much memory each process uses for it.
 
-Side by side, in turns: reading the same files by `readinto` into one buffer that is used again and again, which is the
-fastest that the page cache gives, by one process and by four; reading them into memory that stays, as any loader must;
-and the actors' load, from the first order to the last answer, served with from then on. Then once more with the files
-thrown out of the page cache: what the disk gives. Packing goes on behind the load, and is timed by itself. A copy of
-the files that bears our checksums, as checkpoints and exports of ours do, is loaded beside the one that bears none.
+In turns: reading the same files by `readinto` into one reused buffer, which is the fastest the page cache allows, by
+one process and by four; reading them into memory that is kept, as any loader must; and the actors' load, from the first
+request to the last reply, after which the experts are served. Then again with the files evicted from the page cache,
+which shows the disk's speed. Packing continues in the background after the load and is timed separately. A copy of the
+files with moecluster's checksums, as in its own checkpoints and exports, is loaded as well.
 
-Where the host of a virtual machine takes back memory that is free for seconds, every page of it costs several times as
-much when it comes again. So each turn loads twice, the second time right after unloading, and both are shown.
+The host of a virtual machine may reclaim memory that is free for seconds, and then every page costs several times as
+much when it is used again. So each turn loads twice, the second time right after unloading, and reports both.
 
     python -m benchmarks.loading
-    python -m benchmarks.loading --gigabytes 0.2    # shows that it works
+    python -m benchmarks.loading --gigabytes 0.2    # a quick check that it works
 """
 
 import argparse
@@ -54,8 +54,8 @@ EXPERTS, WIDTH, INNER = 8, 1024, 3584
 RUNS = 7
 LOAD_TIMEOUT_S = 300.0
 SAMPLE_S = 0.02
-WANTED_RATE = 0.8  # of the sequential read rate
-WANTED_BYTES = 400e6  # beside an actor's own part
+WANTED_RATE = 0.8  # target, as a fraction of the sequential read rate
+WANTED_BYTES = 400e6  # target for an actor's memory beyond its own experts
 GB, MB = 1e9, 1e6
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -63,7 +63,7 @@ assert RUNS >= MIN_RUNS
 
 
 class LoadedActor(ExpertActor):
-    """An expert actor that says when it has packed what it serves."""
+    """An expert actor that reports when its experts are packed."""
 
     def wait_packed(self, timeout_s: float) -> bool:
         return self._service.wait_packed(timeout_s)
@@ -71,7 +71,7 @@ class LoadedActor(ExpertActor):
 
 @dataclass(kw_only=True)
 class Found:
-    """What one dtype gave: name -> a figure a run."""
+    """The measurements of one dtype: name -> one value per run."""
 
     runs: dict[str, list[float]] = field(default_factory=dict)
 
@@ -79,21 +79,21 @@ class Found:
         self.runs.setdefault(name, []).append(value)
 
     def ratios(self, name: str, baseline: str) -> list[float]:
-        """To the baseline's median: a run has no partner among runs that came before or after it."""
+        """Returns the ratios to the baseline's median, since runs of different measurements do not pair up."""
         return [value / statistics.median(self.runs[baseline]) for value in self.runs[name]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """The same experts twice."""
+    """Two checkpoints with the same experts."""
 
     plain: Path
     summed: Path  # with checksums in the files' headers
-    experts_bytes: int  # of one of them
+    experts_bytes: int  # of one checkpoint
 
 
 class Actors:
-    """Four expert actors without a controller; the experts are dealt out in order."""
+    """Four expert actors without a controller. Each gets a contiguous part of the experts."""
 
     def __init__(self, config: Config, checkpoints: "Checkpoints", dtype: str) -> None:
         self._dtype = dtype
@@ -120,7 +120,7 @@ class Actors:
         }
 
     def load(self, checkpoint: Path) -> tuple[float, float, int]:
-        """Seconds until all experts are loaded, seconds from then until they are packed, and the bytes loaded."""
+        """Returns seconds until all experts are loaded, seconds from then until they are packed, and bytes loaded."""
         began_s = time.perf_counter()
         loaded_bytes = sum(self._everywhere(lambda name: self._load(name, checkpoint)))
         loaded_s = time.perf_counter()
@@ -156,7 +156,7 @@ class Actors:
 
 
 class Memory:
-    """The most that each process holds while the block runs: resident (VmHWM), and private (sampled)."""
+    """Peak memory of each process while the block runs: resident (VmHWM), and private (sampled)."""
 
     def __init__(self, pids: dict[str, int]) -> None:
         self._pids = pids
@@ -167,7 +167,7 @@ class Memory:
 
     def __enter__(self) -> "Memory":
         for pid in self._pids.values():
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the high-water mark begins anew
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the high-water mark
         self._thread.start()
         return self
 
@@ -213,7 +213,7 @@ def main() -> None:
 
 
 def write_checkpoints(folder: Path, dtype: str, gigabytes: float) -> Checkpoints:
-    """Mixtrals of experts alone, a shard for each layer."""
+    """Writes Mixtral checkpoints with experts only, one shard per layer."""
     expert_bytes = 3 * WIDTH * INNER * DTYPES[dtype].itemsize
     layers = max(round(gigabytes * GB / expert_bytes / EXPERTS), 1)
     config = MixtralConfig(
@@ -241,19 +241,19 @@ def write_checkpoints(folder: Path, dtype: str, gigabytes: float) -> Checkpoints
         weight_map |= dict.fromkeys(tensors, shard)
     for directory in (written.plain, written.summed):
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    os.sync()  # or the kernel writes while we measure, and keeps what shall be thrown out
+    os.sync()  # or the kernel writes back during the measurement, and cannot evict dirty pages
     return written
 
 
 def measure(checkpoints: Checkpoints, dtype: str, runs: int) -> Found:
-    """Everything in turns; the first is not counted."""
+    """Measures everything in turns. The first turn is not counted."""
     files, summed_files = (sorted(d.glob("*.safetensors")) for d in (checkpoints.plain, checkpoints.summed))
     found = Found()
     config = read_config({"cluster": {"name": "bench-loading", "num_expert_actors": NUM_ACTORS}})
     with ExitStack() as stack:
         actors = stack.enter_context(closing(Actors(config, checkpoints, dtype)))
         readers = stack.enter_context(ProcessPoolExecutor(NUM_ACTORS, mp_context=multiprocessing.get_context("spawn")))
-        list(readers.map(os.path.getsize, [files[0]] * NUM_ACTORS * 8))  # all are started
+        list(readers.map(os.path.getsize, [files[0]] * NUM_ACTORS * 8))  # starts all processes
         for run in range(runs + 1):
             kept = found if run else Found()
             read_plainly(readers, files, kept, "warm")
@@ -279,7 +279,7 @@ def read_plainly(readers: ProcessPoolExecutor, files: Sequence[Path], found: Fou
 
 
 def rate(readers: ProcessPoolExecutor, parts: Sequence[Sequence[Path]], *, keep: bool) -> float:
-    """Bytes per second of all parts at once, from the first one's begin to the last one's end."""
+    """Returns bytes per second for reading all parts at once, from the first start to the last end."""
     spans = [future.result() for future in [readers.submit(read_files, list(part), keep) for part in parts if part]]
     seconds = max(span.end_s for span in spans) - min(span.begin_s for span in spans)
     return sum(span.num_bytes for span in spans) / seconds
@@ -293,7 +293,7 @@ def load(actors: Actors, checkpoint: Path, found: Found, cache: str) -> None:
 
 
 def weigh(actors: Actors, checkpoint: Path, found: Found) -> None:
-    """A load by itself: looking at a process's pages holds up whoever wants new ones."""
+    """Measures memory in a separate load, since sampling a process's pages slows down its allocations."""
     with Memory(actors.pids) as memory:
         actors.load(checkpoint)
     hosted = actors.hosted_bytes()

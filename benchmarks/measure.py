@@ -1,7 +1,7 @@
-"""Measuring contenders side by side: each in a process of its own, one at a time, in turns.
+"""Measures contenders side by side: each in a process of its own, one at a time, in turns.
 
-A contender is a module that calls `benchmarks.workers.loop.serve`. Its process sleeps on its standard input whenever
-another is measured, so a contender's threads and environment are its own and never meet another's at work.
+A contender is a module that calls `benchmarks.workers.loop.serve`. Its process blocks on standard input while another
+is measured, so each contender has its own threads and environment, and no two compute at the same time.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SETTLE_S = 0.05  # lets a contender's threads stop spinning before the next one 
 
 
 class ContenderFailed(Exception):
-    """A contender's process ended, or said that it cannot measure a case."""
+    """A contender's process ended, or it cannot measure a case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Worker:
         self._stderr_path = stderr_path
 
     def measure(self, case: Case, *, runs: int = 1, min_run_s: float) -> list[float]:
-        """Seconds per call, one figure a run. Raises ContenderFailed."""
+        """Returns seconds per call, one value per run. Raises ContenderFailed."""
         answer = self._ask({**case.to_json(), "runs": runs, "min_run_s": min_run_s})
         if "error" in answer:
             raise ContenderFailed(f"{self.contender.name} ({case}): {answer['error']}")
@@ -79,7 +79,7 @@ class Worker:
 
 @contextlib.contextmanager
 def running(contender: Contender) -> Iterator[Worker]:
-    """Starts a contender and ends it, and what it left in its process group, on the way out."""
+    """Starts a contender. On exit, ends it and kills what is left of its process group."""
     with tempfile.TemporaryDirectory() as folder:
         stderr_path = Path(folder) / "stderr"
         with stderr_path.open("w") as stderr:
@@ -114,14 +114,14 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """A contender's part in a comparison."""
+    """A contender in a comparison, with the case it measures."""
 
     worker: Worker
     case: Case
 
 
 def take_turns(turns: Mapping[str, Turn], *, runs: int, min_run_s: float) -> dict[str, list[float]]:
-    """Seconds per call of each, measured A B A B ...: the i-th figures of all were taken next to each other."""
+    """Returns seconds per call of each, measured A B A B ..., so that the i-th values of all are adjacent in time."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(runs):
         for name, turn in turns.items():
@@ -131,5 +131,5 @@ def take_turns(turns: Mapping[str, Turn], *, runs: int, min_run_s: float) -> dic
 
 
 def speed_ratios(seconds: Sequence[float], baseline_seconds: Sequence[float]) -> list[float]:
-    """How many times faster than the baseline, run by run: the i-th runs were neighbours, so slow drift cancels."""
+    """Returns the speedup over the baseline, run by run. The i-th runs were adjacent in time, so slow drift cancels."""
     return [baseline / own for own, baseline in zip(seconds, baseline_seconds, strict=True)]

@@ -1,4 +1,4 @@
-"""Other systems that cannot share our environment: each gets one of its own, made on first use."""
+"""Other systems that cannot share moecluster's environment. Each gets its own, created on first use."""
 
 import subprocess
 import sys
@@ -11,11 +11,14 @@ HIVEMIND_VERSION = "1.1.12"
 
 
 class PeerUnavailable(Exception):
-    """Another system's environment could not be made."""
+    """Another system's environment could not be created."""
 
 
 def hivemind_python() -> Path:
-    """The Python of an environment with hivemind and our own torch version; makes it if need be (about a minute)."""
+    """Returns the Python of an environment with hivemind and the same torch version as here.
+
+    Creates the environment if needed (about a minute). Raises PeerUnavailable.
+    """
     stamp = HIVEMIND_HOME / f"installed-{HIVEMIND_VERSION}"
     python = HIVEMIND_HOME / "bin" / "python"
     if not stamp.exists():

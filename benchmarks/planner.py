@@ -1,10 +1,10 @@
-"""The planner beside EPLB and a placement that never changes: 58 layers of 256 experts, loads by Zipf's law.
+"""Compares the planner with EPLB and with a static placement: 58 layers of 256 experts, Zipf loads.
 
     python -m benchmarks.planner [--quick]
 
 Cold plans against the upper bound; shares alone after a 5 % drift; 200 windows of a day with drift, bursts and a swing
-(each decision knows the windows before the one that it is scored on); an actor that falls to half its speed; and the
-time that decisions take, on one thread. `--quick` takes two runs of everything and the first 40 windows.
+(each decision knows the windows before the one it is scored on); an actor that drops to half its speed; and the time
+that decisions take, on one thread. `--quick` does two runs of everything and the first 40 windows.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from moecluster.placement.policy.registry import policy_named
 
 NUM_LAYERS, NUM_EXPERTS = 58, 256
 NUM_EXPERTS_L = np.full(NUM_LAYERS, NUM_EXPERTS)
-EXPERT_BYTES = 3 * 7168 * 2048.0  # of DeepSeek-V3, in FP8
+EXPERT_BYTES = 3 * 7168 * 2048.0  # DeepSeek-V3 in FP8
 ACTORS_A_NODE = 8
 EXPONENTS = (0.8, 1.0, 1.2)
 DRIFT = 0.05
 WINDOW_S, WINDOWS_A_DAY = 60.0, 200
-BUDGET_BYTES = 400 * EXPERT_BYTES  # of one decision
+BUDGET_BYTES = 400 * EXPERT_BYTES  # per decision
 
 BOUND_TARGET = 0.995
 DRIFT_TARGET = 0.995
@@ -78,7 +78,7 @@ FLEETS: dict[str, Callable[[], Fleet]] = {
     "320 on 64": lambda: equal_fleet(320, 64),
     "331 on 37 uneven": uneven_fleet,
 }
-ROOMY = "320 on 32"  # the fleet of the drift, the day and the straggler
+ROOMY = "320 on 32"  # the fleet of the drift, day and straggler benchmarks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ QUICK = Effort(runs=2, windows=40)
 
 @dataclass(kw_only=True)
 class Bench:
-    """Collects rows, and figures behind them."""
+    """Collects report rows and the raw data behind them."""
 
     effort: Effort
     console: Console
@@ -135,7 +135,7 @@ def compare_cold_plans(bench: Bench) -> None:
 
 
 def compare_after_drift(bench: Bench) -> None:
-    """Shares alone: no replica is moved. EPLB's stale plan beside it."""
+    """Compares re-sharing alone, which moves no replica, with EPLB's stale plan."""
     for name, make in FLEETS.items():
         fleet = make()
         for exponent in EXPONENTS:
@@ -158,7 +158,7 @@ def compare_after_drift(bench: Bench) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastEplb:
-    """EPLB's plan for the load that `share` plans for: what of the lead over `eplb` is the forecast's alone."""
+    """EPLB on the same forecast that `share` uses. Shows how much of the lead over `eplb` is due to the forecast."""
 
     name: str = "eplb with the same forecast"
 
@@ -173,7 +173,7 @@ class ForecastEplb:
 
 @dataclass(kw_only=True)
 class Contender:
-    """A policy on its way through a day."""
+    """A policy's run through a day, with its scores."""
 
     policy: Policy[Any]
     layout: Layout
@@ -181,7 +181,7 @@ class Contender:
     scores: list[float] = field(default_factory=list)
     times_ms: list[float] = field(default_factory=list)
     moved: int = 0
-    moved_relabelled: int = 0  # had the actors of each new plan been named so that the fewest replicas move
+    moved_relabelled: int = 0  # if each new plan's actors were renamed so that the fewest replicas move
 
     def decide(self, load_LE: Floats, now_s: float, fleet: Fleet) -> None:
         seen = Observation(
@@ -201,7 +201,8 @@ class Contender:
 
 
 def fewest_moves(before: Layout, after: Layout, fleet: Fleet) -> int:
-    """Replicas that must be loaded if the actors of `after`, alike in all, may change their names, layer by layer."""
+    """Returns the replicas that must be loaded if the actors of `after`, which are identical, may be renamed, layer by
+    layer."""
     shape = (NUM_LAYERS, fleet.num_actors, NUM_EXPERTS)
     held = []
     for layout in (before, after):
@@ -240,7 +241,7 @@ def compare_through_a_day(bench: Bench) -> None:
 
 
 def run_day(bench: Bench, fleet: Fleet, exponent: float, seed: int) -> dict[str, Contender]:
-    """All policies through the same day, each from its own plan of the first window; static keeps EPLB's."""
+    """Runs all policies through the same day, each from its own plan for the first window. static keeps EPLB's plan."""
     contenders: dict[str, Contender] = {}
     previous_LE: Floats | None = None
     windows = day_of_windows(np.random.default_rng(seed), NUM_LAYERS, NUM_EXPERTS, exponent, WINDOWS_A_DAY)
@@ -267,7 +268,7 @@ def run_day(bench: Bench, fleet: Fleet, exponent: float, seed: int) -> dict[str,
 
 
 def relieve_a_straggler(bench: Bench) -> None:
-    """One actor falls to half its speed, under an unchanged load."""
+    """Drops one actor to half its speed, under an unchanged load."""
     fleet = FLEETS[ROOMY]()
     slowed_A = fleet.speed_A.copy()
     slowed_A[0] /= 2
@@ -288,7 +289,7 @@ def relieve_a_straggler(bench: Bench) -> None:
 
 
 def stay_on_one_thread(module: str) -> None:
-    """Starts the module again if NumPy's BLAS, which reads this once and before anything here runs, may use more."""
+    """Restarts the module with ONE_THREAD set if it is not. NumPy's BLAS reads these variables once, at import."""
     if any(os.environ.get(name) != value for name, value in ONE_THREAD.items()):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | ONE_THREAD)
 

@@ -1,8 +1,8 @@
-"""How long the death of an expert actor is felt: real Ray actors, SIGKILL, requests one after another meanwhile.
+"""Measures how the death of an expert actor affects requests: real Ray actors, SIGKILL, one request after another.
 
-With a replica of every expert elsewhere, a request in flight goes there: the figure is what the slowest request took
-beyond the median. With none, it waits until Ray has started the actor again and its experts are loaded: the figure is
-the time from the kill to the first answer after it, and then to the actor's full service.
+With a replica of every expert on another actor, a request in flight fails over: the result is how much longer the
+slowest request took than the median. Without replicas, requests wait until Ray has restarted the actor and its experts
+are loaded: the results are the longest wait of a request, and the time from the kill to full service.
 
     python -m benchmarks.recovery
 """
@@ -41,7 +41,7 @@ assert KILLS >= MIN_RUNS
 
 
 class Requests:
-    """One request after another in a thread; when each began and ended."""
+    """Sends one request after another in a thread, and records when each began and ended."""
 
     def __init__(self, contender: Contender) -> None:
         self._contender = contender
@@ -109,7 +109,8 @@ def main() -> None:
 
 
 def kills_with_replicas(contender: Contender) -> tuple[list[float], list[float], int]:
-    """Per kill: (what the slowest request took beyond the median, the median); and the requests that failed."""
+    """Returns per kill how much longer the slowest request took than the median, per kill the median, and the number of
+    failed requests."""
     blips_s, medians_s = [], []
     with Requests(contender) as requests:
         for _ in range(KILLS):
@@ -125,7 +126,7 @@ def kills_with_replicas(contender: Contender) -> tuple[list[float], list[float],
 
 
 def kills_without(contender: Contender) -> tuple[list[float], list[float], int]:
-    """Per kill: (the longest wait of a request, from the kill to full service); and the requests that failed."""
+    """Returns per kill the longest request, per kill the time to full service, and the number of failed requests."""
     answers_s, services_s = [], []
     with Requests(contender) as requests:
         for _ in range(KILLS):
@@ -138,7 +139,7 @@ def kills_without(contender: Contender) -> tuple[list[float], list[float], int]:
 
 
 def kill_expert(driver: Cluster) -> float:
-    """SIGKILL to expert-1. Returns when."""
+    """Sends SIGKILL to expert-1. Returns the time of the kill."""
     reached = driver.endpoints(names=["expert-1"])["expert-1"]
     assert reached is not None
     os.kill(reached.pid, signal.SIGKILL)
@@ -146,7 +147,7 @@ def kill_expert(driver: Cluster) -> float:
 
 
 def wait_served(contender: Contender) -> float:
-    """Waits until the placement has lost expert-1 and has it again. Returns when."""
+    """Waits until the placement has lost expert-1 and has it again. Returns the time of that."""
     deadline_s = time.perf_counter() + SERVED_TIMEOUT_S
     for wanted in (False, True):
         while ("expert-1" in contender.placements.current(1.0).actors) is not wanted:

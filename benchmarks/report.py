@@ -1,4 +1,4 @@
-"""What a benchmark found: rows against their targets, printed as a table and written as `results/NAME.json`."""
+"""The report of a benchmark: rows with their targets, printed as a table and written to `results/NAME.json`."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("moecluster", "torch", "transformers", "ray", "grpcio", "protobuf", "numpy")
-MIN_RUNS = 5  # fewer than this is no spread
+MIN_RUNS = 5  # fewer give no meaningful spread
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure: `runs` holds it once per run, its value is their median. `target` None: stated, not judged."""
+    """One metric: `runs` has one value per run, and the row's value is their median. `target` None: not judged."""
 
     name: str
     runs: Sequence[float]
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that one script found. `raw` is whatever lets a reader check the rows."""
+    """The results of one script. `raw` is the data that lets a reader check the rows."""
 
     name: str
     rows: Sequence[Row]
@@ -60,7 +60,7 @@ class Report:
     versions: dict[str, str]
 
     def write(self, folder: Path = RESULTS) -> Path:
-        """Writes `folder/NAME.json`; beside the script's own raw data, raw holds the spread of every row."""
+        """Writes `folder/NAME.json`. Its `raw` has the spread of every row and the script's own raw data."""
         path = folder / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
@@ -94,7 +94,7 @@ def spread(runs: Sequence[float]) -> dict[str, float]:
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of those packages that are installed here, and of Python."""
+    """Returns the versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -105,7 +105,7 @@ def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor's model, the cores that this process may use, and the memory. Nothing that names a host."""
+    """Returns CPU model, cores usable by this process, memory and operating system, but nothing that names the host."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _cpu_model(),

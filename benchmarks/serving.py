@@ -1,8 +1,8 @@
-"""Throughput of a service beside transformers' continuous batching in one process, on the same cores, in turns.
+"""Compares serving throughput with transformers' continuous batching in one process, on the same cores, in turns.
 
-A Mixtral-shaped checkpoint of random weights (2.2 GB, bfloat16); 32 texts at a time, a text's end begins the next.
-Ours: a router of as many threads as there are cores, an expert actor of one thread for each core, real Ray, over gRPC.
-Theirs: one process with a thread for each core, by the fastest of its experts implementations.
+A Mixtral-shaped checkpoint with random weights (2.2 GB, bfloat16); 32 concurrent requests in a closed loop.
+Ours: a router with one thread per core, one single-thread expert actor per core, real Ray, over gRPC.
+Theirs: one process with one thread per core, with the fastest of its experts implementations.
 
     python -m benchmarks.serving
 """
@@ -42,21 +42,21 @@ from moecluster.rpc.router.messages import encode_generation_request
 from moecluster.rpc.server import open_channel
 
 CONCURRENCY = 32
-NUM_TEXTS = 64  # of a run
+NUM_REQUESTS = 64  # requests per run
 NEW_TOKENS = 32
 PROMPT_TOKENS = (16, 112)
 WORKER = "benchmarks.workers.transformers_serving"
-IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm copies an expert for every row, gigabytes a prompt
+IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm copies an expert for every row: gigabytes per prompt
 CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one closed loop took."""
+    """The timings of one closed-loop run."""
 
     seconds: float
-    first_s: Sequence[float]  # to the first token of each text
-    between_s: Sequence[float]  # from each token to the next
+    first_s: Sequence[float]  # time to first token of each request
+    between_s: Sequence[float]  # inter-token latencies
     tokens: int
 
     @property
@@ -65,13 +65,13 @@ class Run:
 
 
 def make_prompts(seed: int, count: int) -> list[list[int]]:
-    """Printable bytes, which are token ids."""
+    """Returns prompts of printable bytes, which are also token ids."""
     choose = random.Random(seed)
     return [[choose.randrange(32, 127) for _ in range(choose.randrange(*PROMPT_TOKENS))] for _ in range(count)]
 
 
 class InProcess:
-    """transformers in a process of its own, which sleeps on its standard input while ours is measured."""
+    """transformers in a process of its own, which blocks on standard input while ours is measured."""
 
     def __init__(self, directory: str, implementation: str) -> None:
         self.implementation = implementation
@@ -99,7 +99,7 @@ class InProcess:
 
 
 class Ours:
-    """A cluster behind its router's gRPC port."""
+    """A cluster, reached through its router's gRPC port."""
 
     def __init__(self, address: str, credentials: ClusterCredentials) -> None:
         self._address, self._credentials = address, credentials
@@ -161,7 +161,7 @@ def ours_running(directory: str) -> Iterator[Ours]:
 
 
 def fastest(directory: str, console: Console) -> InProcess:
-    """The experts implementation that writes most in a short run; the others' processes end."""
+    """Returns a process with the experts implementation that generates fastest in a short run."""
     found: dict[str, float] = {}
     for implementation in IMPLEMENTATIONS:
         process = InProcess(directory, implementation)
@@ -191,7 +191,7 @@ def main() -> None:
                 ours.run(make_prompts(1, CONCURRENCY))
                 pairs = []
                 for turn in range(arguments.runs):
-                    prompts = make_prompts(100 + turn, NUM_TEXTS)
+                    prompts = make_prompts(100 + turn, NUM_REQUESTS)
                     pairs.append((ours.run(prompts), theirs.run(prompts)))
                     console.print(f"run {turn}: ours {pairs[-1][0].tokens_per_s:.1f} tokens/s, in process "
                                   f"{pairs[-1][1].tokens_per_s:.1f}")  # fmt: skip
@@ -201,7 +201,7 @@ def main() -> None:
         name="serving",
         rows=rows_of(pairs),
         raw={
-            "model": f"2.2 GB bfloat16, {CONCURRENCY} at a time, {NUM_TEXTS} texts of {NEW_TOKENS} new tokens a run",
+            "model": f"2.2 GB bfloat16, {CONCURRENCY} at a time, {NUM_REQUESTS} requests of {NEW_TOKENS} tokens a run",
             "in_process": theirs.implementation,
         },
         versions=installed_versions(),

@@ -1,4 +1,4 @@
-"""A Mixtral-shaped checkpoint of random weights, of more than 2 GB: what the serving benchmarks serve."""
+"""The checkpoint that the serving benchmarks serve: Mixtral-shaped, random weights, more than 2 GB."""
 
 from pathlib import Path
 
@@ -16,7 +16,10 @@ SHARD_BYTES = "500MB"
 
 
 def save_mixtral(directory: Path, *, num_layers: int = NUM_LAYERS) -> None:
-    """Writes it in bfloat16 (2.2 GB), with a byte tokenizer. Weights are wide enough that texts are their own."""
+    """Writes the checkpoint in bfloat16 (2.2 GB by default), with a byte tokenizer.
+
+    The initializer range is large enough that different prompts give different outputs.
+    """
     config = MixtralConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=HIDDEN_SIZE,

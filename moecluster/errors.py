@@ -1,28 +1,28 @@
 """The one exception tree.
 
 MoeClusterError
-├── UserError (also a ValueError)        the user can mend it: one line, exit code 2
+├── UserError (also a ValueError)        the user can fix it: one line, exit code 2
 │   ├── ConfigError                      a wrong key, type or value in a configuration
-│   ├── CheckpointError                  a model directory that is missing, torn or of another shape
+│   ├── CheckpointError                  a model directory that is missing, truncated or of another shape
 │   ├── NotGiven                         a directory that the cluster was not given: PERMISSION_DENIED
 │   ├── UnsupportedModelError            a model family that cannot be attached
 │   ├── DataError                        training text that is empty, binary or too short
-│   ├── TraceError                       a trace of loads that is missing, torn or of another shape
+│   ├── TraceError                       a trace of loads that is missing, truncated or of another shape
 │   └── ResourceError                    too few slots, CPUs or GPUs, a port in use
-│       └── ClusterNotFound              the cluster, or the Ray under it, that is needed is not there: exit code 3
+│       └── ClusterNotFound              the required cluster, or the Ray under it, is not up: exit code 3
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
-├── StaleOrder                           an order of an older term, step or attempt, or for weights that are gone
+├── StaleRequest                         a request of an older term, step or attempt, or for weights that are gone
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
-│   ├── Unauthenticated                  what listens there asks for another secret than was sent: UNAUTHENTICATED
-│   └── ClusterEnded                     all that served is gone, and does not come back by itself
+│   ├── Unauthenticated                  the peer requires another secret than was sent: UNAUTHENTICATED
+│   └── ClusterEnded                     the whole cluster is gone, and does not come back by itself
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
 ├── RequestFailed                        one request cannot be computed, and would fail at another router too
-├── ExpertsLost                          experts that nobody serves cannot be loaded; they are tried on and on
+├── ExpertsLost                          experts without a replica cannot be loaded; the controller keeps trying
 ├── BatchBroken                          an unexplained error ended the batch that a request was in
-├── OperationFailed                      a change of placement or size ended without what was asked for
+├── OperationFailed                      a change of placement or size ended without its result
 └── StateLost                            training state is gone; go back to the last complete checkpoint
 """
 
@@ -32,7 +32,7 @@ class MoeClusterError(Exception):
 
 
 class UserError(MoeClusterError, ValueError):
-    """What was wrong and what would be right, in one line for a user."""
+    """An error that the user can fix: says in one line what was wrong and what would be right."""
 
 
 class ConfigError(UserError):
@@ -40,11 +40,11 @@ class ConfigError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint directory is missing, torn, or of another shape."""
+    """A checkpoint directory is missing, truncated, or of another shape."""
 
 
 class NotGiven(UserError):
-    """An order names a directory that the cluster was not given. Names it."""
+    """A request is for a directory that the cluster was not given. The message names it."""
 
 
 class UnsupportedModelError(UserError):
@@ -56,7 +56,7 @@ class DataError(UserError):
 
 
 class TraceError(UserError):
-    """A trace of a cluster's loads is missing, torn, or of another shape. Names file and line."""
+    """A trace of a cluster's loads is missing, truncated, or of another shape. The message names file and line."""
 
 
 class ResourceError(UserError):
@@ -64,34 +64,34 @@ class ResourceError(UserError):
 
 
 class ClusterNotFound(ResourceError):
-    """The cluster that is needed, or the Ray under it, is not up."""
+    """The required cluster, or the Ray under it, is not up."""
 
 
 class InvalidMessage(MoeClusterError, ValueError):
-    """A message off the wire has a wrong shape, dtype, index or size. Names the field."""
+    """A message off the wire has a wrong shape, dtype, index or size. The error names the field."""
 
 
 class Exhausted(MoeClusterError):
     """A bounded queue is full; the caller may try again later."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
-        """retry_after_s: when it is likely to be worth a try; None: not known, or never for what is too large."""
+        """retry_after_s: when a retry is likely to succeed; None: unknown, or never if the request is too large."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
 class NotHosted(MoeClusterError):
-    """An expert of the message has no replica on the actor that was asked; or, found by a router, on none at all."""
+    """An expert of the message has no replica on the actor it was sent to; if a router raises it, on no actor."""
 
     def __init__(self, message: str, *, placement: tuple[int, int] = (0, 0), experts: tuple[int, ...] = ()) -> None:
-        """placement: of the actor that was asked. experts: of the message's layer, those without any replica."""
+        """placement: number of the actor's placement. experts: those of the message's layer without any replica."""
         super().__init__(message)
         self.placement = placement
         self.experts = experts
 
 
-class StaleOrder(MoeClusterError):
-    """An order of an older term, step or attempt than the receiver has seen, or for weights that it does not hold."""
+class StaleRequest(MoeClusterError):
+    """A request of an older term, step or attempt than the receiver has seen, or for weights that it does not hold."""
 
 
 class Unavailable(MoeClusterError):
@@ -99,8 +99,8 @@ class Unavailable(MoeClusterError):
 
 
 class Unauthenticated(Unavailable):
-    """What listens there asks for another secret than was sent: a wrong one was given, or it is of another cluster,
-    which took the port of a peer that is gone."""
+    """The peer requires another secret than was sent: either the secret is wrong, or another cluster has taken the port
+    of a peer that is gone."""
 
 
 class DeadlineExceeded(MoeClusterError):
@@ -112,24 +112,24 @@ class AttemptAborted(MoeClusterError):
 
 
 class RequestFailed(MoeClusterError):
-    """One request cannot be computed: it ends alone, and is sent to no other router."""
+    """One request cannot be computed: only this request ends, and it is not retried at another router."""
 
 
 class ExpertsLost(MoeClusterError):
-    """Experts that a request needs are served by nobody, and cannot be loaded as things are. No other router helps."""
+    """Experts that a request needs have no replica and cannot be loaded now. No other router helps."""
 
 
 class ClusterEnded(Unavailable):
-    """Everything that served is gone, and does not come back by itself."""
+    """The whole cluster is gone, and does not come back by itself."""
 
 
 class BatchBroken(MoeClusterError):
-    """An unexplained error ended the batch that the request was in. Another router may compute it, but it is sent on
-    only a few times: it may be the one that broke the batch."""
+    """An unexplained error ended the batch that the request was in. Another router may compute the request, but it is
+    retried only a few times: it may be the cause."""
 
 
 class OperationFailed(MoeClusterError):
-    """A change of placement or size ended without what was asked for; the old placement stands."""
+    """A change of placement or size ended without its result; the old placement remains in force."""
 
 
 class StateLost(MoeClusterError):

@@ -1,13 +1,13 @@
-"""Numbers that only grow, the highest of which a receiver remembers: terms, weight versions, steps, attempts.
+"""Growing numbers of which a receiver remembers the highest: terms, weight versions, steps, attempts.
 
-One that is far ahead of all others would shut everybody else out for good, so no receiver takes it.
+A number far ahead of all others would lock out every other sender for good, so receivers refuse it.
 """
 
 from moecluster.errors import InvalidMessage
 
-MAX_AHEAD = 2**32  # of the highest that is known
-MAX_AHEAD_AT_START = 2**40  # of a run that begins: it goes above whatever others of its participants have seen
-MAX_NUMBER = 2**62  # of one that a successor begins anew, and that is not compared with others
+MAX_AHEAD = 2**32  # of the highest known number
+MAX_AHEAD_AT_START = 2**40  # when a training run starts: it goes above whatever its other participants have seen
+MAX_NUMBER = 2**62  # of a number that a successor restarts and that is not compared with others
 
 
 def check_ahead(number: int, known: int, field: str, *, most: int = MAX_AHEAD) -> None:

@@ -1,8 +1,8 @@
-"""Memory for weights: a mapping for each, which comes in huge pages and goes back to the system with its last user.
+"""Memory for weights: one mapping per tensor, in huge pages, which returns to the system with its last reference.
 
-malloc keeps an arena for each thread that reads experts, and holes in it between experts that were unloaded: what
-reading, packing and unloading have freed is given back. And half the time of reading from the page cache into fresh
-memory is the kernel handing out pages of 4 KB.
+malloc keeps an arena for each thread that reads experts, with holes where unloaded experts were; return_freed_memory
+returns what reading, packing and unloading have freed. Huge pages: reading from the page cache into fresh 4 KB pages
+spends half its time in the kernel's page allocation.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ RETURN_EVERY_BYTES = 16 * 2**20
 
 
 def empty_mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised contiguous CPU tensor."""
+    """Returns an uninitialized contiguous CPU tensor."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < MIN_BYTES:
         return torch.empty(shape, dtype=dtype)
@@ -27,8 +27,8 @@ def empty_mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def return_freed_memory() -> None:
-    """Where the C library can (glibc). By itself it keeps holes between experts: half as much again as the experts,
-    when they have tens of megabytes."""
+    """Returns freed memory to the system if the C library can (glibc). It would otherwise keep the holes between
+    experts: for experts of tens of megabytes, half as much again as the experts take."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

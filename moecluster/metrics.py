@@ -4,7 +4,7 @@ Each process makes one `Metrics` and calls its small methods; a series appears w
 shows no training loss and an expert actor no requests. All series, of whatever process, carry the labels `model`, the
 name under which the model is served, and `cluster`, the cluster's name; so series of different processes can be joined.
 
-`moecluster_start_time_seconds` is there from the start: it tells one life of a process from the next, where all
+`moecluster_start_time_seconds` is there from the start: it tells one incarnation of a process from the next, where all
 counters begin at 0.
 """
 
@@ -129,8 +129,8 @@ class Metrics:
             "time_to_first_token_seconds", "From the request to its first token", TOKEN_BUCKETS_S
         )
         self._inter_token = self._histogram("inter_token_seconds", "From one token to the next", TOKEN_BUCKETS_S)
-        self._running_texts = self._gauge("router_running_texts", "Texts that a router is writing")
-        self._waiting_texts = self._gauge("router_waiting_texts", "Texts that wait in a router to be begun")
+        self._running_requests = self._gauge("router_running_texts", "Texts that a router is writing")
+        self._waiting_requests = self._gauge("router_waiting_texts", "Texts that wait in a router to be begun")
 
         self._train_loss = self._gauge(
             "train_loss", "Cross-entropy of the last committed step, nats per token, without auxiliary losses"
@@ -278,10 +278,10 @@ class Metrics:
         """From one token to the next."""
         self._inter_token.labels(*self._common).observe(seconds)
 
-    def watch_texts(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+    def watch_requests(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         """Shows how many texts a router writes, and how many wait there; both are asked when /metrics is read."""
-        self._running_texts.labels(*self._common).set_function(running)
-        self._waiting_texts.labels(*self._common).set_function(waiting)
+        self._running_requests.labels(*self._common).set_function(running)
+        self._waiting_requests.labels(*self._common).set_function(waiting)
 
     # -- training --
 

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it: what Python's parser takes beyond that, or drops without a word, is refused."""
+"""Strict JSON (RFC 8259): refuses what Python's parser accepts beyond it, or silently drops."""
 
 import json
 import math
@@ -7,30 +7,30 @@ from typing import Any
 
 MAX_DEPTH = 64
 SHOWN_CHARACTERS = 60
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, or a half of a whole one
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escaped surrogate, alone or of a pair
 
 
 class JsonProblem(ValueError):
-    """Why some bytes are not taken. One line of ASCII."""
+    """Why some bytes are refused, in one line of ASCII."""
 
     def __init__(self, message: str, path: str = "") -> None:
-        """path: of the part that is to blame, such as messages[0].content; empty: the whole."""
+        """path: of the part at fault, such as messages[0].content; empty: the whole."""
         super().__init__(f"{path}: {message}" if path else message)
         self.path = path
 
 
 class TooDeep(JsonProblem):
-    """Values in values in values."""
+    """The value is nested too deeply."""
 
     def __init__(self) -> None:
         super().__init__(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def parse_json(content: bytes) -> Any:
-    """The value. A byte order mark before it is passed over. Raises JsonProblem.
+    """Returns the value. Skips a byte order mark. Raises JsonProblem.
 
-    Refused are other encodings than UTF-8, NaN and infinity (written out or as 1e999), a key that stands twice in an
-    object, half a surrogate pair, more than MAX_DEPTH levels, numbers of thousands of digits.
+    Refuses encodings other than UTF-8, NaN and infinity (written out or as 1e999), duplicate keys in an object, half a
+    surrogate pair, more than MAX_DEPTH levels, and numbers of thousands of digits.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -49,12 +49,12 @@ def parse_json(content: bytes) -> Any:
     if content.count(b"[") + content.count(b"{") > MAX_DEPTH:
         _check_depth(value)
     if _SURROGATE.search(content):
-        _check_texts(value, "")
+        _check_strings(value, "")
     return value
 
 
 def shown(text: str) -> str:
-    """A text that somebody sent, in ASCII, quoted and shortened."""
+    """Returns a received text quoted and shortened, in ASCII."""
     return json.dumps(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")
 
 
@@ -64,7 +64,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise JsonProblem(f"the key {shown(name)} stands twice in an object")
+                raise JsonProblem(f"the key {shown(name)} appears twice in an object")
             seen.add(name)
     return made
 
@@ -95,8 +95,8 @@ def _check_depth(value: Any) -> None:
     raise TooDeep
 
 
-def _check_texts(value: Any, path: str) -> None:
-    """Raises JsonProblem for a text, keys included, that UTF-8 cannot hold. No deeper than MAX_DEPTH."""
+def _check_strings(value: Any, path: str) -> None:
+    """Raises JsonProblem for a string, keys included, that UTF-8 cannot encode. The value is at most MAX_DEPTH deep."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -104,9 +104,9 @@ def _check_texts(value: Any, path: str) -> None:
             raise JsonProblem("a text with half a surrogate pair, which is no unicode character", path) from exc
     elif isinstance(value, dict):
         for name, inner in value.items():
-            _check_texts(name, path)
+            _check_strings(name, path)
             where = shown(name)[1:-1]
-            _check_texts(inner, f"{path}.{where}" if path else where)
+            _check_strings(inner, f"{path}.{where}" if path else where)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            _check_texts(inner, f"{path}[{i}]")
+            _check_strings(inner, f"{path}[{i}]")

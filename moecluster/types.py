@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what only passes texts on, as the HTTP front does, starts without torch
+if TYPE_CHECKING:  # what only passes texts on, as the HTTP gateway does, starts without torch
     import torch
 
 
@@ -73,7 +73,7 @@ class Replica:
 
 @dataclass(frozen=True, kw_only=True)
 class ActorAddress:
-    """Where an expert actor listens, and which life of it this is."""
+    """Where an expert actor listens, and which incarnation of it this is."""
 
     actor: str
     address: str  # host:port
@@ -155,7 +155,7 @@ class ComputeBatch:
     placement: tuple[int, int] = (0, 0)  # (term, generation) that the sender split by
     weight_version: int = 0
     train: MicroBatchTag | None = None  # of TRAIN_FORWARD and BACKWARD
-    incarnation: str = ""  # if given, only this life of the actor may answer
+    incarnation: str = ""  # if given, only this incarnation of the actor may answer
     grad_ND: torch.Tensor | None = None  # of BACKWARD
     unsummed: bool = False  # reply with every pair by itself (batch-invariant mode)
 
@@ -216,7 +216,7 @@ class ReduceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ActorWork:
-    """What an expert actor has done since the start of this life."""
+    """What an expert actor has done since the start of this incarnation."""
 
     computed_rows: int = 0  # (row, expert) pairs
     expert_runs: int = 0  # times that an expert was computed, for however many rows
@@ -241,7 +241,7 @@ class ExpertActorStatus:
     prepared: StepTag | None
     rss_bytes: int
     checkpoint: str = ""  # as the last set_placement said
-    picture: bytes = b""  # likewise, if it was asked for
+    snapshot: bytes = b""  # likewise, if it was asked for
     work: ActorWork = field(default_factory=ActorWork)
     other_versions: Mapping[int, tuple[ExpertId, ...]] = field(default_factory=dict)  # beside the one that is served
 
@@ -376,7 +376,7 @@ class ClusterLoads:
 
     time_s: float  # Unix time
     model: str
-    tokens: Mapping[str, Mapping[int, tuple[int, ...]]]  # router -> layer -> assignments per expert, of this life of it
+    tokens: Mapping[str, Mapping[int, tuple[int, ...]]]  # router -> layer -> assignments per expert, since its start
     actors: tuple[ActorLoads, ...]
     layer_experts: Mapping[int, int]
     expert_bytes: Mapping[int, float]  # of one expert of the layer

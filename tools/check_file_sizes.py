@@ -1,4 +1,4 @@
-"""Says which files of the product are longer than a file may be. Run by `make check`."""
+"""Reports source files that exceed the line limit. Run by `make check`."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ MAX_LINES = 400
 
 
 def too_long() -> list[str]:
-    """path: its lines, of each file that is."""
+    """Returns one message per file that is too long."""
     found = []
     for file in sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
         lines = len(file.read_text().splitlines())

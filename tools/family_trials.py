@@ -1,6 +1,6 @@
-"""Tries a family of transformers on a tiny model: whether its experts elsewhere change nothing, and how it is served.
+"""Tries a family of transformers on a tiny model: are results equal with external experts, and how is it batched?
 
-Everything runs in this process, over the code that actors and routers run.
+Everything runs in this process, with the code that actors and routers run.
 """
 
 import copy
@@ -40,7 +40,7 @@ from tools.tiny_configs import tiny_config
 
 LOGIT_TOLERANCE = 1e-5  # float32
 LOSS_TOLERANCE = 1e-5
-WEIGHT_TOLERANCE = 1e-4  # AdamW divides by the gradient's own size, so tiny gradients carry rounding far
+WEIGHT_TOLERANCE = 1e-4
 STEPS = 3
 BATCH_SIZE = 2
 NEW_TOKENS = 6
@@ -48,20 +48,20 @@ NEW_TOKENS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What was found of a family."""
+    """The result for a family."""
 
     family: str  # its model_type
-    experts: str  # "equal", or "refused" and then nothing further
+    experts: str  # "equal", "refused", "failed" or "differs"; unless equal, training and batching are empty
     training: str = ""  # "equal", or why not
-    batching: str = ""  # "continuous", "padded" or "padded, equal lengths"
-    reason: str = ""  # of a refusal, or of what is no refusal and should not be
+    batching: str = ""  # "continuous", "padded", "padded, equal lengths", or "padded" with a remark
+    reason: str = ""  # why experts is not "equal"
 
     def to_table(self) -> dict[str, str]:
         return {name: value for name, value in asdict(self).items() if value}
 
 
 def try_family(family: str, directory: Path) -> Trial:
-    """directory: empty. Never raises what a family's code raises."""
+    """directory: must be empty. Catches whatever a family's code raises."""
     refusal = refusal_of(family, directory / "refused")
     if refusal is not None:
         return Trial(family=family, experts="refused", reason=refusal)
@@ -79,13 +79,13 @@ def try_family(family: str, directory: Path) -> Trial:
 
 
 def refusal_of(family: str, directory: Path) -> str | None:
-    """What a model directory with the family's configuration is refused with; None if it is not."""
+    """Returns the error that moecluster refuses a model directory of this family with; None if it accepts it."""
     CONFIG_MAPPING[family]().save_pretrained(directory)
     try:
         ExpertLayout(read_loadable_config(directory))
     except UserError as error:
         reason = str(error)
-        try:  # some have no experts, or not enough said, without settings
+        try:  # the default config of some families has no experts, or lacks settings
             tiny_config(family).save_pretrained(directory)
             ExpertLayout(read_loadable_config(directory))
         except Exception:
@@ -94,7 +94,7 @@ def refusal_of(family: str, directory: Path) -> str | None:
 
 
 def save_tiny(family: str, directory: Path) -> None:
-    """A whole random model of the family, as it is published."""
+    """Writes a whole random model of the family, as it would be published."""
     torch.manual_seed(0)
     model = _whole(tiny_config(family))
     draw_weights(model)
@@ -103,7 +103,7 @@ def save_tiny(family: str, directory: Path) -> None:
 
 
 def _whole(config: PreTrainedConfig) -> PreTrainedModel:
-    if config.sub_configs:  # AutoModelForCausalLM would leave out what sees and hears
+    if config.sub_configs:  # AutoModelForCausalLM would leave out vision and audio parts
         for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
             if auto._model_mapping.get(type(config), None) is not None:
                 whole: PreTrainedModel = auto.from_config(config)
@@ -113,7 +113,7 @@ def _whole(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def logit_difference(directory: Path) -> float:
-    """The largest difference to transformers' own model."""
+    """Returns the largest logit difference to transformers' own model."""
     ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager")
     ours = load_trunk(directory, LocalExperts(directory))
@@ -122,7 +122,7 @@ def logit_difference(directory: Path) -> float:
 
 
 def batching(directory: Path) -> str:
-    """How the family's texts are written; with a remark where they would not be those that are written alone."""
+    """Returns how the family is batched, with a remark if padding changes its outputs."""
     model = load_trunk(directory, LocalExperts(directory))
     model.eval()
     if supports_paging(model):
@@ -133,7 +133,7 @@ def batching(directory: Path) -> str:
 
 
 def padding_changes_nothing(model: Any) -> bool:
-    """Whether logits of a text behind padding are those of the text alone, at its end and on a cache."""
+    """Whether a left-padded sequence has the same logits as alone, after the prompt and while decoding on a cache."""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         short, long = (torch.randint(3, 250, (1, n), generator=generator) for n in (5, 21))
@@ -153,7 +153,8 @@ def padding_changes_nothing(model: Any) -> bool:
 
 
 def training(directory: Path, run: Path) -> str:
-    """ "equal" if steps of a run have the losses and the weights of a plain loop over transformers' own model."""
+    """Trains a few steps. Returns "equal" if losses and weights are those of a plain loop over transformers' own model,
+    else what differs."""
     try:
         config = _run_config(directory, run)
         start, tokenizer = prepare_start(config), run_tokenizer(config)

@@ -1,6 +1,6 @@
 """Tries every Mixture-of-Experts family of the installed transformers and writes docs/models.json and docs/models.md.
 
-Run by `make models-page`, in minutes. A test says whether what is committed still fits transformers and the code.
+Run by `make models-page`; takes minutes. A test checks that the committed files still match transformers and the code.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moecluster.hf.modelling import text_config
-from moecluster.models.native.build import register_own_family
+from moecluster.models.native.build import register_native_family
 from tools.family_trials import LOGIT_TOLERANCE, LOSS_TOLERANCE, STEPS, Trial, try_family
 from tools.moe_families import families_with_interface, families_without_interface
 
@@ -31,7 +31,7 @@ def main() -> int:
     )
     parser.add_argument("--page", action="store_true", help="try nothing: write the page from docs/models.json")
     asked = parser.parse_args()
-    register_own_family()
+    register_native_family()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     known = families_with_interface() + families_without_interface()
@@ -59,7 +59,7 @@ def tried_version() -> str:
 
 
 def page(trials: Sequence[Trial], version: str) -> str:
-    """The page in Markdown."""
+    """Returns the page in Markdown."""
     opened = [trial for trial in trials if trial.experts != "refused"]
     refused = [trial for trial in trials if trial.experts == "refused"]
     equal = sum(trial.experts == "equal" for trial in opened)

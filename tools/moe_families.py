@@ -1,4 +1,4 @@
-"""Which families of the installed transformers have Mixture-of-Experts layers, read off its source."""
+"""Finds which families of the installed transformers have MoE layers, from its source code."""
 
 import re
 from pathlib import Path
@@ -15,18 +15,18 @@ from moecluster.hf.interface import UNATTACHABLE_FAMILIES
 
 _DECORATED = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
 _EXPERTS = re.compile(r"^class \w*(Experts|SparseMoe|SparseMLP|MoE|TopKRouter|Top[12]Router)\w*\(", re.MULTILINE)
-# Their experts are no layers of a language model.
+# Their experts are not layers of a language model.
 _OTHERS = frozenset(("vitpose_backbone",))
 
 
 def families_with_interface() -> tuple[str, ...]:
-    """Every model_type in whose module an experts class stands that uses the interface; of a module whose parts have
-    types of their own, those that are language models or contain one."""
+    """Returns every model_type whose module has an experts class that uses transformers' experts interface. If a module
+    defines several model types, only those that are named like it, or that are or contain a language model."""
     return tuple(sorted(family for module in _modules(decorated=True) for family in _families_of(module)))
 
 
 def families_without_interface() -> tuple[str, ...]:
-    """The same of modules with experts that do not use it, and those that we know by name."""
+    """Returns every model_type whose module has experts that do not use the interface, and UNATTACHABLE_FAMILIES."""
     found = {family for module in _modules(decorated=False) for family in _families_of(module)}
     return tuple(sorted(found | (UNATTACHABLE_FAMILIES & CONFIG_MAPPING_NAMES.keys())))
 

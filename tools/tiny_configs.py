@@ -1,4 +1,4 @@
-"""A tiny configuration of any family of transformers: its class's defaults, with every size made small."""
+"""Makes a tiny config for any family of transformers: its class's defaults, with every size made small."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.support.models.families import FAMILIES, SEE_PADDING, make_config
 
-VOCABULARY = 320  # room for the bytes and what tokenizers add
+VOCABULARY = 320  # large enough for all bytes and special tokens
 
-# Names that configurations use -> a small value. Only those that a class has are set.
+# Setting name -> small value. A config gets only the settings that its class has.
 _SMALL: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -58,7 +58,7 @@ _SMALL: Mapping[str, Any] = {
     "mamba_d_head": 16,
     "mamba_d_state": 8,
     "mamba_chunk_size": 8,
-    # Of parts that see or hear.
+    # Vision and audio parts.
     "depth": 1,
     "num_heads": 4,
     "out_hidden_size": 32,
@@ -88,7 +88,7 @@ _SMALL_WINDOWS = {
     "layer_types": ["hybrid_sliding", "hybrid"],
 }
 
-# model_type -> what a family needs beside them.
+# model_type -> further settings that the family needs.
 _FURTHER: Mapping[str, Mapping[str, Any]] = {
     "bailing_hybrid": {"linear_head_dim": 8, "linear_num_heads": 4, **_LINEAR_AND_FULL},
     "beam": _DENSE_AND_SPARSE,
@@ -131,7 +131,8 @@ _FURTHER: Mapping[str, Mapping[str, Any]] = {
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """family: a model_type. One that the tests have is as they have it, with room for the byte tokenizer."""
+    """Returns a tiny config for a model_type. A family that the tests have gets their config, with room for the byte
+    tokenizer."""
     if family in FAMILIES or family in SEE_PADDING:
         return make_config(family, vocab_size=VOCABULARY)
     return _tiny(CONFIG_MAPPING[family])
@@ -140,7 +141,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
 def _tiny(config_class: Any) -> PreTrainedConfig:
     names = vars(config_class()).keys() | config_class.attribute_map.keys()
     settings = {name: value for name, value in _SMALL.items() if name in names}
-    if "kv_lora_rank" in settings:  # latent attention has keys of every head
+    if "kv_lora_rank" in settings:  # latent attention has keys for every head
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     settings |= _FURTHER.get(config_class.model_type, {})
     parts = {name: _tiny(part) for name, part in config_class.sub_configs.items() if part is not AutoConfig}

@@ -1,1 +1,1 @@
-"""The command `moecluster`: the one place that may use all others."""
+"""The command `moecluster`; may import every other package."""

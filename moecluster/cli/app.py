@@ -1,7 +1,7 @@
-"""The command `moecluster`. What ends one is one line on standard error, and an exit code (exit_codes.py).
+"""The command `moecluster`. An error is one line on standard error, and an exit code (exit_codes.py).
 
-A command's module is imported when the command runs: help comes at once, and Ray, which reads its authentication from
-the environment when it is imported, is not imported before that is set.
+A command's module is imported only when the command runs: --help is fast, and Ray, which reads its authentication from
+the environment when imported, is not imported before that is set.
 """
 
 import errno
@@ -19,7 +19,7 @@ from moecluster.cli.common.options import Json, Name
 from moecluster.cli.exit_codes import FAILED, exit_code
 from moecluster.errors import MoeClusterError, UserError
 
-# What the system refuses to whoever asks, which no code of ours can mend.
+# Errors of the system that are not bugs: reported in one line.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG)
 
 app = typer.Typer(
@@ -29,13 +29,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Target = Annotated[str, typer.Argument(help="a model directory, a TOML file, or a preset's name")]
+Target = Annotated[str, typer.Argument(help="model directory, TOML file, or name of a preset")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="a setting, for example train.steps=100; may be repeated", show_default=False),
+    typer.Option("--set", "-s", help="override a setting, as in train.steps=100; may be repeated", show_default=False),
 ]
 RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="try a preset or TOML of which nothing is trained, with random weights")
+    bool, typer.Option("--random-weights", help="use random weights for a preset or TOML file that was never trained")
 ]
 
 
@@ -51,7 +51,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    """Mixture-of-Experts models whose experts are services: Ray actors reached over gRPC."""
+    """Serve and train Mixture-of-Experts models whose experts are services: Ray actors reached over gRPC."""
 
 
 @app.command(
@@ -68,9 +68,9 @@ def up(target: Target = "demo", settings: Settings = None, random_weights: Rando
 def status(
     name: Name = "moecluster",
     json: Json = False,
-    timeout_s: Annotated[float, typer.Option(help="longest wait for what does not answer", min=0.5)] = 3.5,
+    timeout_s: Annotated[float, typer.Option(help="longest wait for actors that do not answer", min=0.5)] = 3.5,
 ) -> None:
-    """Show a cluster that is up: its placement, its actors, where they listen, what they hold, and what is wrong."""
+    """Show a running cluster: its placement, actors, addresses, operations and problems."""
     from moecluster.cli.commands.cluster import status as run
 
     if not run(name, json, timeout_s, make_console()):
@@ -79,7 +79,7 @@ def status(
 
 @app.command(epilog="Example: moecluster down    or: moecluster down --name second")
 def down(name: Name = "moecluster") -> None:
-    """End a cluster: exactly what `up` started, and no other Ray."""
+    """Stop a cluster: exactly what `up` started, and no other Ray."""
     from moecluster.cli.commands.cluster import down as run
 
     run(name, make_console())
@@ -90,17 +90,19 @@ def down(name: Name = "moecluster") -> None:
 )
 def generate(
     target: Target,
-    prompt: Annotated[str, typer.Argument(help="the text to go on from; with --chat, what a user says")],
-    max_new_tokens: Annotated[int, typer.Option(help="longest continuation in tokens", min=1)] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy [default: serve.temperature]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="0 is off [default: serve.top_p]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="only so many tokens; 0 is off")] = None,
-    seed: Annotated[int | None, typer.Option(help="the same draws the same text [default: serve.seed]")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="a text that ends it; may be repeated")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="write an answer, by the model's chat template")] = False,
+    prompt: Annotated[str, typer.Argument(help="text to continue; with --chat, a user's message")],
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens to generate", min=1)] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(help="sampling temperature, 0: greedy (default: serve.temperature)")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="nucleus sampling; 0: off (default: serve.top_p)")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample from the k likeliest tokens; 0: off")] = None,
+    seed: Annotated[int | None, typer.Option(help="equal seeds sample equal output (default: serve.seed)")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="stop string; may be repeated")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="apply the model's chat template")] = False,
     settings: Settings = None,
 ) -> None:
-    """Write a prompt's continuation token by token, through the cluster that is up, or one started for it."""
+    """Generate a continuation of a prompt, streamed, on the running cluster or on one started for it."""
     from moecluster.cli.commands.generate import generate as run
     from moecluster.cli.commands.generate import given_options
 
@@ -111,7 +113,7 @@ def generate(
 Host = Annotated[str | None, typer.Option(help="address to listen on (serve.host)", show_default=False)]
 Port = Annotated[int | None, typer.Option(help="port to listen on; 0: any (serve.port, 8000)", show_default=False)]
 ApiKeysFile = Annotated[
-    str | None, typer.Option(help="API keys, one a line (security.api_keys_file)", show_default=False)
+    str | None, typer.Option(help="file of API keys, one per line (security.api_keys_file)", show_default=False)
 ]
 
 
@@ -124,7 +126,7 @@ def serve(
     port: Port = None,
     api_keys_file: ApiKeysFile = None,
     model_name: Annotated[
-        str | None, typer.Option(help="the model's name (serve.model_name)", show_default=False)
+        str | None, typer.Option(help="name of the served model (serve.model_name)", show_default=False)
     ] = None,
     also: Annotated[
         list[str] | None,
@@ -133,32 +135,32 @@ def serve(
     random_weights: RandomWeights = False,
     settings: Settings = None,
 ) -> None:
-    """Serve a model over HTTP as OpenAI does, through the cluster that is up, or one started for it."""
+    """Serve a model through an OpenAI-compatible HTTP API, on the running cluster or on one started for it."""
     need("serve", "moecluster serve")
-    from moecluster.cli.commands.serve import FrontOptions
+    from moecluster.cli.commands.serve import GatewayOptions
     from moecluster.cli.commands.serve import serve as run
 
-    options = FrontOptions(host=host, port=port, api_keys_file=api_keys_file, model_name=model_name)
+    options = GatewayOptions(host=host, port=port, api_keys_file=api_keys_file, model_name=model_name)
     run(target, settings or (), options, also or (), make_console(), random_weights=random_weights)
 
 
-@app.command(epilog="Example: moecluster front --model mixtral=moecluster --model small=second")
-def front(
+@app.command(epilog="Example: moecluster gateway --model mixtral=moecluster --model small=second")
+def gateway(
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=CLUSTER", help="a model and its cluster; may be repeated", show_default=False),
+        typer.Option(metavar="NAME=CLUSTER", help="model name and its cluster; may be repeated", show_default=False),
     ] = None,
     host: Host = None,
     port: Port = None,
     api_keys_file: ApiKeysFile = None,
     settings: Settings = None,
 ) -> None:
-    """Serve the models of clusters that are up over HTTP, and start none."""
-    need("serve", "moecluster front")
-    from moecluster.cli.commands.serve import FrontOptions
-    from moecluster.cli.commands.serve import front as run
+    """Serve the models of running clusters through an OpenAI-compatible HTTP API. Starts no cluster."""
+    need("serve", "moecluster gateway")
+    from moecluster.cli.commands.serve import GatewayOptions
+    from moecluster.cli.commands.serve import gateway as run
 
-    run(model or (), settings or (), FrontOptions(host=host, port=port, api_keys_file=api_keys_file), make_console())
+    run(model or (), settings or (), GatewayOptions(host=host, port=port, api_keys_file=api_keys_file), make_console())
 
 
 @app.command(epilog="Example: moecluster train demo --set train.steps=100    or: moecluster train my.toml")
@@ -167,7 +169,7 @@ def train(
     data: Annotated[str | None, typer.Option(help="text file or directory to train on (train.data)")] = None,
     settings: Settings = None,
 ) -> None:
-    """Train a model, each expert in its actor, in the cluster that is up, or in one started for it."""
+    """Train a model, each expert in its actor, on the running cluster or on one started for it."""
     from moecluster.cli.commands.train import train as run
 
     run(target, [*(settings or ()), *([f"train.data={data}"] if data else ())], make_console())
@@ -178,7 +180,7 @@ def demo(
     data: Annotated[str | None, typer.Option(help="text file or directory to train on (train.data)")] = None,
     settings: Settings = None,
 ) -> None:
-    """Train a small model, write texts with it, see which experts serve what, and kill an expert actor meanwhile."""
+    """Train a small model, generate with it, show which experts serve which domain, and kill an expert actor."""
     from moecluster.cli.commands.demo import demo as run
 
     run(data, settings or (), make_console())
@@ -186,7 +188,7 @@ def demo(
 
 @app.command(epilog="Example: moecluster params mixtral    or: moecluster params demo --set model.num_experts=64")
 def params(target: Target, settings: Settings = None) -> None:
-    """Count total and active parameters of a model from its configuration alone."""
+    """Count the total and active parameters of a model from its configuration alone."""
     from moecluster.cli.commands.params import params as run
 
     run(target, settings or (), make_console())
@@ -199,7 +201,7 @@ for commands in (operation_commands, planning_commands, http_commands):
 def main() -> None:
     """The console script."""
     try:
-        with end_by_signals():  # so that what was started is ended
+        with end_by_signals():  # so that whatever was started is stopped
             app()
     except SystemExit as exc:
         if name := signal_of(exc.code):
@@ -213,7 +215,7 @@ def main() -> None:
         sys.exit(exit_code(exc))
     except OSError as exc:
         if exc.errno not in _REFUSALS:
-            raise  # a bug, whose traceback says where
+            raise  # a bug: show the traceback
         _complain(f"{exc.strerror}: {exc.filename}" if exc.filename else str(exc.strerror))
         sys.exit(FAILED)
 

@@ -1,4 +1,4 @@
-"""What the exit code of every command says."""
+"""The exit codes of all commands."""
 
 from moecluster.errors import ClusterNotFound, MoeClusterError, UserError
 
@@ -6,11 +6,11 @@ DONE = 0
 FAILED = 1
 WRONG_USAGE = 2
 NO_CLUSTER = 3
-INTERRUPTED = 130  # by Ctrl-C; by another signal, 128 and its number
+INTERRUPTED = 130  # by Ctrl-C; by another signal, 128 plus its number
 
 HELP = (
-    "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 no cluster: the one that the command needs is not up; "
-    "130 ended by Ctrl-C."
+    "Exit codes: 0 success; 1 failure; 2 wrong usage; 3 no cluster: the cluster that the command needs is not up; "
+    "130 interrupted by Ctrl-C."
 )
 
 _CODES: tuple[tuple[type[MoeClusterError], int], ...] = (
@@ -21,5 +21,5 @@ _CODES: tuple[tuple[type[MoeClusterError], int], ...] = (
 
 
 def exit_code(error: MoeClusterError) -> int:
-    """The code of a command that ended with this error."""
+    """Returns the exit code of a command that ended with this error."""
     return next(code for kind, code in _CODES if isinstance(error, kind))

@@ -1,4 +1,4 @@
-"""The commands that send requests to a service over HTTP: they need neither torch nor Ray, and start at once."""
+"""Commands that send requests over HTTP: they need neither torch nor Ray, and start at once."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,37 +7,39 @@ import typer
 
 from moecluster.cli.common.console import make_console
 
-FRONT = "http://127.0.0.1:8000"  # where moecluster serve listens by default
+GATEWAY = "http://127.0.0.1:8000"  # where moecluster serve listens by default
 KEY_VARIABLE = "MOECLUSTER_API_KEY"
 
-bench = typer.Typer(help="Measure a service.", no_args_is_help=True)
+bench = typer.Typer(help="Run a load test.", no_args_is_help=True)
 
 BaseUrl = Annotated[
-    str, typer.Option(help="the HTTP front, as moecluster serve runs it", show_default="port 8000 of this host")
+    str, typer.Option(help="URL of the HTTP gateway (moecluster serve)", show_default="port 8000 of this host")
 ]
-KeyVariable = Annotated[str, typer.Option(help="the environment variable that holds the API key, if the front asks")]
+KeyVariable = Annotated[str, typer.Option(help="environment variable with the API key, if the gateway requires one")]
 
 
 def add_to(app: typer.Typer) -> None:
-    """Makes these commands part of the command line."""
+    """Registers these commands."""
     app.command(epilog="Example: moecluster batch requests.jsonl answers.jsonl --concurrency 64")(batch)
     app.add_typer(bench, name="bench")
 
 
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="requests, in OpenAI's batch format")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="the answers, in the order of the requests")],
-    base_url: BaseUrl = FRONT,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="responses, in the order of the requests")],
+    base_url: BaseUrl = GATEWAY,
     cluster: Annotated[
-        str, typer.Option(help="without a front: the name of a cluster that moecluster up started here")
+        str, typer.Option(help="use this cluster, started here by moecluster up, instead of a gateway")
     ] = "",
-    concurrency: Annotated[int, typer.Option(help="requests under way at once", min=1, max=4096)] = 32,
-    attempts: Annotated[int, typer.Option(help="for a request that breaks or gets a 5xx", min=1)] = 5,
-    patience_s: Annotated[float, typer.Option(help="for a front that is away or takes no requests", min=0.0)] = 600.0,
-    timeout_s: Annotated[float, typer.Option(help="longest wait for one answer", min=1.0)] = 600.0,
+    concurrency: Annotated[int, typer.Option(help="requests in flight", min=1, max=4096)] = 32,
+    attempts: Annotated[
+        int, typer.Option(help="attempts per failing request (lost connection, timeout, 5xx)", min=1)
+    ] = 5,
+    patience_s: Annotated[float, typer.Option(help="how long to wait for an unavailable gateway", min=0.0)] = 600.0,
+    timeout_s: Annotated[float, typer.Option(help="longest wait for a response", min=1.0)] = 600.0,
     api_key_env: KeyVariable = KEY_VARIABLE,
 ) -> None:
-    """Send a file of requests through the front. After a crash, the same command goes on where it was."""
+    """Send a file of requests through the gateway. After a crash, run the same command again to resume."""
     from moecluster.cli.commands.batch import BatchChoice
     from moecluster.cli.commands.batch import batch as run
 
@@ -55,42 +57,40 @@ def batch(
 
 @bench.callback()
 def group() -> None:
-    """Measure a service."""  # a callback keeps `serve` a sub-command though it is the only one
+    """Run a load test."""  # a callback keeps `serve` a subcommand although it is the only one
 
 
 @bench.command(
     epilog="Example: moecluster bench serve --request-rate 8 --duration-s 60 --slo-ttft-ms 500 --plot load.png"
 )
 def serve(
-    base_url: BaseUrl = FRONT,
+    base_url: BaseUrl = GATEWAY,
     request_rate: Annotated[
-        float | None, typer.Option(help="requests a second, coming at random (Poisson), whether answered or not")
+        float | None, typer.Option(help="requests per second (Poisson), sent regardless of responses")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="clients that each wait for their answer; default: 8", min=1, max=4096)
+        int | None, typer.Option(help="clients that each wait for their response; default: 8", min=1, max=4096)
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="requests in all; default: 100", min=1)] = None,
-    duration_s: Annotated[float | None, typer.Option(help="how long new requests are sent, instead")] = None,
-    input_tokens: Annotated[str, typer.Option(help="length of a prompt, or a range; of words with --text")] = "64-256",
-    output_tokens: Annotated[str, typer.Option(help="length of an answer, or a range")] = "64-128",
-    text: Annotated[
-        Path | None, typer.Option(help="a file to cut prompts from; else they are random token ids")
-    ] = None,
-    vocab_size: Annotated[int, typer.Option(help="random token ids lie below it", min=1)] = 256,
-    model: Annotated[str, typer.Option(help="its name; default: the first that the front serves")] = "",
-    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 0.0,
-    ignore_eos: Annotated[bool, typer.Option(help="answers are as long as was asked for")] = True,
-    seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
-    warmup: Annotated[int, typer.Option(help="requests before, one by one, that do not count", min=0)] = 1,
+    num_prompts: Annotated[int | None, typer.Option(help="total number of requests; default: 100", min=1)] = None,
+    duration_s: Annotated[float | None, typer.Option(help="seconds to send requests for, instead")] = None,
+    input_tokens: Annotated[str, typer.Option(help="prompt length, or a range; in words with --text")] = "64-256",
+    output_tokens: Annotated[str, typer.Option(help="response length, or a range")] = "64-128",
+    text: Annotated[Path | None, typer.Option(help="text file to take prompts from; default: random token ids")] = None,
+    vocab_size: Annotated[int, typer.Option(help="upper bound of random token ids (exclusive)", min=1)] = 256,
+    model: Annotated[str, typer.Option(help="model name; default: the first that the gateway lists")] = "",
+    temperature: Annotated[float, typer.Option(help="sampling temperature; 0 is greedy", min=0.0)] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option(help="generate exactly the requested number of tokens")] = True,
+    seed: Annotated[int, typer.Option(help="seed of prompts, lengths and arrivals")] = 0,
+    warmup: Annotated[int, typer.Option(help="sequential requests before the load, not measured", min=0)] = 1,
     max_in_flight: Annotated[int, typer.Option(help="most connections with --request-rate", min=1, max=65536)] = 1024,
-    timeout_s: Annotated[float, typer.Option(help="longest whole request")] = 600.0,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="a good request's first token comes within it")] = None,
-    slo_itl_ms: Annotated[float | None, typer.Option(help="and its other tokens each in this time, on average")] = None,
+    timeout_s: Annotated[float, typer.Option(help="longest time of a whole request")] = 600.0,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="SLO: longest time to first token")] = None,
+    slo_itl_ms: Annotated[float | None, typer.Option(help="SLO: longest mean time per further token")] = None,
     api_key_env: KeyVariable = KEY_VARIABLE,
-    plot: Annotated[Path | None, typer.Option(help="draw a picture here: .png, .svg or .pdf")] = None,
-    json: Annotated[Path | None, typer.Option(help="write every figure here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a plot here: .png, .svg or .pdf")] = None,
+    json: Annotated[Path | None, typer.Option(help="write all results here as JSON")] = None,
 ) -> None:
-    """Put load on an HTTP front: time to first token, time between tokens, throughput, goodput under an SLO, errors."""
+    """Load-test an HTTP gateway: time to first token, inter-token latency, throughput, goodput under an SLO, errors."""
     from moecluster.cli.commands.bench import LoadChoice, bench_serve
 
     choice = LoadChoice(

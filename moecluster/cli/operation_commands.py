@@ -1,4 +1,4 @@
-"""The commands that ask a cluster's controller: to change placement or size, and what it does and would do."""
+"""Commands to a cluster's controller: change placement or size, and show operations and plans."""
 
 from typing import Annotated
 
@@ -8,13 +8,13 @@ from moecluster.cli.common.console import make_console
 from moecluster.cli.common.options import Json, Name
 
 OperationId = Annotated[
-    str, typer.Option("--id", help="the operation's id: the same again asks for nothing new", show_default=False)
+    str, typer.Option("--id", help="operation id: repeating a command with the same id is safe", show_default=False)
 ]
-Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="wait until it is done")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="wait until the operation has ended")]
 
 
 def add_to(app: typer.Typer) -> None:
-    """Makes these commands part of the command line."""
+    """Registers these commands."""
     app.command(epilog="Example: moecluster scale 4    or: moecluster scale --routers 2 --id evening --no-wait")(scale)
     app.command(epilog="Example: moecluster drain expert-1    or: moecluster drain host-7")(drain)
     app.command(epilog="Example: moecluster place 3/17 expert-0 expert-2    or: moecluster place 3/17 --nowhere")(place)
@@ -28,28 +28,28 @@ def add_to(app: typer.Typer) -> None:
 
 def scale(
     number: Annotated[
-        int | None, typer.Argument(metavar="N", help="how many expert actors there shall be", show_default=False)
+        int | None, typer.Argument(metavar="N", help="target number of expert actors", show_default=False)
     ] = None,
     routers: Annotated[
-        int | None, typer.Option(help="how many routers there shall be, instead of N", show_default=False)
+        int | None, typer.Option(help="target number of routers, instead of N", show_default=False)
     ] = None,
     operation_id: OperationId = "",
     wait: Wait = True,
     name: Name = "moecluster",
 ) -> None:
-    """Start expert actors or routers, or empty and end some, while the cluster serves."""
+    """Scale expert actors or routers up or down while the cluster serves."""
     from moecluster.cli.commands.operations import scale as run
 
     run(name, number, routers, operation_id, wait, make_console())
 
 
 def drain(
-    node: Annotated[str, typer.Argument(metavar="NODE|ACTOR", help="a node, or the name of one expert actor")],
+    node: Annotated[str, typer.Argument(metavar="NODE|ACTOR", help="a node, or the name of an expert actor")],
     operation_id: OperationId = "",
     wait: Wait = True,
     name: Name = "moecluster",
 ) -> None:
-    """Move all experts off a node or an actor, while they serve; then it may go."""
+    """Move all experts off a node or an actor while they serve; then it can be removed."""
     from moecluster.cli.commands.operations import drain as run
 
     run(name, node, operation_id, wait, make_console())
@@ -57,31 +57,29 @@ def drain(
 
 def place(
     expert: Annotated[str, typer.Argument(metavar="EXPERT", help="layer/index")],
-    actors: Annotated[list[str] | None, typer.Argument(metavar="ACTOR", help="where it shall stand")] = None,
-    nowhere: Annotated[bool, typer.Option("--nowhere", help="unload it until a token wants it")] = False,
+    actors: Annotated[list[str] | None, typer.Argument(metavar="ACTOR", help="actors to place it on")] = None,
+    nowhere: Annotated[bool, typer.Option("--nowhere", help="unload it until a token needs it")] = False,
     operation_id: OperationId = "",
     wait: Wait = True,
     name: Name = "moecluster",
 ) -> None:
-    """Let an expert stand on exactly these actors, while it serves."""
+    """Place an expert on exactly these actors while it serves."""
     from moecluster.cli.commands.operations import place as run
 
     run(name, expert, actors or (), nowhere, operation_id, wait, make_console())
 
 
 def update(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="a checkpoint of the same shape, which all nodes see")
-    ],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint of the same shape, visible on all nodes")],
     experts: Annotated[
         list[str] | None,
-        typer.Option(help="take only these experts from it, layer/index or 4/*; may be repeated", show_default=False),
+        typer.Option(help="update only these experts, layer/index or 4/*; may be repeated", show_default=False),
     ] = None,
-    keep_trunk: Annotated[bool, typer.Option("--keep-trunk", help="take only experts from it")] = False,
+    keep_trunk: Annotated[bool, typer.Option("--keep-trunk", help="keep the trunk, and update only experts")] = False,
     out: Annotated[
         str,
         typer.Option(
-            help="where the checkpoint is put together, if it takes only a part; default: beside the one served",
+            help="directory for the combined checkpoint of a partial update; default: next to the one served",
             show_default=False,
         ),
     ] = "",
@@ -89,7 +87,7 @@ def update(
     wait: Wait = True,
     name: Name = "moecluster",
 ) -> None:
-    """Replace weights while they serve: texts that are begun end with the old ones, and no request fails."""
+    """Update weights while the cluster serves: running requests finish with the old ones, and none fails."""
     from moecluster.cli.commands.update import update as run
 
     run(name, directory, experts or (), keep_trunk, out, operation_id, wait, make_console())
@@ -97,34 +95,34 @@ def update(
 
 def plan(
     policy: Annotated[
-        str, typer.Option(help="the policy to ask; by default the cluster's (controller.policy)", show_default=False)
+        str, typer.Option(help="policy to ask; default: the cluster's (controller.policy)", show_default=False)
     ] = "",
     json: Json = False,
     name: Name = "moecluster",
 ) -> None:
-    """Show what a policy would do to the cluster now: what would move, the gain, the bytes. Nothing is done."""
+    """Show what a policy would change in the cluster now: moves, predicted gain, bytes. Changes nothing."""
     from moecluster.cli.commands.plan import plan as run
 
     run(name, policy, json, make_console())
 
 
 def operations(
-    limit: Annotated[int, typer.Option(help="how many, the newest first; 0: all that are kept", min=0)] = 20,
+    limit: Annotated[int, typer.Option(help="number of operations, newest first; 0: all that are kept", min=0)] = 20,
     json: Json = False,
     name: Name = "moecluster",
 ) -> None:
-    """List what the controller does and has done to placement and size."""
+    """List the controller's current and past operations."""
     from moecluster.cli.commands.operations import operations as run
 
     run(name, limit, json, make_console())
 
 
 def explain(
-    operation: Annotated[str, typer.Argument(help="its id, as moecluster operations lists it")],
+    operation: Annotated[str, typer.Argument(help="operation id (moecluster operations lists them)")],
     json: Json = False,
     name: Name = "moecluster",
 ) -> None:
-    """Say why an operation was begun, how far it is, what it moved, and its predicted and measured gain."""
+    """Explain an operation: its reason, progress, moved bytes, and predicted and measured gain."""
     from moecluster.cli.commands.operations import explain as run
 
     run(name, operation, json, make_console())

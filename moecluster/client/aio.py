@@ -1,4 +1,4 @@
-"""The client for asyncio: the same surface as that for threads."""
+"""The asyncio client: the same interface as the blocking client."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -11,10 +11,10 @@ import torch
 
 from moecluster.client.cluster_client import STATUS_TIMEOUT_S, CancelAnswers, ClusterClient
 from moecluster.client.failover import Route
-from moecluster.client.requests import TextOptions, build_request
-from moecluster.client.stream_state import WrittenText
+from moecluster.client.requests import GenerationOptions, build_request
+from moecluster.client.stream_state import StreamState
 from moecluster.errors import Unavailable
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc.credentials import ClusterCredentials
@@ -33,7 +33,7 @@ Call = grpc.aio.UnaryStreamCall[router_pb2.GenerateRequest, router_pb2.GenerateR
 
 
 class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
-    """A way to the routers of one cluster, for one event loop."""
+    """Client of one cluster's routers, for one event loop."""
 
     def generate(
         self,
@@ -41,21 +41,24 @@ class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
         *,
         prompt_ids: Sequence[int] = (),
         messages: Sequence[Mapping[str, str]] = (),
-        **options: Unpack[TextOptions],
+        **options: Unpack[GenerationOptions],
     ) -> "AsyncGenerationStream":
-        """Begins a text after one of: a prompt, its token ids, a conversation. Iterate over the result for its pieces.
+        """Starts a generation from one of: a prompt, its token ids, a conversation. Iterate over the result for chunks.
 
-        Called within the event loop. Raises InvalidMessage for what cannot be sent; the rest is raised while iterating.
+        Call it within the event loop. Raises InvalidMessage for an invalid request; iterating raises all other errors.
         """
         request = build_request(prompt, prompt_ids, messages, **options)
-        return AsyncGenerationStream(request, self._route_of_text(), self._stub, self._find_routers)
+        return AsyncGenerationStream(request, self._route_of_generation(), self._stub, self._find_routers)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> "AsyncGenerationStream":
-        """Begins the answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerationOptions]
+    ) -> "AsyncGenerationStream":
+        """Starts the reply to a conversation of {"role", "content"}, by the checkpoint's chat template."""
         return self.generate(messages=messages, **options)
 
     async def cancel(self, request_id: str) -> bool:
-        """Ends a text, at whichever router it runs. False if none knows it. Raises Unavailable if none answers."""
+        """Cancels a request at whichever router runs it. Returns False if none knows it. Raises Unavailable if no
+        router answers."""
         request, answers = router_pb2.CancelRequest(request_id=request_id), CancelAnswers()
         for address in self._routers.addresses:
             with answers.asking(address):
@@ -63,22 +66,25 @@ class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
         return answers.found()
 
     async def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y_TD, ids_TK, weights_TK): gates and dispatches raw hidden states of one layer. Raises a MoeClusterError."""
+        """Gates and dispatches raw hidden states of one MoE layer. Returns (y_TD, ids_TK, weights_TK).
+
+        Raises a MoeClusterError.
+        """
         request = encode_moe_request(layer, x_TD, self._timeout_s)
         return decode_moe_reply(await self._ask(lambda stub: stub.Moe(request, timeout=self._timeout_s)), x_TD)
 
     async def status(self) -> RouterStatus:
-        """What the first router that answers says of itself. Raises Unavailable if nobody answers."""
+        """Returns the status of the first router that answers. Raises Unavailable if none does."""
         request = router_pb2.RouterStatusRequest()
         return decode_router_status(await self._ask(lambda stub: stub.Status(request, timeout=STATUS_TIMEOUT_S)))
 
     async def close(self) -> None:
-        """Ends the connections, and texts that still run over them."""
+        """Closes the connections and ends the requests on them."""
         for channel in self._channels.close():
             await channel.close()
 
     async def _ask(self, call: Callable[["RouterServiceAsyncStub"], Awaitable[AnswerT]]) -> AnswerT:
-        """The answer of the first router that is there."""
+        """Returns the reply of the first router that answers."""
         route = self._route_of_call()
         while True:
             address = await _next_address(route, self._find_routers)
@@ -95,7 +101,7 @@ class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
         return stub
 
     async def _find_routers(self) -> tuple[str, ...]:
-        """Where the routers are now; connections to where they are not any more are ended."""
+        """Returns the routers' current addresses; closes connections to all others."""
         assert self._discover is not None
         found = tuple(await self._discover())
         for channel in self._channels.keep(found):
@@ -111,8 +117,8 @@ class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
         await self.close()
 
 
-class AsyncGenerationStream(WrittenText):
-    """The pieces of one text, as an asynchronous iterator. What has come so far stands in its fields."""
+class AsyncGenerationStream(StreamState):
+    """The chunks of one request, as an asynchronous iterator. Its fields hold what has arrived so far."""
 
     def __init__(
         self,
@@ -127,10 +133,10 @@ class AsyncGenerationStream(WrittenText):
         first = route.next()
         self._call = self._begin(first) if first else None
 
-    async def __aiter__(self) -> AsyncIterator[GenerationPiece]:
+    async def __aiter__(self) -> AsyncIterator[GenerationChunk]:
         """Raises a MoeClusterError: InvalidMessage, Exhausted, Unavailable, DeadlineExceeded, ...
 
-        Unavailable and Exhausted only when no router is left to go on at.
+        Unavailable and Exhausted only if no router is left to continue at.
         """
         try:
             if self._call is None:
@@ -145,7 +151,7 @@ class AsyncGenerationStream(WrittenText):
                     if self._goes_on_after(exc):
                         await self._begin_next()
                 except asyncio.CancelledError:
-                    # Of the call, by `cancel` or a closed client; or of the task that iterates.
+                    # Either the call was cancelled, by `cancel` or a closed client, or the iterating task.
                     task = asyncio.current_task()
                     if task is not None and task.cancelling():
                         raise
@@ -155,11 +161,11 @@ class AsyncGenerationStream(WrittenText):
             self.cancel()
 
     async def text(self) -> str:
-        """The whole text that is still to come. Raises what iterating raises."""
-        return "".join([piece.text async for piece in self])
+        """Returns all of the text that is still to come. Raises what iterating raises."""
+        return "".join([chunk.text async for chunk in self])
 
     def cancel(self) -> None:
-        """Ends the text; fine once it has ended."""
+        """Cancels the request. Does nothing once it has ended."""
         self._left = True
         if self._call is not None:
             self._call.cancel()
@@ -168,7 +174,7 @@ class AsyncGenerationStream(WrittenText):
         return self._stub_of(address).Generate(self._next_message(address), timeout=self._route.left_s)
 
     async def _begin_next(self) -> None:
-        """Begins at the next router. Raises why there is none."""
+        """Continues at the next router. Raises the reason if there is none."""
         self._call = self._begin(await _next_address(self._route, self._find_routers))
         if self._left:  # by another task, meanwhile
             self._call.cancel()

@@ -1,4 +1,4 @@
-"""What the clients for threads and for asyncio share: the routers, the way to them, what is made of their answers."""
+"""What the blocking and the asyncio client share: routers, connections, replies to Cancel."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -36,10 +36,10 @@ class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
     ) -> None:
         """addresses: host:port of a router, or of several of one cluster.
 
-        timeout_s: longest whole text. patience_s: how long a text waits for a router when all are lost or full.
-        discover: says where the routers are now, asked when all known ones are lost.
-        credentials: the cluster secret; or secret_file: the file that it is read from. By default the file that
-        $MOECLUSTER_SECRET_FILE names, if it names one.
+        timeout_s: deadline of a whole request. patience_s: how long a request waits for a router when all are lost or
+        full. discover: returns the routers' current addresses, called when all known routers failed.
+        credentials: the cluster secret; or secret_file: the file to read it from. By default the file that
+        $MOECLUSTER_SECRET_FILE names, if any.
 
         Raises ConfigError for a file that cannot be read or holds no secret.
         """
@@ -53,9 +53,9 @@ class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
 
     @abstractmethod
     def _open(self, address: str, credentials: ClusterCredentials | None) -> ChannelT:
-        """A connection of its own."""
+        """Opens a new connection."""
 
-    def _route_of_text(self) -> Route:
+    def _route_of_generation(self) -> Route:
         return Route(
             self._routers,
             patience_s=self._patience_s,
@@ -64,12 +64,12 @@ class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
         )
 
     def _route_of_call(self) -> Route:
-        """One that passes every router once."""
+        """A route that tries every router once."""
         return Route(self._routers, patience_s=0.0, timeout_s=0.0, discovers=self._discover is not None)
 
 
 class Channels(Generic[ChannelT]):
-    """Connections, opened when they are first wanted. Thread-safe. What it gives up is the caller's to close."""
+    """Connections, opened on first use. Thread-safe. The caller closes the connections that it drops."""
 
     def __init__(self, open_channel: Callable[[str], ChannelT]) -> None:
         self._open_channel: Callable[[str], ChannelT] = open_channel
@@ -78,7 +78,7 @@ class Channels(Generic[ChannelT]):
         self._closed = False
 
     def to(self, address: str) -> ChannelT:
-        """Raises MoeClusterError once it is closed."""
+        """Returns the connection to an address. Raises MoeClusterError once closed."""
         with self._lock:
             if self._closed:
                 raise MoeClusterError("this client is closed")
@@ -87,12 +87,12 @@ class Channels(Generic[ChannelT]):
             return self._open[address]
 
     def keep(self, addresses: Collection[str]) -> list[ChannelT]:
-        """Gives up those to other addresses."""
+        """Drops and returns the connections to all other addresses."""
         with self._lock:
             return [self._open.pop(address) for address in self._open.keys() - set(addresses)]
 
     def close(self) -> list[ChannelT]:
-        """Gives up all."""
+        """Drops and returns all connections."""
         with self._lock:
             self._closed = True
             given_up = list(self._open.values())
@@ -101,7 +101,7 @@ class Channels(Generic[ChannelT]):
 
 
 class CancelAnswers:
-    """What the routers of a cluster answer to a Cancel."""
+    """Collects the routers' replies to a Cancel."""
 
     def __init__(self) -> None:
         self._found = False
@@ -109,13 +109,13 @@ class CancelAnswers:
         self._lost = Unavailable("there is no router to ask")
 
     def add(self, found: bool) -> None:
-        """One of them answered."""
+        """Adds a router's reply."""
         self._answered = True
         self._found |= found
 
     @contextmanager
     def asking(self, address: str) -> Iterator[None]:
-        """Notes that a router is lost; any other error is raised as a MoeClusterError."""
+        """Context of one call: notes a lost router; raises any other error as a MoeClusterError."""
         try:
             yield
         except grpc.RpcError as exc:
@@ -125,7 +125,7 @@ class CancelAnswers:
             self._lost = error
 
     def found(self) -> bool:
-        """Whether any of them knows the text. Raises Unavailable if none answered."""
+        """Whether any router knew the request. Raises Unavailable if none answered."""
         if not self._answered:
             raise self._lost
         return self._found

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from moecluster.errors import BatchBroken, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.errors import BatchBroken, Exhausted, MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.router.resume import MAX_BROKEN_BATCHES
 
 AVOID_S = 10.0  # a router that was lost is asked after the others for so long
@@ -64,7 +64,7 @@ class Route:
         self._deadline_s = time.monotonic() + timeout_s
         self._discovers = discovers
         self._full: Exhausted | None  # of this round
-        self._stale: StaleOrder | None  # a router is there and does not hold the text's weights
+        self._stale: StaleRequest | None  # a router is there and does not hold the text's weights
         self._away: bool  # a router did not answer
         self._begin_round()
         self._fruitless_since_s = time.monotonic()
@@ -91,7 +91,7 @@ class Route:
         """
         if isinstance(error, Exhausted):
             self._full = error
-        elif isinstance(error, StaleOrder):
+        elif isinstance(error, StaleRequest):
             self._stale = error
         elif isinstance(error, Unavailable | BatchBroken):
             self._broken_batches += isinstance(error, BatchBroken)
@@ -119,8 +119,8 @@ class Route:
     def pause_s(self) -> float:
         """How long to wait before the next round, which begins with this call.
 
-        Raises the last error when patience is over, or would be: Exhausted if a router was there, StaleOrder if it has
-        not the weights that are served either, else Unavailable.
+        Raises the last error when patience is over, or would be: Exhausted if a router was there, StaleRequest if it
+        has not the weights that are served either, else Unavailable.
         """
         wait_s = PAUSE_S if self._full is None else max(self._full.retry_after_s or 0.0, PAUSE_S)
         fruitless_s = time.monotonic() - self._fruitless_since_s

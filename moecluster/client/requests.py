@@ -1,4 +1,4 @@
-"""What a user asks for, as the request that goes over the wire."""
+"""Builds a generation request from the arguments of a client's call."""
 
 import json
 import uuid
@@ -13,27 +13,27 @@ MAX_NEW_TOKENS = 256
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How the next token is chosen. What is left out is off; temperature 0 is greedy."""
+    """How the next token is sampled. An omitted option is off; temperature 0 is greedy."""
 
     temperature: float
     top_p: float
     top_k: int
     min_p: float
-    seed: int  # the same seed draws the same text
+    seed: int  # the same seed samples the same tokens
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
 
 
-class TextOptions(SamplingOptions, total=False):
-    """How a text is written, and until where."""
+class GenerationOptions(SamplingOptions, total=False):
+    """Options of a generation."""
 
-    max_new_tokens: int  # 256 where it is left out; 0: as many as the model has room for
-    stop: str | Sequence[str]  # texts that end it, and are not part of it
+    max_new_tokens: int  # 256 by default; 0: as many as the model has room for
+    stop: str | Sequence[str]  # stop strings, not part of the result
     ignore_eos: bool
     logprobs: bool  # of every token
-    top_logprobs: int  # and of so many alternatives to it
+    top_logprobs: int  # number of alternatives at each token, with their log-probabilities
 
 
 def build_request(
@@ -48,7 +48,7 @@ def build_request(
     top_logprobs: int = 0,
     **sampling: Unpack[SamplingOptions],
 ) -> GenerationRequest:
-    """The request for one text. Raises InvalidMessage for what the wire cannot carry; the router checks the rest."""
+    """Returns the request. Raises InvalidMessage for what the wire cannot carry; the router checks the rest."""
     request = GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompt=prompt,

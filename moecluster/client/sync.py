@@ -1,4 +1,4 @@
-"""The client for threads."""
+"""The blocking client."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ import torch
 
 from moecluster.client.cluster_client import STATUS_TIMEOUT_S, CancelAnswers, ClusterClient
 from moecluster.client.failover import Route
-from moecluster.client.requests import TextOptions, build_request
-from moecluster.client.stream_state import WrittenText
+from moecluster.client.requests import GenerationOptions, build_request
+from moecluster.client.stream_state import StreamState
 from moecluster.errors import Unavailable
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.proto import router_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc.credentials import ClusterCredentials
@@ -28,7 +28,7 @@ Discover = Callable[[], Iterable[str]]
 
 
 class Client(ClusterClient[grpc.Channel, Discover]):
-    """A way to the routers of one cluster. Thread-safe."""
+    """Client of one cluster's routers. Thread-safe."""
 
     def generate(
         self,
@@ -36,21 +36,22 @@ class Client(ClusterClient[grpc.Channel, Discover]):
         *,
         prompt_ids: Sequence[int] = (),
         messages: Sequence[Mapping[str, str]] = (),
-        **options: Unpack[TextOptions],
+        **options: Unpack[GenerationOptions],
     ) -> "GenerationStream":
-        """Begins a text after one of: a prompt, its token ids, a conversation. Iterate over the result for its pieces.
+        """Starts a generation from one of: a prompt, its token ids, a conversation. Iterate over the result for chunks.
 
-        Raises InvalidMessage for what cannot be sent; the rest is raised while iterating.
+        Raises InvalidMessage for an invalid request; iterating raises all other errors.
         """
         request = build_request(prompt, prompt_ids, messages, **options)
-        return GenerationStream(request, self._route_of_text(), self._stub, self._find_routers)
+        return GenerationStream(request, self._route_of_generation(), self._stub, self._find_routers)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[TextOptions]) -> "GenerationStream":
-        """Begins the answer to a conversation of {"role", "content"}, by the checkpoint's chat template."""
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[GenerationOptions]) -> "GenerationStream":
+        """Starts the reply to a conversation of {"role", "content"}, by the checkpoint's chat template."""
         return self.generate(messages=messages, **options)
 
     def cancel(self, request_id: str) -> bool:
-        """Ends a text, at whichever router it runs. False if none knows it. Raises Unavailable if none answers."""
+        """Cancels a request at whichever router runs it. Returns False if none knows it. Raises Unavailable if no
+        router answers."""
         request, answers = router_pb2.CancelRequest(request_id=request_id), CancelAnswers()
         for address in self._routers.addresses:
             with answers.asking(address):
@@ -58,22 +59,25 @@ class Client(ClusterClient[grpc.Channel, Discover]):
         return answers.found()
 
     def moe(self, layer: int, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y_TD, ids_TK, weights_TK): gates and dispatches raw hidden states of one layer. Raises a MoeClusterError."""
+        """Gates and dispatches raw hidden states of one MoE layer. Returns (y_TD, ids_TK, weights_TK).
+
+        Raises a MoeClusterError.
+        """
         request = encode_moe_request(layer, x_TD, self._timeout_s)
         return decode_moe_reply(self._ask(lambda stub: stub.Moe(request, timeout=self._timeout_s)), x_TD)
 
     def status(self) -> RouterStatus:
-        """What the first router that answers says of itself. Raises Unavailable if nobody answers."""
+        """Returns the status of the first router that answers. Raises Unavailable if none does."""
         request = router_pb2.RouterStatusRequest()
         return decode_router_status(self._ask(lambda stub: stub.Status(request, timeout=STATUS_TIMEOUT_S)))
 
     def close(self) -> None:
-        """Ends the connections, and texts that still run over them."""
+        """Closes the connections and ends the requests on them."""
         for channel in self._channels.close():
             channel.close()
 
     def _ask(self, call: Callable[[RouterServiceStub], AnswerT]) -> AnswerT:
-        """The answer of the first router that is there."""
+        """Returns the reply of the first router that answers."""
         route = self._route_of_call()
         while True:
             address = _next_address(route, self._find_routers)
@@ -89,7 +93,7 @@ class Client(ClusterClient[grpc.Channel, Discover]):
         return RouterServiceStub(self._channels.to(address))
 
     def _find_routers(self) -> tuple[str, ...]:
-        """Where the routers are now; connections to where they are not any more end with the last call over them."""
+        """Returns the routers' current addresses; connections to all others close with their last call."""
         assert self._discover is not None
         found = tuple(self._discover())
         self._channels.keep(found)
@@ -111,8 +115,8 @@ class _Call(Protocol):
     def cancel(self) -> bool: ...
 
 
-class GenerationStream(WrittenText):
-    """The pieces of one text, as an iterator. What has come so far stands in its fields."""
+class GenerationStream(StreamState):
+    """The chunks of one request, as an iterator. Its fields hold what has arrived so far."""
 
     def __init__(
         self,
@@ -127,10 +131,10 @@ class GenerationStream(WrittenText):
         first = route.next()
         self._call: _Call | None = self._begin(first) if first else None
 
-    def __iter__(self) -> Iterator[GenerationPiece]:
+    def __iter__(self) -> Iterator[GenerationChunk]:
         """Raises a MoeClusterError: InvalidMessage, Exhausted, Unavailable, DeadlineExceeded, ...
 
-        Unavailable and Exhausted only when no router is left to go on at.
+        Unavailable and Exhausted only if no router is left to continue at.
         """
         try:
             if self._call is None:
@@ -148,11 +152,11 @@ class GenerationStream(WrittenText):
             self.cancel()
 
     def text(self) -> str:
-        """The whole text that is still to come. Raises what iterating raises."""
-        return "".join(piece.text for piece in self)
+        """Returns all of the text that is still to come. Raises what iterating raises."""
+        return "".join(chunk.text for chunk in self)
 
     def cancel(self) -> None:
-        """Ends the text; fine once it has ended."""
+        """Cancels the request. Does nothing once it has ended."""
         self._left = True
         if self._call is not None:
             self._call.cancel()
@@ -161,7 +165,7 @@ class GenerationStream(WrittenText):
         return self._stub_of(address).Generate(self._next_message(address), timeout=self._route.left_s)
 
     def _begin_next(self) -> None:
-        """Begins at the next router. Raises why there is none."""
+        """Continues at the next router. Raises the reason if there is none."""
         self._call = self._begin(_next_address(self._route, self._find_routers))
         if self._left:  # from another thread, meanwhile
             self._call.cancel()

@@ -42,7 +42,7 @@ class ClusterConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """A Hugging Face directory (`path`), or the architecture of a model of our own family trained from nothing."""
+    """A Hugging Face directory (`path`), or the architecture of a model of the native family trained from nothing."""
 
     section: ClassVar[str] = "model"
 
@@ -233,7 +233,7 @@ class TrainConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(Section):
-    """How text is generated, and how the HTTP front takes requests for it."""
+    """How text is generated, and how the HTTP gateway takes requests for it."""
 
     section: ClassVar[str] = "serve"
 
@@ -251,18 +251,20 @@ class ServeConfig(Section):
         512, "tokens that a router computes at once; longer prompts are computed in parts", minimum=8
     )
 
-    host: str = setting("127.0.0.1", "address that the HTTP front listens on")
-    port: int = setting(8000, "port of the HTTP front; 0: any free one", minimum=0, maximum=65535)
+    host: str = setting("127.0.0.1", "address that the HTTP gateway listens on")
+    port: int = setting(8000, "port of the HTTP gateway; 0: any free one", minimum=0, maximum=65535)
     allow_unknown_fields: bool = setting(False, "ignore fields of HTTP requests that are not known; else: 400")
     model_name: str = setting("", "the model's name in the API; empty: that of its directory, preset or TOML file")
     max_body_bytes: int = setting(8 * MIB, "largest body of an HTTP request; beyond it: 413", minimum=1024)
     max_buffered_bytes: int = setting(256 * MIB, "bodies of all requests in flight; beyond it: 429", minimum=1024)
-    max_inflight: int = setting(256, "requests, and texts, in flight in the front; beyond it: 429", minimum=1)
+    max_inflight: int = setting(256, "requests, and texts, in flight in the gateway; beyond it: 429", minimum=1)
     max_awaited_bodies: int = setting(
         256, "bodies that are awaited at once; beyond it the oldest of the client that has most is given up", minimum=1
     )
     max_connections: int = setting(
-        4096, "connections to the HTTP front; beyond it the oldest idle one of the client that has most ends", minimum=1
+        4096,
+        "connections to the HTTP gateway; beyond it the oldest idle one of the client that has most ends",
+        minimum=1,
     )
     head_timeout_s: float = setting(30.0, "longest wait for a request's headers", above=0)
     body_timeout_s: float = setting(60.0, "longest wait for a request's body", above=0)
@@ -272,7 +274,7 @@ class ServeConfig(Section):
         3, "how often `moecluster serve` brings the cluster that it started up again when all of it is lost", minimum=0
     )
     router_patience_s: float = setting(60.0, "how long a text waits for a router that writes it", above=0)
-    grace_s: float = setting(30.0, "time that begun answers have to end when the front is asked to", minimum=0)
+    grace_s: float = setting(30.0, "time that begun answers have to end when the gateway is asked to", minimum=0)
 
     min_routers: int = setting(0, "fewest routers; 0: no fewer than now but by order, then 1", minimum=0)
     max_routers: int = setting(
@@ -298,5 +300,5 @@ class SecurityConfig(Section):
     section: ClassVar[str] = "security"
 
     ray_auth: str = setting("token", "authentication of a Ray cluster started here", choices=("token", "disabled"))
-    api_keys_file: str = setting("", "API keys that the HTTP front lets in, one a line; empty: it asks for none")
-    allow_without_keys: bool = setting(False, "let the HTTP front listen beyond the loopback without API keys")
+    api_keys_file: str = setting("", "API keys that the HTTP gateway lets in, one a line; empty: it asks for none")
+    allow_without_keys: bool = setting(False, "let the HTTP gateway listen beyond the loopback without API keys")

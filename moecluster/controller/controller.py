@@ -1,8 +1,9 @@
 """The controller: which experts stand where, published to the routers; lost actors are filled again, load is followed.
 
 It keeps no state that it cannot read back from the actors. A new one takes a higher term, tells it to the actors (which
-then refuse older orders), and goes on with the picture that they keep: what stands, what is leaving, what was ordered.
-Here is the outside: what routers, users, keepers and a successor see. Changes are made by the changer's thread.
+then refuse older orders), and goes on with the snapshot that they keep: what stands, what is leaving, what was ordered.
+Here is the outside: what routers, users, actor monitors and a successor see. Changes are made by the reconciler's
+thread.
 """
 
 import logging
@@ -10,23 +11,23 @@ import time
 from collections.abc import Callable, Sequence
 
 from moecluster.controller.actors.interfaces import ActorSupervisor, Watch
-from moecluster.controller.actors.manager import Keepers
+from moecluster.controller.actors.manager import ActorManager
 from moecluster.controller.load.direct import DirectLoadSource, LoadSource
 from moecluster.controller.load.reports import ActorReports
 from moecluster.controller.operations.executor import KINDS
 from moecluster.controller.operations.expert_actors import Sizing
-from moecluster.controller.operations.requests import UserOrders
+from moecluster.controller.operations.requests import OperationRequests
 from moecluster.controller.operations.routers import KIND as ROUTERS
 from moecluster.controller.operations.routers import RouterSizing, RouterSupervisor
 from moecluster.controller.operations.weight_rollout import KIND as UPDATE
 from moecluster.controller.operations.weight_rollout import WeightUpdates
-from moecluster.controller.rebalance.apply import Mover
-from moecluster.controller.rebalance.decide import Decider
+from moecluster.controller.rebalance.apply import PlacementApplier
+from moecluster.controller.rebalance.decide import Planner
 from moecluster.controller.rebalance.observe import Observer
-from moecluster.controller.reconciler import Changer
+from moecluster.controller.reconciler import Reconciler
 from moecluster.controller.settings import ControllerSettings
-from moecluster.controller.state.cluster_state import Standing
-from moecluster.controller.state.handover import KeptPicture, beginning
+from moecluster.controller.state.cluster_state import ClusterState
+from moecluster.controller.state.handover import KeptSnapshot, initial_state
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Lease, Leases
 from moecluster.errors import ResourceError, UserError
@@ -81,58 +82,60 @@ class Controller:
         self._board = PlacementBoard()
         self._leases = Leases(settings.lease_s, clock=clock)
         self._log = OperationLog(metrics, on_change=self._changed)
-        self._standing = Standing(settings.layer_experts, board=self._board, metrics=metrics, on_change=self._changed)
-        self._picture = KeptPicture(self._standing, self._log)
+        self._cluster_state = ClusterState(
+            settings.layer_experts, board=self._board, metrics=metrics, on_change=self._changed
+        )
+        self._snapshot = KeptSnapshot(self._cluster_state, self._log)
         self._reports = ActorReports()
         self._direct = DirectLoadSource(settings.layer_experts, clock=clock)
         observing = settings.observing
-        self._observer = Observer(self._standing, source or self._direct, self._reports, observing)
-        self._decider = Decider(settings.changer.policy, self._observer, clock=clock)
-        mover = Mover(
-            self._standing,
+        self._observer = Observer(self._cluster_state, source or self._direct, self._reports, observing)
+        self._planner = Planner(settings.reconciler.policy, self._observer, clock=clock)
+        applier = PlacementApplier(
+            self._cluster_state,
             self._leases,
             self._log,
             connect=connect,
-            settings=settings.mover,
-            give_way=lambda: self._changer.recovery_waits(),
+            settings=settings.applier,
+            give_way=lambda: self._reconciler.recovery_waits(),
         )
-        self._keepers = Keepers(
-            settings.keepers,
-            standing=self._standing,
+        self._monitors = ActorManager(
+            settings.actor_manager,
+            cluster_state=self._cluster_state,
             log=self._log,
             reports=self._reports,
             direct=self._direct,
             supervisor=supervisor,
             connect=connect,
             watch=watch,
-            picture=self._picture.encoded,
-            on_news=lambda: self._changer.wake(),
+            snapshot=self._snapshot.encoded,
+            on_news=lambda: self._reconciler.wake(),
             on_deposed=on_deposed,
             clock=clock,
         )
         self._sizing = Sizing(
-            self._standing,
+            self._cluster_state,
             supervisor=supervisor,
-            keep=self._keepers.keep,
-            let_go=self._keepers.let_go,
+            keep=self._monitors.keep,
+            let_go=self._monitors.let_go,
             slots_per_layer=observing.slots_per_layer,
         )
-        self._changer = Changer(
-            settings.changer,
-            standing=self._standing,
+        self._reconciler = Reconciler(
+            settings.reconciler,
+            cluster_state=self._cluster_state,
             leases=self._leases,
             log=self._log,
-            decider=self._decider,
-            mover=mover,
+            planner=self._planner,
+            applier=applier,
             sizing=self._sizing,
             updates=WeightUpdates(
                 settings.update,
-                standing=self._standing,
+                cluster_state=self._cluster_state,
                 leases=self._leases,
                 log=self._log,
                 reports=self._reports,
-                not_prepared=self._keepers.not_prepared,
-                settled=self._keepers.settled,
+                not_prepared=self._monitors.not_prepared,
+                settled=self._monitors.settled,
                 clock=clock,
             ),
             supervisor=supervisor,
@@ -140,14 +143,14 @@ class Controller:
             metrics=metrics,
             clock=clock,
         )
-        self._orders = UserOrders(
+        self._orders = OperationRequests(
             min_actors=settings.min_actors,
             max_actors=settings.max_actors,
-            standing=self._standing,
+            cluster_state=self._cluster_state,
             leases=self._leases,
             log=self._log,
             sizing=self._sizing,
-            on_order=self._changer.wake,
+            on_order=self._reconciler.wake,
             is_given=is_given,
             announce=announce,
             open_elsewhere=open_elsewhere,
@@ -159,7 +162,7 @@ class Controller:
                 supervisor=routers,
                 leases=self._leases,
                 log=self._log,
-                checkpoint=lambda: self._standing.versions.checkpoint,
+                checkpoint=lambda: self._cluster_state.versions.checkpoint,
                 clock=clock,
             )
 
@@ -171,16 +174,16 @@ class Controller:
         a successor raises neither, as it has a cluster to look after.
         """
         succeeds, awaited = self._take_over()
-        self._keepers.start(self._standing.actors, awaited=awaited)
-        failures = self._keepers.wait_tried(timeout_s)
+        self._monitors.start(self._cluster_state.actors, awaited=awaited)
+        failures = self._monitors.wait_tried(timeout_s)
         if not succeeds and failures and isinstance(failures[0], UserError):
             raise failures[0]
-        if not succeeds and not self._standing.up():
+        if not succeeds and not self._cluster_state.up():
             why = f"; {failures[0]}" if failures else ""
             raise ResourceError(f"no expert actor was ready within {timeout_s:g} s{why}")
-        self._standing.open()
-        self._keepers.opened()
-        self._changer.start()
+        self._cluster_state.open()
+        self._monitors.opened()
+        self._reconciler.start()
         if self._routers is not None:
             self._routers.start()
 
@@ -188,14 +191,14 @@ class Controller:
         """Leaves the actors as they are: a successor finds them."""
         if self._routers is not None:
             self._routers.close()
-        self._changer.close()
-        self._keepers.close()
+        self._reconciler.close()
+        self._monitors.close()
         self._board.close()
 
     # -- what routers see --
 
     def current(self, timeout_s: float) -> Placement:
-        """The standing placement; waits for a first one. Raises Unavailable after the timeout."""
+        """The current placement; waits for a first one. Raises Unavailable after the timeout."""
         return self._board.current(timeout_s)
 
     def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
@@ -205,22 +208,22 @@ class Controller:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """A router got no answer. The actor's own answer, or silence, to the controller decides."""
         logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
-        self._keepers.look(actor)
+        self._monitors.check(actor)
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
         """A router had NaN or infinity of a replica: it is set aside, and loaded anew once."""
-        self._keepers.report_nonfinite(actor, incarnation, expert, placement)
+        self._monitors.report_nonfinite(actor, incarnation, expert, placement)
 
     def renew_lease(
         self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
     ) -> None:
         """The router counts for lease_s from now on, and stands as it says. hold: nothing may move while it trains."""
         if self._leases.renew(router, applied, hold=hold, state=state):
-            self._changer.wake()
+            self._reconciler.wake()
 
     def leases(self) -> dict[str, Lease]:
         """Routers that hold a lease now."""
-        return self._leases.standing()
+        return self._leases.current()
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
         """What a router counted in its last window. Raises InvalidMessage for experts that there are not."""
@@ -265,7 +268,7 @@ class Controller:
 
     def plan(self, policy: str) -> PlanPreview:
         """What a policy would do now; empty: the cluster's own. Does nothing."""
-        return self._decider.preview(policy)
+        return self._planner.preview(policy)
 
     def operation(self, operation_id: str) -> Operation:
         """How an operation stands. Raises ResourceError if it is not known."""
@@ -277,23 +280,23 @@ class Controller:
 
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
-        term, generation = self._standing.number
+        term, generation = self._cluster_state.number
         routers = self._routers.states() if self._routers is not None else tuple(self._leases.states().values())
         return ControllerStatus(
             term=term,
             generation=generation,
-            actors=self._keepers.states(),
-            checkpoint=self._standing.versions.checkpoint,
+            actors=self._monitors.states(),
+            checkpoint=self._cluster_state.versions.checkpoint,
             routers=len(routers),
-            policy=self._settings.changer.policy,
-            held=self._standing.held,
-            replicas=len(self._standing.replicas()),
-            cold_experts=len(self._standing.cold),
+            policy=self._settings.reconciler.policy,
+            held=self._cluster_state.held,
+            replicas=len(self._cluster_state.replicas()),
+            cold_experts=len(self._cluster_state.cold),
             operations=self._log.under_way(),
             router_states=routers,
-            weight_version=self._standing.versions.weight_version,
-            replicas_aside=self._keepers.replicas_aside(),
-            lost_experts=len(self._standing.lost()),
+            weight_version=self._cluster_state.versions.weight_version,
+            replicas_aside=self._monitors.replicas_aside(),
+            lost_experts=len(self._cluster_state.lost()),
         )
 
     def loads(self) -> ClusterLoads:
@@ -313,29 +316,29 @@ class Controller:
     # -- inside --
 
     def _take_over(self) -> tuple[bool, set[str]]:
-        """Takes a higher term than every actor has seen, and the newest picture they keep. Returns whether there is
+        """Takes a higher term than every actor has seen, and the newest snapshot they keep. Returns whether there is
         one (not when the cluster is started), and the actors that the first placement waits for."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
-        seen = self._keepers.read(candidates)
-        found = beginning(seen, first=self._settings.first_picture, checkpoint=self._settings.checkpoint)
-        picture = found.picture
-        self._log.take_over(picture.operations, resumable=KINDS | {UPDATE, ROUTERS})
-        self._standing.begin(
+        seen = self._monitors.read(candidates)
+        found = initial_state(seen, first=self._settings.first_snapshot, checkpoint=self._settings.checkpoint)
+        snapshot = found.snapshot
+        self._log.take_over(snapshot.operations, resumable=KINDS | {UPDATE, ROUTERS})
+        self._cluster_state.begin(
             term=found.term,
             generation=found.generation,
             versions=found.versions,
-            actors=picture.actors,
-            leaving=picture.leaving,
-            replicas=picture.replicas,
-            cold=picture.cold,
+            actors=snapshot.actors,
+            leaving=snapshot.leaving,
+            replicas=snapshot.replicas,
+            cold=snapshot.cold,
         )
         known = set(self._supervisor.known())
-        self._sizing.add(actor for actor in picture.actors if known and actor not in known)
-        for actor in sorted(known - set(picture.actors)):
-            self._standing.add_actor(actor)  # begun by an operation that goes on now
-        answered = {status.actor for status in seen} if found.succeeds else set(self._standing.actors)
-        return found.succeeds, answered & set(self._standing.actors)
+        self._sizing.add(actor for actor in snapshot.actors if known and actor not in known)
+        for actor in sorted(known - set(snapshot.actors)):
+            self._cluster_state.add_actor(actor)  # begun by an operation that goes on now
+        answered = {status.actor for status in seen} if found.succeeds else set(self._cluster_state.actors)
+        return found.succeeds, answered & set(self._cluster_state.actors)
 
     def _changed(self) -> None:
-        self._picture.outdate()
-        self._keepers.look_all()
+        self._snapshot.outdate()
+        self._monitors.check_all()

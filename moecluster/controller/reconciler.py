@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from moecluster.controller.actors.interfaces import ActorSupervisor
 from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.operations.executor import KINDS, SIZES, OrderedChanges, parse_expert
+from moecluster.controller.operations.executor import KINDS, SIZES, OperationExecutor, parse_expert
 from moecluster.controller.operations.expert_actors import Sizing
-from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, Rounds
+from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, PeriodicThread
 from moecluster.controller.operations.routers import KIND as ROUTERS
 from moecluster.controller.operations.weight_rollout import KIND as UPDATE
 from moecluster.controller.operations.weight_rollout import WeightUpdates
-from moecluster.controller.rebalance.apply import Interrupted, Mover
-from moecluster.controller.rebalance.decide import Decider, LayerReplicas
+from moecluster.controller.rebalance.apply import Interrupted, PlacementApplier
+from moecluster.controller.rebalance.decide import LayerReplicas, Planner
 from moecluster.controller.rebalance.measure import BalanceMeter
 from moecluster.controller.rebalance.observe import Seen, with_budget
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import Exhausted, MoeClusterError, Unavailable, UserError
@@ -36,7 +36,7 @@ MIN_COVERED_S = 1.0  # a shorter look at the load decides nothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangerSettings:
+class ReconcilerSettings:
     """When changes are made."""
 
     policy: str = "share"
@@ -47,18 +47,18 @@ class ChangerSettings:
     size: SizeSettings | None = None  # None: the size is changed by orders alone
 
 
-class Changer:
+class Reconciler:
     """Begins with start, ends with close."""
 
     def __init__(
         self,
-        settings: ChangerSettings,
+        settings: ReconcilerSettings,
         *,
-        standing: Standing,
+        cluster_state: ClusterState,
         leases: Leases,
         log: OperationLog,
-        decider: Decider,
-        mover: Mover,
+        planner: Planner,
+        applier: PlacementApplier,
         sizing: Sizing,
         updates: WeightUpdates,
         supervisor: ActorSupervisor,
@@ -67,11 +67,11 @@ class Changer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._leases = leases
         self._log = log
-        self._decider = decider
-        self._mover = mover
+        self._planner = planner
+        self._applier = applier
         self._sizing = sizing
         self._updates = updates
         self._supervisor = supervisor
@@ -83,14 +83,16 @@ class Changer:
         self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
         self._drained_last: dict[str, frozenset[str]] = {}  # node -> actors that were to stay when Ray named it
         self._woken_s: dict[ExpertId, float] = {}  # when experts were woken
-        self._balance = BalanceMeter(standing, decider, log, metrics, clock=clock)
-        self._ordered = OrderedChanges(standing=standing, log=log, decider=decider, mover=mover, sizing=sizing)
-        self._rounds = Rounds(
+        self._balance = BalanceMeter(cluster_state, planner, log, metrics, clock=clock)
+        self._ordered = OperationExecutor(
+            cluster_state=cluster_state, log=log, planner=planner, applier=applier, sizing=sizing
+        )
+        self._rounds = PeriodicThread(
             "changer",
-            self._look,
+            self._run_once,
             period_s=lambda: settings.period_s,
             without_result="no change was made",
-            on_mistake=self._fail_all,
+            on_bug=self._fail_all,
         )
 
     def start(self) -> None:
@@ -111,30 +113,30 @@ class Changer:
 
     # -- the thread --
 
-    def _look(self) -> None:
+    def _run_once(self) -> None:
         """One round: recover, read, carry out what was ordered, then what the policy decides."""
-        held = self._leases.any_hold() and (self._standing.held or self._updates.make_room())
-        if held and not self._standing.held:
-            self._let_every_expert_stand_once()
-        self._standing.set_held(held)
+        held = self._leases.any_hold() and (self._cluster_state.held or self._updates.make_room())
+        if held and not self._cluster_state.held:
+            self._ensure_one_replica_each()
+        self._cluster_state.set_held(held)
         if not held and self._can_recover():
             self._restore_elsewhere()
-        self._decider.read()  # takes seconds if a Prometheus server hangs
+        self._planner.read()  # takes seconds if a Prometheus server hangs
         self._balance.show()
         if held:
             return
-        self._updates.look()
+        self._updates.check()
         self._drain_leaving_nodes()
         if not self._carry_out_all():
             return
         self._balance.measure_gains()
         if self._clock() - self._started_s >= self._settings.quiet_s:
             self._resize()
-            self._cool()
+            self._evict_idle()
             self._decide()
 
     def _fail_all(self) -> None:
-        """A mistake of ours must not leave an operation under way for ever."""
+        """A bug must not leave an operation under way for ever."""
         for operation in self._log.under_way():
             others = ("restore", ROUTERS, UPDATE)  # whoever carries these out sees to it
             if operation.phase is not OperationPhase.QUEUED and operation.kind not in others:
@@ -183,7 +185,7 @@ class Changer:
 
     def _missing(self) -> set[str]:
         """Actors that are to stay and do not serve now."""
-        return set(self._sizing.staying()) - self._standing.up().keys()
+        return set(self._sizing.staying()) - self._cluster_state.up().keys()
 
     def _is_worth_another_try(self, operation: Operation, error: MoeClusterError, missing: Collection[str]) -> bool:
         """A size that is ordered waits for actors that are asked for or lost, within limits; a placement does not."""
@@ -195,7 +197,7 @@ class Changer:
     def _apply(self, operation_id: str, target: LayerReplicas, *, urgent: bool = False) -> None:
         """Carries out what was decided here; it ends, well or not."""
         try:
-            self._mover.apply(operation_id, target, urgent=urgent)
+            self._applier.apply(operation_id, target, urgent=urgent)
         except MoeClusterError as exc:
             self._log.update(operation_id, phase=OperationPhase.FAILED, detail=str(exc))
         else:
@@ -209,47 +211,51 @@ class Changer:
 
     def _restore_elsewhere(self) -> None:
         """Loads lost experts into free slots at once, instead of waiting until their actor is back."""
-        lost = sorted(self._standing.lost())
+        lost = sorted(self._cluster_state.lost())
         names = ", ".join(map(str, lost[:4])) + (", ..." if len(lost) > 4 else "")
-        seen, before = with_budget(self._decider.seen(), 0.0), self._lost_of_up()
+        seen, before = with_budget(self._planner.seen(), 0.0), self._lost_of_up()
         self._apply_decision("restore", seen, f"{len(lost)} experts were lost ({names})", urgent=True)
         # Orders need not give way to what does not help.
-        self._tried_in_vain = before if self._standing.lost() else None
+        self._tried_in_vain = before if self._cluster_state.lost() else None
 
     def _can_recover(self) -> bool:
-        return bool(self._standing.lost()) and self._has_free_slots()
+        return bool(self._cluster_state.lost()) and self._has_free_slots()
 
     def _lost_of_up(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
-        return self._standing.lost(), frozenset(self._standing.up())
+        return self._cluster_state.lost(), frozenset(self._cluster_state.up())
 
     def _has_free_slots(self) -> bool:
-        up = [a for a in self._standing.up() if a not in self._standing.leaving]
-        replicas = self._standing.replicas()
-        for layer in {expert.layer for expert in self._standing.lost()}:
-            standing = sum(r.expert.layer == layer and r.actor in up for r in replicas)
-            if standing < len(up) * self._decider.observer.settings.slots_per_layer:
+        up = [a for a in self._cluster_state.up() if a not in self._cluster_state.leaving]
+        replicas = self._cluster_state.replicas()
+        for layer in {expert.layer for expert in self._cluster_state.lost()}:
+            cluster_state = sum(r.expert.layer == layer and r.actor in up for r in replicas)
+            if cluster_state < len(up) * self._planner.observer.settings.slots_per_layer:
                 return True
         return False
 
-    def _let_every_expert_stand_once(self) -> None:
+    def _ensure_one_replica_each(self) -> None:
         """Training takes one replica of each expert, and every expert."""
         target: dict[int, tuple[Replica, ...]] = {}
-        up = sorted(set(self._standing.up()) - self._standing.leaving)
-        for expert in all_experts(self._standing.layer_experts):
-            standing = [r for r in self._standing.replicas_of(expert.layer) if r.expert == expert]
-            living = [r for r in standing if r.actor in up] or standing
+        up = sorted(set(self._cluster_state.up()) - self._cluster_state.leaving)
+        for expert in all_experts(self._cluster_state.layer_experts):
+            cluster_state = [r for r in self._cluster_state.replicas_of(expert.layer) if r.expert == expert]
+            living = [r for r in cluster_state if r.actor in up] or cluster_state
             best = max(living, key=lambda r: (r.share, r.actor), default=None)
             actor = best.actor if best is not None else up[expert.index % len(up)] if up else None
             if actor is not None:
                 target[expert.layer] = (*target.get(expert.layer, ()), Replica(expert=expert, actor=actor))
-        if any(target.get(layer) != self._standing.replicas_of(layer) for layer in self._standing.layer_experts):
+        if any(
+            target.get(layer) != self._cluster_state.replicas_of(layer) for layer in self._cluster_state.layer_experts
+        ):
             operation = self._log.begin("hold", reason="a training run takes one replica of every expert")
             self._apply(operation.id, target, urgent=True)
 
     def _drain_leaving_nodes(self) -> None:
         """Ray's own notices of nodes that will go."""
         going = self._supervisor.draining_nodes()
-        staying = {actor: u for actor, u in self._standing.up().items() if actor not in self._standing.leaving}
+        staying = {
+            actor: u for actor, u in self._cluster_state.up().items() if actor not in self._cluster_state.leaving
+        }
         waiting = {operation.arguments for operation in self._log.under_way() if operation.kind == "drain"}
         for node in sorted({u.address.node for u in staying.values()} & going):
             # One that failed fails again, as long as there are the same actors.
@@ -281,7 +287,7 @@ class Changer:
             self._log.order("scale", reason=why, arguments=(str(wanted),))
             self._rounds.wake()
 
-    def _cool(self) -> None:
+    def _evict_idle(self) -> None:
         """Unloads experts that nobody has wanted for long."""
         after_s = self._settings.scale_to_zero_after_s
         if not after_s:
@@ -289,28 +295,28 @@ class Changer:
         since_s = self._clock() - after_s
         # Tokens that wait for an expert may not be reported yet when it is woken.
         self._woken_s = {expert: at_s for expert, at_s in self._woken_s.items() if at_s > since_s}
-        idle = self._decider.idle_experts(after_s) - self._standing.cold - self._woken_s.keys()
+        idle = self._planner.idle_experts(after_s) - self._cluster_state.cold - self._woken_s.keys()
         if not idle:
             return
         target = {
-            layer: tuple(r for r in self._standing.replicas_of(layer) if r.expert not in idle)
+            layer: tuple(r for r in self._cluster_state.replicas_of(layer) if r.expert not in idle)
             for layer in {expert.layer for expert in idle}
         }
         operation = self._log.begin("cool", reason=f"no token wanted {len(idle)} experts for {after_s:g} s")
         self._apply(operation.id, target)
 
     def _decide(self) -> None:
-        observer = self._decider.observer
+        observer = self._planner.observer
         if observer.covered_s < MIN_COVERED_S or not observer.load_LE.any():
             return
-        seen = self._decider.seen()
-        if not seen.names.actors or self._standing.lost():
-            return  # what is lost comes first, and changes the picture when it is back
+        seen = self._planner.seen()
+        if not seen.names.actors or self._cluster_state.lost():
+            return  # what is lost comes first, and changes the snapshot when it is back
         self._apply_decision("rebalance", seen, "")
 
     def _apply_decision(self, kind: str, seen: Seen, reason: str, *, urgent: bool = False) -> None:
         try:
-            change = self._decider.decide(seen)
+            change = self._planner.decide(seen)
         except UserError as exc:
             logger.info("the policy has no answer: %s", exc)
             return

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moecluster.controller.actors.manager import KeepersSettings
+from moecluster.controller.actors.manager import ActorManagerSettings
 from moecluster.controller.operations.routers import RouterSizingSettings
 from moecluster.controller.operations.weight_rollout import UpdateSettings
-from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
-from moecluster.controller.reconciler import ChangerSettings
-from moecluster.rpc.controller.snapshot import ControllerPicture
+from moecluster.controller.reconciler import ReconcilerSettings
+from moecluster.rpc.controller.snapshot import ControllerSnapshot
 from moecluster.types import Replica
 
 
@@ -30,15 +30,15 @@ class ControllerSettings:
     max_actors: int = 0  # most that may be ordered; 0: no limit
     min_actors: int = 1
     observer: ObserverSettings | None = None  # None: room for just what the replicas take
-    changer: ChangerSettings = field(default_factory=lambda: ChangerSettings(policy="static"))
-    mover: MoverSettings = field(default_factory=MoverSettings)
+    reconciler: ReconcilerSettings = field(default_factory=lambda: ReconcilerSettings(policy="static"))
+    applier: ApplierSettings = field(default_factory=ApplierSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
     routers: RouterSizingSettings = field(default_factory=RouterSizingSettings)
 
     @property
-    def keepers(self) -> KeepersSettings:
+    def actor_manager(self) -> ActorManagerSettings:
         """How actors are kept."""
-        return KeepersSettings(
+        return ActorManagerSettings(
             dtype=self.dtype,
             lease_s=self.lease_s,
             health_period_s=self.health_period_s,
@@ -55,6 +55,6 @@ class ControllerSettings:
         return ObserverSettings(slots_per_layer=max(taken.values()))
 
     @property
-    def first_picture(self) -> ControllerPicture:
+    def first_snapshot(self) -> ControllerSnapshot:
         """What stands when a cluster is started."""
-        return ControllerPicture(actors=self.actors, leaving=(), replicas=self.replicas, operations=(), cold=())
+        return ControllerSnapshot(actors=self.actors, leaving=(), replicas=self.replicas, operations=(), cold=())

@@ -1,4 +1,4 @@
-"""A router's connections to the expert actors of the standing placement."""
+"""A router's connections to the expert actors of the current placement."""
 
 import threading
 import time
@@ -125,8 +125,8 @@ class ExpertPool:
         self.report(address, reason)
 
     def suspects(self, placement: Placement) -> dict[str, MoeClusterError]:
-        """Actors that did not answer lately, in the life that the placement names, and why. Other replicas go first,
-        so that one request at most finds out that an actor is dead before the controller has said so."""
+        """Actors that did not answer lately, in the incarnation that the placement names, and why. Other replicas go
+        first, so that one request at most finds out that an actor is dead before the controller has said so."""
         if not self._suspects:
             return {}
         now_s = time.monotonic()
@@ -147,7 +147,7 @@ class ExpertPool:
         self._placements.want_experts(layer, experts)
 
     def controls(self) -> dict[str, ExpertControl]:
-        """The orders' side of every actor of the standing placement, by name.
+        """The orders' side of every actor of the current placement, by name.
 
         Each goes on until a later call finds that its actor has moved, come back or gone.
         """

@@ -19,14 +19,14 @@ from moecluster.errors import (
     ExpertsLost,
     MoeClusterError,
     NotHosted,
-    StaleOrder,
+    StaleRequest,
     Unavailable,
 )
 from moecluster.metrics import Metrics
 from moecluster.rpc.expert.interface import ExpertTransport
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, Placement
 
-LOOK_AGAIN_S = 0.5  # how long a wait for a newer placement lasts before an actor that failed is tried once more
+POLL_AGAIN_S = 0.5  # how long a wait for a newer placement lasts before an actor that failed is tried once more
 BACKOFF_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 MakeBatch = Callable[[DispatchPart, Placement, float], ComputeBatch]
@@ -66,7 +66,7 @@ class Exchange:
 
         Pure forward only: what fails goes to another replica, or waits until the experts are served again. Raises
         DeadlineExceeded when nothing helped within the shorter timeout, and at once what no repetition can mend:
-        StaleOrder if the weight version is gone, ExpertsLost if experts are, and the controller cannot load them.
+        StaleRequest if the weight version is gone, ExpertsLost if experts are, and the controller cannot load them.
         """
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         answers: Answers = []
@@ -86,7 +86,7 @@ class Exchange:
                         raise ExpertsLost(placement.problem) from exc
                     self.pool.want(layer, exc.experts)
                 last = next(iter(failing.values()), exc)
-                self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, last)))
+                self.pool.wait_for_change(placement.number, min(POLL_AGAIN_S, _left(deadline_s, last)))
                 failing = {}
                 continue
             sent = [self._send(part, placement, make_batch, deadline_s) for part in parts]
@@ -94,9 +94,9 @@ class Exchange:
             for message in sent:
                 try:
                     answers.append((message.part, self._wait(message, deadline_s)))
-                except (Exhausted, NotHosted, Unavailable, DeadlineExceeded, StaleOrder) as exc:
-                    if isinstance(exc, StaleOrder) and message.transport is not None:
-                        raise  # the weight version is gone; without a way there, it is the actor's life that is
+                except (Exhausted, NotHosted, Unavailable, DeadlineExceeded, StaleRequest) as exc:
+                    if isinstance(exc, StaleRequest) and message.transport is not None:
+                        raise  # the weight version is gone; without a way there, it is the actor's incarnation that is
                     last = exc
                     lost.append(message.part.pair_slots_P.numpy())
                     self._note_failure(message, placement, exc, failing, attempt, deadline_s)
@@ -123,7 +123,7 @@ class Exchange:
             time.sleep(pause_s)
             return
         if isinstance(error, NotHosted) and error.placement > placement.number:
-            self.pool.wait_for_change(placement.number, min(LOOK_AGAIN_S, _left(deadline_s, error)))
+            self.pool.wait_for_change(placement.number, min(POLL_AGAIN_S, _left(deadline_s, error)))
             return
         failing[message.address.actor] = error
         if isinstance(error, NotHosted):
@@ -132,10 +132,10 @@ class Exchange:
             self.pool.drop(message.address, message.transport, error)
 
     def once(self, sent_before: Sequence[tuple[DispatchPart, Placement]], make_batch: MakeBatch) -> Answers:
-        """Answers of exactly the actors' lives that are named by the placements; for training.
+        """Answers of exactly the actors' incarnations that are named by the placements; for training.
 
-        A message is repeated only to the same life of the same actor, which knows it by its key. Raises AttemptAborted
-        if that life is gone or does not answer.
+        A message is repeated only to the same incarnation of the same actor, which knows it by its key. Raises
+        AttemptAborted if that incarnation is gone or does not answer.
         """
         deadline_s = time.monotonic() + self._timeout_s
         sent = [self._send(part, placement, make_batch, deadline_s) for part, placement in sent_before]
@@ -156,7 +156,7 @@ class Exchange:
                     attempt += 1
                     placement = next(p for part, p in sent_before if part is message.part)
                     message = self._send(message.part, placement, make_batch, deadline_s)
-                except (NotHosted, StaleOrder, DeadlineExceeded) as exc:
+                except (NotHosted, StaleRequest, DeadlineExceeded) as exc:
                     if isinstance(exc, DeadlineExceeded):
                         self.pool.drop(message.address, message.transport, exc)
                     raise AttemptAborted(f"{message.address.actor}: {exc}") from exc
@@ -213,7 +213,7 @@ class Exchange:
 RETRY_REASONS = {
     Exhausted: "exhausted",
     NotHosted: "not_hosted",
-    StaleOrder: "stale",
+    StaleRequest: "stale",
     Unavailable: "unavailable",
     DeadlineExceeded: "deadline",
 }
@@ -227,7 +227,7 @@ def plan_all(
     weights_TK: torch.Tensor,
     timeout_s: float,
 ) -> list[tuple[DispatchPart, Placement]]:
-    """Where every kept assignment goes by the standing placement. Raises AttemptAborted if an expert has no replica."""
+    """Where every kept assignment goes by the current placement. Raises AttemptAborted if an expert has no replica."""
     placement = pool.placement(timeout_s)
     try:
         parts = dispatch(pool.table(placement, layer), x_TD, ids_TK, weights_TK)

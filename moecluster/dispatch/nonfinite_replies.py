@@ -117,10 +117,10 @@ class _Search:
 
     def _why(self, expert: int) -> str:
         problem = self._problems.get(expert)
-        said = f"; another replica did not answer: {problem}" if problem is not None else ""
+        message = f"; another replica did not answer: {problem}" if problem is not None else ""
         of_all = any(sick == expert for _, sick in self.sick)
         rows = "" if of_all else " for this text's hidden state, though not for others"
-        return f"expert {expert} of layer {self._asked.layer} answered NaN or infinity{rows}{said}"
+        return f"expert {expert} of layer {self._asked.layer} answered NaN or infinity{rows}{message}"
 
     def _candidates(self, expert: int) -> list[str]:
         """The actor that answered first, then the others that hold the expert."""

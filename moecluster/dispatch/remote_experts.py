@@ -73,7 +73,7 @@ class RemoteExperts:
 
         weight_version: of the experts, outside of training; 0: the one that is served. on_lost: outside of training it
         is told of rows that every replica of an expert answers with NaN or infinity, which are zeros then; without it
-        they raise RequestFailed. Raises DeadlineExceeded, StaleOrder if the version is gone for good, or inside
+        they raise RequestFailed. Raises DeadlineExceeded, StaleRequest if the version is gone for good, or inside
         training() AttemptAborted.
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
@@ -263,7 +263,7 @@ def _batch(
         deadline_s=deadline_s,
         placement=placement.number,
         train=tag,
-        # Training goes to one life of an actor only: another one lacks the gradients so far.
+        # Training goes to one incarnation of an actor only: another one lacks the gradients so far.
         incarnation=placement.actors[part.actor].incarnation if tag is not None else "",
         grad_ND=rows_of(part, grad_TD) if grad_TD is not None else None,
         unsummed=unsummed,

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from moecluster.errors import DeadlineExceeded, StaleOrder
+from moecluster.errors import DeadlineExceeded, StaleRequest
 from moecluster.growing import check_ahead
 from moecluster.types import ExpertId
 
 
-class ControllerOrders:
+class ControllerFence:
     """Thread-safe; nothing here waits but loads for their turn."""
 
     def __init__(self) -> None:
@@ -26,8 +26,8 @@ class ControllerOrders:
 
     @contextmanager
     def admitted(self, term: int) -> Iterator[None]:
-        """Fences with the term; no other order comes in between. Raises StaleOrder for a lower one, InvalidMessage for
-        one that is too far ahead."""
+        """Fences with the term; no other order comes in between. Raises StaleRequest for a lower one, InvalidMessage
+        for one that is too far ahead."""
         with self._lock:
             self.check(term)
             check_ahead(term, self._term, "term")
@@ -38,13 +38,13 @@ class ControllerOrders:
             yield
 
     def check(self, term: int) -> None:
-        """Raises StaleOrder if a higher term has the say."""
+        """Raises StaleRequest if a higher term has superseded this one."""
         if term < self._term:
-            raise StaleOrder(f"controller term {term} is over: {self._term} has the say")
+            raise StaleRequest(f"controller term {term} is superseded by term {self._term}")
 
     @contextmanager
     def loading(self, term: int, experts: Sequence[ExpertId], timeout_s: float) -> Iterator["LoadOrder"]:
-        """A load, once those before it have ended. Raises StaleOrder, DeadlineExceeded."""
+        """A load, once those before it have ended. Raises StaleRequest, DeadlineExceeded."""
         order = LoadOrder(self, term, timeout_s)
         with self.admitted(term):
             for unload in self._unloads:
@@ -64,7 +64,7 @@ class ControllerOrders:
 
     @contextmanager
     def unloading(self, term: int, experts: Sequence[ExpertId]) -> Iterator["UnloadOrder"]:
-        """An unload, from its order to its end. Raises StaleOrder."""
+        """An unload, from its order to its end. Raises StaleRequest."""
         order = UnloadOrder(experts)
         with self.admitted(term):
             for load in self._loads:
@@ -78,7 +78,7 @@ class ControllerOrders:
 
 
 class UnloadOrder:
-    """experts: those that it still is to drop; read it under ControllerOrders.admitted."""
+    """experts: those that it still is to drop; read it under ControllerFence.admitted."""
 
     def __init__(self, experts: Sequence[ExpertId]) -> None:
         self.experts = set(experts)
@@ -87,9 +87,9 @@ class UnloadOrder:
 class LoadOrder:
     """A load that waits for its turn or is carried out."""
 
-    def __init__(self, orders: ControllerOrders, term: int, timeout_s: float) -> None:
+    def __init__(self, orders: ControllerFence, term: int, timeout_s: float) -> None:
         self.dropped: set[ExpertId] = set()  # unloaded since
-        self.interrupt: Callable[[], None] = lambda: None  # called once a higher term has the say; must not block
+        self.interrupt: Callable[[], None] = lambda: None  # called once a higher term supersedes it; must not block
         self._orders = orders
         self._term = term
         self._timeout_s = timeout_s
@@ -100,13 +100,14 @@ class LoadOrder:
         return self._deadline_s - time.monotonic()
 
     def check(self, expert: ExpertId) -> None:
-        """Raises StaleOrder if a higher term has the say, DeadlineExceeded if there is no time for the expert."""
+        """Raises StaleRequest if a higher term has superseded this one, DeadlineExceeded if there is no time for the
+        expert."""
         self._orders.check(self._term)
         if self.left_s < 0:
             raise DeadlineExceeded(f"{expert}: not loaded within {self._timeout_s:g} s")
 
     def finish(self, experts: Sequence[ExpertId]) -> None:
-        """Raises StaleOrder if some of the experts were unloaded since the order."""
+        """Raises StaleRequest if some of the experts were unloaded since the order."""
         dropped = [str(expert) for expert in experts if expert in self.dropped]
         if dropped:
-            raise StaleOrder(f"unloaded while they were loaded: {', '.join(dropped[:5])} (layer/index)")
+            raise StaleRequest(f"unloaded while they were loaded: {', '.join(dropped[:5])} (layer/index)")

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from moecluster.errors import CheckpointError, StaleOrder
+from moecluster.errors import CheckpointError, StaleRequest
 from moecluster.expert import compute
 from moecluster.expert.batch_invariant import BlockProofs
 from moecluster.expert.fencing import LoadOrder
 from moecluster.expert.packer import Packer
-from moecluster.expert.store import HostedExperts
+from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
 from moecluster.expert.weight_sources import (
     DTYPES,
-    ArrivedExpert,
     LoadSettings,
+    ReadExpert,
     copy_experts,
     read_experts,
     wanted_dtype,
@@ -39,7 +39,7 @@ class ExpertLoader:
     def __init__(
         self,
         actor: str,
-        hosted: HostedExperts,
+        hosted: ExpertStore,
         training: ExpertTraining,
         state_lock: threading.RLock,
         *,
@@ -153,23 +153,23 @@ class ExpertLoader:
 
     def _arriving(
         self, source: ExpertSource, wanted: list[ExpertId], settings: LoadSettings, order: LoadOrder
-    ) -> Iterator[ArrivedExpert]:
+    ) -> Iterator[ReadExpert]:
         if settings.peer is not None:
             return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order, self.packer)
         packer = None if settings.optimizer is not None else self.packer
         return read_experts(source, wanted, settings.dtype, order, packer)
 
 
-def _agreed_version(arrived: ArrivedExpert, wanted: int) -> int:
+def _agreed_version(arrived: ReadExpert, wanted: int) -> int:
     """The weight version of an arrived expert. wanted: 0 where neither the order nor this actor names one.
 
-    Raises StaleOrder if a peer gave another.
+    Raises StaleRequest if a peer gave another.
     """
     given = arrived.weight_version
     if given is None or given == wanted:
         return wanted
     if wanted:
-        raise StaleOrder(f"expert {arrived.expert}: the peer has weight version {given}, {wanted} is wanted here")
+        raise StaleRequest(f"expert {arrived.expert}: the peer has weight version {given}, {wanted} is wanted here")
     return given
 
 

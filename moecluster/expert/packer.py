@@ -24,7 +24,7 @@ from moecluster.moe.linear import pack
 AT_ONCE_BYTES = 2 * 2**20  # experts up to this size are packed in no time
 NICENESS = 10  # whoever computes or reads goes first
 JOIN_TIMEOUT_S = 10.0
-LOOK_S = 0.01
+POLL_S = 0.01
 
 Packable = Expert | ExpertShard
 
@@ -79,7 +79,7 @@ class Packer:
         """Whether all that was taken is packed, within the timeout."""
         deadline_s = time.monotonic() + timeout_s
         while self._left and time.monotonic() < deadline_s:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         return not self._left
 
     def close(self) -> None:

@@ -10,11 +10,11 @@ import psutil
 import torch
 from torch import nn
 
-from moecluster.errors import InvalidMessage, StaleOrder
-from moecluster.expert.fencing import ControllerOrders
+from moecluster.errors import InvalidMessage, StaleRequest
+from moecluster.expert.fencing import ControllerFence
 from moecluster.expert.loader import ExpertLoader
 from moecluster.expert.queue import ComputeQueue
-from moecluster.expert.store import HostedExperts
+from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
 from moecluster.expert.weight_sources import LoadSettings
 from moecluster.expert.worker import ExpertComputing
@@ -25,7 +25,7 @@ from moecluster.models.checkpoint.reader import OpenCheckpoint
 from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.moe.linear import plain
 from moecluster.rpc.expert.export import GrpcPeerExports
-from moecluster.rpc.expert.interface import MAX_PICTURE_BYTES, ConnectPeer, ExportedTensor, Reply
+from moecluster.rpc.expert.interface import MAX_SNAPSHOT_BYTES, ConnectPeer, ExportedTensor, Reply
 from moecluster.types import (
     ActorAddress,
     ComputeBatch,
@@ -37,7 +37,7 @@ from moecluster.types import (
     StepTag,
 )
 
-DRAIN_LOOK_S = 0.005
+DRAIN_POLL_S = 0.005
 
 
 class ExpertService:
@@ -63,12 +63,12 @@ class ExpertService:
         self.name = name
         self._is_given = is_given
         self.incarnation = secrets.token_hex(8)
-        self._hosted = HostedExperts()
+        self._hosted = ExpertStore()
         self._queue = ComputeQueue(max_queue_bytes)
         self._training = ExpertTraining(name, activation_budget_bytes)
         # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
         self._state_lock = threading.RLock()
-        self._orders = ControllerOrders()
+        self._orders = ControllerFence()
         self._loader = ExpertLoader(
             name,
             self._hosted,
@@ -80,7 +80,7 @@ class ExpertService:
         )
         self._placement = (0, 0)
         self._checkpoint = ""  # as the last set_placement said
-        self._picture = b""  # likewise
+        self._snapshot = b""  # likewise
         self._computing = ExpertComputing(
             name,
             self.incarnation,
@@ -135,7 +135,7 @@ class ExpertService:
         optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each other,
         and no other order or batch for them; what came before an error stays. Raises NotGiven for a directory that the
         cluster was not given, before anything is read or changed; CheckpointError, InvalidMessage,
-        DeadlineExceeded; StaleOrder for an older term, experts that were unloaded since, or a peer with
+        DeadlineExceeded; StaleRequest for an older term, experts that were unloaded since, or a peer with
         another weight version; Unavailable if the peer does not give what it should.
         """
         check_given(checkpoint, self._is_given)
@@ -160,13 +160,13 @@ class ExpertService:
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
         """Drops experts in all versions; unknown ones are fine. A load that is ordered meanwhile keeps its own.
 
-        Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleOrder.
+        Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleRequest.
         """
         with self._orders.unloading(term, experts) as order:
             deadline_s = time.monotonic() + drain_timeout_s
             while time.monotonic() < deadline_s and self._queue.wants(order.experts):
                 self._orders.check(term)
-                time.sleep(DRAIN_LOOK_S)
+                time.sleep(DRAIN_POLL_S)
             with self._state_lock, self._orders.admitted(term):
                 for expert in order.experts:
                     self._hosted.remove(expert)
@@ -179,17 +179,17 @@ class ExpertService:
         term: int,
         generation: int,
         checkpoint: str = "",
-        picture: bytes = b"",
+        snapshot: bytes = b"",
         weight_version: int = 0,
         weight_versions: Sequence[int] = (),
     ) -> None:
-        """The placement that now stands, what lost experts are loaded from, and the controller's picture.
+        """The placement that now stands, what lost experts are loaded from, and the controller's snapshot.
 
-        status returns them; an empty picture leaves the last one. Experts of versions that do not stand any more are
-        dropped. Raises StaleOrder, InvalidMessage.
+        status returns them; an empty snapshot leaves the last one. Experts of versions that do not stand any more are
+        dropped. Raises StaleRequest, InvalidMessage.
         """
-        if len(picture) > MAX_PICTURE_BYTES:
-            raise InvalidMessage(f"picture: {len(picture)} bytes, at most {MAX_PICTURE_BYTES}")
+        if len(snapshot) > MAX_SNAPSHOT_BYTES:
+            raise InvalidMessage(f"snapshot: {len(snapshot)} bytes, at most {MAX_SNAPSHOT_BYTES}")
         if 0 in weight_versions:
             raise InvalidMessage("weight_versions: they begin at 1")
         if weight_versions and weight_version not in weight_versions:
@@ -202,7 +202,7 @@ class ExpertService:
             if (term, generation) < self._placement:
                 return
             self._placement, self._checkpoint = (term, generation), checkpoint
-            self._picture = picture or self._picture
+            self._snapshot = snapshot or self._snapshot
             surplus = self._hosted.surplus_versions(weight_version, weight_versions)
             if not surplus and weight_version:
                 self._hosted.keep_versions(weight_version, weight_versions)
@@ -230,10 +230,10 @@ class ExpertService:
     ) -> Iterator[ExportedTensor]:
         """Copies of the experts' tensors. Computing goes on meanwhile; experts in training stand still for their copy.
 
-        Raises NotHosted, StaleOrder for another step or incarnation.
+        Raises NotHosted, StaleRequest for another step or incarnation.
         """
         if incarnation and incarnation != self.incarnation:
-            raise StaleOrder(f"this is incarnation {self.incarnation}, not {incarnation}")
+            raise StaleRequest(f"this is incarnation {self.incarnation}, not {incarnation}")
         for expert in experts:
             if not (self._training.has_begun or step or with_optimizer):
                 hosted = self._hosted.get(expert, weight_version)
@@ -251,7 +251,7 @@ class ExpertService:
         self, expert: ExpertId, module: nn.Module, with_optimizer: bool, step: int
     ) -> list[tuple[str, torch.Tensor]]:
         if step and not (self._training.has_begun and self._training.state.step == step):
-            raise StaleOrder(f"step {step} is not what is committed here")
+            raise StaleRequest(f"step {step} is not what is committed here")
         tensors = [(name, plain(p)) for name, p in module.named_parameters()]
         if with_optimizer:
             tensors += [(f"optimizer/{name}", v) for name, v in self._training.state_tensors(expert).items()]
@@ -278,7 +278,7 @@ class ExpertService:
         with self._state_lock:
             self._training.abort(tag)
 
-    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
+    def status(self, training_term: int = 0, *, with_snapshot: bool = False) -> ExpertActorStatus:
         with self._state_lock:
             training = self._training.state if self._training.has_begun else None
             # Read before the experts: a version that is named meanwhile is another one, and not one without experts.
@@ -297,7 +297,7 @@ class ExpertService:
                 prepared=training.prepared if training is not None else None,
                 rss_bytes=psutil.Process().memory_info().rss,
                 checkpoint=self._checkpoint,
-                picture=self._picture if with_picture else b"",
+                snapshot=self._snapshot if with_snapshot else b"",
                 work=replace(self._computing.work, queue_rows=self._queue.rows),
                 other_versions=self._hosted.other_versions(weight_version),
             )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from moecluster.errors import StaleOrder, StateLost
+from moecluster.errors import StaleRequest, StateLost
 from moecluster.expert import compute
 from moecluster.expert.activations import KeptActivations
 from moecluster.growing import MAX_AHEAD_AT_START, check_ahead
@@ -29,7 +29,7 @@ class ExpertTraining:
     def check_begun(self) -> None:
         """Raises StateLost where nothing is trained."""
         if self._state is None:
-            raise StateLost(f"{self._actor} trains nothing: it was started anew, or never told to")
+            raise StateLost(f"{self._actor} trains nothing: it was restarted, or training never began there")
 
     @property
     def state(self) -> StepState:
@@ -44,12 +44,12 @@ class ExpertTraining:
         check_ahead(term, known, "training_term", most=MAX_AHEAD_AT_START)
 
     def begin(self, optimizer: OptimizerSettings, term: int, step: int | None) -> None:
-        """From a committed step on (None: the first order tells); a newer term begins afresh. Raises StaleOrder."""
+        """From a committed step on (None: the first order tells); a newer term begins afresh. Raises StaleRequest."""
         if self._state is not None and self._state.term == term:
             return
         self.check_term(term)
         if self._state is not None and term < self._state.term:
-            raise StaleOrder(f"training term {term} is over: {self._state.term} has the say")
+            raise StaleRequest(f"training term {term} is superseded by term {self._state.term}")
         state = StepState(optimizer, term=term)
         state.reset(term=term, step=step)
         self._kept.forget()

@@ -22,7 +22,7 @@ from moecluster.rpc.expert.interface import ConnectPeer, PeerExports
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOOK_EVERY_S = 0.1  # whether the order still stands, while nothing is taken
+POLL_EVERY_S = 0.1  # whether the order still stands, while nothing is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class LoadSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrivedExpert:
+class ReadExpert:
     """An expert that is ready for a slot."""
 
     expert: ExpertId
@@ -62,19 +62,19 @@ def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) 
 
 def read_experts(
     source: ExpertSource, experts: Sequence[ExpertId], dtype: str, order: LoadOrder, packer: Packer | None
-) -> Iterator[ArrivedExpert]:
+) -> Iterator[ReadExpert]:
     """Experts out of a checkpoint, in order. packer: None for experts that are trained.
 
-    Raises InvalidMessage, before any is read; CheckpointError; StaleOrder and DeadlineExceeded of the order.
+    Raises InvalidMessage, before any is read; CheckpointError; StaleRequest and DeadlineExceeded of the order.
     """
     checked_dtype = wanted_dtype(source, experts, dtype)
 
     wanted = (expert for expert in experts if expert not in order.dropped)
     read = read_ahead(source, wanted, checked_dtype, check=order.check)
-    yield from finish((ArrivedExpert(expert=expert, module=module) for expert, module in read), packer)
+    yield from finish((ReadExpert(expert=expert, module=module) for expert, module in read), packer)
 
 
-def finish(arrived: Iterable[ArrivedExpert], packer: Packer | None) -> Iterator[ArrivedExpert]:
+def finish(arrived: Iterable[ReadExpert], packer: Packer | None) -> Iterator[ReadExpert]:
     """Makes experts ready for their slots: all have the same form, wherever they come from.
 
     packer: None for experts that are trained.
@@ -121,11 +121,11 @@ def copy_experts(
     settings: LoadSettings,
     order: LoadOrder,
     packer: Packer,
-) -> Iterator[ArrivedExpert]:
+) -> Iterator[ReadExpert]:
     """Experts of a peer that holds them in the wanted dtype, ready as those out of a checkpoint; one at a time.
 
     Raises InvalidMessage for an expert that the model does not have or an unknown dtype, before any is copied;
-    Unavailable for whatever the peer does not give as it should; StaleOrder and DeadlineExceeded of the order.
+    Unavailable for whatever the peer does not give as it should; StaleRequest and DeadlineExceeded of the order.
     """
     dtype = wanted_dtype(source, experts, settings.dtype)
     pace = BytePace(settings.max_bytes_per_s)
@@ -150,12 +150,12 @@ def _copy(
     order: LoadOrder,
     pace: BytePace,
     weight_version: int,
-) -> ArrivedExpert:
+) -> ReadExpert:
     def keep_pace(num_bytes: int) -> None:
         order.check(expert)
         pace.count(num_bytes)
         while (wait_s := pace.wait_s) > 0:
-            time.sleep(min(wait_s, LOOK_EVERY_S))
+            time.sleep(min(wait_s, POLL_EVERY_S))
             order.check(expert)
 
     order.check(expert)
@@ -165,7 +165,7 @@ def _copy(
     except MoeClusterError as exc:
         order.check(expert)  # our own order has ended, and the copy with it
         raise Unavailable(f"expert {expert} cannot be copied from {peer.actor}: {exc}") from exc
-    return ArrivedExpert(expert=expert, module=module, weight_version=version)
+    return ReadExpert(expert=expert, module=module, weight_version=version)
 
 
 def _fill(

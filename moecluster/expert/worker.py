@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from moecluster.errors import DeadlineExceeded, InvalidMessage, MoeClusterError, StaleOrder
+from moecluster.errors import DeadlineExceeded, InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.expert import compute
 from moecluster.expert.queue import ComputeQueue, Waiting
-from moecluster.expert.store import HostedExperts
+from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
 from moecluster.metrics import Metrics
 from moecluster.rpc.expert.interface import Reply
@@ -27,7 +27,7 @@ class ExpertComputing:
         actor: str,
         incarnation: str,
         queue: ComputeQueue,
-        hosted: HostedExperts,
+        hosted: ExpertStore,
         training: ExpertTraining,
         state_lock: threading.RLock,
         *,
@@ -161,5 +161,5 @@ class ExpertComputing:
         self._training.check_begun()
         experts = self._experts_of(batch)
         if batch.incarnation and batch.incarnation != self._incarnation:
-            raise StaleOrder(f"this is incarnation {self._incarnation}, not {batch.incarnation}")
+            raise StaleRequest(f"this is incarnation {self._incarnation}, not {batch.incarnation}")
         return self._training.compute(experts, batch, self._run())

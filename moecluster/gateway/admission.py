@@ -1,7 +1,7 @@
-"""How much the front takes on at once: bodies in memory, requests, texts. Beyond it: 429.
+"""Admission control: bounds the bodies in memory, the requests and the choices in flight. Beyond them: 429.
 
-A body takes no room from others before it is complete: when room runs out, one that is still awaited is given up, the
-oldest of the client that has most of them.
+An incomplete body does not keep others out: when room runs out, an incomplete one is dropped, the oldest of the client
+that holds most.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,18 +13,21 @@ from moecluster.gateway.crowd import Crowd, Place
 
 
 class Admission:
-    """Counts what is in flight. Used by one event loop."""
+    """Counts bodies, requests and choices in flight. Used by one event loop."""
 
     def __init__(self, settings: ServeConfig) -> None:
         self._settings = settings
-        self.requests = 0  # from the last byte of the body to the last of the answer
-        self.texts = 0  # a request may ask for several
-        self.body_bytes = 0  # of bodies that are awaited, and of requests
-        self.awaited = Crowd()  # bodies of which something is missing
+        self.requests = 0  # from the last byte of the body to the last of the response
+        self.generations = 0  # choices: a request may ask for several
+        self.body_bytes = 0  # of incomplete bodies and of requests in flight
+        self.awaited = Crowd()  # incomplete bodies
 
     @contextmanager
     def body(self, parties: tuple[str, ...], end: Callable[[], None]) -> Iterator[Place]:
-        """While a body is awaited and its request answered. end: gives it up; parties: whose it is. Raises Refusal."""
+        """Context: a body is read and its request answered. Raises ApiError.
+
+        parties: the clients that the body counts against. end: called to drop the body while it is incomplete.
+        """
         self._check_requests()
         if len(self.awaited) >= self._settings.max_awaited_bodies:
             self._give_up(lambda place: 1)
@@ -37,7 +40,7 @@ class Admission:
             self.body_bytes -= place.held_bytes
 
     def take(self, place: Place, count_bytes: int) -> None:
-        """More of a body. Raises Refusal when the bodies of all requests are too many bytes."""
+        """Adds bytes to a body. Raises ApiError if all bodies together would exceed max_buffered_bytes."""
         while self.body_bytes + count_bytes > self._settings.max_buffered_bytes:
             if place.ended or self._give_up(lambda awaited: awaited.held_bytes) in (None, place):
                 raise too_many("the requests in flight are too large together; try again later")
@@ -46,7 +49,7 @@ class Admission:
 
     @contextmanager
     def request(self, place: Place) -> Iterator[None]:
-        """While a request is answered whose body is complete. Raises Refusal."""
+        """Context: a request with a complete body is answered. Raises ApiError."""
         self.awaited.leave(place)
         self._check_requests()
         self.requests += 1
@@ -56,15 +59,17 @@ class Admission:
             self.requests -= 1
 
     @contextmanager
-    def writing(self, texts: int) -> Iterator[None]:
-        """While texts are written. Raises Refusal."""
-        if self.texts + texts > self._settings.max_inflight:
-            raise too_many(f"{self.texts} texts are being written, and {texts} more are too many; try again later")
-        self.texts += texts
+    def generating(self, generations: int) -> Iterator[None]:
+        """Context: this many choices are generated. Raises ApiError."""
+        if self.generations + generations > self._settings.max_inflight:
+            raise too_many(
+                f"{self.generations} choices are being generated, and {generations} more are too many; try again later"
+            )
+        self.generations += generations
         try:
             yield
         finally:
-            self.texts -= texts
+            self.generations -= generations
 
     def _check_requests(self) -> None:
         if self.requests >= self._settings.max_inflight:

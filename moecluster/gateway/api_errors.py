@@ -42,7 +42,7 @@ _UNIONS = {
 _INNER_FIELDS = frozenset({"role", "content", "name", "type", "text", "include_usage"})
 
 
-class Refusal(MoeClusterError):
+class ApiError(MoeClusterError):
     """An answer other than what was asked for."""
 
     def __init__(
@@ -76,39 +76,39 @@ class Refusal(MoeClusterError):
         return Response(content, self.status, dict(self.headers or {}), "application/json")
 
 
-def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> Refusal:
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     """400: the request itself is wrong, and would be refused again."""
-    return Refusal(400, message, param=param, code=code)
+    return ApiError(400, message, param=param, code=code)
 
 
-def model_not_found(name: str) -> Refusal:
+def model_not_found(name: str) -> ApiError:
     """404 for a model's name."""
-    return Refusal(404, f"The model `{name}` does not exist", param="model", code="model_not_found")
+    return ApiError(404, f"The model `{name}` does not exist", param="model", code="model_not_found")
 
 
-def too_many(message: str, retry_after_s: float | None = None) -> Refusal:
+def too_many(message: str, retry_after_s: float | None = None) -> ApiError:
     """429: the same request may be taken later."""
     after_s = max(math.ceil(RETRY_S if retry_after_s is None else retry_after_s), 1)
     headers = {"Retry-After": str(after_s)}
-    return Refusal(429, message, kind=RATE_LIMIT, code="rate_limit_exceeded", headers=headers)
+    return ApiError(429, message, kind=RATE_LIMIT, code="rate_limit_exceeded", headers=headers)
 
 
-def unavailable(message: str) -> Refusal:
+def unavailable(message: str) -> ApiError:
     """503: nobody is to blame who asked."""
-    return Refusal(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
+    return ApiError(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
 
 
-def failed(message: str) -> Refusal:
+def failed(message: str) -> ApiError:
     """500: this request cannot be computed; the same one would fail again."""
-    return Refusal(500, message, kind=SERVER, code="request_failed")
+    return ApiError(500, message, kind=SERVER, code="request_failed")
 
 
-def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "prompt") -> Refusal:
+def api_error_of(error: MoeClusterError, model: str, *, prompt_param: str = "prompt") -> ApiError:
     """How an error of a model's routers is told. Where they are is nobody's business outside.
 
     prompt_param: the field of the body that the prompt was made of.
     """
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidMessage | UserError):
         return _wrong_request(str(error), prompt_param)
@@ -117,7 +117,7 @@ def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "promp
     if isinstance(error, Exhausted):
         return too_many(f"{model} is busy: {error}", error.retry_after_s)
     if isinstance(error, DeadlineExceeded):
-        return unavailable(f"{model} did not write the text within the time for a request; ask for fewer tokens")
+        return unavailable(f"{model} did not finish within the time for a request; ask for fewer tokens")
     if isinstance(error, ExpertsLost):
         return unavailable(f"{model} {LOST_EXPERTS}")
     if isinstance(error, ClusterEnded):
@@ -125,7 +125,7 @@ def refusal_of(error: MoeClusterError, model: str, *, prompt_param: str = "promp
     return unavailable(f"no router of {model} serves now; try again")
 
 
-def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+def api_error_of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """400 for a body that is not what its schema says. errors: as pydantic lists them."""
     refused_field = next((error for error in errors if error["type"] == UNSUPPORTED), None)
     if refused_field is not None:  # whatever else is wrong with the other forms that a field may have
@@ -134,8 +134,8 @@ def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     param = _param(errors[0])
     if not param:
         return bad_request("the body is no JSON object; is the header Content-Type: application/json missing?")
-    said = "; or: ".join(dict.fromkeys(str(error["msg"]) for error in errors if _param(error) == param))
-    expected = f"expected {_UNIONS[param]} ({said})" if param in _UNIONS else said
+    message = "; or: ".join(dict.fromkeys(str(error["msg"]) for error in errors if _param(error) == param))
+    expected = f"expected {_UNIONS[param]} ({message})" if param in _UNIONS else message
     return bad_request(f"{param}: {expected}", param=param)
 
 
@@ -152,7 +152,7 @@ def _param(error: Mapping[str, Any]) -> str:
     return f"{param}.{field}" if param and field else param or field
 
 
-def _wrong_request(message: str, prompt_param: str) -> Refusal:
+def _wrong_request(message: str, prompt_param: str) -> ApiError:
     for field, param in {**_PARAMS, "messages_json": prompt_param, "prompt": prompt_param}.items():
         message = re.sub(rf"\b{field}\b", param, message)
     named = _FIELD.match(message)

@@ -1,4 +1,4 @@
-"""API keys: who may ask."""
+"""API keys."""
 
 import hashlib
 import hmac
@@ -6,45 +6,45 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moecluster.errors import ConfigError
-from moecluster.gateway.api_errors import Refusal
+from moecluster.gateway.api_errors import ApiError
 
 SCHEME = "bearer"
 
 
 class ApiKeys:
-    """Digests of the keys that are let in; the keys themselves are not kept."""
+    """Digests of the accepted keys; the keys themselves are not kept."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        """No keys: everybody is let in."""
+        """No keys: every request is accepted."""
         self._digests = tuple({_digest(key) for key in keys})
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def check(self, authorization: str | None) -> tuple[str, ...]:
-        """What to call the key's owner, without the key; nothing where there are no keys.
+        """Returns a name for the key's owner that does not reveal the key; () if there are no keys.
 
-        Raises the Refusal 401 if there are keys, and the header Authorization names none of them.
+        Raises ApiError 401 if there are keys and the Authorization header carries none of them.
         """
         if not self._digests:
             return ()
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
-        # All of them are compared, so that the time says nothing.
+        # Compare with all of them, so that the time reveals nothing.
         known = sum(hmac.compare_digest(given, digest) for digest in self._digests)
         if scheme.lower() == SCHEME and known:
             return (f"key {given.hex()}",)
-        said = "no API key was given" if not authorization else "the API key is wrong"
-        raise Refusal(
+        message = "no API key was given" if not authorization else "the API key is wrong"
+        raise ApiError(
             401,
-            f"{said}; expected the header Authorization: Bearer KEY",
+            f"{message}; expected the header Authorization: Bearer KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
 
 
 def read_api_keys(file: str | Path) -> ApiKeys:
-    """Of a file with a key a line; empty lines, and lines that begin with #, are passed over. Raises ConfigError."""
+    """Reads a file with one key per line; skips empty lines and lines that begin with #. Raises ConfigError."""
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as exc:

@@ -1,4 +1,4 @@
-"""Connections that ask for nothing, never end asking, or never read: each has its time, and all of them their room."""
+"""Limits the number of connections, and times out those that are idle, send headers slowly, or do not read."""
 
 import asyncio
 from dataclasses import dataclass
@@ -6,42 +6,42 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from moecluster.gateway.api_errors import Refusal
+from moecluster.gateway.api_errors import ApiError
 from moecluster.gateway.crowd import Crowd, Place, party_of_address
 
-MAX_HEAD_BYTES = 64 * 1024  # of one request, and of what stands around its chunks
-FRAMING = 8  # bytes on the wire for a byte of a body, where each is a chunk of its own
-MAX_PIPELINED = 16  # requests behind the one that is answered
+MAX_HEAD_BYTES = 64 * 1024  # headers of one request, and the framing of its chunked body
+FRAMING = 8  # bytes on the wire per body byte, if each is a chunk of its own
+MAX_PIPELINED = 16  # requests queued behind the current one
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """How many there may be, and how long they may take."""
+    """Maximum number of connections, and their timeouts."""
 
     max_connections: int
     idle_s: float  # between requests, and before the first
     head_timeout_s: float  # from a request's first byte to the end of its headers
-    send_timeout_s: float  # for a client that takes in nothing of its answer
+    send_timeout_s: float  # for a client that reads nothing of its response
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's connection with deadlines and bounds around what it waits for. See guarded_protocol."""
+    """uvicorn's connection with timeouts and size limits. See guarded_protocol."""
 
     limits: ConnectionLimits
-    waiting: Crowd  # connections without a request that is being answered
+    waiting: Crowd  # connections that wait for a request
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._place: Place | None = None  # while it waits for a request
         self._timer: asyncio.TimerHandle | None = None  # of that wait
         self._unread: asyncio.TimerHandle | None = None  # while the client does not read
-        self._begun = False  # something of the awaited request is there
+        self._begun = False  # a part of the awaited request has arrived
         self._in_head = False
-        self._message_bytes = 0  # after the read in which it began
+        self._message_bytes = 0  # not counting the read in which the message began
         self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Makes room for it where there is none."""
+        """If there are too many connections, ends a waiting one, or this one if none waits."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections and self.waiting.end_one() is None:
             transport.abort()
@@ -49,23 +49,23 @@ class GuardedProtocol(HttpToolsProtocol):
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets it."""
+        """Cancels the timers."""
         self._end_wait()
         self._unread = _cancel(self._unread)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Feeds the parser."""
+        """Feeds the parser. Refuses headers that are too large."""
         if self._timer is not None and not self._begun:
-            self._begun = True  # from here on it counts, however slowly it goes on
+            self._begun = True  # the timeout is not extended again, however slowly the rest arrives
             self._rearm(self.limits.head_timeout_s)
         self._message_bytes += len(data)
         super().data_received(data)
         if self._message_bytes > MAX_HEAD_BYTES + FRAMING * self._body_bytes and not self.transport.is_closing():
-            self._refuse(Refusal(431, f"the headers are larger than {MAX_HEAD_BYTES} bytes", code="headers_too_large"))
+            self._refuse(ApiError(431, f"the headers are larger than {MAX_HEAD_BYTES} bytes", code="headers_too_large"))
 
     def on_message_begin(self) -> None:
-        """Raises where too many requests wait behind each other: uvicorn answers 400 then."""
+        """Raises ValueError if too many requests are pipelined; uvicorn then answers 400."""
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests are pipelined")
         self._in_head = True
@@ -73,23 +73,23 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Passes trailers over: they would be kept for nobody."""
+        """Drops trailers: nothing reads them."""
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A request is there."""
+        """A request has arrived: ends the wait for it."""
         self._in_head = False
         self._end_wait()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Counts it."""
+        """Counts the body's bytes."""
         self._body_bytes += len(body)
         super().on_body(body)
 
     def on_response_complete(self) -> None:
-        """Waits for the next request, if it is not there yet."""
+        """Waits for the next request, unless it is already pipelined."""
         is_last = not self.pipeline
         super().on_response_complete()
         if self.transport.is_closing():
@@ -98,18 +98,18 @@ class GuardedProtocol(HttpToolsProtocol):
             self._wait()
 
     def pause_writing(self) -> None:
-        """The client is behind."""
+        """The client reads too slowly: starts its timeout."""
         super().pause_writing()
         self._abort_unread()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """The client has caught up."""
         super().resume_writing()
-        if not self.transport.is_closing():  # else the rest has the same time
+        if not self.transport.is_closing():  # otherwise the rest must be read within the same timeout
             self._unread = _cancel(self._unread)
 
     def timeout_keep_alive_handler(self) -> None:
-        """uvicorn's own; ours may be earlier."""
+        """uvicorn's keep-alive timeout; ours may fire earlier."""
         self._expire()
 
     def _wait(self) -> None:
@@ -130,33 +130,33 @@ class GuardedProtocol(HttpToolsProtocol):
             self._place = None
 
     def _expire(self) -> None:
-        """Its time is over, or others need its room."""
+        """Ends the connection: its wait timed out, or another connection needs its room."""
         self._end_wait()
         if self.transport.get_write_buffer_size():
-            self.transport.abort()  # what it was answered lies here unread
+            self.transport.abort()  # the client has not read its last response
         elif self._in_head:
-            self._refuse(Refusal(408, "the headers did not arrive in time"))
+            self._refuse(ApiError(408, "the headers did not arrive in time"))
         elif not self.transport.is_closing():
             self.transport.close()
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, api_error: ApiError) -> None:
         self._end_wait()
-        response = refusal.response()
-        lines = [STATUS_LINE[refusal.status], b"connection: close\r\n"]
+        response = api_error.response()
+        lines = [STATUS_LINE[api_error.status], b"connection: close\r\n"]
         lines += [b"%s: %s\r\n" % header for header in response.raw_headers]
         self.transport.write(b"".join([*lines, b"\r\n", bytes(response.body)]))
         self.transport.close()
         self._abort_unread()
 
     def _abort_unread(self) -> None:
-        """Ends it when its client takes in nothing for too long: an end in good order waits for that client."""
+        """Aborts the connection once its client reads nothing for send_timeout_s: a graceful close waits for it."""
         self._unread = _cancel(self._unread)
         if self.transport.get_write_buffer_size():
             self._unread = self.loop.call_later(self.limits.send_timeout_s, self.transport.abort)
 
 
 def guarded_protocol(limits_: ConnectionLimits) -> type[GuardedProtocol]:
-    """The class of a server's connections."""
+    """Returns the protocol class for the connections of one server."""
 
     class Guarded(GuardedProtocol):
         limits = limits_
@@ -166,7 +166,7 @@ def guarded_protocol(limits_: ConnectionLimits) -> type[GuardedProtocol]:
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """None: there is no timer any more."""
+    """Cancels a timer; returns None, to assign in its place."""
     if timer is not None:
         timer.cancel()
     return None

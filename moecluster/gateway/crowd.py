@@ -1,18 +1,18 @@
-"""Those that take up room before they have asked for anything, and which of them goes when there is none left."""
+"""Connections and bodies that hold resources before their request is complete, and which of them to end when full."""
 
 import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-IPV6_PREFIX = 64  # one client has that many addresses at least
+IPV6_PREFIX = 64  # one client has at least such a network
 
 
 @dataclass(eq=False, kw_only=True)
 class Place:
-    """What one connection or body takes up."""
+    """What one connection or body holds."""
 
-    parties: tuple[str, ...]  # whose it is: an address, a key
+    parties: tuple[str, ...]  # the clients it counts against: an address, an API key
     end: Callable[[], None]  # called at most once
     held_bytes: int = 0
     ended: bool = False
@@ -28,17 +28,17 @@ class Crowd:
         return len(self._places)
 
     def enter(self, place: Place) -> None:
-        """Adds it."""
+        """Adds a place."""
         self._places[place] = None
 
     def leave(self, place: Place) -> None:
-        """Takes it out; it is in order if it left already."""
+        """Removes a place; no error if it is already gone."""
         self._places.pop(place, None)
 
     def end_one(self, weigh: Callable[[Place], int] = lambda place: 1) -> Place | None:
-        """Ends the oldest place of the party that takes up most, so that who fills the room ends its own.
+        """Ends the oldest place of the party that weighs most, so that a greedy client pays with its own places.
 
-        Returns it, out of the crowd; None where no place weighs anything.
+        Returns the place, removed from the crowd; None if no place weighs anything.
         """
         taken: Counter[str] = Counter()
         for place in self._places:
@@ -59,7 +59,7 @@ class Crowd:
 
 
 def party_of_address(host: str) -> str:
-    """Who sits at an address. Of IPv6 the network counts: its addresses cost nothing."""
+    """Returns the party of an address. IPv6 addresses count by network: a client may use any address in its own."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -15,19 +15,19 @@ from moecluster.errors import (
     InvalidMessage,
     MoeClusterError,
     RequestFailed,
-    StaleOrder,
+    StaleRequest,
     Unavailable,
     UserError,
 )
-from moecluster.gateway.router_connection import KnownRouter
-from moecluster.gateway.router_discovery import RouterDirectory
-from moecluster.generation import GenerationPiece, GenerationRequest
-from moecluster.rpc.router.resume import MAX_BROKEN_BATCHES, ReceivedText
+from moecluster.gateway.router_connection import RouterConnection
+from moecluster.gateway.router_discovery import RouterDiscovery
+from moecluster.generation import GenerationChunk, GenerationRequest
+from moecluster.rpc.router.resume import MAX_BROKEN_BATCHES, ResumableRequest
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # of routers that are there and cannot write the text, without a token between them
-LOOK_AGAIN_S = 0.5
+POLL_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,20 @@ class Patience:
     router_patience_s: float  # without a router that writes
 
 
-class ContinuedText:
+class FailoverStream:
     """A text that is written once, from its first to its last token."""
 
     def __init__(
         self,
         request: GenerationRequest,
-        directory: RouterDirectory,
+        directory: RouterDiscovery,
         patience: Patience,
         *,
         begun: Callable[[], bool] = lambda: False,
         on_failover: Callable[[], None] = lambda: None,
     ) -> None:
         """begun: whether its client was already told something, so that it waits where it would be refused."""
-        self._text = ReceivedText(request)
+        self._text = ResumableRequest(request)
         self._directory = directory
         self._patience = patience
         self._client_begun = begun
@@ -62,8 +62,8 @@ class ContinuedText:
         self._deadline_s = now_s + patience.request_timeout_s
         self._progress_s = now_s
 
-    async def pieces(self) -> AsyncGenerator[GenerationPiece]:
-        """Every token once; the last piece has a finish_reason, stop or length.
+    async def chunks(self) -> AsyncGenerator[GenerationChunk]:
+        """Every token once; the last chunk has a finish_reason, stop or length.
 
         Raises InvalidMessage or another UserError for a wrong request, RequestFailed for one that cannot be computed,
         Exhausted when all routers refuse a text that is not begun, DeadlineExceeded, BatchBroken when one batch after
@@ -75,19 +75,19 @@ class ContinuedText:
             holds_not = False  # a router is there, without the weights that the text was begun with
             for router in self._directory.candidates():
                 try:
-                    async with aclosing(router.generate(self._text.next_request(), self._left_s())) as pieces:
-                        async for piece in pieces:
-                            _refuse_cancelled(piece)
-                            self._note(piece)
-                            yield piece
-                            if piece.finish_reason:
+                    async with aclosing(router.generate(self._text.next_request(), self._left_s())) as chunks:
+                        async for chunk in chunks:
+                            _refuse_cancelled(chunk)
+                            self._note(chunk)
+                            yield chunk
+                            if chunk.finish_reason:
                                 return
-                    raise Unavailable(f"router at {router.address}: the text broke off")
+                    raise Unavailable(f"router at {router.address}: the stream broke off")
                 except Exhausted as exc:
                     refused.append(exc)
                 except (InvalidMessage, UserError, RequestFailed, ExpertsLost):
                     raise
-                except StaleOrder as exc:
+                except StaleRequest as exc:
                     if self._text.weight_version:
                         holds_not = True
                     else:
@@ -103,17 +103,17 @@ class ContinuedText:
                 self._text.give_up_version()
                 continue
             self._check_patience()
-            await self._directory.wait_for_news(LOOK_AGAIN_S)
+            await self._directory.wait_for_news(POLL_AGAIN_S)
 
-    def _note(self, piece: GenerationPiece) -> None:
-        self._text.take(piece)
+    def _note(self, chunk: GenerationChunk) -> None:
+        self._text.take(chunk)
         self._progress_s = time.monotonic()
-        if piece.ids:
+        if chunk.ids:
             self._failures = 0
 
-    def _lost(self, router: KnownRouter, error: MoeClusterError) -> None:
+    def _lost(self, router: RouterConnection, error: MoeClusterError) -> None:
         self._directory.failed(router)
-        logger.info("a text was lost after %d tokens: %s", len(self._text.ids), error)
+        logger.info("a router was lost after %d tokens of a request: %s", len(self._text.ids), error)
         if self._text.ids:
             self._on_failover()
         if isinstance(error, BatchBroken):
@@ -128,7 +128,7 @@ class ContinuedText:
     def _left_s(self) -> float:
         left_s = self._deadline_s - time.monotonic()
         if left_s <= 0:
-            raise DeadlineExceeded(f"not written within {self._patience.request_timeout_s:g} s")
+            raise DeadlineExceeded(f"not finished within {self._patience.request_timeout_s:g} s")
         return left_s
 
     def _check_patience(self) -> None:
@@ -142,7 +142,7 @@ class ContinuedText:
         return time.monotonic() - self._progress_s > self._patience.router_patience_s
 
 
-def _refuse_cancelled(piece: GenerationPiece) -> None:
-    """A router that ends cancels what it writes. Nothing of such a piece is taken: the next router writes it."""
-    if piece.finish_reason == "cancelled":
-        raise Unavailable("the router gave the text up")
+def _refuse_cancelled(chunk: GenerationChunk) -> None:
+    """A router that ends cancels what it writes. Nothing of such a chunk is taken: the next router writes it."""
+    if chunk.finish_reason == "cancelled":
+        raise Unavailable("the router gave the request up")

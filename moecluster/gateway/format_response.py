@@ -1,4 +1,4 @@
-"""The pieces of a job's texts in OpenAI's two forms, whole or as the chunks of a stream."""
+"""Formats the choices of a job as OpenAI responses, whole or as the chunks of a stream."""
 
 import time
 import uuid
@@ -8,45 +8,45 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moecluster.gateway.logprobs import CompletionLogprobs, chat_logprobs
-from moecluster.gateway.parse_request import Job
-from moecluster.generation import GenerationPiece, TokenLogprob
+from moecluster.gateway.parse_request import GenerationJob
+from moecluster.generation import GenerationChunk, TokenLogprob
 
 
 @dataclass
-class Written:
-    """What came of one text so far."""
+class GeneratedChoice:
+    """One choice, as far as it is generated."""
 
     parts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    begun: bool = False  # of a stream: something was told
+    begun: bool = False  # its first stream chunk was sent
     tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     finish_reason: str | None = None
 
-    def add(self, piece: GenerationPiece) -> None:
-        """The next piece."""
-        self.parts.append(piece.text)
-        self.logprobs += piece.logprobs
-        self.tokens += len(piece.ids)
-        if piece.finish_reason:
-            self.finish_reason = piece.finish_reason
-            self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
+    def add(self, chunk: GenerationChunk) -> None:
+        """Adds the next chunk."""
+        self.parts.append(chunk.text)
+        self.logprobs += chunk.logprobs
+        self.tokens += len(chunk.ids)
+        if chunk.finish_reason:
+            self.finish_reason = chunk.finish_reason
+            self.prompt_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The text of all chunks so far."""
         return "".join(self.parts)
 
 
-class Form(ABC):
-    """How the texts of one job are told. Pieces are added one by one, in the order in which they come."""
+class ResponseFormatter(ABC):
+    """Formats the choices of one job. Chunks are added one by one, in the order in which they arrive."""
 
     prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, job: Job, model: str) -> None:
+    def __init__(self, job: GenerationJob, model: str) -> None:
         self._job = job
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
@@ -54,37 +54,37 @@ class Form(ABC):
             "created": int(time.time()),
             "model": model,
         }
-        self._written = [Written() for _ in job.requests]
+        self._choices = [GeneratedChoice() for _ in job.requests]
 
-    def add(self, index: int, piece: GenerationPiece) -> None:
-        """A piece of a text, for `whole`."""
-        self._written[index].add(piece)
+    def add(self, index: int, chunk: GenerationChunk) -> None:
+        """Adds a chunk of a choice, for `whole`."""
+        self._choices[index].add(chunk)
 
     def whole(self) -> dict[str, Any]:
-        """The answer, when all texts have ended."""
+        """Returns the response, once all choices have ended."""
         choices = [
-            {**self._whole_choice(index, written), "index": index, "finish_reason": written.finish_reason}
-            for index, written in enumerate(self._written)
+            {**self._whole_choice(index, choice), "index": index, "finish_reason": choice.finish_reason}
+            for index, choice in enumerate(self._choices)
         ]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def chunks(self, index: int, piece: GenerationPiece) -> Iterator[dict[str, Any]]:
-        """A piece of a text, as it is streamed: in one chunk, or none where nothing is to be told."""
-        written = self._written[index]
-        first, written.begun = not written.begun, True
-        written.tokens += len(piece.ids)
-        if piece.finish_reason:
-            written.add(GenerationPiece(
-                finish_reason=piece.finish_reason, prompt_tokens=piece.prompt_tokens, cached_tokens=piece.cached_tokens
+    def events(self, index: int, chunk: GenerationChunk) -> Iterator[dict[str, Any]]:
+        """Yields the stream chunk for a chunk of a choice, or nothing if there is nothing to send."""
+        choice = self._choices[index]
+        first, choice.begun = not choice.begun, True
+        choice.tokens += len(chunk.ids)
+        if chunk.finish_reason:
+            choice.add(GenerationChunk(
+                finish_reason=chunk.finish_reason, prompt_tokens=chunk.prompt_tokens, cached_tokens=chunk.cached_tokens
             ))  # fmt: skip
-        if first or piece.text or piece.logprobs or piece.finish_reason:
+        if first or chunk.text or chunk.logprobs or chunk.finish_reason:
             yield self._chunk(
-                [{**self._chunk_choice(index, piece, first), "index": index,
-                  "finish_reason": piece.finish_reason or None}]
+                [{**self._chunk_choice(index, chunk, first), "index": index,
+                  "finish_reason": chunk.finish_reason or None}]
             )  # fmt: skip
 
-    def last_chunks(self) -> Iterator[dict[str, Any]]:
-        """What stands behind all texts."""
+    def last_events(self) -> Iterator[dict[str, Any]]:
+        """Yields the chunks after all choices: the usage, if the client asked for it."""
         if self._job.include_usage:
             yield {**self._chunk([]), "usage": self._usage()}
 
@@ -93,62 +93,62 @@ class Form(ABC):
         return {**chunk, "usage": None} if self._job.include_usage else chunk
 
     def _usage(self) -> dict[str, Any]:
-        """A prompt counts once, however many texts were asked of it."""
-        of_prompts = self._written[:: self._job.n]
-        prompt_tokens = sum(written.prompt_tokens for written in of_prompts)
-        tokens = sum(written.tokens for written in self._written)
+        """Counts a prompt once, however many choices it has."""
+        of_prompts = self._choices[:: self._job.n]
+        prompt_tokens = sum(choice.prompt_tokens for choice in of_prompts)
+        tokens = sum(choice.tokens for choice in self._choices)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": prompt_tokens + tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(written.cached_tokens for written in of_prompts)},
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in of_prompts)},
         }
 
     @abstractmethod
-    def _whole_choice(self, index: int, written: Written) -> dict[str, Any]: ...
+    def _whole_choice(self, index: int, choice: GeneratedChoice) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _chunk_choice(self, index: int, piece: GenerationPiece, first: bool) -> dict[str, Any]: ...
+    def _chunk_choice(self, index: int, chunk: GenerationChunk, first: bool) -> dict[str, Any]: ...
 
 
-class CompletionForm(Form):
-    """Of /v1/completions."""
+class CompletionFormatter(ResponseFormatter):
+    """Formats responses of /v1/completions."""
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, job: Job, model: str) -> None:
+    def __init__(self, job: GenerationJob, model: str) -> None:
         super().__init__(job, model)
         self._logprobs = [CompletionLogprobs() for _ in job.requests]
 
-    def _whole_choice(self, index: int, written: Written) -> dict[str, Any]:
-        return {"text": self._echo(index) + written.text, "logprobs": self._told(index, written.logprobs)}
+    def _whole_choice(self, index: int, choice: GeneratedChoice) -> dict[str, Any]:
+        return {"text": self._echo(index) + choice.text, "logprobs": self._to_openai(index, choice.logprobs)}
 
-    def _chunk_choice(self, index: int, piece: GenerationPiece, first: bool) -> dict[str, Any]:
-        text = self._echo(index) + piece.text if first else piece.text
-        return {"text": text, "logprobs": self._told(index, piece.logprobs)}
+    def _chunk_choice(self, index: int, chunk: GenerationChunk, first: bool) -> dict[str, Any]:
+        text = self._echo(index) + chunk.text if first else chunk.text
+        return {"text": text, "logprobs": self._to_openai(index, chunk.logprobs)}
 
     def _echo(self, index: int) -> str:
         return self._job.echoes[index // self._job.n] if self._job.echoes else ""
 
-    def _told(self, index: int, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
-        return self._logprobs[index].told(tokens) if self._job.requests[index].logprobs else None
+    def _to_openai(self, index: int, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
+        return self._logprobs[index].to_openai(tokens) if self._job.requests[index].logprobs else None
 
 
-class ChatForm(Form):
-    """Of /v1/chat/completions."""
+class ChatFormatter(ResponseFormatter):
+    """Formats responses of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def _whole_choice(self, index: int, written: Written) -> dict[str, Any]:
-        message = {"role": "assistant", "content": written.text, "refusal": None}
-        logprobs = chat_logprobs(written.logprobs) if self._job.requests[index].logprobs else None
+    def _whole_choice(self, index: int, choice: GeneratedChoice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        logprobs = chat_logprobs(choice.logprobs) if self._job.requests[index].logprobs else None
         return {"message": message, "logprobs": logprobs}
 
-    def _chunk_choice(self, index: int, piece: GenerationPiece, first: bool) -> dict[str, Any]:
-        delta: dict[str, Any] = {"role": "assistant", "content": piece.text} if first else {}
-        if piece.text:
-            delta["content"] = piece.text
-        return {"delta": delta, "logprobs": chat_logprobs(piece.logprobs) if piece.logprobs else None}
+    def _chunk_choice(self, index: int, chunk: GenerationChunk, first: bool) -> dict[str, Any]:
+        delta: dict[str, Any] = {"role": "assistant", "content": chunk.text} if first else {}
+        if chunk.text:
+            delta["content"] = chunk.text
+        return {"delta": delta, "logprobs": chat_logprobs(chunk.logprobs) if chunk.logprobs else None}

@@ -1,4 +1,4 @@
-"""How the models behind a front are, in a word, and why."""
+"""Health of the models behind a gateway, with reasons."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,8 +9,8 @@ from moecluster.gateway.served_model import ServedModel
 
 
 def health_of(models: Sequence[ServedModel]) -> Health:
-    """Ready: nothing is wrong. Degraded: texts are written, not all or not as they should. Not ready: a model has
-    nobody to write them."""
+    """Ready: nothing is wrong. Degraded: every model has a router, but something is wrong. Not ready: a model has no
+    router that answers."""
     routers = {model.name: model.directory.answering for model in models}
     reasons = [reason for model in models for reason in _reasons(model)]
     status: Literal["ready", "degraded", "not ready"] = "degraded" if reasons else "ready"
@@ -20,17 +20,17 @@ def health_of(models: Sequence[ServedModel]) -> Health:
 
 
 def _reasons(model: ServedModel) -> list[str]:
-    """What is wrong with one model. No address and no path: /health asks for no key."""
+    """Returns what is wrong with one model. Reveals no address and no path: /health needs no API key."""
     directory = model.directory
     if not directory.answering:
         return [f"{model.name}: {directory.ended or 'no router answers'}"]
     seen = directory.cluster
     if seen is None:
         silent = "no controller answers; what is lost does not come back before one does"
-        return [f"{model.name}: {silent}"] if directory.knows_controller else []
+        return [f"{model.name}: {silent}"] if directory.has_controller else []
     reasons = [f"{actor.actor} is {actor.phase}" for actor in seen.actors if actor.phase != "serving"]
     if seen.lost_experts and any(actor.problem for actor in seen.actors):
         reasons.append(f"it {LOST_EXPERTS}")
     elif seen.lost_experts:
-        reasons.append(f"{seen.lost_experts} experts are served by nobody at the moment")
+        reasons.append(f"{seen.lost_experts} experts have no serving replica at the moment")
     return [f"{model.name}: {reason}" for reason in reasons]

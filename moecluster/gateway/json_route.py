@@ -1,4 +1,4 @@
-"""How a route reads its body: as strict JSON, and without unknown fields where they are allowed."""
+"""Routes that read their body as strict JSON, and drop unknown fields where they are allowed."""
 
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -7,28 +7,28 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from moecluster.gateway.api_errors import Refusal, bad_request
+from moecluster.gateway.api_errors import ApiError, bad_request
 from moecluster.gateway.schemas.known_fields import Fields, without_unknown
 from moecluster.strict_json import JsonProblem, parse_json
 
 
-class BodyRefused(HTTPException):
-    """Carries a refusal through the framework, which turns other errors of a body's parser into its own."""
+class BodyRejected(HTTPException):
+    """Carries an ApiError through FastAPI, which replaces any other error of a body parser with its own."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.status, refusal.message)
-        self.refusal = refusal
+    def __init__(self, api_error: ApiError) -> None:
+        super().__init__(api_error.status, api_error.message)
+        self.api_error = api_error
 
 
 def json_route(tolerant: Mapping[str, type[Fields]]) -> type[APIRoute]:
-    """The class of an app's routes. tolerant: path -> the body of which unknown fields are passed over."""
+    """Returns the route class of an app. tolerant: path -> request schema of which unknown fields are dropped."""
 
     class JsonRequest(Request):
         async def json(self) -> Any:
             try:
                 value = parse_json(await self.body())
             except JsonProblem as exc:
-                raise BodyRefused(bad_request(f"the body cannot be read: {exc}", param=exc.path or None)) from exc
+                raise BodyRejected(bad_request(f"the body cannot be read: {exc}", param=exc.path or None)) from exc
             fields = tolerant.get(self.url.path)
             return value if fields is None else without_unknown(fields, value)
 

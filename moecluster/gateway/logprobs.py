@@ -1,4 +1,4 @@
-"""Log-probabilities in the two forms that OpenAI has for them."""
+"""Log-probabilities in OpenAI's two formats."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 from moecluster.generation import TokenLogprob
 
-LOWEST = -9999.0  # stands for minus infinity, which JSON has not
+LOWEST = -9999.0  # in place of minus infinity, which JSON lacks
 
 
 class CompletionLogprobs:
-    """Of one text: lists side by side, with the place of each token in the text."""
+    """Formats one choice of /v1/completions: parallel lists, with the offset of each token in the text."""
 
     def __init__(self, start: int = 0) -> None:
         """start: characters before the first token."""
         self._offset = start
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def told(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """The next tokens of the text."""
+    def to_openai(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """Formats the next tokens of the choice."""
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
@@ -33,7 +33,7 @@ class CompletionLogprobs:
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-    """Of some tokens of a text."""
+    """Formats tokens of a choice of /v1/chat/completions."""
     content = [{**_chat_token(token), "top_logprobs": [_chat_token(top) for top in token.top]} for token in tokens]
     return {"content": content, "refusal": []}
 
@@ -47,7 +47,7 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _shown(token: TokenLogprob) -> str:
-    """The text of a token; of one that is a part of a character, its bytes, as OpenAI shows it."""
+    """Returns a token's text, or its bytes if it is only a part of a character, as OpenAI does."""
     try:
         return token.token.decode("utf-8")
     except UnicodeDecodeError:

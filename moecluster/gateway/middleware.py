@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: key, size, room; and what ends it when its client leaves."""
+"""Middleware for every request: checks API key, body size and admission; ends the request if its client disconnects."""
 
 import asyncio
 import logging
@@ -7,10 +7,10 @@ from typing import Any
 
 from moecluster.config.sections import ServeConfig
 from moecluster.gateway.admission import Admission
-from moecluster.gateway.api_errors import Refusal
+from moecluster.gateway.api_errors import ApiError
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.crowd import Place, party_of_address
-from moecluster.gateway.metrics import FrontMetrics
+from moecluster.gateway.metrics import GatewayMetrics
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,19 +20,19 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 PROTECTED = "/v1/"
-SERVED = "moecluster.model"  # in a request's scope: the name of the served model that it is for
+SERVED = "moecluster.model"  # key in a request's scope: the name of its served model
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json"})
 CLIENT_LEFT = 499
-DRAINED_BODIES = 8  # times the largest body, before the connection of a larger one is closed
-MAX_DIGITS = 18  # of a length
+DRAINED_BODIES = 8  # read up to this many times max_body_bytes of a body that is too large
+MAX_DIGITS = 18  # of a Content-Length
 CLOSE = {"Connection": "close"}
 
 
-class Gate:
+class GatewayMiddleware:
     """ASGI middleware around the routes."""
 
     def __init__(
-        self, app: App, *, keys: ApiKeys, admission: Admission, settings: ServeConfig, metrics: FrontMetrics
+        self, app: App, *, keys: ApiKeys, admission: Admission, settings: ServeConfig, metrics: GatewayMetrics
     ) -> None:
         self._app = app
         self._keys = keys
@@ -41,7 +41,7 @@ class Gate:
         self._metrics = metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request, or the app's start and end."""
+        """Handles one request, or the app's lifespan."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -49,8 +49,8 @@ class Gate:
         self._metrics.begin_request()
         try:
             await self._pass(scope, receive, answer)
-        except Refusal as refusal:
-            await refusal.response()(scope, receive, answer)
+        except ApiError as api_error:
+            await api_error.response()(scope, receive, answer)
         except _ClientLeft:
             answer.status = CLIENT_LEFT
         except asyncio.CancelledError:
@@ -68,7 +68,7 @@ class Gate:
         if scope["method"] != "POST":
             await self._app(scope, receive, answer)
             return
-        deadline = asyncio.timeout(None)  # set when the wait begins
+        deadline = asyncio.timeout(None)  # set when reading begins
         with self._admission.body(parties, lambda: deadline.reschedule(0.0)) as place:
             body = await self._read_body(receive, headers.get(b"content-length"), place, deadline)
             with self._admission.request(place):
@@ -77,10 +77,11 @@ class Gate:
     async def _read_body(
         self, receive: Receive, announced: bytes | None, place: Place, deadline: asyncio.Timeout
     ) -> bytes:
-        """The whole body. Raises Refusal; of what is too large a part is read, or its client would not read why."""
+        """Returns the whole body. Raises ApiError; reads on in a body that is too large, so that its client, still
+        sending, gets to read the error."""
         limit_bytes = self._settings.max_body_bytes
         most_bytes = DRAINED_BODIES * limit_bytes
-        too_large = Refusal(
+        too_large = ApiError(
             413, f"the body is larger than {limit_bytes} bytes", code="request_too_large", headers=CLOSE
         )
         if announced is not None and announced.isdigit() and int(announced[:MAX_DIGITS]) > most_bytes:
@@ -102,13 +103,13 @@ class Gate:
                         chunks.append(chunk)
         except TimeoutError as exc:
             within = "while others needed its room" if place.ended else f"within {self._settings.body_timeout_s:g} s"
-            raise Refusal(408, f"the body did not arrive {within}", headers=CLOSE) from exc
+            raise ApiError(408, f"the body did not arrive {within}", headers=CLOSE) from exc
         if seen_bytes > limit_bytes:
             raise too_large
         return b"".join(chunks)
 
     async def _while_client_stays(self, scope: Message, body: bytes, receive: Receive, answer: "_Answer") -> None:
-        """Runs the route; a client that goes away ends it, and with it what its router writes."""
+        """Runs the route; cancels it, and with it the generation, if the client disconnects."""
         handed_over = False
 
         async def replay() -> Message:
@@ -116,7 +117,7 @@ class Gate:
             if not handed_over:
                 handed_over = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            await asyncio.Event().wait()  # until the route ends: that the client leaves is seen below
+            await asyncio.Event().wait()  # until the route ends: the disconnect is detected below
             raise AssertionError("nobody sets it")
 
         route = asyncio.ensure_future(self._app(scope, replay, answer))
@@ -133,7 +134,7 @@ class Gate:
 
 
 class _Answer:
-    """Sends on, and remembers what was sent."""
+    """Forwards the response; records its status and whether it is complete."""
 
     def __init__(self, send: Send) -> None:
         self.status = 0
@@ -149,11 +150,11 @@ class _Answer:
 
 
 class _ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+    """The client disconnected."""
 
 
 def route_of(path: str) -> str:
-    """The label of a path: one of a fixed set, whatever clients ask for."""
+    """Returns the metric label of a path: one of a fixed set, whatever clients ask for."""
     if path in ROUTES:
         return path
     return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"

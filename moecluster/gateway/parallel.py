@@ -1,4 +1,4 @@
-"""The texts of one request, written side by side: the pieces of all of them in the order in which they come."""
+"""Generates the choices of one request concurrently and yields their chunks in the order in which they arrive."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -6,72 +6,75 @@ from contextlib import aclosing
 
 from moecluster.errors import Exhausted
 from moecluster.gateway.served_model import ServedModel
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationChunk, GenerationRequest
 
-QUEUED_PIECES = 64  # beyond it the texts wait for the client
+QUEUED_CHUNKS = 64  # beyond it generation waits for the client
 
-_Said = tuple[int, GenerationPiece | Exception | None]  # None: this text has ended
+_Item = tuple[int, GenerationChunk | Exception | None]  # None: this choice has ended
 
 
-async def write_texts(
+async def stream_all(
     model: ServedModel, requests: Sequence[GenerationRequest]
-) -> AsyncGenerator[tuple[int, GenerationPiece]]:
-    """(number of the text, its next piece). Raises what a text raises; then, or when it is left, all of them end."""
+) -> AsyncGenerator[tuple[int, GenerationChunk]]:
+    """Yields (index of the choice, its next chunk). Raises what a choice raises.
+
+    On an error, or when the generator is closed early, all choices end.
+    """
     if len(requests) == 1:
-        async with aclosing(model.write(requests[0])) as pieces:
-            async for piece in pieces:
-                yield 0, piece
+        async with aclosing(model.generate(requests[0])) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
         return
     together = _Together(model, requests)
     try:
-        async for index, piece in together.pieces():
-            yield index, piece
+        async for index, chunk in together.chunks():
+            yield index, chunk
     finally:
         await together.end()
 
 
 class _Together:
-    """Several texts. Where there is room for some of them only, the others wait; without room for any, all fail."""
+    """Several choices. If the routers accept only some, the others wait; if they accept none, all fail."""
 
     def __init__(self, model: ServedModel, requests: Sequence[GenerationRequest]) -> None:
         self._model = model
-        self._queue: asyncio.Queue[_Said] = asyncio.Queue(QUEUED_PIECES)
-        self._begun = asyncio.Event()  # one of them at least
-        self._refused = 0  # texts that wait for that
-        self._tasks = [asyncio.create_task(self._write(i, request)) for i, request in enumerate(requests)]
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue(QUEUED_CHUNKS)
+        self._begun = asyncio.Event()  # at least one choice
+        self._refused = 0  # choices that wait for that
+        self._tasks = [asyncio.create_task(self._generate(i, request)) for i, request in enumerate(requests)]
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, GenerationPiece]]:
+    async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk]]:
         running = len(self._tasks)
         while running:
-            index, said = await self._queue.get()  # every text says its end, and lasts request_timeout_s at most
-            if isinstance(said, Exception):
-                raise said
-            if said is None:
+            index, item = await self._queue.get()  # every choice reports its end, within request_timeout_s
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
                 running -= 1
             else:
-                yield index, said
+                yield index, item
 
     async def end(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _write(self, index: int, request: GenerationRequest) -> None:
+    async def _generate(self, index: int, request: GenerationRequest) -> None:
         try:
             try:
-                await self._write_once(index, request)
+                await self._generate_once(index, request)
             except Exhausted:
                 self._refused += 1
                 if self._begun.is_set() or self._refused == len(self._tasks):
                     raise
-                await self._begun.wait()  # if no other one begins, the first error of theirs ends this one too
-                await self._write_once(index, request)
+                await self._begun.wait()  # if no choice begins, the first error of another one ends this one too
+                await self._generate_once(index, request)
             await self._queue.put((index, None))
-        except Exception as exc:  # told where the pieces are read
+        except Exception as exc:  # raised by chunks()
             await self._queue.put((index, exc))
 
-    async def _write_once(self, index: int, request: GenerationRequest) -> None:
-        async with aclosing(self._model.write(request, begun=self._begun.is_set)) as pieces:
-            async for piece in pieces:
+    async def _generate_once(self, index: int, request: GenerationRequest) -> None:
+        async with aclosing(self._model.generate(request, begun=self._begun.is_set)) as chunks:
+            async for chunk in chunks:
                 self._begun.set()
-                await self._queue.put((index, piece))
+                await self._queue.put((index, chunk))

@@ -1,4 +1,4 @@
-"""What a body asks for, as requests to routers: one for each text."""
+"""Parses a body into requests to routers, one for each choice."""
 
 import json
 import secrets
@@ -7,27 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moecluster.gateway.api_errors import bad_request
-from moecluster.gateway.schemas.requests import DEFAULT_MAX_TOKENS, MAX_CHOICES, Body, ChatBody, CompletionBody
+from moecluster.gateway.schemas.requests import (
+    DEFAULT_MAX_TOKENS,
+    MAX_CHOICES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+)
 from moecluster.generation import GenerationRequest, SamplingParameters
 from moecluster.rpc.router.messages import MAX_PROMPT_CHARACTERS
 
 SEEDS = 2**64
-SMALLEST_TOP_P = 1e-9  # to OpenAI 0 is the best token alone; to a router it is off
+SMALLEST_TOP_P = 1e-9  # for OpenAI 0 means the best token alone; for a router it means off
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """The texts of one body. The text of prompt p and number i is number p * n + i."""
+class GenerationJob:
+    """The choices of one body. Choice i of prompt p has index p * n + i."""
 
     requests: tuple[GenerationRequest, ...]
-    n: int  # texts of each prompt
-    echoes: tuple[str, ...] = ()  # of each prompt, what its texts begin with; none: nothing
+    n: int  # choices of each prompt
+    echoes: tuple[str, ...] = ()  # for each prompt, what its choices begin with; empty: no echo
     stream: bool
     include_usage: bool  # at the end of a stream
 
 
-def completion_job(body: CompletionBody) -> Job:
-    """Raises Refusal."""
+def parse_completion(body: CompletionRequest) -> GenerationJob:
+    """Returns the job of a body of /v1/completions. Raises ApiError."""
     if body.best_of not in (None, body.n or 1):
         raise bad_request("best_of: only as many as n", param="best_of", code="unsupported_parameter")
     prompts = _prompts(body)
@@ -49,12 +55,15 @@ def completion_job(body: CompletionBody) -> Job:
     return _job(body, starts, max_tokens=max_tokens, top_logprobs=body.logprobs, echoes=echoes)
 
 
-def chat_job(body: ChatBody) -> Job:
-    """Raises Refusal. Without a limit a text may be as long as the model has room for."""
+def parse_chat(body: ChatCompletionRequest) -> GenerationJob:
+    """Returns the job of a body of /v1/chat/completions. Raises ApiError.
+
+    Without a limit, a choice may be as long as the model has room for.
+    """
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs: only together with logprobs = true", param="top_logprobs")
     messages = [
-        # Few chat templates know a developer, which is what OpenAI calls the system since.
+        # OpenAI renamed the system role to developer; few chat templates know that role.
         {"role": "system" if message.role == "developer" else message.role, "content": message.parts_or_text}
         | ({"name": message.name} if message.name else {})
         for message in body.messages
@@ -74,8 +83,8 @@ def chat_job(body: ChatBody) -> Job:
     return _job(body, [start], max_tokens=max_tokens, top_logprobs=top_logprobs)
 
 
-def _prompts(body: CompletionBody) -> Sequence[str] | Sequence[Sequence[int]]:
-    """A list of prompts, whatever form they were given in."""
+def _prompts(body: CompletionRequest) -> Sequence[str] | Sequence[Sequence[int]]:
+    """Returns the prompts as a list, whatever form they were given in."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
@@ -84,16 +93,16 @@ def _prompts(body: CompletionBody) -> Sequence[str] | Sequence[Sequence[int]]:
 
 
 def _job(
-    body: Body,
+    body: GenerationFields,
     starts: Sequence[GenerationRequest],
     *,
     max_tokens: int,
     top_logprobs: int | None,
     echoes: tuple[str, ...] = (),
-) -> Job:
+) -> GenerationJob:
     n = body.n or 1
     if len(starts) * n > MAX_CHOICES:
-        raise bad_request(f"n: {len(starts)} prompts and n = {n} are more than {MAX_CHOICES} texts", param="n")
+        raise bad_request(f"n: {len(starts)} prompts and n = {n} are more than {MAX_CHOICES} choices", param="n")
     name = uuid.uuid4().hex
     seed = secrets.randbits(63) if body.seed is None else body.seed
     requests = tuple(
@@ -113,7 +122,7 @@ def _job(
         for i in range(n)
     )
     options = body.stream_options
-    return Job(
+    return GenerationJob(
         requests=requests,
         n=n,
         echoes=echoes,
@@ -122,13 +131,13 @@ def _job(
     )
 
 
-def _stops(body: Body) -> tuple[str, ...]:
+def _stops(body: GenerationFields) -> tuple[str, ...]:
     if body.stop is None:
         return ()
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
 
 
-def _sampling(body: Body, seed: int) -> SamplingParameters:
+def _sampling(body: GenerationFields, seed: int) -> SamplingParameters:
     top_p = 1.0 if body.top_p is None else body.top_p
     penalty = body.repetition_penalty
     return SamplingParameters(

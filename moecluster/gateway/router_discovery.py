@@ -1,4 +1,4 @@
-"""Which routers of a cluster there are, and which one to ask: looked up all the time, from whoever still answers."""
+"""Router discovery: polls the controller and the routers for which routers exist and which one to ask first."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from moecluster.errors import ClusterEnded, MoeClusterError
-from moecluster.gateway.router_connection import KnownRouter
+from moecluster.gateway.router_connection import RouterConnection
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
 from moecluster.rpc.controller.status_messages import decode_status
@@ -24,77 +24,76 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 CONTROLLER_TIMEOUT_S = 2.0
 REDISCOVER_EVERY_S = 5.0
-FORGET_S = 60.0  # a router that nobody names and that does not answer
+FORGET_S = 60.0  # until a router is dropped that neither answers nor is named by anyone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whereabouts:
-    """Addresses, host:port. An empty one is not known."""
+class ClusterAddresses:
+    """Addresses, host:port. Empty: unknown."""
 
     routers: tuple[str, ...] = ()
     controller: str = ""
-    credentials: ClusterCredentials | None = None  # that the cluster asks for
+    credentials: ClusterCredentials | None = None  # that the cluster requires
 
 
-class RouterDirectory:
-    """The routers of one cluster. Begins with what it is told, asks the controller and the routers about once a second,
-    and when none of them answers any more, whoever else may know.
+class RouterDiscovery:
+    """The routers of one cluster. Starts from the seeds and polls the controller and the routers about once a second;
+    calls rediscover when no router answers.
     """
 
     def __init__(
         self,
-        seeds: Whereabouts,
+        seeds: ClusterAddresses,
         *,
-        rediscover: Callable[[], Whereabouts] | None = None,
+        rediscover: Callable[[], ClusterAddresses] | None = None,
         poll_s: float = POLL_S,
-        on_look: Callable[[int], None] = lambda answering: None,
+        on_poll: Callable[[int], None] = lambda answering: None,
     ) -> None:
-        """rediscover: runs in a thread, may take long, and may raise a MoeClusterError: ClusterEnded if nothing comes
-        back. on_look: is told how many
-        routers answer.
+        """rediscover: runs in a thread, may take long, and may raise a MoeClusterError: ClusterEnded if the cluster
+        does not come back by itself. on_poll: called after every poll with the number of routers that answer.
         """
         self._controller = seeds.controller
         self._credentials = seeds.credentials
         self._rediscover = rediscover
         self._poll_s = poll_s
-        self._on_look = on_look
+        self._on_poll = on_poll
         self._seeds = seeds.routers
-        self._routers: dict[str, KnownRouter] = {}
-        self._news = asyncio.Event()  # set and replaced after every look
-        self._look_now = asyncio.Event()
+        self._routers: dict[str, RouterConnection] = {}
+        self._news = asyncio.Event()  # set and replaced after every poll
+        self._poll_now = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._searching: asyncio.Task[None] | None = None
         self._searched_s = float("-inf")
-        self.cluster: ControllerStatus | None = None  # as its controller said at the last look; None: it did not
-        self.ended = ""  # why nothing of the cluster comes back by itself; empty: it is not known to have ended
+        self.cluster: ControllerStatus | None = None  # from the controller at the last poll; None: it did not answer
+        self.ended = ""  # why the cluster does not come back by itself; empty: it is not known to have ended
 
     async def start(self) -> None:
-        """Looks once, then goes on looking."""
+        """Polls once, then starts polling in the background."""
         for address in self._seeds:
-            self._know(address)
-        await self._look()
+            self._add(address)
+        await self._poll()
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Ends all connections."""
+        """Stops polling and closes all connections."""
         tasks = [task for task in (self._task, self._searching) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(router.close() for router in self._routers.values()))
 
-    def candidates(self) -> list[KnownRouter]:
-        """The best to ask first. Those that failed just now come last."""
-        return sorted(self._routers.values(), key=lambda router: router.standing)
+    def candidates(self) -> list[RouterConnection]:
+        """Returns the routers, best first. Those that have just failed come last."""
+        return sorted(self._routers.values(), key=lambda router: router.cluster_state)
 
-    def failed(self, router: KnownRouter) -> None:
-        """A router has just lost a text."""
+    def failed(self, router: RouterConnection) -> None:
+        """Notes that a router has just failed a request, and polls soon."""
         router.failed()
-        self._look_now.set()
+        self._poll_now.set()
 
     async def wait_for_news(self, timeout_s: float) -> None:
-        """Until the routers were looked at again."""
-        self._look_now.set()
+        """Waits for the next poll, or until the timeout."""
+        self._poll_now.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
@@ -107,40 +106,40 @@ class RouterDirectory:
         return sum(router.status is not None for router in self._routers.values())
 
     @property
-    def knows_controller(self) -> bool:
-        """Whether there is an address to ask."""
+    def has_controller(self) -> bool:
+        """Whether the controller's address is known."""
         return bool(self._controller)
 
     @property
     def max_tokens(self) -> int | None:
-        """Prompt and continuation together, as the routers say; None: not known."""
-        said = [router.status.max_tokens for router in self._routers.values() if router.status is not None]
-        return min((tokens for tokens in said if tokens), default=None)
+        """Maximum length of prompt and generated tokens together, as the routers report; None: unknown."""
+        status = [router.status.max_tokens for router in self._routers.values() if router.status is not None]
+        return min((tokens for tokens in status if tokens), default=None)
 
     async def _run(self) -> None:
         while True:
             try:
                 async with asyncio.timeout(self._poll_s):
-                    await self._look_now.wait()
-                await asyncio.sleep(self._poll_s / 10)  # many ask at once
+                    await self._poll_now.wait()
+                await asyncio.sleep(self._poll_s / 10)  # coalesces many calls of failed() and wait_for_news()
             except TimeoutError:
                 pass
-            self._look_now.clear()
-            await self._look()
+            self._poll_now.clear()
+            await self._poll()
 
-    async def _look(self) -> None:
-        said, *_ = await asyncio.gather(self._ask_controller(), *(r.look() for r in self._routers.values()))
-        self.cluster = said
+    async def _poll(self) -> None:
+        status, *_ = await asyncio.gather(self._ask_controller(), *(r.poll() for r in self._routers.values()))
+        self.cluster = status
         if self.answering:
             self.ended = ""
-        if said is not None:
-            self._take(said)
+        if status is not None:
+            self._take(status)
         elif self.answering:
             self._follow_routers()
         if not self.answering:
             self._search()
         await self._forget_lost()
-        self._on_look(self.answering)
+        self._on_poll(self.answering)
         self._news.set()
         self._news = asyncio.Event()
 
@@ -161,11 +160,11 @@ class RouterDirectory:
     def _take(self, status: ControllerStatus) -> None:
         for state in status.router_states:
             if state.address:
-                router = self._know(state.address)
+                router = self._add(state.address)
                 router.leaving, router.listed_s = state.leaving, time.monotonic()
 
     def _follow_routers(self) -> None:
-        """The controller was started elsewhere; routers find it first."""
+        """Takes the controller's address from the routers: they find a controller that restarted elsewhere first."""
         statuses = [router.status for router in self._routers.values()]
         for address in (status.controller for status in statuses if status is not None):
             if address and address != self._controller:
@@ -177,7 +176,7 @@ class RouterDirectory:
         if self._rediscover is not None and rested and (self._searching is None or self._searching.done()):
             self._searching = asyncio.create_task(self._found(self._rediscover))
 
-    async def _found(self, rediscover: Callable[[], Whereabouts]) -> None:
+    async def _found(self, rediscover: Callable[[], ClusterAddresses]) -> None:
         try:
             where = await asyncio.to_thread(rediscover)
         except ClusterEnded as exc:
@@ -186,7 +185,7 @@ class RouterDirectory:
             self.ended = str(exc)
             return
         except MoeClusterError as exc:
-            logger.info("nobody of the cluster answers, and where it is now is not to be learnt: %s", exc)
+            logger.info("no process of the cluster answers, and its current addresses are unknown: %s", exc)
             return
         finally:
             self._searched_s = time.monotonic()
@@ -194,11 +193,11 @@ class RouterDirectory:
         self._controller = where.controller or self._controller
         await self._take_credentials(where.credentials)
         for address in where.routers:
-            self._know(address).listed_s = time.monotonic()
-        self._look_now.set()
+            self._add(address).listed_s = time.monotonic()
+        self._poll_now.set()
 
     async def _take_credentials(self, credentials: ClusterCredentials | None) -> None:
-        """A cluster that was brought up anew has another secret: connections with the old one are of no use."""
+        """Drops all connections if the secret has changed: a cluster that was brought up anew has another one."""
         if credentials is None or credentials == self._credentials:
             return
         self._credentials = credentials
@@ -206,13 +205,13 @@ class RouterDirectory:
         for router in old.values():
             await router.close()
 
-    def _know(self, address: str) -> KnownRouter:
+    def _add(self, address: str) -> RouterConnection:
         if address not in self._routers:
-            self._routers[address] = KnownRouter(address, self._credentials)
+            self._routers[address] = RouterConnection(address, self._credentials)
         return self._routers[address]
 
     async def _forget_lost(self) -> None:
-        """Of routers that are gone; the last ones known are kept, they may come back."""
+        """Drops routers that are gone, but keeps the last known ones while none answers: they may come back."""
         now_s = time.monotonic()
         for address, router in list(self._routers.items()):
             lost = router.status is None and router.idle and now_s - router.listed_s > FORGET_S

@@ -1,4 +1,4 @@
-"""One model behind the front: its name, its cluster's routers, and its texts, measured."""
+"""One model behind the gateway: its name, its cluster's routers, and its generation metrics."""
 
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -6,45 +6,44 @@ from contextlib import aclosing
 
 from moecluster.config.sections import ServeConfig
 from moecluster.gateway.api_errors import model_not_found
-from moecluster.gateway.failover import ContinuedText, Patience
-from moecluster.gateway.metrics import FrontMetrics
-from moecluster.gateway.router_discovery import RouterDirectory, Whereabouts
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.gateway.failover import FailoverStream, Patience
+from moecluster.gateway.metrics import GatewayMetrics
+from moecluster.gateway.router_discovery import ClusterAddresses, RouterDiscovery
+from moecluster.generation import GenerationChunk, GenerationRequest
 
 
 class ServedModel:
-    """A name and the cluster that stands behind it. Belongs to the event loop that makes it."""
+    """A model name and the cluster that serves it. Belongs to the event loop that creates it."""
 
     def __init__(
         self,
         name: str,
-        seeds: Whereabouts,
+        seeds: ClusterAddresses,
         settings: ServeConfig,
-        metrics: FrontMetrics,
+        metrics: GatewayMetrics,
         *,
         cluster: str = "",
         alias: str = "",
-        rediscover: Callable[[], Whereabouts] | None = None,
+        rediscover: Callable[[], ClusterAddresses] | None = None,
     ) -> None:
-        """cluster: the cluster's name, for the metrics. alias: a second name, that goes where the model is the only
-        one."""
+        """cluster: the cluster's name, for the metrics. alias: a second name, valid if the model is the only one."""
         metrics.add_model(name, cluster)
         self.name = name
         self.alias = alias
         self.created = int(time.time())
-        self.directory = RouterDirectory(
-            seeds, rediscover=rediscover, on_look=lambda answering: metrics.set_routers(name, answering)
+        self.directory = RouterDiscovery(
+            seeds, rediscover=rediscover, on_poll=lambda answering: metrics.set_routers(name, answering)
         )
         self._metrics = metrics
         self._patience = Patience(
             request_timeout_s=settings.request_timeout_s, router_patience_s=settings.router_patience_s
         )
 
-    async def write(
+    async def generate(
         self, request: GenerationRequest, *, begun: Callable[[], bool] = lambda: False
-    ) -> AsyncGenerator[GenerationPiece]:
-        """As ContinuedText.pieces."""
-        text = ContinuedText(
+    ) -> AsyncGenerator[GenerationChunk]:
+        """Yields FailoverStream.chunks, and measures them."""
+        stream = FailoverStream(
             request,
             self.directory,
             self._patience,
@@ -52,17 +51,17 @@ class ServedModel:
             on_failover=lambda: self._metrics.count_failover(self.name),
         )
         last_s, first = time.monotonic(), True
-        async with aclosing(text.pieces()) as pieces:
-            async for piece in pieces:
-                if piece.ids:
+        async with aclosing(stream.chunks()) as chunks:
+            async for chunk in chunks:
+                if chunk.ids:
                     now_s = time.monotonic()
-                    self._metrics.observe_tokens(self.name, seconds=now_s - last_s, count=len(piece.ids), first=first)
+                    self._metrics.observe_tokens(self.name, seconds=now_s - last_s, count=len(chunk.ids), first=first)
                     last_s, first = now_s, False
-                yield piece
+                yield chunk
 
 
 def find_model(models: Sequence[ServedModel], name: str) -> ServedModel:
-    """The model of a name. Raises the Refusal 404."""
+    """Returns the model of a name. Raises ApiError 404."""
     for model in models:
         if name == model.name or (len(models) == 1 and name == model.alias):
             return model

@@ -1,4 +1,4 @@
-"""The front as a server: its socket, its start, its graceful end."""
+"""The gateway as a server: its socket, start and graceful shutdown."""
 
 import ipaddress
 import resource
@@ -12,42 +12,42 @@ import uvicorn
 from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.gateway.api_keys import ApiKeys, read_api_keys
-from moecluster.gateway.app import Front, build_app
+from moecluster.gateway.app import Gateway, build_app
 from moecluster.gateway.connections import ConnectionLimits, guarded_protocol
-from moecluster.gateway.metrics import FrontMetrics
-from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.metrics import GatewayMetrics
+from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.served_model import ServedModel
 
 BACKLOG = 2048
 OWN_FILES = 256
-KEEP_ALIVE_S = 75  # longer than common proxies keep a connection: who closes first may cut off a request
+KEEP_ALIVE_S = 75  # longer than that of common proxies: the side that closes first may cut off a request
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model to serve: what it is called, and where its cluster's routers were last seen."""
+    """A model to serve: its name, and where its cluster's routers were last seen."""
 
     name: str
-    seeds: Whereabouts
+    seeds: ClusterAddresses
     cluster: str = ""  # the name of the cluster, for the metrics
-    alias: str = ""  # a second name, where it is the only model
-    rediscover: Callable[[], Whereabouts] | None = None  # see RouterDirectory
+    alias: str = ""  # a second name, valid if it is the only model
+    rediscover: Callable[[], ClusterAddresses] | None = None  # see RouterDiscovery
 
 
-class FrontServer:
+class GatewayServer:
     """Listens from the start; `run` serves until a signal or `stop`."""
 
     def __init__(self, settings: ServeConfig, keys: ApiKeys) -> None:
         """Raises ResourceError if the port is in use."""
         self.keys = keys
-        self.metrics = FrontMetrics()
-        self.front = Front(settings, keys, self.metrics)
+        self.metrics = GatewayMetrics()
+        self.gateway = Gateway(settings, keys, self.metrics)
         self._sources: Sequence[ModelSource] = ()
         self._socket = _listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         config = uvicorn.Config(
-            build_app(self.front, self._make_models),
+            build_app(self.gateway, self._make_models),
             loop="uvloop",
             http=guarded_protocol(_limits(settings)),
             ws="none",
@@ -68,13 +68,13 @@ class FrontServer:
 
     @property
     def ending(self) -> bool:
-        """Whether a signal or `stop` ends it."""
+        """Whether a signal or `stop` is ending it."""
         return self._server.should_exit
 
     def run(self, sources: Sequence[ModelSource]) -> None:
-        """Serves until SIGINT or SIGTERM; begun answers have their time to end. The signal is raised again then.
+        """Serves until SIGINT or SIGTERM; responses in progress get serve.grace_s to end. Then raises the signal again.
 
-        Raises ConfigError, as check_names.
+        Raises ConfigError, as check_names does.
         """
         check_names([source.name for source in sources])
         self._sources = sources
@@ -84,7 +84,7 @@ class FrontServer:
             self._socket.close()
 
     def stop(self) -> None:
-        """Ends `run`, which runs in another thread, as a signal does."""
+        """Ends `run`, as a signal does. Called from another thread."""
         self._server.should_exit = True
 
     async def _make_models(self, stack: AsyncExitStack) -> Sequence[ServedModel]:
@@ -93,7 +93,7 @@ class FrontServer:
             model = ServedModel(
                 source.name,
                 source.seeds,
-                self.front.settings,
+                self.gateway.settings,
                 self.metrics,
                 cluster=source.cluster,
                 alias=source.alias,
@@ -106,7 +106,7 @@ class FrontServer:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ConfigError where there is no model, or a name is given twice."""
+    """Raises ConfigError if there is no model or a name occurs twice."""
     if not names:
         raise ConfigError("models: there is none to serve; give one or more, each as NAME=CLUSTER")
     if len(set(names)) != len(names):
@@ -114,7 +114,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
-    """The keys that the settings name. Raises ConfigError where everybody on the network would be let in."""
+    """Returns the API keys of the settings. Raises ConfigError if the whole network could connect without a key."""
     keys = read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
     if not (keys or security.allow_without_keys or _is_loopback(settings.host)):
         raise ConfigError(
@@ -125,7 +125,7 @@ def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
 
 
 def _limits(settings: ServeConfig) -> ConnectionLimits:
-    """No more connections than the process may open, less what it needs for itself."""
+    """Caps the connections at the file descriptors that the process may open, less what it needs itself."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = settings.max_connections if files == resource.RLIM_INFINITY else max(files - OWN_FILES, files // 2)
     return ConnectionLimits(

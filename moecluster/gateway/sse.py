@@ -1,4 +1,4 @@
-"""Server-sent events: one line of JSON each, with an end that says so."""
+"""Server-sent events: one line of JSON each, and a final [DONE]."""
 
 import json
 from collections.abc import AsyncGenerator, Mapping
@@ -12,12 +12,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(content: Mapping[str, Any]) -> bytes:
-    """As it is sent. ASCII, so that no line ends within."""
+    """Encodes one event. ASCII, so that no character within ends the line."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode("ascii")
 
 
 class EventStream(Response):
-    """An answer of events. However it ends, the generator behind it is closed at once."""
+    """A response of events. However it ends, it closes the generator behind it at once."""
 
     media_type = "text/event-stream"
 
@@ -30,7 +30,7 @@ class EventStream(Response):
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends events as they come."""
+        """Sends events as they arrive."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             async for content in events:

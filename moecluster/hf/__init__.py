@@ -1,10 +1,16 @@
-"""The one place that touches the internals of transformers.
+"""The only package that uses transformers internals.
 
-interface.py  our entry in its experts registry; finding and attaching the experts modules of a model
-shard.py      one expert of a family's experts module, by itself
-modelling.py  model classes, built empty on the meta device or with experts that never exist
-foreign.py    files that others wrote: one line for whatever a library raises on them
-keys.py       from checkpoint keys to module parameters and back, by its own conversion mapping
+interface.py            our entry in its experts registry; finds and attaches the experts modules of a model
+shard.py                one expert of a family's experts module, as a module of its own
+modelling.py            model classes, built empty on the meta device or without their experts
+foreign.py              turns any error that a library raises on a user's file into one line
+keys.py                 maps checkpoint keys to module parameters and back, by transformers' conversion mapping
+continuous_batching.py  transformers' continuous batching, with our sampler and stop conditions
+chosen_logits.py        logits that make greedy search pick given tokens
+padding.py              whether padding changes a family's output
+templates.py            chat templates
+trial.py                trial runs that leave a model unchanged
 
-Nothing is imported here: an expert actor takes shard.py without the 150 MB that transformers' modelling code costs.
+This file imports nothing, so that an expert actor can import shard.py without the 150 MB of transformers' modelling
+code.
 """

@@ -1,8 +1,8 @@
-"""transformers' continuous batching, with the choice of tokens and the end of texts in the caller's hands.
+"""transformers' continuous batching, with sampling and stop conditions decided by the caller.
 
-Its manager gives the paged cache, the prefix cache, chunked prefill and the scheduling. Of its own sampling parameters
-all but three are the same for all texts, so the whole choice is made in its one hook, the logits processors: they
-return logits whose best token is the chosen one.
+Its manager provides the paged cache, the prefix cache, chunked prefill and scheduling. All but three of its sampling
+parameters are the same for all sequences, so sampling happens in its one hook, the logits processors: they return
+logits whose best token is the sampled one.
 """
 
 import logging
@@ -30,58 +30,59 @@ PROBE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class PagedLimits:
-    """Room of a manager. All of it is taken at the start."""
+    """Capacity of a manager. The whole cache is allocated at the start."""
 
-    max_cached_tokens: int  # of all texts together, prompts included
-    max_batch_tokens: int  # computed at once: longer prompts are computed in parts
-    max_texts: int  # computed at once
+    max_cached_tokens: int  # of all sequences together, prompts included
+    max_batch_tokens: int  # per forward pass; longer prompts are split
+    max_sequences: int  # per forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRows:
-    """The rows that one text has in a batch."""
+    """The rows of one sequence in a batch."""
 
     name: str
     num_rows: int
-    cached_tokens: int  # of the text, before these rows
+    cached_tokens: int  # of the sequence, before these rows
 
 
 class BatchHooks(Protocol):
-    """What the manager's thread calls, for every batch."""
+    """Callbacks that the manager's thread calls for every batch."""
 
     def begin_batch(self, rows: Sequence[BatchRows]) -> None:
-        """The next forward pass computes these rows, in this order."""
+        """Called before a forward pass that computes these rows, in this order."""
 
     def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
-        """The next token of each text, and whether it is the text's last. logits_BV: float32, a row for each name."""
+        """Returns the next token of each sequence, and whether it is the last. logits_BV: float32, one row per name."""
 
     def spoilt(self) -> Collection[str]:
-        """Texts of this forward pass, asked after `choose`, whose rows went wrong: they are not kept for others."""
+        """Returns the sequences of this forward pass whose rows are wrong, so that they stay out of the prefix cache.
+        Called after `choose`."""
 
     def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
-        """The text was given up. computed: the texts in the forward pass that the error came out of; none: another
-        place that it came from."""
+        """Called when a sequence has failed. computed: the sequences of the forward pass that raised the error; empty
+        if it was raised elsewhere."""
 
 
 class PagedBatches:
-    """Texts that are computed together on a paged cache, by a thread of its own. Ends with close()."""
+    """Sequences batched over a paged cache, computed in a thread of its own. close() ends it."""
 
     def __init__(self, model: PreTrainedModel, limits: PagedLimits, hooks: BatchHooks) -> None:
-        """model: with its experts attached; nothing else may generate with it meanwhile. Its attention may be another
-        implementation from now on."""
-        # Its errors reach the hooks; the log would only repeat them, with a traceback.
+        """model: with its experts attached; nothing else may generate with it meanwhile. This may replace the model's
+        attention implementation for good."""
+        # Errors reach the hooks; the log would only repeat them, with a traceback.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=-(-limits.max_cached_tokens // PAGE_TOKENS),
             max_batch_tokens=limits.max_batch_tokens,
-            max_requests_per_batch=min(limits.max_texts, limits.max_batch_tokens),
+            max_requests_per_batch=min(limits.max_sequences, limits.max_batch_tokens),
         )
-        # Ends are decided by the hooks alone.
+        # The hooks alone decide where a sequence ends.
         settings = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=None)
         with MODEL_BUILDING:  # it may switch the model's attention
             self._manager: Any = model.init_continuous_batching(settings, config)  # type: ignore[operator]
-        # It would switch the attention back when it ends, under the feet of the one that comes after it.
+        # Or it would restore the old attention when it ends, while the next manager already runs.
         self._manager._original_attn_impl = None
         choice = _Choice(hooks)
         self._failures = _Failures(hooks, choice)
@@ -91,44 +92,44 @@ class PagedBatches:
         self._manager.start()
 
     def add(self, name: str, ids: Sequence[int]) -> None:
-        """Begins a text, given all its tokens so far. Raises Unavailable if the thread has ended."""
+        """Adds a sequence with all its tokens so far. Raises Unavailable if the thread has ended."""
         if self._manager.add_request(list(ids), request_id=name) is None:
             raise Unavailable("the batches have ended")
 
     def cancel(self, name: str) -> None:
-        """Ends a text before the next batch. Fine if there is none of that name."""
+        """Ends a sequence before the next batch. Ignores an unknown name."""
         self._manager.cancel_request(name)
 
     def is_running(self) -> bool:
-        """False once a batch has failed: then all texts are given up, and none is taken."""
+        """False once a batch has failed: then all sequences have failed, and no new one is accepted."""
         return bool(self._manager.is_running()) and (
             self._manager.background_thread_status.can_accept_new_requests() is None
         )
 
     def close(self, timeout_s: float) -> None:
-        """Gives up what is left, and frees the cache. Fine if another thread closes it, too."""
+        """Fails the remaining sequences and frees the cache. Other threads may close it, too."""
         self._failures.is_closing = True
-        with self._closing:  # the manager takes its thread away from whoever else waits for it
+        with self._closing:  # the manager's stop() is not safe to call from two threads at once
             self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
 
 
 class _Choice(ContinuousBatchingLogitsProcessorList):
-    """Stands where the manager keeps its logits processors; sees every batch before and after its forward pass."""
+    """Replaces the manager's logits processors, and so sees every batch before and after its forward pass."""
 
     def __init__(self, hooks: BatchHooks) -> None:
         super().__init__(LogitsProcessorList())
         self.do_processing = True
         self._hooks = hooks
-        self._futures: list[Any] = []  # FutureRequestState of the texts that are computed
+        self._futures: list[Any] = []  # FutureRequestState of the sequences in the batch
         self._states: list[Any] = []  # RequestState of those that get a token
-        self.computed: list[str] = []  # the texts of the forward pass that is on
+        self.computed: list[str] = []  # the sequences of the running forward pass
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """None are given."""
+        """Does nothing: there are no keyword arguments."""
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
         self.computed = [future.state.request_id for future in requests_in_batch]
-        # The manager has added the rows to position_offset already.
+        # The manager has already added the rows to position_offset.
         self._hooks.begin_batch(
             [
                 BatchRows(
@@ -153,13 +154,14 @@ class _Choice(ContinuousBatchingLogitsProcessorList):
         spoilt = self._hooks.spoilt()
         for future in self._futures:
             if future.state.request_id in spoilt:
-                future.complete_blocks = {}  # else the prefix cache gives them to the next text that begins so
+                future.complete_blocks = {}  # or the prefix cache would reuse them for the next sequence
         self.computed = []
         return chosen_logits(scores, enumerate(token for token, _ in chosen))
 
 
 class _Failures(OutputRouter):
-    """Takes what the manager gives out: finished texts are known already, failed ones go to the hooks."""
+    """Receives the manager's outputs. Drops finished sequences, which are known already; reports failed ones to the
+    hooks."""
 
     def __init__(self, hooks: BatchHooks, choice: _Choice) -> None:
         super().__init__()
@@ -168,10 +170,10 @@ class _Failures(OutputRouter):
         self._choice = choice
 
     def deliver(self, output: Any) -> None:
-        """Keeps nothing."""
+        """Drops the output."""
 
     def deliver_batch(self, outputs: list[Any]) -> None:
-        """Keeps nothing."""
+        """Drops the outputs."""
 
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
         if self.is_closing:
@@ -181,9 +183,9 @@ class _Failures(OutputRouter):
 
 
 def supports_paging(model: PreTrainedModel) -> bool:
-    """Whether the model's kind of attention runs on the paged cache: tries three tokens. Leaves the model as it was.
+    """Whether the model's attention runs on the paged cache: tries three tokens. Leaves the model unchanged.
 
-    Families with latent attention (DeepSeek-V3), state spaces or convolutions do not.
+    It does not in families with latent attention (DeepSeek-V3), state spaces or convolutions.
     """
     with left_as_it_was(model):
         return _runs_paged(model)
@@ -192,8 +194,8 @@ def supports_paging(model: PreTrainedModel) -> bool:
 def _runs_paged(model: PreTrainedModel) -> bool:
     probe = _Probe()
     try:
-        batches = PagedBatches(model, PagedLimits(max_cached_tokens=128, max_batch_tokens=8, max_texts=1), probe)
-    except Exception as exc:  # whatever a family's code raises: it is written in padded batches then
+        batches = PagedBatches(model, PagedLimits(max_cached_tokens=128, max_batch_tokens=8, max_sequences=1), probe)
+    except Exception as exc:  # a family's code may raise anything; the model is then served in padded batches
         logger.debug("no paged cache for a %s model: %r", model.config.model_type, exc)
         return False
     try:
@@ -206,7 +208,7 @@ def _runs_paged(model: PreTrainedModel) -> bool:
 
 
 class _Probe:
-    """One text of two tokens: a prompt, and a step on the cache."""
+    """The hooks of a trial with one sequence: a prompt, and one decoding step on the cache."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -214,7 +216,7 @@ class _Probe:
         self._chosen = 0
 
     def begin_batch(self, rows: Sequence[BatchRows]) -> None:
-        """Nothing is counted."""
+        """Does nothing."""
 
     def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
         self._chosen += len(names)

@@ -1,4 +1,4 @@
-"""Files that others wrote: whatever a library raises on one of them becomes one line that names it.
+"""Reads files that users bring: any error that a library raises on one becomes a one-line error that names the file.
 
 Imports nothing of transformers.
 """
@@ -16,14 +16,14 @@ from moecluster.errors import CheckpointError, MoeClusterError, UserError
 MAX_REASON_CHARACTERS = 200
 
 LFS_POINTER = b"version https://git-lfs"
-_PANIC = "PanicException"  # of a library in Rust; no Exception, and importable from nowhere
+_PANIC = "PanicException"  # raised by Rust libraries; not a subclass of Exception, and cannot be imported
 
 
 @contextmanager
 def reading(path: str | Path, right: str, *, error: type[UserError] = CheckpointError) -> Iterator[None]:
-    """Raises `error` for whatever the block raises on a file or directory. right: what would be right.
+    """Turns any exception of the block, which reads a file or directory, into `error`. right: advice for the user.
 
-    Our own errors, interrupts and a lack of memory pass.
+    moecluster's own errors, interrupts and out-of-memory errors pass through.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def reading(path: str | Path, right: str, *, error: type[UserError] = Checkpoint
 
 
 def read_object(path: Path, right: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError."""
+    """Returns the JSON object in a file. Raises CheckpointError."""
     problem = file_problem(path)
     if problem is not None:
         raise CheckpointError(f"{path} cannot be used: {problem}; {right}")
@@ -45,7 +45,7 @@ def read_object(path: Path, right: str) -> dict[str, Any]:
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with a file for anything that reads it; a .json has to be a JSON object. None: nothing shows."""
+    """Returns what makes a file unreadable, or None if nothing is found. A .json file must hold a JSON object."""
     try:
         if path.exists() and not path.is_file():
             return "it is a directory" if path.is_dir() else "it is no regular file"
@@ -65,6 +65,6 @@ def file_problem(path: Path) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text, shortened, in one line."""
+    """Returns the error's text, shortened to one line."""
     text = " ".join(str(error).split())[:MAX_REASON_CHARACTERS] or type(error).__name__
     return f"unknown {text}" if isinstance(error, KeyError) else text

@@ -1,8 +1,8 @@
-"""Our entry in transformers' experts registry, and attaching it to a model's experts modules.
+"""Registers moecluster in transformers' experts registry, and attaches a model's experts modules to it.
 
 Every experts module of a family that uses the registry is a class decorated with `use_experts_implementation`; its
-forward looks up `config._experts_implementation`. Families that do not use it ignore the setting without a word, so
-attach counts.
+forward looks up `config._experts_implementation`. Families that do not use the registry silently ignore the setting, so
+attach fails if it finds no such module.
 """
 
 import re
@@ -19,27 +19,27 @@ from moecluster.types import MoeLayer
 
 BACKEND_NAME = "moecluster"
 
-# Mixture-of-Experts families of transformers 5 that call their experts without the registry.
+# MoE families of transformers 5 that do not call their experts through the registry.
 UNATTACHABLE_FAMILIES = frozenset(
     ("dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers")
 )
 
-# What the decorator sets on every module of its classes, and no other module has.
+# Attributes that the decorator sets on every experts module; no other module has all of them.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "config")
 
 
 class Backend(Protocol):
-    """What computes an MoE layer's experts for a trunk."""
+    """Computes the experts of an MoE layer for a trunk."""
 
     def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Returns y_TD in x_TD's dtype: each token's sum over k of weights_TK times its expert's output.
+        """Returns y_TD in x_TD's dtype: for each token the sum over k of weights_TK times the expert's output.
 
         weights_TK may have another dtype than x_TD. An index >= E is skipped.
         """
 
 
 def register_backend() -> None:
-    """Makes `experts_implementation="moecluster"` known to transformers. Repeated calls change nothing."""
+    """Registers `experts_implementation="moecluster"` with transformers. Idempotent."""
     if BACKEND_NAME not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, _call_backend)
 
@@ -47,7 +47,7 @@ def register_backend() -> None:
 def _call_backend(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The registered function; its parameter names are the registry's."""
+    """The registered function. The registry dictates its parameter names."""
     backend: Backend | None = module.__dict__.get("moecluster_backend")
     if backend is None:
         raise UnsupportedModelError(
@@ -59,10 +59,10 @@ def _call_backend(
 
 
 def find_experts(model: nn.Module) -> list[tuple[int, str, nn.Module]]:
-    """All experts modules as (layer, qualified name, module), in the model's order.
+    """Returns all experts modules as (layer, qualified name, module), in the model's order.
 
-    The layer is the first number in the module's path (the decoder layer's own number, so dense layers leave gaps),
-    unless two experts modules share it (several decoders in one model): then layers are numbered as they come, from 0.
+    The layer is the first number in the module's path (the decoder layer's number, so dense layers leave gaps). If two
+    experts modules share a number (several decoders in one model), layers are numbered from 0 in order instead.
     """
     found = [(name, module) for name, module in model.named_modules() if all(m in vars(module) for m in _MARKS)]
     numbers = [_first_number(name) for name, _ in found]
@@ -77,7 +77,7 @@ def _first_number(name: str) -> int | None:
 
 
 def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
-    """The MoE layers of a model. Raises UnsupportedModelError if it has none that can be attached."""
+    """Returns the MoE layers of a model. Raises UnsupportedModelError if none can be attached."""
     found = find_experts(model)
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
@@ -93,7 +93,7 @@ def moe_layers(model: nn.Module) -> tuple[MoeLayer, ...]:
 
 
 def refuse_unattachable(family: str) -> None:
-    """Raises UnsupportedModelError for a model_type that is known to call its experts without the interface."""
+    """Raises UnsupportedModelError for a model_type that is known not to use transformers' experts interface."""
     if family in UNATTACHABLE_FAMILIES:
         raise UnsupportedModelError(
             f"a {family} model cannot be attached: the family computes its experts without transformers' experts "
@@ -102,14 +102,14 @@ def refuse_unattachable(family: str) -> None:
 
 
 def attach(model: nn.Module, backend: Backend) -> tuple[MoeLayer, ...]:
-    """Sends every experts module of the model to the backend; returns the layers in order.
+    """Makes every experts module of the model call the backend. Returns the layers in order.
 
-    Raises UnsupportedModelError if there is none: the family would go on with its own experts and say nothing.
+    Raises UnsupportedModelError if there is no such module: the family would silently run its own experts.
     """
     register_backend()
     layers = moe_layers(model)
     for layer, _, module in find_experts(model):
-        # Not by setattr: a backend that is itself a module must not become a part of the model.
+        # Not setattr: a backend that is an nn.Module would become a submodule of the model.
         object.__setattr__(module, "moecluster_backend", backend)
         object.__setattr__(module, "moecluster_layer", layer)
         _config_of(module)._experts_implementation = BACKEND_NAME
@@ -125,14 +125,15 @@ def _num_experts(module: nn.Module) -> int:
 
 
 def _row_width(module: nn.Module) -> int:
-    """Width of the rows that the experts take, from their shapes; a stripped module remembers it."""
+    """Returns the width of the experts' input rows, from their shapes, or as stored in a stripped module."""
     width = module.__dict__.get("moecluster_width")
     return int(width) if width is not None else row_width(module)
 
 
 def row_width(module: nn.Module) -> int:
-    """Width D of an experts module from its parameters, `[E, F, D]` or transposed `[E, D, F]`, or its `hidden_dim`."""
+    """Returns the width D of an experts module from its parameters, `[E, F, D]` or transposed `[E, D, F]`, or else from
+    its `hidden_dim`."""
     weight = dict(module.named_parameters(recurse=False)).get(first_projection(module))
-    if weight is None:  # our own family: a list of experts, each a module
+    if weight is None:  # the native family: a list of experts, each a module
         return int(module.__dict__["hidden_dim"])
     return int(weight.shape[1] if module.__dict__["is_transposed"] else weight.shape[2])

@@ -1,8 +1,8 @@
-"""From checkpoint keys to the rows of one expert and back, by transformers' own conversion mapping.
+"""Converts between checkpoint keys and the rows of one expert, by transformers' own conversion mapping.
 
-transformers renames every checkpoint key (renamings, then at most one converter) to a module parameter; converters
-merge the per-expert keys of one fused parameter. Here the same mapping runs on the keys of a single expert, against a
-model on the meta device whose experts modules hold one expert.
+transformers maps every checkpoint key to a module parameter (renamings, then at most one converter); converters merge
+the per-expert keys of one fused parameter. Here the same mapping runs on the keys of a single expert, against a model
+on the meta device whose experts modules hold one expert.
 """
 
 import copy
@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 @dataclass(kw_only=True)
 class ParameterSource:
-    """Where the checkpoint keeps a fused parameter of one experts module."""
+    """The checkpoint keys of a fused parameter of one experts module."""
 
     parameter: str  # qualified name in the model: model.layers.0.mlp.experts.gate_up_proj
     converter: Any = None  # a WeightConverter, or None for a plain (possibly renamed) key
@@ -36,14 +36,14 @@ class ParameterSource:
 
     @property
     def is_per_expert(self) -> bool:
-        """Whether every expert has keys of its own; else each key holds rows of all experts."""
+        """Whether every expert has keys of its own. Otherwise each key holds the rows of all experts."""
         return self.converter is not None and any(isinstance(op, MergeModulelist) for op in self.converter.operations)
 
 
 def expert_sources(
     model: PreTrainedModel, keys: Iterable[str], names: Iterable[str]
 ) -> dict[str, list[ParameterSource]]:
-    """For each experts module (by qualified name) the sources of its parameters among the checkpoint's keys."""
+    """Returns the sources of each experts module's parameters among the checkpoint's keys, by qualified module name."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -72,7 +72,7 @@ def expert_sources(
 
 
 def unknown_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """Those among a checkpoint's keys that are no parameter or buffer of the model, under whatever name."""
+    """Returns the checkpoint keys that map to no parameter or buffer of the model."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -88,7 +88,7 @@ def unknown_keys(model: PreTrainedModel, keys: Iterable[str]) -> list[str]:
 def convert_rows(
     model: PreTrainedModel, source: ParameterSource, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """One expert's rows: qualified parameter name -> row without the expert dimension.
+    """Returns one expert's rows: qualified parameter name -> row without the expert dimension.
 
     tensors: source pattern -> the expert's own tensor, or a slice [1, ...] where the key holds all experts.
     """
@@ -103,10 +103,10 @@ def convert_rows(
 
 
 def rows_to_checkpoint(model: PreTrainedModel, rows: Mapping[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-    """The inverse of reading one expert: qualified parameter name -> row, to checkpoint key -> tensor.
+    """Converts one expert from (qualified parameter name -> row) to (checkpoint key -> tensor): the inverse of reading.
 
-    Families with keys for every expert get this expert's keys. Families that only know fused keys (gpt-oss, GraniteMoE)
-    get those keys with a slice [1, ...]: the slices of all experts, concatenated in order, are the checkpoint's tensor.
+    Families with per-expert keys get this expert's keys. Families that have only fused keys (gpt-oss, GraniteMoE) get
+    those keys with a slice [1, ...]; the slices of all experts, concatenated in order, are the checkpoint's tensor.
     """
     fused = {name: row.unsqueeze(0) for name, row in rows.items()}
     reverted = revert_weight_conversion(model, fused)
@@ -114,15 +114,15 @@ def rows_to_checkpoint(model: PreTrainedModel, rows: Mapping[str, torch.Tensor],
 
 
 def _renumber(key: str, index: int) -> str:
-    """The conversion of one expert names it 0; a fused key has no number after `experts`."""
+    """Replaces the index 0 that converting a single expert gives. A fused key has no number after `experts`."""
     return re.sub(r"(\bexperts\.)0(?=\.)", rf"\g<1>{index}", key)
 
 
 def trunk_to_checkpoint(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The trunk's parameters under the keys of its checkpoint (the inverse of loading).
+    """Returns the trunk's parameters under their checkpoint keys (the inverse of loading).
 
-    A prefix that loading took off, as a language model among several has one, stays off: the configuration that is
-    written is the language model's own, and `rows_to_checkpoint` knows of no prefix.
+    A prefix that loading removed, as in multimodal checkpoints, stays removed: the config that is written is that of
+    the language model alone, and `rows_to_checkpoint` adds no prefix either.
     """
     bare = copy.copy(model)
     loaded = getattr(model, "_weight_conversions", None)

@@ -1,4 +1,4 @@
-"""Model classes of transformers: built empty on the meta device, or with experts that never exist."""
+"""Builds transformers models empty on the meta device, or without their experts."""
 
 import threading
 from collections.abc import Mapping
@@ -35,13 +35,13 @@ _NUMBERS = (
     "max_new_tokens", "min_length", "min_new_tokens",
 )  # fmt: skip
 
-# While transformers builds or loads a model it replaces torch's init functions in the whole process. Two threads that
-# do so at once can leave them replaced for good, and what is built later keeps the memory's garbage as its weights.
+# While it builds or loads a model, transformers replaces torch's init functions in the whole process. Two threads doing
+# so at once can leave them replaced for good; models built later then keep uninitialized memory as weights.
 MODEL_BUILDING = threading.RLock()
 
 
 def read_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a model directory. Raises CheckpointError or UnsupportedModelError."""
+    """Returns the config of a model directory. Raises CheckpointError or UnsupportedModelError."""
     file = Path(path) / "config.json"
     read_object(file, "give the directory of a model, with the config.json that save_pretrained wrote")
     with reading(
@@ -52,7 +52,7 @@ def read_config(path: str | Path) -> PreTrainedConfig:
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Of a model that also sees or hears, the configuration of its language model, as AutoModelForCausalLM takes it."""
+    """Returns the language model's config of a multimodal model if AutoModelForCausalLM takes it, else the config."""
     choice = AutoModelForCausalLM._model_mapping.get(type(config), None)
     classes = choice if isinstance(choice, (list, tuple)) else [choice]
     own = [
@@ -62,7 +62,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The language model class of a configuration, causal before encoder-decoder.
+    """Returns the language model class of a config, preferring causal over encoder-decoder.
 
     Raises UnsupportedModelError if the family has none.
     """
@@ -85,14 +85,14 @@ def _why_no_class(config: PreTrainedConfig) -> str:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The whole model on the meta device: shapes without memory."""
+    """Returns the whole model on the meta device: shapes without memory. Raises UnsupportedModelError."""
     try:
         with MODEL_BUILDING, torch.device("meta"), no_init_weights():
             model = model_class(config)(config)
         model.tie_weights()
     except UnsupportedModelError:
         raise
-    except Exception as error:  # what settings of a foreign configuration make a family's code raise
+    except Exception as error:  # a family's code may raise anything on a user's config
         raise UnsupportedModelError(
             f"no {config.model_type} model can be built from this configuration: {one_line(error)}"
         ) from error
@@ -100,18 +100,18 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class StoredTensor(Protocol):
-    """A tensor of a checkpoint that is read when it is indexed: as much of safetensors' slices as transformers uses."""
+    """A checkpoint tensor that is read when indexed: the part of safetensors' slice API that transformers uses."""
 
     def __getitem__(self, whole: Any) -> torch.Tensor:
-        """The tensor; `...` is all that is ever asked for."""
+        """Returns the whole tensor. transformers only ever passes `...`."""
 
 
 def load_without_experts(
     config: PreTrainedConfig, weights: Mapping[str, StoredTensor], directory: Path, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Any]:
-    """The model with its trunk's weights, by checkpoint key, and transformers' loading report.
+    """Returns the model with its trunk's weights, and transformers' loading report. weights: by checkpoint key.
 
-    Its experts modules hold no parameters, so that no byte of theirs is read. directory: has its generation config.
+    The experts modules hold no parameters, so that no expert bytes are read. directory: has the generation config.
     """
     register_backend()
     refuse_unattachable(config.model_type)
@@ -133,7 +133,8 @@ def load_without_experts(
 
 
 def read_generation_config(directory: Path) -> GenerationConfig:
-    """As transformers finds it: in its own file, else in the model's configuration. Raises CheckpointError."""
+    """Reads the generation config as transformers does: from its own file, else from config.json. Raises
+    CheckpointError."""
     file = directory / GENERATION_CONFIG
     if not file.exists():
         with reading(directory / "config.json", "its generation settings do not fit transformers"):
@@ -155,7 +156,7 @@ def read_generation_config(directory: Path) -> GenerationConfig:
 
 
 def _without_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass whose experts are taken out as soon as it is built (on the meta device, under from_pretrained)."""
+    """Returns a subclass that strips its experts once built (on the meta device, under from_pretrained)."""
 
     class Trunk(family):  # type: ignore[misc, valid-type]
         _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012  # the name and the list are transformers' own
@@ -173,8 +174,8 @@ def _without_experts(family: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def strip_experts(model: nn.Module) -> None:
-    """Takes every expert's parameters out of a model; its experts modules remember the width of their rows."""
-    moe_layers(model)  # refuse a family that would go on with its own experts
+    """Removes all expert parameters from a model. The experts modules keep the width of their rows."""
+    moe_layers(model)  # refuses a family that would run its own experts
     for _, _, module in find_experts(model):
         module.__dict__["moecluster_width"] = row_width(module)
         for name in module._parameters:
@@ -182,11 +183,11 @@ def strip_experts(model: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if any(True for _ in child.parameters()):
                 del module._modules[name]
-        module.__dict__["_is_hf_initialized"] = True  # or transformers initializes what is not there
+        module.__dict__["_is_hf_initialized"] = True  # or transformers would initialize the missing parameters
 
 
 def keep_one_expert(model: nn.Module) -> None:
-    """Cuts the fused parameters of an empty model to one expert, the shape that one expert's rows convert to."""
+    """Cuts the fused parameters of an empty model to a single expert, as `convert_rows` needs."""
     for _, _, module in find_experts(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter[:1]))

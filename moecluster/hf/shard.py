@@ -1,7 +1,7 @@
-"""One expert of a family's experts module, by itself. Imports nothing of transformers.
+"""One expert of a family's experts module, as a module of its own. Imports nothing of transformers.
 
-The family gives the activation, the gating and the layout; the shard owns the expert's rows without the expert
-dimension, so that backward writes gradients of one expert's size and no select stands in the graph.
+Activation, gating and layout come from the family. The shard owns the expert's rows without the expert dimension, so
+that backward writes gradients of one expert's size and the graph has no select.
 """
 
 import copy
@@ -18,9 +18,9 @@ RowFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ExpertShard(nn.Module):
-    """E_i(x) of a family that uses transformers' experts interface, without the gate weight.
+    """E_i(x) of a family that uses transformers' experts interface, not multiplied by the gate weight.
 
-    Its parameters carry the names of the family's fused ones (`gate_up_proj` [2F, D] for `gate_up_proj` [E, 2F, D]).
+    Its parameters have the names of the family's fused ones (`gate_up_proj` [2F, D] for `gate_up_proj` [E, 2F, D]).
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class ExpertShard(nn.Module):
         is_transposed: bool = False,
         post_norm: RowFunction | None = None,
     ) -> None:
-        """rows: the family's parameters at one expert, taken over. up_name: the one that the rows meet first.
+        """rows: the expert's slices of the family's parameters; not copied. up_name: the first projection.
 
-        activate: what stands between the two products, gating included. is_transposed: weights are [in, out].
+        activate: the function between the two products, gating included. is_transposed: weights are [in, out].
         """
         super().__init__()
         for name, row in rows.items():
@@ -46,8 +46,9 @@ class ExpertShard(nn.Module):
 
     @classmethod
     def of_family(cls, experts: nn.Module, rows: Mapping[str, torch.Tensor]) -> Self:
-        """experts: the family's experts module, its parameters on any device or absent. rows: theirs at one expert."""
-        # Bound methods of a copy without parameters: nothing of the family's module becomes a part of this one.
+        """experts: the family's experts module, its parameters on any device or absent. rows: the expert's slices of
+        them."""
+        # Methods bound to a copy without parameters keep the family's weights out of the shard.
         family = _without_parameters(experts)
         return cls(
             rows,
@@ -59,12 +60,12 @@ class ExpertShard(nn.Module):
 
     @classmethod
     def of_module(cls, experts: nn.Module, index: int) -> Self:
-        """Expert `index` of an experts module that is in memory; its rows are copied."""
+        """Returns expert `index` of an experts module that is in memory, with its rows copied."""
         rows = {name: value.detach()[index].clone() for name, value in experts.named_parameters(recurse=False)}
         return cls.of_family(experts, rows)
 
     def packable(self) -> list[tuple[nn.Module, str]]:
-        """Owner and name of every weight that this CPU has a packed form for; a transposed layout stays as it is."""
+        """Returns the owner and name of every weight that this CPU has a packed form for; none if transposed."""
         return [(self, name) for name, value in self.named_parameters() if not self._is_transposed and can_pack(value)]
 
     def pack(self) -> None:
@@ -73,7 +74,7 @@ class ExpertShard(nn.Module):
             setattr(owner, name, pack(getattr(owner, name)))
 
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
-        """x_nD: rows in the parameters' dtype. Returns y_nD, not yet multiplied by the gate weight."""
+        """x_nD: rows in the parameters' dtype. Returns y_nD, not multiplied by the gate weight."""
         weights = self._parameters
         up, down = weights[self._up_name], weights["down_proj"]
         up_bias, down_bias = weights.get(f"{self._up_name}_bias"), weights.get("down_proj_bias")
@@ -84,12 +85,12 @@ class ExpertShard(nn.Module):
 
 
 def first_projection(experts: nn.Module) -> str:
-    """Name of the parameter that the rows meet first."""
+    """Returns the name of the first projection."""
     return "gate_up_proj" if experts.__dict__["has_gate"] else "up_proj"
 
 
 def _without_parameters(experts: nn.Module) -> Any:
-    """A shallow copy that shares the family's activation but owns no weight."""
+    """Returns a shallow copy that shares the family's activation but owns no weight."""
     family = copy.copy(experts)
     family._parameters = {}
     held = [name for name, _ in (*family.named_parameters(), *family.named_buffers())]

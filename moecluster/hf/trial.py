@@ -1,4 +1,4 @@
-"""Trials of a model that leave nothing of themselves behind."""
+"""Trial runs of a model that leave it unchanged."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 @contextmanager
 def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards the model, and every configuration in it, has the attributes that it had before: its attention
-    implementation, its hooks, whether it trains, and no manager of a cache."""
+    """Restores the attributes of the model, its modules and its configs on exit: attention implementation, hooks,
+    training mode, and no cache manager."""
     kept = [(module, dict(vars(module))) for module in model.modules()]
     hooks = [(hooked, dict(hooked)) for module, _ in kept for hooked in _hooks(module)]
     configs = [(config, dict(vars(config))) for config in _configs(model)]
@@ -28,9 +28,10 @@ def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 
 def without_generation_settings(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, modules and weights shared, whose generate() finds no setting beside those that it is given.
+    """Returns a copy, sharing modules and weights, whose generate() uses only the settings passed to it.
 
-    It fills every setting that is None from the model's generation_config, and None is how most of them are off.
+    generate() fills every setting that is None from the model's generation_config, and for most settings None is how to
+    turn them off.
     """
     bare = copy.copy(model)
     bare.generation_config = GenerationConfig()
@@ -48,7 +49,7 @@ def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every configuration that the model or a module of it reads, once."""
+    """Returns every config of the model and its modules, nested ones included, once each."""
     found: dict[int, PreTrainedConfig] = {}
 
     def note(config: object) -> None:

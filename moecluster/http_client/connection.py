@@ -1,4 +1,4 @@
-"""Reaching an OpenAI-compatible HTTP front: its address, its key, and what its answers say."""
+"""Connects to an OpenAI-compatible HTTP gateway: its URL, its API key, and its error answers."""
 
 import email.utils
 import ipaddress
@@ -15,8 +15,8 @@ CONNECT_TIMEOUT_S = 10.0
 SHOWN_CHARACTERS = 300
 
 
-def front_url(base_url: str) -> httpx.URL:
-    """The front's root; an ending in /v1, as OpenAI's clients want it, is taken off. Raises ConfigError."""
+def gateway_url(base_url: str) -> httpx.URL:
+    """Returns the gateway's root URL, without a trailing /v1 (which OpenAI's clients expect). Raises ConfigError."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as exc:
@@ -27,14 +27,14 @@ def front_url(base_url: str) -> httpx.URL:
 
 
 def read_api_key(variable: str) -> str:
-    """The key in an environment variable; empty: the variable is not set. Raises ConfigError, without the key."""
+    """Returns the key in an environment variable; empty if not set. Raises ConfigError, without showing the key."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"${variable}: holds characters that no API key has")
     return key
 
 
-def open_front(
+def open_gateway(
     base_url: str,
     *,
     api_key: str,
@@ -42,14 +42,17 @@ def open_front(
     timeout_s: float,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> httpx.AsyncClient:
-    """A way to the front. timeout_s: longest silence. transport: instead of the network. Raises ConfigError."""
-    url = front_url(base_url)
+    """Returns a client of the gateway. timeout_s: longest silence. transport: replaces the network.
+
+    Raises ConfigError.
+    """
+    url = gateway_url(base_url)
     return httpx.AsyncClient(
         base_url=url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        trust_env=not _is_loopback(url.host),  # a proxy does not lead to this host
+        trust_env=not _is_loopback(url.host),  # a proxy from the environment cannot reach this host
         transport=transport,
     )
 
@@ -62,7 +65,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def json_of(content: bytes) -> Any:
-    """An answer's body: JSON that can be written again, or its text where it is none."""
+    """Returns an answer's body: a JSON value that can be encoded again, or the text if it is not JSON."""
     try:
         return parse_json(content)
     except JsonProblem:
@@ -70,21 +73,21 @@ def json_of(content: bytes) -> Any:
 
 
 def message_of(body: Any) -> str:
-    """What an answer in OpenAI's form complains about, in one line."""
+    """Returns the message of an answer in OpenAI's error format, in one line."""
     error = body.get("error") if isinstance(body, dict) else None
-    said = error.get("message") if isinstance(error, dict) else None
-    line = " ".join(str(said or body).split())[:SHOWN_CHARACTERS]
+    message = error.get("message") if isinstance(error, dict) else None
+    line = " ".join(str(message or body).split())[:SHOWN_CHARACTERS]
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def retry_after_s(headers: httpx.Headers, now_s: float) -> float | None:
-    """What Retry-After asks for, seconds or a date. None: nothing that can be understood. now_s: of time.time."""
-    said = headers.get("retry-after", "").strip()
+    """Returns the seconds that Retry-After asks for; None if absent or unintelligible. now_s: from time.time."""
+    message = headers.get("retry-after", "").strip()
     try:
-        after_s = float(said)
+        after_s = float(message)
     except ValueError:
         try:
-            after_s = email.utils.parsedate_to_datetime(said).timestamp() - now_s
+            after_s = email.utils.parsedate_to_datetime(message).timestamp() - now_s
         except (ValueError, TypeError):
             return None
     return max(after_s, 0.0) if math.isfinite(after_s) else None

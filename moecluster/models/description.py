@@ -1,4 +1,4 @@
-"""What a model is, from its configuration alone: layers, experts, parameters in all and those that a token meets."""
+"""Describes a model from its config alone: layers, experts, total and active parameters."""
 
 import copy
 import re
@@ -13,10 +13,11 @@ from moecluster.errors import UnsupportedModelError
 from moecluster.hf.modelling import empty_model
 from moecluster.models.config import read_model_config
 
-# What families call K, the experts per token.
+# The families' names for K, the experts per token.
 _TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
-# Families with a module per expert and the setting that counts them: building thousands takes long even without memory.
+# Families with one module per expert -> the setting for their number. Building thousands of modules is slow even on the
+# meta device.
 _MODULE_PER_EXPERT = {"switch_transformers": "num_experts"}
 
 _EXPERTS_IN_NAME = re.compile(r"^(.*?\.experts)\.")
@@ -24,7 +25,7 @@ _EXPERTS_IN_NAME = re.compile(r"^(.*?\.experts)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Parameters of a model; tied ones count once."""
+    """Number of parameters of a model. Tied ones count once."""
 
     trunk: int
     experts: tuple[int, ...]  # all experts of each MoE layer, in the model's order
@@ -36,7 +37,7 @@ class ParameterCount:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """A Mixture of Experts in figures."""
+    """The sizes of an MoE model."""
 
     family: str
     num_layers: int
@@ -45,14 +46,14 @@ class ModelDescription:
     top_k: int
     hidden_size: int
     total_parameters: int
-    active_parameters: int  # that one token meets: the trunk, embeddings included, and top_k experts of each layer
+    active_parameters: int  # per token: the trunk, embeddings included, and top_k experts of each layer
     expert_parameters: int  # of one expert
 
 
 def describe(path_or_config: str | Path | PreTrainedConfig) -> ModelDescription:
-    """Describes a model directory (its config.json is enough) or a configuration; allocates no weight.
+    """Describes a model directory (config.json is enough) or a config. Allocates no weights.
 
-    Raises CheckpointError for a directory without config, UnsupportedModelError for a model that is no MoE.
+    Raises CheckpointError if the directory has no config.json, UnsupportedModelError if the model is not an MoE.
     """
     config = path_or_config if isinstance(path_or_config, PreTrainedConfig) else read_model_config(path_or_config)
     text = config.get_text_config()
@@ -76,7 +77,7 @@ def describe(path_or_config: str | Path | PreTrainedConfig) -> ModelDescription:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts a model on any device. Whatever stands below a module named `experts` is an expert's."""
+    """Counts the parameters of a model on any device. Those below a module named `experts` count as experts'."""
     trunk = 0
     experts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -92,7 +93,7 @@ def _count(config: PreTrainedConfig) -> ParameterCount:
     setting = _MODULE_PER_EXPERT.get(config.model_type)
     if setting is None:
         return count_parameters(empty_model(config))
-    # Experts and gates both grow by the same number of parameters with each expert: two small models tell them all.
+    # Each further expert adds the same number of parameters to experts and gates, so two small models suffice.
     one, two = (count_parameters(empty_model(_with(config, setting, number))) for number in (1, 2))
     further = getattr(config, setting) - 1
     return ParameterCount(
@@ -113,7 +114,7 @@ def _num_experts(config: PreTrainedConfig) -> int | None:
 
 
 def _top_k(config: PreTrainedConfig) -> int:
-    """Experts per token; of families that give one per layer, the first. Switch has no setting for it: always one."""
+    """Returns the experts per token; the first layer's if given per layer. Switch has no such setting: always 1."""
     if config.model_type == "switch_transformers":
         return 1
     value = next((value for name in _TOP_K_NAMES if (value := getattr(config, name, None)) is not None), None)

@@ -1,7 +1,7 @@
-"""Which directories may be read at an order's word: those that the cluster was given, and what lies below them.
+"""Which directories a request may make the cluster read: those that were given to the cluster, and all below them.
 
-The cluster's secret lets its holder order; it does not let him choose files of the service's owner. So an order that
-names a directory is carried out only where whoever runs the cluster has given that one by another way.
+A client with the cluster's secret may send requests, but must not choose among the files of the cluster's owner. So a
+request that names a directory is accepted only if the operator has given that directory to the cluster separately.
 """
 
 import os
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 
 from moecluster.errors import NotGiven
 
-IsGiven = Callable[[str], bool]  # whether the cluster was given this directory; raises Unavailable if nobody says
+IsGiven = Callable[[str], bool]  # whether the cluster was given this directory; raises Unavailable if that is unknown
 
 MAX_SHOWN = 200  # characters of a refused path
 
 
 def check_given(path: str, is_given: IsGiven) -> None:
-    """Raises NotGiven, in one line, for a directory that the cluster was not given; Unavailable if nobody says."""
+    """Raises NotGiven, in one line, if the cluster was not given this directory; Unavailable if that is unknown."""
     if not is_given(path):
         shown = path if path.isprintable() else ascii(path)
         shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
@@ -26,8 +26,9 @@ def check_given(path: str, is_given: IsGiven) -> None:
 
 
 def is_within(path: str, directories: Iterable[str]) -> bool:
-    """Whether an absolute path is one of these directories or lies below one, with "..", and symbolic links on this
-    host, resolved. Links inside a directory, as the hub's cache has them to its files, are that directory's own."""
+    """Whether an absolute path is one of these directories or lies below one, after resolving ".." and symbolic links
+    on this host. Only the directory's own path is resolved: links to files inside it, as in the hub's cache, are
+    allowed."""
     real = _resolved(path)
     if real is None:
         return False
@@ -35,10 +36,10 @@ def is_within(path: str, directories: Iterable[str]) -> bool:
 
 
 def _resolved(path: str) -> str | None:
-    """None for what is no absolute path."""
+    """Returns the resolved path, or None if it is not an absolute path."""
     if not os.path.isabs(path):
         return None
     try:
         return os.path.realpath(path)
-    except (OSError, ValueError):  # a zero byte, half a surrogate pair
+    except (OSError, ValueError):  # a zero byte, or a lone surrogate
         return None

@@ -1,4 +1,4 @@
-"""The trunk of a model: everything but its experts, which never exist in memory."""
+"""Loads the trunk of a model: everything but the experts, which are never in memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from moecluster.models.config import read_loadable_config
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """A StoredTensor."""
+    """Implements StoredTensor."""
 
     checkpoint: Checkpoint
     key: str
@@ -34,11 +34,11 @@ def load_trunk(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Loads a model whose experts are the backend's; in evaluation mode, with gradients on.
+    """Loads a model whose experts are computed by the backend. It is in evaluation mode, with gradients on.
 
-    path: a directory of this host, or a checkpoint that is open already. Only the trunk's bytes are read, and peak
-    memory is the trunk's. Raises CheckpointError if the directory is torn or any weight of the trunk is missing or
-    of another shape, UnsupportedModelError if the model is no MoE, cannot be dequantised, or cannot be attached.
+    path: a directory on this host, or an open checkpoint. Only the trunk's bytes are read, and peak memory is the
+    trunk's. Raises CheckpointError if the directory is torn, or if a weight of the trunk is missing or has another
+    shape; UnsupportedModelError if the model is not an MoE, cannot be dequantized, or cannot be attached.
     """
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     directory = checkpoint.files.metadata
@@ -51,7 +51,7 @@ def load_trunk(
 
 
 def _check_complete(path: str | Path, report: dict[str, object]) -> None:
-    """A missing weight would be random: refuse it."""
+    """Raises CheckpointError for a missing or mismatched weight, which would be random."""
     missing = sorted(str(key) for key in report["missing_keys"])  # type: ignore[attr-defined]
     if missing:
         raise CheckpointError(f"{path} has no {missing[0]} ({len(missing)} weights of the trunk are missing)")
@@ -64,11 +64,12 @@ def _check_complete(path: str | Path, report: dict[str, object]) -> None:
 
 
 def trunk_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the trunk, in the model's order; tied ones once."""
+    """Returns names and parameters of the trunk, in the model's order. Tied ones appear once."""
     return model.named_parameters()
 
 
 def checkpoint_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The trunk's weights under the keys that `from_pretrained` loads back; with the experts' they are a checkpoint."""
+    """Returns the trunk's weights under the keys that `from_pretrained` reads. With the experts' weights they make a
+    whole checkpoint."""
     tied = set(model.all_tied_weights_keys)
     return trunk_to_checkpoint(model, {name: value for name, value in model.state_dict().items() if name not in tied})

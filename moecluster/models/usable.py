@@ -1,4 +1,4 @@
-"""Whether a model directory can be served, as far as that shows before anything is started."""
+"""Checks, before anything is started, whether a model directory can be served."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from moecluster.models.tokenizer.load import load_tokenizer
 
 
 def refuse_unusable(directory: str | Path) -> None:
-    """Reads headers, configuration and tokenizer. Raises CheckpointError or UnsupportedModelError, in one line."""
+    """Reads headers, configs and tokenizer. Raises CheckpointError or UnsupportedModelError, in one line."""
     ExpertSource(directory)
     read_loadable_config(directory)
     read_generation_config(Path(directory))

@@ -1,1 +1,1 @@
-"""What a Mixture-of-Experts layer is made of: gates and experts."""
+"""The parts of a Mixture-of-Experts layer: gates and experts."""

@@ -1,8 +1,8 @@
-"""The linear layer of experts, over plain weights or over weights packed for this CPU.
+"""The linear layer of experts, with plain weights or weights packed for this CPU.
 
-oneDNN multiplies few rows about twice as fast when the weight lies in its own blocked layout (inductor's freezing does
-the same). A packed weight takes the plain one's place and bytes, gives bit for bit the same rows in bfloat16, and
-unpacks to exactly what it was. It has no backward: experts in training stay plain.
+With few rows, oneDNN is about twice as fast if the weight is in its own blocked layout (inductor's freezing does the
+same). A packed weight replaces the plain one and takes as many bytes, gives bit for bit the same rows in bfloat16, and
+unpacks to exactly the same values. It has no backward, so experts in training stay plain.
 """
 
 import torch
@@ -13,7 +13,7 @@ PACKABLE = (torch.float32, torch.bfloat16)
 
 
 def linear(x_nI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b."""
+    """Returns x W^T + b."""
     if weight_OI.is_mkldnn:
         packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_nI, weight_OI, bias_O, "none", [], "")
         return packed
@@ -37,11 +37,11 @@ def can_pack(weight_OI: torch.Tensor) -> bool:
 
 
 def pack(weight_OI: torch.Tensor) -> nn.Parameter:
-    """The packed form of a weight that can_pack says yes to."""
+    """Returns the packed form of a weight for which can_pack is True."""
     return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach()), requires_grad=False)
 
 
 def plain(value: torch.Tensor) -> torch.Tensor:
-    """A copy of a parameter in its plain layout."""
+    """Returns a copy of a parameter in the plain layout."""
     value = value.detach()
     return value.to_dense() if value.is_mkldnn else value.clone()

@@ -1,1 +1,1 @@
-"""One optimizer step in two phases, so that it is whole or not at all."""
+"""One optimizer step in two phases, so that all participants apply it or none does."""

@@ -1,4 +1,4 @@
-"""Gradients of one attempt, summed in one order whatever the order of their arrival."""
+"""Sums the gradients of one attempt in a fixed order, independent of the order of arrival."""
 
 from collections.abc import Collection, Mapping
 
@@ -11,14 +11,14 @@ ModuleGradients = Mapping[str, Mapping[str, torch.Tensor]]  # module -> paramete
 
 
 def _order(key: MessageKey) -> tuple[int, int, int, int]:
-    """Micro-batch by micro-batch, ranks in order within one."""
+    """Sort key: by micro-batch, then by rank."""
     return (key.micro_batch, key.rank, key.layer, key.pass_index)
 
 
 class GradientFold:
-    """A running sum, folded eagerly as far as nothing earlier can still come; the rest is kept aside.
+    """A running sum of gradients. It adds a message once no earlier one can still arrive, and buffers it until then.
 
-    A rank sends its micro-batches one after the other, so its first message of a later one says that the earlier ones
+    A rank sends its micro-batches in order, so its first message of a later micro-batch shows that the earlier ones
     are complete. With one rank and one micro-batch nothing is copied or added.
     """
 
@@ -26,12 +26,12 @@ class GradientFold:
         self.keys: set[MessageKey] = set()
         self._aside: dict[MessageKey, ModuleGradients] = {}
         self._sums: dict[str, dict[str, torch.Tensor]] = {}
-        self._micro_batches = [0] * ranks  # that each rank was last heard in
+        self._micro_batches = [0] * ranks  # the latest micro-batch received from each rank
 
     def add(self, key: MessageKey, grads: ModuleGradients) -> None:
-        """Takes gradients over; the caller must not write to them again. The key must be new.
+        """Takes ownership of the gradients: the caller must not write to them again. The key must be new.
 
-        Raises InvalidMessage for a rank that does not exist, AttemptAborted for a micro-batch that was complete.
+        Raises InvalidMessage for an unknown rank, AttemptAborted if the rank has already sent a later micro-batch.
         """
         assert key not in self.keys
         if not 0 <= key.rank < len(self._micro_batches):
@@ -47,12 +47,12 @@ class GradientFold:
         self._fold([k for k in self._aside if (k.micro_batch, k.rank) < complete_before])
 
     def finish(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The sums of all that came: module -> parameter -> gradient."""
+        """Returns the sums of all gradients received: module -> parameter -> gradient."""
         self._fold(self._aside.keys())
         return self._sums
 
     def clear(self) -> None:
-        """Drops the sums, and keeps the keys."""
+        """Drops the sums but keeps the keys."""
         self._sums = {}
 
     def _fold(self, keys: Collection[MessageKey]) -> None:
@@ -60,5 +60,5 @@ class GradientFold:
             for module, grads in self._aside.pop(key).items():
                 sums = self._sums.setdefault(module, {})
                 for name, grad in grads.items():
-                    # Not in place: autograd may hand out views.
+                    # Not in place: autograd may return views.
                     sums[name] = sums[name] + grad if name in sums else grad

@@ -1,4 +1,4 @@
-"""Who takes part in an optimizer step of two phases."""
+"""The interface of a participant in a two-phase optimizer step."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,21 +12,23 @@ from moecluster.types import (
 
 
 class Participant(Protocol):
-    """What takes part in a training step: an expert actor, or a rank's trunk. Older terms' orders raise StaleOrder."""
+    """A participant in training steps: an expert actor, or a rank's trunk. Requests of an older term raise
+    StaleRequest."""
 
     name: str
 
     def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
-        """Sums the attempt's gradients. Raises AttemptAborted if they do not come from exactly these messages."""
+        """Sums the attempt's gradients. Raises AttemptAborted if the messages received are not exactly the expected
+        ones."""
 
     def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> str:
-        """Computes the new state beside the old one; returns the incarnation."""
+        """Computes the new state beside the old one. Returns the incarnation."""
 
     def commit(self, tag: StepTag) -> str:
-        """Swaps the prepared state in; repeated is fine. Returns the incarnation."""
+        """Swaps the prepared state in. Idempotent. Returns the incarnation."""
 
     def abort(self, tag: StepTag) -> None:
-        """Forgets the attempt: gradients, kept activations, prepared state. Unknown attempts are fine."""
+        """Drops the attempt: gradients, saved activations, prepared state. An unknown attempt is no error."""
 
     def status(self, training_term: int = 0) -> ExpertActorStatus:
-        """Fences with the term if it is not 0, then reports."""
+        """Fences with the term if it is not 0, then returns the status."""

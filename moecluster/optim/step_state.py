@@ -1,7 +1,7 @@
-"""What takes part in training steps: gradients of the running attempt, prepared and committed state, and the fences.
+"""A participant's training state: gradients of the running attempt, prepared and committed state, and term fencing.
 
-An expert actor has one StepState over its experts; a rank has one over its trunk. The protocol: accumulate, Reduce,
-Prepare, then Commit or Abort, each naming (term, step, attempt).
+An expert actor has one StepState for its experts; a rank has one for its trunk. The protocol: accumulate, Reduce,
+Prepare, then Commit or Abort, each tagged with (term, step, attempt).
 """
 
 import threading
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from moecluster.errors import AttemptAborted, StaleOrder, StateLost
+from moecluster.errors import AttemptAborted, StaleRequest, StateLost
 from moecluster.growing import check_ahead
 from moecluster.optim.gradient_sum import GradientFold, ModuleGradients
 from moecluster.optim.two_phase import Tensors, TwoPhaseOptimizer
@@ -20,27 +20,27 @@ from moecluster.types import MessageKey, OptimizerSettings, StepTag
 
 @dataclass(kw_only=True)
 class _Attempt:
-    """What is held of an attempt until it is committed or aborted."""
+    """The state of an attempt until it is committed or aborted."""
 
     fold: GradientFold
     tag: StepTag | None = None  # None: no attempt runs
     grads: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # reduced, until prepared
     square_norm: float | None = None  # of the reduced gradients
-    touched: list[TwoPhaseOptimizer] = field(default_factory=list)  # which have something prepared
+    touched: list[TwoPhaseOptimizer] = field(default_factory=list)  # those with prepared state
     is_prepared: bool = False
 
 
 class StepState:
-    """The training side of some modules. Thread-safe.
+    """The training state of a set of modules. Thread-safe.
 
-    A parameter that got no gradient in an attempt is left alone, as torch.optim does where `.grad` is None. That is
-    what one process does too where every expert is a module. Where a family fuses all experts of a layer in one
-    parameter, an expert without tokens gets a zero gradient there, and decay and momentum move it: such a module is
-    added with `zero_when_absent`.
+    A parameter without a gradient in an attempt stays unchanged, as with torch.optim where `.grad` is None. This equals
+    single-process training where every expert is a module. Where a family fuses all experts of a layer into one
+    parameter, an expert without tokens gets a zero gradient in single-process training, so weight decay and momentum
+    still change it: add such a module with `zero_when_absent`.
     """
 
     def __init__(self, settings: OptimizerSettings, *, ranks: int = 1, term: int = 0) -> None:
-        """ranks: how many ranks send gradients; it fixes the order of summing. term: the highest seen before."""
+        """ranks: how many ranks send gradients. term: the highest term seen before."""
         self._settings = settings
         self._ranks = ranks
         self._modules: dict[str, Mapping[str, nn.Parameter]] = {}
@@ -48,29 +48,29 @@ class StepState:
         self._zero_when_absent: set[str] = set()
         self._lock = threading.RLock()
         self._term = term
-        self._step: int | None = None  # committed; None: unknown, the first order tells
+        self._step: int | None = None  # committed; None: unknown until the first commit
         self._committed: StepTag | None = None
-        self._closed: StepTag | None = None  # this attempt and older ones are over
+        self._closed: StepTag | None = None  # this attempt and older ones are committed or aborted
         self._attempt = _Attempt(fold=GradientFold(ranks))
 
     @property
     def term(self) -> int:
-        """The highest term seen; orders of lower ones are refused."""
+        """The highest term seen. Requests of lower terms are refused."""
         return self._term
 
     @property
     def step(self) -> int | None:
-        """The step whose state is held; None: not known since the load."""
+        """The committed step; None: unknown since the load."""
         return self._step
 
     @property
     def committed(self) -> StepTag | None:
-        """The attempt that was committed last, as it was prepared; None: nothing since the load."""
+        """The last committed attempt, under the tag that prepared it; None: nothing since the load."""
         return self._committed
 
     @property
     def prepared(self) -> StepTag | None:
-        """The attempt whose new state is held beside the old."""
+        """The attempt whose prepared state is held beside the committed one, if any."""
         return self._attempt.tag if self._attempt.is_prepared else None
 
     @property
@@ -86,9 +86,9 @@ class StepState:
         *,
         zero_when_absent: bool = False,
     ) -> None:
-        """Puts a module under training, in place of an older one of this name.
+        """Adds a module to training, replacing an earlier one of that name.
 
-        state: its optimizer state (`exp_avg/NAME`, ...); None starts anew. Raises CheckpointError if it does not fit.
+        state: its optimizer state (`exp_avg/NAME`, ...); None: fresh. Raises CheckpointError if the state does not fit.
         """
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         optimizer = TwoPhaseOptimizer(trained, self._settings, state)
@@ -100,16 +100,17 @@ class StepState:
                 self._zero_when_absent.add(module)
 
     def remove(self, module: str) -> None:
-        """Takes a module out of training; an unknown one is fine."""
+        """Removes a module from training. Ignores an unknown one."""
         with self._lock:
             self._modules.pop(module, None)
             self._optimizers.pop(module, None)
             self._zero_when_absent.discard(module)
 
     def reset(self, *, term: int, step: int | None) -> None:
-        """After a load: no attempt runs, nothing is committed since. step: what was loaded has committed it.
+        """Resets after a load: no attempt runs, and nothing is committed since. step: the step of the loaded state.
 
-        With a step, only the next one is taken: an order further ahead raises StateLost. Raises StaleOrder.
+        If a step is given, only the next step is accepted: a request further ahead raises StateLost. Raises
+        StaleRequest if the term is lower than one already seen.
         """
         with self._lock:
             self.fence(term)
@@ -118,38 +119,39 @@ class StepState:
             self._begin(None)
 
     def fence(self, term: int) -> None:
-        """Refuses orders of lower terms from now on. Raises StaleOrder if this term is one, InvalidMessage if it is too
-        far ahead."""
+        """Refuses requests of lower terms from now on. Raises StaleRequest if a higher term was seen, InvalidMessage if
+        this one is too far ahead."""
         with self._lock:
             if term < self._term:
-                raise StaleOrder(f"training term {term} is over: {self._term} has the say")
+                raise StaleRequest(f"training term {term} is superseded by term {self._term}")
             check_ahead(term, self._term, "training_term")
             self._term = term
 
     def admit(self, tag: StepTag) -> None:
-        """Lets an order of an attempt in; a newer attempt ends the running one, its gradients and prepared state.
+        """Checks a request's tag. A newer attempt replaces the running one and drops its gradients and prepared state.
 
-        Raises StaleOrder for an older term, step or attempt, StateLost if steps lie between it and what is held here.
+        Raises StaleRequest for an older term, step or attempt; StateLost if the step is not the one after the committed
+        step.
         """
         with self._lock:
             self._check_numbers(tag)
             self.fence(tag.term)
             if self._step is not None and tag.step <= self._step:
-                raise StaleOrder(f"step {tag.step} is over: {self._step} is committed")
+                raise StaleRequest(f"step {tag.step} is over: {self._step} is committed")
             if self._step is not None and tag.step > self._step + 1:
                 raise StateLost(f"this participant holds step {self._step} and was asked for step {tag.step}")
             if self._closed is not None and tag <= self._closed:
-                raise StaleOrder(f"{tag} was aborted")
+                raise StaleRequest(f"{tag} was aborted")
             running = self._attempt.tag
             if running is not None and tag < running:
-                raise StaleOrder(f"{tag} is over: {running} runs")
+                raise StaleRequest(f"{tag} is over: {running} runs")
             if tag != running:
                 self._begin(tag)
 
     def accumulate(self, tag: StepTag, key: MessageKey, grads: ModuleGradients) -> bool:
-        """Adds one backward message's gradients, which the caller gives away. False: it was there already.
+        """Adds the gradients of one backward message and takes ownership of them. Returns False for a duplicate.
 
-        Raises StaleOrder, StateLost; AttemptAborted if the attempt was reduced without it.
+        Raises StaleRequest, StateLost; AttemptAborted if the attempt is already reduced, or a module is unknown.
         """
         with self._lock:
             self.admit(tag)
@@ -164,9 +166,10 @@ class StepState:
             return True
 
     def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> float:
-        """Sum of squares (float64) of the attempt's gradients; repeated is fine.
+        """Returns the sum of squares (float64) of the attempt's gradients. Idempotent.
 
-        Raises AttemptAborted, naming what lacks or is too much, if they do not come from exactly the expected messages.
+        Raises AttemptAborted, naming missing and unexpected messages, if the messages received are not exactly the
+        expected ones.
         """
         with self._lock:
             self.admit(tag)
@@ -180,7 +183,7 @@ class StepState:
             return attempt.square_norm
 
     def prepare(self, tag: StepTag, *, clip_scale: float, learning_rate: float) -> None:
-        """Computes the new state beside the old one; repeated is fine. Raises AttemptAborted if not reduced here."""
+        """Computes the new state beside the old one. Idempotent. Raises AttemptAborted if nothing is reduced yet."""
         with self._lock:
             self.admit(tag)
             attempt = self._attempt
@@ -200,17 +203,17 @@ class StepState:
             attempt.is_prepared = True
 
     def commit(self, tag: StepTag) -> None:
-        """Swaps the prepared state in; repeated is fine.
+        """Swaps the prepared state in. Idempotent.
 
-        The tag's term is the orderer's: a successor commits what its predecessor had everybody prepare. Raises
-        StaleOrder for an older term, and for a step and attempt that are not prepared here.
+        The tag's term is the caller's, so that a new coordinator can commit what its predecessor prepared. Raises
+        StaleRequest for an older term, or if this step and attempt are not prepared here.
         """
         with self._lock:
             self.fence(tag.term)
             if _same_attempt(self._committed, tag):
                 return
             if not _same_attempt(self.prepared, tag):
-                raise StaleOrder(f"{tag} is not prepared here: {self.prepared or 'nothing'} is")
+                raise StaleRequest(f"{tag} is not prepared here: {self.prepared or 'nothing'} is")
             for optimizer in self._attempt.touched:
                 optimizer.commit()
             self._committed = self._closed = self._attempt.tag
@@ -218,29 +221,33 @@ class StepState:
             self._begin(None)
 
     def abort(self, tag: StepTag) -> None:
-        """Ends the attempt and older ones; unknown ones are fine. Raises StaleOrder: older term, or committed."""
+        """Aborts the attempt and older ones, whether known here or not.
+
+        Raises StaleRequest for an older term, or if the attempt is committed.
+        """
         with self._lock:
             self._check_numbers(tag)
             self.fence(tag.term)
             if _same_attempt(self._committed, tag):
-                raise StaleOrder(f"{tag} is committed")
+                raise StaleRequest(f"{tag} is committed")
             if self._attempt.tag is None or self._attempt.tag <= tag:
                 self._begin(None)
             self._closed = max(self._closed, tag) if self._closed else tag
 
     def state_tensors(self, module: str) -> Tensors:
-        """Optimizer state of a module: `exp_avg/NAME`, ... Empty before its first step."""
+        """Returns the optimizer state of a module: `exp_avg/NAME`, ... Empty before its first step."""
         with self._lock:
             return self._optimizers[module].state()
 
     def _check_numbers(self, tag: StepTag) -> None:
-        """Before the term fences: an order that is refused changes nothing. Raises InvalidMessage."""
+        """Runs before the term fences, so that a refused request changes nothing. Raises InvalidMessage if the step or
+        attempt is too far ahead."""
         known = [t for t in (self._committed, self._closed, self._attempt.tag) if t is not None]
         check_ahead(tag.step, max((self._step or 0, *(t.step for t in known))), "step")
         check_ahead(tag.attempt, max((t.attempt for t in known), default=0), "attempt")
 
     def _begin(self, tag: StepTag | None) -> None:
-        """Forgets the running attempt; None: no other begins."""
+        """Drops the running attempt and starts another; None: starts none."""
         for optimizer in self._attempt.touched:
             optimizer.abort()
         self._attempt = _Attempt(fold=GradientFold(self._ranks), tag=tag)
@@ -251,7 +258,7 @@ def _same_attempt(ours: StepTag | None, ordered: StepTag) -> bool:
 
 
 def _square_norm(grads: ModuleGradients) -> float:
-    """Sum of squares in float64, modules and parameters in the order of their names."""
+    """Returns the sum of squares in float64, added in the order of module and parameter names."""
     total = 0.0
     for module in sorted(grads):
         for name in sorted(grads[module]):

@@ -1,7 +1,7 @@
-"""An optimizer in two phases: compute the new state beside the old, then swap it in or forget it.
+"""A two-phase optimizer: computes the new state beside the old one, then swaps it in or drops it.
 
-The arithmetic is torch's own, `torch.optim.adamw.adamw` and `torch.optim.sgd.sgd` in their single-tensor form
-(the default on CPU), so that a step equals `torch.optim.AdamW` or `SGD` bit for bit.
+It calls torch's own `torch.optim.adamw.adamw` and `torch.optim.sgd.sgd` in their single-tensor form (the default on
+CPU), so that a step equals `torch.optim.AdamW` or `SGD` bit for bit.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def state_names(settings: OptimizerSettings) -> tuple[str, ...]:
-    """What the optimizer keeps for a parameter. All of it may begin as zeros; `step` is a float32 scalar."""
+    """Returns the names of the optimizer's state per parameter. All start as zeros; `step` is a float32 scalar."""
     if settings.name == "adamw":
         return ("exp_avg", "exp_avg_sq", "step")
     return ("momentum_buffer",) if settings.momentum else ()
 
 
 def is_decayed(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay is for this parameter: matrices only. Fused biases are matrices by shape, not by name."""
+    """Whether weight decay applies: only to matrices. A fused bias has a matrix's shape, so the name is checked too."""
     return parameter.ndim >= 2 and not name.endswith("bias")
 
 
@@ -37,7 +37,7 @@ class _Prepared:
 
 
 class TwoPhaseOptimizer:
-    """Steps named parameters. State is kept per parameter: what torch.optim keeps, under the same names."""
+    """Steps named parameters. Keeps the same state per parameter as torch.optim, under the same names."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class TwoPhaseOptimizer:
         settings: OptimizerSettings,
         state: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """state: what `state()` returned; None starts anew. Raises CheckpointError where it does not fit."""
+        """state: as returned by `state()`; None: fresh. Raises CheckpointError if it does not fit."""
         assert settings.name in ("adamw", "sgd"), f"optimizer {settings.name}"
         self._parameters = dict(parameters)
         self._settings = settings
@@ -55,12 +55,15 @@ class TwoPhaseOptimizer:
             self._put_state(key, value)
 
     def state(self) -> Tensors:
-        """`NAME/PARAMETER` -> tensor, for example `exp_avg/up_proj.weight`. Empty before the first step."""
+        """Returns `NAME/PARAMETER` -> tensor, for example `exp_avg/up_proj.weight`. Empty before the first step."""
         return {f"{kind}/{name}": value for name, kinds in self._state.items() for kind, value in sorted(kinds.items())}
 
     @torch.no_grad()
     def prepare(self, grads: Mapping[str, torch.Tensor], *, clip_scale: float, learning_rate: float) -> None:
-        """Computes new parameters and state from gradients times clip_scale. A parameter without one stays as it is."""
+        """Computes new parameters and state from gradients times clip_scale.
+
+        A parameter without a gradient stays unchanged.
+        """
         assert grads.keys() <= self._parameters.keys(), "gradients of unknown parameters"
         names = sorted(grads)
         parameters = {name: self._parameters[name].detach().clone() for name in names}
@@ -83,7 +86,7 @@ class TwoPhaseOptimizer:
         self._prepared = None
 
     def abort(self) -> None:
-        """Forgets what was prepared, if anything was."""
+        """Drops the prepared state, if there is any."""
         self._prepared = None
 
     def _step(
@@ -95,7 +98,7 @@ class TwoPhaseOptimizer:
         learning_rate: float,
         weight_decay: float,
     ) -> None:
-        """One optimizer call over names, in place in parameters and state."""
+        """Runs the optimizer over names, in place on parameters and state."""
         settings = self._settings
         values, gradients = [parameters[n] for n in names], [grads[n] for n in names]
         if settings.name == "sgd":
@@ -150,5 +153,5 @@ class TwoPhaseOptimizer:
             raise CheckpointError(
                 f"optimizer state {key} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
             )
-        # A scalar comes back from a file as what it was saved as; state is changed only on copies.
+        # A step loaded from a file may not be 0-dimensional. No clone is needed: prepare() changes only copies.
         self._state.setdefault(name, {})[kind] = value.reshape(()) if kind == "step" else value.to(parameter.device)

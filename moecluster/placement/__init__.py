@@ -1,1 +1,1 @@
-"""Where experts stand: pure functions on numbers, knowing nothing of the cluster."""
+"""Placement of experts on actors: pure functions on numbers, independent of the cluster."""

@@ -1,4 +1,4 @@
-"""The placement that a cluster starts with: contiguous, or given by hand."""
+"""The initial placement of a cluster: contiguous, or a table given by the user."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _KEY = "controller.placement"
 def initial_placement(
     wanted: str | Mapping[str, Sequence[str]], num_experts: Mapping[int, int], actors: Sequence[str]
 ) -> tuple[Replica, ...]:
-    """What `controller.placement` asks for: the word contiguous, or a table. See the two functions below."""
+    """Returns the placement that `controller.placement` asks for: the word "contiguous", or a table."""
     if isinstance(wanted, str):
         assert wanted == "contiguous", wanted
         return contiguous_placement(num_experts, actors)
@@ -21,16 +21,16 @@ def initial_placement(
 
 
 def all_experts(num_experts: Mapping[int, int]) -> tuple[ExpertId, ...]:
-    """Every logical expert of a model, in order. num_experts: MoE layer -> E."""
+    """Returns every logical expert of a model, in order. num_experts: MoE layer -> E."""
     return tuple(
         ExpertId(layer=layer, index=index) for layer, count in sorted(num_experts.items()) for index in range(count)
     )
 
 
 def contiguous_placement(num_experts: Mapping[int, int], actors: Sequence[str]) -> tuple[Replica, ...]:
-    """One replica of every expert; each layer's experts in runs as even as can be, in the order of the actors.
+    """Returns one replica of every expert; each layer's experts are cut into runs as even as possible, in actor order.
 
-    num_experts: MoE layer -> E. An index stands on the same actor in all layers of equal E; with as many actors as
+    num_experts: MoE layer -> E. An expert index is on the same actor in all layers of equal E; with as many actors as
     experts, every actor holds one index.
     """
     assert actors
@@ -44,10 +44,10 @@ def contiguous_placement(num_experts: Mapping[int, int], actors: Sequence[str]) 
 def given_placement(
     table: Mapping[str, Sequence[str]], num_experts: Mapping[int, int], actors: Sequence[str]
 ) -> tuple[Replica, ...]:
-    """The placement of a table: actor -> "layer/index", where * stands for every MoE layer or every index.
+    """Returns the placement of a table: actor -> "layer/index", where * stands for every MoE layer or every index.
 
-    An expert named on several actors has that many replicas, of equal shares. Raises ConfigError: an unknown actor,
-    layer or index, an expert twice on one actor, or an expert that stands nowhere.
+    An expert listed under several actors gets a replica on each, with equal shares. Raises ConfigError for an unknown
+    actor, layer or index, an expert listed twice under one actor, or an expert that is not placed.
     """
     actors_of: dict[ExpertId, list[str]] = {}
     for actor, names in table.items():
@@ -62,7 +62,7 @@ def given_placement(
     missing = [str(expert) for expert in all_experts(num_experts) if expert not in actors_of]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ConfigError(f"{_KEY}: {len(missing)} experts stand on no actor ({shown}); name each layer/index once")
+        raise ConfigError(f"{_KEY}: {len(missing)} experts are on no actor ({shown}); name each layer/index once")
     return tuple(
         Replica(expert=expert, actor=actor, share=1 / len(places))
         for expert, places in sorted(actors_of.items())
@@ -71,8 +71,10 @@ def given_placement(
 
 
 def experts_named(name: str, num_experts: Mapping[int, int], setting: str) -> list[ExpertId]:
-    """The experts of layer/index, where * stands for every MoE layer or every index. Raises ConfigError, naming the
-    setting."""
+    """Returns the experts of "layer/index", where * stands for every MoE layer or every index.
+
+    Raises ConfigError, naming the setting.
+    """
     match = _EXPERT.fullmatch(name)
     if match is None:
         raise ConfigError(f'{setting}: got "{name}", expected layer/index such as 0/3, */1 or 2/*')

@@ -1,4 +1,4 @@
-"""The planner's numbers: a fleet of actors, and a layout of replicas on it. Names and gRPC are left outside.
+"""The planner's numbers: a fleet of actors, and a layout of replicas on it. Independent of names and of gRPC.
 
 Shape letters: L MoE layers, E experts of a layer (the most, if layers differ), A actors, R replicas over all layers.
 """
@@ -16,11 +16,11 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """The actors that replicas can stand on. Nothing need divide anything; actors may differ in all."""
+    """The actors that can hold replicas. They may differ in everything; no number needs to divide another."""
 
-    slots_A: Ints  # room for replicas of EACH layer; 0: the actor is being drained
+    slots_A: Ints  # slots for replicas of EACH layer; 0: the actor is being drained
     speed_A: Floats  # rows per busy second, in any unit; positive
-    node_A: Ints  # which node the actor is on; equal numbers share a node
+    node_A: Ints  # the node that the actor is on; equal numbers share a node
     expert_bytes_L: Floats  # of one expert of the layer
 
     @property
@@ -30,7 +30,7 @@ class Fleet:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which replicas stand where, and their shares. Sorted by (layer, expert, actor), each at most once."""
+    """Which replicas are placed where, and their shares. Sorted by (layer, expert, actor), each at most once."""
 
     num_experts_L: Ints  # E of each layer
     layer_R: Ints  # position of the layer, in [0, L)
@@ -58,11 +58,11 @@ class Layout:
 
 
 def make_layout(num_experts_L: Ints, layer_R: Ints, expert_R: Ints, actor_R: Ints, share_R: Floats) -> Layout:
-    """A layout of replicas in any order."""
+    """Returns a layout of replicas given in any order."""
     num_experts = int(np.max(num_experts_L, initial=0))
     num_actors = int(np.max(actor_R, initial=0)) + 1
     key_R = (np.asarray(layer_R, dtype=np.int64) * num_experts + expert_R) * num_actors + actor_R
-    order = np.argsort(key_R.astype(np.int64), kind="stable")  # fast on what is nearly sorted, as most calls have it
+    order = np.argsort(key_R.astype(np.int64), kind="stable")  # fast on nearly sorted input, the usual case
     return Layout(
         num_experts_L=np.asarray(num_experts_L, dtype=np.int64),
         layer_R=np.asarray(layer_R, dtype=np.int64)[order],
@@ -73,12 +73,12 @@ def make_layout(num_experts_L: Ints, layer_R: Ints, expert_R: Ints, actor_R: Int
 
 
 def with_shares(layout: Layout, share_R: Floats) -> Layout:
-    """The same replicas with other shares."""
+    """Returns the same replicas with other shares."""
     return dataclasses.replace(layout, share_R=share_R)
 
 
 def without(layout: Layout, dropped_R: Bools) -> Layout:
-    """The layout without some replicas. The shares of those that stay are as they were: they may no longer sum to 1."""
+    """Returns the layout without the dropped replicas. Shares stay as they were: they may no longer sum to 1."""
     kept_R = ~dropped_R
     return Layout(
         num_experts_L=layout.num_experts_L,
@@ -90,7 +90,7 @@ def without(layout: Layout, dropped_R: Bools) -> Layout:
 
 
 def with_added(layout: Layout, layer_N: Ints, expert_N: Ints, actor_N: Ints, share: float = 0.0) -> Layout:
-    """The layout with N replicas more, each with the same share."""
+    """Returns the layout with N more replicas, each with the same share."""
     return make_layout(
         layout.num_experts_L,
         np.concatenate((layout.layer_R, layer_N)),
@@ -101,9 +101,9 @@ def with_added(layout: Layout, layer_N: Ints, expert_N: Ints, actor_N: Ints, sha
 
 
 def of_layers(layout: Layout, layers: Ints) -> Layout:
-    """Some layers, in growing order, as a layout of their own, whose layer_R counts among them.
+    """Returns some layers, in ascending order, as a layout of their own, with layer_R counted among them.
 
-    Its E may be less: the load on it is load_LE[layers, : part.max_experts].
+    Its E may be smaller: its load is load_LE[layers, : part.max_experts].
     """
     place_L = np.full(layout.num_layers, -1)
     place_L[layers] = np.arange(len(layers))
@@ -119,7 +119,7 @@ def of_layers(layout: Layout, layers: Ints) -> Layout:
 
 
 def with_layers(layout: Layout, layers: Ints, part: Layout) -> Layout:
-    """The layout with some layers replaced: the inverse of `of_layers`."""
+    """Returns the layout with some layers replaced: the inverse of `of_layers`."""
     stays_L = np.ones(layout.num_layers, dtype=np.bool_)
     stays_L[layers] = False
     other_R = stays_L[layout.layer_R]
@@ -133,13 +133,13 @@ def with_layers(layout: Layout, layers: Ints, part: Layout) -> Layout:
 
 
 def actor_load_LA(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
-    """Load of every actor in every layer, divided by its speed: [L, A]."""
+    """Returns the load of every actor in every layer, divided by its speed: [L, A]."""
     loads: Floats = carried_LA(layout, load_LE, fleet.num_actors) / fleet.speed_A
     return loads
 
 
 def carried_LA(layout: Layout, load_LE: Floats, num_actors: int) -> Floats:
-    """Load that every actor carries in every layer: [L, A]."""
+    """Returns the load that every actor carries in every layer: [L, A]."""
     load_R = load_LE.reshape(-1)[layout.expert_key_R] * layout.share_R
     key_R = layout.layer_R * num_actors + layout.actor_R
     load_LA: Floats = np.bincount(key_R, weights=load_R, minlength=layout.num_layers * num_actors).astype(np.float64)
@@ -147,13 +147,13 @@ def carried_LA(layout: Layout, load_LE: Floats, num_actors: int) -> Floats:
 
 
 def added_R(before: Layout, after: Layout) -> Bools:
-    """Which replicas of `after` do not stand in `before`: [R of after]."""
+    """Returns which replicas of `after` are not in `before`: [R of after]."""
     width = int(max(before.actor_R.max(initial=0), after.actor_R.max(initial=0))) + 1
     before_R = before.expert_key_R * width + before.actor_R
-    # A replica stands once in a layout; to find that out takes most of the time, at ten thousands of them.
+    # A layout has no duplicate replicas; checking that takes most of the time with tens of thousands of them.
     return ~np.isin(after.expert_key_R * width + after.actor_R, before_R, assume_unique=True)
 
 
 def moved_bytes(before: Layout, after: Layout, fleet: Fleet) -> float:
-    """What going from one layout to another loads."""
+    """Returns the bytes loaded when going from one layout to another."""
     return float(fleet.expert_bytes_L[after.layer_R[added_R(before, after)]].sum())

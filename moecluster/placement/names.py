@@ -1,9 +1,9 @@
-"""The planner's numbers and the cluster's names: layouts out of replicas and back, and how even a placement is.
+"""Converts between the planner's numbers and the cluster's names, and defines balancedness.
 
-A layer's balancedness is the load per unit of speed that its actors carry on average, over that of the worst actor;
+A layer's balancedness is the mean load per unit of speed over its actors, divided by that of the most loaded actor;
 with equal speeds, mean load / max load. It lies in [0, 1], and 1 is perfect. An actor counts if it has slots, or if it
-carries load of the layer though it has none any more (it is being drained). A layer that carries no load has none.
-This is its one definition, wherever it is shown or planned by.
+still carries load of the layer without slots (it is being drained). A layer without load has no balancedness. This is
+the only definition, for display and planning alike.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,9 +16,9 @@ from moecluster.types import ExpertId, Placement, Replica
 
 
 def balancedness_of_loads_L(load_LA: Floats, speed_A: Floats, has_room_A: Bools) -> Floats:
-    """Balancedness [L] of what each actor carries; NaN for layers without load. Loads and speeds are not negative.
+    """Returns the balancedness [L] of the actors' loads; NaN for layers without load. Loads and speeds are at least 0.
 
-    An actor of speed 0 that carries load never ends with it: 0.
+    An actor of speed 0 that carries load never finishes: 0.
     """
     counts_LA = has_room_A | (load_LA > 0)
     total_L = load_LA.sum(axis=1)
@@ -28,26 +28,26 @@ def balancedness_of_loads_L(load_LA: Floats, speed_A: Floats, has_room_A: Bools)
     even_L = np.divide(total_L, speed_L, out=np.zeros_like(total_L), where=speed_L > 0)
     of_L = np.divide(even_L, worst_L, out=np.full_like(total_L, np.nan), where=worst_L > 0)
     of_L[stuck_L] = 0.0
-    balancedness: Floats = np.minimum(of_L, 1.0)  # rounding may lead beyond; NaN stays
+    balancedness: Floats = np.minimum(of_L, 1.0)  # rounding may exceed 1; NaN stays
     return balancedness
 
 
 def balancedness_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
-    """Balancedness [L] of a layout under a load, of the experts that stand somewhere; NaN for layers without load."""
+    """Returns the balancedness [L] of a layout, over the experts that have replicas; NaN for layers without load."""
     return balancedness_of_loads_L(
         carried_LA(layout, load_LE, fleet.num_actors), fleet.speed_A.astype(np.float64), fleet.slots_A > 0
     )
 
 
 def mean_balancedness(layout: Layout, load_LE: Floats, fleet: Fleet) -> float | None:
-    """Mean over the layers that carry load; None if none does: there is nothing to judge."""
+    """Returns the mean over the layers that carry load; None if none does."""
     of_L = balancedness_L(layout, load_LE, fleet)
     judged = of_L[~np.isnan(of_L)]
     return float(judged.mean()) if len(judged) else None
 
 
 def layer_balancedness(placement: Placement, tokens: Mapping[ExpertId, int]) -> dict[int, float]:
-    """Layer -> balancedness over all actors, at equal speeds. Layers that got no token are left out.
+    """Returns layer -> balancedness over all actors, at equal speeds. Omits layers that got no tokens.
 
     tokens: assignments per expert.
     """
@@ -62,7 +62,7 @@ def layer_balancedness(placement: Placement, tokens: Mapping[ExpertId, int]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Which layer and which actor a position stands for."""
+    """The layers and actors that positions stand for."""
 
     layer_experts: Mapping[int, int]  # MoE layer -> its number of experts
     actors: tuple[str, ...]
@@ -77,7 +77,7 @@ class Names:
 
 
 def to_layout(replicas: Iterable[Replica], names: Names) -> Layout:
-    """The replicas that stand on the named actors, each expert's shares scaled to sum to 1."""
+    """Returns the layout of the replicas on the named actors, each expert's shares scaled to sum to 1."""
     layer_at = {layer: i for i, layer in enumerate(names.layers)}
     actor_at = {actor: i for i, actor in enumerate(names.actors)}
     here = [r for r in replicas if r.actor in actor_at]
@@ -92,7 +92,7 @@ def to_layout(replicas: Iterable[Replica], names: Names) -> Layout:
 
 
 def to_replicas(layout: Layout, names: Names) -> dict[int, tuple[Replica, ...]]:
-    """Layer -> its replicas; every layer has an entry."""
+    """Returns layer -> its replicas; every layer has an entry."""
     found: dict[int, list[Replica]] = {layer: [] for layer in names.layers}
     for layer_at, index, actor_at, share in zip(
         layout.layer_R.tolist(), layout.expert_R.tolist(), layout.actor_R.tolist(), layout.share_R.tolist(), strict=True
@@ -104,7 +104,7 @@ def to_replicas(layout: Layout, names: Names) -> dict[int, tuple[Replica, ...]]:
 
 
 def scaled_shares(layout: Layout) -> Floats:
-    """Shares that sum to 1 for each expert: as they relate to each other, or equal where all are 0. [R]"""
+    """Returns shares scaled to sum to 1 for each expert; equal where all of an expert's are 0. [R]"""
     keys = layout.num_layers * layout.max_experts
     sum_R = np.bincount(layout.expert_key_R, weights=layout.share_R, minlength=keys)[layout.expert_key_R]
     count_R = np.bincount(layout.expert_key_R, minlength=keys)[layout.expert_key_R]

@@ -1,59 +1,59 @@
-"""How many expert actors and how many routers there should be: pure functions of load, with hysteresis.
+"""Autoscaling of expert actors and routers: pure functions of load, with hysteresis.
 
-The shape is Ray Serve's autoscaling policy: a wish must last for a delay before it is acted on, upwards shortly,
-downwards long, so that bursts and pauses do not make processes come and go. What is acted on is the least change that
-was wished for all along. A size at which there was a queue, though it would do for the work, is not gone back to for
-some time, however idle the larger one is: the queue was the reason.
+The scheme is Ray Serve's autoscaling policy: a desired change must last for a delay before it is applied, a short one
+upwards, a long one downwards, so that bursts and pauses do not start and stop processes. What is applied is the
+smallest change desired during the delay. A size that had a queue although it sufficed for the work is not returned to
+for some time, however idle the larger size is.
 
-A router that is asked for serves only after its cold start: seconds for a process with torch and transformers, and its
-trunk on top. So a burst waits for upscale_delay_s and the cold start together. An upscale delay far below a cold start
-gains little, and starts routers for bursts that are over when they come. A downscale delay ought to be many cold
-starts: to have been wrong costs one. A router that is still leaving is taken back without one.
+A new router serves only after its cold start: seconds for a process with torch and transformers, plus its trunk. So a
+burst waits for upscale_delay_s plus the cold start. An upscale delay far below a cold start gains little, and starts
+routers for bursts that are over when they are ready. A downscale delay should be many cold starts, since a wrong
+downscale costs one. A router that is still leaving is taken back without a cold start.
 """
 
 import math
 from dataclasses import dataclass, replace
 
-ROOMY = 0.9  # part of what a member shall have to do: fewer are only wished for if they would have no more
-CROWDED_DELAYS = 10.0  # downscale delays for which a size that was too small is not gone back to
+ROOMY = 0.9  # scale down only if the remaining members would be at most this loaded, relative to the target
+CROWDED_DELAYS = 10.0  # downscale delays for which a size that was too small is avoided
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeState:
-    """Since when more, or fewer, have been wished for."""
+    """How long a larger or a smaller size has been desired."""
 
     more_since_s: float | None = None
     fewer_since_s: float | None = None
-    nearest: int = 0  # of the sizes wished for since then: the least change
-    crowded: int = 0  # a size at which there was a queue all the same ...
-    crowded_until_s: float = 0.0  # ... and until when it is not gone back to
+    nearest: int = 0  # the smallest change desired since then, as a size
+    crowded: int = 0  # a size that had a queue although it sufficed for the work ...
+    crowded_until_s: float = 0.0  # ... and until when it is avoided
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a look at the load asks for."""
+    """What one observation of the load asks for."""
 
     now_s: float
-    size: int  # as it is, what is on its way included
-    work: float  # what there is to do; 1 is what one member shall have to do
+    size: int  # current, including members that are starting
+    work: float  # work to do; 1 is the target of one member
     lowest: int
     highest: int
-    queues: bool  # there is a queue: one more than now, whatever the work says
-    calm: bool  # there is none, so that they may be fewer
+    queues: bool  # there is a queue: ask for one more than now, whatever the work
+    calm: bool  # there is no queue, so scaling down is allowed
 
 
 def act_on(
     wish: Wish, state: SizeState, *, upscale_delay_s: float, downscale_delay_s: float
 ) -> tuple[int, float, SizeState]:
-    """(size, for how long it was wished for, new state). The size is that of now as long as nothing is to be done.
+    """Returns (size, seconds that it was desired, new state). The size is the current one if nothing is to be done.
 
-    Wished for are as many as the work takes, and one more than now if there is a queue. The size of now lies within
-    the limits.
+    The desired size is what the work needs, and at least one more than now if there is a queue. The current size lies
+    within the limits.
     """
     now_s, size = wish.now_s, wish.size
     crowded = state.crowded if now_s < state.crowded_until_s else 0
     wished = math.ceil(wish.work - 1e-9)
-    unexplained = wish.queues and wished <= size  # going by the work alone, they would do
+    unexplained = wish.queues and wished <= size  # the work alone does not explain the queue
     if wish.queues:
         wished = max(wished, size + 1)
     wished = min(max(wished, wish.lowest, min(crowded + 1, size)), wish.highest)
@@ -77,12 +77,12 @@ def act_on(
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSizeSettings:
-    """Limits and aims of the number of routers."""
+    """Limits and targets of the number of routers."""
 
     min_routers: int
     max_routers: int
     target_texts: float = 8.0  # running and waiting at one router
-    target_waiting: float = 1.0  # texts that wait at one router, mean over the routers, that is still fine
+    target_waiting: float = 1.0  # highest acceptable number of requests that wait, mean over the routers
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
 
@@ -92,18 +92,18 @@ class RouterObservation:
     """All routers that stay, at one moment."""
 
     now_s: float
-    routers: int  # that serve, or are on their way
-    running: int  # texts, over all routers
-    waiting: int  # texts that are not begun yet, over all routers
+    routers: int  # serving or starting
+    running: int  # requests, over all routers
+    waiting: int  # requests not started yet, over all routers
 
 
 def decide_routers(
     seen: RouterObservation, state: SizeState, settings: RouterSizeSettings
 ) -> tuple[int, str, SizeState]:
-    """(number of routers, why, new state). The number equals seen.routers as long as nothing is to be done.
+    """Returns (number of routers, reason, new state). The number equals seen.routers if nothing is to be done.
 
-    Wished for are as many routers as bring the texts of each to the target, and one more than now if too many wait.
-    Fewer are only wished for if their texts would stay under the target by a tenth, and hardly any wait.
+    The desired number brings each router's requests to the target, and is at least one more than now if too many wait.
+    Scaling down requires that the remaining routers stay a tenth below the target, and that hardly any request waits.
     """
     lowest, highest = settings.min_routers, settings.max_routers
     within = min(max(seen.routers, lowest), highest)
@@ -124,42 +124,42 @@ def decide_routers(
     )
     if wanted == seen.routers:
         return wanted, "", state
-    texts = (seen.running + seen.waiting) / seen.routers
+    requests = (seen.running + seen.waiting) / seen.routers
     why = (
-        f"a router has {texts:.1f} texts (aim {settings.target_texts:g}), {waiting:.1f} of which wait "
-        f"(aim {settings.target_waiting:g}); more or fewer were wished for {seconds:.0f} s"
+        f"a router has {requests:.1f} requests (aim {settings.target_texts:g}), {waiting:.1f} of which wait "
+        f"(aim {settings.target_waiting:g}); more or fewer were needed for {seconds:.0f} s"
     )
     return wanted, why, state
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeSettings:
-    """Limits and aims of the cluster's size."""
+    """Limits and targets of the cluster's size."""
 
     min_actors: int
     max_actors: int
-    target_queue_s: float = 0.05  # mean wait of a message at an actor that is still fine
-    target_utilisation: float = 0.7  # busy share of an actor's time that is aimed at
+    target_queue_s: float = 0.05  # highest acceptable mean wait of a message at an actor
+    target_utilisation: float = 0.7  # target of the busy share of an actor's time
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeObservation:
-    """All expert actors between two looks."""
+    """All expert actors between two observations."""
 
     now_s: float
-    actors: int  # that serve, or are on their way
+    actors: int  # serving or starting
     busy_share: float  # mean over the actors, 0 to 1
     queue_s: float  # mean wait of a message; 0 without messages
     needed: int = 1  # the fewest actors whose slots hold every expert
 
 
 def decide_size(seen: SizeObservation, state: SizeState, settings: SizeSettings) -> tuple[int, str, SizeState]:
-    """(number of actors, why, new state). The number equals seen.actors as long as nothing is to be done.
+    """Returns (number of actors, reason, new state). The number equals seen.actors if nothing is to be done.
 
-    Wished for are as many actors as bring utilisation to its target, and one more if messages wait too long. Fewer
-    are only wished for if utilisation would stay under its target by a tenth with them, and nothing waits.
+    The desired number brings utilization to its target, and is at least one more than now if messages wait too long.
+    Scaling down requires that utilization stays a tenth below its target afterwards, and that nothing waits.
     """
     lowest = max(settings.min_actors, seen.needed)
     within = min(max(seen.actors, lowest), settings.max_actors)

@@ -415,7 +415,7 @@ class Operation(_message.Message):
     arguments: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., phase: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., created_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., balancedness_before: _Optional[float] = ..., balancedness_predicted: _Optional[float] = ..., balancedness_measured: _Optional[float] = ..., moved_bytes: _Optional[int] = ..., added_replicas: _Optional[int] = ..., removed_replicas: _Optional[int] = ..., arguments: _Optional[_Iterable[str]] = ...) -> None: ...
 
-class ControllerPicture(_message.Message):
+class ControllerSnapshot(_message.Message):
     __slots__ = ("actors", "leaving", "replica_layers", "replica_experts", "replica_actors", "replica_shares", "operations", "cold", "versions", "weight_version", "last_weight_version")
     ACTORS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]

@@ -143,7 +143,7 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WantExperts(self, request, context):
-        """A router met tokens for experts that stand nowhere: they are loaded again.
+        """A router met tokens for unloaded experts: they are loaded again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,7 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.WantRequest,
         moecluster.proto.controller_pb2.WantReply,
     ]
-    """A router met tokens for experts that stand nowhere: they are loaded again."""
+    """A router met tokens for unloaded experts: they are loaded again."""
 
     Loads: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.LoadsRequest,
@@ -130,7 +130,7 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.WantRequest,
         moecluster.proto.controller_pb2.WantReply,
     ]
-    """A router met tokens for experts that stand nowhere: they are loaded again."""
+    """A router met tokens for unloaded experts: they are loaded again."""
 
     Loads: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.LoadsRequest,
@@ -221,7 +221,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.WantRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.WantReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.WantReply]]:
-        """A router met tokens for experts that stand nowhere: they are loaded again."""
+        """A router met tokens for unloaded experts: they are loaded again."""
 
     @abc.abstractmethod
     def Loads(

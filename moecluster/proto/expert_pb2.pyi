@@ -220,20 +220,20 @@ class UnloadReply(_message.Message):
     def __init__(self) -> None: ...
 
 class SetPlacementRequest(_message.Message):
-    __slots__ = ("term", "generation", "checkpoint", "picture", "weight_version", "weight_versions")
+    __slots__ = ("term", "generation", "checkpoint", "snapshot", "weight_version", "weight_versions")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
-    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     checkpoint: str
-    picture: bytes
+    snapshot: bytes
     weight_version: int
     weight_versions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., weight_version: _Optional[int] = ..., weight_versions: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., checkpoint: _Optional[str] = ..., snapshot: _Optional[bytes] = ..., weight_version: _Optional[int] = ..., weight_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SetPlacementReply(_message.Message):
     __slots__ = ()
@@ -342,15 +342,15 @@ class AbortReply(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("training_term", "with_picture")
+    __slots__ = ("training_term", "with_snapshot")
     TRAINING_TERM_FIELD_NUMBER: _ClassVar[int]
-    WITH_PICTURE_FIELD_NUMBER: _ClassVar[int]
+    WITH_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     training_term: int
-    with_picture: bool
-    def __init__(self, training_term: _Optional[int] = ..., with_picture: bool = ...) -> None: ...
+    with_snapshot: bool
+    def __init__(self, training_term: _Optional[int] = ..., with_snapshot: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "picture", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows", "expert_runs", "other_versions")
+    __slots__ = ("actor", "incarnation", "placement_term", "generation", "experts", "hosted_bytes", "weight_version", "training_term", "committed", "prepared", "rss_bytes", "checkpoint", "snapshot", "computed_rows", "busy_s", "batches", "queue_wait_s", "queue_rows", "expert_runs", "other_versions")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
@@ -363,7 +363,7 @@ class StatusReply(_message.Message):
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
-    PICTURE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
@@ -383,7 +383,7 @@ class StatusReply(_message.Message):
     prepared: StepTag
     rss_bytes: int
     checkpoint: str
-    picture: bytes
+    snapshot: bytes
     computed_rows: int
     busy_s: float
     batches: int
@@ -391,7 +391,7 @@ class StatusReply(_message.Message):
     queue_rows: int
     expert_runs: int
     other_versions: _containers.RepeatedCompositeFieldContainer[HeldVersion]
-    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., picture: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., expert_runs: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ...) -> None: ...
+    def __init__(self, actor: _Optional[str] = ..., incarnation: _Optional[str] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[_tensor_pb2.ExpertRef, _Mapping]]] = ..., hosted_bytes: _Optional[int] = ..., weight_version: _Optional[int] = ..., training_term: _Optional[int] = ..., committed: _Optional[_Union[StepTag, _Mapping]] = ..., prepared: _Optional[_Union[StepTag, _Mapping]] = ..., rss_bytes: _Optional[int] = ..., checkpoint: _Optional[str] = ..., snapshot: _Optional[bytes] = ..., computed_rows: _Optional[int] = ..., busy_s: _Optional[float] = ..., batches: _Optional[int] = ..., queue_wait_s: _Optional[float] = ..., queue_rows: _Optional[int] = ..., expert_runs: _Optional[int] = ..., other_versions: _Optional[_Iterable[_Union[HeldVersion, _Mapping]]] = ...) -> None: ...
 
 class HeldVersion(_message.Message):
     __slots__ = ("version", "experts")

@@ -1,8 +1,8 @@
-"""The weight versions that a router has: each with its own trunk, and experts of the same version behind it.
+"""The weight versions that a router holds: each with its own trunk, over experts of the same version.
 
-A text is written to its end with the version that it was begun with. The versions follow the placement: the trunk of
-the version that is next is loaded beside the one in use, so that the change is only that new texts take the other one.
-The old one is kept while the placement names it: texts that another router began with it may go on here.
+A request keeps the version that it started with. The versions follow the placement: the router loads the trunk of the
+next version beside the current one, so that the switch only affects which one new requests use. It keeps the old one
+while the placement names it, since requests that another router started with it may continue here.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import Generic, Self, TypeVar
 
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.dispatch.trunk_backend import VersionExperts
-from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.memory import return_freed_memory
 from moecluster.types import Placement
 
@@ -25,24 +25,24 @@ logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT")
 
-LOOK_S = 0.5  # between looks at what is to be closed
+POLL_S = 0.5  # between checks for trunks to close
 RETRY_S = 5.0  # before a trunk that could not be loaded is tried again
-SETTLE_TIMEOUT_S = 60.0  # longest wait of a new text for the version that is served
+SETTLE_TIMEOUT_S = 60.0  # longest wait of a new request for the version that is served
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionsInUse:
-    """What a router tells the controller of its weights."""
+    """What a router reports to the controller about its weights."""
 
-    newest: int  # that new texts are written with; 0: not known yet
-    oldest: int  # that a text is still being written with, or the newest
+    newest: int  # that new requests are generated with; 0: not known yet
+    oldest: int  # that a running request still uses, or the newest
     ready: int  # the newest whose trunk is loaded
     failed: int  # whose trunk could not be loaded; 0: none
     problem: str  # why
 
 
 class _Loaded(Generic[ModelT]):
-    """A version with its trunk, and how many texts use it."""
+    """A version with its trunk, and how many requests use it."""
 
     def __init__(self, path: Path, backend: VersionExperts, model: ModelT) -> None:
         self.path = path
@@ -56,7 +56,7 @@ class _Loaded(Generic[ModelT]):
 
 
 class ModelUse(Generic[ModelT]):
-    """A text's hold on the version that it is written with. Released once, from any thread; a context manager."""
+    """A request's hold on the version that it is generated with. A context manager; any thread may release it."""
 
     def __init__(self, loaded: _Loaded[ModelT], release: Callable[[_Loaded[ModelT]], None]) -> None:
         self.model = loaded.model
@@ -72,7 +72,7 @@ class ModelUse(Generic[ModelT]):
         return self._loaded.version
 
     def release(self) -> None:
-        """The text has ended. Again is fine."""
+        """Ends the hold. Idempotent."""
         with self._lock:
             if self._is_released:
                 return
@@ -89,7 +89,7 @@ class ModelUse(Generic[ModelT]):
 
 
 class ModelVersions(Generic[ModelT]):
-    """Loads trunks as the placement asks, closes those that nobody uses. Thread-safe; ends with close()."""
+    """Loads the trunks that the placement names and closes unused ones. Thread-safe; ends with close()."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class ModelVersions(Generic[ModelT]):
         close: Callable[[ModelT], None] = lambda model: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """Loads the first trunk; which version it is of, the first placement tells. Raises what load raises.
+        """Loads the first trunk; the first placement says which version it is. Raises what load raises.
 
-        load: a directory and its experts to whatever texts are written with; called by one thread at a time, while
-        others write texts. close: ends that, when the last text has ended. on_change: the versions in use have changed.
+        load: loads a directory's model over its experts; called by one thread at a time, while others generate.
+        close: closes such a model after its last request. on_change: called when the versions in use have changed.
         """
         self._experts = experts
         self._load = load
@@ -112,21 +112,21 @@ class ModelVersions(Generic[ModelT]):
         self._changed = threading.Condition()
         self._current = self._loaded(Path(path), 0)
         self._next: _Loaded[ModelT] | None = None
-        self._retired: list[_Loaded[ModelT]] = []  # texts may still be written with them
-        self._old = 0  # the version of texts that may still come from other routers; 0: none
+        self._retired: list[_Loaded[ModelT]] = []  # running requests may still use them
+        self._old = 0  # the version of requests that may still come from other routers; 0: none
         self._failed = 0  # the version whose trunk could not be loaded last
         self._problem = ""  # and why
-        self._is_settled = False  # the current version is that of a placement, or was once
-        self._not_before_s = 0.0  # of a load that failed
+        self._is_settled = False  # a placement has confirmed the version of new requests
+        self._not_before_s = 0.0  # earliest retry of a load that failed
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="model-versions", daemon=True)
         self._thread.start()
 
     def use(self, timeout_s: float = SETTLE_TIMEOUT_S, *, version: int = 0) -> ModelUse[ModelT]:
-        """The version that a new text is to be written with, or the named one; it stays until the use is released.
+        """Returns the version for a new request, or the named one; it stays loaded until the use is released.
 
-        Waits while a router that has just started finds out what is served. Raises Unavailable after the timeout, and
-        StaleOrder if the named version is not here.
+        Waits until a router that has just started knows which version is served. Raises Unavailable after the timeout,
+        and StaleRequest if the named version is not loaded here.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_settled or self._closed.is_set(), timeout_s):
@@ -141,7 +141,7 @@ class ModelVersions(Generic[ModelT]):
 
     @property
     def current(self) -> tuple[Path, ModelT]:
-        """Directory and trunk of new texts, without holding it."""
+        """Directory and trunk of new requests, without holding it."""
         with self._changed:
             return self._current.path, self._current.model
 
@@ -160,7 +160,7 @@ class ModelVersions(Generic[ModelT]):
             )
 
     def reload(self, path: str | Path) -> None:
-        """New texts take another directory, of the same version: training went on. Raises what load raises."""
+        """Loads another directory of the same version for new requests: training went on. Raises what load raises."""
         with self._changed:
             version = self._current.version
         loaded = self._loaded(Path(path), version)
@@ -170,11 +170,11 @@ class ModelVersions(Generic[ModelT]):
             self._retired.append(loaded)
 
     def close(self) -> None:
-        """Ends the following, and closes what no text uses; what is used still, its text closes no more."""
+        """Stops following the placement and closes all trunks, even those that requests still use."""
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
-        self._thread.join(LOOK_S + 5.0)
+        self._thread.join(POLL_S + 5.0)
         with self._changed:
             idle = [loaded for loaded in (*self._retired, self._current, self._next) if loaded is not None]
             self._retired, self._next = [], None
@@ -187,16 +187,16 @@ class ModelVersions(Generic[ModelT]):
         number = (-1, -1)
         while not self._closed.is_set():
             try:
-                placement = self._experts.pool.placement(LOOK_S)
+                placement = self._experts.pool.placement(POLL_S)
                 if placement.number != number or self._failed:
                     number = placement.number if self._follow(placement) else (-1, -1)
-                self._experts.pool.wait_for_change(placement.number, LOOK_S)
+                self._experts.pool.wait_for_change(placement.number, POLL_S)
             except Unavailable:
-                self._closed.wait(LOOK_S / 10)  # no placement yet, or the client is closed
+                self._closed.wait(POLL_S / 10)  # no placement yet, or the client is closed
             self._close_idle()
 
     def _follow(self, placement: Placement) -> bool:
-        """Takes the versions that the placement names. False if there is more to do, later."""
+        """Takes the versions that the placement names. Returns False if it must be called again later."""
         with self._changed:
             self._old = placement.old_weight_version
         published, following = placement.weight_version, placement.next_weight_version
@@ -214,7 +214,7 @@ class ModelVersions(Generic[ModelT]):
         return self._prepare(following, placement.next_checkpoint)
 
     def _take(self, version: int, checkpoint: str) -> bool:
-        """Begins new texts with a version, which is loaded already unless this router was left out."""
+        """Switches new requests to a version, which is loaded already unless this router missed its preparation."""
         if not self._prepare(version, checkpoint):
             return False
         with self._changed:
@@ -225,12 +225,12 @@ class ModelVersions(Generic[ModelT]):
         return True
 
     def _prepare(self, version: int, checkpoint: str) -> bool:
-        """Loads a version beside the current one. False if it could not be loaded, or only tried later."""
+        """Loads a version beside the current one. Returns False if that failed, or if it is too early to retry."""
         with self._changed:
             if self._next is not None and self._next.version == version:
                 return True
             kept = next((loaded for loaded in self._retired if loaded.version == version), None)
-            if kept is not None:  # texts are still written with it
+            if kept is not None:  # requests are still generated with it
                 self._retired.remove(kept)
             unused, self._next = self._next, kept
             self._retired += [unused] if unused is not None else []
@@ -240,7 +240,7 @@ class ModelVersions(Generic[ModelT]):
             return False
         try:
             loaded = self._loaded(Path(checkpoint), version)
-        except Exception as exc:  # of the disk, of torch, of a family's own code: the texts of the old version go on
+        except Exception as exc:  # from the disk, torch or a family's own code: requests of the old version continue
             log = logger.warning if isinstance(exc, MoeClusterError) else logger.exception
             log("the trunk of weight version %d is not loaded: %s", version, exc)
             with self._changed:
@@ -254,26 +254,26 @@ class ModelVersions(Generic[ModelT]):
         return True
 
     def _held(self, version: int) -> _Loaded[ModelT]:
-        """A version, or (0) the current one. Under the lock. Raises StaleOrder."""
+        """Returns a version, or the current one for 0. Called with the lock held. Raises StaleRequest."""
         if version in (0, self._current.version):
             return self._current
         others = (*reversed(self._retired), *([self._next] if self._next is not None else []))
         for loaded in others:
             if loaded.version == version:
                 return loaded
-        raise StaleOrder(f"weight version {version} is not held here: {self._current.version} is served")
+        raise StaleRequest(f"weight version {version} is not held here: {self._current.version} is served")
 
     def _loaded(self, path: Path, version: int) -> _Loaded[ModelT]:
         backend = VersionExperts(self._experts, version)
         return _Loaded(path, backend, self._load(path, backend))
 
     def _replace_current(self, loaded: _Loaded[ModelT]) -> _Loaded[ModelT]:
-        """Returns the one that was current. Under the lock."""
+        """Returns the one that was current. Called with the lock held."""
         before, self._current = self._current, loaded
         return before
 
     def _settle(self) -> None:
-        """Under the lock."""
+        """Lets new requests start. Called with the lock held."""
         self._is_settled = True
         self._changed.notify_all()
         self._on_change()
@@ -286,7 +286,8 @@ class ModelVersions(Generic[ModelT]):
             self._on_change()
 
     def _close_idle(self) -> None:
-        """By the own thread: a text's thread that ends is not one to wait for texts' threads."""
+        """Closes unused trunks. Runs in this object's thread: a request's thread must not wait for other requests'
+        threads."""
         with self._changed:
             kept = [loaded for loaded in self._retired if loaded.uses or loaded.version == self._old != 0]
             idle = [loaded for loaded in self._retired if loaded not in kept]

@@ -1,4 +1,4 @@
-"""The router: a model's trunk whose experts are elsewhere, and the texts that are written on it."""
+"""The router: a model's trunk over remote experts, and the requests that run on it."""
 
 import logging
 import math
@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.dispatch.trunk_backend import TrunkExperts, VersionExperts
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.hf.interface import moe_layers
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint.reader import OpenCheckpoint, open_checkpoint
@@ -23,64 +22,33 @@ from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.models.tokenizer.load import load_tokenizer, prompt_ids
 from moecluster.models.trunk import load_trunk
 from moecluster.moe.experts.finiteness import is_finite
+from moecluster.router.engine.engine import Engine, EngineLimits
+from moecluster.router.engine.factory import make_engine
 from moecluster.router.model_versions import ModelVersions
 from moecluster.types import RouterState, RouterStatus
 
 logger = logging.getLogger(__name__)
 
 
-class TextEngine(Protocol):
-    """What writes the texts of one trunk. Thread-safe."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Most that one text may have, prompt included."""
-
-    @property
-    def running(self) -> int:
-        """Texts that are being written."""
-
-    @property
-    def waiting(self) -> int:
-        """Texts that wait to be begun."""
-
-    def begin(
-        self, request: GenerationRequest, prompt_ids: list[int], *, on_over: Callable[[], object]
-    ) -> Iterator[GenerationPiece]:
-        """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
-
-        Raises InvalidMessage, naming the field, or Exhausted; then on_over is not called.
-        """
-
-    def cancel(self, name: str) -> bool:
-        """Ends a text; False if there is none of that name."""
-
-    def close(self) -> None:
-        """Ends all texts."""
-
-
-MakeEngine = Callable[[PreTrainedModel, PreTrainedTokenizerBase, TrunkExperts], TextEngine]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A trunk in memory, and what writes on it."""
+    """A trunk in memory, and the engine that generates with it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     experts: TrunkExperts
-    engine: TextEngine
+    engine: Engine
 
 
 class Router:
-    """Writes texts, and computes single MoE layers. Thread-safe."""
+    """Serves generation requests, and computes single MoE layers. Thread-safe."""
 
     def __init__(
         self,
         path: str | Path,
         experts: RemoteExperts,
         *,
-        make_engine: MakeEngine,
+        limits: EngineLimits,
         is_given: IsGiven,
         name: str = "router",
         dtype: torch.dtype = torch.float32,
@@ -92,33 +60,33 @@ class Router:
     ) -> None:
         """Loads trunk and tokenizer of a model directory. Raises NotGiven, CheckpointError or UnsupportedModelError.
 
-        is_given: whether a trunk may be loaded out of a directory. on_change: state() says something else about
-        weights. controller: host:port where the controller is reached now, or nothing. open_elsewhere: opens
-        checkpoints that this node does not see.
+        is_given: whether a trunk may be loaded from a directory. on_change: called when the weight versions in state()
+        change. controller: returns the controller's current host:port, or "". open_elsewhere: opens checkpoints that
+        this node does not see.
         """
         self.name = name
         self.experts = experts
-        self._make_engine = make_engine
+        self._limits = limits
         self._is_given = is_given
         self._metrics = metrics
         self._controller = controller
         self._dtype, self._device = dtype, device
         self._open_elsewhere = open_elsewhere
         self._lock = threading.Lock()
-        self._engines: list[TextEngine] = []  # of all trunks in memory
+        self._engines: list[Engine] = []  # of all trunks in memory
         self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
         if metrics is not None:
-            metrics.watch_texts(running=lambda: self._texts()[0], waiting=lambda: self._texts()[1])
+            metrics.watch_requests(running=lambda: self._count_requests()[0], waiting=lambda: self._count_requests()[1])
 
     def reload(self, path: str | Path) -> None:
-        """Takes trunk and tokenizer of another directory; texts that are being written go on with the old ones."""
+        """Loads trunk and tokenizer of another directory; running requests keep the old ones."""
         self._models.reload(path)
 
-    def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
-        """The pieces of a text as they come. An iterator that is left early ends its text.
+    def generate(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        """Streams a request's chunks. Closing the iterator early ends the request.
 
-        Raises InvalidMessage, naming the field, Exhausted when too many texts wait, or StaleOrder where the weight
-        version that a text was begun with is not here; while it runs, what reaching the experts raises.
+        Raises InvalidMessage, naming the field, Exhausted when too many requests wait, or StaleRequest if the weight
+        version that the request started with is not loaded here; while it runs, any error of the remote experts.
         """
         use = None
         try:
@@ -134,16 +102,17 @@ class Router:
             raise
 
     def cancel(self, request_id: str) -> bool:
-        """Ends a text. False if none of that name is written."""
+        """Ends a request. Returns False for an unknown id."""
         return any(engine.cancel(request_id) for engine in self._all_engines())
 
     def moe(
         self, layer: int, x_TD: torch.Tensor, timeout_s: float = math.inf
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y_TD, ids_TK, weights_TK) of one MoE layer for raw hidden states: its gate, and its routed experts' sum.
+        """Returns (y_TD, ids_TK, weights_TK) of one MoE layer for raw hidden states: the weighted sum of its routed
+        experts, and its gate's choice.
 
-        timeout_s: for the experts' answers, if it is shorter than the router's own. Raises InvalidMessage for a layer
-        without experts, or another width or dtype, and DeadlineExceeded.
+        timeout_s: for the experts' replies, if shorter than the router's own. Raises InvalidMessage for a layer without
+        experts, or a wrong width or dtype, and DeadlineExceeded.
         """
         with self._models.use() as use:
             return self._moe(use.model, layer, x_TD, timeout_s)
@@ -170,7 +139,7 @@ class Router:
         except MoeClusterError:
             placement = (0, 0)
         path, served = self._models.current
-        running, waiting = self._texts()
+        running, waiting = self._count_requests()
         return RouterStatus(
             router=self.name,
             model=str(path),
@@ -184,8 +153,8 @@ class Router:
         )
 
     def state(self) -> RouterState:
-        """What the controller is told. Never waits."""
-        weights, (running, waiting) = self._models.in_use(), self._texts()
+        """The router's report to the controller. Never waits."""
+        weights, (running, waiting) = self._models.in_use(), self._count_requests()
         return RouterState(
             router=self.name,
             running=running,
@@ -198,18 +167,18 @@ class Router:
         )
 
     def close(self) -> None:
-        """Ends all texts, and the connections to the experts."""
+        """Ends all requests, and the connections to the experts."""
         for engine in self._all_engines():
             engine.close()
         self._models.close()
         self.experts.close()
 
-    def _texts(self) -> tuple[int, int]:
-        """(how many are being written, how many wait), on all trunks together."""
+    def _count_requests(self) -> tuple[int, int]:
+        """Returns (running, waiting) requests of all trunks together."""
         engines = self._all_engines()
         return sum(engine.running for engine in engines), sum(engine.waiting for engine in engines)
 
-    def _all_engines(self) -> list[TextEngine]:
+    def _all_engines(self) -> list[Engine]:
         with self._lock:
             return list(self._engines)
 
@@ -222,19 +191,19 @@ class Router:
         self._check_finite(model, path, refuse=bool(version.version))
         experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
         tokenizer = load_tokenizer(checkpoint.files.metadata)
-        engine = self._make_engine(model, tokenizer, experts)
+        engine = make_engine(model, tokenizer, experts, limits=self._limits, metrics=self._metrics)
         with self._lock:
             self._engines.append(engine)
         return ServedModel(model=model, tokenizer=tokenizer, experts=experts, engine=engine)
 
     def _check_finite(self, model: PreTrainedModel, path: Path, *, refuse: bool) -> None:
-        """A trunk that is to replace another one is refused with NaN or infinity in it, with CheckpointError."""
+        """Raises CheckpointError for a trunk with NaN or infinity if refuse; otherwise logs it."""
         name = next((name for name, value in model.named_parameters() if not _is_finite(value)), None)
         if name is not None:
             problem = f"{path}: the trunk's tensor {name} holds NaN or infinity"
             if refuse:
                 raise CheckpointError(problem)
-            logger.error("%s: texts that need it fail", problem)
+            logger.error("%s: requests that need it fail", problem)
 
     def _close(self, served: ServedModel) -> None:
         with self._lock:

@@ -1,1 +1,1 @@
-"""What-if without a cluster: recorded or made-up loads against any policy and any actors."""
+"""What-if analysis without a cluster: recorded or synthetic loads against any policy and any actors."""

@@ -1,4 +1,4 @@
-"""What things cost in the simulator, and where the figures come from: the layer benchmark of this project."""
+"""Costs in the simulator, calibrated from the results of benchmarks/layer.py."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from scipy.optimize import nnls
 from moecluster.errors import ConfigError
 from moecluster.placement.layout import Floats
 
-# The layer that benchmarks/layer.py measures: two actors of one thread each, an even half of the experts on each.
+# The layer that benchmarks/layer.py measures: two actors of one thread each, half of the experts on each.
 BENCH_WIDTH, BENCH_INNER, BENCH_EXPERTS, BENCH_TOP_K, BENCH_ACTORS = 1024, 3584, 8, 2, 2
 BENCH_ROW_BYTES = 2 * 2 * BENCH_WIDTH  # bfloat16, there and back
 BENCH_EXPERT_BYTES = 2 * 3 * BENCH_WIDTH * BENCH_INNER  # gate, up and down in bfloat16
@@ -24,10 +24,10 @@ _MEASURED = re.compile(r"ours: forward, bfloat16, (\d+) tokens, (shm|inline)")
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Figures of one actor of speed 1 on hardware of one kind.
+    """Costs of one actor of speed 1 on one kind of hardware.
 
-    The defaults are what `calibrated` makes of benchmarks/results/layer.json as of November 2026: two cores of an AMD
-    EPYC, so a simulation with them tells of CPU actors of one thread each. For other hardware, run the benchmark there.
+    The defaults are what `calibrated` returns for benchmarks/results/layer.json as of November 2026: two cores of an
+    AMD EPYC, so they describe CPU actors of one thread each. For other hardware, run the benchmark there.
     """
 
     message_s: float = 5.4e-3  # an MoE layer's fixed time: index work, a message there and back, thread hand-offs
@@ -44,12 +44,12 @@ class Costs:
 
 
 def calibrated(path: str | Path) -> Costs:
-    """The costs that explain a result file of benchmarks/layer.py best.
+    """Returns the costs that best explain a result file of benchmarks/layer.py.
 
     Shared-memory times over the batch sizes are fitted by non-negative least squares of relative errors as
-    message_s + experts touched * expert_s + pairs of an actor * row_s. The link's bandwidth is what inline transport
-    adds at the largest batch; where that is lost in noise, the default stays. Raises ConfigError: no such file, or no
-    such figures in it.
+    message_s + experts touched * expert_s + pairs of an actor * row_s. The link's bandwidth follows from the time that
+    inline transport adds at the largest batch; if noise hides it, the default is kept. Raises ConfigError if the file
+    cannot be read or lacks such figures.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
@@ -73,7 +73,7 @@ def calibrated(path: str | Path) -> Costs:
 
 
 def touched(tokens: Floats) -> Floats:
-    """Experts of one actor of the benchmark that a batch of so many tokens is expected to touch."""
+    """Returns how many of a benchmark actor's experts a batch of this many tokens is expected to touch."""
     experts: Floats = BENCH_EXPERTS / BENCH_ACTORS * (1 - (1 - BENCH_TOP_K / BENCH_EXPERTS) ** tokens)
     return experts
 
@@ -84,7 +84,7 @@ def _part_of_tokens_to_an_actor() -> float:
 
 
 def _times(rows: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
-    """(tokens, transport) -> milliseconds; a case measured beside several contenders has its median."""
+    """Returns (tokens, transport) -> milliseconds; the median where a case was measured several times."""
     found: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         if (match := _MEASURED.fullmatch(row["name"])) and row["unit"] == "ms":

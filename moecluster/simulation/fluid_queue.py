@@ -1,8 +1,8 @@
-"""Tokens as a fluid that waits for, and flows through, all MoE layers of a model: how the simulator knows delays.
+"""Models tokens as a fluid that queues for, and flows through, all MoE layers of a model: the simulator's delays.
 
 A step takes a batch of tokens through the layers one after the other; each layer takes as long as its slowest actor.
-Tokens that come during a step make up the next one's batch (continuous batching), up to a greatest size. So the batch
-size is where arrivals and step time agree, and beyond the greatest size a backlog grows. All is exact while nothing
+Tokens that arrive during a step form the next batch (continuous batching), up to a maximum size. So the batch size is
+where arrivals match the step time, and beyond the maximum size a backlog grows. The model is exact while nothing
 changes.
 """
 
@@ -16,14 +16,14 @@ from moecluster.simulation.costs import Costs
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """What a step costs on each actor: fixed_LA + tokens * per_token_LA seconds, and base_s once."""
+    """Cost of a step on each actor: fixed_LA + tokens * per_token_LA seconds, plus base_s once."""
 
     base_s: float
     fixed_LA: Floats
     per_token_LA: Floats
 
     def step_s(self, tokens: float) -> tuple[float, float]:
-        """Time of a step with so many tokens, and by how much it grows with one more: a convex function."""
+        """Returns the time of a step with this many tokens, and its slope per token: a convex function."""
         time_LA = self.fixed_LA + self.per_token_LA * tokens
         slowest_L = time_LA.argmax(axis=1)
         layers = np.arange(len(slowest_L))
@@ -32,11 +32,11 @@ class StepCosts:
 
 
 def step_costs(layout: Layout, pairs_LE: Floats, fleet: Fleet, link_A: Floats, costs: Costs) -> StepCosts:
-    """The costs of a standing layout.
+    """Returns the costs of a layout.
 
-    pairs_LE: (row, expert) pairs that a token brings to each expert, so a layer's sum is top-k. link_A: bytes per
-    second that are left of each actor's link. Every pair counts as a row of its own on the link, and every replica with
-    a share as touched: true for large batches on many actors, and an upper bound otherwise.
+    pairs_LE: (row, expert) pairs that a token sends to each expert, so a layer's sum is top-k. link_A: bytes per second
+    available on each actor's link. Every pair counts as a row of its own on the link, and every replica with a share
+    as touched: true for large batches on many actors, and an upper bound otherwise.
     """
     shape = (layout.num_layers, fleet.num_actors)
     key_R = layout.layer_R * fleet.num_actors + layout.actor_R
@@ -51,7 +51,7 @@ def step_costs(layout: Layout, pairs_LE: Floats, fleet: Fleet, link_A: Floats, c
 
 
 def steady_batch(costs: StepCosts, tokens_per_s: float, most_tokens: float) -> float:
-    """Tokens per step where a step takes as long as they take to come; most_tokens if there is no such size below it.
+    """Returns the tokens per step at which a step takes as long as they take to arrive; at most most_tokens.
 
     Newton from zero on a concave function: each step lands at or before the root, and on one of finitely many lines.
     """
@@ -69,12 +69,12 @@ def steady_batch(costs: StepCosts, tokens_per_s: float, most_tokens: float) -> f
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What flowed through in some time. Sums, so that times add up."""
+    """Totals over some time. Sums, so that times add up."""
 
     seconds: float = 0.0
     tokens: float = 0.0
     step_seconds: float = 0.0  # sum over the tokens of the time of the step that took them
-    waited: float = 0.0  # sum over the waiting tokens of the time that they waited, as it passed
+    waited: float = 0.0  # time that tokens spent waiting, summed over tokens, as it passes
 
     def __add__(self, other: "Served") -> "Served":
         return Served(
@@ -86,10 +86,10 @@ class Served:
 
 
 class FluidQueue:
-    """Tokens that came and were not yet served.
+    """Tokens that arrived and are not yet served.
 
-    backlog: can be served, and waits for its turn. held: waits for an expert that no actor holds; it joins the backlog
-    when every expert stands again, for a token needs all layers.
+    backlog: can be served, and waits its turn. held: waits for an expert that no actor holds; it joins the backlog when
+    every expert has a replica again, since a token needs all layers.
     """
 
     def __init__(self, most_tokens: float) -> None:
@@ -98,7 +98,7 @@ class FluidQueue:
         self.held = 0.0
 
     def advance(self, seconds: float, tokens_per_s: float, available: float, costs: StepCosts) -> Served:
-        """Lets time pass. available: the part of the tokens that needs no expert that is lost."""
+        """Lets time pass. available: the fraction of tokens that need no lost expert."""
         if available >= 1.0:
             self.backlog, self.held = self.backlog + self.held, 0.0
         held_before = self.held
@@ -126,7 +126,7 @@ class FluidQueue:
         )
 
     def _busy_s(self, seconds: float, came_per_s: float, capacity_per_s: float) -> float:
-        """How long steps are full: until the backlog is gone, if it goes."""
+        """Returns how long steps are full: until the backlog is gone, if it ever is."""
         if came_per_s >= capacity_per_s:
             return seconds
         return min(seconds, self.backlog / (capacity_per_s - came_per_s))

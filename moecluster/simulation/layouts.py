@@ -1,4 +1,4 @@
-"""Layouts without a cluster: what a replay or a simulation starts from, and what stands between two plans."""
+"""Layouts for replays and simulations: initial ones, and those between two plans."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ BUDGET_PART = 0.02
 
 
 def layers_taken(before: Layout, after: Layout, layers_L: Bools) -> Layout:
-    """The layout before, with some layers as they are after."""
+    """Returns `before` with some layers replaced by those of `after`."""
     kept_R, taken_R = ~layers_L[before.layer_R], layers_L[after.layer_R]
     layer_R = np.concatenate([before.layer_R[kept_R], after.layer_R[taken_R]])
     order = np.argsort(layer_R, kind="stable")  # both parts are sorted within their layers
@@ -24,20 +24,20 @@ def layers_taken(before: Layout, after: Layout, layers_L: Bools) -> Layout:
 
 
 def surviving(layout: Layout, gone_A: Bools) -> Layout:
-    """What is left when actors are gone: the other replicas of their experts take their shares over."""
+    """Returns the layout without the gone actors: an expert's remaining replicas take over their shares."""
     left = without(layout, gone_A[layout.actor_R])
     return with_shares(left, normalized(left))
 
 
 def hosted_experts_LE(layout: Layout) -> Bools:
-    """Which experts stand somewhere: [L, E]."""
+    """Returns which experts have a replica: [L, E]."""
     hosted_X = np.zeros(layout.num_layers * layout.max_experts, dtype=np.bool_)
     hosted_X[layout.expert_key_R] = True
     return hosted_X.reshape(layout.num_layers, layout.max_experts)
 
 
 def uniform_fleet(num_actors: int, slots: int, expert_bytes_L: Floats, *, actors_per_node: int = 1) -> Fleet:
-    """Actors of equal speed and room, so many on each node."""
+    """Returns a fleet of actors of equal speed and slots, actors_per_node on each node."""
     return Fleet(
         slots_A=np.full(num_actors, slots, dtype=np.int64),
         speed_A=np.ones(num_actors),
@@ -47,9 +47,9 @@ def uniform_fleet(num_actors: int, slots: int, expert_bytes_L: Floats, *, actors
 
 
 def contiguous_layout(num_experts_L: Ints, fleet: Fleet) -> Layout:
-    """One replica of every expert: each layer's experts in runs along the actors, as long as each one's slots.
+    """Returns one replica of every expert: each layer's experts in runs along the actors, in proportion to their slots.
 
-    Raises ResourceError: fewer slots than experts.
+    Raises ResourceError for fewer slots than experts.
     """
     check_room(num_experts_L, fleet)
     ends_A = np.cumsum(fleet.slots_A)
@@ -61,5 +61,5 @@ def contiguous_layout(num_experts_L: Ints, fleet: Fleet) -> Layout:
 
 
 def usual_budget_bytes(fleet: Fleet) -> float:
-    """A budget for each decision: a fiftieth of what all slots hold, and at least what refills the roomiest actor."""
+    """Returns a budget per decision: 2 % of what all slots hold, and at least the content of the largest actor."""
     return float(max(fleet.slots_A.max(initial=0), BUDGET_PART * fleet.slots_A.sum()) * fleet.expert_bytes_L.sum())

@@ -1,7 +1,7 @@
-"""What a policy would have done: a recorded trace, window by window, on any fleet, without a cluster.
+"""Replays a recorded trace, window by window, against any policy and fleet, without a cluster.
 
-A window is scored on the placement that was decided on the windows before it, as it would have been in truth. The first
-window is only looked at: the first plan is made for it, free of the budget and the same under every policy.
+A window is scored on the placement decided from the windows before it, as in a real cluster. The first window is not
+scored: the first plan is made from it, regardless of the budget and the same under every policy.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ _SOURCE = "trace"
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedWindow:
-    """One window under the placement that was decided before it, and what was then decided for the next."""
+    """One window under the placement decided before it, and the decision made after it."""
 
     time_s: float
     tokens: int  # assignments, over all layers
-    balancedness: float | None  # mean over layers with tokens; of experts that are not lost. None: no such token
-    lost_part: float | None  # of the assignments, those to experts that stood nowhere; None: no token
+    balancedness: float | None  # mean over layers with tokens, of experts that are not lost. None: no such token
+    lost_part: float | None  # fraction of assignments that went to experts without a replica; None: no token
     replicas: int
     moved_bytes: float  # by the decision after this window
     decide_s: float  # measured
@@ -41,26 +41,26 @@ class ReplayedWindow:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplaySummary:
-    """A whole replay; all but cold_bytes leave out the first window and the decision after it."""
+    """A whole replay; all but cold_bytes exclude the first window and the decision after it."""
 
     policy: str
     windows: int
-    judged: int  # of them, those with a token to an expert that stood somewhere: balancedness is theirs
-    mean_balancedness: float | None  # None: no window could be judged
+    judged: int  # windows with a token to an expert that has a replica: balancedness is over these
+    mean_balancedness: float | None  # None: no such window
     worst_balancedness: float | None
     lost_part: float | None  # None: no token
     cold_bytes: float  # of the first plan
     moved_bytes: float  # of all others
-    changes: int  # decisions that moved anything
+    changes: int  # decisions that moved any bytes
     median_decide_s: float
     max_decide_s: float
 
 
 def replay_fleet(header: TraceHeader, *, num_actors: int | None, slots: int | None) -> tuple[Fleet, tuple[str, ...]]:
-    """The fleet to replay on, and its actors' names: the recorded one, or one that the numbers ask for.
+    """Returns the fleet to replay on, and its actors' names: the recorded one, or one of the given size.
 
-    Given slots alone change the recorded actors' room. A given number of actors makes equal ones, each on a node of its
-    own, with as much room together as was recorded if slots are not given. Raises ConfigError: a number below 1.
+    slots alone changes the recorded actors' slots. num_actors makes equal actors, each on a node of its own, with the
+    recorded slots in total unless slots is given. Raises ConfigError for a number below 1.
     """
     for name, value in (("--actors", num_actors), ("--slots", slots)):
         if value is not None and value < 1:
@@ -76,10 +76,10 @@ def replay_fleet(header: TraceHeader, *, num_actors: int | None, slots: int | No
 
 
 class Replay(Generic[StateT]):
-    """One policy on one fleet, window after window. Raises ResourceError: fewer slots than experts.
+    """One policy on one fleet, window by window. Raises ResourceError for fewer slots than experts.
 
-    actors: names of the fleet's; events of others in the trace are passed over. The experts begin in a row.
-    clock: what decisions are timed with. Raises ConfigError: a budget of 0 or less.
+    actors: names of the fleet's actors; the trace's events of other actors are ignored. The initial layout is
+    contiguous. clock: times the decisions. Raises ConfigError for a budget of 0 or less.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Replay(Generic[StateT]):
         self._decided = False
 
     def step(self, window: TraceWindow) -> ReplayedWindow:
-        """Scores a window on the standing placement, then decides for the next one."""
+        """Scores a window on the current placement, then decides for the next one."""
         self._happen(window.events)
         hosted_LE = self._hosted(window.counts_LE)
         tokens = int(window.counts_LE.sum())
@@ -130,7 +130,7 @@ class Replay(Generic[StateT]):
         )
 
     def _happen(self, events: Sequence[TraceEvent]) -> None:
-        """An actor that died and returned within a window is there again, but has lost its experts."""
+        """Applies events. An actor that died and returned within a window is present, but has lost its experts."""
         gone_A = np.zeros_like(self._alive_A)
         for event in events:
             if event.actor in self._actors:
@@ -142,7 +142,7 @@ class Replay(Generic[StateT]):
         self._fleet = dataclasses.replace(self._whole_fleet, slots_A=slots_A)
 
     def _hosted(self, counts_LE: Ints) -> Floats:
-        """The counts of experts that stand somewhere."""
+        """Returns the counts of the experts that have a replica."""
         return np.where(hosted_experts_LE(self._layout), counts_LE, 0).astype(np.float64)
 
     def _count(self, window: TraceWindow) -> None:
@@ -156,7 +156,7 @@ class Replay(Generic[StateT]):
         return CounterReading(now_s=now_s, tokens={_SOURCE: {x.layer: counted_E[: x.experts] for x, counted_E in rows}})
 
     def _decide(self, now_s: float) -> tuple[str, float]:
-        """Takes the next placement; returns the reason, and the seconds that the policy took."""
+        """Decides the next placement; returns the reason, and the seconds that the policy took."""
         if self._fleet.slots_A.sum() < self._layout.num_experts_L.max():
             return "fewer slots than experts until an actor returns", 0.0
         seen = Observation(
@@ -178,7 +178,7 @@ class Replay(Generic[StateT]):
 
 
 def summarize(policy: str, windows: Sequence[ReplayedWindow]) -> ReplaySummary:
-    """The replay in one record. Raises ConfigError if there is no window but the first."""
+    """Returns the summary. Raises ConfigError if there is only one window."""
     scored = windows[1:]
     if not scored:
         raise ConfigError("the trace has one window, expected at least 2: one to decide on and one to score")

@@ -1,4 +1,4 @@
-"""By what law a controller's cost grows with the cluster, and where it becomes the bottleneck."""
+"""Power laws of how a controller's cost grows with the cluster, and where it becomes the bottleneck."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from moecluster.simulation.scenario import Scenario
 from moecluster.simulation.simulator import Simulator
 from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
 
-_MOST_LOGARITHM = 700.0  # of a float
+_MOST_LOGARITHM = 700.0  # math.exp overflows a float beyond about 709
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class PowerLaw:
     exponent: float
 
     def size_at(self, seconds: float) -> float:
-        """The size that takes so long; infinite if the cost does not grow, or hardly."""
+        """Returns the size that takes this long; infinite if the cost does not grow, or hardly."""
         if self.exponent <= 0:
             return math.inf
         logarithm = math.log(seconds / self.factor) / self.exponent
@@ -44,18 +44,18 @@ class MeasuredSize:
     observe_s: float  # measured
     cold_decide_s: float  # measured: the first plan
     decide_s: float  # measured: a later decision
-    apply_s: float  # simulated: until the copies of a later decision stand
+    apply_s: float  # simulated: until the copies of a later decision are in place
 
 
 def fit_power_law(sizes: Sequence[float], seconds: Sequence[float]) -> PowerLaw:
-    """Least squares on logarithms. Both positive, at least two different sizes."""
+    """Least squares on logarithms. All values positive, at least two different sizes."""
     assert len(set(sizes)) > 1, sizes
     exponent, log_factor = np.polyfit(np.log(sizes), np.log(seconds), 1)
     return PowerLaw(factor=math.exp(float(log_factor)), exponent=float(exponent))
 
 
 def sizes_around(num_actors: int, least: int, *, count: int = 4) -> list[int]:
-    """Numbers of actors in even ratios, from an eighth of num_actors (or what holds the experts) to twice as many."""
+    """Returns numbers of actors in even ratios, from num_actors / 8 (or what holds the experts) to twice as many."""
     smallest = min(max(num_actors // 8, least, 2), num_actors)
     return sorted({round(size) for size in np.geomspace(smallest, 2 * num_actors, count)})
 
@@ -71,7 +71,7 @@ def measure_sizes(
     num_decisions: int = 8,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[MeasuredSize]:
-    """Simulates each size for some decisions, with the same load for each actor, and tells what they cost."""
+    """Simulates each size for some decisions, with the same load per actor, and yields their costs."""
     every_window = dataclasses.replace(scenario, window_s=scenario.window_s * scenario.decide_every, decide_every=1)
     largest = max(sizes)
     for size in sizes:

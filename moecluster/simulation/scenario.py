@@ -1,4 +1,4 @@
-"""What is simulated, and what comes out: the simulator's records."""
+"""The simulator's records: scenarios, decisions, windows and summaries."""
 
 import math
 import statistics
@@ -12,49 +12,49 @@ from moecluster.simulation.costs import Costs
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A cluster's day. Decisions are taken at the ends of windows, and when an actor died or came back."""
+    """What to simulate. Decisions are made at the ends of windows, and when an actor dies or returns."""
 
     window_s: float = 60.0
     decide_every: int = 5  # windows
-    load_half_life_s: float = 300.0  # of the load window that decisions are taken on
+    load_half_life_s: float = 300.0  # of the load window that decisions use
     budget_bytes: (
-        float  # that a decision may load, or borrow of later ones; the first plan, into a cold cluster, is free
+        float  # that a decision may load, or borrow from later ones; the first plan, into a cold cluster, is free
     )
-    most_tokens_per_actor: float = 256.0  # of one step: the greatest batch is this times the actors
-    move_link_part: float = 0.25  # the part of a link that copies take while they run
+    most_tokens_per_actor: float = 256.0  # per step: the largest batch is this times the number of actors
+    move_link_part: float = 0.25  # part of a link's bandwidth that copies take while they run
     actor_mtbf_hours: float = 1000.0  # of one actor; Llama 3's GPUs had about 50,000 (arXiv 2407.21783, section 3.3.4)
-    whole_node_part: float = 0.2  # of the deaths, those that take all actors of the node along
-    detect_s: float = 1.0  # from a death to the controller's knowing it
+    whole_node_part: float = 0.2  # fraction of deaths that take all actors of the node
+    detect_s: float = 1.0  # from a death to its detection by the controller
     restart_s: float = 11.0  # from a death to an empty actor in its place
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedDecision:
-    """One time that the policy was asked."""
+    """One decision."""
 
     time_s: float
     cause: str  # period | death | return
     reason: str
-    observe_s: float  # measured: taking the routers' counters of one window in
+    observe_s: float  # measured: adding the routers' counters of one window
     decide_s: float  # measured: the planner's own time
-    apply_s: float  # simulated: until the last copy stands
+    apply_s: float  # simulated: until the last copy is in place
     moved_bytes: float
-    balancedness_before: float | None  # as the policy saw and predicts it
-    balancedness_after: float | None
+    balancedness_before: float | None  # as the policy observes it
+    balancedness_after: float | None  # as the policy predicts it
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedWindow:
-    """What users had of one window, and what the cluster did meanwhile. Means are over time."""
+    """One window as users and the cluster experienced it. Means are over time."""
 
     time_s: float  # its end
-    tokens_per_s: float  # that came; none before the first plan stands
+    tokens_per_s: float  # arrived; none before the first plan is in place
     served_per_s: float
     step_s: float | None  # mean time of a token's pass through all MoE layers; None: none was served
-    wait_s: float | None  # mean time that a token waited before it; None: none was served
-    balancedness: float | None  # None: no expert stood anywhere
-    availability: float  # part of the tokens that met no lost expert
+    wait_s: float | None  # mean time that a token waited for its step; None: none was served
+    balancedness: float | None  # None: no replica carried load
+    availability: float  # fraction of the tokens that needed no lost expert
     replicas: int
     actors: int  # alive
     deaths: int
@@ -64,12 +64,12 @@ class SimulatedWindow:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationSummary:
-    """A simulated day in one record."""
+    """A whole simulation in one record."""
 
     windows: int
     tokens: float
     served: float
-    mean_balancedness: float | None  # once the first plan stands, as all that follows
+    mean_balancedness: float | None  # after the first plan is in place, like all that follows
     mean_step_s: float | None  # over tokens, as the next four; None: none was served
     worst_step_s: float | None
     mean_wait_s: float | None
@@ -82,11 +82,11 @@ class SimulationSummary:
     median_observe_s: float
     median_decide_s: float
     max_decide_s: float
-    controller_part: float  # of one core's time that observing and deciding take
+    controller_part: float  # fraction of one core's time spent observing and deciding
 
 
 def balanced_tokens_per_s(fleet: Fleet, num_layers: int, top_k: int, costs: Costs, scenario: Scenario) -> float:
-    """What the fleet could serve at most if every layer were spread perfectly over all its actors."""
+    """Returns the most that the fleet could serve if every layer were spread perfectly over all its actors."""
     most_tokens = scenario.most_tokens_per_actor * fleet.num_actors
     pairs = most_tokens * top_k
     rows_s = pairs * costs.row_s / fleet.speed_A.sum()
@@ -96,19 +96,21 @@ def balanced_tokens_per_s(fleet: Fleet, num_layers: int, top_k: int, costs: Cost
 
 
 def summarize(windows: Sequence[SimulatedWindow]) -> SimulationSummary:
-    """The day in one record. Raises ConfigError if it ends before the first plan stands."""
+    """Returns the summary. Raises ConfigError without a whole window after the first plan, or without tokens."""
     seconds = windows[-1].time_s / len(windows)
     decisions = [decision for window in windows for decision in window.decisions]
     open_s = decisions[0].time_s + decisions[0].apply_s if decisions else 0.0
     settled = [window for window in windows if window.time_s - seconds >= open_s]
     if not settled:
         raise ConfigError(
-            f"the first plan would stand {open_s:,.0f} s after the start, and only {windows[-1].time_s:,.0f} s are "
+            f"the first plan would be in use {open_s:,.0f} s after the start, and only {windows[-1].time_s:,.0f} s are "
             "simulated; simulate more hours"
         )
     tokens = seconds * sum(window.tokens_per_s for window in windows)
     if not tokens > 0:
-        raise ConfigError("no token came while the first plan stood: there is nothing to tell; simulate more hours")
+        raise ConfigError(
+            "no token came while the first plan was in use: there is nothing to report; simulate more hours"
+        )
     balance = [window.balancedness for window in settled if window.balancedness is not None]
     steps = [(window.step_s, window.served_per_s) for window in settled if window.step_s is not None]
     waits = [(window.wait_s, window.served_per_s) for window in settled if window.wait_s is not None]
@@ -138,6 +140,6 @@ def summarize(windows: Sequence[SimulatedWindow]) -> SimulationSummary:
 
 
 def _weighted_mean(values: Sequence[tuple[float, float]]) -> float | None:
-    """Mean of (value, weight) pairs; None if nothing weighs anything."""
+    """Mean of (value, weight) pairs; None if the weights sum to 0."""
     weight = sum(weight for _, weight in values)
     return sum(value * weight for value, weight in values) / weight if weight > 0 else None

@@ -1,12 +1,12 @@
-"""A cluster's day without a cluster: a discrete-event model of thousands of actors under any policy.
+"""Simulates a cluster: a discrete-event model of thousands of actors under any policy.
 
-Between events nothing changes, and tokens flow as fluid_queue.py says. Events have exact times: a window's end, a
-death, its detection, an actor's return, and a layer whose last copy has arrived. Experts are copied make-before-break
-over links that carry one copy in and one out at a time; a layer's new placement stands when all its copies are there,
-and meanwhile those links have less left for rows. A death ends the changes under way: what stands by then, stands.
-The first window's load is what the first plan is made for, the same under every policy; users come once it stands, and
-from then on the policy decides. Decisions cost no simulated time, so equal seeds give equal days; what they cost in
-truth is measured beside.
+Between events nothing changes, and tokens flow as in fluid_queue.py. Events have exact times: the end of a window, a
+death, its detection, an actor's return, and the arrival of a layer's last copy. Experts are copied make-before-break
+over links that carry one copy in and one out at a time; a layer's new placement takes effect when all its copies have
+arrived, and until then those links have less bandwidth for rows. A death aborts the changes in progress: layers that
+have arrived stay. The first plan is made for the first window's load and is the same under every policy; tokens arrive
+once it is in place, and from then on the policy decides. Decisions take no simulated time, so equal seeds give equal
+runs; their real time is measured separately.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class _Tally:
     """Sums over one window."""
 
     served: Served = field(default_factory=Served)
-    tokens: float = 0.0  # that came
+    tokens: float = 0.0  # that arrived
     balancedness: float = 0.0  # integrals over time
-    judged_s: float = 0.0  # in which there was any balancedness
+    judged_s: float = 0.0  # time during which balancedness was defined
     availability: float = 0.0
     deaths: int = 0
     decisions: list[SimulatedDecision] = field(default_factory=list)
@@ -50,15 +50,15 @@ class _Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class _Conditions:
-    """What holds until the next event."""
+    """Values that are constant until the next event."""
 
     costs: StepCosts
     available: float
-    balancedness: float | None  # None: no expert stands anywhere
+    balancedness: float | None  # None: no replica carries load
 
 
 class Simulator(Generic[StateT]):
-    """Runs one scenario. clock: what decisions are timed with. Raises ResourceError: fewer slots than experts."""
+    """Runs one scenario. clock: times the decisions. Raises ResourceError for fewer slots than experts."""
 
     def __init__(
         self,
@@ -91,19 +91,19 @@ class Simulator(Generic[StateT]):
 
         self._now_s = 0.0
         self._load: WindowLoad
-        self._conditions: _Conditions | None = None  # None: something has changed
+        self._conditions: _Conditions | None = None  # None: outdated by a change
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()  # events of one time come in the order in which they were made
+        self._order = itertools.count()  # events of equal time run in the order in which they were scheduled
         self._link_busy_until_s_A: Floats = np.zeros(fleet.num_actors)
-        self._operation: int | None = None  # number of the change that is under way
+        self._operation: int | None = None  # number of the change in progress
         self._operations = itertools.count()
-        self._put_off: str | None = None  # cause of a decision that waits for the change under way
+        self._put_off: str | None = None  # cause of a decision that waits for the change in progress
         self._decided = False
-        self._open = False  # tokens come once the first plan stands
+        self._open = False  # tokens arrive once the first plan is in place
         self._tally = _Tally()
 
     def run(self) -> Iterator[SimulatedWindow]:
-        """The windows, one after the other."""
+        """Yields the windows in order."""
         self._read_counters()
         for actor in range(self._fleet.num_actors):
             self._await_death(actor)
@@ -143,10 +143,10 @@ class Simulator(Generic[StateT]):
         self._now_s = to_s
 
     def _look(self) -> _Conditions:
-        """What the standing layout makes of the present load. A copying link counts as busy until the next event."""
+        """Conditions under the current layout and load. A copying link counts as busy until the next event."""
         pairs_LE = self._load.popularity_LE * self._top_k
         hosted_LE = np.where(hosted_experts_LE(self._layout), pairs_LE, 0.0)
-        met_L = np.minimum(pairs_LE.sum(axis=1) - hosted_LE.sum(axis=1), 1.0)  # lost experts that a token meets
+        met_L = np.minimum(pairs_LE.sum(axis=1) - hosted_LE.sum(axis=1), 1.0)  # lost experts that a token needs
         lost = bool((met_L > 1e-12).any())
         copying_A = self._link_busy_until_s_A > self._now_s
         link_A = self._costs.link_bytes_per_s * np.where(copying_A, 1.0 - self._scenario.move_link_part, 1.0)
@@ -182,7 +182,7 @@ class Simulator(Generic[StateT]):
 
     def _die(self, actor: int) -> None:
         if not self._alive_A[actor]:
-            self._await_death(actor)  # its node took it along before
+            self._await_death(actor)  # it died earlier with its node
             return
         gone_A = np.zeros_like(self._alive_A)
         gone_A[actor] = True
@@ -254,7 +254,7 @@ class Simulator(Generic[StateT]):
     # Changes
 
     def _apply(self, after: Layout) -> float:
-        """Begins to go over to a layout, and returns when all of it will stand."""
+        """Starts the change to a layout, and returns when all of it will be in place."""
         copy_bytes_per_s = self._costs.link_bytes_per_s * self._scenario.move_link_part
         transfers = schedule(self._layout, after, self._fleet, self._now_s, copy_bytes_per_s)
         ready_s_L = np.full(after.num_layers, self._now_s)

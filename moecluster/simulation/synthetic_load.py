@@ -1,5 +1,7 @@
-"""Loads that nobody recorded: Zipf popularity that drifts, bursts, swings with the day, and changes topic in some
-layers at once. Equal for equal seeds."""
+"""Synthetic loads: Zipf popularity with drift, bursts, a daily swing, and topic changes in some layers at once.
+
+Equal seeds give equal loads.
+"""
 
 import math
 from collections.abc import Iterator
@@ -14,39 +16,39 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True, kw_only=True)
 class LoadShape:
-    """What a synthetic load looks like. All layers have equally many experts."""
+    """Parameters of a synthetic load. All layers have the same number of experts."""
 
     num_layers: int
     num_experts: int
     top_k: int
     tokens_per_s: float  # mean over the day
     zipf: float = 1.0  # the popularity of the expert of rank r is r ** -zipf; ranks differ by layer
-    zipf_jitter: float = 0.1  # half width of the range around zipf that each layer's exponent is drawn from
-    drift: float = 0.5  # standard deviation of the logarithm of an expert's popularity around its rank's
-    drift_time_s: float = 4 * 3600.0  # how long a deviation lasts: its autocorrelation falls by e in it
-    swing: float = 0.4  # the rate goes from 1 - swing at midnight to 1 + swing at noon times the mean
+    zipf_jitter: float = 0.1  # half width of the range around zipf from which each layer's exponent is drawn
+    drift: float = 0.5  # standard deviation of the log of an expert's popularity around its rank's
+    drift_time_s: float = 4 * 3600.0  # time in which the autocorrelation of the drift falls by a factor of e
+    swing: float = 0.4  # the rate goes from 1 - swing times the mean at midnight to 1 + swing times at noon
     bursts_per_hour: float = 0.5  # topics that many ask for at once: one expert in each layer
-    burst_factor: float = 4.0  # by which such an expert's popularity grows
+    burst_factor: float = 4.0  # multiplies the popularity of such an expert
     burst_s: float = 900.0
     shift_every_s: float = 0.0  # how often the topic changes; 0: never
-    shift_part: float = 0.3  # part of the layers whose experts then get a new order of popularity
+    shift_part: float = 0.3  # fraction of the layers whose experts then get a new order of popularity
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLoad:
-    """The load of one window: what it is in truth, and what routers would have counted of it."""
+    """The load of one window: the true rates, and the counts that routers would report."""
 
     time_s: float  # the end of the window
     tokens_per_s: float
-    popularity_LE: Floats  # part of a layer's assignments that goes to each expert; a layer's sum to 1
-    counts_LE: Ints  # assignments, Poisson around the truth
+    popularity_LE: Floats  # fraction of a layer's assignments that goes to each expert; a layer's sum to 1
+    counts_LE: Ints  # assignments, Poisson around the true rates
 
 
 class SyntheticLoads:
-    """The windows of a load, one after the other, from midnight on.
+    """The windows of a load, starting at midnight.
 
     Each expert's log-popularity is an Ornstein-Uhlenbeck process around that of its rank, exact at the windows' ends;
-    bursts begin as a Poisson process.
+    bursts start as a Poisson process.
     """
 
     def __init__(self, shape: LoadShape, *, window_s: float, num_windows: int, seed: int) -> None:

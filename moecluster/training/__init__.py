@@ -1,1 +1,1 @@
-"""Exact training: one optimizer step over a trunk and experts that live elsewhere, all of it or nothing."""
+"""Exact training: each optimizer step covers the trunk and the remote experts, and is applied everywhere or nowhere."""

@@ -1,4 +1,4 @@
-"""What a checkpoint has and training does not know, such as the layers of multi-token prediction: it stays as it is."""
+"""Copies checkpoint tensors that training does not use, such as multi-token prediction layers, to new checkpoints."""
 
 import logging
 import os
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 def carry_over(source: Path, directory: Path, layout: ExpertLayout) -> dict[str, int]:
-    """Brings over what is neither of the trunk nor of the experts; key -> bytes. Writes no file if there is nothing.
+    """Copies the tensors that belong neither to the trunk nor to the experts. Returns key -> bytes.
 
-    What is quantized becomes bfloat16, as the configuration that is written names no quantization any more.
+    Writes no file if there are none. Quantized tensors become bfloat16, because the written config has no quantization.
     """
     carried, out = source / CARRIED_NAME, directory / CARRIED_NAME
-    if carried.is_file():  # an earlier checkpoint of ours
+    if carried.is_file():  # the source is a checkpoint that training wrote
         try:
             os.link(carried, out)
         except OSError:
             shutil.copyfile(carried, out)
         header = read_header(FolderFiles(directory), CARRIED_NAME, out.stat().st_size)
         return {key: info.num_bytes for key, info in header.items()}
-    if (source / FOLDER).is_dir():  # one of ours that carries nothing
+    if (source / FOLDER).is_dir():  # written by training, with nothing to carry over
         return {}
     return _copy(Checkpoint.open(source), out, layout)
 

@@ -1,6 +1,6 @@
-"""Checkpoints under one directory: each appears under its name only when it is complete.
+"""The checkpoints in one directory. Each appears under its final name only when it is complete.
 
-A checkpoint is written aside, everything in it is brought to the disk, and then it is renamed.
+A checkpoint is written to a temporary directory, synced to disk, then renamed.
 """
 
 import os
@@ -39,9 +39,9 @@ class CheckpointStore:
         return self.path(steps[-1]) if steps else None
 
     def write(self, step: int, fill: Callable[[Path], None]) -> Path:
-        """Has fill() write into an empty directory, which then becomes the step's checkpoint.
+        """Calls fill() with an empty directory, then publishes that directory as the step's checkpoint.
 
-        Raises CheckpointError if the disk refuses; then nothing is left under the checkpoint's name.
+        Raises CheckpointError if writing fails; no partial checkpoint is left under the final name.
         """
         aside, final = self.root / f"{_ASIDE}{step:08d}", self.path(step)
         try:
@@ -49,7 +49,7 @@ class CheckpointStore:
             aside.mkdir(parents=True)
             fill(aside)
             _sync_all(aside)
-            if final.exists():  # of a run that went back behind it
+            if final.exists():  # the run rolled back to an earlier step
                 self._discard(step)
             aside.rename(final)
             _sync(self.root)
@@ -63,20 +63,20 @@ class CheckpointStore:
         return final
 
     def prune(self, keep: int) -> None:
-        """Deletes all but the last `keep` complete checkpoints, and what an interrupted run left aside."""
+        """Deletes all but the last `keep` complete checkpoints, and the temporary directories of interrupted runs."""
         for step in self.steps()[:-keep]:
             self._discard(step)
         for left in self.root.glob(f"{_ASIDE}*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def _discard(self, step: int) -> None:
-        """Renames before it deletes: what is half deleted must not look complete."""
+        """Renames before deleting, so that a half-deleted checkpoint does not look complete."""
         doomed = self.path(step).rename(self.root / f"{_ASIDE}deleted-{step:08d}")
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sync_all(directory: Path) -> None:
-    """Brings every file and directory below to the disk."""
+    """Calls fsync on the directory and on every file and directory below it."""
     for entry in sorted(directory.rglob("*"), reverse=True):
         _sync(entry)
     _sync(directory)

@@ -1,4 +1,4 @@
-"""Fills a checkpoint's directory: trunk, experts layer by layer as they stream in, tokenizer, training state."""
+"""Writes a checkpoint directory: trunk, experts (streamed layer by layer), tokenizer, training state."""
 
 import copy
 import json
@@ -29,14 +29,14 @@ from moecluster.training.carried import carry_over
 from moecluster.training.tensor_file import TensorFile, write_tensors
 from moecluster.types import ExpertId, OptimizerSettings
 
-OPTIMIZER_PREFIX = "optimizer/"  # of exported names
-# Streams all tensors of some experts, one expert after the other.
+OPTIMIZER_PREFIX = "optimizer/"  # in the names of exported tensors
+# Streams all tensors of the given experts, one expert after the other.
 ExportExperts = Callable[[Sequence[ExpertId]], Iterator[ExportedTensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointContent:
-    """What a checkpoint is made of."""
+    """The contents of a checkpoint."""
 
     state: TrainingState
     trunk: PreTrainedModel
@@ -44,13 +44,16 @@ class CheckpointContent:
     layout: ExpertLayout
     expert_dtype: torch.dtype
     export: ExportExperts
-    optimizer: OptimizerSettings | None = None  # None: nothing was trained yet, there is no optimizer state
+    optimizer: OptimizerSettings | None = None  # None: nothing is trained yet, so there is no optimizer state
     trunk_optimizer: Mapping[str, torch.Tensor] | None = None
-    carried_from: Path | None = None  # a checkpoint that has what is not of the trunk or the experts, if anything
+    carried_from: Path | None = None  # the checkpoint whose tensors outside trunk and experts are carried over
 
 
 def fill_checkpoint(directory: Path, content: CheckpointContent) -> None:
-    """Writes everything. Memory: the trunk, and one expert at a time. Raises OSError; StateLost for lost experts."""
+    """Writes the whole checkpoint. Holds the trunk and one expert at a time in memory.
+
+    Raises OSError; StateLost if an expert is missing from the export.
+    """
     (directory / FOLDER).mkdir()
     _write_config(directory, content.trunk)
     content.tokenizer.save_pretrained(directory)
@@ -81,7 +84,7 @@ def _write_config(directory: Path, trunk: PreTrainedModel) -> None:
 
 
 def _write_layer(directory: Path, content: CheckpointContent, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Weights, and optimizer state, of a layer's experts. Returns the bytes of the weights."""
+    """Writes the weights and optimizer state of a layer's experts. Returns the bytes of the weights."""
     experts = content.layout.experts_of(layer)
     first = content.layout.checkpoint_state(experts[0], content.layout.parameters(experts[0]))
     by_row = {key for key, value in first.items() if tuple(value.shape) != shapes[key]}
@@ -114,7 +117,7 @@ def _write_experts(
 def _parameters(
     exported: Iterable[ExportedTensor], expert: ExpertId, states: TensorFile | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters among an expert's tensors; its optimizer state goes to the file as it comes."""
+    """Yields an expert's parameters, and writes its optimizer state to the file as it arrives."""
     for tensor in exported:
         if not tensor.name.startswith(OPTIMIZER_PREFIX):
             yield tensor.name, tensor.value
@@ -125,9 +128,9 @@ def _parameters(
 def _optimizer_layout(
     content: CheckpointContent, experts: Sequence[ExpertId]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
-    """Shapes and dtypes of all state that the experts can have. An expert that was never stepped keeps zeros.
+    """Returns the shapes and dtypes of the experts' optimizer state.
 
-    Zeros are what both optimizers begin with.
+    The state of an expert that has never been stepped stays zero, which is what both optimizers start with.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}

@@ -1,8 +1,8 @@
-"""One optimizer step over all participants: Reduce, Prepare, Commit; or Abort. All of them take it, or none.
+"""Two-phase commit of one optimizer step: Reduce, Prepare, Commit; or Abort. All participants apply it, or none.
 
-Everybody reduces; the norm over all gradients gives the clip scale; everybody prepares the new state beside the old;
-only when all hold it, everybody commits. Whoever takes over after a crash fences with a higher term first. Then: if
-anyone committed (step, attempt), everyone commits it; if all prepared it, they commit it; otherwise it is aborted.
+All participants reduce; the norm over all gradients gives the clip scale; all prepare the new state beside the old one;
+once all hold it, all commit. A coordinator that takes over after a crash first fences with a higher term. Then: if any
+participant has committed (step, attempt), all commit it; if all have prepared it, all commit it; otherwise it aborts.
 """
 
 import math
@@ -17,7 +17,7 @@ from moecluster.errors import (
     DeadlineExceeded,
     Exhausted,
     MoeClusterError,
-    StaleOrder,
+    StaleRequest,
     StateLost,
     Unavailable,
     UserError,
@@ -27,15 +27,15 @@ from moecluster.types import ExpertActorStatus, MessageKey, StepTag
 
 AnswerT = TypeVar("AnswerT")
 
-# A lost request or reply: every order may be repeated.
+# A request or reply was lost. All calls are idempotent, so they are retried.
 _REPEATABLE = (Unavailable, DeadlineExceeded, Exhausted)
-# Of several participants' errors the first of these kinds is raised.
-_GRAVEST_FIRST: tuple[type[MoeClusterError], ...] = (StateLost, StaleOrder, UserError, AttemptAborted)
+# If several participants fail, the error that comes first in this list is raised.
+_GRAVEST_FIRST: tuple[type[MoeClusterError], ...] = (StateLost, StaleRequest, UserError, AttemptAborted)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """Figures of a committed step."""
+    """Metrics of a committed step."""
 
     grad_norm: float  # over trunk and experts, before clipping
     clip_scale: float
@@ -43,14 +43,14 @@ class StepOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """Where training stands after a take-over."""
+    """The state of training after a takeover."""
 
-    step: int | None  # committed everywhere; None: nothing since the load
-    next_attempt: int  # not used by anyone yet
+    step: int | None  # committed by all participants; None: nothing since the load
+    next_attempt: int  # the lowest attempt number above all that participants have seen
 
 
 class StepCoordinator:
-    """Runs steps of one term over a fixed set of participants. Not thread-safe; close() ends its threads."""
+    """Runs the steps of one term over a fixed set of participants. Not thread-safe; close() ends its threads."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class StepCoordinator:
         repeat_s: float = 5.0,
         pause_s: float = 0.2,
     ) -> None:
-        """max_grad_norm: 0 clips nothing. repeat_s: how long an order without answer is repeated, every pause_s.
+        """max_grad_norm: 0 disables clipping. repeat_s: how long an unanswered call is retried, every pause_s.
 
-        A participant's calls have deadlines of their own: one that is dead, and not slow, costs repeat_s.
+        Each call to a participant has its own deadline as well. A dead participant costs repeat_s.
         """
         self.term = term
         self._participants = dict(sorted(participants.items()))
@@ -77,9 +77,9 @@ class StepCoordinator:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def recover(self) -> Recovered:
-        """Takes the say at all participants and brings them to one state; to be called once, before the first step.
+        """Fences all participants and brings them to the same step. Call it once, before the first step.
 
-        Raises StateLost if no order can do that, StaleOrder if a higher term has the say.
+        Raises StateLost if that is impossible, StaleRequest if a higher term has taken over.
         """
         statuses = self._fence()
         self._incarnations = {name: status.incarnation for name, status in statuses.items()}
@@ -88,7 +88,7 @@ class StepCoordinator:
         latest = max((c for c in committed if c), key=_attempt_of, default=None)
         open_attempt = max((p for p in prepared if p), default=None)
         if latest is not None and not all(c and _attempt_of(c) == _attempt_of(latest) for c in committed):
-            self._commit(self._as_ordered(latest))  # those that can, do; the others raise StateLost
+            self._commit(self._as_ordered(latest))  # raises StateLost if a participant cannot
         elif open_attempt is not None and all(p == open_attempt for p in prepared):
             self._commit(self._as_ordered(open_attempt))
             latest = open_attempt
@@ -98,16 +98,17 @@ class StepCoordinator:
         return Recovered(step=latest.step if latest else None, next_attempt=max(seen, default=-1) + 1)
 
     def step(self, tag: StepTag, expected: Mapping[str, Sequence[MessageKey]], *, learning_rate: float) -> StepOutcome:
-        """Takes one step. expected: participant -> the backward messages sent to it; none where it is not named.
+        """Runs one step. expected: participant -> the backward messages sent to it; a missing participant got none.
 
-        Raises AttemptAborted if the attempt came to nothing: abort it, verify(), and run another. Raises StateLost if
-        a participant is gone, StaleOrder if a higher term has the say, UserError if the gradients are not finite.
+        Raises AttemptAborted if the attempt failed: call abort() and verify(), then run another attempt. Raises
+        StateLost if a participant is gone, StaleRequest if a higher term has taken over, UserError if the gradients are
+        not finite.
         """
         unknown = expected.keys() - self._participants.keys()
         if unknown:
             raise AttemptAborted(f"{', '.join(sorted(unknown))} got gradients and take no part")
         reduced = self._all("Reduce", lambda name, p: p.reduce(tag, expected.get(name, ())))
-        self._check_lives({name: answer.incarnation for name, answer in reduced.items()})
+        self._check_incarnations({name: answer.incarnation for name, answer in reduced.items()})
         grad_norm = math.sqrt(sum(answer.square_norm for answer in reduced.values()))
         if not math.isfinite(grad_norm):
             raise UserError(
@@ -115,14 +116,17 @@ class StepCoordinator:
                 "would keep it finite"
             )
         clip_scale = clip_scale_of(grad_norm, self._max_grad_norm)
-        self._check_lives(
+        self._check_incarnations(
             self._all("Prepare", lambda _, p: p.prepare(tag, clip_scale=clip_scale, learning_rate=learning_rate))
         )
         self._commit(tag)
         return StepOutcome(grad_norm=grad_norm, clip_scale=clip_scale)
 
     def abort(self, tag: StepTag) -> None:
-        """Tells everybody to forget the attempt. Who does not hear it forgets at the next attempt's first message."""
+        """Aborts the attempt at all participants, ignoring errors.
+
+        A participant that misses it drops the attempt at the first message of the next one.
+        """
 
         def order(participant: Participant) -> MoeClusterError | None:
             try:
@@ -135,11 +139,14 @@ class StepCoordinator:
             pass
 
     def verify(self) -> None:
-        """Raises StateLost if a participant is gone or not the one that it was, StaleOrder if a higher term rules."""
-        self._check_lives({name: status.incarnation for name, status in self._fence().items()})
+        """Raises StateLost if a participant is gone or has restarted, StaleRequest if a higher term has taken over."""
+        self._check_incarnations({name: status.incarnation for name, status in self._fence().items()})
 
     def _fence(self) -> dict[str, ExpertActorStatus]:
-        """Everybody's status, lower terms shut out. Raises StateLost if one does not answer or was started anew."""
+        """Fences all participants with this term and returns their statuses.
+
+        Raises StateLost if a participant does not answer or has restarted.
+        """
         try:
             statuses = self._all("Status", lambda _, p: p.status(self.term))
         except AttemptAborted as exc:
@@ -150,28 +157,28 @@ class StepCoordinator:
         return statuses
 
     def _commit(self, tag: StepTag) -> None:
-        """Decided: everybody commits, or the state is lost."""
+        """Commits at all participants. The decision is final: raises StateLost if one of them cannot commit."""
         try:
-            self._check_lives(self._all("Commit", lambda _, p: p.commit(tag)))
+            self._check_incarnations(self._all("Commit", lambda _, p: p.commit(tag)))
         except AttemptAborted as exc:
             raise StateLost(f"the commit of step {tag.step} did not reach everybody: {exc}") from exc
-        except StaleOrder as exc:
-            self.verify()  # a higher term is the graver reason
+        except StaleRequest as exc:
+            self.verify()  # raises StaleRequest instead if a higher term has taken over
             raise StateLost(f"the commit of step {tag.step} was refused: {exc}") from exc
 
     def _as_ordered(self, tag: StepTag) -> StepTag:
         return StepTag(term=self.term, step=tag.step, attempt=tag.attempt)
 
-    def _check_lives(self, incarnations: Mapping[str, str]) -> None:
+    def _check_incarnations(self, incarnations: Mapping[str, str]) -> None:
         for name, incarnation in incarnations.items():
             known = self._incarnations.get(name, incarnation)
             if incarnation != known:
                 raise StateLost(f"{name} is not the one that it was: {incarnation} instead of {known}")
 
     def _all(self, order: str, call: Callable[[str, Participant], AnswerT]) -> dict[str, AnswerT]:
-        """Everybody's answer to an order, given in parallel and repeated for repeat_s.
+        """Calls all participants in parallel, retrying for repeat_s, and returns their answers by name.
 
-        Raises the gravest of their errors; AttemptAborted for one that does not answer.
+        Raises the gravest of their errors; a participant that does not answer counts as AttemptAborted.
         """
         until_s = time.monotonic() + self._repeat_s
 
@@ -199,7 +206,7 @@ class StepCoordinator:
 
 
 def clip_scale_of(grad_norm: float, max_grad_norm: float) -> float:
-    """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_ does it; max_grad_norm 0: 1."""
+    """Returns the factor that torch.nn.utils.clip_grad_norm_ applies to gradients; 1 if max_grad_norm is 0."""
     return min(1.0, max_grad_norm / (grad_norm + 1e-6)) if max_grad_norm > 0 else 1.0
 
 

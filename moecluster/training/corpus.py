@@ -14,26 +14,26 @@ from moecluster.errors import DataError
 from moecluster.training.text_files import EMPTY, Document, read_directory, read_file
 
 STDLIB = "stdlib"
-STDLIB_DOMAIN_BYTES = 2 * 2**20  # of one of the domains that every machine has; of source code, whole files up to this
+STDLIB_DOMAIN_BYTES = 2 * 2**20  # per source code domain of `stdlib`; files are added whole until this is reached
 MAX_LEFT_OUT_SHARE = 0.1  # of a directory's bytes
 VALIDATION_SHARE = 0.1
-MAX_DOCUMENT_SHARE = 0.25  # of the validation text: one long table must not decide what a model is worth
+MAX_DOCUMENT_SHARE = 0.25  # of the validation text, so that one long table does not dominate the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """Text of one kind; no document stands in both parts, unless there is only one."""
+    """Text of one kind. No document is in both parts, unless one had to be cut to get a validation part."""
 
     name: str
     train: tuple[str, ...]
     validation: tuple[str, ...]
-    left_out: str = ""  # what is not in it, and why, in one line
+    left_out: str = ""  # the files that were skipped, and why, in one line
 
 
 def read_domains(data: str, *, max_left_out_share: float = MAX_LEFT_OUT_SHARE) -> tuple[Domain, ...]:
-    """Domains of a text file, of a directory (one), or of `stdlib` (three).
+    """Returns the domains of a text file (one), a directory (one), or `stdlib` (three).
 
-    max_left_out_share: part of a directory's bytes that may be no UTF-8 text. Raises DataError.
+    max_left_out_share: the part of a directory's bytes that may be skipped as not UTF-8 text. Raises DataError.
     """
     if data == STDLIB:
         return tuple(_split(name, list(documents)) for name, documents in _stdlib_documents())
@@ -55,12 +55,12 @@ def read_domains(data: str, *, max_left_out_share: float = MAX_LEFT_OUT_SHARE) -
     if not documents:
         also = f"; left out are {left_out}" if left_out.names else ""
         raise DataError(f"{path} holds no text: give UTF-8 text files that are not empty{also}")
-    said = f"{path}: left out are {left_out}" if left_out.names else ""
-    return (replace(_split(path.name or "text", documents), left_out=said),)
+    message = f"{path}: left out are {left_out}" if left_out.names else ""
+    return (replace(_split(path.name or "text", documents), left_out=message),)
 
 
 def _stdlib_documents() -> Iterator[tuple[str, Iterable[Document]]]:
-    """Python's standard library source, the English prose of its reference, and torch's C++ headers."""
+    """Yields Python's standard library source, the English prose of its reference, and torch's C++ headers."""
     python = Path(sysconfig.get_path("stdlib"))
     headers = Path(torch.__file__).parent / "include"
     yield "python", _some_files(python, (f for f in python.glob("**/*.py") if _is_library(f.relative_to(python))))
@@ -69,12 +69,12 @@ def _stdlib_documents() -> Iterator[tuple[str, Iterable[Document]]]:
 
 
 def _is_library(relative: Path) -> bool:
-    """Installed packages, tests and the prose of the other domain are left out."""
+    """Returns False for installed packages, tests, and pydoc_data, whose prose is a domain of its own."""
     return not {"site-packages", "dist-packages", "test", "tests", "pydoc_data"} & set(relative.parts)
 
 
 def _some_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
-    """A sample that is the same on every machine with the same files."""
+    """Yields a sample of the files, the same on every machine with the same files."""
     taken_bytes = 0
     for name, file in sorted(((f.relative_to(root).as_posix(), f) for f in files), key=lambda pair: _place(pair[0])):
         document = read_file(file, name)
@@ -86,12 +86,15 @@ def _some_files(root: Path, files: Iterable[Path]) -> Iterator[Document]:
 
 
 def _place(name: str) -> str:
-    """A document's place in an order that says nothing of its content."""
+    """Returns a sort key that shuffles documents by a hash of their names."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _split(name: str, documents: list[Document]) -> Domain:
-    """About a tenth of the text, by whole documents of moderate length, is for validation; of one document, its end."""
+    """Sets about a tenth of the text aside for validation, in whole documents of moderate length.
+
+    If no document is short enough, the end of the longest one is the validation part.
+    """
     ordered = sorted((d for d in documents if d.text.strip()), key=lambda d: _place(d.name))
     if not ordered:
         raise DataError(f"no text of the domain {name} is on this machine: give train.data a file or directory")
@@ -103,7 +106,7 @@ def _split(name: str, documents: list[Document]) -> Domain:
         if moderate and held < VALIDATION_SHARE * total:
             validation.append(document)
             held += len(document.text)
-    if not validation:  # one document, or some that are all too long
+    if not validation:  # a single document, or all are too long
         longest = max(ordered, key=lambda d: len(d.text))
         head, tail = _cut(longest.text)
         train = [d.text for d in ordered if d is not longest]
@@ -116,7 +119,7 @@ def _split(name: str, documents: list[Document]) -> Domain:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Cuts off the last tenth, at a line's end if there is one near."""
+    """Cuts off the last tenth, at the end of a line if one is near."""
     at = int(len(text) * (1 - VALIDATION_SHARE))
     line_end = text.find("\n", at, at + (len(text) - at) // 2)
     at = line_end + 1 if line_end >= 0 else at

@@ -1,4 +1,4 @@
-"""Text as batches of token ids: any position of the run can be drawn again, so a run can go on or go back anywhere.
+"""Batches of token ids from text. A run can resume at or roll back to any position, since batches are reproducible.
 
 B sequences of S tokens. Sequence number n of the run is a function of (seed, n) and the text.
 """
@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from moecluster.errors import DataError
 from moecluster.training.corpus import Domain
 
-PIECE_CHARACTERS = 2**14  # tokenized at once: tokenizers slow down on long texts
+PIECE_CHARACTERS = 2**14  # tokenized at once; tokenizers slow down on long texts
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedDomain:
-    """A domain as token ids, its documents joined by the end mark where the tokenizer has one."""
+    """A domain as token ids. Documents are joined by the tokenizer's EOS token, if it has one."""
 
     name: str
     train: np.ndarray  # [n] int32
@@ -29,13 +29,13 @@ class TokenizedDomain:
 
 
 class TextData:
-    """Batches for training and windows for validation. Domains take turns, each the same number of tokens."""
+    """Training batches and validation windows. Domains take turns, with the same number of tokens each."""
 
     def __init__(
         self, domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, seed: int
     ) -> None:
         """Raises DataError if a domain is shorter than one sequence."""
-        # Equal parts, so that figures of all domains together weigh them as training does.
+        # Cut all domains to the same length, so that averages over domains weight them as training does.
         length = min(sum(len(text.encode()) for text in domain.validation) for domain in domains)
         self._validation_bytes = {d.name: "\n".join(d.validation).encode()[:length] for d in domains}
         self.left_out = tuple(domain.left_out for domain in domains if domain.left_out)
@@ -54,11 +54,12 @@ class TextData:
                     )
 
     def train_batch(self, position: int, batch_size: int) -> torch.Tensor:
-        """int64 [B, S]: sequences number position to position + B - 1 of the run."""
+        """Returns int64 [B, S]: the run's sequences from number `position` to `position + B - 1`."""
         return torch.stack([self._train_sequence(position + i) for i in range(batch_size)])
 
     def validation_windows(self, count: int, domain: str | None = None) -> torch.Tensor:
-        """int64 [W, S], W <= count: windows spread over the validation text of one domain, or of all in turns."""
+        """Returns int64 [W, S], W <= count: evenly spaced windows of the validation text of one domain or, in turns, of
+        all domains."""
         wanted = [d for d in self.domains if domain is None or d.name == domain]
         each = [list(self._windows(d, math.ceil(count / len(wanted)))) for d in wanted]
         turns = [window for turn in zip(*each, strict=False) for window in turn]
@@ -66,12 +67,12 @@ class TextData:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the validation text; what bits per token are divided by to give bits per byte."""
+        """Bytes per token of the validation text, mean over domains. Bits per token divided by it are bits per byte."""
         return sum(d.bytes_per_token for d in self.domains) / len(self.domains)
 
     @property
     def unigram_bits_per_byte(self) -> float:
-        """Entropy of single bytes of the validation text: what knowing only their frequencies costs."""
+        """Entropy of single bytes of the validation text: the loss of a model that knows only byte frequencies."""
         counts = Counter[int]()
         for content in self._validation_bytes.values():
             counts.update(content)
@@ -103,7 +104,7 @@ def _tokenize(domain: Domain, validation: str, tokenizer: PreTrainedTokenizerBas
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """int32 ids of the texts, each but the last followed by the end mark if the tokenizer has one."""
+    """Returns the int32 ids of the texts, joined by the tokenizer's EOS token, if it has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts: list[list[int]] = []
     for text in texts:

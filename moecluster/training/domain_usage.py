@@ -1,4 +1,4 @@
-"""Which experts serve which domain of text: the shares as rows of a table, and as a picture."""
+"""Which experts serve which domain of text: the shares, and a table of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Counts = Mapping[ExpertId, int]  # assignments (token, expert)
 
 @dataclass(frozen=True, kw_only=True)
 class DomainMap:
-    """share_DLE: of the assignments of a domain in a layer, the part that an expert took; sums to 1 over experts."""
+    """share_DLE: the fraction of a domain's assignments in a layer that go to each expert; sums to 1 over experts."""
 
     domains: tuple[str, ...]
     layers: tuple[int, ...]
@@ -23,14 +23,14 @@ class DomainMap:
         return int(self.share_DLE.shape[2])
 
     def favourite(self, layer: int, expert: int) -> str:
-        """The domain of which the expert takes the largest part."""
+        """Returns the domain of which the expert takes the largest share."""
         shares_D = self.share_DLE[:, self.layers.index(layer), expert]
         return self.domains[int(shares_D.argmax())]
 
     def specialisation(self) -> float:
-        """How far the domains' shares lie apart: mean over layers of the mean total variation distance of two domains.
+        """Returns the total variation distance between two domains' shares, mean over pairs of domains and layers.
 
-        0: every expert serves all domains alike; 1: no expert serves two.
+        0: every expert serves all domains alike; 1: no expert serves two domains.
         """
         pairs = [(a, b) for a in range(len(self.domains)) for b in range(a)]
         distances = [0.5 * np.abs(self.share_DLE[a] - self.share_DLE[b]).sum(axis=1).mean() for a, b in pairs]
@@ -38,7 +38,7 @@ class DomainMap:
 
 
 def domain_map(counts: Mapping[str, Counts], layer_experts: Mapping[int, int]) -> DomainMap:
-    """counts: domain -> assignments while its text was read. layer_experts: MoE layer -> number of experts."""
+    """counts: domain -> assignments counted on its text. layer_experts: MoE layer -> number of experts."""
     layers = tuple(sorted(layer_experts))
     share_DLE = np.zeros((len(counts), len(layers), max(layer_experts.values())))
     for d, experts in enumerate(counts.values()):
@@ -49,7 +49,7 @@ def domain_map(counts: Mapping[str, Counts], layer_experts: Mapping[int, int]) -
 
 
 def table_rows(shares: DomainMap, actors: Mapping[ExpertId, str]) -> Sequence[tuple[str, ...]]:
-    """One row an expert: layer, expert, actor, then the share of each domain in percent."""
+    """Returns one row per expert: layer, expert, actor, then the share of each domain in percent."""
     return [
         (
             str(layer),

@@ -1,4 +1,4 @@
-"""How well a model predicts text that it was not trained on."""
+"""Evaluates a model on validation text."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from moecluster.training.data import TextData
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Bits per byte: cross-entropy in bits per token, divided by the bytes that a token stands for."""
+    """Bits per byte: cross-entropy in bits per token, divided by bytes per token."""
 
     bits_per_byte: float  # mean over domains, which have the same number of tokens
     domains: dict[str, float]
@@ -20,7 +20,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, data: TextData, *, windows: int, batch_size: int) -> Evaluation:
-    """Runs the model over validation windows, in evaluation mode. Nothing of it counts as training load."""
+    """Runs the model over validation windows, in evaluation mode. Its assignments do not count as training load."""
     was_training = model.training
     model.eval()
     try:
@@ -36,6 +36,6 @@ def evaluate(model: PreTrainedModel, data: TextData, *, windows: int, batch_size
 
 
 def _nats(model: PreTrainedModel, ids_BS: torch.Tensor) -> float:
-    """Cross-entropy summed over all tokens but each sequence's first."""
+    """Returns the cross-entropy in nats, summed over all tokens but the first of each sequence."""
     logits_BSV = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
     return float(F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="sum"))

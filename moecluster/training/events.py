@@ -1,4 +1,4 @@
-"""What a training run tells, as plain records: whoever runs it draws, logs or ignores them."""
+"""The events of a training run, as plain records. The caller plots, logs or ignores them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """Trunk and experts stand at a step; training goes on from there."""
+    """Trunk and experts are loaded at a step; training continues from there."""
 
     step: int
     steps: int
@@ -16,29 +16,29 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """A step is committed everywhere."""
+    """A step is committed by all participants."""
 
     step: int
     loss: float  # cross-entropy, nats per token
-    # kind -> what is trained on besides it, with its coefficient; None: not told apart, and part of loss, as in
-    # histories that older versions wrote
+    # kind -> auxiliary loss times its coefficient; None: not recorded separately but included in loss, as in histories
+    # that older versions wrote
     aux_losses: Mapping[str, float] | None = None
     learning_rate: float
     grad_norm: float  # over trunk and experts, before clipping
     seconds: float
     tokens_per_s: float
-    balancedness: float | None  # mean over layers of mean actor load / max actor load; None: no expert was wanted
+    balancedness: float | None  # mean over layers of mean actor load / max actor load; None: no assignments
     attempts: int
 
     @property
     def total_loss(self) -> float:
-        """What the step was trained on."""
+        """The loss that the step minimizes: cross-entropy plus auxiliary losses."""
         return self.loss + sum((self.aux_losses or {}).values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """The model against text that it was not trained on."""
+    """The model was evaluated on validation text."""
 
     step: int
     bits_per_byte: float
@@ -47,7 +47,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointWritten:
-    """A complete checkpoint stands under its name."""
+    """A complete checkpoint was written."""
 
     step: int
     path: str
@@ -56,7 +56,7 @@ class CheckpointWritten:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed:
-    """A checkpoint could not be written; training goes on."""
+    """A checkpoint could not be written; training continues."""
 
     step: int
     reason: str
@@ -64,7 +64,7 @@ class CheckpointFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFailed:
-    """An attempt at a step came to nothing; the next one follows."""
+    """An attempt at a step failed; the next attempt follows."""
 
     step: int
     attempt: int
@@ -73,7 +73,7 @@ class AttemptFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class WentBack:
-    """State was lost: everything was loaded again from the last complete checkpoint."""
+    """State was lost, and everything was reloaded from the last complete checkpoint."""
 
     from_step: int
     step: int
@@ -83,7 +83,7 @@ class WentBack:
 
 @dataclass(frozen=True, kw_only=True)
 class BeganAgain:
-    """The process that the run was in was lost: another one goes on from the last complete checkpoint."""
+    """The process of the run died; a new one continues from the last complete checkpoint."""
 
     checkpoint: str
     restart: int  # counted from 1

@@ -1,4 +1,4 @@
-"""One rank's part of an attempt at a step: micro-batches forward and backward through trunk and remote experts."""
+"""One rank's part of a step attempt: forward and backward of its micro-batches through trunk and remote experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,26 +9,29 @@ import torch
 from transformers import PreTrainedModel
 
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.models.native.modeling import OwnForCausalLM
+from moecluster.models.native.modeling import NativeForCausalLM
 from moecluster.training.session import Session
 from moecluster.types import StepTag
 
-FOREIGN_AUX_LOSS = "router_aux"  # what transformers calls it, of families whose gates are not ours
+FOREIGN_AUX_LOSS = "router_aux"  # the auxiliary loss of transformers' own families
 
 
 @dataclass(frozen=True, kw_only=True)
 class Computed:
-    """What an attempt's micro-batches gave; the gradients lie with the participants."""
+    """Losses and loads of an attempt. The gradients stay with the participants."""
 
     loss: float  # cross-entropy, mean over micro-batches, nats per token
-    aux_losses: Mapping[str, float]  # kind -> what is trained on besides it, with its coefficient; mean over the same
+    aux_losses: Mapping[str, float]  # kind -> auxiliary loss times its coefficient, mean over micro-batches
     loads: Mapping[int, np.ndarray]  # MoE layer -> assignments per expert, int64 [E]
 
 
 def compute_gradients(
     session: Session, remote: RemoteExperts, tag: StepTag, ids_BS: torch.Tensor, *, micro_batches: int, seed: int
 ) -> Computed:
-    """Forward and backward of one step's sequences. Raises AttemptAborted or StateLost if an actor does not answer."""
+    """Runs forward and backward of one step's sequences.
+
+    Raises AttemptAborted or StateLost if an actor does not answer.
+    """
     session.trunk.drop_gradients()
     total, aux_totals = 0.0, dict[str, float]()
     with remote.counting() as counts:
@@ -50,11 +53,11 @@ def compute_gradients(
 
 
 def loss_parts(model: PreTrainedModel, output: Any) -> tuple[float, dict[str, float]]:
-    """(cross-entropy, kind of auxiliary loss -> that loss with its coefficient) of a forward call with labels.
+    """Returns (cross-entropy, kind -> auxiliary loss times its coefficient) of a forward call with labels.
 
-    transformers' families add one auxiliary loss, of their router, where config.output_router_logits asks for it.
+    transformers' own families add one auxiliary loss of their gates if config.output_router_logits is set.
     """
-    if isinstance(model, OwnForCausalLM):
+    if isinstance(model, NativeForCausalLM):
         parts = model.last_losses
         assert parts.cross_entropy is not None, "the call had no labels"
         return float(parts.cross_entropy), {kind: float(loss) for kind, loss in parts.aux_losses.items()}
@@ -67,15 +70,15 @@ def loss_parts(model: PreTrainedModel, output: Any) -> tuple[float, dict[str, fl
 
 
 def seed_random_numbers(model: PreTrainedModel, *, seed: int, step: int, micro_batch: int) -> None:
-    """Makes dropout and gates' noise a function of these numbers, so that an attempt run again draws the same."""
+    """Seeds dropout and gate noise from these numbers, so that a repeated attempt draws the same."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0] >> np.uint64(1)))
-    if isinstance(model, OwnForCausalLM):
+    if isinstance(model, NativeForCausalLM):
         model.begin_micro_batch(seed=seed, step=step, micro_batch=micro_batch)
 
 
 def update_gates(model: PreTrainedModel, loads: Mapping[int, np.ndarray]) -> None:
-    """Lets gates that balance without a loss adapt to a committed step's loads."""
-    if isinstance(model, OwnForCausalLM):
+    """Passes the loads of a committed step to the gates, for those that balance without a loss."""
+    if isinstance(model, NativeForCausalLM):
         for layer, gate in model.gates().items():
             gate.after_step(torch.from_numpy(loads[layer]))

@@ -1,4 +1,4 @@
-"""The figures of a run as a file of JSON lines, so that its curve outlives it and goes on where it goes on."""
+"""The metrics of a run in a JSON Lines file, so that its loss curve survives restarts."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ FILE_NAME = "history.jsonl"
 
 
 class History:
-    """Figures by step. A step that was taken again, after going back, counts as it was taken last."""
+    """Metrics by step. A step that was repeated after a rollback has the metrics of its last run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,7 +22,7 @@ class History:
 
     @classmethod
     def open(cls, output_dir: str | Path) -> Self:
-        """Reads what an earlier part of the run left, without a last line that it did not finish. Raises DataError."""
+        """Reads the file of an earlier part of the run, and drops an incomplete last line. Raises DataError."""
         history = cls(Path(output_dir) / FILE_NAME)
         if history.path.is_file():
             text = history.path.read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ class History:
         return history
 
     def add(self, event: Event) -> None:
-        """Keeps a figure, here and in the file. Other events are not figures."""
+        """Records Started, StepDone and Evaluated events in memory and in the file; ignores other events."""
         name = type(event).__name__
         if name not in _KINDS:
             return

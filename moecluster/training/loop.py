@@ -1,4 +1,4 @@
-"""A training run: steps, evaluations and checkpoints, and the way back when state is lost; told as events."""
+"""A training run: steps, evaluations, checkpoints, and rollback when state is lost. It yields events."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moecluster.config import Config
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.errors import AttemptAborted, CheckpointError, MoeClusterError, StaleOrder, StateLost, UserError
+from moecluster.errors import AttemptAborted, CheckpointError, MoeClusterError, StaleRequest, StateLost, UserError
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint.training_progress import TrainingState
 from moecluster.models.experts.layout import ExpertLayout
@@ -42,7 +42,7 @@ MAX_ATTEMPTS = 10  # at one step, with all participants alive
 
 
 class TrainingLoop:
-    """One run over standing expert actors. Iterate over run(); the events come as things happen."""
+    """One run over expert actors that are already up. Iterate over run() to train and receive events."""
 
     def __init__(
         self,
@@ -55,7 +55,8 @@ class TrainingLoop:
         announce: Callable[[str], None] = lambda checkpoint: None,
         metrics: Metrics | None = None,
     ) -> None:
-        """start: what prepare_start returned. announce: tells the controller what lost experts are loaded from."""
+        """start: the result of prepare_start. announce: tells the controller which checkpoint to load lost experts
+        from."""
         self._config = config
         self._remote = remote
         self._start = start
@@ -74,15 +75,16 @@ class TrainingLoop:
 
     @property
     def session(self) -> Session:
-        """The trunk and its coordinator, between the first event and close()."""
+        """The current session; available from the first event on."""
         assert self._session is not None, "the run has not begun"
         return self._session
 
     def run(self) -> Iterator[Event]:
-        """Trains to train.steps.
+        """Trains up to train.steps.
 
-        Raises UserError, StateLost under durability none or if the actors do not come back, StaleOrder if another run
-        has taken over the same experts, DeadlineExceeded if they do not answer an evaluation.
+        Raises UserError; StateLost under durability none, or if the actors do not come back; StaleRequest if another
+        run has taken over the same experts; AttemptAborted if a step fails MAX_ATTEMPTS times; DeadlineExceeded if the
+        actors do not answer an evaluation.
         """
         self._open(self._start)
         yield Started(
@@ -107,9 +109,9 @@ class TrainingLoop:
                 evaluated_step = -1
 
     def hand_over(self) -> None:
-        """The experts are served from the last checkpoint from now on: without optimizer state, packed for speed.
+        """Reloads the experts from the last checkpoint for serving: without optimizer state, weights packed.
 
-        Raises a MoeClusterError if an actor does not answer: it then serves what it was trained to, or nothing.
+        Raises a MoeClusterError if an actor does not answer. That actor then serves its trained weights, or nothing.
         """
         checkpoint = self._store.latest()
         if checkpoint is None:
@@ -126,14 +128,14 @@ class TrainingLoop:
             )
 
     def close(self) -> None:
-        """Ends the coordinator's threads; actors keep what they hold."""
+        """Ends the coordinator's threads. The actors keep their experts."""
         if self._session is not None:
             self._session.coordinator.close()
 
     # -- a step --
 
     def _take_step(self) -> Iterator[Event]:
-        """One committed step, in as many attempts as it takes. Raises StateLost."""
+        """Commits one step, in up to MAX_ATTEMPTS attempts. Raises StateLost; AttemptAborted if all attempts fail."""
         train = self._config.train
         started_s = time.perf_counter()
         ids_BS = self._data.train_batch(self._position, train.batch_size)
@@ -193,7 +195,7 @@ class TrainingLoop:
         return self._step >= train.steps or (every > 0 and self._step % every == 0)
 
     def _evaluate(self) -> Evaluated:
-        """Raises StateLost if an actor was started anew meanwhile: it may have served older weights."""
+        """Raises StateLost if an actor restarted meanwhile, since it may have served older weights."""
         train = self._config.train
         try:
             evaluation = evaluate(
@@ -214,7 +216,7 @@ class TrainingLoop:
         return self._step >= train.steps or (every > 0 and self._step % every == 0)
 
     def _write_checkpoint(self) -> CheckpointWritten | CheckpointFailed:
-        """Raises CheckpointError if the disk refuses and train.checkpoint_errors is "stop", StateLost."""
+        """Raises StateLost; CheckpointError if writing fails and train.checkpoint_errors is "stop"."""
         started_s = time.perf_counter()
         try:
             path = self._store.write(self._step, lambda directory: fill_checkpoint(directory, self._content()))
@@ -222,16 +224,16 @@ class TrainingLoop:
             if self._config.train.checkpoint_errors == "stop":
                 raise
             return CheckpointFailed(step=self._step, reason=str(error))
-        except StaleOrder as error:
+        except StaleRequest as error:
             self.session.coordinator.verify()
             raise StateLost(f"the experts are not at step {self._step}: {error}") from error
-        except MoeClusterError as error:  # an actor died while it sent its experts
+        except MoeClusterError as error:  # an actor died while sending its experts
             self.session.coordinator.verify()
             raise StateLost(f"the experts could not be read at step {self._step}: {error}") from error
         try:
             self._announce(str(path.resolve()))
             self._store.prune(self._config.train.keep_checkpoints)
-        except MoeClusterError as error:  # lost experts may still be loaded from an older one: keep them all
+        except MoeClusterError as error:  # the controller may still load lost experts from an older one: keep all
             logger.warning("the controller does not know of %s: %s", path, error)
         return CheckpointWritten(step=self._step, path=str(path), seconds=time.perf_counter() - started_s)
 
@@ -261,10 +263,10 @@ class TrainingLoop:
             if here:
                 yield from control.export(experts=here, with_optimizer=True, step=self._step)
 
-    # -- the way back --
+    # -- rollback --
 
     def _go_back(self, error: StateLost) -> WentBack:
-        """Everything from the last complete checkpoint. Raises the error itself under durability none."""
+        """Reloads everything from the last complete checkpoint. Re-raises the error under durability none."""
         if self._config.train.durability == "none":
             raise error
         started_s, from_step = time.perf_counter(), self._step
@@ -275,6 +277,6 @@ class TrainingLoop:
 
     def _open(self, checkpoint: Path) -> None:
         self.close()
-        self._session = None  # its trunk is dropped before another is loaded
+        self._session = None  # frees its trunk before the next one is loaded
         self._session = open_session(self._remote, checkpoint, self._config)
         self._step, self._position = self._session.state.step, self._session.state.data_position

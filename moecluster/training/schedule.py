@@ -14,7 +14,7 @@ class WarmupCosine:
     min_lr_ratio: float
 
     def at(self, step: int) -> float:
-        """Of optimizer step 1 to `steps`; the last warm-up step has the full lr."""
+        """Returns the learning rate of a step, counted from 1. The last warm-up step has the full lr."""
         assert step >= 1
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps

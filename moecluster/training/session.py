@@ -1,4 +1,5 @@
-"""Trunk and experts brought to one checkpoint, under a new term: where training begins, goes on, or goes back to."""
+"""A training session: trunk and experts loaded from one checkpoint, under a new term. Starts, resumes and rollbacks
+open one."""
 
 import time
 from collections import Counter
@@ -22,15 +23,15 @@ from moecluster.training.coordinator import StepCoordinator
 from moecluster.training.trunk_participant import TrunkParticipant
 from moecluster.types import ExpertId, OptimizerSettings, Placement
 
-LOOK_AGAIN_S = 0.5
+POLL_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """Everything at one committed step. Gone as soon as any part of it is lost."""
+    """Trunk, experts and coordinator, all at one committed step. Invalid as soon as one of them is lost."""
 
     checkpoint: Path
-    state: TrainingState  # as the checkpoint has it
+    state: TrainingState  # read from the checkpoint
     term: int
     model: PreTrainedModel
     trunk: TrunkParticipant
@@ -40,7 +41,7 @@ class Session:
 
 
 def optimizer_settings(config: Config) -> OptimizerSettings:
-    """Of trunk and experts alike."""
+    """Returns the optimizer settings that trunk and experts share."""
     return OptimizerSettings(
         name=config.experts.optimizer,
         beta1=config.train.betas[0],
@@ -52,10 +53,9 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
 
 
 def open_session(remote: RemoteExperts, checkpoint: Path, config: Config) -> Session:
-    """Loads a checkpoint into every expert actor and a trunk; waits for a whole placement.
+    """Loads a checkpoint into a trunk and every expert actor. Waits for a placement that has all experts.
 
-    Raises UserError for a checkpoint that cannot be used, StateLost if the actors are not all there within
-    cluster.start_timeout_s.
+    Raises UserError if the checkpoint cannot be used, StateLost if that fails within cluster.start_timeout_s.
     """
     state = read_training_state(checkpoint) or TrainingState(step=0, data_position=0, term=0, settings={})
     model = load_trunk(checkpoint, remote, getattr(torch, config.model.dtype))
@@ -66,10 +66,10 @@ def open_session(remote: RemoteExperts, checkpoint: Path, config: Config) -> Ses
             return _load_everywhere(remote, checkpoint, config, state, model)
         except UserError:
             raise
-        except MoeClusterError as error:  # an actor died meanwhile, or its controller changed: look again
+        except MoeClusterError as error:  # an actor died or the controller changed: try again
             if time.monotonic() > until_s:
                 raise StateLost(f"training cannot go on from {checkpoint}: {error}") from error
-            time.sleep(LOOK_AGAIN_S)
+            time.sleep(POLL_AGAIN_S)
 
 
 def _load_everywhere(
@@ -80,7 +80,7 @@ def _load_everywhere(
     controls = {name: control for name, control in remote.pool.controls().items() if placement.experts_on(name)}
     if not controls.keys() <= placement.actors.keys():
         raise Unavailable("the placement changed")
-    # Whoever trained these experts before has no say any more.
+    # A higher term fences earlier training runs over these experts.
     seen = [control.status().training_term for control in controls.values()]
     term = max(state.term, *seen) + 1
     optimizer = optimizer_settings(config)
@@ -125,12 +125,15 @@ def _load_everywhere(
 
 
 def _check(pool: ExpertPool, placement: Placement) -> None:
-    """Every expert has one replica. Raises Unavailable if some have none, ConfigError if some have several."""
+    """Checks that every expert has exactly one replica.
+
+    Raises Unavailable if an expert has none, after asking for it; ConfigError if an expert has several.
+    """
     replicas = Counter(replica.expert for replica in placement.replicas)
     experts = [ExpertId(layer=layer, index=i) for layer, n in placement.layer_experts.items() for i in range(n)]
     missing = [expert for expert in experts if not replicas[expert]]
     if missing:
-        for layer in sorted({expert.layer for expert in missing}):  # those that no token wanted stand nowhere
+        for layer in sorted({expert.layer for expert in missing}):  # cold experts are loaded only on request
             pool.want(layer, [expert.index for expert in missing if expert.layer == layer])
         raise Unavailable(f"{len(missing)} experts are not served, the first {missing[0]}")
     several = [expert for expert in experts if replicas[expert] > 1]

@@ -1,4 +1,4 @@
-"""What a run begins with, before any actor is there: its first checkpoint, its text and its tokenizer."""
+"""The inputs of a run, prepared before any actor exists: first checkpoint, text and tokenizer."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,20 +23,20 @@ from moecluster.training.corpus import read_domains
 from moecluster.training.data import TextData
 from moecluster.types import ExpertId
 
-# A run cannot go on under other values of these.
+# [train] settings that cannot change when a run resumes.
 _FIXED = ("data", "tokenizer", "batch_size", "sequence_length", "seed")
 
 
 def prepare_start(config: Config) -> Path:
-    """The directory that training begins or goes on from; a fresh model is written there first.
+    """Returns the checkpoint directory that training starts or resumes from. Writes a fresh model if there is none.
 
-    Raises UserError: checkpoints are there and train.resume is not set, they are of other settings, or the model or
+    Raises UserError if there are checkpoints and train.resume is not set, if their settings differ, or if the model or
     tokenizer cannot be used.
     """
     store = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS)
     latest = store.latest()
     steps = store.steps()
-    if steps and steps[-1] > 0 and not config.train.resume:  # a fresh model, as `up` writes one, is no run yet
+    if steps and steps[-1] > 0 and not config.train.resume:  # step 0 is a fresh model, not a run: `up` writes one too
         raise ConfigError(
             f"train.output_dir: {config.train.output_dir} holds checkpoints up to step {steps[-1]}; "
             "set train.resume = true to go on from there, or choose another directory"
@@ -54,13 +54,13 @@ def prepare_start(config: Config) -> Path:
 
 
 def run_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """train.tokenizer, else that of model.path, else bytes. Raises CheckpointError."""
+    """Returns the tokenizer of train.tokenizer, else of model.path, else a byte tokenizer. Raises CheckpointError."""
     directory = config.train.tokenizer or config.model.path
     return load_tokenizer(directory) if directory else build_byte_tokenizer()
 
 
 def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TextData:
-    """The run's text as tokens. Raises DataError, and ConfigError for a dtype that nothing is trained in."""
+    """Reads and tokenizes the run's text. Raises DataError, and ConfigError if model.dtype cannot be trained in."""
     if config.model.dtype == "float16":
         raise ConfigError(
             'model.dtype: got "float16", whose gradients vanish; expected float32 or bfloat16 to train in'
@@ -74,7 +74,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TextData:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """ "section.key" -> value, as JSON has it, of all settings that make a run what it is."""
+    """Returns "section.key" -> JSON value of all settings that cannot change during a run."""
     tables = config.to_tables()
     fixed = {f"model.{key}": value for key, value in tables["model"].items()}
     fixed |= {f"experts.{key}": tables["experts"][key] for key in ("optimizer", "momentum")}
@@ -101,7 +101,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where
 
 
 def _fresh(config: Config, tokenizer: PreTrainedTokenizerBase) -> CheckpointContent:
-    """A model of our own family, its experts made one at a time."""
+    """Returns a fresh native model, whose experts are created one at a time."""
     seed = config.train.seed
     trunk = build_model(config.model, seed, with_experts=False)
 

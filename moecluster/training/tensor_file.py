@@ -1,4 +1,4 @@
-"""A safetensors file written piece by piece: shapes first, contents in any order, never all in memory.
+"""Writes a safetensors file incrementally: shapes first, then contents in any order, never all in memory.
 
 The file format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header size, a JSON header with dtype,
 shape and byte range of every tensor, then the bytes.
@@ -19,7 +19,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 class TensorFile:
-    """Writes one file; tensors that were announced and never written are zeros. Errors of the disk are OSErrors."""
+    """Writes one file. Declared tensors that are never written are zeros. Disk errors are raised as OSError."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class TensorFile:
         *,
         by_row: Collection[str] = (),
     ) -> None:
-        """Takes all the room at once, so that a full disk is found before anything is written.
+        """Allocates the whole file first, so that a full disk fails before any tensor is written.
 
-        by_row: tensors that are written, and will be read, row by row.
+        by_row: tensors that are written, and later read, row by row.
         """
         self._shapes, self._dtypes = dict(shapes), dict(dtypes)
         self._begin: dict[str, int] = {}
@@ -54,7 +54,7 @@ class TensorFile:
             raise
 
     def write(self, key: str, value: torch.Tensor, row: int = 0) -> None:
-        """Writes a tensor; or, if it is a slice [1, ...] of what was announced, its row."""
+        """Writes a whole tensor, or the given row of it if the value has shape [1, ...]."""
         shape, dtype = self._shapes[key], self._dtypes[key]
         whole = tuple(value.shape) == shape
         assert whole or tuple(value.shape) == (1, *shape[1:]), f"{key}: {tuple(value.shape)} into {shape}"
@@ -66,7 +66,7 @@ class TensorFile:
             self._header.set(key, sums_of(content.data, self._header.unit_bytes(key)), 0 if whole else row)
 
     def close(self) -> None:
-        """Everything is on the disk afterwards."""
+        """Writes the header and syncs the file to disk."""
         try:
             header = self._header.to_bytes()
             assert len(header) == self._data_begin
@@ -87,7 +87,7 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Writes tensors that are in memory; they may share it. Returns their bytes."""
+    """Writes in-memory tensors, which may share storage. Returns their total bytes."""
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     with TensorFile(path, shapes, {key: value.dtype for key, value in tensors.items()}) as file:
         for key, value in tensors.items():

@@ -1,4 +1,4 @@
-"""Text files as documents, and what of them is left out, with the reason."""
+"""Reads text files as documents, and records which files are skipped and why."""
 
 import os
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from moecluster.errors import DataError
 
-SHOWN = 3  # names of each kind
+SHOWN = 3  # file names listed per reason
 NOT_UTF8, BINARY, UNREADABLE = "not UTF-8", "binary (with zero bytes, as UTF-16 has)", "unreadable"
 EMPTY, HIDDEN, NO_FILE = "empty", "hidden", "no regular files, or links to folders or to nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One file, or another piece of text that belongs together."""
+    """One file, or another self-contained text."""
 
     name: str
     text: str
@@ -22,7 +22,8 @@ class Document:
 
 @dataclass(kw_only=True)
 class LeftOut:
-    """Names of what is not read, by reason; bytes only of what may well have been meant as text."""
+    """The names of skipped files, by reason. num_bytes leaves out empty and hidden files, and those that are no regular
+    files."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
     num_bytes: int = 0
@@ -33,7 +34,7 @@ class LeftOut:
 
     @property
     def share(self) -> float:
-        """Of all bytes."""
+        """The skipped fraction of all bytes."""
         return self.num_bytes / self.total_bytes if self.total_bytes else 0.0
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ class LeftOut:
 
 
 def read_file(file: Path, name: str) -> Document | str:
-    """The document, or the reason why it is none."""
+    """Returns the document, or the reason why the file is skipped."""
     try:
         content = file.read_bytes()
     except OSError:
@@ -60,9 +61,9 @@ def read_file(file: Path, name: str) -> Document | str:
 
 
 def read_directory(root: Path) -> tuple[list[Document], LeftOut]:
-    """All files below a directory that are UTF-8 text, whatever their suffix, in order of their names.
+    """Reads all UTF-8 text files below a directory, whatever their suffix, ordered by name.
 
-    Raises DataError for a folder that cannot be listed.
+    Raises DataError if a folder cannot be listed.
     """
     documents: list[Document] = []
     left_out = LeftOut()
@@ -81,7 +82,7 @@ def read_directory(root: Path) -> tuple[list[Document], LeftOut]:
 
 
 def _entries(root: Path, left_out: LeftOut) -> Iterator[Path]:
-    """Regular files, and links to some, that are not hidden; links to folders are not followed."""
+    """Yields regular files and links to them, except hidden ones. Does not follow links to folders."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
@@ -92,7 +93,7 @@ def _entries(root: Path, left_out: LeftOut) -> Iterator[Path]:
             if name.startswith("."):
                 left_out.add(HIDDEN, entry.relative_to(root).as_posix())
             elif name in folders and not entry.is_symlink():
-                continue  # walked by itself
+                continue  # os.walk descends into it
             elif os.path.isfile(entry):
                 yield entry
             else:

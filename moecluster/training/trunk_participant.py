@@ -1,4 +1,4 @@
-"""A rank's trunk as a participant of training steps, like an expert actor."""
+"""A rank's trunk as a participant in training steps, like an expert actor."""
 
 import secrets
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from moecluster.optim.step_state import StepState
 from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
 
 MODULE = "trunk"
-NO_LAYER = -1  # in the keys of a trunk's own gradients
+NO_LAYER = -1  # layer in the message keys of trunk gradients
 
 
 class TrunkParticipant:
-    """Satisfies Participant of rpc/interfaces.py."""
+    """Implements optim.participant.Participant."""
 
     def __init__(
         self,
@@ -34,14 +34,14 @@ class TrunkParticipant:
         self.incarnation = secrets.token_hex(8)
         self._rank = rank
         self._parameters = dict(trunk_parameters(model))
-        self._sent: list[MessageKey] = []  # of the running attempt
+        self._sent: list[MessageKey] = []  # in the running attempt
         self._tag: StepTag | None = None
         self._state = StepState(optimizer, term=term)
         self._state.add(MODULE, self._parameters, optimizer_state)
         self._state.reset(term=term, step=state.step)
 
     def accumulate(self, tag: StepTag, *, micro_batch: int, rows: int) -> None:
-        """Takes the gradients that a backward left in the parameters. rows: tokens of the micro-batch."""
+        """Moves the gradients of a backward pass out of the parameters. rows: tokens of the micro-batch."""
         if tag != self._tag:
             self._tag, self._sent = tag, []
         key = MessageKey(rank=self._rank, micro_batch=micro_batch, layer=NO_LAYER, pass_index=0, rows=rows)
@@ -51,16 +51,16 @@ class TrunkParticipant:
         self._sent.append(key)
 
     def drop_gradients(self) -> None:
-        """Forgets what an unfinished backward left in the parameters."""
+        """Clears the gradients that an unfinished backward pass left in the parameters."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def sent(self, tag: StepTag) -> list[MessageKey]:
-        """What Reduce has to expect of this rank's own gradients."""
+        """Returns the message keys that Reduce must expect from this trunk."""
         return list(self._sent) if tag == self._tag else []
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """`STATE/PARAMETER` -> tensor."""
+        """Returns `STATE/PARAMETER` -> tensor."""
         return self._state.state_tensors(MODULE)
 
     def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:

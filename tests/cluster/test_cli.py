@@ -13,8 +13,8 @@ import pytest
 from actors.local_ray import MARK
 from tests.conftest import processes_of_this_session
 from tests.support.clusters.every_method import guarded_methods, health_methods
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.second_user import SECRETS, listening, try_everything
-from tests.support.clusters.twin_actors import save_tiny_model
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,7 @@ def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, 
     assert len(trace.read_bytes().splitlines()) == 3
 
 
-def test_status_and_texts_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
+def test_status_and_outputs_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
     shown = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
     assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]

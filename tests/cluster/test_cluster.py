@@ -22,8 +22,8 @@ from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.models.config import read_model_config
 from moecluster.rpc.controller.client import controller_status
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.ray_cluster import CREDENTIALS
-from tests.support.clusters.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
 NEW_TOKENS = 200
@@ -53,7 +53,7 @@ def cluster(ray_session: object, model: str) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def reference(model: str) -> list[int]:
     """What the whole model in one process goes on with, greedily."""
-    read_model_config(model)  # makes our own family known
+    read_model_config(model)  # makes the native family known
     whole: Any = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([list(PROMPT.encode())])
     out = whole.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))
@@ -80,7 +80,7 @@ def pid_of(cluster: Cluster, actor: str) -> int:
     return endpoints.pid
 
 
-def test_greedy_text_equals_the_model_in_one_process(cluster, reference) -> None:
+def test_greedy_output_equals_the_model_in_one_process(cluster, reference) -> None:
     assert generate(cluster) == reference
 
 
@@ -105,10 +105,10 @@ def test_an_expert_actor_that_dies_or_hangs_while_generating_changes_nothing(clu
     before = pid_of(cluster, "expert-1")
     with Client(cluster.router_address(), credentials=CREDENTIALS) as client:
         stream = client.generate(PROMPT, max_new_tokens=NEW_TOKENS)
-        pieces = iter(stream)
-        next(pieces)
+        chunks = iter(stream)
+        next(chunks)
         os.kill(before, signal_number)
-        list(pieces)
+        list(chunks)
     assert stream.ids == reference
     wait_until(
         lambda: all(
@@ -130,7 +130,7 @@ def test_generation_goes_on_without_a_controller_and_a_new_one_takes_over(cluste
     assert generate(cluster) == reference
 
 
-def test_many_texts_at_once_while_actors_die(cluster, reference) -> None:
+def test_many_requests_at_once_while_actors_die(cluster, reference) -> None:
     texts: list[list[int]] = []
     threads = [threading.Thread(target=lambda: texts.append(generate(cluster))) for _ in range(3)]
     for thread in threads:
@@ -174,7 +174,7 @@ def test_a_port_in_use_is_named_and_nothing_is_left(cluster, ray_namespace, mode
 
 def test_a_placement_that_does_not_fit_the_model_is_refused(ray_namespace, model) -> None:
     settings = {"cluster": {"name": ray_namespace}, "controller": {"placement": {"expert-0": ["0/*"]}}}
-    with pytest.raises(ConfigError, match="4 experts stand on no actor"):
+    with pytest.raises(ConfigError, match="4 experts are on no actor"):
         Cluster(ray_namespace).start(read_config(settings), model, credentials=CREDENTIALS)
     assert Cluster(ray_namespace).actors() == []
 

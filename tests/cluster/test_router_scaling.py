@@ -38,7 +38,7 @@ def routers(cluster: RayCluster) -> dict[str, RouterState]:
     return {s.router: s for s in status.router_states if s.address} if status is not None else {}
 
 
-class Front:
+class Gateway:
     """NUM_CLIENTS threads that write one text after another, each at the router with the fewest that does not leave."""
 
     def __init__(self, cluster: RayCluster) -> None:
@@ -52,7 +52,7 @@ class Front:
         self._threads = [threading.Thread(target=self._look)]
         self._threads += [threading.Thread(target=self._write, args=(i,)) for i in range(NUM_CLIENTS)]
 
-    def __enter__(self) -> "Front":
+    def __enter__(self) -> "Gateway":
         self._states = wait_for(lambda: routers(self._cluster), "a router serves")
         for thread in self._threads:
             thread.start()
@@ -88,16 +88,16 @@ class Front:
 def test_under_load_a_second_router_starts_and_when_it_is_over_it_is_drained_and_ended(cluster: RayCluster) -> None:
     with cluster.client() as client:
         alone = {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS).text() for prompt in PROMPTS}
-    with Front(cluster) as front:
+    with Gateway(cluster) as gateway:
         began_s = time.monotonic()
         wait_for(lambda: set(routers(cluster)) == {"router", "router-1"}, "a second router serves")
         print(f"the second router served after {time.monotonic() - began_s:.1f} s")
-        wait_for(lambda: sum(name == "router-1" for name, _, _ in front.texts) >= 3, "it writes texts")
+        wait_for(lambda: sum(name == "router-1" for name, _, _ in gateway.texts) >= 3, "it writes texts")
         addresses = {state.address for state in routers(cluster).values()}
         assert set(cluster.driver.router_addresses()) == addresses
     wait_for(lambda: "router-1" not in cluster.driver.actors(), "it is ended")
-    assert not front.failures and len(front.texts) > NUM_CLIENTS
-    assert all(text == alone[prompt] for _, prompt, text in front.texts)
+    assert not gateway.failures and len(gateway.texts) > NUM_CLIENTS
+    assert all(text == alone[prompt] for _, prompt, text in gateway.texts)
     wait_for(lambda: set(routers(cluster)) == {"router"}, "it is forgotten")
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
         wait_for(lambda: all(o.phase.ended for o in calls.operations()), "the operations end")
@@ -113,13 +113,13 @@ def test_a_controller_that_is_started_again_finds_the_routers_and_goes_on(cluste
         wait_for(lambda: calls.operation("grow").phase is OperationPhase.DONE, "the second router serves")
     with Client(routers(cluster)["router-1"].address, credentials=CREDENTIALS) as client:
         assert client.status().controller == cluster.driver.controller_address()
-        pieces = iter(client.generate(PROMPTS[0], max_new_tokens=200))
-        begun = next(pieces)
+        chunks = iter(client.generate(PROMPTS[0], max_new_tokens=200))
+        begun = next(chunks)
         with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
             calls.scale_routers(1, operation_id="shrink")
         wait_for(lambda: routers(cluster)["router-1"].leaving, "it leaves")
         cluster.kill("controller")
-        whole = begun.text + "".join(piece.text for piece in pieces)
+        whole = begun.text + "".join(chunk.text for chunk in chunks)
     with cluster.client() as client:
         assert client.generate(PROMPTS[0], max_new_tokens=200).text() == whole
     wait_for(lambda: [n for n in cluster.driver.actors() if is_router(n)] == ["router"], "it is ended")

@@ -55,7 +55,7 @@ def status(address: str) -> RouterStatus | None:
         return None
 
 
-def test_routers_write_the_same_texts_at_the_same_time(cluster: RayCluster) -> None:
+def test_routers_write_the_same_requests_at_the_same_time(cluster: RayCluster) -> None:
     at = addresses(cluster)
     assert tuple(sorted(at)) == ROUTERS and sorted(at.values()) == sorted(cluster.driver.router_addresses())
     alone = texts(at["router"])
@@ -92,10 +92,10 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
     writing = threading.Thread(target=lambda: bystander.update(texts(before[other])))
     writing.start()
     with Client([before[victim], before[other]], credentials=CREDENTIALS) as client:
-        pieces = iter(client.generate(PROMPTS[0], max_new_tokens=NEW_TOKENS))
-        begun = next(pieces).text
+        chunks = iter(client.generate(PROMPTS[0], max_new_tokens=NEW_TOKENS))
+        begun = next(chunks).text
         cluster.kill(victim)
-        assert begun + "".join(piece.text for piece in pieces) == whole[PROMPTS[0]]
+        assert begun + "".join(chunk.text for chunk in chunks) == whole[PROMPTS[0]]
     writing.join(60.0)
     assert bystander == whole
 

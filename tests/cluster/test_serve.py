@@ -1,4 +1,4 @@
-"""`moecluster serve` with a Ray of its own: asked over HTTP, joined by a second front, its router killed, ended."""
+"""`moecluster serve` with a Ray of its own: asked over HTTP, joined by a second gateway, its router killed, ended."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from tests.support.clusters.ray_cluster import wait_for
 from tests.support.soak.generation_load import save_decided_model
 
 UP_TIMEOUT_S = 180.0
-MAX_FRONT_BYTES = 200 * 2**20  # torch alone would take more
+MAX_GATEWAY_BYTES = 200 * 2**20  # torch alone would take more
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -30,16 +30,16 @@ class Served:
         self.process = subprocess.Popen(
             [*COMMAND, *arguments, "--port", "0"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
-        self.said: list[str] = []
+        self.output: list[str] = []
 
     def wait_started(self) -> str:
         """Its address."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.said.append(line)
+            self.output.append(line)
             if line.startswith("serving "):
                 return line.split(" at ")[1].split("/v1")[0]
-        raise AssertionError(f"it ended: {self.said}")
+        raise AssertionError(f"it ended: {self.output}")
 
     def interrupt(self) -> int:
         self.process.send_signal(signal.SIGINT)
@@ -64,18 +64,18 @@ def served(environment: dict[str, str], tmp_path: Path) -> Iterator[Served]:
 def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environment: dict[str, str]) -> None:
     url = served.wait_started()
     text: dict[str, Any] = {"model": "tiny", "prompt": "def add(a, b):", "max_tokens": 20, "temperature": 0}
-    wait_for(lambda: _is_well(url), "the front answers")
+    wait_for(lambda: _is_well(url), "the gateway answers")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120.0, max_retries=0) as client:
         reference = client.completions.create(**text).choices[0].text
-        assert psutil.Process(served.process.pid).memory_info().rss < MAX_FRONT_BYTES
-        second = Served(environment, "front", "--model", "other=moecluster")
+        assert psutil.Process(served.process.pid).memory_info().rss < MAX_GATEWAY_BYTES
+        second = Served(environment, "gateway", "--model", "other=moecluster")
         try:
             told = httpx.post(f"{second.wait_started()}/v1/completions", json={**text, "model": "other"}, timeout=60.0)
             assert told.json()["choices"][0]["text"] == reference
         finally:
             assert second.interrupt() == 0
         os.kill(_router_pid(), signal.SIGKILL)
-        # Ray starts it again, at another address, which only Ray knows: the front asks.
+        # Ray starts it again, at another address, which only Ray knows: the gateway asks.
         assert client.completions.create(**text).choices[0].text == reference
     assert len(local_rays()) == 1
     assert served.interrupt() == 0

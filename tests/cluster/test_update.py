@@ -14,7 +14,7 @@ from actors.cluster_file import UpCluster
 from moecluster.client import Client
 from moecluster.rpc.credentials import secret_path, write_secret
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, requests_alone, save_version
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def write(address: str, prompt: str = PROMPTS[0]) -> list[int]:
 
 def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, monkeypatch) -> None:
     first, second = (save_version(tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
-    before, after = (texts_alone(path)[PROMPTS[0]] for path in (first, second))
+    before, after = (requests_alone(path)[PROMPTS[0]] for path in (first, second))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "200")
     tables = {"cluster": {"num_expert_actors": 2}, "controller": {"lease_s": 2.0, "period_s": 0.2}}

@@ -30,7 +30,7 @@ def cluster(ray_session: RaySession, directory: str) -> Iterator[RayCluster]:
 
 
 @pytest.mark.timeout(240)
-def test_no_request_fails_and_every_text_is_the_same_while_actors_are_killed(
+def test_no_request_fails_and_every_request_is_the_same_while_actors_are_killed(
     cluster: RayCluster, directory: str
 ) -> None:
     undisturbed = {prompt: generate(cluster, prompt).ids for prompt in PROMPTS}

@@ -12,8 +12,8 @@ import pytest
 from actors.local_ray import MARK
 from tests.cluster.test_cli import COMMAND, ROOT, local_rays
 from tests.conftest import processes_of_this_session
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.ray_cluster import wait_for
-from tests.support.clusters.twin_actors import save_tiny_model
 
 LONG_S = 400.0  # a start on a machine that is busy with others
 
@@ -76,10 +76,10 @@ def test_a_start_that_was_killed_is_found_and_the_next_one_takes_its_place(comma
         wait_for(lambda: parts("gcs_server"), "Ray is being started", LONG_S)
         starting.kill()
     (left,) = local_rays()
-    _, _, said = commands.run("status")
-    assert f"was broken off (process {starting.pid} has ended): moecluster down ends what is left" in said
-    code, _, said = commands.run("up", model, "--set", "cluster.num_expert_actors=2")
-    assert code == 0, said
+    _, _, output = commands.run("status")
+    assert f"was broken off (process {starting.pid} has ended): moecluster down ends what is left" in output
+    code, _, output = commands.run("up", model, "--set", "cluster.num_expert_actors=2")
+    assert code == 0, output
     (up,) = local_rays()
     assert up != left
 
@@ -93,12 +93,12 @@ def test_actors_are_as_nice_as_the_command_that_started_them(commands: Commands)
 def test_a_ray_whose_raylet_is_killed_is_said_within_seconds_and_ended_by_down(commands: Commands) -> None:
     (raylet,) = parts("raylet/raylet")
     raylet.suspend()
-    code, said, _ = commands.run("status", "--timeout-s", "2")
-    assert code == 0 and f"raylet (process {raylet.pid}) is stopped" in said
+    code, output, _ = commands.run("status", "--timeout-s", "2")
+    assert code == 0 and f"raylet (process {raylet.pid}) is stopped" in output
     raylet.kill()
     wait_for(lambda: not parts("raylet/raylet"), "the raylet has ended")
-    code, said, _ = commands.run("status")
-    assert code == 1 and "ended: Ray's raylet has ended, and every actor with it" in said
-    code, _, said = commands.run("down")
-    assert code == 0, said
+    code, output, _ = commands.run("status")
+    assert code == 1 and "ended: Ray's raylet has ended, and every actor with it" in output
+    code, _, output = commands.run("down")
+    assert code == 0, output
     assert local_rays() == set()

@@ -9,7 +9,7 @@ from tests.support.soak.serving_under_kills import describe, serve_under_kills
 
 
 @pytest.mark.timeout(300)
-def test_no_request_fails_and_every_text_is_right_while_everything_is_killed(
+def test_no_request_fails_and_every_request_is_right_while_everything_is_killed(
     ray_session: RaySession, tmp_path: Path
 ) -> None:
     outcome = serve_under_kills(tmp_path, duration_s=30.0, kill_every_s=6.0, clients=12, seed=1)  # tests/soak: longer

@@ -166,9 +166,9 @@ def test_a_run_whose_router_is_killed_begins_again_by_itself(
     killer = threading.Thread(target=kill_behind_a_checkpoint)
     killer.start()
     console = Console(width=300)
-    with console.capture() as said:
+    with console.capture() as output:
         last = run(config, str(start.resolve()), cluster.driver, console)
     killer.join()
-    assert "the run begins again from" in said.get()
+    assert "the run begins again from" in output.get()
     assert last is not None and Path(last).name == "step-00000008"
     assert {step: done.total_loss for step, done in History.open(tmp_path).steps.items()} == undisturbed

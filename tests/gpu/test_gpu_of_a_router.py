@@ -6,7 +6,7 @@ import torch
 
 from tests.support.clusters.ray_cluster import RayCluster
 from tests.support.clusters.ray_session import RaySession
-from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, save_version, texts_alone
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, requests_alone, save_version
 
 CONTEXT_BYTES = 100 * 2**20  # CUDA takes more than this for a process that computes
 
@@ -31,7 +31,7 @@ def written_by(directory: str, num_gpus: int) -> tuple[dict[str, list[int]], int
 
 def test_a_router_with_a_gpu_computes_on_it(ray_session: RaySession, tmp_path: Path) -> None:
     directory = save_version(tmp_path, seed=0)
-    alone = texts_alone(directory)
+    alone = requests_alone(directory)
     texts, taken_bytes = written_by(directory, 1)
     assert texts == alone and taken_bytes > CONTEXT_BYTES
     texts, taken_bytes = written_by(directory, 0)

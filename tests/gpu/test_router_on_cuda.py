@@ -12,8 +12,8 @@ from moecluster.client import Client
 from moecluster.models.config import read_model_config
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.models.families import FAMILIES
-from tests.support.models.mixed_texts import assert_texts_of_the_whole_model
-from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, done, save_version, texts_alone
+from tests.support.models.mixed_requests import assert_outputs_of_the_whole_model
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, done, requests_alone, save_version
 
 NUM_UPDATES = 4
 SAMPLED: Mapping[str, Any] = {
@@ -53,13 +53,13 @@ def write_all(client: Client) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_of_texts_is_what_the_whole_model_writes(family: str, tmp_path: Path) -> None:
-    assert_texts_of_the_whole_model(family, tmp_path, seed=list(FAMILIES).index(family), device="cuda")
+def test_a_mixed_batch_of_requests_is_what_the_whole_model_writes(family: str, tmp_path: Path) -> None:
+    assert_outputs_of_the_whole_model(family, tmp_path, seed=list(FAMILIES).index(family), device="cuda")
     assert torch.cuda.max_memory_allocated() > 0
 
 
 def test_a_layer_of_raw_hidden_states_is_what_it_is_on_the_cpu(client: Client, versions: list[str]) -> None:
-    read_model_config(versions[0])  # makes our own family known
+    read_model_config(versions[0])  # makes the native family known
     model = AutoModelForCausalLM.from_pretrained(versions[0])
     x_TD = torch.randn(5, 32)
     y_TD, ids_TK, weights_TK = client.moe(1, x_TD)
@@ -69,7 +69,7 @@ def test_a_layer_of_raw_hidden_states_is_what_it_is_on_the_cpu(client: Client, v
     assert ids_TK.shape == weights_TK.shape == (5, 2)
 
 
-def test_sampled_texts_with_every_parameter_are_repeatable(client: Client) -> None:
+def test_sampled_requests_with_every_parameter_are_repeatable(client: Client) -> None:
     texts = [client.generate(PROMPTS[0], max_new_tokens=24, logprobs=True, top_logprobs=3, **SAMPLED) for _ in range(2)]
     first, second = (stream.text() for stream in texts)
     assert first == second and texts[0].ids == texts[1].ids
@@ -81,7 +81,7 @@ def test_sampled_texts_with_every_parameter_are_repeatable(client: Client) -> No
 def test_new_weights_replace_the_old_ones_on_the_gpu(
     cluster: LoopbackCluster, client: Client, versions: list[str]
 ) -> None:
-    alone = [texts_alone(version) for version in versions]
+    alone = [requests_alone(version) for version in versions]
     assert write_all(client) == alone[0]
     for turn in range(1, 1 + NUM_UPDATES):
         done(cluster, cluster.controller.update(versions[turn % 2]))

@@ -27,8 +27,8 @@ from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer, open_async_channel, open_channel
 from moecluster.types import Placement
 from tests.support.clusters.every_method import OURS, Metadata, Method, code_of, guarded_methods, health_methods
-from tests.support.fakes.scripted_controller import ScriptedController
-from tests.support.fakes.scripted_router import ScriptedRouter
+from tests.support.fakes.fake_controller import FakeController
+from tests.support.fakes.fake_router import FakeRouter
 
 CREDENTIALS = ClusterCredentials(secret="k" * 43)
 SERVERS = ("expert", "router", "controller", "checkpoint")
@@ -51,7 +51,7 @@ class Untouched:
     """A handler that nothing may reach."""
 
     lease_s = 1.0
-    incarnation = "life"
+    incarnation = "incarnation"
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"{name} was called without the secret")
@@ -142,7 +142,7 @@ def test_a_call_is_refused_before_its_body_has_come(guarded) -> None:
 
 def test_health_calls_without_the_secret_leave_room_for_those_with_it() -> None:
     """128 calls run at once in a server; who has no secret gets a few of them, and no more by never ending them."""
-    with closing(_Serving(ScriptedController())) as serving, open_channel(serving.address) as anonymous:
+    with closing(_Serving(FakeController())) as serving, open_channel(serving.address) as anonymous:
         stub: Any = health_pb2_grpc.HealthStub(anonymous)
         watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(200)]
         outcomes = [_first(watch) for watch in watches]
@@ -168,7 +168,7 @@ def _first(watch: Any) -> str:
 class _Serving:
     """A controller's server with the secret."""
 
-    def __init__(self, controller: ScriptedController) -> None:
+    def __init__(self, controller: FakeController) -> None:
         self._server = serve_controller(controller, credentials=CREDENTIALS)
         self.address = self._server.address
 
@@ -177,7 +177,7 @@ class _Serving:
 
 
 def test_with_the_secret_calls_streams_and_watches_work() -> None:
-    controller = ScriptedController()
+    controller = FakeController()
     with ExitStack() as stack:
         serving = stack.enter_context(closing(_Serving(controller)))
         with ControllerCalls(serving.address, credentials=CREDENTIALS) as calls:
@@ -212,7 +212,7 @@ def test_a_client_with_the_wrong_secret_is_told_what_would_be_right(guarded, giv
 def test_a_client_takes_the_secret_from_a_file_or_the_environment(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "one" / "cluster.secret"
     write_secret(file, CREDENTIALS)
-    with ScriptedRouter(credentials=CREDENTIALS) as router:
+    with FakeRouter(credentials=CREDENTIALS) as router:
         with Client(router.address, secret_file=file) as client:
             assert client.generate("a").text()
         monkeypatch.setenv(SECRET_FILE_VARIABLE, str(file))

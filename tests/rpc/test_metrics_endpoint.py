@@ -7,12 +7,12 @@ import pytest
 from moecluster.client import Client
 from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.running_front import wait_for
-from tests.support.clusters.twin_actors import save_tiny_model
+from tests.support.clusters.running_gateway import wait_for
 
 
-def texts_of(port: int) -> dict[str, float]:
+def requests_of(port: int) -> dict[str, float]:
     """running and waiting, as a router's /metrics shows them."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         shown = answer.read().decode()
@@ -46,15 +46,15 @@ def test_a_router_shows_how_many_texts_it_writes_and_how_many_wait(tmp_path: Pat
     with LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster:
         port = cluster.metrics.serve(host="127.0.0.1", port=0)
         try:
-            assert texts_of(port) == {"running": 0, "waiting": 0}
+            assert requests_of(port) == {"running": 0, "waiting": 0}
             for actor in cluster.names:
                 cluster.kill(actor)  # so that no text ends by itself
             with Client(cluster.router_server.address) as client:
                 texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
-                wait_for(lambda: texts_of(port) == {"running": 2, "waiting": 3})
+                wait_for(lambda: requests_of(port) == {"running": 2, "waiting": 3})
                 for text in texts:
                     text.cancel()
-                wait_for(lambda: texts_of(port) == {"running": 0, "waiting": 0})
+                wait_for(lambda: requests_of(port) == {"running": 0, "waiting": 0})
             for actor in cluster.names:
                 cluster.revive(actor)
         finally:

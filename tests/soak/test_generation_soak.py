@@ -15,7 +15,7 @@ OPERATIONS, KILLS = 40, 20  # of a full run; of others in proportion
 SEED = 0
 
 
-def test_no_request_fails_and_no_text_is_wrong_whatever_is_changed_and_killed(
+def test_no_request_fails_and_no_request_is_wrong_whatever_is_changed_and_killed(
     ray_session: RaySession, tmp_path: Path
 ) -> None:
     part = DURATION_S / FULL_S

@@ -1,9 +1,9 @@
-"""Ten thousand malformed requests in a row: no mistake of the front's own, and no memory that grows with them."""
+"""Ten thousand malformed requests in a row: no mistake of the gateway's own, and no memory that grows with them."""
 
 import psutil
 
-from tests.support.clusters.running_front import running_front
-from tests.support.fakes.scripted_router import ScriptedRouter
+from tests.support.clusters.running_gateway import running_gateway
+from tests.support.fakes.fake_router import FakeRouter
 from tests.support.malformed.malformed_http import send_bad_requests
 
 REQUESTS = 10_000
@@ -11,11 +11,11 @@ MAX_GROWTH_BYTES = 64 * 2**20  # of the whole process, the client and the router
 
 
 def test_ten_thousand_malformed_requests() -> None:
-    with ScriptedRouter() as router, running_front([router.address]) as front:
-        send_bad_requests(front.url, REQUESTS // 10, seed=1)
+    with FakeRouter() as router, running_gateway([router.address]) as gateway:
+        send_bad_requests(gateway.url, REQUESTS // 10, seed=1)
         before_bytes = psutil.Process().memory_info().rss
         router.requests.clear()
-        seen = send_bad_requests(front.url, REQUESTS, seed=2)
+        seen = send_bad_requests(gateway.url, REQUESTS, seed=2)
         router.requests.clear()
         grown_bytes = psutil.Process().memory_info().rss - before_bytes
     print(f"{REQUESTS} requests: {dict(sorted(seen.items()))}, {grown_bytes / 2**20:.1f} MB more")

@@ -1,4 +1,4 @@
-"""Five minutes of 64 streams at a time over the HTTP front, while experts, routers and the controller are killed at
+"""Five minutes of 64 streams at a time over the HTTP gateway, while experts, routers and the controller are killed at
 random: make soak DURATION=300. The figures of a run of five minutes are written to benchmarks/results."""
 
 import os

@@ -1,7 +1,7 @@
-"""Figures that may be missing, in tests where they may not."""
+"""Unwraps optional figures in tests that require them."""
 
 
 def known(value: float | None) -> float:
-    """The value; fails the test where there is none."""
+    """Returns the value; fails the test if it is None."""
     assert value is not None, "nothing to judge"
     return value

@@ -100,7 +100,7 @@ def test_speeds_of_actors_that_are_gone_are_shown_no_more() -> None:
 
 def test_texts_are_counted_when_they_are_shown() -> None:
     metrics, texts = Metrics(model="m"), {"running": 1, "waiting": 0}
-    metrics.watch_texts(running=lambda: texts["running"], waiting=lambda: texts["waiting"])
+    metrics.watch_requests(running=lambda: texts["running"], waiting=lambda: texts["waiting"])
     for running, waiting in ((1, 0), (4, 7)):
         texts.update(running=running, waiting=waiting)
         found = samples(metrics)

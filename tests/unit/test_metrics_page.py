@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import disable_created_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from moecluster.gateway.metrics import FrontMetrics
+from moecluster.gateway.metrics import GatewayMetrics
 from moecluster.metrics import Metrics
 from moecluster.types import ExpertId
 from tests.support.clusters.prometheus_server import promtool
@@ -44,12 +44,12 @@ def set_all(metrics: Metrics) -> None:
     metrics.count_request("stop")
     metrics.observe_first_token(0.1)
     metrics.observe_next_token(0.05)
-    metrics.watch_texts(running=lambda: 1, waiting=lambda: 0)
+    metrics.watch_requests(running=lambda: 1, waiting=lambda: 0)
     metrics.observe_train_step(loss=2.5, aux_losses={"load_balance": 0.02, "router_z": 0.001}, seconds=0.3)
     metrics.count_replay()
 
 
-def set_all_of_a_front(metrics: FrontMetrics) -> None:
+def set_all_of_a_gateway(metrics: GatewayMetrics) -> None:
     metrics.add_model("model", "cluster")
     metrics.begin_request()
     metrics.end_request("/v1/completions", 200, model="model")
@@ -60,15 +60,15 @@ def set_all_of_a_front(metrics: FrontMetrics) -> None:
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
-    """An actor's page and a front's."""
+    """An actor's page and a gateway's."""
     disable_created_metrics()
-    metrics, front = Metrics(model="model", cluster="cluster"), FrontMetrics()
+    metrics, gateway = Metrics(model="model", cluster="cluster"), GatewayMetrics()
     set_all(metrics)
-    set_all_of_a_front(front)
-    return {"actor": metrics.render(), "front": front.render().decode()}
+    set_all_of_a_gateway(gateway)
+    return {"actor": metrics.render(), "gateway": gateway.render().decode()}
 
 
-@pytest.mark.parametrize(("kind", "set_up"), [(Metrics, set_all), (FrontMetrics, set_all_of_a_front)])
+@pytest.mark.parametrize(("kind", "set_up"), [(Metrics, set_all), (GatewayMetrics, set_all_of_a_gateway)])
 def test_every_metric_is_on_the_pages_below(kind: type, set_up: Callable[[Any], None]) -> None:
     """A metric that is declared later is set here, too."""
     words = {"add", "begin", "count", "end", "observe", "set", "watch"}
@@ -77,7 +77,7 @@ def test_every_metric_is_on_the_pages_below(kind: type, set_up: Callable[[Any], 
     assert [name for name in setters if f"metrics.{name}(" not in inspect.getsource(set_up)] == []
 
 
-@pytest.mark.parametrize("page", ["actor", "front"])
+@pytest.mark.parametrize("page", ["actor", "gateway"])
 def test_labels_are_common_to_all_series_and_none_is_reserved(pages: dict[str, str], page: str) -> None:
     names = set()
     for family in text_string_to_metric_families(pages[page]):
@@ -91,7 +91,7 @@ def test_labels_are_common_to_all_series_and_none_is_reserved(pages: dict[str, s
     assert len(names) >= (28 if page == "actor" else 7)
 
 
-@pytest.mark.parametrize("page", ["actor", "front"])
+@pytest.mark.parametrize("page", ["actor", "gateway"])
 def test_promtool_accepts_the_page(promtool: None, pages: dict[str, str], page: str) -> None:
     answer = subprocess.run(
         ["promtool", "check", "metrics"], input=pages[page], capture_output=True, text=True, timeout=120

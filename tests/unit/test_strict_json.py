@@ -14,9 +14,9 @@ from moecluster.strict_json import MAX_DEPTH, JsonProblem, parse_json
         (b"[-Infinity]", "-Infinity"),
         (b'{"a": 1e999}', "too large"),
         (b"-1e400", "too large"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', '"c" stands twice'),
-        (b'{"a\\u0000": 1, "a\\u0000": 1}', "stands twice"),
-        (b'{"\\u00e4": 1, "\xc3\xa4": 2}', "stands twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', '"c" appears twice'),
+        (b'{"a\\u0000": 1, "a\\u0000": 1}', "appears twice"),
+        (b'{"\\u00e4": 1, "\xc3\xa4": 2}', "appears twice"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
         ('{"a": "ü"}'.encode("latin-1"), "not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
@@ -37,8 +37,8 @@ from moecluster.strict_json import MAX_DEPTH, JsonProblem, parse_json
 def test_it_is_refused_in_one_line(content: bytes, part: str) -> None:
     with pytest.raises(JsonProblem) as problem:
         parse_json(content)
-    said = str(problem.value)
-    assert part in said and said.isascii() and "\n" not in said and len(said) < 200
+    output = str(problem.value)
+    assert part in output and output.isascii() and "\n" not in output and len(output) < 200
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What the commands do; app.py declares them."""
+"""The implementations of the commands; app.py declares them."""

@@ -1,4 +1,4 @@
-"""batch: a file of requests through the HTTP front, to a file of answers."""
+"""batch: sends a file of requests through the HTTP gateway, and writes a file of responses."""
 
 import asyncio
 import math
@@ -23,11 +23,11 @@ from moecluster.http_client.batch.lines import BatchInput
 from moecluster.http_client.batch.run import run_batch
 from moecluster.http_client.batch.send import Retries
 from moecluster.http_client.batch.tally import Tally
-from moecluster.http_client.connection import CONNECT_TIMEOUT_S, open_front, read_api_key
+from moecluster.http_client.connection import CONNECT_TIMEOUT_S, open_gateway, read_api_key
 
-SAID_EVERY_S = 30.0  # where there is no terminal
-WAITING_SAID_EVERY_S = 60.0
-ANSWERS_WITHIN_S = 0.8  # a front that is there; else it is said that nobody answers
+REPORT_EVERY_S = 30.0  # without a terminal
+WAITING_REPORT_EVERY_S = 60.0
+ANSWERS_WITHIN_S = 0.8  # a reachable gateway; otherwise the silence is reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class BatchChoice:
     """How the lines are sent."""
 
     base_url: str
-    cluster: str  # go to this one through a front of our own; empty: to base_url
+    cluster: str  # reached through a gateway in this process; empty: use base_url
     api_key_env: str
     concurrency: int
     attempts: int
@@ -44,16 +44,16 @@ class BatchChoice:
 
 
 def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> None:
-    """Sends every line of source that is not done yet, and writes out when all are."""
+    """Sends every line of source that is not done yet, and writes out when all are done."""
     if choice.cluster:
         need("serve", "moecluster batch --cluster")
-    if not os.path.isfile(out):  # one that is there is only read
+    if not os.path.isfile(out):  # an existing file is only read
         check_file("OUT", out)
     api_key = "" if choice.cluster else read_api_key(choice.api_key_env)
     tally = Tally()
     with BatchInput(source) as lines:
         if _is_there(out, lines):
-            journal_path(out).unlink(missing_ok=True)  # a crash came between the last rename and this
+            journal_path(out).unlink(missing_ok=True)  # left by a crash after the output was renamed
             console.print(f"{out} holds all {len(lines)} answers already; remove it to ask again", soft_wrap=True)
             return
         with Journal(out, lines, on_found=tally.add) as journal:
@@ -65,7 +65,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
             try:
                 with _Shown(len(lines), tally, choice, console) as shown:
                     if choice.cluster:
-                        _run_through_own_front(lines, journal, choice, shown, console)
+                        _run_through_local_gateway(lines, journal, choice, shown, console)
                     else:
                         run_until_signalled(_run(lines, journal, choice.base_url, api_key, choice, shown))
             except (MoeClusterError, KeyboardInterrupt, SystemExit):
@@ -78,7 +78,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
 
 
 def _is_there(out: Path, lines: BatchInput) -> bool:
-    """Whether the answers are complete. Raises DataError for a file that is something else."""
+    """Returns whether the responses are complete. Raises DataError for a file that is something else."""
     if not out.exists():
         return False
     complete = is_complete(out, lines)
@@ -87,28 +87,28 @@ def _is_there(out: Path, lines: BatchInput) -> bool:
     return True
 
 
-def _run_through_own_front(
+def _run_through_local_gateway(
     lines: BatchInput, journal: Journal, choice: BatchChoice, shown: "_Shown", console: Console
 ) -> None:
-    from moecluster.cli.common.local_gateway import front_to  # brings FastAPI and gRPC along
+    from moecluster.cli.common.local_gateway import local_gateway_to  # imports FastAPI and gRPC
 
-    with front_to(choice.cluster, choice.concurrency, console) as own:
+    with local_gateway_to(choice.cluster, choice.concurrency, console) as own:
         run_until_signalled(_run(lines, journal, own.url, own.api_key, choice, shown))
 
 
 async def _run(
     lines: BatchInput, journal: Journal, base_url: str, api_key: str, choice: BatchChoice, shown: "_Shown"
 ) -> None:
-    async with open_front(
+    async with open_gateway(
         base_url, api_key=api_key, max_connections=choice.concurrency, timeout_s=choice.timeout_s
-    ) as front:
+    ) as gateway:
         retries = Retries(attempts=choice.attempts, patience_s=choice.patience_s)
-        asking = asyncio.create_task(_say_if_nobody_answers(base_url, shown))
+        asking = asyncio.create_task(_report_silence(base_url, shown))
         try:
             await run_batch(
                 lines,
                 journal,
-                front,
+                gateway,
                 concurrency=choice.concurrency,
                 retries=retries,
                 on_done=shown.advance,
@@ -118,23 +118,23 @@ async def _run(
             asking.cancel()
 
 
-async def _say_if_nobody_answers(base_url: str, shown: "_Shown") -> None:
-    """A host that is not there refuses no connection: it says nothing, for long."""
-    async with open_front(base_url, api_key="", max_connections=1, timeout_s=CONNECT_TIMEOUT_S) as front:
+async def _report_silence(base_url: str, shown: "_Shown") -> None:
+    """Reports a gateway that does not answer: a missing host refuses no connection, but stays silent for long."""
+    async with open_gateway(base_url, api_key="", max_connections=1, timeout_s=CONNECT_TIMEOUT_S) as gateway:
         try:
-            await asyncio.wait_for(front.get("/health"), ANSWERS_WITHIN_S)
+            await asyncio.wait_for(gateway.get("/health"), ANSWERS_WITHIN_S)
         except TimeoutError:
             shown.refused("no answer yet")
         except httpx.RequestError:
-            pass  # the first line finds it too
+            pass  # the first line will fail, too
 
 
 class _Shown:
-    """How far it is: a bar on a terminal, else a line every SAID_EVERY_S. And that a front is waited for."""
+    """Shows progress: a bar on a terminal, else a line every REPORT_EVERY_S; and that the gateway is waited for."""
 
     def __init__(self, total: int, tally: Tally, choice: BatchChoice, console: Console) -> None:
         self._total, self._tally, self._choice, self._console = total, tally, choice, console
-        self._waiting_said_s = -math.inf
+        self._waiting_reported_s = -math.inf
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("lines"), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=tally.done)
@@ -143,22 +143,22 @@ class _Shown:
     def advance(self, output: Output) -> None:
         self._tally.add(output)
         self._bar.advance(self._task)
-        if not self._console.is_terminal and time.monotonic() >= self._said_s + SAID_EVERY_S:
+        if not self._console.is_terminal and time.monotonic() >= self._said_s + REPORT_EVERY_S:
             self._said_s = time.monotonic()
             failed = f", {self._tally.failed.total()} of them failed" if self._tally.failed else ""
             self._console.print(f"{self._tally.done} of {self._total} lines are done{failed}", highlight=False)
 
     def refused(self, why: str) -> None:
-        """Says that the front takes no requests: the first time at once, then seldom."""
-        if time.monotonic() < self._waiting_said_s + WAITING_SAID_EVERY_S:
+        """Reports that the gateway takes no requests: at once, then every WAITING_REPORT_EVERY_S."""
+        if time.monotonic() < self._waiting_reported_s + WAITING_REPORT_EVERY_S:
             return
-        self._waiting_said_s = time.monotonic()
+        self._waiting_reported_s = time.monotonic()
         choice = self._choice
-        front = f"the cluster {choice.cluster}" if choice.cluster else f"the front at {choice.base_url}"
-        said = f"{front} takes no requests ({why}); waiting for it, up to {choice.patience_s:g} s; Ctrl-C ends it"
-        # Above the bar, where there is one.
+        gateway = f"the cluster {choice.cluster}" if choice.cluster else f"the gateway at {choice.base_url}"
+        message = f"{gateway} takes no requests ({why}); waiting for it, up to {choice.patience_s:g} s; Ctrl-C ends it"
+        # Above the bar, if there is one.
         console = self._console if self._console.is_terminal else make_console(stderr=True)
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> "_Shown":
         self._bar.start()
@@ -176,7 +176,7 @@ def _table(tally: Tally, found: int, took_s: float) -> Table:
     for kind, count in sorted(tally.failed.items()):
         table.add_row(f"failed: {kind}", f"{count:,}")
     table.add_row("prompt tokens", f"{tally.prompt_tokens:,}")
-    table.add_row("tokens written", f"{tally.completion_tokens:,}")
+    table.add_row("tokens generated", f"{tally.completion_tokens:,}")
     if found:
         table.add_row("of these lines done before", f"{found:,}")
     table.add_row("time", f"{took_s:,.1f} s")

@@ -1,4 +1,4 @@
-"""bench serve: load against an HTTP front; a table, every figure as JSON, a picture."""
+"""bench serve: load-tests an HTTP gateway; prints a table, writes results as JSON and a plot."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from moecluster.http_client.bench.load import OnEnd, closed_loop, open_loop
 from moecluster.http_client.bench.request import Measured, Sender
 from moecluster.http_client.bench.summary import Slo, Spread, Summary, summarize
 from moecluster.http_client.bench.workload import Ask, asks, poisson_arrivals, read_range, read_words
-from moecluster.http_client.connection import json_of, message_of, open_front, read_api_key
+from moecluster.http_client.connection import json_of, message_of, open_gateway, read_api_key
 
 MOST_SECONDS_IN_MS = 10.0
 DEFAULT_CONCURRENCY = 8
@@ -28,11 +28,11 @@ DEFAULT_PROMPTS = 100
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadChoice:
-    """What a user asks for."""
+    """The user's options."""
 
     base_url: str
     api_key_env: str
-    model: str  # empty: the first that the front names
+    model: str  # empty: the first that the gateway lists
     request_rate: float | None
     concurrency: int | None
     num_prompts: int | None
@@ -55,14 +55,14 @@ class LoadChoice:
 
 @dataclasses.dataclass(kw_only=True)
 class _Seen:
-    """What was measured so far, in the order in which it ended; all of it once the load is over."""
+    """The requests measured so far, in the order in which they ended; all of them once the load is over."""
 
     model: str = ""
     measured: list[Measured] = dataclasses.field(default_factory=list)
 
 
 def bench_serve(choice: LoadChoice, console: Console) -> None:
-    """Puts the load on the front, and shows what its clients saw."""
+    """Puts the load on the gateway, and shows the clients' measurements."""
     choice = _checked(choice)
     api_key = read_api_key(choice.api_key_env)
     words = read_words(choice.text) if choice.text is not None else []
@@ -74,14 +74,14 @@ def bench_serve(choice: LoadChoice, console: Console) -> None:
             console.print("ended before any request had: nothing was measured")
             raise
         console.print("ended early: requests that were under way do not count")
-        _tell(choice, seen, console, interrupted=True)
+        _report(choice, seen, console, interrupted=True)
         raise
-    if not _tell(choice, seen, console, interrupted=False).completed and seen.measured:
+    if not _report(choice, seen, console, interrupted=False).completed and seen.measured:
         raise Unavailable("no request ended as it should")
 
 
-def _tell(choice: LoadChoice, seen: "_Seen", console: Console, *, interrupted: bool) -> Summary:
-    """Shows and writes what was measured."""
+def _report(choice: LoadChoice, seen: "_Seen", console: Console, *, interrupted: bool) -> Summary:
+    """Shows and writes the results."""
     slo = _slo(choice)
     summary = summarize(seen.measured, slo)
     title = f"{seen.model} at {choice.base_url}: {_load_name(choice)}"
@@ -106,7 +106,7 @@ def _tell(choice: LoadChoice, seen: "_Seen", console: Console, *, interrupted: b
 
 
 def _checked(choice: LoadChoice) -> LoadChoice:
-    """The choice with its defaults. Raises ConfigError before anything is sent."""
+    """Returns the options with defaults filled in. Raises ConfigError before anything is sent."""
     if choice.request_rate is not None and choice.concurrency is not None:
         raise ConfigError("--request-rate, --concurrency: give one of them: requests that come, or clients that wait")
     if choice.num_prompts is not None and choice.duration_s is not None:
@@ -131,14 +131,14 @@ def _checked(choice: LoadChoice) -> LoadChoice:
 
 
 async def _measure(choice: LoadChoice, api_key: str, words: list[str], seen: "_Seen", console: Console) -> None:
-    """Notes the model's name, and every request as it ends."""
+    """Runs the load; records the model's name, and every request as it ends."""
     connections = choice.concurrency or choice.max_in_flight
-    async with open_front(
+    async with open_gateway(
         choice.base_url, api_key=api_key, max_connections=connections, timeout_s=choice.timeout_s
-    ) as front:
-        seen.model = choice.model or await _first_model(front)
+    ) as gateway:
+        seen.model = choice.model or await _first_model(gateway)
         sender = Sender(
-            front,
+            gateway,
             model=seen.model,
             temperature=choice.temperature,
             ignore_eos=choice.ignore_eos,
@@ -187,20 +187,20 @@ async def _load(choice: LoadChoice, sender: Sender, to_ask: Iterator[Ask], on_en
     )
 
 
-async def _first_model(front: httpx.AsyncClient) -> str:
-    """The first model that the front names. Raises Unavailable, or ConfigError for a wrong key."""
+async def _first_model(gateway: httpx.AsyncClient) -> str:
+    """Returns the first model that the gateway lists. Raises Unavailable, or ConfigError for a wrong key."""
     try:
-        answer = await front.get("/v1/models")
+        answer = await gateway.get("/v1/models")
     except httpx.RequestError as exc:
-        raise Unavailable(f"{front.base_url}: cannot be reached ({exc or type(exc).__name__})") from exc
+        raise Unavailable(f"{gateway.base_url}: cannot be reached ({exc or type(exc).__name__})") from exc
     body = json_of(answer.content)
     if answer.status_code in (401, 403):
-        raise ConfigError(f"{front.base_url}: refuses the API key ({message_of(body)})")
+        raise ConfigError(f"{gateway.base_url}: refuses the API key ({message_of(body)})")
     try:
         return str(body["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as exc:
         raise Unavailable(
-            f"{front.base_url}: names no model ({answer.status_code}: {message_of(body)}); give its --model"
+            f"{gateway.base_url}: names no model ({answer.status_code}: {message_of(body)}); give its --model"
         ) from exc
 
 
@@ -270,7 +270,7 @@ def _seconds(value: float) -> str:
 
 
 def _show_errors(measured: list[Measured], console: Console) -> None:
-    """One example of each kind."""
+    """Prints one example of each kind of error."""
     examples = {m.error: m.detail for m in reversed(measured) if m.error}
     for kind, detail in sorted(examples.items()):
         console.print(f"{kind}: {detail}", highlight=False, markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from actors.cluster_file import UpCluster
 from actors.launch import bring_up, end_start, take_down
 from actors.local_ray import processes_of
 from actors.names import CONTROLLER, Endpoints
-from actors.ray_look import RayLook
+from actors.ray_look import RayPoll
 from moecluster.cli.common.diagnosis import Diagnosis, of_actors, of_local_ray
 from moecluster.cli.common.formatting import operations_table, to_json
 from moecluster.cli.common.lookup import found
@@ -25,13 +25,13 @@ from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.credentials import ClusterCredentials, read_secret
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
-STATUS_S = 3.5  # that `status` takes at most, beside the start of its process
-ACTOR_PATIENCE, CONTROLLER_PATIENCE = 0.4, 0.6  # parts of that
-LAST_WORDS_S = 0.3  # to say what was found
+STATUS_S = 3.5  # longest time of `status`, not counting the start of its process
+ACTOR_PATIENCE, CONTROLLER_PATIENCE = 0.4, 0.6  # fractions of that
+LAST_WORDS_S = 0.3  # reserved for printing
 
 
 def up(target: str, settings: Sequence[str], console: Console, *, random_weights: bool = False) -> None:
-    """Brings a cluster up, which goes on until `down`."""
+    """Brings a cluster up, which runs until `down`."""
     config = read_target(target, settings)
     cluster_file.check()
     model_dir = model_to_serve(config, target, "up", random_weights=random_weights)
@@ -39,8 +39,8 @@ def up(target: str, settings: Sequence[str], console: Console, *, random_weights
     actors = f"{config.cluster.num_expert_actors} expert actors"
     with loading_bar(console, f"starting {actors}, {routers} and a controller") as on_loading:
         cluster = bring_up(config, model_dir, on_loading)
-    said = f"cluster {cluster.name} is up and serves {weights_in(cluster.model)}"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    message = f"cluster {cluster.name} is up and serves {weights_in(cluster.model)}"
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
     for address in cluster.router_addresses:
         console.print(f"  router (gRPC)  {address}")
     console.print(f"  Ray            {cluster.ray_address}")
@@ -49,7 +49,7 @@ def up(target: str, settings: Sequence[str], console: Console, *, random_weights
 
 
 def down(name: str, console: Console) -> None:
-    """Ends what `up` started, and nothing else."""
+    """Stops what `up` started, and nothing else."""
     if cluster_file.load_start(name) is not None:
         with console.status(f"ending the start of {name}"):
             end_start(name)
@@ -63,16 +63,16 @@ def down(name: str, console: Console) -> None:
 
 
 def status(name: str, as_json: bool, timeout_s: float, console: Console) -> bool:
-    """Shows every actor of a cluster that is up, and what is wrong; within the timeout, whatever hangs. Returns whether
-    it still serves."""
+    """Shows every actor of a running cluster, and its problems; within the timeout, whatever hangs. Returns whether it
+    still serves."""
     deadline_s = time.monotonic() + timeout_s
     cluster = found(name)
-    seen, endpoints, diagnosis = _look(cluster, deadline_s)
+    seen, endpoints, diagnosis = _query(cluster, deadline_s)
     if as_json:
         console.print_json(to_json(_plain(cluster, endpoints, seen, diagnosis)))
         return not diagnosis.ended
-    said = f"cluster {cluster.name} serves {weights_in(cluster.model)}"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    message = f"cluster {cluster.name} serves {weights_in(cluster.model)}"
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
     for line in _summary(seen) if seen is not None else ():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for replica in seen.replicas_aside if seen is not None else ():
@@ -88,23 +88,23 @@ def status(name: str, as_json: bool, timeout_s: float, console: Console) -> bool
     return True
 
 
-def _look(
+def _query(
     cluster: UpCluster, deadline_s: float
 ) -> tuple[ControllerStatus | None, dict[str, Endpoints | None], Diagnosis]:
-    """What the controller says, where Ray finds the actors, and what is wrong."""
+    """Returns the controller's status, Ray's view of the actors, and the diagnosis."""
     local, of_ray = cluster.local_ray, Diagnosis()
     if local is not None:
         of_ray = of_local_ray(local, processes_of(local), cluster.name)
         if of_ray.ended:
             return None, {}, of_ray
-    with RayLook(cluster, ACTOR_PATIENCE * (deadline_s - time.monotonic())) as asked:
+    with RayPoll(cluster, ACTOR_PATIENCE * (deadline_s - time.monotonic())) as asked:
         credentials = _noted_credentials(cluster)
         seen = _ask_controller(
             cluster.controller_address, credentials, CONTROLLER_PATIENCE * (deadline_s - time.monotonic())
         )
         endpoints, silence = asked.wait(deadline_s - LAST_WORDS_S - time.monotonic())
     at = endpoints.get(CONTROLLER)
-    if seen is None and at is not None and at.address != cluster.controller_address:  # it was started anew
+    if seen is None and at is not None and at.address != cluster.controller_address:  # it was restarted
         seen = _ask_controller(at.address, credentials, max(deadline_s - time.monotonic(), LAST_WORDS_S))
     of_actors_ = of_actors(endpoints, seen, at.address if at is not None else cluster.controller_address)
     problems = of_ray.problems + of_actors_.problems + ((silence,) if silence else ())
@@ -112,7 +112,7 @@ def _look(
 
 
 def _noted_credentials(cluster: UpCluster) -> ClusterCredentials | None:
-    """Those of the cluster's file alone: whatever else knows them may hang. None if it is not there."""
+    """Returns the credentials from the cluster's file only: other sources may hang. None if it is not readable."""
     try:
         return read_secret(cluster.secret_file) if cluster.secret_file else None
     except MoeClusterError:
@@ -138,13 +138,13 @@ def _summary(seen: ControllerStatus) -> list[str]:
 
 
 def _older(seen: ControllerStatus) -> str:
-    """Routers that still write texts with older weights."""
+    """Names the routers that still generate with older weights."""
     behind = [s.router for s in seen.router_states if 0 < s.oldest_weight_version < seen.weight_version]
-    return f"; texts begun with older weights are still written by {', '.join(behind)}" if behind else ""
+    return f"; requests with older weights still run on {', '.join(behind)}" if behind else ""
 
 
 def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus | None) -> Table:
-    """A line for each actor: where it is reached, and what the controller knows of it, if it answers."""
+    """Returns a table with one row per actor: its addresses, and its state if the controller answers."""
     columns = ("actor", "phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid")
     table = make_table(*columns, box=None, pad_edge=False)
     states = {actor.actor: actor for actor in seen.actors} if seen is not None else {}
@@ -158,7 +158,7 @@ def actors_table(endpoints: dict[str, Endpoints | None], seen: ControllerStatus 
             str(states[name].restarts) if name in states else "",
             str(router.running) if router else "",
             str(router.waiting) if router else "",
-            reached.address if reached else _address_said(states.get(name), routers.get(name)),
+            reached.address if reached else _address_shown(states.get(name), routers.get(name)),
             reached.metrics_address if reached else "",
             str(reached.pid) if reached else "",
         )
@@ -173,8 +173,8 @@ def _phase(reached: Endpoints | None, actor: ActorState | None, router: RouterSt
     return "serving" if reached is not None or router is not None else "restarting"
 
 
-def _address_said(actor: ActorState | None, router: RouterState | None) -> str:
-    """By the controller, where Ray does not say."""
+def _address_shown(actor: ActorState | None, router: RouterState | None) -> str:
+    """Returns the address known to the controller, where Ray does not answer."""
     return (actor.address if actor is not None else "") or (router.address if router is not None else "")
 
 

@@ -1,4 +1,4 @@
-"""demo: the main job from end to end: train, generate, see who serves what, kill an actor, and get the same text."""
+"""demo: trains, generates, shows which experts serve what, kills an actor, and gets the same output again."""
 
 import os
 import signal
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 96
 CONTINUATION_TOKENS = 160
 KILL_AFTER_TOKENS = 40
-TEMPERATURE = 0.7  # drawn by seed and position, so a text can be had again to the letter
+TEMPERATURE = 0.7  # sampling is keyed by seed and position, so the output can be reproduced exactly
 SEED = 7
-MAP_PROMPTS = 6  # texts of each domain that are read for the map
+MAP_PROMPTS = 6  # prompts per domain for the map
 MAP_PICTURE = "experts-by-domain.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A domain's prompt and what the model made of it."""
+    """A domain's prompt and the generated continuation."""
 
     domain: str
     prompt: str
@@ -53,7 +53,7 @@ class Sample:
 
 
 def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
-    """Runs all parts in a cluster of its own, which is gone afterwards; models and pictures stay in runs/."""
+    """Runs all parts in a cluster of its own, which is taken down afterwards; models and plots stay in runs/."""
     config = read_target("demo", [f"train.output_dir={_fresh_folder()}", *settings, *_data_setting(data)])
     check_places(config)
     tokenizer = run_tokenizer(config)
@@ -95,11 +95,11 @@ def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
         leave()
     finally:
         take_down(up)
-    _say_what_next(config, last, console)
+    _show_next_steps(config, last, console)
 
 
 def _fresh_folder() -> str:
-    """runs/demo-1, or the first number that is free."""
+    """Returns runs/demo-1, or the first unused number."""
     number = 1
     while Path(f"runs/demo-{number}").exists():
         number += 1
@@ -115,7 +115,7 @@ def _head(console: Console, number: int, title: str) -> None:
 
 
 def _judge(config: Config, console: Console) -> None:
-    """The last validation figure against the unigram entropy."""
+    """Compares the last validation figure with the unigram entropy."""
     history = History.open(config.train.output_dir)
     assert history.started is not None and history.evaluations, "a run begins and ends with an evaluation"
     reached = history.evaluations[max(history.evaluations)].bits_per_byte
@@ -128,13 +128,13 @@ def _judge(config: Config, console: Console) -> None:
 def _excerpts(
     text: TextData, tokenizer: PreTrainedTokenizerBase, domain: str, num_tokens: int, *, count: int
 ) -> list[str]:
-    """Pieces of a domain's validation text, which begin with a line where there is one."""
-    pieces = []
+    """Returns excerpts of a domain's validation text, each starting at a line start if there is one early enough."""
+    chunks = []
     for window in text.validation_windows(count, domain):
-        piece = str(tokenizer.decode(window[:num_tokens])).strip("\ufffd")  # characters that the cut went through
-        line_end = piece.find("\n", 0, len(piece) // 2)
-        pieces.append(piece[line_end + 1 :])
-    return pieces
+        chunk = str(tokenizer.decode(window[:num_tokens])).strip("\ufffd")  # characters cut at the ends
+        line_end = chunk.find("\n", 0, len(chunk) // 2)
+        chunks.append(chunk[line_end + 1 :])
+    return chunks
 
 
 def _write_on(client: Client, prompt: str) -> GenerationStream:
@@ -151,7 +151,7 @@ def _sample(client: Client, domain: str, prompt: str, console: Console) -> Sampl
 def _show_map(
     client: Client, read: Mapping[str, Sequence[str]], config: Config, model_dir: str, console: Console
 ) -> str:
-    """Table and picture of who serves what, from texts of each domain; returns the last domain's busiest actor."""
+    """Shows a table and a plot of which experts serve which domain; returns the last domain's busiest actor."""
     counts: dict[str, Counts] = {}
     for domain, prompts in read.items():
         total: Counter[ExpertId] = Counter()
@@ -185,22 +185,22 @@ def _show_map(
 
 
 def _kill_and_compare(client: Client, sample: Sample, cluster: "Cluster", victim: str, console: Console) -> None:
-    """Generates a sample again, kills an actor's process meanwhile, and demands the same text."""
+    """Generates a sample again, kills an actor's process meanwhile, and checks that the output is the same."""
     endpoints = cluster.endpoints()[victim]
     if endpoints is None:
         raise Unavailable(f"{victim} does not answer, so it cannot be shown how it is replaced")
     stream = _write_on(client, sample.prompt)
-    pieces, longest_s, last_s, killed = [], 0.0, time.monotonic(), False
-    for piece in stream:
-        pieces.append(piece.text)
+    chunks, longest_s, last_s, killed = [], 0.0, time.monotonic(), False
+    for chunk in stream:
+        chunks.append(chunk.text)
         longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
         if not killed and len(stream.ids) >= KILL_AFTER_TOKENS:
             os.kill(endpoints.pid, signal.SIGKILL)
             killed = True
-            console.print(f"  {len(stream.ids)} tokens written; process {endpoints.pid} of {victim} is killed")
+            console.print(f"  {len(stream.ids)} tokens generated; process {endpoints.pid} of {victim} is killed")
     if not killed:
         raise MoeClusterError("the text ended before anything could be killed")
-    again = "".join(pieces)
+    again = "".join(chunks)
     after = cluster.endpoints()[victim]
     console.print(
         f"  the generation waited {longest_s:.1f} s at most, while {victim} came back"
@@ -212,12 +212,12 @@ def _kill_and_compare(client: Client, sample: Sample, cluster: "Cluster", victim
     console.print(f"  [green]all {len(stream.ids)} tokens are the same[/]")
 
 
-def _say_what_next(config: Config, model_dir: str, console: Console) -> None:
+def _show_next_steps(config: Config, model_dir: str, console: Console) -> None:
     shown = os.path.relpath(model_dir)
     console.print(f"\n[bold]Done.[/] Model, loss curve and map are in {config.train.output_dir}.", highlight=False)
     console.print("What to try next:")
     for command, meaning in (
-        (f'moecluster generate {shown} "import os"', "write on from a prompt of yours"),
+        (f'moecluster generate {shown} "import os"', "continue a prompt of yours"),
         (f"moecluster up {shown}", "keep a cluster that serves it; then status, generate, down"),
         (f"moecluster serve {shown} --model-name demo", "serve it over HTTP, as OpenAI does"),
         ("moecluster train switch --data PATH", "another system of the literature, on your text"),

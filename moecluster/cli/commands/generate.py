@@ -1,4 +1,4 @@
-"""generate: a text from a model, streamed to the terminal as it comes."""
+"""generate: streams a model's output to the terminal."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ from moecluster.cli.common.model_target import read_target
 from moecluster.cli.common.model_weights import refuse_another_model, trained_model, weights_in
 from moecluster.cli.common.progress import loading_bar
 from moecluster.cli.common.routers import find_routers
-from moecluster.client import Client, TextOptions
+from moecluster.client import Client, GenerationOptions
 from moecluster.errors import ConfigError, InvalidMessage
 
 
 def generate(
-    target: str, prompt: str, chat: bool, options: TextOptions, settings: Sequence[str], console: Console
+    target: str, prompt: str, chat: bool, options: GenerationOptions, settings: Sequence[str], console: Console
 ) -> None:
     """Writes the prompt's continuation to standard output; everything else goes to the console (standard error).
 
-    chat: the prompt is what a user says, and the answer is written. options: those that were given; of the others,
-    temperature, top_p and seed are the configuration's.
+    chat: the prompt is a user's message, to be answered. options: those given by the user; temperature, top_p and seed
+    default to the configuration's.
     """
     if not prompt:
-        raise ConfigError('PROMPT: got an empty text, expected something to go on from, for example "def main("')
+        raise ConfigError('PROMPT: got an empty prompt, expected text to continue, for example "def main("')
     config = read_target(target, settings)
     serve = config.serve
-    asked: TextOptions = {"temperature": serve.temperature, "top_p": serve.top_p, "seed": serve.seed, **options}
+    asked: GenerationOptions = {"temperature": serve.temperature, "top_p": serve.top_p, "seed": serve.seed, **options}
     if cluster_file.load(config.cluster.name) is not None:
         cluster = found(config.cluster.name)
         refuse_another_model(cluster, config, target)
@@ -46,9 +46,9 @@ def generate(
         )
         return
     model_dir = trained_model(config, target, "generate")
-    with loading_bar(console, f"no cluster {config.cluster.name} is up: starting one for this text") as on_loading:
+    with loading_bar(console, f"no cluster {config.cluster.name} is up: starting one for this request") as on_loading:
         cluster = bring_up(config, model_dir, on_loading)
-    console.print("started a cluster for this text alone (moecluster up keeps one)")
+    console.print("started a cluster for this request alone (moecluster up keeps one)")
     try:
         _write(Client(cluster.router_addresses, credentials=credentials_of(cluster)), prompt, chat, asked, console)
     finally:
@@ -62,9 +62,9 @@ def given_options(
     top_k: int | None,
     seed: int | None,
     stop: Sequence[str] | None,
-) -> TextOptions:
-    """What was given on the command line; None was not."""
-    options: TextOptions = {"max_new_tokens": max_new_tokens}
+) -> GenerationOptions:
+    """Returns the options given on the command line; None: not given."""
+    options: GenerationOptions = {"max_new_tokens": max_new_tokens}
     if temperature is not None:
         options["temperature"] = temperature
     if top_p is not None:
@@ -78,7 +78,7 @@ def given_options(
     return options
 
 
-def _write(client: Client, prompt: str, chat: bool, options: TextOptions, console: Console) -> None:
+def _write(client: Client, prompt: str, chat: bool, options: GenerationOptions, console: Console) -> None:
     with client:
         try:
             text = (
@@ -86,8 +86,8 @@ def _write(client: Client, prompt: str, chat: bool, options: TextOptions, consol
                 if chat
                 else client.generate(prompt, **options)
             )
-            for piece in text:
-                print(piece.text, end="", flush=True)
+            for chunk in text:
+                print(chunk.text, end="", flush=True)
         except InvalidMessage as exc:
             raise ConfigError(str(exc)) from exc
     print(flush=True)

@@ -1,4 +1,4 @@
-"""scale, drain, place and update, which begin operations; operations and explain, which show them."""
+"""scale, drain, place and update, which start operations; operations and explain, which show them."""
 
 import dataclasses
 import re
@@ -31,7 +31,7 @@ _EXPERT = re.compile(r"(\d{1,9})/(\d{1,9})")
 def scale(
     name: str, expert_actors: int | None, routers: int | None, operation_id: str, wait: bool, console: Console
 ) -> None:
-    """Makes it so many expert actors, or so many routers."""
+    """Scales to a number of expert actors, or of routers."""
     if (expert_actors is None) == (routers is None):
         raise ConfigError("N: expected a number of expert actors, or --routers with a number of routers instead")
     if expert_actors is not None and expert_actors < 1:
@@ -50,7 +50,7 @@ def scale(
 
 
 def drain(name: str, node: str, operation_id: str, wait: bool, console: Console) -> None:
-    """Empties a node, or one expert actor."""
+    """Drains a node, or one expert actor."""
     order = _with_id("drain", operation_id)
     _carry_out(name, lambda calls: calls.drain(node, operation_id=order), wait, console)
 
@@ -58,7 +58,7 @@ def drain(name: str, node: str, operation_id: str, wait: bool, console: Console)
 def place(
     name: str, expert: str, actors: Sequence[str], nowhere: bool, operation_id: str, wait: bool, console: Console
 ) -> None:
-    """Lets an expert stand on exactly the named actors, or nowhere."""
+    """Places an expert on exactly the named actors, or on none."""
     if nowhere == bool(actors):
         raise ConfigError("ACTOR: expected the names of one actor or more, or --nowhere instead of them")
     where = _parse_expert(expert)
@@ -67,13 +67,13 @@ def place(
 
 
 def update(name: str, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
-    """Replaces all weights by those of a directory; returns the operation as far as it is."""
+    """Replaces all weights by those of a directory; returns the operation in its latest state."""
     order = _with_id("update", operation_id)
     return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=order), wait, console)
 
 
 def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
-    """Lists what the controller does and has done, the newest first."""
+    """Lists the controller's current and past operations, newest first."""
     with LiveController(name) as controller:
         found = controller.ask(lambda calls: calls.operations(limit))
     if as_json:
@@ -85,7 +85,7 @@ def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
 
 
 def explain(name: str, operation_id: str, as_json: bool, console: Console) -> None:
-    """Says why an operation was begun, how far it is, and what it gained."""
+    """Shows an operation's reason, progress and gain."""
     with LiveController(name) as controller:
         operation = controller.ask(lambda calls: calls.operation(operation_id))
     if as_json:
@@ -109,7 +109,7 @@ def explain(name: str, operation_id: str, as_json: bool, console: Console) -> No
 
 
 def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:
-    """Begins an operation and, if asked to, sees it through. Raises OperationFailed."""
+    """Starts an operation and, if wait, waits for its end. Raises OperationFailed."""
     with LiveController(name) as controller:
         try:
             operation = controller.ask(order)
@@ -136,7 +136,7 @@ def _outcome(operation: Operation) -> str:
 
 
 def _see_through(controller: LiveController, operation: Operation, console: Console) -> Operation:
-    """The operation when it has ended; its phase is shown meanwhile."""
+    """Waits for the operation's end and returns it; shows its phase meanwhile."""
     operation_id = operation.id
     try:
         with console.status(_progress(operation)) as shown:
@@ -156,7 +156,7 @@ def _progress(operation: Operation) -> str:
 
 
 def _with_id(kind: str, given: str) -> str:
-    """An id of our own, so that asking again after a lost answer asks for nothing new."""
+    """Returns an operation id chosen here, so that a retry after a lost answer starts nothing new."""
     return given or f"{kind}-{secrets.token_hex(4)}"
 
 
@@ -168,7 +168,7 @@ def _parse_expert(text: str) -> ExpertId:
 
 
 def _gain(operation: Operation) -> str:
-    """Balancedness before, as predicted and as measured, and what was gained of the gain that was predicted."""
+    """Formats balancedness before, predicted and measured, and the measured gain of the predicted one."""
     before = operation.balancedness_before
     predicted = operation.balancedness_predicted
     measured = operation.balancedness_measured

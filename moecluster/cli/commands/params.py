@@ -1,4 +1,4 @@
-"""params: what a model is, from its configuration alone."""
+"""params: counts a model's parameters from its configuration alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from rich.table import Table
 from moecluster.cli.common.model_target import read_target
 from moecluster.cli.common.tables import make_table, show_table
 from moecluster.models.description import ModelDescription, describe
-from moecluster.models.native.build import register_own_family
-from moecluster.models.native.configuration import own_config
+from moecluster.models.native.build import register_native_family
+from moecluster.models.native.configuration import native_config
 
 
 def params(target: str, settings: Sequence[str], console: Console) -> None:
     """Shows total and active parameters of a model directory (its config.json is enough) or of a preset."""
     config = read_target(target, settings)
-    register_own_family()
-    described = describe(Path(config.model.path) if config.model.path else own_config(config.model))
+    register_native_family()
+    described = describe(Path(config.model.path) if config.model.path else native_config(config.model))
     console.print(f"{target}: {described.family}, a Mixture of Experts", highlight=False, markup=False)
     show_table(_table(described), console)
 

@@ -1,4 +1,4 @@
-"""plan: what a policy would do to a cluster that is up. Nothing is done."""
+"""plan: shows what a policy would change in a running cluster. Changes nothing."""
 
 import dataclasses
 
@@ -10,11 +10,11 @@ from moecluster.cli.common.live_controller import LiveController
 from moecluster.cli.common.tables import make_table, show_table
 from moecluster.types import PlanPreview
 
-MAX_ROWS = 40  # of a table that somebody reads
+MAX_ROWS = 40  # of the table; --json has all
 
 
 def plan(name: str, policy: str, as_json: bool, console: Console) -> None:
-    """Shows which replicas the policy would add and remove, what that gains and what it costs."""
+    """Shows which replicas the policy would add and remove, the gain and the cost."""
     with LiveController(name) as controller:
         preview = controller.ask(lambda calls: calls.plan(policy))
     if as_json:

@@ -1,4 +1,4 @@
-"""record: what a running cluster's experts have to do, window by window, to a trace."""
+"""record: writes the load of a running cluster's experts, window by window, to a trace."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ def _read(calls: ControllerCalls) -> tuple[ClusterLoads, tuple[ActorState, ...]]
 
 
 def _window_ends(window_s: float, for_s: float) -> Iterator[None]:
-    """Waits for the end of each window in turn; those that went by unseen are skipped."""
+    """Yields at the end of each window; skips windows that have passed already."""
     started_s = time.monotonic()
     numbers = range(1, 1 + int(for_s / window_s + 1e-9)) if for_s else itertools.count(1)
     for number in numbers:

@@ -1,4 +1,4 @@
-"""replay: what policies would have done with a recorded trace."""
+"""replay: simulates policies on a recorded trace."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SHOWN_CHANGES = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayChoice:
-    """What a user asks for. None: as recorded, or the default that the command's help names."""
+    """The user's options. None: as recorded, or the default in the command's help."""
 
     policies: Sequence[str]
     num_actors: int | None = None
@@ -36,7 +36,7 @@ class ReplayChoice:
 
 
 def replay(trace_path: Path, choice: ReplayChoice, console: Console) -> None:
-    """Replays a trace under each policy, and shows them side by side."""
+    """Replays a trace under each policy, and shows the results side by side."""
     trace = open_trace(trace_path)
     fleet, actors = replay_fleet(trace.header, num_actors=choice.num_actors, slots=choice.slots)
     budget_bytes = usual_budget_bytes(fleet) if choice.budget_gb is None else 1e9 * choice.budget_gb

@@ -1,7 +1,7 @@
-"""serve and front: the HTTP front over clusters that are up, one of which `serve` may bring up for itself.
+"""serve and gateway: run the HTTP gateway for running clusters, one of which `serve` may bring up for itself.
 
-The front is small, and a cluster is brought up with Ray and transformers: that is done by `moecluster up`, in a process
-of its own.
+The gateway is small, while bringing up a cluster needs Ray and transformers: `moecluster up` does that, in a process of
+its own.
 """
 
 import json
@@ -32,12 +32,12 @@ from moecluster.cli.common.model_weights import (
 from moecluster.config import Config, read_config
 from moecluster.config.load import override, parse_override
 from moecluster.errors import ClusterEnded, ConfigError, Unavailable
-from moecluster.gateway.router_discovery import Whereabouts
-from moecluster.gateway.server import FrontServer, ModelSource, check_names, keys_for
+from moecluster.gateway.router_discovery import ClusterAddresses
+from moecluster.gateway.server import GatewayServer, ModelSource, check_names, keys_for
 from moecluster.rpc.credentials import read_secret
 
 SELF = (sys.executable, "-c", "from moecluster.cli.app import main; main()")
-LOOK_S = 20.0  # for Ray to say where actors are
+POLL_S = 20.0  # for Ray to find the actors
 STATUS_TIMEOUT_S = 60.0
 ENDING_TIMEOUT_S = 60.0
 ENDING_POLL_S = 0.2
@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontOptions:
-    """What the command line says of the front; None: as the settings say."""
+class GatewayOptions:
+    """The gateway's command-line options; None: as configured."""
 
     host: str | None = None
     port: int | None = None
@@ -55,7 +55,7 @@ class FrontOptions:
     model_name: str | None = None
 
     def on(self, config: Config) -> Config:
-        """The settings with these laid on them. Raises ConfigError."""
+        """Returns the configuration with these overrides. Raises ConfigError."""
         overrides = {
             "serve.host": self.host,
             "serve.port": self.port,
@@ -68,15 +68,15 @@ class FrontOptions:
 def serve(
     target: str,
     settings: Sequence[str],
-    options: FrontOptions,
+    options: GatewayOptions,
     also: Sequence[str],
     console: Console,
     *,
     random_weights: bool = False,
 ) -> None:
-    """Serves a model over HTTP until it is ended; a cluster that was brought up for it ends then too.
+    """Serves a model over HTTP until it is stopped; a cluster that was brought up for it is then taken down.
 
-    random_weights: a fresh model, where nothing is trained.
+    random_weights: serve a fresh model if nothing is trained.
     """
     config = options.on(read_target(target, settings))
     name = config.serve.model_name
@@ -84,13 +84,13 @@ def serve(
     models = [(name, cluster), *(_name_and_cluster(text) for text in also)]
     check_names([name for name, _ in models])
     for _, other in models[1:]:
-        found(other)  # one that is not up is said before anything is started
+        found(other)  # fails before anything is started
     is_up = cluster_file.load(cluster) is not None
     if is_up:
         refuse_another_model(found(cluster), config, target)
     else:
         cluster_file.check()
-    server = _listen(config)  # a port in use, or a wrong key file, is said before a cluster is started
+    server = _listen(config)  # fails on a port in use or a wrong key file before a cluster is started
     if is_up:
         _run(server, models, console)
         return
@@ -101,7 +101,7 @@ def serve(
     try:
         named = [*settings, f"serve.model_name={json.dumps(name)}"]
         words = [word for setting in named for word in ("--set", setting)]
-        own = OwnCluster(
+        own = ServedCluster(
             cluster,
             (target, *words, *((RANDOM_WEIGHTS,) if random_weights else ())),
             restarts=config.serve.max_restarts,
@@ -118,8 +118,8 @@ def serve(
             console.print(f"cluster {cluster} is down")
 
 
-def front(models: Sequence[str], settings: Sequence[str], options: FrontOptions, console: Console) -> None:
-    """Serves the models of clusters that are up over HTTP, until it is ended."""
+def gateway(models: Sequence[str], settings: Sequence[str], options: GatewayOptions, console: Console) -> None:
+    """Serves the models of running clusters over HTTP, until it is stopped."""
     config = options.on(read_config(override({}, dict(parse_override(text) for text in settings))))
     named = [_name_and_cluster(text) for text in models]
     check_names([name for name, _ in named])
@@ -128,19 +128,19 @@ def front(models: Sequence[str], settings: Sequence[str], options: FrontOptions,
     _run(_listen(config), named, console)
 
 
-def _listen(config: Config) -> FrontServer:
+def _listen(config: Config) -> GatewayServer:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     disable_created_metrics()
-    return FrontServer(config.serve, keys_for(config.serve, config.security))
+    return GatewayServer(config.serve, keys_for(config.serve, config.security))
 
 
 def _run(
-    server: FrontServer,
+    server: GatewayServer,
     models: Sequence[tuple[str, str]],
     console: Console,
-    finders: Mapping[str, Callable[[], Whereabouts]] | None = None,
+    finders: Mapping[str, Callable[[], ClusterAddresses]] | None = None,
 ) -> None:
-    """models: the name of each, and its cluster. finders: how a cluster is found again, where not by Ray alone."""
+    """models: (name, cluster) pairs. finders: by cluster, how to find it again; default: ask Ray."""
     found_by = finders or {}
     sources = [
         _source(name, cluster, alone=len(models) == 1, rediscover=found_by.get(cluster)) for name, cluster in models
@@ -155,14 +155,14 @@ def _run(
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    with suppress(KeyboardInterrupt):  # raised again when all answers have ended
+    with suppress(KeyboardInterrupt):  # raised again once all responses have ended
         server.run(sources)
 
 
 def _source(
-    name: str, cluster: str, *, alone: bool, rediscover: Callable[[], Whereabouts] | None = None
+    name: str, cluster: str, *, alone: bool, rediscover: Callable[[], ClusterAddresses] | None = None
 ) -> ModelSource:
-    # A model that is alone also answers to its cluster's name.
+    # A single model also answers to its cluster's name.
     return ModelSource(
         name=name,
         cluster=cluster,
@@ -172,9 +172,11 @@ def _source(
     )
 
 
-def _noted(cluster: str) -> Whereabouts:
+def _noted(cluster: str) -> ClusterAddresses:
     up = found(cluster)
-    return Whereabouts(routers=up.router_addresses, controller=up.controller_address, credentials=credentials_of(up))
+    return ClusterAddresses(
+        routers=up.router_addresses, controller=up.controller_address, credentials=credentials_of(up)
+    )
 
 
 def _name_and_cluster(text: str) -> tuple[str, str]:
@@ -184,8 +186,8 @@ def _name_and_cluster(text: str) -> tuple[str, str]:
     return name, cluster
 
 
-class OwnCluster:
-    """The cluster that `serve` has brought up: when all of it is lost, it is brought up again, a few times."""
+class ServedCluster:
+    """The cluster that `serve` brought up: if all of it is lost, it is brought up again, a limited number of times."""
 
     def __init__(
         self,
@@ -195,18 +197,18 @@ class OwnCluster:
         restarts: int,
         ending: Callable[[], bool],
     ) -> None:
-        """arguments: of `up`. ending: whether the front ends, and the cluster with it."""
+        """arguments: of `up`. ending: returns whether the gateway, and so the cluster, is ending."""
         self._cluster = cluster
         self.command = (*SELF, "up", *arguments)
         self._restarts_left = restarts
         self._ending = ending
 
     def bring_up(self) -> int:
-        """The exit code of `moecluster up`, which has said why if it failed. Interrupted, it leaves nothing behind."""
-        # Not of our terminal's group: it is ended once, by us, and not amid its own clearing up.
+        """Returns the exit code of `moecluster up`, which prints its errors. If interrupted, leaves nothing behind."""
+        # A session of its own: the terminal's signals do not reach it; we end it once, and let it clean up.
         with subprocess.Popen(self.command, start_new_session=True) as process:
             try:
-                while not self._ending():  # the waits of `up` have bounds of their own
+                while not self._ending():  # `up` has timeouts of its own
                     with suppress(subprocess.TimeoutExpired):
                         return process.wait(ENDING_POLL_S)
                 _end(process)
@@ -215,8 +217,8 @@ class OwnCluster:
                 raise
         return process.returncode
 
-    def find(self) -> Whereabouts:
-        """Where the actors are now. Raises Unavailable: ClusterEnded if they are lost, and were so too often."""
+    def find(self) -> ClusterAddresses:
+        """Returns where the actors are. Raises Unavailable; ClusterEnded if they are lost and no restart is left."""
         try:
             return ask_ray(self._cluster)
         except ClusterEnded as exc:
@@ -236,29 +238,29 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(ENDING_TIMEOUT_S)
-    process.kill()  # fine if it has ended
+    process.kill()  # harmless if it has ended
 
 
-def ask_ray(cluster: str) -> Whereabouts:
-    """Where the actors of a cluster are now. Joining Ray takes seconds, and a process of its own.
+def ask_ray(cluster: str) -> ClusterAddresses:
+    """Returns where the actors of a cluster are now, asked in a process of its own, since joining Ray takes seconds.
 
-    Raises Unavailable: ClusterEnded if nothing of the cluster comes back by itself.
+    Raises Unavailable; ClusterEnded if nothing of the cluster comes back by itself.
     """
-    command = [*SELF, "status", "--json", "--name", cluster, "--timeout-s", str(LOOK_S)]
+    command = [*SELF, "status", "--json", "--name", cluster, "--timeout-s", str(POLL_S)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=STATUS_TIMEOUT_S, start_new_session=True)
         if done.returncode and not done.stdout:
             raise ClusterEnded(done.stderr.strip()[-300:].removeprefix("moecluster: "))
-        said = json.loads(done.stdout)
-        if said["status"] == "ended":
-            raise ClusterEnded("; ".join(said["problems"]))
-        addresses = {name: str(reached["address"]) for name, reached in said["actors"].items() if reached is not None}
-        by_controller = (said["controller"] or {}).get("router_states", ())
+        status = json.loads(done.stdout)
+        if status["status"] == "ended":
+            raise ClusterEnded("; ".join(status["problems"]))
+        addresses = {name: str(reached["address"]) for name, reached in status["actors"].items() if reached is not None}
+        by_controller = (status["controller"] or {}).get("router_states", ())
         addresses = {router["router"]: str(router["address"]) for router in by_controller} | addresses
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise Unavailable(f"moecluster status: {type(exc).__name__}") from exc
     noted = cluster_file.load(cluster)
-    return Whereabouts(
+    return ClusterAddresses(
         routers=tuple(address for name, address in addresses.items() if is_router(name) and address),
         controller=addresses.get(CONTROLLER, ""),
         credentials=read_secret(noted.secret_file) if noted is not None and noted.secret_file else None,

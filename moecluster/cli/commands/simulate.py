@@ -1,4 +1,4 @@
-"""simulate: a day of a cluster that nobody has, and how far its controller reaches."""
+"""simulate: simulates a day of a cluster, and measures how its controller scales."""
 
 import dataclasses
 import math
@@ -32,13 +32,13 @@ from moecluster.simulation.synthetic_load import LoadShape, SyntheticLoads
 from moecluster.simulation.trace.format import TraceActor, TraceHeader, TraceLayer, TraceWindow
 from moecluster.simulation.trace.writer import TraceWriter
 
-MOST_ACTORS = 1e7  # beyond it, a limit is none
-REDUNDANCY = 1.25  # room for replicas beyond one for each expert, where slots are not given
+MOST_ACTORS = 1e7  # a limit beyond it is not reported
+REDUNDANCY = 1.25  # default slots per expert
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimulationChoice:
-    """What a user asks for. None: the default that the command's help names."""
+    """The user's options. None: the default in the command's help."""
 
     policy: str
     num_actors: int
@@ -63,7 +63,7 @@ class SimulationChoice:
 
 
 def simulate(choice: SimulationChoice, console: Console) -> None:
-    """Simulates a day, shows it, and measures the controller's work at several sizes of the cluster."""
+    """Simulates a day, shows the results, and measures the controller's work at several cluster sizes."""
     _check(choice)
     costs = _costs(choice)
     policy = policy_named(choice.policy)
@@ -165,7 +165,7 @@ def _check(choice: SimulationChoice) -> None:
 
 
 def _costs(choice: SimulationChoice) -> Costs:
-    """The default costs, or those of a benchmark's result, with single ones given by name."""
+    """Returns the default costs, or those of a benchmark result, with single ones overridden by name."""
     costs = Costs() if choice.costs_file is None else calibrated(choice.costs_file)
     known = [field.name for field in dataclasses.fields(Costs)]
     for text in choice.costs:
@@ -209,7 +209,7 @@ def _seconds(mean_s: float | None, worst_s: float | None) -> str:
 
 
 def _show_growth(sizes: Sequence[MeasuredSize], scenario: Scenario, console: Console) -> None:
-    """The controller's work by size, its law, and the size at which it fills the time between decisions."""
+    """Shows the controller's work by size, its power law, and the size at which it fills the time between decisions."""
     period_s = scenario.window_s * scenario.decide_every
     columns = ("actors", "replicas", "counters", "first plan", "decision", "of the period", "copies (simulated)")
     table = make_table(*columns, right=columns)

@@ -1,4 +1,4 @@
-"""train: a run with a progress bar, and its loss curve as a picture."""
+"""train: runs training with a progress bar, and plots the loss curve."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -45,10 +45,10 @@ CURVE = "loss.png"
 
 
 def train(target: str, settings: Sequence[str], console: Console) -> None:
-    """Trains to train.steps, in the cluster that is up or in one of its own."""
+    """Trains to train.steps, in the running cluster or in one of its own."""
     config = read_target(target, settings)
     check_places(config)
-    data = read_data(config, run_tokenizer(config))  # a wrong text ends it here, before anything is started
+    data = read_data(config, run_tokenizer(config))  # fails on bad data before anything is started
     for line in data.left_out:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     start = str(prepare_start(config).resolve())
@@ -65,10 +65,10 @@ def train(target: str, settings: Sequence[str], console: Console) -> None:
 def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str | None:
     """Shows a run until it ends, and returns its last checkpoint, which the routers then serve.
 
-    If its router's process is lost, it begins again from its last checkpoint, train.max_restarts times at most. Raises
-    what ended the run, if it did not end by itself.
+    If its router's process is lost, the run restarts from its last checkpoint, at most train.max_restarts times.
+    Raises the error that ended the run, if it failed.
     """
-    History.open(config.train.output_dir)  # a file that is none is said before anything is trained
+    History.open(config.train.output_dir)  # fails on an invalid history file before anything is trained
     last: str | None = None
     try:
         with _bar(console) as bar:
@@ -93,12 +93,12 @@ def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str
 
 
 def _all_events(config: Config, start: str, cluster: "Cluster") -> Iterator[Event]:
-    """Those of the run, and of what goes on from its last checkpoint when its router is lost."""
-    output_dir = str(Path(config.train.output_dir).resolve())  # the router may run in another directory
+    """Yields the events of the run, and of its restarts from the last checkpoint when its router is lost."""
+    output_dir = str(Path(config.train.output_dir).resolve())  # the router may have another working directory
     sent = read_config(override(config.to_tables(), {"train.output_dir": output_dir}))
     for restart in count(1):
         try:
-            with suppress(Unavailable, DeadlineExceeded):  # then its next life says that it has no run
+            with suppress(Unavailable, DeadlineExceeded):  # then its next incarnation reports that it has no run
                 cluster.train(sent, start)
             yield from _events(cluster, max(PATIENCE_S, config.cluster.start_timeout_s))
             return
@@ -121,7 +121,7 @@ def _last_checkpoint(config: Config) -> str | None:
 
 @contextmanager
 def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster]:
-    """The cluster that is up, if it serves this run's model; else one that is taken down in the end."""
+    """Yields the running cluster, if it serves this run's model; else a new one, taken down in the end."""
     if cluster_file.load(config.cluster.name) is not None:
         up = found(config.cluster.name)
         checkpoints = str((Path(config.train.output_dir) / CHECKPOINTS).resolve())
@@ -142,7 +142,7 @@ def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster
 
 
 def _events(cluster: "Cluster", patience_s: float) -> Iterator[Event]:
-    """The run's events as they come, until it ends. Raises what ended it."""
+    """Yields the run's events as they come, until it ends. Raises the error that ended it."""
     seen = 0
     silent_since_s: float | None = None
     while True:
@@ -150,7 +150,7 @@ def _events(cluster: "Cluster", patience_s: float) -> Iterator[Event]:
             progress = cluster.training_progress(seen)
             silent_since_s = None
         except (Unavailable, DeadlineExceeded):
-            # Ray starts a router that was lost again, and that one says what became of the run.
+            # Ray restarts a lost router, and its new incarnation reports that the run is gone.
             silent_since_s = silent_since_s or time.monotonic()
             if time.monotonic() - silent_since_s > patience_s:
                 raise
@@ -177,7 +177,7 @@ def _bar(console: Console) -> Progress:
 
 
 def _figures(event: StepDone) -> str:
-    """Cross-entropy, each auxiliary loss by itself, and how the step went."""
+    """Formats cross-entropy, each auxiliary loss, throughput and balancedness."""
     auxiliary = [f"{kind} {loss:.4f}" for kind, loss in sorted((event.aux_losses or {}).items())]
     balance = [f"balancedness {event.balancedness:.2f}"] if event.balancedness is not None else []
     loss = f"cross-entropy {event.loss:.3f}"
@@ -185,7 +185,7 @@ def _figures(event: StepDone) -> str:
 
 
 def _line(event: Event) -> str | None:
-    """What is said of an event beside the bar."""
+    """Returns the line printed for an event above the bar, or None."""
     match event:
         case Evaluated():
             domains = ", ".join(f"{name} {bits:.2f}" for name, bits in sorted(event.domains.items()))
@@ -207,8 +207,8 @@ def _line(event: Event) -> str | None:
 
 def _draw(history: History, path: Path, console: Console) -> None:
     if not is_installed("matplotlib"):
-        said = f"no picture of the loss: pip install 'moecluster[plots]' (the figures are in {history.path})"
-        console.print(said, highlight=False, markup=False)
+        message = f"no picture of the loss: pip install 'moecluster[plots]' (the figures are in {history.path})"
+        console.print(message, highlight=False, markup=False)
         return
     from moecluster.training.plots.loss_curve import draw_loss_curve  # needs matplotlib
 

@@ -1,4 +1,4 @@
-"""update: new weights for a cluster that serves; of a part of them, a whole checkpoint is put together first."""
+"""update: replaces weights of a running cluster; for a partial update it first composes a complete checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ def update(
     wait: bool,
     console: Console,
 ) -> None:
-    """Replaces all weights by those of a directory; or some experts, and the trunk or not."""
+    """Replaces all weights by those of a directory; or only some experts, with or without the trunk."""
     if not Path(directory).is_dir():
         raise CheckpointError(f"no model directory at {directory}: give a directory with config.json and safetensors")
     checkpoint = Path(directory).resolve()
@@ -43,7 +43,7 @@ def update(
 def _put_together(
     name: str, directory: Path, experts: Sequence[str], keep_trunk: bool, out: str, console: Console
 ) -> Path:
-    # Reading checkpoints brings torch along, which the other commands need not wait for.
+    # Reading checkpoints imports torch, which other commands need not wait for.
     from moecluster.models.experts.source import ExpertSource
     from moecluster.models.update.compatibility import sizes
     from moecluster.models.update.compose import compose
@@ -63,7 +63,7 @@ def _put_together(
 
 
 def _beside(seen: ControllerStatus) -> Path:
-    """A name that is free, beside the directory that is served."""
+    """Returns an unused path next to the directory that is served."""
     served = Path(seen.checkpoint)
     stem = served.name.rpartition("-v")[0] if served.name.rpartition("-v")[2].isdecimal() else served.name
     version = seen.weight_version + 1

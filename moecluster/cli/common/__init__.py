@@ -1,1 +1,1 @@
-"""What several commands share: options, tables, progress, plots, files."""
+"""Code that several commands share: options, tables, progress, plots, files."""

@@ -1,15 +1,15 @@
-"""Where commands print: a terminal, or a pipe or file, where no line is too long."""
+"""Console output: to a terminal, or to a pipe or file without line wrapping."""
 
 import sys
 
 from rich.console import Console
 
 UNLIMITED = 10**9  # characters in a line
-HEIGHT = 25  # of what has none
+HEIGHT = 25  # where there is no terminal
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Standard output or error. Where that is no terminal, nothing is wrapped or cut, whatever COLUMNS says."""
+    """Returns a console for stdout or stderr. Without a terminal, nothing is wrapped or cut, whatever COLUMNS says."""
     if (sys.stderr if stderr else sys.stdout).isatty():
         return Console(stderr=stderr)
     return Console(stderr=stderr, width=UNLIMITED, height=HEIGHT)

@@ -1,4 +1,4 @@
-"""What is wrong with a cluster that is up, as far as it can be seen from this host within a moment."""
+"""Diagnoses a running cluster, as far as possible from this host within a moment."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,26 +7,26 @@ from actors.local_ray import LocalRay, RayProcess
 from actors.names import Endpoints
 from moecluster.types import ControllerStatus
 
-NICE_TO_SAY = 3  # actors that are named
+MAX_NAMED = 3  # actors listed by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """In words for a user. ended: nothing of the cluster serves any more, nor will it by itself."""
+    """Problems in words for a user. ended: nothing of the cluster serves any more, nor will it by itself."""
 
     problems: tuple[str, ...] = ()
     ended: bool = False
 
     @property
     def status(self) -> str:
-        """In one word."""
+        """The state in one word."""
         if self.ended:
             return "ended"
         return "degraded" if self.problems else "ready"
 
 
 def of_local_ray(local: LocalRay, processes: Iterable[RayProcess], name: str) -> Diagnosis:
-    """What its processes say: those that Ray cannot be without, and any that is stopped."""
+    """Diagnoses Ray's processes: missing ones that Ray cannot do without, and stopped ones."""
     found = list(processes)
     again = f"end what is left with moecluster down --name {name}, and start it anew with moecluster up"
     for part, what in (("raylet", "every actor with it"), ("gcs_server", "what finds and restarts actors with it")):
@@ -44,7 +44,7 @@ def of_local_ray(local: LocalRay, processes: Iterable[RayProcess], name: str) ->
 def of_actors(
     endpoints: Mapping[str, Endpoints | None], seen: ControllerStatus | None, controller_address: str
 ) -> Diagnosis:
-    """What the controller says, or its silence, and what Ray says."""
+    """Diagnoses the actors from the controller's status, or its silence, and from Ray's view."""
     problems = []
     if seen is None:
         problems.append(
@@ -59,12 +59,14 @@ def of_actors(
         ]
         problems += [f"{router.router}: {router.problem}" for router in seen.router_states if router.problem]
         if seen.lost_experts:
-            problems.append(f"{seen.lost_experts} experts are served by nobody: requests that need them wait or fail")
+            problems.append(
+                f"{seen.lost_experts} experts have no serving replica: requests that need them wait or fail"
+            )
     niced = sorted(name for name, at in endpoints.items() if at is not None and at.nice > 0)
     if niced:
-        more = f" and {len(niced) - NICE_TO_SAY} more" if len(niced) > NICE_TO_SAY else ""
+        more = f" and {len(niced) - MAX_NAMED} more" if len(niced) > MAX_NAMED else ""
         problems.append(
-            f"{', '.join(niced[:NICE_TO_SAY])}{more} give way to other programs of their hosts, as this Ray starts its "
+            f"{', '.join(niced[:MAX_NAMED])}{more} give way to other programs of their hosts, as this Ray starts its "
             "workers with a nice value; start it with RAY_worker_niceness=0 in its environment"
         )
     return Diagnosis(problems=tuple(problems))

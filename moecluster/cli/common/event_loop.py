@@ -1,4 +1,4 @@
-"""Asynchronous commands: their event loop from start to end."""
+"""Runs the event loop of an asynchronous command."""
 
 import asyncio
 import signal
@@ -10,9 +10,9 @@ ResultT = TypeVar("ResultT")
 
 
 def run_until_signalled(main: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """asyncio.run, which SIGTERM ends as Ctrl-C does: by cancelling, so that every part ends in order.
+    """asyncio.run that SIGTERM ends as Ctrl-C does: by cancelling, so that every task cleans up.
 
-    Raises SystemExit then; a handler that raised it amid a task would leave that task torn.
+    Raises SystemExit then; a signal handler that raised it inside a task would leave that task half done.
     """
     signalled = False
 

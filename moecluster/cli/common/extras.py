@@ -1,4 +1,4 @@
-"""Packages that only some commands need: pip install 'moecluster[NAME]' brings those of an extra along."""
+"""Optional packages: pip install 'moecluster[NAME]' installs those of an extra."""
 
 import importlib.util
 
@@ -11,15 +11,15 @@ EXTRAS = {
 
 
 def need(extra: str, what: str) -> None:
-    """Raises ConfigError if a package of an extra is not installed. what: is to be done with it, for the complaint."""
+    """Raises ConfigError if a package of an extra is not installed. what: the feature, for the error message."""
     missing = [package for package in EXTRAS[extra] if not is_installed(package)]
     if missing:
         raise ConfigError(f"{what} needs {' and '.join(missing)}: pip install 'moecluster[{extra}]'")
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
+    """Returns whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # refused by an import hook, or torn out of sys.modules
+    except (ImportError, ValueError):  # blocked by an import hook, or removed from sys.modules
         return False

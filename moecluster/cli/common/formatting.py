@@ -1,4 +1,4 @@
-"""How figures and records are shown."""
+"""Formats figures and records for display."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from moecluster.types import Operation
 
 
 def to_json(fields: object) -> str:
-    """JSON of dicts, lists, numbers and texts; an enum's member is its value."""
+    """Returns JSON of dicts, lists, numbers and strings; an enum member becomes its value."""
 
     def value_of(member: object) -> object:
         assert isinstance(member, Enum), member
@@ -24,12 +24,12 @@ def to_json(fields: object) -> str:
 
 
 def shown_bytes(count: float) -> str:
-    """Such as 4.1 MB."""
+    """Formats bytes, such as 4.1 MB."""
     return decimal(round(count))
 
 
 def shown_part(part: float, digits: int) -> str:
-    """A part of a whole in percent. All and nothing are said only of all and nothing: 0.999999 is >99.99 %."""
+    """Formats a fraction as a percentage. Only exact 0 and 1 are shown as 0 and 100 %: 0.999999 becomes >99.99 %."""
     least = 10.0**-digits
     if 0 < 100 * part < least:
         return f"<{least:.{digits}f} %"
@@ -39,12 +39,12 @@ def shown_part(part: float, digits: int) -> str:
 
 
 def shown_time(unix_s: float) -> str:
-    """Date and time of day, in the user's zone."""
+    """Formats date and time of day, in the user's time zone."""
     return datetime.fromtimestamp(unix_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def shown_moves(operation: Operation) -> str:
-    """What an operation moved, in a few words."""
+    """Summarizes what an operation moved."""
     if not (operation.added_replicas or operation.removed_replicas or operation.moved_bytes):
         return "no replica moved"
     return (
@@ -54,14 +54,14 @@ def shown_moves(operation: Operation) -> str:
 
 
 def shown_duration(operation: Operation) -> str:
-    """How long an operation took; nothing while it goes on."""
+    """Formats how long an operation took; empty while it runs."""
     if operation.ended_s is None:
         return ""
     return f"{max(operation.ended_s - operation.created_s, 0.0):.1f} s"
 
 
 def operations_table(found: Sequence[Operation]) -> Table:
-    """A line for each operation."""
+    """Returns a table with one row per operation."""
     columns = ("operation", "asked", "phase", "begun", "took", "loaded", "why")
     table = make_table(*columns, prose=("asked", "why"), box=None, pad_edge=False)
     for operation in found:

@@ -1,4 +1,4 @@
-"""Asking the controller of a cluster that is up, wherever it listens now."""
+"""Calls the controller of a running cluster, wherever it listens now."""
 
 import time
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from moecluster.rpc.controller.client import ControllerCalls
 if TYPE_CHECKING:
     from actors.driver import Cluster
 
-PATIENCE_S = 30.0  # Ray starts a controller anew within 15 s on a slow machine
+PATIENCE_S = 30.0  # Ray restarts a controller within 15 s on a slow machine
 RETRY_S = 0.5
 
 AnswerT = TypeVar("AnswerT")
 
 
 class LiveController:
-    """The controller of a cluster that `up` noted. A controller that was started anew listens elsewhere.
+    """The controller of a cluster that `up` recorded. A restarted controller listens elsewhere.
 
-    Joining Ray takes seconds, so the noted address is tried first; only if nobody answers there, Ray is asked for the
-    new one, which is noted then.
+    Joining Ray takes seconds, so the recorded address is tried first; only if it does not answer, Ray is asked for the
+    new one, which is then recorded.
     """
 
     def __init__(self, name: str) -> None:
@@ -47,9 +47,9 @@ class LiveController:
             leave()
 
     def ask(self, question: Callable[[ControllerCalls], AnswerT]) -> AnswerT:
-        """The answer. A question may be asked more than once: an order needs an id.
+        """Returns the answer. A question may be sent more than once, so changes need an operation id.
 
-        Waits while the controller is started anew; raises Unavailable if it is not back in time.
+        Waits while the controller restarts; raises Unavailable if it is not back in time.
         """
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
@@ -58,17 +58,17 @@ class LiveController:
             except Unavailable:
                 if time.monotonic() > deadline_s:
                     raise
-                self._look_elsewhere()
+                self._try_elsewhere()
 
-    def _look_elsewhere(self) -> None:
+    def _try_elsewhere(self) -> None:
         if self._joined is None:
-            said = f"no controller answers at {self._calls.address}; asking Ray where it is now"
-            make_console(stderr=True).print(said)
+            message = f"no controller answers at {self._calls.address}; asking Ray where it is now"
+            make_console(stderr=True).print(message)
             self._joined = join(self._cluster.name, self._cluster.ray_address, self._cluster.local_ray)
         try:
             address = self._joined.controller_address()
         except (Unavailable, DeadlineExceeded):
-            address = self._calls.address  # it is being started
+            address = self._calls.address  # it is being restarted
         if address == self._calls.address:
             time.sleep(RETRY_S)
             return

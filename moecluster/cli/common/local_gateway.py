@@ -1,4 +1,4 @@
-"""An HTTP front in this process, for a command that needs one only while it runs."""
+"""Runs an HTTP gateway in this process, for a command that needs one only while it runs."""
 
 import secrets
 import threading
@@ -16,27 +16,27 @@ from moecluster.cli.common.routers import find_routers
 from moecluster.config.sections import ServeConfig
 from moecluster.errors import ResourceError
 from moecluster.gateway.api_keys import ApiKeys
-from moecluster.gateway.router_discovery import Whereabouts
-from moecluster.gateway.server import FrontServer, ModelSource
+from moecluster.gateway.router_discovery import ClusterAddresses
+from moecluster.gateway.server import GatewayServer, ModelSource
 
 START_TIMEOUT_S = 30.0
-GRACE_S = 1.0  # who asks has ended by then
+GRACE_S = 1.0  # the command's requests have ended by then
 MAX_BODY_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnFront:
-    """Where it listens, on the loopback, and the key that nobody else has."""
+class LocalGateway:
+    """The URL of the gateway, on the loopback, and its only API key."""
 
     url: str
     api_key: str
 
 
 @contextmanager
-def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFront]:
-    """Serves the cluster of that name that is up, under the name of its model's directory or its own.
+def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator[LocalGateway]:
+    """Serves a running cluster, under the name of its model's directory or of the cluster.
 
-    Raises ClusterNotFound if there is none.
+    Raises ClusterNotFound if it is not up.
     """
     cluster = found(name)
     api_key = secrets.token_urlsafe(32)
@@ -44,24 +44,24 @@ def front_to(name: str, max_inflight: int, console: Console) -> Iterator[OwnFron
         name=Path(cluster.model).name,
         cluster=name,
         alias=name,
-        seeds=Whereabouts(
+        seeds=ClusterAddresses(
             routers=cluster.router_addresses,
             controller=cluster.controller_address,
             credentials=credentials_of(cluster),
         ),
-        rediscover=lambda: Whereabouts(routers=find_routers(cluster, console)),
+        rediscover=lambda: ClusterAddresses(routers=find_routers(cluster, console)),
     )
     settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)
-    server = FrontServer(settings, ApiKeys([api_key]))
-    thread = threading.Thread(target=server.run, args=([source],), name="front", daemon=True)
+    server = GatewayServer(settings, ApiKeys([api_key]))
+    thread = threading.Thread(target=server.run, args=([source],), name="gateway", daemon=True)
     thread.start()
     try:
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not server.started:
             if not thread.is_alive() or time.monotonic() > deadline_s:
-                raise ResourceError(f"the front to the cluster {name} does not start")
+                raise ResourceError(f"the gateway to the cluster {name} does not start")
             time.sleep(0.01)
-        yield OwnFront(url=f"http://{server.address}", api_key=api_key)
+        yield LocalGateway(url=f"http://{server.address}", api_key=api_key)
     finally:
         server.stop()
         thread.join(START_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""What a command is asked to work with: a model directory, a TOML file, or a preset's name."""
+"""Reads a command's target: a model directory, a TOML file, or the name of a preset."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from moecluster.errors import ConfigError
 
 
 def read_target(target: str, settings: Sequence[str]) -> Config:
-    """The settings that a target stands for; settings are overrides such as train.steps=100. Raises ConfigError.
+    """Returns the configuration of a target; settings are overrides such as train.steps=100. Raises ConfigError.
 
-    serve.model_name is always set in them: what HTTP clients, and the label `model` of all metrics, call the model.
+    Always sets serve.model_name: the model's name for HTTP clients, and the label `model` of all metrics.
     """
     config = _read_target(target, dict(parse_override(text) for text in settings))
     if config.serve.model_name:
@@ -25,7 +25,7 @@ def read_target(target: str, settings: Sequence[str]) -> Config:
 
 
 def _read_target(target: str, overrides: Mapping[str, Any]) -> Config:
-    if os.path.isdir(target):  # False for any string, unlike Path.is_dir
+    if os.path.isdir(target):  # unlike Path.is_dir, returns False for any invalid string
         return read_config(override({"model": {"path": target}}, overrides), source=target)
     if not os.path.isfile(target) and target not in preset_names():
         raise ConfigError(
@@ -35,11 +35,11 @@ def _read_target(target: str, overrides: Mapping[str, Any]) -> Config:
 
 
 def model_name(target: str) -> str:
-    """What a model is served as unless told otherwise: the name that the user gave its directory, or its file's stem.
+    """Returns the default served name of a model: the name that the user gave its directory, or its file's stem.
 
     A snapshot in a download cache (models--ORG--NAME/snapshots/HASH, or without ORG) has its model's name.
     """
-    path = Path(os.path.abspath(target))  # a link keeps its own name
+    path = Path(os.path.abspath(target))  # keeps the name of a symbolic link
     if not os.path.isdir(target):
         return path.stem
     cached = path.parent.parent.name
@@ -50,6 +50,6 @@ def model_name(target: str) -> str:
 
 
 def check_places(config: Config) -> None:
-    """Raises UserError if a run could not write what it leaves, before any work is spent on it."""
+    """Raises UserError if a run could not write its files, before any work is spent on it."""
     cluster_file.check()
     check_folder("train.output_dir", config.train.output_dir)

@@ -1,4 +1,4 @@
-"""Which weights a command serves: found, refused where there are none, and told."""
+"""Finds the weights that a command serves, refuses missing ones, and describes them."""
 
 import json
 from collections.abc import Iterator
@@ -18,21 +18,21 @@ RANDOM_WEIGHTS = "--random-weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What is known of a model directory."""
+    """What is known of a model directory's weights."""
 
     path: str
-    step: int | None  # of training; None: this family of checkpoints does not say
-    written_s: float | None  # Unix time of its last file; None: it is not seen from here
+    step: int | None  # of training; None: the checkpoint does not record it
+    written_s: float | None  # Unix time of the newest file; None: not visible from here
 
     def __str__(self) -> str:
-        """Such as /models/tiny (step 600, written 2026-01-31 12:00:00)."""
+        """Formats, such as /models/tiny (step 600, written 2026-01-31 12:00:00)."""
         steps = [] if self.step is None else ["untrained: random weights" if self.step == 0 else f"step {self.step}"]
         written = "not seen from here" if self.written_s is None else f"written {shown_time(self.written_s)}"
         return f"{self.path} ({', '.join([*steps, written])})"
 
 
 def weights_in(model_dir: str) -> Weights:
-    """What a directory holds, as far as it can be seen."""
+    """Returns what is known of a directory's weights, as far as it is visible from here."""
     directory, written_s, state = Path(model_dir), None, None
     with suppress(OSError):
         files = [file for file in directory.iterdir() if file.suffix in (".safetensors", ".json")]
@@ -43,9 +43,9 @@ def weights_in(model_dir: str) -> Weights:
 
 
 def trained_model(config: Config, target: str, command: str) -> str:
-    """The directory to serve: model.path, else the last checkpoint of train.output_dir.
+    """Returns the directory to serve: model.path, else the last checkpoint of train.output_dir.
 
-    Raises CheckpointError where nothing is trained yet; it says what to type instead. command: the one that asks.
+    Raises CheckpointError if nothing is trained yet, suggesting commands instead. command: the one being run.
     """
     latest = _latest(config)
     if latest is None or _is_untrained(config):
@@ -54,26 +54,26 @@ def trained_model(config: Config, target: str, command: str) -> str:
 
 
 def model_to_serve(config: Config, target: str, command: str, *, random_weights: bool) -> str:
-    """The same; with random_weights a fresh model, which is written first. Raises UserError."""
+    """Like trained_model; with random_weights it writes and returns a fresh model. Raises UserError."""
     if not random_weights:
         return trained_model(config, target, command)
     refuse_trained(config)
-    # Brings transformers along, which takes seconds that the other commands need not wait.
+    # Imports transformers, which takes seconds that other commands need not wait for.
     from moecluster.training.setup import prepare_start
 
     return str(prepare_start(config).resolve())
 
 
 def refuse_trained(config: Config) -> None:
-    """Raises ConfigError where --random-weights would pass over weights that are there."""
+    """Raises ConfigError if --random-weights would ignore existing trained weights."""
     latest = _latest(config)
     if latest is not None and not _is_untrained(config):
         raise ConfigError(f"{RANDOM_WEIGHTS}: {latest} has weights; leave the option out, or set train.output_dir")
 
 
 def refuse_another_model(cluster: UpCluster, config: Config, target: str) -> None:
-    """Raises ResourceError if the cluster that is up serves anything but the target's weights."""
-    latest = _latest(config)  # may be untrained: then `up` was told to
+    """Raises ResourceError if the running cluster serves anything but the target's weights."""
+    latest = _latest(config)  # may be untrained, if `up` had --random-weights
     if cluster.model == latest:
         return
     wanted = latest or f"{target}, of which nothing is trained in {config.train.output_dir}"
@@ -91,7 +91,7 @@ def _latest(config: Config) -> str | None:
 
 
 def _is_untrained(config: Config) -> bool:
-    """Whether there is at most a fresh model, as --random-weights and the start of a run write one."""
+    """Returns whether there is at most a fresh model, written by --random-weights or at the start of a run."""
     if config.model.path:
         return False
     steps = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS).steps()
@@ -111,7 +111,7 @@ def _what_instead(config: Config, target: str, command: str) -> str:
 
 
 def _runs_of(config: Config) -> Iterator[Path]:
-    """The last checkpoints of runs beside train.output_dir that trained a model of the same settings."""
+    """Yields the last checkpoints of runs next to train.output_dir that trained a model with the same settings."""
     with suppress(OSError):
         for folder in sorted(Path(config.train.output_dir).parent.iterdir()):
             store = CheckpointStore(folder / CHECKPOINTS)
@@ -124,5 +124,5 @@ def _is_of(config: Config, checkpoint: Path) -> bool:
     state: TrainingState | None = None
     with suppress(CheckpointError):
         state = read_training_state(checkpoint)
-    model = json.loads(json.dumps(config.to_tables()["model"]))  # as JSON has it: lists, not tuples
+    model = json.loads(json.dumps(config.to_tables()["model"]))  # as stored in JSON: lists, not tuples
     return state is not None and all(state.settings.get(f"model.{key}") == value for key, value in model.items())

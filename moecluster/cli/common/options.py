@@ -1,8 +1,8 @@
-"""Arguments and options that several commands take."""
+"""Options that several commands share."""
 
 from typing import Annotated
 
 import typer
 
-Name = Annotated[str, typer.Option(help="the cluster's name (cluster.name)")]
+Name = Annotated[str, typer.Option(help="name of the cluster (cluster.name)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]

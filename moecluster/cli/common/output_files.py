@@ -1,4 +1,4 @@
-"""Files that a command leaves beside what it prints: a JSON report, a picture."""
+"""Optional output files of a command: a JSON report, a plot."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 
 
 def check_writable(plot: Path | None, report: Path | None) -> None:
-    """Raises ConfigError before long work is done whose result could not be written."""
+    """Raises ConfigError if a result could not be written, before long work starts."""
     if plot is not None:
         if plot.suffix.lower() not in PICTURE_ENDINGS:
             raise ConfigError(f'--plot: got "{plot}", expected a name that ends in {", ".join(PICTURE_ENDINGS)}')
@@ -26,7 +26,7 @@ def check_writable(plot: Path | None, report: Path | None) -> None:
 
 
 def write_report(path: Path | None, report: Mapping[str, Any], console: Console) -> None:
-    """Writes a report as JSON, and says where; nothing if there is no path."""
+    """Writes a report as JSON and prints its path; does nothing without a path."""
     if path is None:
         return
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")

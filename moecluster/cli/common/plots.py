@@ -1,4 +1,4 @@
-"""Replays and simulations as pictures. Needs matplotlib."""
+"""Plots replays and simulations. Needs matplotlib."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +13,12 @@ from moecluster.simulation.scaling_law import MeasuredSize, fit_power_law
 from moecluster.simulation.scenario import SimulatedWindow
 
 DOTS_PER_INCH = 120
-LINE_STYLES = ("-", "--", ":", "-.")  # policies that do the same stay visible
-MOST_HOURS_IN_MINUTES = 3.0  # shorter times are shown in minutes
+LINE_STYLES = ("-", "--", ":", "-.")  # so that policies with equal curves stay visible
+MOST_HOURS_IN_MINUTES = 3.0  # up to this, times are shown in minutes
 
 
 def draw_replay(replays: Mapping[str, Sequence[ReplayedWindow]], path: Path) -> None:
-    """Balancedness and moved bytes of each policy, over the load of the trace. The ending says the kind of picture."""
+    """Plots balancedness and moved bytes of each policy, above the load. The file extension gives the image format."""
     figure = Figure(figsize=(9.0, 7.2), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1.4))
     for (policy, windows), style in zip(replays.items(), itertools.cycle(LINE_STYLES), strict=False):
@@ -44,7 +44,7 @@ def draw_replay(replays: Mapping[str, Sequence[ReplayedWindow]], path: Path) -> 
 
 
 def draw_simulation(windows: Sequence[SimulatedWindow], sizes: Sequence[MeasuredSize], title: str, path: Path) -> None:
-    """What users had, what the cluster did, and what the controller's work took. Without sizes, one panel fewer."""
+    """Plots the users' view, the cluster's changes, and the controller's work; with sizes, how that work grows."""
     figure = Figure(figsize=(13.0, 9.0), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(3, 2)
     times, unit = _times([window.time_s for window in windows])
@@ -135,13 +135,13 @@ def _growth(axes: Axes, sizes: Sequence[MeasuredSize]) -> None:
 
 
 def _times(seconds: Sequence[float], unit: str | None = None) -> tuple[list[float], str]:
-    """Times for an axis, and their unit: the one given, or the one that suits the last."""
+    """Returns times for an axis, and their unit: the given one, or one that suits the last time."""
     unit = unit or ("hours" if seconds and seconds[-1] > MOST_HOURS_IN_MINUTES * 3600 else "minutes")
     return [second / (3600.0 if unit == "hours" else 60.0) for second in seconds], unit
 
 
 def _gaps(values: Iterable[float | None]) -> list[float]:
-    """What a line is drawn through; nothing is drawn where there is no value."""
+    """Returns the values with NaN for None, so that lines have gaps."""
     return [np.nan if value is None else value for value in values]
 
 

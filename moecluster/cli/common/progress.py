@@ -1,4 +1,4 @@
-"""A bar in the terminal while a cluster starts: first nothing to count, then the bytes of its experts."""
+"""A progress bar while a cluster starts: first a spinner, then the bytes of its experts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from actors.names import OnLoading
 
 @contextmanager
 def loading_bar(console: Console, starting: str) -> Iterator[OnLoading]:
-    """starting: what is done before experts are loaded. Shows nothing where there is no terminal."""
+    """starting: the text of the spinner. Shows nothing without a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         spinner = progress.add_task(starting, total=None)

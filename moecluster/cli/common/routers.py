@@ -1,4 +1,4 @@
-"""Where the routers of a cluster are that is up."""
+"""Finds the routers of a running cluster."""
 
 import time
 from dataclasses import replace
@@ -19,7 +19,7 @@ RETRY_S = 0.5
 
 
 def find_routers(cluster: UpCluster, console: Console) -> tuple[str, ...]:
-    """Addresses of the routers as Ray finds them now: joining it takes seconds, so only when those noted are lost."""
+    """Returns the routers' current addresses from Ray. Joining takes seconds: only when the recorded ones are stale."""
     console.print("no router answers where it was; asking Ray where they are now")
     joined = join(cluster.name, cluster.ray_address, cluster.local_ray)
     try:
@@ -27,13 +27,13 @@ def find_routers(cluster: UpCluster, console: Console) -> tuple[str, ...]:
     finally:
         leave()
     noted = cluster_file.load(cluster.name)
-    if noted is not None:  # else it was taken down meanwhile
+    if noted is not None:  # otherwise it was taken down meanwhile
         cluster_file.save(replace(noted, router_addresses=addresses))
     return addresses
 
 
 def _wait_for_routers(cluster: "Cluster") -> tuple[str, ...]:
-    """Ray starts a router that was lost again. Raises Unavailable if none is back in time."""
+    """Waits while Ray restarts lost routers. Raises Unavailable if none is back in time."""
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Tables that lose nothing: where the terminal is too narrow for the columns, each row is a list below its name."""
+"""Tables that lose nothing: where the terminal is too narrow for the columns, each row becomes a list."""
 
 from collections.abc import Collection
 from typing import Any
@@ -13,9 +13,9 @@ PROSE_CHARACTERS = 24  # narrower columns of prose are hard to read
 
 
 def make_table(*columns: str, prose: Collection[str] = (), right: Collection[str] = (), **options: Any) -> Table:
-    """A table for show_table. prose: columns whose texts may be wrapped at words; all others stay in one line.
+    """Returns a table for show_table. prose: columns that may wrap at words; all others stay in one line.
 
-    right: columns of figures, flush right. options: of rich.table.Table.
+    right: columns to align right. options: of rich.table.Table.
     """
     return Table(
         *(
@@ -27,7 +27,7 @@ def make_table(*columns: str, prose: Collection[str] = (), right: Collection[str
 
 
 def show_table(table: Table, console: Console) -> None:
-    """Prints the table, or its rows one below the other where it does not fit."""
+    """Prints the table, or its rows as lists where it does not fit."""
     unlimited = console.options.update(width=UNLIMITED)
     for column in table.columns:
         widths = [Measurement.get(console, unlimited, cell) for cell in (column.header, *column.cells)]
@@ -43,7 +43,7 @@ def show_table(table: Table, console: Console) -> None:
 
 
 def _show_stacked(table: Table, console: Console) -> None:
-    """The first cell of each row, and below it the others that say anything, by the names of their columns."""
+    """Prints the first cell of each row, and below it the non-empty others with their column names."""
     first, *others = table.columns
     cells = [list(column.cells) for column in others]
     for row, name in enumerate(first.cells):

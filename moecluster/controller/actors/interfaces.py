@@ -1,11 +1,11 @@
-"""How expert actors are started and watched, and what the keepers of actors share with the rest of the controller."""
+"""How expert actors are started and watched, and what the actor monitors share with the rest of the controller."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from moecluster.controller.state.weight_versions import StandingVersions
-from moecluster.errors import MoeClusterError, StaleOrder
+from moecluster.controller.state.weight_versions import WeightVersions
+from moecluster.errors import MoeClusterError, StaleRequest
 from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVersion
 
 
@@ -31,31 +31,31 @@ class ActorSupervisor(Protocol):
         """Nodes that will be taken away soon."""
 
 
-class LifeWatch(Protocol):
-    """Looks out for the end of one life of an actor."""
+class IncarnationWatch(Protocol):
+    """Looks out for the end of one incarnation of an actor."""
 
     def close(self) -> None:
         """Ends the watch."""
 
 
-Watch = Callable[[ActorAddress, Callable[[], None]], LifeWatch]
+Watch = Callable[[ActorAddress, Callable[[], None]], IncarnationWatch]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class DesiredState:
     """What stands now, as actors are told it."""
 
     term: int
     generation: int
-    versions: StandingVersions
+    versions: WeightVersions
     dtype: str  # empty: the checkpoint's
-    picture: bytes = b""  # what the controller leaves with its actors for its successor
+    snapshot: bytes = b""  # what the controller leaves with its actors for its successor
 
 
-class KeeperOwner(Protocol):
-    """The controller, as a keeper sees it."""
+class MonitorOwner(Protocol):
+    """The controller, as a monitor sees it."""
 
-    def orders(self) -> Orders:
+    def desired_state(self) -> DesiredState:
         """What stands now."""
 
     def assigned(self, actor: str) -> frozenset[ExpertId]:
@@ -86,7 +86,7 @@ class KeeperOwner(Protocol):
         """The actor holds these experts in the version that is next; loaded_bytes: since the last time."""
 
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
-        """The actor cannot load the version that is next now; the keeper goes on trying."""
+        """The actor cannot load the version that is next now; the monitor goes on trying."""
 
     def to_reload(self, actor: str) -> frozenset[ExpertId]:
         """What is to be loaded anew while the actor serves: it answers NaN or infinity."""
@@ -107,7 +107,7 @@ class KeeperOwner(Protocol):
         """The actor that was up is lost."""
 
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
-        """The actor cannot be brought up now; the keeper goes on trying."""
+        """The actor cannot be brought up now; the monitor goes on trying."""
 
-    def deposed(self, error: StaleOrder) -> None:
+    def deposed(self, error: StaleRequest) -> None:
         """An actor has seen a higher term: another controller has taken over."""

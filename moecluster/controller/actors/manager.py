@@ -1,4 +1,4 @@
-"""All keepers of a controller: what they are told of the cluster, and what becomes of what they say."""
+"""All actor monitors of a controller: what they are told of the cluster, and what becomes of what they say."""
 
 import logging
 import threading
@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from moecluster.controller.actors.interfaces import ActorSupervisor, Orders, Watch
-from moecluster.controller.actors.monitor import ActorKeeper
+from moecluster.controller.actors.interfaces import ActorSupervisor, DesiredState, Watch
+from moecluster.controller.actors.monitor import ActorMonitor
 from moecluster.controller.actors.replicas_aside import ReplicasAside
 from moecluster.controller.load.direct import DirectLoadSource
 from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.handover import READ_TIMEOUT_S, read_actors
 from moecluster.controller.state.operation_log import OperationLog
-from moecluster.errors import MoeClusterError, StaleOrder, UserError
+from moecluster.errors import MoeClusterError, StaleRequest, UserError
 from moecluster.rpc.expert.interface import Connect
 from moecluster.types import (
     ActorAddress,
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepersSettings:
+class ActorManagerSettings:
     """How actors are kept."""
 
     dtype: str = ""  # of experts; empty: the checkpoint's
@@ -40,41 +40,41 @@ class KeepersSettings:
     load_timeout_s: float = 60.0
 
 
-class Keepers:
-    """Satisfies KeeperOwner of interfaces.py. Thread-safe."""
+class ActorManager:
+    """Satisfies MonitorOwner of interfaces.py. Thread-safe."""
 
     def __init__(
         self,
-        settings: KeepersSettings,
+        settings: ActorManagerSettings,
         *,
-        standing: Standing,
+        cluster_state: ClusterState,
         log: OperationLog,
         reports: ActorReports,
         direct: DirectLoadSource,
         supervisor: ActorSupervisor,
         connect: Connect,
         watch: Watch,
-        picture: Callable[[], bytes],
+        snapshot: Callable[[], bytes],
         on_news: Callable[[], None],
         on_deposed: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """picture: what the controller leaves with its actors; on_news: an actor came or went."""
+        """snapshot: what the controller leaves with its actors; on_news: an actor came or went."""
         self._settings = settings
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._log = log
         self._reports = reports
         self._direct = direct
         self._supervisor = supervisor
         self._connect = connect
         self._watch = watch
-        self._picture = picture
+        self._snapshot = snapshot
         self._on_news = on_news
         self._on_deposed = on_deposed
         self._clock = clock
-        self._aside = ReplicasAside(standing, log, look=self.look)
+        self._aside = ReplicasAside(cluster_state, log, check=self.check)
         self._lock = threading.RLock()
-        self._keepers: dict[str, ActorKeeper] = {}
+        self._monitors: dict[str, ActorMonitor] = {}
         self._closed = False
         self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
         self._awaited: frozenset[str] = frozenset()  # of those: the ones that the first placement waits for
@@ -85,7 +85,7 @@ class Keepers:
 
     def read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
         """What those that answer say of themselves, before any order; by growing placement numbers."""
-        return read_actors(lambda actor: self._new_keeper(actor).read(READ_TIMEOUT_S), actors)
+        return read_actors(lambda actor: self._new_monitor(actor).read(READ_TIMEOUT_S), actors)
 
     def start(self, actors: Collection[str], *, awaited: Collection[str]) -> None:
         """Begins to look after the actors of the start; awaited: those that the first placement waits for."""
@@ -94,7 +94,7 @@ class Keepers:
             self.keep(actor)
 
     def wait_tried(self, timeout_s: float) -> list[MoeClusterError]:
-        """Waits until the awaited actors came up or failed; returns why actors failed, users' mistakes first."""
+        """Waits until the awaited actors came up or failed; returns why actors failed, user errors first."""
         self._all_tried.wait(timeout_s)
         with self._lock:
             failures = [error for error in self._first_outcomes.values() if error is not None]
@@ -103,32 +103,32 @@ class Keepers:
     def keep(self, actor: str) -> None:
         """Begins to look after an actor. Fine if it is kept already."""
         with self._lock:
-            if actor in self._keepers or self._closed:
+            if actor in self._monitors or self._closed:
                 return
-            keeper = self._keepers[actor] = self._new_keeper(actor)
-        keeper.start()
+            monitor = self._monitors[actor] = self._new_monitor(actor)
+        monitor.start()
 
     def let_go(self, actor: str) -> None:
         """Looks after the actor no more: it leaves the cluster."""
         with self._lock:
-            keeper = self._keepers.pop(actor, None)
-        if keeper is not None:
-            keeper.let_go()  # the changer, which asks, has more to do than to wait for an actor that is lost
+            monitor = self._monitors.pop(actor, None)
+        if monitor is not None:
+            monitor.let_go()  # the changer, which asks, has more to do than to wait for an actor that is lost
         self._reports.forget(actor)
         self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was taken out of the cluster")
 
-    def look(self, actor: str) -> None:
+    def check(self, actor: str) -> None:
         """The actor may be lost: asks it at once."""
-        keeper = self._keepers.get(actor)
-        if keeper is not None:
-            keeper.look()
+        monitor = self._monitors.get(actor)
+        if monitor is not None:
+            monitor.check()
 
-    def look_all(self) -> None:
+    def check_all(self) -> None:
         """There are new orders."""
         with self._lock:
-            keepers = list(self._keepers.values())
-        for keeper in keepers:
-            keeper.look()
+            actor_manager = list(self._monitors.values())
+        for monitor in actor_manager:
+            monitor.check()
 
     def opened(self) -> None:
         """The first placement of this term is published now."""
@@ -137,41 +137,41 @@ class Keepers:
     def states(self) -> tuple[ActorState, ...]:
         """Every actor as it was last seen."""
         with self._lock:
-            return tuple(keeper.state() for _, keeper in sorted(self._keepers.items()))
+            return tuple(monitor.state() for _, monitor in sorted(self._monitors.items()))
 
     def close(self) -> None:
         """Leaves the actors as they are."""
         with self._lock:
             self._closed = True
-            keepers = list(self._keepers.values())
-        for keeper in keepers:
-            keeper.close()
+            actor_manager = list(self._monitors.values())
+        for monitor in actor_manager:
+            monitor.close()
 
-    # -- what keepers ask and say --
+    # -- what actor monitors ask and say --
 
-    def orders(self) -> Orders:
+    def desired_state(self) -> DesiredState:
         """What stands now."""
-        with self._standing.unchanged():
-            (term, generation), versions = self._standing.number, self._standing.versions
-        return Orders(
+        with self._cluster_state.unchanged():
+            (term, generation), versions = self._cluster_state.number, self._cluster_state.versions
+        return DesiredState(
             term=term,
             generation=generation,
             versions=versions,
             dtype=self._settings.dtype,
-            picture=self._picture(),
+            snapshot=self._snapshot(),
         )
 
     def assigned(self, actor: str) -> frozenset[ExpertId]:
         """What the actor shall hold."""
-        return self._standing.assigned(actor)
+        return self._cluster_state.assigned(actor)
 
     def kept(self, actor: str) -> frozenset[ExpertId]:
         """What the actor may hold."""
-        return self._standing.kept(actor)
+        return self._cluster_state.kept(actor)
 
     def lost(self) -> frozenset[ExpertId]:
         """Experts that nobody serves."""
-        return self._standing.lost()
+        return self._cluster_state.lost()
 
     def settled(self) -> bool:
         """Whether every router that holds a lease had the time to take a placement of this term."""
@@ -189,7 +189,7 @@ class Keepers:
         if complete:
             self._end_restore(address.actor, OperationPhase.DONE)
             self._note_outcome(address.actor, None)
-        self._standing.actor_up(address, held, versions=versions)
+        self._cluster_state.actor_up(address, held, versions=versions)
         self._on_news()
 
     def actor_prepared(
@@ -202,7 +202,7 @@ class Keepers:
             operation = next((o for o in self._log.under_way() if o.kind == "update"), None)
             if operation is not None:
                 self._log.count_moved(operation.id, loaded_bytes=loaded_bytes, added=0, removed=0)
-        if self._standing.actor_prepared(address, version, experts):
+        if self._cluster_state.actor_prepared(address, version, experts):
             self._on_news()
 
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
@@ -249,10 +249,10 @@ class Keepers:
 
     def actor_down(self, actor: str) -> None:
         """The actor is lost: its experts' requests go to other replicas, or wait."""
-        self._standing.actor_down(actor)
+        self._cluster_state.actor_down(actor)
         self._reports.forget(actor)
-        # Before the lock: a change of the standing calls look_all, which waits for it, with the standing's lock held.
-        belongs, experts = actor in self._standing.actors, len(self._standing.assigned(actor))
+        # Before the lock: a change of the standing calls check_all, which waits for it, with the standing's lock held.
+        belongs, experts = actor in self._cluster_state.actors, len(self._cluster_state.assigned(actor))
         with self._lock:
             if actor not in self._restores and belongs:
                 reason = f"{actor} was lost with {experts} replicas"
@@ -260,23 +260,23 @@ class Keepers:
         self._on_news()
 
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
-        """The actor cannot be brought up now; its keeper goes on trying."""
+        """The actor cannot be brought up now; its monitor goes on trying."""
         self._note_outcome(actor, error)
         if isinstance(error, UserError):  # no waiting mends it: its checkpoint is gone, or does not fit
-            self._standing.set_problem(actor, str(error))
+            self._cluster_state.set_problem(actor, str(error))
         operation_id = self._restores.get(actor)
         if operation_id is not None:
             self._log.update(operation_id, detail=f"tried in vain: {error}")
 
-    def deposed(self, error: StaleOrder) -> None:
+    def deposed(self, error: StaleRequest) -> None:
         """Another controller has taken over: gives no more orders."""
         logger.warning("another controller has taken over: %s", error)
         self._on_deposed()
 
     # -- inside --
 
-    def _new_keeper(self, actor: str) -> ActorKeeper:
-        return ActorKeeper(
+    def _new_monitor(self, actor: str) -> ActorMonitor:
+        return ActorMonitor(
             actor,
             owner=self,
             supervisor=self._supervisor,

@@ -3,9 +3,9 @@
 import logging
 import threading
 
-from moecluster.controller.actors.interfaces import ActorSupervisor, KeeperOwner, Watch
-from moecluster.controller.actors.session import ActorLife
-from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleOrder, Unavailable
+from moecluster.controller.actors.interfaces import ActorSupervisor, MonitorOwner, Watch
+from moecluster.controller.actors.session import ActorSession
+from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.expert.interface import Connect, ExpertControl
 from moecluster.types import ActorAddress, ActorState, ExpertActorStatus
 
@@ -16,14 +16,14 @@ MAX_BACKOFF_S = 2.0
 HANGS_AFTER = 2  # looks without an answer
 
 
-class ActorKeeper:
+class ActorMonitor:
     """One thread that keeps one actor. Orders to the actor are given by this thread alone, so they arrive in order."""
 
     def __init__(
         self,
         actor: str,
         *,
-        owner: KeeperOwner,
+        owner: MonitorOwner,
         supervisor: ActorSupervisor,
         connect: Connect,
         watch: Watch,
@@ -44,10 +44,10 @@ class ActorKeeper:
         self._address: ActorAddress | None = None
         self._phase = "restarting"
         self._num_experts = 0
-        self._lives = 0
+        self._incarnations = 0
         self._problem = ""  # why it does not serve
         self._silent = 0  # looks in a row that met with silence
-        self._thread = threading.Thread(target=self._run, name=f"keeper-{actor}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"monitor-{actor}", daemon=True)
 
     def read(self, timeout_s: float) -> ExpertActorStatus | None:
         """What the actor says of itself, before any order; None if it does not answer. For a new controller."""
@@ -59,7 +59,7 @@ class ActorKeeper:
         except MoeClusterError:
             return None
         try:
-            return control.status(with_picture=True)
+            return control.status(with_snapshot=True)
         except MoeClusterError:
             return None
         finally:
@@ -69,7 +69,7 @@ class ActorKeeper:
         """Begins to keep the actor."""
         self._thread.start()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Look after the actor now: it may be gone, or there is something new to tell it."""
         self._wake.set()
 
@@ -93,7 +93,7 @@ class ActorKeeper:
             incarnation=address.incarnation if address else "",
             phase=self._phase,
             experts=self._num_experts if self._phase == "serving" else 0,
-            restarts=max(self._lives - 1, 0),
+            restarts=max(self._incarnations - 1, 0),
             problem=self._problem,
         )
 
@@ -101,9 +101,9 @@ class ActorKeeper:
         backoff_s = FIRST_BACKOFF_S
         while not self._closed.is_set():
             try:
-                self._keep_one_life()
+                self._run_session()
                 backoff_s = FIRST_BACKOFF_S
-            except StaleOrder as exc:
+            except StaleRequest as exc:
                 self._owner.deposed(exc)
                 return
             except MoeClusterError as exc:
@@ -114,7 +114,7 @@ class ActorKeeper:
                 self._closed.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _keep_one_life(self) -> None:
+    def _run_session(self) -> None:
         """From finding the actor to losing it. Raises a MoeClusterError if it could not be brought up."""
         self._phase = "restarting"
         if self._silent >= HANGS_AFTER:
@@ -130,18 +130,18 @@ class ActorKeeper:
         try:
             self._phase = "loading"
             try:
-                life = ActorLife(address, control, owner=self._owner, load_timeout_s=self._load_timeout_s)
-                self._num_experts = life.load()
+                session = ActorSession(address, control, owner=self._owner, load_timeout_s=self._load_timeout_s)
+                self._num_experts = session.load()
             except MoeClusterError:
                 self._owner.actor_down(self.actor)  # it may serve a part by now
                 raise
             if self._address is None or self._address.incarnation != address.incarnation:
-                self._lives += 1
+                self._incarnations += 1
             self._address = address
             self._phase, self._problem = "serving", ""
-            watch = self._watch(address, self.look)
+            watch = self._watch(address, self.check)
             try:
-                self._look_after(life, control)
+                self._watch_actor(session, control)
             finally:
                 watch.close()
         finally:
@@ -150,7 +150,7 @@ class ActorKeeper:
             self._phase = "restarting"
             self._owner.actor_down(self.actor)
 
-    def _look_after(self, life: ActorLife, control: ExpertControl) -> None:
+    def _watch_actor(self, session: ActorSession, control: ExpertControl) -> None:
         """Asks for the actor's status over and over, and tells it what is new, until it is lost, hangs or is closed."""
         while True:
             self._wake.wait(self._health_period_s)
@@ -158,15 +158,15 @@ class ActorKeeper:
             if self._closed.is_set():
                 return
             try:
-                life.tell_news()
-                life.reload(self._owner.to_reload(self.actor))
+                session.send_news()
+                session.reload(self._owner.to_reload(self.actor))
                 assigned = self._owner.assigned(self.actor)
                 status = control.status()
                 self._silent = 0
                 self._num_experts = len(status.experts)
-                self._owner.actor_reports(life.address, status)
-                life.unload_surplus()
-                if life.prepare(assigned, status):
+                self._owner.actor_reports(session.address, status)
+                session.unload_surplus()
+                if session.prepare(assigned, status):
                     self._wake.set()
             except Exhausted:
                 continue  # busy, so alive
@@ -176,13 +176,13 @@ class ActorKeeper:
                     self._wake.set()
                     continue
                 return
-            except StaleOrder:
+            except StaleRequest:
                 raise
             except MoeClusterError as exc:
                 logger.info("%s is lost: %s", self.actor, exc)
                 return
             # Only what was assigned before and after the answer: experts move meanwhile.
-            missing = (assigned & self._owner.assigned(self.actor)) - life.held_of(status.experts, status)
-            if status.incarnation != life.address.incarnation or missing:
+            missing = (assigned & self._owner.assigned(self.actor)) - session.held_of(status.experts, status)
+            if status.incarnation != session.address.incarnation or missing:
                 logger.info("%s has lost its experts", self.actor)
                 return

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.types import ExpertId, OperationPhase, ReplicaAside
 
@@ -20,7 +20,7 @@ SICK = "sick"  # is loaded anew no more, and gets no rows if the expert has anot
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    incarnation: str  # of the actor: another life of it has loaded everything anew
+    incarnation: str  # of the actor: another incarnation of it has loaded everything anew
     weight_version: int  # that is served: an update brings another replica
     shown: ReplicaAside
     operation_id: str = ""
@@ -28,21 +28,21 @@ class _Entry:
 
 
 class ReplicasAside:
-    """Thread-safe. An actor's keeper carries out the loads."""
+    """Thread-safe. An actor's monitor carries out the loads."""
 
-    def __init__(self, standing: Standing, log: OperationLog, *, look: Callable[[str], None]) -> None:
-        """look: wakes an actor's keeper."""
-        self._standing = standing
+    def __init__(self, cluster_state: ClusterState, log: OperationLog, *, check: Callable[[str], None]) -> None:
+        """look: wakes an actor's monitor."""
+        self._cluster_state = cluster_state
         self._log = log
-        self._look = look
+        self._check = check
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, ExpertId], _Entry] = {}
 
     def report(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
         """A router had NaN or infinity of a replica for rows that are not to blame. placement: that it routed by."""
-        up = self._standing.up().get(actor)
-        if up is None or up.address.incarnation != incarnation or expert not in self._standing.assigned(actor):
-            return  # another life of the actor, or the expert was moved
+        up = self._cluster_state.up().get(actor)
+        if up is None or up.address.incarnation != incarnation or expert not in self._cluster_state.assigned(actor):
+            return  # another incarnation of the actor, or the expert was moved
         with self._lock:
             self._drop_old()
             before = self._entries.get((actor, expert))
@@ -57,7 +57,7 @@ class ReplicasAside:
         shown = ReplicaAside(actor=actor, expert=expert, state=RELOADING, problem=reason, reports=1)
         entry = _Entry(
             incarnation=incarnation,
-            weight_version=self._standing.versions.weight_version,
+            weight_version=self._cluster_state.versions.weight_version,
             shown=shown,
             operation_id=operation.id,
         )
@@ -65,14 +65,14 @@ class ReplicasAside:
             self._entries[actor, expert] = entry
         logger.error("%s; it is set aside%s", reason, "" if before is not None else ", and loaded anew")
         if before is not None:
-            why = f"also after it was loaded anew from {self._standing.versions.checkpoint}"
+            why = f"also after it was loaded anew from {self._cluster_state.versions.checkpoint}"
             self._give_up(actor, [expert], f"{reason}, {why}")
         self._publish()
-        self._look(actor)
+        self._check(actor)
 
     def to_reload(self, actor: str) -> frozenset[ExpertId]:
         """What is to be loaded anew; nothing while training runs hold the experts as they are."""
-        if not self._entries or self._standing.held:
+        if not self._entries or self._cluster_state.held:
             return frozenset()
         with self._lock:
             self._drop_old()
@@ -127,18 +127,19 @@ class ReplicasAside:
     def _publish(self) -> tuple[int, int]:
         with self._lock:
             aside = frozenset(key for key, entry in self._entries.items() if entry.shown.state != RELOADED)
-        return self._standing.set_aside(aside)
+        return self._cluster_state.set_aside(aside)
 
     def _drop_old(self) -> None:
-        """Forgets replicas of another life of an actor, or of weights that are not served any more. Under the lock."""
-        up, version = self._standing.up(), self._standing.versions.weight_version
-        lives = {actor: found.address.incarnation for actor, found in up.items()}
+        """Forgets replicas of another incarnation of an actor, or of weights that are not served any more. Under the
+        lock."""
+        up, version = self._cluster_state.up(), self._cluster_state.versions.weight_version
+        incarnations = {actor: found.address.incarnation for actor, found in up.items()}
         self._entries = {
             (actor, expert): entry
             for (actor, expert), entry in self._entries.items()
             if entry.weight_version == version
-            and lives.get(actor, entry.incarnation) == entry.incarnation
-            and expert in self._standing.assigned(actor)
+            and incarnations.get(actor, entry.incarnation) == entry.incarnation
+            and expert in self._cluster_state.assigned(actor)
         }
 
 

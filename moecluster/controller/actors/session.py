@@ -1,10 +1,11 @@
-"""One life of an expert actor: it is told what stands, and made to hold what it shall in the versions that stand."""
+"""One incarnation of an expert actor: it is told what stands, and made to hold what it shall in the versions that
+stand."""
 
 import logging
 from collections.abc import Iterable, Sequence
 
-from moecluster.controller.actors.interfaces import KeeperOwner, Orders
-from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.controller.actors.interfaces import DesiredState, MonitorOwner
+from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.growing import MAX_AHEAD
 from moecluster.rpc.expert.interface import ExpertControl
 from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVersion
@@ -12,74 +13,74 @@ from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVe
 logger = logging.getLogger(__name__)
 
 MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
-MAX_LOADS = 8  # of what an actor shall hold, in one life, if experts are moved away amid each
+MAX_LOADS = 8  # of what an actor shall hold, in one incarnation, if experts are moved away amid each
 
 
-class ActorLife:
+class ActorSession:
     """Used by one thread, so that orders arrive in order. Begins with load. Every call raises what an order raised."""
 
     def __init__(
-        self, address: ActorAddress, control: ExpertControl, *, owner: KeeperOwner, load_timeout_s: float
+        self, address: ActorAddress, control: ExpertControl, *, owner: MonitorOwner, load_timeout_s: float
     ) -> None:
         self.address = address
         self._actor = address.actor
         self._control = control
         self._owner = owner
         self._load_timeout_s = load_timeout_s
-        self._told = owner.orders()  # what it was told last; the first of it by load
-        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when this life was begun
+        self._sent = owner.desired_state()  # what it was told last; the first of it by load
+        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when this incarnation was begun
 
     def load(self) -> int:
         """Fences the actor and makes it hold what it shall, what nobody serves first. Returns how many experts it
         holds."""
         self._catch_up()
-        self._tell(self._told)
+        self._send(self._sent)
         status = self._control.status()
         there = frozenset(status.experts).union(*status.other_versions.values())
         self._surplus = there - self._owner.kept(self._actor)
         for _ in range(MAX_LOADS):
             try:
                 return self._load_assigned(status)
-            except StaleOrder as exc:
+            except StaleRequest as exc:
                 logger.info("%s loads anew: %s", self._actor, exc)
                 # Another controller's actor refuses this; else experts were moved away meanwhile.
-                self._tell(self._owner.orders())
+                self._send(self._owner.desired_state())
                 status = self._control.status()
         raise Unavailable(f"experts of {self._actor} were moved away amid each of {MAX_LOADS} loads")
 
     def _catch_up(self) -> None:
         """An actor takes no term that is far ahead of those it knows: it is brought there in steps."""
-        if self._told.term <= MAX_AHEAD:
+        if self._sent.term <= MAX_AHEAD:
             return
         known = self._control.status().placement[0]
-        while self._told.term > known + MAX_AHEAD:
+        while self._sent.term > known + MAX_AHEAD:
             known += MAX_AHEAD
             self._control.unload(term=known, experts=())
 
     def _load_assigned(self, status: ExpertActorStatus) -> int:
-        """Raises StaleOrder if some were unloaded meanwhile, or another controller has the say."""
+        """Raises StaleRequest if some were unloaded meanwhile, or another controller took over."""
         assigned = self._owner.assigned(self._actor)
         held = self.held_of(assigned, status)
         lost = self._owner.lost()
         parts = [part for part in (assigned & lost - held, assigned - lost - held) if part]
         if not parts:
-            self._owner.actor_up(self.address, held, versions=self._told.versions.written_with, complete=True)
+            self._owner.actor_up(self.address, held, versions=self._sent.versions.written_with, complete=True)
         for part in parts:
             self._load_part(sorted(part))
             held |= part
-            written_with = self._told.versions.written_with
+            written_with = self._sent.versions.written_with
             self._owner.actor_up(self.address, held, versions=written_with, complete=held == assigned)
         return len(held)
 
-    def tell_news(self) -> None:
+    def send_news(self) -> None:
         """Tells it what has changed since it was told last."""
-        orders = self._owner.orders()
-        if orders != self._told:
-            self._tell(orders)
+        desired_state = self._owner.desired_state()
+        if desired_state != self._sent:
+            self._send(desired_state)
 
     def held_of(self, experts: Iterable[ExpertId], status: ExpertActorStatus) -> set[ExpertId]:
         """Those of some experts that it holds in every version that texts are written with."""
-        return set(experts).intersection(*(status.held(v.version) for v in self._told.versions.written_with))
+        return set(experts).intersection(*(status.held(v.version) for v in self._sent.versions.written_with))
 
     def unload_surplus(self) -> None:
         """Not at once: a predecessor's placement, by which routers still went, may have named it."""
@@ -87,19 +88,20 @@ class ActorLife:
             return
         surplus, self._surplus = self._surplus - self._owner.kept(self._actor), frozenset()
         if surplus:
-            self._control.unload(term=self._told.term, experts=sorted(surplus))
+            self._control.unload(term=self._sent.term, experts=sorted(surplus))
 
     def reload(self, experts: frozenset[ExpertId]) -> None:
         """Loads experts anew that it serves, in every version that texts are written with. Raises Unavailable,
-        StaleOrder."""
+        StaleRequest."""
         if not experts:
             return
         try:
-            versions = self._told.versions.written_with
+            versions = self._sent.versions.written_with
             loaded_bytes = sum(self._load_version(version, sorted(experts), replace=True) for version in versions)
-        except StaleOrder as exc:
+        except StaleRequest as exc:
             logger.info("%s loads nothing anew: %s", self._actor, exc)
-            self._tell(self._owner.orders())  # another controller's actor refuses this; else experts were moved away
+            # An actor of another controller refuses this; otherwise the experts were moved away.
+            self._send(self._owner.desired_state())
         except MoeClusterError as exc:
             if isinstance(exc, Unavailable):
                 self._control.status()  # raises it again if the actor is away, not what it reads from
@@ -110,9 +112,9 @@ class ActorLife:
     def prepare(self, assigned: frozenset[ExpertId], status: ExpertActorStatus) -> bool:
         """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
 
-        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleOrder.
+        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleRequest.
         """
-        version = self._told.versions.next
+        version = self._sent.versions.next
         if version is None:
             return False
         held = set(status.held(version.version))
@@ -122,10 +124,10 @@ class ActorLife:
         try:
             if part:
                 loaded_bytes = self._load_version(version, part, replace=False)
-        except StaleOrder as exc:
+        except StaleRequest as exc:
             logger.info("%s did not load weight version %d: %s", self._actor, version.version, exc)
             # Another controller's actor refuses this; else experts were moved meanwhile.
-            self._tell(self._told)
+            self._send(self._sent)
             return True
         except MoeClusterError as exc:
             if isinstance(exc, Unavailable):
@@ -138,32 +140,32 @@ class ActorLife:
 
     def _load_part(self, experts: Sequence[ExpertId]) -> None:
         while True:
-            for version in self._told.versions.written_with:
+            for version in self._sent.versions.written_with:
                 loaded_bytes = self._load_version(version, experts, replace=True)
                 self._owner.actor_loaded(self._actor, loaded_bytes)
-            orders = self._owner.orders()
-            if set(orders.versions.written_with) <= set(self._told.versions.written_with):
+            desired_state = self._owner.desired_state()
+            if set(desired_state.versions.written_with) <= set(self._sent.versions.written_with):
                 return
-            self._tell(orders)  # the checkpoint moved on while loading: load the new one
+            self._send(desired_state)  # the checkpoint moved on while loading: load the new one
 
     def _load_version(self, version: WeightVersion, experts: Sequence[ExpertId], *, replace: bool) -> int:
         return self._control.load(
-            term=self._told.term,
+            term=self._sent.term,
             experts=experts,
             checkpoint=version.checkpoint,
             weight_version=version.version,
-            dtype=self._told.dtype,
+            dtype=self._sent.dtype,
             replace=replace,
             timeout_s=self._load_timeout_s,
         )
 
-    def _tell(self, orders: Orders) -> None:
+    def _send(self, desired_state: DesiredState) -> None:
         self._control.set_placement(
-            term=orders.term,
-            generation=orders.generation,
-            checkpoint=orders.versions.checkpoint,
-            picture=orders.picture,
-            weight_version=orders.versions.weight_version,
-            weight_versions=[v.version for v in orders.versions.all],
+            term=desired_state.term,
+            generation=desired_state.generation,
+            checkpoint=desired_state.versions.checkpoint,
+            snapshot=desired_state.snapshot,
+            weight_version=desired_state.versions.weight_version,
+            weight_versions=[v.version for v in desired_state.versions.all],
         )
-        self._told = orders
+        self._sent = desired_state

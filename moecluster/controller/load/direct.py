@@ -24,9 +24,9 @@ MAX_ASSIGNMENTS = 2**40  # of an expert in one report; sums of such reports stay
 
 @dataclass(frozen=True, kw_only=True)
 class WorkCounter:
-    """What one life of an expert actor has computed since its start."""
+    """What one incarnation of an expert actor has computed since its start."""
 
-    life: str  # another one after each start of the process: its counters begin at 0
+    incarnation: str  # another one after each start of the process: its counters begin at 0
     computed_rows: float  # (row, expert) pairs
     expert_runs: float  # times that an expert was computed
     busy_s: float
@@ -106,9 +106,9 @@ class DirectLoadSource:
                 counted.tokens[expert.layer][expert.index] += assignments
 
     def set_work(self, actor: str, incarnation: str, work: ActorWork) -> None:
-        """Takes what an actor says that this life of it has computed."""
+        """Takes what an actor says that this incarnation of it has computed."""
         counter = WorkCounter(
-            life=incarnation,
+            incarnation=incarnation,
             computed_rows=work.computed_rows,
             expert_runs=work.expert_runs,
             busy_s=work.busy_s,

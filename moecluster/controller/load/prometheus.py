@@ -127,11 +127,11 @@ class PrometheusLoadSource:
 
 
 def _work(series: Mapping[str, Series]) -> dict[str, WorkCounter]:
-    """Actor -> what its newest life has computed: the one before may be shown until it is missed by a scrape."""
+    """Actor -> what its newest incarnation has computed: the one before may be shown until it is missed by a scrape."""
     found: dict[str, tuple[float, WorkCounter]] = {}
     for process, samples in series[ACTOR_TOKENS].items():
         started_s = _count(series[STARTED][process][0])
-        life = f"{_name(process)} since {started_s:.6f}"
+        incarnation = f"{_name(process)} since {started_s:.6f}"
         runs, busy_s = (
             {_text(sample, "actor"): _count(sample) for sample in series[name][process]}
             for name in (ACTOR_RUNS, ACTOR_BUSY)
@@ -141,7 +141,7 @@ def _work(series: Mapping[str, Series]) -> dict[str, WorkCounter]:
             if actor not in busy_s or actor not in runs:
                 continue  # scraped while it computed its very first batch
             counter = WorkCounter(
-                life=life, computed_rows=_count(sample), expert_runs=runs[actor], busy_s=busy_s[actor]
+                incarnation=incarnation, computed_rows=_count(sample), expert_runs=runs[actor], busy_s=busy_s[actor]
             )
             if actor not in found or started_s > found[actor][0]:
                 found[actor] = (started_s, counter)

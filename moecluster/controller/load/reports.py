@@ -53,7 +53,7 @@ class ActorReports:
         return self._expert_bytes
 
     def work(self) -> dict[str, ActorWork]:
-        """Since the start of each actor's life."""
+        """Since the start of each actor's incarnation."""
         with self._lock:
             return {actor: report.status.work for actor, report in self._last.items()}
 

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 
 from moecluster.controller.operations.expert_actors import Sizing, number_of
-from moecluster.controller.rebalance.apply import Mover
-from moecluster.controller.rebalance.decide import Decider
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.rebalance.apply import PlacementApplier
+from moecluster.controller.rebalance.decide import Planner
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.errors import ResourceError
 from moecluster.types import ExpertId, Operation, Replica
@@ -14,22 +14,22 @@ KINDS = frozenset({"scale", "drain", "place", "wake"})  # carried out here; a su
 SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors
 
 
-class OrderedChanges:
+class OperationExecutor:
     """Used by one thread at a time. Every order may be carried out again: what is done already is left alone."""
 
     def __init__(
         self,
         *,
-        standing: Standing,
+        cluster_state: ClusterState,
         log: OperationLog,
-        decider: Decider,
-        mover: Mover,
+        planner: Planner,
+        applier: PlacementApplier,
         sizing: Sizing,
     ) -> None:
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._log = log
-        self._decider = decider
-        self._mover = mover
+        self._planner = planner
+        self._applier = applier
         self._sizing = sizing
 
     def carry_out(self, operation: Operation) -> None:
@@ -42,7 +42,7 @@ class OrderedChanges:
     def take_back(self, operation: Operation) -> None:
         """The order has failed: actors that were to leave by it stay, and those that never came are not asked for."""
         if operation.kind in SIZES:
-            self._standing.set_leaving(())
+            self._cluster_state.set_leaving(())
             self._sizing.give_up_missing()
 
     def _scale(self, operation: Operation) -> None:
@@ -51,10 +51,10 @@ class OrderedChanges:
         self._sizing.check_size(wanted, "scale")
         staying = self._sizing.staying()
         if wanted < len(staying):
-            self._standing.set_leaving({*self._standing.leaving, *staying[wanted:]})
+            self._cluster_state.set_leaving({*self._cluster_state.leaving, *staying[wanted:]})
         elif wanted > len(staying):
             self._sizing.add(self._sizing.new_names(wanted - len(staying)))
-        if not self._standing.leaving:
+        if not self._cluster_state.leaving:
             self._sizing.check_up(self._sizing.staying())
             self._fill(operation.id)
         self._empty_leaving(operation.id)
@@ -62,11 +62,11 @@ class OrderedChanges:
     def _drain(self, operation: Operation) -> None:
         """Empties the actors of a node, after starting others elsewhere if the slots would not do."""
         target = operation.arguments[0]
-        up = self._standing.up()
-        leaving = [a for a in self._standing.actors if a == target or (a in up and up[a].address.node == target)]
+        up = self._cluster_state.up()
+        leaving = [a for a in self._cluster_state.actors if a == target or (a in up and up[a].address.node == target)]
         if not leaving:
             return  # done before
-        self._standing.set_leaving({*self._standing.leaving, *leaving})
+        self._cluster_state.set_leaving({*self._cluster_state.leaving, *leaving})
         missing = self._sizing.needed - len(self._sizing.staying())
         if missing > 0:
             self._sizing.add(self._sizing.new_names(missing), avoid_nodes=[target])
@@ -75,19 +75,19 @@ class OrderedChanges:
     def _place(self, operation: Operation) -> None:
         """An expert onto exactly these actors, with equal shares; onto none: cold until a token wants it."""
         expert, actors = parse_expert(operation.arguments[0]), operation.arguments[1:]
-        others = [r for r in self._standing.replicas_of(expert.layer) if r.expert != expert]
+        others = [r for r in self._cluster_state.replicas_of(expert.layer) if r.expert != expert]
         self._check_room(expert, actors, others)
         placed = [Replica(expert=expert, actor=actor, share=1 / len(actors)) for actor in actors]
         target = {expert.layer: tuple(sorted((*others, *placed), key=lambda r: (r.expert, r.actor)))}
-        self._mover.apply(operation.id, target, exactly=[expert])
+        self._applier.apply(operation.id, target, exactly=[expert])
 
     def _check_room(self, expert: ExpertId, actors: Collection[str], others: list[Replica]) -> None:
-        up = self._standing.up()
+        up = self._cluster_state.up()
         for actor in actors:
-            if actor not in up or actor in self._standing.leaving:
+            if actor not in up or actor in self._cluster_state.leaving:
                 raise ResourceError(f"place {expert}: {actor} serves no experts now; {', '.join(sorted(up))} do")
             taken = sum(r.actor == actor for r in others)
-            if taken >= self._decider.observer.settings.slots_per_layer:
+            if taken >= self._planner.observer.settings.slots_per_layer:
                 raise ResourceError(
                     f"place {expert}: all {taken} slots of layer {expert.layer} on {actor} are taken; "
                     "name another actor, or raise controller.slots_per_layer"
@@ -96,10 +96,10 @@ class OrderedChanges:
     def _wake(self, operation: Operation) -> None:
         """Cold experts that a token wants are loaded where there is most room."""
         for expert in map(parse_expert, operation.arguments):
-            if expert not in self._standing.cold:
+            if expert not in self._cluster_state.cold:
                 continue
-            replicas = self._standing.replicas_of(expert.layer)
-            taken = {a: 0 for a in self._standing.up() if a not in self._standing.leaving}
+            replicas = self._cluster_state.replicas_of(expert.layer)
+            taken = {a: 0 for a in self._cluster_state.up() if a not in self._cluster_state.leaving}
             for r in replicas:
                 if r.actor in taken:
                     taken[r.actor] += 1
@@ -107,30 +107,32 @@ class OrderedChanges:
                 raise ResourceError(f"expert {expert} cannot be loaded: no expert actor is up")
             actor = min(taken, key=lambda a: (taken[a], number_of(a)))
             placed = (*replicas, Replica(expert=expert, actor=actor))
-            self._mover.apply(
+            self._applier.apply(
                 operation.id, {expert.layer: tuple(sorted(placed, key=lambda r: (r.expert, r.actor)))}, urgent=True
             )
 
     def _fill(self, operation_id: str) -> None:
         """Spreads the experts over all actors that stay."""
-        change = self._decider.fill()
+        change = self._planner.fill()
         self._log.update(
             operation_id,
             balancedness_before=change.decision.balancedness_before,
             balancedness_predicted=change.decision.balancedness_after,
         )
-        self._mover.apply(operation_id, change.target)
+        self._applier.apply(operation_id, change.target)
 
     def _empty_leaving(self, operation_id: str) -> None:
         """Moves everything off the actors that leave, then ends them."""
-        leaving = sorted(self._standing.leaving)
+        leaving = sorted(self._cluster_state.leaving)
         if not leaving:
             return
         self._sizing.check_size(len(self._sizing.staying()), "drain")
         self._log.update(operation_id, detail=f"emptying {', '.join(leaving)}")
         self._fill(operation_id)
         left = [
-            str(r.expert) for r in self._standing.replicas() if r.actor in leaving and r.actor in self._standing.up()
+            str(r.expert)
+            for r in self._cluster_state.replicas()
+            if r.actor in leaving and r.actor in self._cluster_state.up()
         ]
         if left:
             raise ResourceError(f"{', '.join(leaving)} still hold {len(left)} experts ({left[0]}, ...)")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 
 from moecluster.controller.actors.interfaces import ActorSupervisor
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.errors import ResourceError, Unavailable
 
 
@@ -13,7 +13,7 @@ class Sizing:
 
     def __init__(
         self,
-        standing: Standing,
+        cluster_state: ClusterState,
         *,
         supervisor: ActorSupervisor,
         keep: Callable[[str], None],
@@ -21,7 +21,7 @@ class Sizing:
         slots_per_layer: int,
     ) -> None:
         """keep begins to look after an actor, let_go ends that."""
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._supervisor = supervisor
         self._keep = keep
         self._let_go = let_go
@@ -30,11 +30,11 @@ class Sizing:
     @property
     def needed(self) -> int:
         """The fewest actors whose slots hold every expert."""
-        return -(-max(self._standing.layer_experts.values()) // self._slots_per_layer)
+        return -(-max(self._cluster_state.layer_experts.values()) // self._slots_per_layer)
 
     def check_size(self, actors: int, what: str) -> None:
         """Raises ResourceError if so many actors have too few slots for the experts."""
-        most = max(self._standing.layer_experts.values())
+        most = max(self._cluster_state.layer_experts.values())
         missing = most - actors * self._slots_per_layer
         if missing > 0:
             raise ResourceError(
@@ -44,23 +44,25 @@ class Sizing:
 
     def staying(self) -> tuple[str, ...]:
         """The actors that are not leaving, in the order of their numbers."""
-        return tuple(sorted((a for a in self._standing.actors if a not in self._standing.leaving), key=number_of))
+        return tuple(
+            sorted((a for a in self._cluster_state.actors if a not in self._cluster_state.leaving), key=number_of)
+        )
 
     def add(self, actors: Iterable[str], *, avoid_nodes: Collection[str] = ()) -> None:
         """Asks for actors, and begins to look after them."""
         for actor in actors:
-            self._standing.add_actor(actor)
+            self._cluster_state.add_actor(actor)
             self._supervisor.create(actor, avoid_nodes=avoid_nodes)
             self._keep(actor)
 
     def new_names(self, count: int) -> list[str]:
         """Names of the lowest numbers that no actor has."""
-        taken = set(self._standing.actors)
+        taken = set(self._cluster_state.actors)
         return [name for n in range(len(taken) + count) if (name := f"expert-{n}") not in taken][:count]
 
     def check_up(self, actors: Collection[str]) -> None:
         """Raises Unavailable, naming those that do not serve yet."""
-        if missing := sorted(set(actors) - self._standing.up().keys(), key=number_of):
+        if missing := sorted(set(actors) - self._cluster_state.up().keys(), key=number_of):
             raise Unavailable(
                 f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not serve yet; "
                 "is the Ray cluster short of CPUs, GPUs or memory?"
@@ -68,14 +70,14 @@ class Sizing:
 
     def give_up_missing(self) -> None:
         """Actors that were asked for and hold nothing are not waited for any more."""
-        up = self._standing.up()
-        self.remove([a for a in self._standing.actors if a not in up and not self._standing.assigned(a)])
+        up = self._cluster_state.up()
+        self.remove([a for a in self._cluster_state.actors if a not in up and not self._cluster_state.assigned(a)])
 
     def remove(self, actors: Iterable[str]) -> None:
         """Ends actors that hold nothing that is needed any more."""
         for actor in actors:
             self._let_go(actor)
-            self._standing.remove_actor(actor)
+            self._cluster_state.remove_actor(actor)
             self._supervisor.remove(actor)
 
 

@@ -9,10 +9,10 @@ from moecluster.errors import MoeClusterError
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-FAILED_INSIDE = "the controller failed inside; its log says how"  # of an operation that a mistake of ours has ended
+FAILED_INSIDE = "the controller failed inside; its log says how"  # of an operation that a bug has ended
 
 
-class Rounds:
+class PeriodicThread:
     """Begins with start, ends with close."""
 
     def __init__(
@@ -22,14 +22,14 @@ class Rounds:
         *,
         period_s: Callable[[], float],
         without_result: str,
-        on_mistake: Callable[[], None],
+        on_bug: Callable[[], None],
     ) -> None:
-        """period_s is asked before every round. without_result: what is logged of a round that raised; on_mistake is
+        """period_s is asked before every round. without_result: what is logged of a round that raised; on_bug is
         called if that was no MoeClusterError."""
         self._do_round = do_round
         self._period_s = period_s
         self._without_result = without_result
-        self._on_mistake = on_mistake
+        self._on_bug = on_bug
         self._closed = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -64,5 +64,5 @@ class Rounds:
             except MoeClusterError as exc:
                 logger.warning("%s: %s", self._without_result, exc)
             except Exception:
-                logger.exception("%s", self._without_result)  # a mistake of ours, which must not end the rounds to come
-                self._on_mistake()
+                logger.exception("%s", self._without_result)  # a bug, which must not end the later rounds
+                self._on_bug()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from moecluster.controller.operations.expert_actors import Sizing
 from moecluster.controller.operations.weight_rollout import KIND as UPDATE
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, ResourceError
@@ -18,7 +18,7 @@ from moecluster.types import ExpertId, Operation
 MIN_NODE_PREFIX = 4
 
 
-class UserOrders:
+class OperationRequests:
     """Thread-safe. An order with the id of a known operation is that operation, whatever has become of what it names.
 
     What users order raises ResourceError while training holds the placement.
@@ -29,7 +29,7 @@ class UserOrders:
         *,
         min_actors: int,
         max_actors: int,
-        standing: Standing,
+        cluster_state: ClusterState,
         leases: Leases,
         log: OperationLog,
         sizing: Sizing,
@@ -43,7 +43,7 @@ class UserOrders:
         does. open_elsewhere: opens checkpoints that this node does not see."""
         self._min_actors = min_actors
         self._max_actors = max_actors
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._leases = leases
         self._log = log
         self._sizing = sizing
@@ -66,21 +66,21 @@ class UserOrders:
 
     def drain(self, node: str, operation_id: str) -> Operation:
         """node: its id, or how it begins, or an expert actor. Raises ResourceError if there is none of that name."""
-        up = self._standing.up()
+        up = self._cluster_state.up()
         nodes = sorted({u.address.node for u in up.values() if u.address.node})
         matching = [n for n in nodes if n == node or (len(node) >= MIN_NODE_PREFIX and n.startswith(node))]
         if len(matching) == 1:
             node = matching[0]
-        elif node not in self._standing.actors:
+        elif node not in self._cluster_state.actors:
             self._refuse_unknown(operation_id, f'drain: no node or expert actor "{node}"', [*nodes, *up])
         return self._order("drain", (node,), operation_id)
 
     def place(self, expert: ExpertId, actors: Sequence[str], operation_id: str) -> Operation:
         """Raises ResourceError for an expert or actors that there are not."""
         self._check_expert(expert, ResourceError)
-        unknown = [actor for actor in actors if actor not in self._standing.actors]
+        unknown = [actor for actor in actors if actor not in self._cluster_state.actors]
         if unknown:
-            self._refuse_unknown(operation_id, f'place: no expert actor "{unknown[0]}"', self._standing.actors)
+            self._refuse_unknown(operation_id, f'place: no expert actor "{unknown[0]}"', self._cluster_state.actors)
         if len(set(actors)) < len(actors):
             raise ResourceError(f"place {expert}: an actor is named twice; it holds one replica of an expert")
         return self._order("place", (str(expert), *actors), operation_id)
@@ -89,7 +89,7 @@ class UserOrders:
         """Raises NotGiven for a directory that the cluster was not given, CheckpointError for one that is not whole or
         of another shape than what is served."""
         if not self._is_known(operation_id):
-            versions = self._standing.versions
+            versions = self._cluster_state.versions
             newest = versions.all[-1]
             if newest.checkpoint == checkpoint:
                 raise ResourceError(
@@ -108,7 +108,7 @@ class UserOrders:
         if not os.path.isabs(checkpoint):
             raise CheckpointError(f"{checkpoint}: expected an absolute path, as actors on other nodes take it")
         check_given(checkpoint, self._is_given)
-        found, served = sizes(ExpertSource(open_checkpoint(checkpoint, self._open_elsewhere))), self._standing
+        found, served = sizes(ExpertSource(open_checkpoint(checkpoint, self._open_elsewhere))), self._cluster_state
         if found != dict(served.layer_experts):
             raise CheckpointError(
                 f"{checkpoint} is of another model than is served: its experts (layer: number) are {found}, "
@@ -121,7 +121,7 @@ class UserOrders:
         for experts that there are not."""
         for expert in experts:
             self._check_expert(expert, InvalidMessage)
-        cold = sorted(set(experts) & self._standing.cold)
+        cold = sorted(set(experts) & self._cluster_state.cold)
         asked = {name for o in self._log.under_way() if o.kind == "wake" for name in o.arguments}
         names = tuple(str(expert) for expert in cold if str(expert) not in asked)
         if names:
@@ -129,8 +129,8 @@ class UserOrders:
             self._on_order()
 
     def _order(self, kind: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
-        if self._standing.held or self._leases.any_hold():
-            raise ResourceError(f"{kind}: a training run holds the placement; order it again when the run has ended")
+        if self._cluster_state.held or self._leases.any_hold():
+            raise ResourceError(f"{kind}: a training run holds the placement; try again when the run has ended")
         operation = self._log.order(kind, reason="ordered", arguments=arguments, operation_id=operation_id)
         self._on_order()
         return operation
@@ -144,7 +144,7 @@ class UserOrders:
         return bool(operation_id) and any(o.id == operation_id for o in self._log.newest())
 
     def _check_expert(self, expert: ExpertId, error: type[MoeClusterError]) -> None:
-        count = self._standing.layer_experts.get(expert.layer)
+        count = self._cluster_state.layer_experts.get(expert.layer)
         if count is None or not 0 <= expert.index < count:
-            layers = ", ".join(f"{at}/0 to {at}/{n - 1}" for at, n in sorted(self._standing.layer_experts.items()))
+            layers = ", ".join(f"{at}/0 to {at}/{n - 1}" for at, n in sorted(self._cluster_state.layer_experts.items()))
             raise error(f"there is no expert {expert}; the experts are {layers[:200]}")

@@ -1,9 +1,9 @@
 """Which routers there are: more are started under a queue or by order, those that are too many leave and are ended.
 
-A router that leaves is shown as such with its state, so that fronts send it no new texts. It takes those that come all
-the same, and is ended when it has none any more, or after a timeout: then its texts go on at another router, as they do
-when a router is lost. The supervisor's list says which routers are there, so a successor finds them; the routers of the
-highest numbers leave, so it also finds which. The first router, where training runs, stays.
+A router that leaves is shown as such with its state, so that gateways send it no new texts. It takes those that come
+all the same, and is ended when it has none any more, or after a timeout: then its texts go on at another router, as
+they do when a router is lost. The supervisor's list says which routers are there, so a successor finds them; the
+routers of the highest numbers leave, so it also finds which. The first router, where training runs, stays.
 """
 
 import logging
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moecluster.controller.operations.expert_actors import number_of
-from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, Rounds
+from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, PeriodicThread
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import MoeClusterError, ResourceError
@@ -30,7 +30,7 @@ STEP_S = 0.2  # between looks while routers come or leave
 class RouterSupervisor(Protocol):
     """What starts routers, and starts them again when they die."""
 
-    def known_routers(self) -> tuple[str, ...]:
+    def existing_routers(self) -> tuple[str, ...]:
         """The routers that are there, or are being started."""
 
     def create_router(self, router: str, checkpoint: str) -> None:
@@ -51,7 +51,9 @@ class RouterSizingSettings:
     lease_s: float = 10.0  # so long a router that is not heard of may still be there
     start_timeout_s: float = 600.0
     drain_timeout_s: float = 300.0
-    idle_s: float = 3.0  # without a text before a router that leaves is ended: fronts have seen by then that it leaves
+    idle_s: float = (
+        3.0  # without a text before a router that leaves is ended: gateways have seen by then that it leaves
+    )
 
 
 @dataclass(kw_only=True)
@@ -99,12 +101,12 @@ class RouterSizing:
         self._size_state = SizeState()
         self._change: _Change | None = None
         self._leaving: dict[str, _Leaving] = {}  # replaced, never changed, as other threads read it
-        self._rounds = Rounds(
+        self._rounds = PeriodicThread(
             "router-sizing",
-            self._look,
+            self._run_once,
             period_s=lambda: settings.period_s if self._change is None else min(STEP_S, settings.period_s),
             without_result="the routers stay as they are",
-            on_mistake=lambda: self._fail(FAILED_INSIDE),
+            on_bug=lambda: self._fail(FAILED_INSIDE),
         )
 
     def start(self) -> None:
@@ -135,15 +137,15 @@ class RouterSizing:
 
     # -- the thread --
 
-    def _look(self) -> None:
+    def _run_once(self) -> None:
         """One round: what is ordered or decided anew takes the place of what is under way; that goes a step further."""
-        known = sorted(self._supervisor.known_routers(), key=number_of)
+        known = sorted(self._supervisor.existing_routers(), key=number_of)
         self._leaving = {name: since for name, since in self._leaving.items() if name in known}
         self._decide([name for name in known if name not in self._leaving])
         for operation in self._log.queued({KIND}):
             self._end(OperationPhase.FAILED, f"{operation.id} has taken its place")
             self._change = _Change(operation=operation, since_s=self._clock())
-            self._tell(OperationPhase.PREPARING, "")
+            self._report(OperationPhase.PREPARING, "")
         if self._change is not None:
             self._go_on(self._change, known)
 
@@ -179,7 +181,7 @@ class RouterSizing:
             self._give_up(change, coming, "; ".join(waits))
         elif waits:
             phase = OperationPhase.COMMITTING if self._leaving else OperationPhase.PREPARING
-            self._tell(phase, f"waits: {'; '.join(waits)}")
+            self._report(phase, f"waits: {'; '.join(waits)}")
         else:
             self._end(OperationPhase.DONE, "")
 
@@ -237,7 +239,7 @@ class RouterSizing:
 
     # -- what is shown --
 
-    def _tell(self, phase: OperationPhase, detail: str) -> None:
+    def _report(self, phase: OperationPhase, detail: str) -> None:
         assert self._change is not None
         before = self._log.get(self._change.operation.id)
         if (before.phase, before.detail) != (phase, detail):

@@ -1,6 +1,6 @@
 """Replaces weights while they serve: a new version is prepared beside the old one, published, and the old one dropped.
 
-1. Every actor loads the new version of what it holds (its keeper does), and every router its trunk.
+1. Every actor loads the new version of what it holds (its monitor does), and every router its trunk.
 2. The version is published: routers begin new texts with it, and end those that run with the old one.
 3. When no text is written with the old version any more it is dropped. The texts of a router that was lost count for a
    while: another router, which may hold the old version as long as it stands, takes them up.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from moecluster.controller.load.reports import ActorReports
 from moecluster.controller.operations.periodic_thread import FAILED_INSIDE
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Lease, Leases
 from moecluster.errors import DeadlineExceeded, MoeClusterError, OperationFailed, UserError
@@ -34,7 +34,9 @@ class UpdateSettings:
     """How long an update may take."""
 
     prepare_timeout_s: float = 600.0  # until everybody has loaded the new version
-    texts_timeout_s: float = 3600.0  # for texts that were begun with the old version; as long as the longest text
+    old_requests_timeout_s: float = (
+        3600.0  # for texts that were begun with the old version; as long as the longest text
+    )
     # How long a router counts whose lease ran out: loading a trunk is hard work, and its texts go on elsewhere.
     router_grace_s: float = 30.0
 
@@ -46,7 +48,7 @@ class WeightUpdates:
         self,
         settings: UpdateSettings,
         *,
-        standing: Standing,
+        cluster_state: ClusterState,
         leases: Leases,
         log: OperationLog,
         reports: ActorReports,
@@ -57,7 +59,7 @@ class WeightUpdates:
         """not_prepared: actors that could not load a version, and why. settled: whether every router had the time to
         say that it is there."""
         self._settings = settings
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._leases = leases
         self._log = log
         self._reports = reports
@@ -65,11 +67,11 @@ class WeightUpdates:
         self._settled = settled
         self._clock = clock
         self._begun_s = clock()
-        self._known: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
+        self._exists: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
         self._since_s = 0.0  # when this controller first saw it so
-        self._told = (0, 0)  # a placement that says so
+        self._published_s = (0, 0)  # a placement that says so
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Takes the update that is under way, or the first that waits, as far as it goes now."""
         operation = self._under_way()
         try:
@@ -82,7 +84,7 @@ class WeightUpdates:
             logger.warning("%s failed: %s", operation.id, exc)
             self._give_up(operation, str(exc))
         except Exception:
-            if operation is not None:  # a mistake of ours must not leave it under way for ever
+            if operation is not None:  # a bug must not leave it under way for ever
                 self._give_up(operation, FAILED_INSIDE)
             raise
 
@@ -92,17 +94,17 @@ class WeightUpdates:
         An update that is not published is given up; one that is, ends first.
         """
         operation = self._under_way()
-        if self._standing.versions.next is not None:
-            self._standing.drop_other_versions()
+        if self._cluster_state.versions.next is not None:
+            self._cluster_state.drop_other_versions()
             if operation is not None:
                 detail = "a training run was begun before the new version was loaded everywhere; update after it"
                 self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
-        return len(self._standing.versions.all) == 1
+        return len(self._cluster_state.versions.all) == 1
 
     def _give_up(self, operation: Operation, why: str) -> None:
         """A version that is published stays, and the old one as long as it is written with."""
-        if self._standing.versions.next is not None:
-            self._standing.drop_other_versions()
+        if self._cluster_state.versions.next is not None:
+            self._cluster_state.drop_other_versions()
         self._log.update(operation.id, phase=OperationPhase.FAILED, detail=why)
 
     def _under_way(self) -> Operation | None:
@@ -110,23 +112,23 @@ class WeightUpdates:
 
     def _go_on(self, operation: Operation) -> None:
         """Raises why the update fails, before it is published."""
-        directory, following = operation.arguments[0], self._standing.versions.next
+        directory, following = operation.arguments[0], self._cluster_state.versions.next
         if following is not None and following.checkpoint != directory:  # another update left it
-            self._standing.drop_other_versions()
+            self._cluster_state.drop_other_versions()
         elif following is not None:
             self._prepare(operation)
-        elif len(self._standing.versions.all) > 1:
-            self._end_texts(operation if self._standing.versions.checkpoint == directory else None)
-        elif self._standing.versions.checkpoint == directory:
+        elif len(self._cluster_state.versions.all) > 1:
+            self._end_requests(operation if self._cluster_state.versions.checkpoint == directory else None)
+        elif self._cluster_state.versions.checkpoint == directory:
             self._end(operation)
         else:
-            self._standing.begin_version(directory)
+            self._cluster_state.begin_version(directory)
             self._prepare(operation)
 
     def _prepare(self, operation: Operation) -> None:
-        version = self._standing.versions.next
+        version = self._cluster_state.versions.next
         assert version is not None
-        since_s, told = self._seen(version.version, published=False)
+        since_s, published = self._seen(version.version, published=False)
         actors = self._unprepared()
         failures = self._not_prepared(version.version)
         for actor, error in failures.items():
@@ -134,13 +136,13 @@ class WeightUpdates:
                 raise OperationFailed(f"{actor} cannot load the new version: {error}")
         routers = []
         for name, lease in self._routers().items():
-            if lease.applied < told or lease.state.ready_weight_version < version.version:
+            if lease.applied < published or lease.state.ready_weight_version < version.version:
                 routers.append(name)
             if lease.state.failed_weight_version == version.version:
                 raise OperationFailed(f"{name} cannot load the trunk of the new version: {lease.state.problem}")
         all_ready = not actors and not routers and self._settled()
-        if all_ready and self._standing.publish_version() is not None:
-            self._end_texts(operation)
+        if all_ready and self._cluster_state.publish_version() is not None:
+            self._end_requests(operation)
             return
         if self._clock() - since_s >= self._settings.prepare_timeout_s:
             why = f": {next(iter(failures.values()))}" if failures else ""
@@ -148,23 +150,26 @@ class WeightUpdates:
                 f"{_names([*actors, *routers])} did not load the new version within "
                 f"{self._settings.prepare_timeout_s:g} s{why}"
             )
-        self._say(
+        self._report(
             operation, OperationPhase.PREPARING, f"version {version.version} is loaded by all but ", actors, routers
         )
 
     def _unprepared(self) -> list[str]:
         """Actors that keep the new version from being served: those that are up without it, and those that are lost
         with experts that nobody else has: maybe the new version is too much for them."""
-        lost = self._standing.lost()
-        away = set(self._standing.actors) - self._standing.up().keys()
+        lost = self._cluster_state.lost()
+        away = set(self._cluster_state.actors) - self._cluster_state.up().keys()
         return sorted(
-            {*self._standing.unprepared(), *(actor for actor in away if self._standing.assigned(actor) & lost)}
+            {
+                *self._cluster_state.unprepared(),
+                *(actor for actor in away if self._cluster_state.assigned(actor) & lost),
+            }
         )
 
-    def _end_texts(self, operation: Operation | None) -> None:
+    def _end_requests(self, operation: Operation | None) -> None:
         """The new version is published: drops the old one when no text is written with it any more."""
-        version = self._standing.versions.weight_version
-        since_s, told = self._seen(version, published=True)
+        version = self._cluster_state.versions.weight_version
+        since_s, published = self._seen(version, published=True)
         if not self._settled() or self._may_miss_lost_routers():
             return  # a successor does not know yet who writes
         leases = (*self._routers().values(), *self._leases.heard_before(self._settings.router_grace_s))
@@ -172,42 +177,45 @@ class WeightUpdates:
             {
                 lease.state.router
                 for lease in leases
-                if lease.applied < told or lease.state.oldest_weight_version < version
+                if lease.applied < published or lease.state.oldest_weight_version < version
             }
         )
-        if writing and self._clock() - since_s < self._settings.texts_timeout_s:
+        if writing and self._clock() - since_s < self._settings.old_requests_timeout_s:
             if operation is not None:
-                begun = f"new texts are written with version {version}; older ones are still written by "
-                self._say(operation, OperationPhase.COMMITTING, begun, writing)
+                begun = f"new requests use version {version}; requests with older weights still run on "
+                self._report(operation, OperationPhase.COMMITTING, begun, writing)
             return
         if writing:
-            logger.warning("texts of %s outlived their weights: they go on with the new ones", _names(writing))
-        self._standing.drop_other_versions()
+            logger.warning("requests of %s outlived their weights: they continue with the new ones", _names(writing))
+        self._cluster_state.drop_other_versions()
         if operation is not None:
             self._end(operation)
 
     def _end(self, operation: Operation) -> None:
         """Only the new version stands: the update is done when no actor holds another one."""
-        version = self._standing.versions.weight_version
-        holding = [a for a in self._reports.with_other_versions() if a in self._standing.up()]
+        version = self._cluster_state.versions.weight_version
+        holding = [a for a in self._reports.with_other_versions() if a in self._cluster_state.up()]
         if holding:
-            self._say(
-                operation, OperationPhase.COMMITTING, f"version {version} stands; the old one is dropped by ", holding
+            self._report(
+                operation,
+                OperationPhase.COMMITTING,
+                f"version {version} is in use; the old one is being dropped by ",
+                holding,
             )
             return
-        detail = f"version {version}: {self._standing.versions.checkpoint}"
+        detail = f"version {version}: {self._cluster_state.versions.checkpoint}"
         self._log.update(operation.id, phase=OperationPhase.DONE, detail=detail)
 
     def _clean_up(self) -> None:
         """What an operation left that is not known any more."""
-        if self._standing.versions.next is not None:
-            self._standing.drop_other_versions()
-        elif len(self._standing.versions.all) > 1:
-            self._end_texts(None)
+        if self._cluster_state.versions.next is not None:
+            self._cluster_state.drop_other_versions()
+        elif len(self._cluster_state.versions.all) > 1:
+            self._end_requests(None)
 
     def _may_miss_lost_routers(self) -> bool:
         """Whether routers may have been lost with their texts shortly before this controller succeeded another one."""
-        term, _ = self._standing.number
+        term, _ = self._cluster_state.number
         return term > FIRST_TERM and self._clock() - self._begun_s < self._settings.router_grace_s
 
     def _routers(self) -> dict[str, Lease]:
@@ -217,12 +225,12 @@ class WeightUpdates:
 
     def _seen(self, version: int, *, published: bool) -> tuple[float, tuple[int, int]]:
         """Since when the version stands so, and a placement that says so."""
-        if self._known != (version, published):
-            self._known = (version, published)
-            self._since_s, self._told = self._clock(), self._standing.number
-        return self._since_s, self._told
+        if self._exists != (version, published):
+            self._exists = (version, published)
+            self._since_s, self._published_s = self._clock(), self._cluster_state.number
+        return self._since_s, self._published_s
 
-    def _say(self, operation: Operation, phase: OperationPhase, what: str, *names: list[str]) -> None:
+    def _report(self, operation: Operation, phase: OperationPhase, what: str, *names: list[str]) -> None:
         everybody = [name for group in names for name in group] or ["whoever has not been heard from yet"]
         detail = what + _names(everybody)
         if (operation.phase, operation.detail) != (phase, detail):

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Leases
-from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.expert.interface import Connect, ControlConnection
 from moecluster.types import ActorAddress, ExpertId, OperationPhase, Replica, WeightVersion
 
@@ -24,7 +24,7 @@ MAX_LOADS_AT_ONCE = 8  # actors of one layer that load at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoverSettings:
+class ApplierSettings:
     """How replicas are moved."""
 
     dtype: str = ""  # empty: the checkpoint's
@@ -37,21 +37,21 @@ class Interrupted(MoeClusterError):
     """The change gives way to something more urgent. What was published by then stands."""
 
 
-class Mover:
+class PlacementApplier:
     """Used by one thread at a time."""
 
     def __init__(
         self,
-        standing: Standing,
+        cluster_state: ClusterState,
         leases: Leases,
         log: OperationLog,
         *,
         connect: Connect,
-        settings: MoverSettings,
+        settings: ApplierSettings,
         give_way: Callable[[], bool] = lambda: False,
     ) -> None:
         """give_way is asked before each layer; if it says so, the change is interrupted there."""
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._leases = leases
         self._log = log
         self._connect = connect
@@ -77,7 +77,7 @@ class Mover:
 
             def control(actor: str) -> ControlConnection:
                 if actor not in controls:
-                    up = self._standing.up().get(actor)
+                    up = self._cluster_state.up().get(actor)
                     if up is None:
                         raise Unavailable(f"{actor} is lost")
                     controls[actor] = stack.enter_context(closing(self._connect(up.address)))
@@ -86,7 +86,7 @@ class Mover:
             shares_only: dict[int, tuple[Replica, ...]] = {}
             for layer, wanted in target.items():
                 replicas = self._with_lost_actors(layer, wanted, exactly)
-                before = self._standing.replicas_of(layer)
+                before = self._cluster_state.replicas_of(layer)
                 if replicas == before:
                     continue
                 if {(r.expert, r.actor) for r in replicas} == {(r.expert, r.actor) for r in before}:
@@ -97,19 +97,19 @@ class Mover:
                 self._change_layer(operation_id, layer, replicas, control)
             if shares_only:
                 self._log.update(operation_id, phase=OperationPhase.COMMITTING)
-                self._standing.commit(shares_only, {})
+                self._cluster_state.commit(shares_only, {})
 
     def _with_lost_actors(
         self, layer: int, wanted: tuple[Replica, ...], exactly: Collection[ExpertId]
     ) -> tuple[Replica, ...]:
         """The wanted replicas and those on actors that will come back, which serve nothing until shares say so."""
-        up, placed = self._standing.up(), {r.expert for r in wanted}
+        up, placed = self._cluster_state.up(), {r.expert for r in wanted}
         named = {(r.expert, r.actor) for r in wanted}
         waiting = [
             Replica(expert=r.expert, actor=r.actor, share=0.0 if r.expert in placed else r.share)
-            for r in self._standing.replicas_of(layer)
+            for r in self._cluster_state.replicas_of(layer)
             if r.actor not in up
-            and r.actor not in self._standing.leaving
+            and r.actor not in self._cluster_state.leaving
             and r.expert not in exactly
             and (r.expert, r.actor) not in named
         ]
@@ -122,19 +122,19 @@ class Mover:
         replicas: tuple[Replica, ...],
         control: Callable[[str], ControlConnection],
     ) -> None:
-        before = {(r.actor, r.expert) for r in self._standing.replicas_of(layer)}
+        before = {(r.actor, r.expert) for r in self._cluster_state.replicas_of(layer)}
         after = {(r.actor, r.expert) for r in replicas}
         adding, removing = _by_actor(after - before), _by_actor(before - after)
         for actor, experts in adding.items():
-            self._standing.prepare(actor, experts)
+            self._cluster_state.prepare(actor, experts)
         try:
             self._log.update(operation_id, phase=OperationPhase.PREPARING, detail=f"layer {layer}: loading")
             loaded_bytes = self._load_all(adding, control)
             self._log.update(operation_id, phase=OperationPhase.COMMITTING, detail=f"layer {layer}: publishing")
-            number = self._standing.commit({layer: replicas}, adding)
+            number = self._cluster_state.commit({layer: replicas}, adding)
         finally:
             for actor, experts in adding.items():
-                self._standing.prepared(actor, experts)
+                self._cluster_state.prepared(actor, experts)
         self._log.count_moved(
             operation_id,
             loaded_bytes=loaded_bytes,
@@ -169,10 +169,10 @@ class Mover:
         the checkpoint. Returns the bytes."""
         by_peer: dict[ActorAddress | None, list[ExpertId]] = {}
         for expert in sorted(experts):
-            by_peer.setdefault(next(iter(self._standing.holders(expert)), None), []).append(expert)
+            by_peer.setdefault(next(iter(self._cluster_state.holders(expert)), None), []).append(expert)
         return sum(
             self._load_version(control, group, peer, version)
-            for version in self._standing.versions.written_with
+            for version in self._cluster_state.versions.written_with
             for peer, group in by_peer.items()
         )
 
@@ -184,7 +184,7 @@ class Mover:
                 return self._load_group(control, experts, peer, version)
             except MoeClusterError as exc:
                 # Stale: another controller, or other weights than those that are served. No checkpoint mends that.
-                if isinstance(exc, StaleOrder):
+                if isinstance(exc, StaleRequest):
                     raise
                 logger.info("%s gave no copy (%s): loading from the checkpoint", peer.actor, exc)
         return self._load_group(control, experts, None, version)
@@ -193,7 +193,7 @@ class Mover:
         self, control: ControlConnection, experts: list[ExpertId], peer: ActorAddress | None, version: WeightVersion
     ) -> int:
         return control.load(
-            term=self._standing.number[0],
+            term=self._cluster_state.number[0],
             experts=experts,
             checkpoint=version.checkpoint,
             weight_version=version.version,
@@ -206,12 +206,12 @@ class Mover:
     def _unload_all(
         self, removing: Mapping[str, frozenset[ExpertId]], control: Callable[[str], ControlConnection]
     ) -> None:
-        """What cannot be unloaded now is surplus, which the actor's keeper unloads when it begins anew."""
+        """What cannot be unloaded now is surplus, which the actor's monitor unloads when it begins anew."""
         for actor, experts in removing.items():
-            self._standing.unloaded(actor, experts)
+            self._cluster_state.unloaded(actor, experts)
             try:
                 control(actor).unload(
-                    term=self._standing.number[0],
+                    term=self._cluster_state.number[0],
                     experts=sorted(experts),
                     drain_timeout_s=self._settings.drain_timeout_s,
                 )

@@ -26,7 +26,7 @@ class Change:
     moves: bool  # replicas come or go; else only shares change
 
 
-class Decider:
+class Planner:
     """Thread-safe; the policy's state is that of the one thread that calls decide."""
 
     def __init__(self, policy: str, observer: Observer, *, clock: Callable[[], float] = time.monotonic) -> None:

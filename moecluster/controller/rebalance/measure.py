@@ -4,8 +4,8 @@ import math
 import time
 from collections.abc import Callable
 
-from moecluster.controller.rebalance.decide import Decider
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.rebalance.decide import Planner
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.metrics import Metrics
 from moecluster.placement.names import balancedness_L, mean_balancedness
@@ -16,15 +16,15 @@ class BalanceMeter:
 
     def __init__(
         self,
-        standing: Standing,
-        decider: Decider,
+        cluster_state: ClusterState,
+        planner: Planner,
         log: OperationLog,
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._standing = standing
-        self._decider = decider
+        self._cluster_state = cluster_state
+        self._planner = planner
         self._log = log
         self._metrics = metrics
         self._clock = clock
@@ -37,14 +37,14 @@ class BalanceMeter:
     def measure_gains(self) -> None:
         """Fills in what operations have gained, of those that a window has passed over, and a token since."""
         self._unmeasured = {o: ended_s for o, ended_s in self._unmeasured.items() if self._log.keeps(o)}
-        observer = self._decider.observer
+        observer = self._planner.observer
         until_s = min(self._clock() - observer.settings.window_s, observer.last_token_s)
         ready = [operation for operation, ended_s in self._unmeasured.items() if ended_s <= until_s]
         if not ready:
             return
         for operation in ready:
             del self._unmeasured[operation]
-        seen = self._decider.seen().observation
+        seen = self._planner.seen().observation
         if not seen.load_counted:
             return
         measured = mean_balancedness(seen.layout, seen.load_LE, seen.fleet)
@@ -53,9 +53,9 @@ class BalanceMeter:
 
     def show(self) -> None:
         """Tells the metrics the actors' speeds, and how even the load of each layer is."""
-        if not self._decider.observer.load_LE.any() or not self._standing.up():
+        if not self._planner.observer.load_LE.any() or not self._cluster_state.up():
             return
-        seen = self._decider.seen()
+        seen = self._planner.seen()
         self._metrics.set_actor_speeds(
             dict(zip(seen.names.actors, seen.observation.fleet.speed_A.tolist(), strict=True))
         )

@@ -1,4 +1,4 @@
-"""What the policy is shown: the load window, measured speeds, and the standing placement, as numbers with names."""
+"""What the policy is shown: the load window, measured speeds, and the current placement, as numbers with names."""
 
 import logging
 from collections.abc import Collection
@@ -8,7 +8,7 @@ import numpy as np
 
 from moecluster.controller.load.direct import LoadSource, SourceReading
 from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.errors import MoeClusterError
 from moecluster.placement.layout import Fleet, Floats
 from moecluster.placement.load.speed import ActorWork, SpeedMeter
@@ -43,13 +43,13 @@ class Observer:
     """Used by one thread at a time."""
 
     def __init__(
-        self, standing: Standing, source: LoadSource, reports: ActorReports, settings: ObserverSettings
+        self, cluster_state: ClusterState, source: LoadSource, reports: ActorReports, settings: ObserverSettings
     ) -> None:
         self.settings = settings
         self._reports = reports
-        self._standing = standing
+        self._cluster_state = cluster_state
         self._source = source
-        self._window = make_load_window(settings.window, standing.layer_experts, settings.window_s)
+        self._window = make_load_window(settings.window, cluster_state.layer_experts, settings.window_s)
         self._meter = SpeedMeter()
         self._last: SourceReading | None = None
         self._failure = ""  # why the last reading failed
@@ -93,25 +93,25 @@ class Observer:
         """Experts that no token wanted for so long."""
         if self.covered_s < idle_s:
             return frozenset()
-        layers = sorted(self._standing.layer_experts)
+        layers = sorted(self._cluster_state.layer_experts)
         found = np.argwhere(self._window.idle_s_LE >= idle_s).tolist()
         return frozenset(
             ExpertId(layer=layers[at], index=index)
             for at, index in found
-            if index < self._standing.layer_experts[layers[at]]
+            if index < self._cluster_state.layer_experts[layers[at]]
         )
 
     def observe(self, now_s: float, *, without: Collection[str] = (), even: bool = False) -> Seen:
         """The cluster now, of the actors that are up. without: actors that count as having no room. even: as if every
         expert had the same load; so it is taken too as long as no token was counted."""
-        up = self._standing.up()
-        names = Names(layer_experts=self._standing.layer_experts, actors=tuple(up))
+        up = self._cluster_state.up()
+        names = Names(layer_experts=self._cluster_state.layer_experts, actors=tuple(up))
         load_LE = self.load_LE
         counted = bool(load_LE.any()) and not even
         if not counted:
             load_LE = (np.arange(load_LE.shape[1]) < names.num_experts_L[:, None]).astype(np.float64)
         nodes = sorted({u.address.node for u in up.values()})
-        away = {*self._standing.leaving, *without}
+        away = {*self._cluster_state.leaving, *without}
         fleet = Fleet(
             slots_A=np.array([0 if a in away else self.settings.slots_per_layer for a in up], dtype=np.int64),
             speed_A=self._meter.speed_A(names.actors),
@@ -119,13 +119,13 @@ class Observer:
             expert_bytes_L=np.full(len(names.layers), self._reports.expert_bytes()),
         )
         cold_LE = np.zeros(load_LE.shape, dtype=np.bool_)
-        for expert in self._standing.cold:
+        for expert in self._cluster_state.cold:
             cold_LE[names.layers.index(expert.layer), expert.index] = True
         # A replica that its actor is still loading keeps its place, unless its expert is needed at once.
-        lost = self._standing.lost()
+        lost = self._cluster_state.lost()
         placed = [
             r
-            for r in self._standing.replicas()
+            for r in self._cluster_state.replicas()
             if r.actor in up and (r.expert in up[r.actor].held or r.expert not in lost)
         ]
         observation = Observation(
@@ -142,7 +142,7 @@ class Observer:
 
     def actor_loads(self) -> tuple[ActorLoads, ...]:
         """Every actor that is up, as the planner sees it."""
-        up = self._standing.up()
+        up = self._cluster_state.up()
         speeds = dict(zip(up, self._meter.speed_A(tuple(up)).tolist(), strict=True))
         work = self._reports.work()
         return tuple(
@@ -152,7 +152,7 @@ class Observer:
                 computed_rows=work[actor].computed_rows if actor in work else 0,
                 busy_s=work[actor].busy_s if actor in work else 0.0,
                 speed=speeds[actor],
-                slots=0 if actor in self._standing.leaving else self.settings.slots_per_layer,
+                slots=0 if actor in self._cluster_state.leaving else self.settings.slots_per_layer,
             )
             for actor, u in up.items()
         )

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from moecluster.controller.state.placement_state import StandingState, UpActor
-from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.controller.state.placement_state import PlacementState, UpActor
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts
 from moecluster.rpc.controller.latest_placement import NEVER, PlacementBoard
 from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
 
 
-class Standing:
+class ClusterState:
     """Every change that routers can see is published as a new generation. Thread-safe."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Standing:
         self._on_change = on_change
         self._open = False
         self._lock = threading.RLock()
-        self._state = StandingState()
+        self._state = PlacementState()
 
     # -- what stands --
 
@@ -45,7 +45,7 @@ class Standing:
             return self._state.number
 
     @property
-    def versions(self) -> StandingVersions:
+    def versions(self) -> WeightVersions:
         """The weight versions that stand."""
         return self._state.versions
 
@@ -119,7 +119,7 @@ class Standing:
         *,
         term: int,
         generation: int,
-        versions: StandingVersions,
+        versions: WeightVersions,
         actors: Iterable[str],
         leaving: Iterable[str] = (),
         replicas: Iterable[Replica],
@@ -130,7 +130,7 @@ class Standing:
             by_layer: dict[int, list[Replica]] = {layer: [] for layer in sorted(self.layer_experts)}
             for replica in replicas:
                 by_layer[replica.expert.layer].append(replica)
-            self._state = StandingState(
+            self._state = PlacementState(
                 term=term,
                 generation=generation,
                 versions=versions,
@@ -152,7 +152,7 @@ class Standing:
     def actor_up(
         self, address: ActorAddress, held: Iterable[ExpertId], *, versions: tuple[WeightVersion, ...] = ()
     ) -> None:
-        """The actor serves these experts; in one life of it, also what it was given before.
+        """The actor serves these experts; in one incarnation of it, also what it was given before.
 
         versions: those that it holds them in, if its loading took long enough for them to change: it serves nothing
         before it holds all that texts are written with.
@@ -163,10 +163,10 @@ class Standing:
             if versions and not {v.version for v in self.versions.written_with} <= {v.version for v in versions}:
                 held = ()
             before = self._state.up.get(address.actor)
-            same_life = before is not None and before.address == address
-            more = before.held & self.kept(address.actor) if before is not None and same_life else frozenset()
-            prepared = before.prepared if before is not None and same_life else frozenset()
-            if not same_life:  # everything is loaded anew
+            same_incarnation = before is not None and before.address == address
+            more = before.held & self.kept(address.actor) if before is not None and same_incarnation else frozenset()
+            prepared = before.prepared if before is not None and same_incarnation else frozenset()
+            if not same_incarnation:  # everything is loaded anew
                 self._state.aside = frozenset(key for key in self._state.aside if key[0] != address.actor)
             self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more, prepared=prepared)
             if self.assigned(address.actor) <= self._state.up[address.actor].held:
@@ -299,7 +299,7 @@ class Standing:
                 self._state.up[actor] = replace(up, held=up.held - frozenset(experts))
             self._state.aside -= {(actor, expert) for expert in experts}
 
-    def _set_versions(self, versions: StandingVersions) -> None:
+    def _set_versions(self, versions: WeightVersions) -> None:
         if versions.weight_version != self._state.versions.weight_version:
             self._state.aside = frozenset()
         self._state.versions = versions

@@ -7,26 +7,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.errors import InvalidMessage
 from moecluster.growing import MAX_NUMBER
-from moecluster.rpc.controller.snapshot import ControllerPicture, decode_picture, encode_picture
+from moecluster.rpc.controller.snapshot import ControllerSnapshot, decode_snapshot, encode_snapshot
 from moecluster.types import ExpertActorStatus, WeightVersion
 
-OPERATIONS_IN_PICTURE = 64
+OPERATIONS_IN_SNAPSHOT = 64
 logger = logging.getLogger(__name__)
 READ_TIMEOUT_S = 10.0  # for an actor's answer
 READ_GRACE_S = 2.0  # for the others once one has answered: an actor that is being started has nothing to tell
 MAX_READS_AT_ONCE = 32
 
 
-class KeptPicture:
-    """The picture as bytes, made anew when it is asked for after a change. Thread-safe."""
+class KeptSnapshot:
+    """The snapshot as bytes, made anew when it is asked for after a change. Thread-safe."""
 
-    def __init__(self, standing: Standing, log: OperationLog) -> None:
-        self._standing = standing
+    def __init__(self, cluster_state: ClusterState, log: OperationLog) -> None:
+        self._cluster_state = cluster_state
         self._log = log
         self._lock = threading.Lock()
         self._outdated = True
@@ -34,24 +34,24 @@ class KeptPicture:
 
     def outdate(self) -> None:
         """Something has changed."""
-        self._outdated = True  # without the lock: whoever calls may hold the one that making a picture waits for
+        self._outdated = True  # without the lock: whoever calls may hold the one that making a snapshot waits for
 
     def encoded(self) -> bytes:
-        """The picture of what stands now."""
+        """The snapshot of what stands now."""
         with self._lock:
             if self._outdated:
                 self._outdated = False  # first: what changes while it is made makes it anew
-                self._encoded = encode_picture(self._now())
+                self._encoded = encode_snapshot(self._now())
             return self._encoded
 
-    def _now(self) -> ControllerPicture:
-        actors, versions = self._standing.actors, self._standing.versions
-        return ControllerPicture(
+    def _now(self) -> ControllerSnapshot:
+        actors, versions = self._cluster_state.actors, self._cluster_state.versions
+        return ControllerSnapshot(
             actors=actors,
-            leaving=tuple(sorted(self._standing.leaving)),
-            replicas=tuple(r for r in self._standing.replicas() if r.actor in actors),
-            operations=self._log.for_successor(OPERATIONS_IN_PICTURE),
-            cold=tuple(sorted(self._standing.cold)),
+            leaving=tuple(sorted(self._cluster_state.leaving)),
+            replicas=tuple(r for r in self._cluster_state.replicas() if r.actor in actors),
+            operations=self._log.for_successor(OPERATIONS_IN_SNAPSHOT),
+            cold=tuple(sorted(self._cluster_state.cold)),
             versions=versions.all,
             weight_version=versions.weight_version,
             last_weight_version=versions.last_version,
@@ -59,14 +59,14 @@ class KeptPicture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
+class InitialState:
     """What a controller begins with."""
 
     term: int  # higher than every actor has seen
     generation: int
-    versions: StandingVersions
-    picture: ControllerPicture
-    succeeds: bool  # the picture is a predecessor's: the cluster is not being started
+    versions: WeightVersions
+    snapshot: ControllerSnapshot
+    succeeds: bool  # the snapshot is a predecessor's: the cluster is not being started
 
 
 def read_actors(read: Callable[[str], ExpertActorStatus | None], actors: Sequence[str]) -> list[ExpertActorStatus]:
@@ -85,41 +85,41 @@ def read_actors(read: Callable[[str], ExpertActorStatus | None], actors: Sequenc
     return sorted(seen, key=lambda status: status.placement)
 
 
-def beginning(seen: Sequence[ExpertActorStatus], *, first: ControllerPicture, checkpoint: str) -> Beginning:
+def initial_state(seen: Sequence[ExpertActorStatus], *, first: ControllerSnapshot, checkpoint: str) -> InitialState:
     """What the actors keep of a predecessor; seen is sorted by placement numbers. first, and checkpoint, are what a
     cluster is started with."""
     term, generation = seen[-1].placement if seen else (0, 0)
-    found = _newest_picture(seen)
-    return Beginning(
+    found = _newest_snapshot(seen)
+    return InitialState(
         term=term + 1,
         generation=generation if generation < MAX_NUMBER // 2 else 0,  # a higher term may count anew
         versions=_versions_of(found) or _served_version(seen, checkpoint),
-        picture=found or first,
+        snapshot=found or first,
         succeeds=found is not None,
     )
 
 
-def _versions_of(picture: ControllerPicture | None) -> StandingVersions | None:
-    if picture is None or not picture.versions:
+def _versions_of(snapshot: ControllerSnapshot | None) -> WeightVersions | None:
+    if snapshot is None or not snapshot.versions:
         return None
-    return StandingVersions(
-        all=picture.versions, weight_version=picture.weight_version, last_version=picture.last_weight_version
+    return WeightVersions(
+        all=snapshot.versions, weight_version=snapshot.weight_version, last_version=snapshot.last_weight_version
     )
 
 
-def _served_version(seen: Sequence[ExpertActorStatus], checkpoint: str) -> StandingVersions:
-    """Where no picture says which version stands: what the actors serve, or the first."""
+def _served_version(seen: Sequence[ExpertActorStatus], checkpoint: str) -> WeightVersions:
+    """Where no snapshot says which version stands: what the actors serve, or the first."""
     version = max((status.weight_version for status in seen), default=0) or 1
-    told = seen[-1].checkpoint if seen else ""
-    return StandingVersions.only(WeightVersion(version=version, checkpoint=told or checkpoint))
+    checkpoint_of_actor = seen[-1].checkpoint if seen else ""
+    return WeightVersions.only(WeightVersion(version=version, checkpoint=checkpoint_of_actor or checkpoint))
 
 
-def _newest_picture(seen: Sequence[ExpertActorStatus]) -> ControllerPicture | None:
-    """The picture of the highest placement number that can be read; seen is sorted by that."""
+def _newest_snapshot(seen: Sequence[ExpertActorStatus]) -> ControllerSnapshot | None:
+    """The snapshot of the highest placement number that can be read; seen is sorted by that."""
     for status in reversed(seen):
-        if status.picture:
+        if status.snapshot:
             try:
-                return decode_picture(status.picture)
+                return decode_snapshot(status.snapshot)
             except InvalidMessage as exc:
-                logger.warning("the picture that %s keeps cannot be read: %s", status.actor, exc)
+                logger.warning("the snapshot that %s keeps cannot be read: %s", status.actor, exc)
     return None

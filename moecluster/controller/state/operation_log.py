@@ -1,4 +1,4 @@
-"""What the controller does and has done: operations by id, bounded, each change told to whoever keeps the picture."""
+"""What the controller does and has done: operations by id, bounded, each change told to whoever keeps the snapshot."""
 
 import dataclasses
 import secrets
@@ -44,13 +44,13 @@ class OperationLog:
             for operation in operations:
                 self._reached[operation.id] = _reached_by(operation.phase)
                 if not operation.phase.ended and operation.kind in resumable:
-                    operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="begun again")
+                    operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="restarted")
                 elif not operation.phase.ended:
                     operation = dataclasses.replace(
                         operation,
                         phase=OperationPhase.FAILED,
                         ended_s=self._unix_clock(),
-                        detail="the controller was started anew; what was committed by then stands",
+                        detail="the controller was started anew; what was committed by then remains",
                     )
                     failed.append(operation)
                 self._operations[operation.id] = operation

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica, WeightVersion
 
 
@@ -17,13 +17,13 @@ class UpActor:
 
 
 @dataclass(kw_only=True)
-class StandingState:
+class PlacementState:
     """Not thread-safe."""
 
     term: int = 0
     generation: int = 0
-    versions: StandingVersions = field(
-        default_factory=lambda: StandingVersions.only(WeightVersion(version=1, checkpoint=""))
+    versions: WeightVersions = field(
+        default_factory=lambda: WeightVersions.only(WeightVersion(version=1, checkpoint=""))
     )
     held: bool = False
     actors: tuple[str, ...] = ()

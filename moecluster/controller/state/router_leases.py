@@ -23,15 +23,15 @@ class Lease:
 class Leases:
     """A router counts for lease_s after each renewal. Thread-safe.
 
-    A new life of a router takes the place of the old one at once; what the old one did is remembered as if its lease
-    had run out.
+    A new incarnation of a router takes the place of the old one at once; what the old one did is remembered as if its
+    lease had run out.
     """
 
     def __init__(self, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
         self._clock = clock
         self._leases: dict[str, Lease] = {}
-        self._former: tuple[Lease, ...] = ()  # of lives that ended before their leases did
+        self._former: tuple[Lease, ...] = ()  # of incarnations that ended before their leases did
         self._changed = threading.Condition()
 
     def renew(
@@ -41,7 +41,7 @@ class Leases:
         uses or can use other weight versions than before.
         """
         with self._changed:
-            before = self._standing().get(router)
+            before = self._unexpired().get(router)
             lease = Lease(
                 expires_s=self._clock() + self._lease_s,
                 applied=applied,
@@ -49,16 +49,16 @@ class Leases:
                 hold=hold,
             )
             last = self._leases.get(router)
-            if last is not None and _another_life(last.state, lease.state):
+            if last is not None and _is_other_incarnation(last.state, lease.state):
                 self._former = (*self._former, last)
             self._leases[router] = lease
             self._changed.notify_all()
             return hold != (before is not None and before.hold) or _weights(lease) != _weights(before)
 
-    def standing(self) -> dict[str, Lease]:
+    def current(self) -> dict[str, Lease]:
         """Routers that hold a lease now."""
         with self._changed:
-            return dict(self._standing())
+            return dict(self._unexpired())
 
     def heard(self, grace_s: float) -> dict[str, Lease]:
         """Routers that hold a lease, or did not longer ago than that."""
@@ -67,7 +67,7 @@ class Leases:
             return {router: lease for router, lease in self._leases.items() if lease.expires_s > since_s}
 
     def heard_before(self, grace_s: float) -> tuple[Lease, ...]:
-        """As `heard`: the last leases of lives that others have followed, or that were ended."""
+        """As `heard`: the last leases of incarnations that others have followed, or that were ended."""
         with self._changed:
             now_s = self._clock()
             self._former = tuple(lease for lease in self._former if lease.expires_s > now_s - KEPT_S)
@@ -75,7 +75,7 @@ class Leases:
 
     def states(self) -> dict[str, RouterState]:
         """What the routers that hold a lease now say of themselves, by their names, which are sorted."""
-        return {router: lease.state for router, lease in sorted(self.standing().items())}
+        return {router: lease.state for router, lease in sorted(self.current().items())}
 
     def drop(self, router: str) -> None:
         """The router was ended: it is waited for no more."""
@@ -86,26 +86,26 @@ class Leases:
 
     def any_hold(self) -> bool:
         """Whether a router holds the placement as it is."""
-        return any(lease.hold for lease in self.standing().values())
+        return any(lease.hold for lease in self.current().values())
 
     def wait_applied(self, number: tuple[int, int], timeout_s: float) -> bool:
         """Waits until every router that has a lease routes by the placement. False after the timeout."""
         deadline_s = self._clock() + timeout_s
         with self._changed:
-            while behind := [lease for lease in self._standing().values() if lease.applied < number]:
+            while behind := [lease for lease in self._unexpired().values() if lease.applied < number]:
                 now_s = self._clock()
                 if now_s >= deadline_s:
                     return False
                 self._changed.wait(max(min(deadline_s, *(lease.expires_s for lease in behind)) - now_s, 1e-3))
             return True
 
-    def _standing(self) -> dict[str, Lease]:
+    def _unexpired(self) -> dict[str, Lease]:
         now_s = self._clock()
         self._leases = {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s - KEPT_S}
         return {router: lease for router, lease in self._leases.items() if lease.expires_s > now_s}
 
 
-def _another_life(before: RouterState, now: RouterState) -> bool:
+def _is_other_incarnation(before: RouterState, now: RouterState) -> bool:
     """A router that has just started knows of no version, and listens elsewhere."""
     moved = before.address and now.address and before.address != now.address
     return bool(before.weight_version and (moved or not now.weight_version))

@@ -6,7 +6,7 @@ from moecluster.types import WeightVersion
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandingVersions:
+class WeightVersions:
     """A new version stands beside the old one from when it begins to be loaded until no text is written with the old
     one any more; in between it is published."""
 
@@ -15,7 +15,7 @@ class StandingVersions:
     last_version: int  # the highest number that was ever given
 
     @classmethod
-    def only(cls, version: WeightVersion) -> "StandingVersions":
+    def only(cls, version: WeightVersion) -> "WeightVersions":
         """One version, as a cluster begins."""
         return cls(all=(version,), weight_version=version.version, last_version=version.version)
 
@@ -39,22 +39,22 @@ class StandingVersions:
         """The version that is being prepared."""
         return self.all[-1] if self.all[-1].version > self.weight_version else None
 
-    def with_next(self, checkpoint: str) -> "StandingVersions":
+    def with_next(self, checkpoint: str) -> "WeightVersions":
         """A new version is prepared beside the one that stands."""
         assert len(self.all) == 1, "one version at a time is prepared"
         version = WeightVersion(version=self.last_version + 1, checkpoint=checkpoint)
         return replace(self, all=(*self.all, version), last_version=version.version)
 
-    def with_next_published(self) -> "StandingVersions":
+    def with_next_published(self) -> "WeightVersions":
         """New texts are written with the version that was prepared."""
         assert self.next is not None
         return replace(self, weight_version=self.next.version)
 
-    def without_others(self) -> "StandingVersions":
+    def without_others(self) -> "WeightVersions":
         """Only the version that new texts are written with stands."""
         return replace(self, all=tuple(v for v in self.all if v.version == self.weight_version))
 
-    def with_checkpoint(self, checkpoint: str) -> "StandingVersions":
+    def with_checkpoint(self, checkpoint: str) -> "WeightVersions":
         """The version that new texts are written with is that of another directory."""
         return replace(
             self,

@@ -1,1 +1,1 @@
-"""The bodies of requests and responses, as OpenAI's clients have them."""
+"""Schemas of request and response bodies, as in OpenAI's API."""

@@ -1,7 +1,7 @@
-"""Fields of a body: those that are followed, those that are known and need not be, and all others, which are refused.
+"""Fields of a body: supported ones, known but unsupported ones, and unknown ones, which are refused.
 
-A field that is passed over would change the answer without a word. So what no list here names is refused, and what is
-known but not followed is taken only with the values that ask for what is done anyway.
+Ignoring a field could silently change the result. So a field that no list here names is refused, and a known but
+unsupported one is accepted only with values that ask for what the gateway does anyway.
 """
 
 import difflib
@@ -15,9 +15,9 @@ from pydantic_core import PydanticCustomError
 from moecluster.strict_json import SHOWN_CHARACTERS, shown
 
 UNSUPPORTED: LiteralString = "unsupported"  # a type of error
-Harmless = tuple[Any, ...] | None  # values that ask for nothing special, null always among them; None: all values
+Harmless = tuple[Any, ...] | None  # accepted values, and null always; None: all values
 
-NO_EFFECT: Mapping[str, Harmless] = {  # on what is answered
+NO_EFFECT: Mapping[str, Harmless] = {  # on the result
     "user": None,
     "metadata": None,
     "safety_identifier": None,
@@ -72,7 +72,7 @@ CHAT: Mapping[str, Harmless] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),  # of no tools
+    "parallel_tool_calls": (True, False),  # there are no tools
     "prediction": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
@@ -82,7 +82,7 @@ CHAT: Mapping[str, Harmless] = {
     "web_search_options": (),
 }
 STREAM_OPTIONS: Mapping[str, Harmless] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
-MESSAGE: Mapping[str, Harmless] = {  # clients send back what they were answered, nulls and all
+MESSAGE: Mapping[str, Harmless] = {  # clients send received messages back, nulls included
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -94,19 +94,19 @@ TEXT_PART: Mapping[str, Harmless] = {"prompt_cache_breakpoint": None}
 
 
 def _describe(schema: dict[str, Any], fields: type["Fields"]) -> None:
-    """For OpenAPI."""
+    """Adds the unsupported fields to the OpenAPI schema."""
     for name, harmless in fields.not_followed.items():
         schema["properties"][name] = {} if harmless is None else {"enum": [None, *harmless]}
     schema["additionalProperties"] = False
 
 
 class Fields(BaseModel):
-    """An object of a body. A field that it does not declare is refused, or `not_followed` has its value."""
+    """An object of a body. Refuses a field that it does not declare, unless `not_followed` allows its value."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra=_describe)
 
     not_followed: ClassVar[Mapping[str, Harmless]] = {}
-    objects: ClassVar[Mapping[str, type["Fields"]]] = {}  # fields that are such an object, or may be a list of them
+    objects: ClassVar[Mapping[str, type["Fields"]]] = {}  # fields that hold such an object, or a list of them
 
     @model_validator(mode="before")
     @classmethod
@@ -120,20 +120,20 @@ class Fields(BaseModel):
             if value is None or harmless is None or any(type(value) is type(h) and value == h for h in harmless):
                 continue
             only = " or ".join(json.dumps(one) for one in harmless)
-            said = f"not supported here, only {only}" if harmless else "not supported here"
-            raise PydanticCustomError(UNSUPPORTED, "{said}", {"said": said, "name": name})
+            message = f"not supported here, only {only}" if harmless else "not supported here"
+            raise PydanticCustomError(UNSUPPORTED, "{message}", {"message": message, "name": name})
         return data
 
     @classmethod
     def _unknown(cls, name: str) -> PydanticCustomError:
         known = [*cls.model_fields, *cls.not_followed]
         near = difflib.get_close_matches(name[:SHOWN_CHARACTERS], known, n=1, cutoff=0.7)
-        said = f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
-        return PydanticCustomError(UNSUPPORTED, "{said}", {"said": said, "name": shown(name)[1:-1] or '""'})
+        message = f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
+        return PydanticCustomError(UNSUPPORTED, "{message}", {"message": message, "name": shown(name)[1:-1] or '""'})
 
 
 def without_unknown(fields: type[Fields], value: Any) -> Any:
-    """An object of a body, or a list of them, without the fields that nobody knows. Anything else as it is."""
+    """Returns an object of a body, or a list of them, without unknown fields; anything else as it is."""
     if isinstance(value, list):
         return [_known_part(fields, item) for item in value]
     return _known_part(fields, value)

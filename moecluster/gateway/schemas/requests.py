@@ -1,6 +1,6 @@
-"""The bodies that the front takes: OpenAI's, with vLLM's extras. What their schema allows is what is taken.
+"""Request bodies: OpenAI's fields, with vLLM's extras. The gateway accepts exactly what these schemas allow.
 
-Types are strict: "5" is no number. What becomes of fields that are not followed stands in known_fields.
+Types are strict: "5" is no number. For unsupported fields see known_fields.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,19 +30,19 @@ from moecluster.rpc.router.messages import (
     MIN_REPETITION_PENALTY,
 )
 
-MAX_CHOICES = 128  # texts of one request
+MAX_CHOICES = 128  # of one request
 MAX_MESSAGES = 4096
 MAX_ID = 2**31 - 1
-DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI has it
+DEFAULT_MAX_TOKENS = 16  # of a completion, as in OpenAI's API
 
 
 def _whole(value: Any) -> Any:
-    """5.0 is an integer to JSON."""
+    """Converts 5.0 to 5: JSON does not tell them apart."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _encodable(value: str) -> str:
-    """JSON can say half of a surrogate pair, which no text has."""
+    """Refuses half of a surrogate pair, which JSON can express but UTF-8 cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as exc:
@@ -51,12 +51,12 @@ def _encodable(value: str) -> str:
 
 
 class FirstError(FailFast):
-    """Of a long list of the wrong kind only the first error is noted."""
+    """Reports only the first error of a long list of the wrong kind."""
 
-    __hash__ = object.__hash__  # a part of a union is looked up
+    __hash__ = object.__hash__  # members of a union must be hashable
 
 
-# Limits stand before Python's own checks: there they cost nothing.
+# Limits come before the Python validators, where they cost nothing.
 Text = Annotated[str, Strict(), AfterValidator(_encodable)]
 Name = Annotated[str, Strict(), Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Prompt = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_encodable)]
@@ -74,26 +74,24 @@ MaxTokens = Annotated[int, Strict(), Field(ge=1, le=MAX_NEW_TOKENS), WHOLE]
 
 
 class StreamOptions(Fields):
-    """How a stream is told."""
+    """Options of a streamed response."""
 
     not_followed = STREAM_OPTIONS
 
     include_usage: Flag | None = None
 
 
-class Body(Fields):
-    """What both kinds of requests have."""
+class GenerationFields(Fields):
+    """Fields of both kinds of requests."""
 
     objects: ClassVar = {"stream_options": StreamOptions}
 
-    model: Annotated[Name, Field(description="as /v1/models lists it")]
-    n: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="texts of each prompt"), WHOLE] | None = 1
+    model: Annotated[Name, Field(description="a model name from /v1/models")]
+    n: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="choices per prompt"), WHOLE] | None = 1
     stream: Flag | None = False
     stream_options: StreamOptions | None = None
     stop: Stop | Stops | None = None
-    seed: (
-        Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63, description="none: another one each time"), WHOLE] | None
-    ) = None
+    seed: Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63, description="null: random"), WHOLE] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = 1.0
     presence_penalty: Penalty | None = 0.0
@@ -104,7 +102,7 @@ class Body(Fields):
                 Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
                 Annotated[Number, Field(ge=-100, le=100)],
             ],
-            Field(max_length=MAX_BIASES, description="token id -> added to its logit"),
+            Field(max_length=MAX_BIASES, description="token id -> bias added to its logit"),
         ]
         | None
     ) = None
@@ -114,8 +112,8 @@ class Body(Fields):
     ignore_eos: Flag | None = False
 
 
-class CompletionBody(Body):
-    """POST /v1/completions."""
+class CompletionRequest(GenerationFields):
+    """Body of POST /v1/completions."""
 
     not_followed = COMPLETION
 
@@ -123,11 +121,11 @@ class CompletionBody(Body):
     max_tokens: MaxTokens | None = DEFAULT_MAX_TOKENS
     logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     echo: Flag | None = False
-    best_of: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="only as many as n"), WHOLE] | None = None
+    best_of: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES, description="must equal n"), WHOLE] | None = None
 
 
 def _text_parts_only(content: Any) -> Any:
-    """A clear word where a picture or a sound is sent."""
+    """Raises a clear error for an image or audio part."""
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
@@ -136,7 +134,7 @@ def _text_parts_only(content: Any) -> Any:
 
 
 class TextPart(Fields):
-    """A part of a message."""
+    """A text part of a message."""
 
     not_followed = TEXT_PART
 
@@ -155,21 +153,21 @@ class Message(Fields):
         Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES), FirstError()],
         BeforeValidator(_text_parts_only),
     ]
-    name: Annotated[Name, Field(description="of who says it, where the model's chat template shows it")] | None = None
+    name: Annotated[Name, Field(description="of the speaker, if the model's chat template shows it")] | None = None
 
     @property
     def parts_or_text(self) -> str | list[dict[str, str]]:
-        """As it was given: the router knows which of them the chat template wants."""
+        """The content as it was given: the router knows which form the chat template needs."""
         if isinstance(self.content, str):
             return self.content
         return [{"type": "text", "text": part.text} for part in self.content]
 
 
-class ChatBody(Body):
-    """POST /v1/chat/completions."""
+class ChatCompletionRequest(GenerationFields):
+    """Body of POST /v1/chat/completions."""
 
     not_followed = CHAT
-    objects: ClassVar = {**Body.objects, "messages": Message}
+    objects: ClassVar = {**GenerationFields.objects, "messages": Message}
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FirstError()]
     max_completion_tokens: MaxTokens | None = None

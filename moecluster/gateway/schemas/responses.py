@@ -1,4 +1,4 @@
-"""The answers' schemas: what the OpenAPI description promises, and what is built whole."""
+"""Response schemas for the OpenAPI description; the gateway also builds /health and /v1/models from them."""
 
 from typing import Literal
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel
 
 
 class PromptTokensDetails(BaseModel):
-    """Of the prompt's tokens."""
+    """Breakdown of the prompt tokens."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """What a request took."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -21,7 +21,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobLists(BaseModel):
-    """Side by side, an entry a token."""
+    """Parallel lists with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -30,7 +30,7 @@ class CompletionLogprobLists(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text."""
+    """One generated choice."""
 
     index: int
     text: str
@@ -39,7 +39,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Of POST /v1/completions."""
+    """Response of POST /v1/completions."""
 
     id: str
     object: Literal["text_completion"]
@@ -50,7 +50,7 @@ class Completion(BaseModel):
 
 
 class ChatTokenLogprob(BaseModel):
-    """One token."""
+    """One token and its log-probability."""
 
     token: str
     logprob: float
@@ -58,20 +58,20 @@ class ChatTokenLogprob(BaseModel):
 
 
 class ChatTokenLogprobs(ChatTokenLogprob):
-    """One token of the text, with what could have stood there."""
+    """One generated token, with the most likely alternatives."""
 
     top_logprobs: list[ChatTokenLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of one text."""
+    """Log-probabilities of one choice."""
 
     content: list[ChatTokenLogprobs]
     refusal: list[ChatTokenLogprobs]
 
 
 class ChatMessage(BaseModel):
-    """What the model says."""
+    """The generated message."""
 
     role: Literal["assistant"]
     content: str
@@ -79,7 +79,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One text."""
+    """One generated choice."""
 
     index: int
     message: ChatMessage
@@ -88,7 +88,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Of POST /v1/chat/completions."""
+    """Response of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -99,32 +99,32 @@ class ChatCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model."""
+    """One served model."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int | None  # prompt and continuation together, in tokens; none: not known yet
+    max_model_len: int | None  # tokens, prompt and generated together; null: not known yet
 
 
 class ModelList(BaseModel):
-    """Of GET /v1/models."""
+    """Response of GET /v1/models."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class Health(BaseModel):
-    """Of GET /health: 200 while texts are written, if not as they should be; 503 if nobody writes them."""
+    """Response of GET /health: 200 if ready or degraded, 503 if a model has no router that answers."""
 
     status: Literal["ready", "degraded", "not ready"]
-    reasons: list[str]  # why it is not ready, or not wholly
+    reasons: list[str]  # why it is not ready, or degraded
     routers: dict[str, int]  # model -> routers that answer
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong."""
+    """The error."""
 
     message: str
     type: str
@@ -133,6 +133,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer other than 200."""
+    """Response of every status other than 200, except for /health."""
 
     error: ErrorDetail

@@ -1,1 +1,1 @@
-"""Offline batches in OpenAI's format, through an HTTP front; resumable after a crash at any point."""
+"""Offline batches in OpenAI's format, through an HTTP gateway; resumable after a crash at any point."""

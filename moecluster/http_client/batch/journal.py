@@ -1,8 +1,8 @@
-"""What of a batch is done: a journal beside the output, so that a crash at any point neither repeats nor loses a line.
+"""The journal of a batch, next to its output: after a crash at any point no finished line is lost or sent again.
 
-OUT.partial begins with a line that says which input it belongs to. Then every finished line follows as it ends, on the
-disk before it counts. A crash can tear its last line: that is cut off, and its request is sent again. When all are
-done, OUT is written aside in the order of the input, renamed, and the journal removed.
+OUT.partial starts with a header that identifies the input. Each finished line is appended and synced to disk before it
+counts as done. A crash can tear the last line: it is cut off, and its request is sent again. When all lines are done,
+OUT is written to a temporary file in the order of the input and renamed, and the journal is removed.
 """
 
 import fcntl
@@ -25,18 +25,18 @@ Output = Mapping[str, Any]  # a line of OUT
 
 
 class Journal:
-    """The open journal of one output file, held by one process at a time. Thread-safe."""
+    """The open journal of one output file, locked by one process at a time. Thread-safe."""
 
     def __init__(
         self, out: Path, batch: BatchInput, *, on_found: Callable[[Output], None] = lambda output: None
     ) -> None:
-        """Begins one, or goes on with the one that is there; on_found gets each line that is done already.
+        """Creates the journal, or resumes an existing one; on_found gets each line that is already done.
 
-        Raises DataError for a journal of another input or one that is damaged, ResourceError if another process holds
-        it or the disk refuses.
+        Raises DataError for a journal of another input or a damaged one, ResourceError if another process holds it or
+        it cannot be read or written.
         """
         self.path = journal_path(out)
-        self.cut_bytes = 0  # of a line that a crash had torn
+        self.cut_bytes = 0  # size of the torn end that was cut off
         self.done = 0
         self._out = out
         self._batch = batch
@@ -44,7 +44,7 @@ class Journal:
         self._offsets = array("q", [NOT_DONE]) * len(batch)
         self._failure = ""
         try:
-            self._file = _open_alone(self.path)  # read by it, written by its descriptor
+            self._file = _open_alone(self.path)  # read through the file object, written through its descriptor
         except OSError as exc:
             raise ResourceError(f"{self.path}: cannot be written ({exc.strerror})") from exc
         try:
@@ -57,11 +57,11 @@ class Journal:
             raise
 
     def pending(self) -> Iterator[int]:
-        """The indexes of the input's lines that are not done."""
+        """Yields the indexes of the input's lines that are not done."""
         return (index for index, offset in enumerate(self._offsets) if offset == NOT_DONE)
 
     def append(self, outputs: Sequence[tuple[int, Output]]) -> None:
-        """Notes finished lines, by their index; they are on the disk on return. Raises ResourceError."""
+        """Records finished lines, by their index; they are synced to disk on return. Raises ResourceError."""
         with self._lock:
             if self._failure:
                 raise ResourceError(self._failure)
@@ -76,7 +76,7 @@ class Journal:
             self.done += len(places)
 
     def finish(self) -> None:
-        """Puts the output in its place, complete and in the order of the input. Raises ResourceError."""
+        """Writes the output, complete and in the order of the input, and removes the journal. Raises ResourceError."""
         assert self.done == len(self._batch), f"{self.done} of {len(self._batch)} lines are done"
         aside = self._out.with_name(self._out.name + ".new")
         try:
@@ -94,17 +94,17 @@ class Journal:
             raise ResourceError(f"{self._out}: cannot be written ({exc.strerror}); {self._kept()}") from exc
 
     def close(self) -> None:
-        """Lets another process go on with it."""
+        """Closes the file and releases the lock."""
         with self._lock:
             self._file.close()
 
     def _resume(self, on_found: Callable[[Output], None]) -> int:
-        """Takes in what is there. Returns the length of what counts."""
+        """Reads the existing journal or starts a new one. Returns the length of its valid part."""
         size = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         header = {"journal": FORM, "input_sha256": self._batch.sha256, "lines": len(self._batch)}
         first = self._file.readline(MAX_HEADER_BYTES)
-        # New, or torn before anything was done: a file system may have kept its length and lost what was in it.
+        # New, or torn before anything was done: a file system may keep the length but lose the content.
         if _encoded(header).startswith(first.rstrip(b"\0")) and not first.endswith(b"\n"):
             self.cut_bytes = size
             os.ftruncate(self._file.fileno(), 0)
@@ -151,7 +151,7 @@ class Journal:
                 written += os.pwrite(file, memoryview(content)[written:], self._end + written)
             os.fsync(file)
         except OSError as exc:
-            # Whatever reached the disk is cut off when the journal is opened again.
+            # Any bytes that reached the disk are cut off when the journal is opened again.
             self._failure = f"{self.path}: cannot be written ({exc.strerror}); {self._kept()}"
             raise ResourceError(self._failure) from exc
         self._end += len(content)
@@ -167,12 +167,12 @@ class Journal:
 
 
 def journal_path(out: Path) -> Path:
-    """Where the journal of an output lies."""
+    """Returns the path of an output's journal."""
     return out.with_name(out.name + ".partial")
 
 
 def is_complete(out: Path, batch: BatchInput) -> bool:
-    """Whether an output file holds every line of the input, in its order."""
+    """Returns whether an output file holds every line of the input, in its order."""
     try:
         with out.open("rb") as file:
             for index in range(len(batch)):
@@ -185,7 +185,7 @@ def is_complete(out: Path, batch: BatchInput) -> bool:
 
 
 def _open_alone(path: Path) -> BinaryIO:
-    """The file, locked. Raises ResourceError if another process has it."""
+    """Opens and locks the file. Raises ResourceError if another process holds the lock."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
         try:
@@ -195,11 +195,11 @@ def _open_alone(path: Path) -> BinaryIO:
             raise ResourceError(f"{path}: another moecluster batch works on it") from exc
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
-        file.close()  # its owner ended, and removed it, between our two calls
+        file.close()  # its owner finished and removed the file between our open and our lock
 
 
 def _sync_folder(path: Path) -> None:
-    """So that a name in it outlives a loss of power."""
+    """Syncs the directory of a path, so that its entry survives a power loss."""
     folder = os.open(path.absolute().parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -212,7 +212,7 @@ def _encoded(fields: Mapping[str, Any]) -> bytes:
 
 
 def _decoded(content: bytes) -> Any:
-    """JSON, or None."""
+    """Returns the JSON value, or None for invalid JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):

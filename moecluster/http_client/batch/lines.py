@@ -1,4 +1,4 @@
-"""The lines of a batch file: checked before anything is sent, read one at a time afterwards."""
+"""The lines of a batch file: all checked before anything is sent, then read one at a time."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from moecluster.strict_json import JsonProblem, TooDeep, parse_json, shown
 URLS = ("/v1/completions", "/v1/chat/completions")
 MAX_LINE_BYTES = 32 * 2**20
 MAX_ID_CHARACTERS = 512
-SHOWN_MISTAKES = 10
+SHOWN_ERRORS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +25,21 @@ class BatchLine:
     custom_id: str
     url: str
     body: dict[str, Any]
-    problem: str = ""  # why it cannot be sent; empty: it can
+    problem: str = ""  # why the line cannot be sent; empty: it can
 
 
 class BatchInput:
-    """A batch file. Memory grows by a few bytes a line."""
+    """A batch file. Memory grows by a few bytes per line."""
 
     def __init__(self, path: Path) -> None:
-        """Reads and checks the whole file; blank lines count for nothing.
+        """Reads and checks the whole file, skipping blank lines.
 
-        Raises DataError for malformed lines and for a custom_id that stands twice, by their numbers.
+        Raises DataError for malformed lines and duplicate custom_ids, giving their line numbers.
         """
         self.path = path
         self._offsets = array("Q")
         self._numbers = array("Q")
-        digest, seen, mistakes = hashlib.sha256(), dict[bytes, int](), []
+        digest, seen, errors = hashlib.sha256(), dict[bytes, int](), []
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is no regular file, and a batch is read twice; write it to one")
         try:
@@ -52,19 +52,19 @@ class BatchInput:
             if content.strip():
                 try:
                     line = _parsed(content, number)
-                    # 16 bytes an id, however long it is
+                    # a hash of 16 bytes bounds the memory per id
                     name = hashlib.blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=16).digest()
                     if name in seen:
-                        raise DataError(f"the custom_id {shown(line.custom_id)} stands in line {seen[name]} already")
+                        raise DataError(f"the custom_id {shown(line.custom_id)} is in line {seen[name]} already")
                     seen[name] = number
                     self._offsets.append(offset)
                     self._numbers.append(number)
                 except DataError as exc:
-                    mistakes.append(f"line {number}: {exc}")
+                    errors.append(f"line {number}: {exc}")
             offset += len(content)
-        if mistakes:
-            more = f"; and {len(mistakes) - SHOWN_MISTAKES} more" if len(mistakes) > SHOWN_MISTAKES else ""
-            raise DataError(f"{path}: nothing was sent; {'; '.join(mistakes[:SHOWN_MISTAKES])}{more}")
+        if errors:
+            more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
+            raise DataError(f"{path}: nothing was sent; {'; '.join(errors[:SHOWN_ERRORS])}{more}")
         if not self._offsets:
             raise DataError(f"{path}: holds no line, expected one JSON object a line")
         self.sha256 = digest.hexdigest()
@@ -73,7 +73,7 @@ class BatchInput:
         return len(self._offsets)
 
     def line(self, index: int) -> BatchLine:
-        """The index-th request, from 0. Raises DataError if the file has been changed since it was checked."""
+        """Returns the index-th request, from 0. Raises DataError if its line is no longer valid."""
         self._file.seek(self._offsets[index])
         number = self._numbers[index]
         try:
@@ -92,7 +92,7 @@ class BatchInput:
 
 
 def _lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends. Of one that is too long comes the beginning, which is too long itself."""
+    """Yields lines with their line ends. An overlong line is cut to MAX_LINE_BYTES + 1 bytes: still too long."""
     while content := file.readline(MAX_LINE_BYTES + 1):
         yield content
         while len(content) > MAX_LINE_BYTES and not content.endswith(b"\n"):
@@ -122,7 +122,7 @@ def _parsed(content: bytes, number: int) -> BatchLine:
 
 
 def _read(content: bytes) -> tuple[Any, str]:
-    """The value, and why it cannot be sent as it stands. Raises DataError for what is no JSON at all."""
+    """Returns the value, and why it cannot be sent unchanged. Raises DataError for invalid JSON."""
     try:
         return parse_json(content), ""
     except TooDeep as exc:

@@ -1,4 +1,4 @@
-"""A batch from its first pending line to its last: so many at once, each noted in the journal as it ends."""
+"""Runs a batch: sends its pending lines concurrently, and records each in the journal as it ends."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from moecluster.http_client.batch.send import OnRefused, Retries, send_line
 async def run_batch(
     batch: BatchInput,
     journal: Journal,
-    front: httpx.AsyncClient,
+    gateway: httpx.AsyncClient,
     *,
     concurrency: int,
     retries: Retries,
     on_done: Callable[[Output], None],
     on_refused: OnRefused = lambda why: None,
 ) -> None:
-    """Sends every pending line. on_done gets each when it is in the journal; on_refused: see send_line.
+    """Sends every pending line. on_done gets each one recorded in the journal; on_refused: see send_line.
 
-    Raises Unavailable, ConfigError or ResourceError where going on makes no sense; what had ended is kept.
+    Raises Unavailable, ConfigError or ResourceError where continuing makes no sense; finished lines are kept.
     """
     pending = journal.pending()
     notes = _Notes(journal, on_done)
 
     async def work() -> None:
         for index in pending:  # shared by all workers
-            await notes.add(index, await send_line(front, batch.line(index), retries, on_refused))
+            await notes.add(index, await send_line(gateway, batch.line(index), retries, on_refused))
 
     workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(batch)))]
     try:
@@ -43,7 +43,7 @@ async def run_batch(
 
 
 class _Notes:
-    """Writes to the journal, all that ended during one write with the next."""
+    """Writes to the journal; lines that end during one write are grouped into the next."""
 
     def __init__(self, journal: Journal, on_done: Callable[[Output], None]) -> None:
         self._journal = journal
@@ -52,7 +52,7 @@ class _Notes:
         self._writing = asyncio.Lock()
 
     async def add(self, index: int, output: dict[str, Any]) -> None:
-        """Returns when it is on the disk."""
+        """Returns when the line is synced to disk."""
         self._waiting.append((index, output))
         await self.write()
 
@@ -60,7 +60,7 @@ class _Notes:
         async with self._writing:
             if self._waiting:
                 ended, self._waiting = self._waiting, []
-                # Shielded: a worker that is cancelled meanwhile does not break off the write, which others wait for.
+                # Shielded: a cancelled worker must not abort the write, which others wait for.
                 await asyncio.shield(asyncio.to_thread(self._journal.append, ended))
                 for _, output in ended:
                     self._on_done(output)

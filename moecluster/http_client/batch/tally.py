@@ -1,4 +1,4 @@
-"""What a batch has come to, counted line by line."""
+"""Counts the results of a batch, line by line."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class Tally:
         self.completion_tokens = 0
 
     def add(self, output: Mapping[str, Any]) -> None:
-        """Counts a line of the output."""
+        """Counts one output line."""
         response, error = output.get("response"), output.get("error")
         if not isinstance(response, Mapping):
             code = error.get("code") if isinstance(error, Mapping) else None

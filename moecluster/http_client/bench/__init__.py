@@ -1,1 +1,1 @@
-"""Load against an HTTP front, and what its clients see of it."""
+"""Load tests of an HTTP gateway, measured by its clients."""

@@ -1,4 +1,4 @@
-"""The two kinds of load: requests that come when they come, and clients that wait for their answers."""
+"""The two kinds of load: open loop (requests arrive by schedule) and closed loop (clients wait for their answers)."""
 
 import asyncio
 import itertools
@@ -20,7 +20,7 @@ async def open_loop(
     duration_s: float | None,
     on_end: OnEnd,
 ) -> list[Measured]:
-    """Sends each request at its time, whatever became of those before. Returns all, once the last has ended."""
+    """Sends each request at its time, whatever happens to earlier ones. Returns all, once the last has ended."""
     started_s = time.perf_counter()
 
     async def send(ask: Ask, at_s: float) -> Measured:
@@ -47,12 +47,12 @@ async def closed_loop(
     duration_s: float | None,
     on_end: OnEnd,
 ) -> list[Measured]:
-    """So many clients, each of which sends its next request when its last has ended. Returns all in order of ends."""
+    """Runs clients that each send their next request when the last has ended. Returns all in the order of ends."""
     started_s = time.perf_counter()
     to_come, ended = itertools.islice(asks, num_prompts), list[Measured]()
 
     async def client() -> None:
-        for ask in to_come:  # shared by all
+        for ask in to_come:  # shared by all clients
             if duration_s is not None and time.perf_counter() - started_s > duration_s:
                 return
             measured = await sender.send(ask, started_s=started_s)

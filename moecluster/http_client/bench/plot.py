@@ -1,4 +1,4 @@
-"""A load as a picture. Needs matplotlib."""
+"""Plots a load. Needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ NUM_BINS = 60
 
 
 def draw_load(measured: Sequence[Measured], slo: Slo, title: str, path: Path) -> None:
-    """How the waits are distributed, and throughput and errors over time. The ending says the kind of picture."""
+    """Plots latency distributions, and throughput and errors over time. The file extension gives the image format."""
     figure = Figure(figsize=(11.0, 7.0), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(2, 2)
     ended = [m for m in measured if not m.error]
@@ -34,7 +34,7 @@ def draw_load(measured: Sequence[Measured], slo: Slo, title: str, path: Path) ->
 def _distribution(
     axes: Axes, seconds: Sequence[float], quantity: str, what: str, limit_s: float | None, limit: str
 ) -> None:
-    """The part of all that took at most so long."""
+    """Plots the cumulative distribution."""
     if seconds:
         sorted_ms = 1e3 * np.sort(np.asarray(seconds))
         axes.step(sorted_ms, 100 * np.arange(1, len(sorted_ms) + 1) / len(sorted_ms), where="post", linewidth=1.4)
@@ -52,7 +52,7 @@ def _distribution(
 
 
 def _throughput(axes: Axes, measured: Sequence[Measured], duration_s: float) -> None:
-    times_s, rates = rate_over_time([s for m in measured for s in m.pieces_s], duration_s, NUM_BINS)
+    times_s, rates = rate_over_time([s for m in measured for s in m.chunks_s], duration_s, NUM_BINS)
     axes.step(times_s, rates, where="mid", linewidth=1.2)
     axes.fill_between(times_s, rates, step="mid", alpha=0.25, linewidth=0)
     axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""One streamed completion, with the time of everything that came."""
+"""Sends one streamed completion and records when each chunk arrives."""
 
 import asyncio
 import json
@@ -17,47 +17,47 @@ DONE = "[DONE]"
 
 @dataclass(kw_only=True)
 class Measured:
-    """What became of a request. Times are in seconds since the start of the load."""
+    """Measurements of one request. Times are in seconds since the start of the load."""
 
-    scheduled_s: float  # when it was to be sent
+    scheduled_s: float  # when it was scheduled to be sent
     sent_s: float
     ended_s: float = 0.0
-    pieces_s: list[float] = field(default_factory=list)  # when each piece of text came, in most cases a token
-    prompt_tokens: int = 0  # as the service counts
+    chunks_s: list[float] = field(default_factory=list)  # arrival time of each text chunk, usually one token
+    prompt_tokens: int = 0  # as counted by the service
     output_tokens: int = 0
-    error: str = ""  # a short kind; empty: it ended as it should
+    error: str = ""  # a short kind; empty: it completed
     detail: str = ""  # of the error
 
     @property
     def time_to_first_token_s(self) -> float | None:
-        """From when it was to be sent, so that a load that falls behind counts against the service."""
-        return self.pieces_s[0] - self.scheduled_s if self.pieces_s else None
+        """Since the scheduled time, so that falling behind the schedule counts against the service."""
+        return self.chunks_s[0] - self.scheduled_s if self.chunks_s else None
 
     @property
     def inter_token_s(self) -> list[float]:
-        return [after - before for before, after in zip(self.pieces_s, self.pieces_s[1:], strict=False)]
+        return [after - before for before, after in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
 
     @property
     def request_s(self) -> float:
-        """The whole request, from when it was to be sent."""
+        """Duration of the whole request, from its scheduled time."""
         return self.ended_s - self.scheduled_s
 
     @property
     def time_per_token_s(self) -> float | None:
-        """Mean after the first one. None where there is no second."""
-        if self.output_tokens < 2 or len(self.pieces_s) < 2:
+        """Mean time per token after the first; None with fewer than two."""
+        if self.output_tokens < 2 or len(self.chunks_s) < 2:
             return None
-        return (self.pieces_s[-1] - self.pieces_s[0]) / (self.output_tokens - 1)
+        return (self.chunks_s[-1] - self.chunks_s[0]) / (self.output_tokens - 1)
 
 
 class Sender:
-    """Sends requests of one load, all with the same settings."""
+    """Sends the requests of one load, all with the same settings."""
 
     def __init__(
-        self, front: httpx.AsyncClient, *, model: str, temperature: float, ignore_eos: bool, timeout_s: float
+        self, gateway: httpx.AsyncClient, *, model: str, temperature: float, ignore_eos: bool, timeout_s: float
     ) -> None:
-        """timeout_s: longest whole request."""
-        self._front = front
+        """timeout_s: limit on a whole request."""
+        self._gateway = gateway
         self._fixed: dict[str, Any] = {
             "model": model,
             "temperature": temperature,
@@ -69,7 +69,7 @@ class Sender:
         self._timeout_s = timeout_s
 
     async def send(self, ask: Ask, *, started_s: float, scheduled_s: float | None = None) -> Measured:
-        """Never raises for what goes wrong with the request: that stands in its error."""
+        """Sends one request. Never raises for its failure, which is recorded as the error."""
         now_s = time.perf_counter() - started_s
         seen = Measured(scheduled_s=now_s if scheduled_s is None else scheduled_s, sent_s=now_s)
         try:
@@ -86,7 +86,7 @@ class Sender:
 
     async def _stream(self, ask: Ask, seen: Measured, started_s: float) -> None:
         body = {**self._fixed, "prompt": ask.prompt, "max_tokens": ask.output_tokens, "seed": ask.seed}
-        async with self._front.stream("POST", "/v1/completions", json=body) as answer:
+        async with self._gateway.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 seen.error = f"status {answer.status_code}"
                 seen.detail = message_of(json_of(await answer.aread()))
@@ -96,7 +96,7 @@ class Sender:
                     continue
                 content = line[len(DATA) :].strip()
                 if content == DONE:
-                    seen.output_tokens = seen.output_tokens or len(seen.pieces_s)
+                    seen.output_tokens = seen.output_tokens or len(seen.chunks_s)
                     return
                 _note(content, seen, time.perf_counter() - started_s)
                 if seen.error:
@@ -111,7 +111,7 @@ def _note(content: str, seen: Measured, now_s: float) -> None:
             seen.error, seen.detail = "error in the stream", message_of(chunk)
             return
         if any(choice.get("text") for choice in chunk["choices"]):
-            seen.pieces_s.append(now_s)
+            seen.chunks_s.append(now_s)
         if usage := chunk.get("usage"):
             seen.prompt_tokens, seen.output_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
     except (ValueError, KeyError, TypeError, AttributeError) as exc:

@@ -1,4 +1,4 @@
-"""A load in figures: percentiles, throughput, goodput, errors."""
+"""Summarizes a load: percentiles, throughput, goodput, errors."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from moecluster.http_client.bench.request import Measured
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of one quantity, in seconds."""
+    """Distribution of one quantity, in seconds."""
 
     mean: float
     p50: float
@@ -22,13 +22,13 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Slo:
-    """What a good request keeps to. None: not judged."""
+    """Latency limits of a good request. None: no limit."""
 
     time_to_first_token_s: float | None = None
     inter_token_s: float | None = None  # mean over the request
 
     def kept(self, measured: Measured) -> bool:
-        """An ended request whose first token, and whose tokens after it, came in time."""
+        """Returns whether the request completed, with its first token and its mean time per token within the limits."""
         if measured.error:
             return False
         first_s, token_s = measured.time_to_first_token_s, measured.time_per_token_s
@@ -44,7 +44,7 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Of one load. Spreads are of requests that ended as they should; None where there are none."""
+    """Figures of one load. Spreads are of completed requests; None without any."""
 
     requests: int
     completed: int
@@ -55,16 +55,16 @@ class Summary:
     requests_per_s: float
     output_tokens_per_s: float
     time_to_first_token_s: Spread | None
-    inter_token_s: Spread | None  # between two pieces, of all requests together
+    inter_token_s: Spread | None  # between two chunks, over all requests
     time_per_token_s: Spread | None  # a request's mean after its first token
     request_s: Spread | None
-    sent_late_s: Spread | None  # this program's own delay: if it is not small, the figures are of it
-    good: int | None  # requests within the SLO; None: none was given
+    sent_late_s: Spread | None  # this program's own delay: if large, the figures measure this program
+    good: int | None  # requests within the SLO; None: no SLO given
     goodput_per_s: float | None
 
 
 def summarize(measured: Sequence[Measured], slo: Slo) -> Summary:
-    """The figures of a load."""
+    """Returns the figures of a load."""
     ended = [m for m in measured if not m.error]
     duration_s = max((m.ended_s for m in measured), default=0.0)
     per_s = 1.0 / duration_s if duration_s > 0 else 0.0
@@ -90,7 +90,7 @@ def summarize(measured: Sequence[Measured], slo: Slo) -> Summary:
 
 
 def spread(seconds: Sequence[float]) -> Spread | None:
-    """Percentiles between neighbours are linear. None of nothing."""
+    """Returns the spread, with percentiles interpolated linearly; None for no values."""
     if not seconds:
         return None
     p50, p90, p99 = (float(value) for value in np.percentile(seconds, (50, 90, 99)))
@@ -98,14 +98,14 @@ def spread(seconds: Sequence[float]) -> Spread | None:
 
 
 def rate_over_time(times_s: Sequence[float], duration_s: float, num_bins: int) -> tuple[list[float], list[float]]:
-    """(the middle of each bin, events a second in it)."""
+    """Returns (the middle of each bin, events per second in it)."""
     counts, edges = np.histogram(times_s, bins=num_bins, range=(0.0, duration_s))
     width_s = duration_s / num_bins
     return [float(edge) + width_s / 2 for edge in edges[:-1]], [float(count) / width_s for count in counts]
 
 
 def in_flight_over_time(measured: Sequence[Measured]) -> tuple[list[float], list[int]]:
-    """(times, requests under way from each on): from when they were to be sent to their ends."""
+    """Returns (times, requests in flight from each time on), counting from scheduled times to ends."""
     changes = sorted([(m.scheduled_s, 1) for m in measured] + [(m.ended_s, -1) for m in measured])
     levels = np.cumsum([change for _, change in changes])
     return [at_s for at_s, _ in changes], [int(level) for level in levels]

@@ -1,4 +1,4 @@
-"""What the requests of a load ask for, and when they come: drawn by a seed, so that two runs ask for the same."""
+"""The requests of a load and their arrival times, drawn from a seed, so that two runs send the same."""
 
 import random
 import re
@@ -13,7 +13,7 @@ MAX_TOKENS = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class LengthRange:
-    """Lengths from lowest to highest, each as likely."""
+    """Lengths from lowest to highest, uniformly distributed."""
 
     lowest: int
     highest: int
@@ -23,7 +23,7 @@ class LengthRange:
 
 
 def read_range(text: str, option: str) -> LengthRange:
-    """Such as 128, or 64-256. Raises ConfigError, naming the option."""
+    """Parses 128, or 64-256. Raises ConfigError, naming the option."""
     found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text.strip())
     lowest, highest = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 0 < lowest <= highest <= MAX_TOKENS:
@@ -33,9 +33,9 @@ def read_range(text: str, option: str) -> LengthRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One request to come."""
+    """One request to send."""
 
-    prompt: Sequence[int] | str  # token ids, or a text
+    prompt: Sequence[int] | str  # token ids, or text
     output_tokens: int
     seed: int
 
@@ -43,7 +43,7 @@ class Ask:
 def asks(
     *, seed: int, input_tokens: LengthRange, output_tokens: LengthRange, vocab_size: int, words: Sequence[str] = ()
 ) -> Generator[Ask, None, None]:
-    """Endlessly many. Prompts are random ids below vocab_size or, given words, so many of them in a row."""
+    """Yields requests endlessly. Prompts are random ids below vocab_size or, given words, consecutive words."""
     choose = random.Random(seed)
     while True:
         length = input_tokens.draw(choose)
@@ -55,7 +55,7 @@ def asks(
 
 
 def read_words(path: Path) -> list[str]:
-    """The words of a text file. Raises DataError."""
+    """Returns the words of a text file. Raises DataError."""
     try:
         words = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as exc:
@@ -66,7 +66,7 @@ def read_words(path: Path) -> list[str]:
 
 
 def poisson_arrivals(rate_per_s: float, seed: int) -> Iterator[float]:
-    """Endlessly many times in seconds from the start, at random with this mean rate."""
+    """Yields arrival times endlessly, in seconds from the start: a Poisson process of this mean rate."""
     choose, at_s = random.Random(seed), 0.0
     while True:
         at_s += choose.expovariate(rate_per_s)

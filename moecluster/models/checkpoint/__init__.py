@@ -1,1 +1,1 @@
-"""Safetensors files on disk or from another host: read, checked, and quantized formats undone."""
+"""Reads safetensors files from disk or from another host, checks them, and dequantizes."""

@@ -1,10 +1,10 @@
-"""Checksums of what stands in a safetensors file of ours, kept in its own header.
+"""Checksums of the safetensors files that moecluster writes, stored in their header.
 
-The header's `__metadata__` has, under one key, a JSON object: `header`, the CRC-32 of what the header says of the
-tensors; `tensors`, eight hex digits for every unit of every tensor, in the header's order; `by_row`, the tensors that
-have a unit for each row of their first dimension, as experts are read by row. All other tensors are one unit. So each
-reader checks just what it reads. Files without the key, which others wrote, are read unchecked. CRC-32 guards against
-accidents only.
+The header's `__metadata__` has, under one key, a JSON object: `header`, the CRC-32 of the header's tensor entries;
+`tensors`, eight hex digits for every unit of every tensor, in the header's order; `by_row`, the tensors that have one
+unit per row of their first dimension, since experts are read by row. Every other tensor is one unit. So each reader
+checks only what it reads. Files without the key, which others wrote, are not checked. CRC-32 guards only against
+accidental damage.
 """
 
 import json
@@ -19,14 +19,14 @@ from moecluster.errors import CheckpointError
 
 METADATA = "__metadata__"
 CHECKSUMS_KEY = "moecluster.crc32"
-PIECE_BYTES = 2**20  # read, then summed up while it is in the processor's cache
+PIECE_BYTES = 2**20  # read at once, so that the checksum finds the bytes in the CPU cache
 
 _HEX = 8  # digits of a checksum
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorChecksums:
-    """Of one tensor's units, which are equally long."""
+    """Checksums of one tensor's units, which have equal length."""
 
     key: str
     unit_bytes: int
@@ -34,16 +34,16 @@ class TensorChecksums:
 
 
 class RunningCheck:
-    """Follows a tensor's bytes from the beginning of a unit on."""
+    """Checks a tensor's bytes as they are read in order, from the beginning of a unit."""
 
     def __init__(self, file: Path, sums: TensorChecksums, begin: int) -> None:
-        """begin: of the first byte, counted from the tensor's first."""
+        """begin: offset of the first byte within the tensor."""
         self._file, self._sums = file, sums
         self.at = begin
         self._crc = 0
 
     def add(self, content: memoryview) -> None:
-        """The next bytes. Raises CheckpointError at the end of a unit that is not what was written."""
+        """Takes the next bytes. Raises CheckpointError at the end of a unit whose checksum is wrong."""
         while content:
             unit, done = divmod(self.at, self._sums.unit_bytes)
             part = content[: self._sums.unit_bytes - done]
@@ -61,17 +61,17 @@ class RunningCheck:
 
 
 def running_check(file: Path, sums: TensorChecksums | None, begin: int) -> RunningCheck | None:
-    """None where nothing is known of the bytes, or reading begins amid a unit."""
+    """Returns None if there are no checksums, or if reading begins in the middle of a unit."""
     if sums is None or not sums.unit_bytes or begin % sums.unit_bytes:
         return None
     return RunningCheck(file, sums, begin)
 
 
 class SummedHeader:
-    """The beginning of a file that is being written; as long before the checksums are known as afterwards."""
+    """The header of a file that is being written. Its length does not depend on the checksums."""
 
     def __init__(self, entries: Mapping[str, Mapping[str, Any]], by_row: Collection[str] = ()) -> None:
-        """entries: key -> dtype, shape and data_offsets, as the format has them."""
+        """entries: key -> dtype, shape and data_offsets, as in the file format."""
         self._entries = {key: dict(entry) for key, entry in entries.items()}
         self._by_row = [key for key in self._entries if key in by_row]
         self._crcs: dict[str, list[int | None]] = {
@@ -79,7 +79,7 @@ class SummedHeader:
         }
 
     def set(self, key: str, crcs: Iterable[int], first: int = 0) -> None:
-        """Checksums of the tensor's units from a row on."""
+        """Sets the checksums of the tensor's units, starting with unit (row) `first`."""
         for unit, crc in enumerate(crcs, start=first):
             self._crcs[key][unit] = crc
 
@@ -88,7 +88,7 @@ class SummedHeader:
         return int(end - begin) // max(len(self._crcs[key]), 1)
 
     def to_bytes(self) -> bytes:
-        """Size and header. What was never summed up counts as zeros."""
+        """Returns header size and header. Units without a checksum count as zeros."""
         zeros: dict[int, int] = {}
         digits = []
         for key, crcs in self._crcs.items():
@@ -104,11 +104,11 @@ class SummedHeader:
 
 
 class RunningSums:
-    """Checksums of a tensor's units while its bytes are written in their order."""
+    """Computes the checksums of a tensor's units while its bytes are written in order."""
 
     def __init__(self, unit_bytes: int) -> None:
         self._unit_bytes = unit_bytes
-        self._done = 0  # bytes of the unit that is under way
+        self._done = 0  # bytes of the current unit
         self._crc = 0
         self.crcs: list[int] = []
 
@@ -124,12 +124,12 @@ class RunningSums:
 
 
 def sums_of(content: memoryview, unit_bytes: int) -> list[int]:
-    """Checksums of whole units."""
+    """Returns the checksums of whole units."""
     return [zlib.crc32(content[at : at + unit_bytes]) for at in range(0, len(content), unit_bytes)]
 
 
 def read_checksums(header: Mapping[str, Any]) -> dict[str, TensorChecksums]:
-    """By key; empty for a file of others. Raises ValueError if the header is not what was written."""
+    """Returns the checksums by key; none for a file that others wrote. Raises ValueError if the header is damaged."""
     text = header.get(METADATA, {}).get(CHECKSUMS_KEY)
     if text is None:
         return {}
@@ -151,7 +151,7 @@ def read_checksums(header: Mapping[str, Any]) -> dict[str, TensorChecksums]:
 
 
 def json_crc(content: object) -> str:
-    """Of what a JSON file says, however it is laid out."""
+    """Returns the CRC-32 of JSON content, independent of its formatting."""
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):0{_HEX}x}"
 
 

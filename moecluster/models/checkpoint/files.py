@@ -1,4 +1,4 @@
-"""The files of one checkpoint directory: of this host, or (rpc/checkpoint/client.py) of another."""
+"""The files of one checkpoint directory, on this host or (rpc/checkpoint/client.py) on another."""
 
 import os
 import re
@@ -13,33 +13,35 @@ Seen = Callable[[memoryview], None]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
-# What else belongs to a model: configuration, tokenizer, chat template. Weights in other formats are left alone.
+# The other files of a model: config, tokenizer, chat template. Weights in other formats are ignored.
 METADATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(\.json|\.jsonl|\.txt|\.jinja|\.model|\.tiktoken|\.spm)")
 
 
 class CheckpointFiles(Protocol):
-    """Weights by file name and offset; everything else in a local directory. Thread-safe."""
+    """Reads weights by file name and offset. All other files are in a local directory. Thread-safe."""
 
     path: Path  # as the user named it, for errors
-    metadata: Path  # a directory here that has config.json, the index of the shards, the tokenizer's files
+    metadata: Path  # a local directory with config.json, the index of the shards, the tokenizer files
 
     def weights(self) -> Mapping[str, int]:
-        """Names of the safetensors files, and their sizes in bytes."""
+        """Returns the names of the safetensors files, with their sizes in bytes."""
 
     def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
-        """Fills out with the file's bytes from begin on. Raises CheckpointError if there are not so many.
+        """Fills `out` with the file's bytes from offset `begin`. Raises CheckpointError if the file is too short.
 
-        seen: is given the bytes in their order, soon after they came; what it raises ends the reading.
+        seen: called with the bytes in order, soon after each read. An exception from it ends the reading.
         """
 
 
 class FolderFiles:
-    """The safetensors files of a folder here. Holds no file open between reads; one that was written anew since it was
-    first seen is refused, as offsets that were read before mean something else in it."""
+    """The safetensors files of a local directory. Keeps no file open between reads.
+
+    A file that was replaced since it was first seen is refused, since earlier offsets are wrong for it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = self.metadata = Path(path)
-        self._first_seen: dict[str, tuple[int, ...]] = {}  # file name -> which file it was
+        self._first_seen: dict[str, tuple[int, ...]] = {}  # file name -> its identity
 
     def weights(self) -> Mapping[str, int]:
         try:
@@ -63,7 +65,7 @@ class FolderFiles:
                         f"{file} has changed since it was opened: write new weights to a directory of their own"
                     )
                 handle.seek(begin)
-                # One call reads 2 GiB at most; what is seen, while it is in the processor's cache.
+                # One call reads at most 2 GiB. With `seen`, small pieces, which it finds in the CPU cache.
                 while out and (count := handle.readinto(out if seen is None else out[:PIECE_BYTES])):
                     if seen is not None:
                         seen(out[:count])
@@ -75,10 +77,10 @@ class FolderFiles:
 
 
 class LocalFiles(FolderFiles):
-    """CheckpointFiles of a model directory here."""
+    """The CheckpointFiles of a local model directory."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises CheckpointError if there is no such directory, or no model in it."""
+        """Raises CheckpointError if the directory does not exist or has no config.json."""
         super().__init__(path)
         if not os.path.isdir(self.path):  # False for any path, unlike Path.is_dir
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint's safetensors files say, checked up front.
+"""Reads and checks the headers of a checkpoint's safetensors files.
 
 The file format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header size, a JSON header with dtype,
 shape and byte range of every tensor, then the bytes.
@@ -37,14 +37,14 @@ STORED = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a shard's header says of one tensor."""
+    """One tensor, as described by its shard's header."""
 
     file: Path
     dtype: str  # the format's name: F32, BF16, ...
     shape: tuple[int, ...]
-    begin: int  # of its first byte in the file
+    begin: int  # offset of its first byte in the file
     num_bytes: int
-    checksums: TensorChecksums | None = None  # None: another wrote the file, nothing is known of its bytes
+    checksums: TensorChecksums | None = None  # None: the file has none, since others wrote it
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -53,7 +53,7 @@ class TensorInfo:
 
 
 def read_headers(files: CheckpointFiles) -> dict[str, TensorInfo]:
-    """Key -> tensor, of all shards. Raises CheckpointError with one clear line."""
+    """Returns key -> tensor for all shards. Raises CheckpointError with one clear line."""
     weights = files.weights()
     tensors: dict[str, TensorInfo] = {}
     for name in _shards(files, weights):
@@ -62,9 +62,9 @@ def read_headers(files: CheckpointFiles) -> dict[str, TensorInfo]:
 
 
 def _shards(files: CheckpointFiles, weights: Mapping[str, int]) -> list[str]:
-    """The safetensors files of a directory, as transformers takes them: the single one, else those of the index.
+    """Returns the safetensors files that transformers would read: the single one, else those of the index.
 
-    What the index says of single tensors is left alone: whoever needs one that is not there says so.
+    Does not check the index's single tensors: reading a missing one raises.
     """
     if SINGLE_FILE_NAME in weights:
         return [SINGLE_FILE_NAME]
@@ -88,7 +88,7 @@ def _shards(files: CheckpointFiles, weights: Mapping[str, int]) -> list[str]:
 def _read_weight_map(index: Path) -> dict[str, str]:
     content = read_object(index, "copy it again, with the shards beside it")
     try:
-        weight_map, _ = content["weight_map"], content["metadata"]  # transformers cannot do without either
+        weight_map, _ = content["weight_map"], content["metadata"]  # transformers needs both
     except KeyError as error:
         raise CheckpointError(f"{index} is torn: not a safetensors index with metadata and a weight_map") from error
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -100,7 +100,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, TensorInfo]:
-    """Checks that a shard is whole: a header that can be read, and exactly the bytes that it announces."""
+    """Reads a shard's header. Raises CheckpointError unless it is readable and the file has exactly the announced
+    size."""
     file = files.path / name
     if size < _MAX_POINTER_BYTES and _read(files, name, 0, size).startswith(LFS_POINTER):
         raise CheckpointError(f"{file} is a git-lfs pointer, not the weights that it stands for: run git lfs pull")
@@ -133,7 +134,7 @@ def _read(files: CheckpointFiles, name: str, begin: int, num_bytes: int) -> byte
 def _tensor_info(
     file: Path, data_begin: int, entry: Mapping[str, Any], checksums: TensorChecksums | None
 ) -> TensorInfo:
-    """Raises ValueError for a byte range that does not hold the shape."""
+    """Raises ValueError if the byte range does not match dtype and shape."""
     begin, end = (int(offset) for offset in entry["data_offsets"])
     info = TensorInfo(
         file=file,

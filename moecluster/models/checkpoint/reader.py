@@ -1,8 +1,8 @@
-"""A safetensors directory: which tensor stands in which file, checked up front, read slice by slice.
+"""Reads a safetensors directory: locates each tensor, checks headers up front, and reads slices.
 
-Opening reads headers only; nothing here unpickles. Bytes go from the file straight to where they stay: a mapped file
-would count as memory of the process while it is read. What is stored in another dtype, or quantized, is converted piece
-by piece on the way, so that there is never a second copy of it.
+Opening reads headers only; nothing here unpickles. Bytes are read straight into their final buffer, not through mmap: a
+mapped file would count as memory of the process while it is read. Tensors of another dtype, or quantized ones, are
+converted in pieces while reading, so that there is never a second full copy.
 """
 
 import json
@@ -30,19 +30,19 @@ from moecluster.models.checkpoint.quantized import Quantized, quantized_tensors
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "OpenCheckpoint", "open_checkpoint"]
 
-CONVERTED_AT_ONCE = 2**18  # elements: they stay in the processor's cache
+CONVERTED_AT_ONCE = 2**18  # elements; small enough to stay in the CPU cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An open checkpoint directory. Thread-safe; holds no file open between reads."""
+    """An open checkpoint directory. Thread-safe. Keeps no file open between reads."""
 
     files: CheckpointFiles
     tensors: Mapping[str, TensorInfo | Quantized]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Opens a directory of this host. Raises as `of`."""
+        """Opens a directory on this host. Raises like `of`."""
         return cls.of(LocalFiles(path))
 
     @classmethod
@@ -54,30 +54,30 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The directory as the user named it; of another host, maybe."""
+        """The directory as the user named it; it may be on another host."""
         return self.files.path
 
     def info(self, key: str) -> TensorInfo | Quantized:
-        """Raises CheckpointError for a key that is not there."""
+        """Returns the tensor's entry. Raises CheckpointError for an unknown key."""
         found = self.tensors.get(key)
         if found is None:
             raise CheckpointError(f"{self.path} has no tensor {key}")
         return found
 
     def config(self) -> Mapping[str, Any]:
-        """What config.json says, defaults left out; nothing if it is no JSON object."""
+        """Returns the content of config.json, without the family's defaults; empty if it is not a JSON object."""
         return _read_config(self.files)
 
     def text_config(self) -> Mapping[str, Any]:
-        """The same, of the language model where the checkpoint is made of several."""
+        """Returns the language model's part of config.json in a multimodal checkpoint, else all of it."""
         config = self.config()
         text = config.get("text_config")
         return text if isinstance(text, dict) else config
 
     def read(self, key: str, row: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor, or its slice [row : row + 1] without reading other rows. Owns its memory.
+        """Returns the tensor, or only its slice [row : row + 1], without reading other rows. It owns its memory.
 
-        dtype: None for that of the checkpoint, or float32 for what is quantized.
+        dtype: None for that of the checkpoint, or float32 if the tensor is quantized.
         """
         info = self._readable(key)
         shape = info.shape if row is None else (1, *info.shape[1:])
@@ -87,20 +87,20 @@ class Checkpoint:
         return tensor
 
     def read_stored(self, key: str) -> torch.Tensor:
-        """The tensor as `read` gives it; integers and truth values, which a trunk's buffers may be, as they are."""
+        """Returns the tensor as `read` does, but also reads integers and booleans, which a trunk's buffers may be."""
         info = self.info(key)
         if not isinstance(info, TensorInfo) or info.dtype not in INTEGERS:
             return self.read(key)
         return self.read_as_is(info)
 
     def read_as_is(self, info: TensorInfo) -> torch.Tensor:
-        """A stored tensor of any dtype in STORED."""
+        """Returns a stored tensor of any dtype in STORED, without conversion."""
         tensor = torch.empty(info.shape, dtype=STORED[info.dtype])
         _Reading(self.files)(info, 0, tensor.view(-1).view(torch.uint8))
         return tensor
 
     def read_into(self, out: torch.Tensor, key: str, row: int | None = None) -> None:
-        """Fills a contiguous CPU tensor of any float dtype and the size of the tensor or of its one row."""
+        """Fills a contiguous CPU tensor of any float dtype that has the size of the tensor, or of one row."""
         info = self._readable(key)
         assert out.is_contiguous(), f"{key} into {out.stride()}"
         assert row is None or 0 <= row < info.shape[0], f"row {row} of {key} with shape {info.shape}"
@@ -134,11 +134,11 @@ class Checkpoint:
 
 
 class _Reading:
-    """Reads one tensor, its parts in their order, and checks what is known of its bytes. A ReadBytes."""
+    """A ReadBytes that reads the parts of one tensor in order and verifies checksums where there are any."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         self._files = files
-        self._checks: dict[int, RunningCheck | None] = {}  # by where a stored tensor begins
+        self._checks: dict[int, RunningCheck | None] = {}  # by TensorInfo.begin
 
     def __call__(self, info: TensorInfo, begin: int, out_bytes: torch.Tensor) -> None:
         check = self._checks.get(info.begin)
@@ -148,13 +148,13 @@ class _Reading:
         self._files.read_into(info.file.name, info.begin + begin, content, None if check is None else check.add)
 
 
-OpenCheckpoint = Callable[[str], Checkpoint]  # raises CheckpointError if there is none of that name
+OpenCheckpoint = Callable[[str], Checkpoint]  # raises CheckpointError for an unknown name
 
 
 def open_checkpoint(path: str | Path, elsewhere: OpenCheckpoint | None) -> Checkpoint:
-    """Opens a directory of this host, or, where this host does not see it, as elsewhere does. Raises as `of`.
+    """Opens a directory on this host or, if it is not here, through `elsewhere`. Raises like `of`.
 
-    A directory without a configuration, as an empty mount point is one, is not seen.
+    A directory without config.json, such as an empty mount point, counts as not here.
     """
     if elsewhere is not None and not os.path.isfile(os.path.join(path, CONFIG_NAME)):  # False for any string
         return elsewhere(str(path))
@@ -162,7 +162,7 @@ def open_checkpoint(path: str | Path, elsewhere: OpenCheckpoint | None) -> Check
 
 
 def _read_config(files: CheckpointFiles) -> Mapping[str, Any]:
-    """Nothing for what is no JSON object: its family's code says what is wrong with it."""
+    """Returns an empty mapping if config.json is not a JSON object: reading the model config reports that."""
     file = files.metadata / CONFIG_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

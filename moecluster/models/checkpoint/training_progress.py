@@ -1,4 +1,4 @@
-"""How far a checkpoint of training is: a small file of it, read without torch."""
+"""The training progress stored in a checkpoint: a small file that is read without torch."""
 
 import dataclasses
 import json
@@ -10,23 +10,23 @@ from typing import Any
 from moecluster.errors import CheckpointError
 from moecluster.models.checkpoint.checksums import json_crc
 
-FOLDER = "training"  # of a checkpoint: what only training needs
+FOLDER = "training"  # in a checkpoint: the files that only training needs
 STATE_FILE = "state.json"
-CHECKSUM = "crc32"  # of all else in it
+CHECKSUM = "crc32"  # of all other fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What training needs besides tensors. Random numbers are a function of the step and the seed in the settings."""
+    """The training state besides tensors. Random numbers are a function of the step and the seed in the settings."""
 
     step: int  # committed
     data_position: int  # sequences drawn so far
     term: int  # of the coordinator that wrote it
-    settings: Mapping[str, Any]  # "section.key" -> value: those that a run cannot change half-way
+    settings: Mapping[str, Any]  # "section.key" -> value, of the settings that cannot change during a run
 
 
 def write_training_state(checkpoint: str | Path, state: TrainingState) -> None:
-    """Makes the directory complete: to be written last."""
+    """Writes the state. Call it last: this file marks the directory as complete."""
     path = Path(checkpoint) / FOLDER / STATE_FILE
     path.parent.mkdir(exist_ok=True)
     content = dataclasses.asdict(state)
@@ -35,7 +35,7 @@ def write_training_state(checkpoint: str | Path, state: TrainingState) -> None:
 
 
 def read_training_state(checkpoint: str | Path) -> TrainingState | None:
-    """None if the directory was not written by training. Raises CheckpointError if torn."""
+    """Returns the state; None if training did not write the directory. Raises CheckpointError if it is damaged."""
     path = Path(checkpoint) / FOLDER / STATE_FILE
     if not path.is_file():
         return None
@@ -58,6 +58,6 @@ def read_training_state(checkpoint: str | Path) -> TrainingState | None:
 
 
 def read_step(checkpoint: str | Path) -> int | None:
-    """The step whose state the checkpoint holds; None if training did not write it."""
+    """Returns the checkpoint's step; None if training did not write it."""
     state = read_training_state(checkpoint)
     return None if state is None else state.step

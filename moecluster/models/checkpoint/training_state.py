@@ -1,14 +1,14 @@
-"""A checkpoint of training: an ordinary model directory, and in `training/` what only training needs.
+"""A training checkpoint: an ordinary model directory, with the files that only training needs in `training/`.
 
     config.json, tokenizer files, model.safetensors.index.json
     model-trunk.safetensors             all weights but the experts'
     model-layer-NNN-experts.safetensors the weights of a layer's experts
-    model-carried.safetensors           what the model was given with and nothing here trains, if there is any
+    model-carried.safetensors           tensors of the original model that are not trained, if there are any
     training/state.json                 TrainingState; a directory with it is complete
     training/optimizer-trunk.safetensors            keys STATE/PARAMETER
     training/optimizer-layer-NNN.safetensors        keys INDEX/STATE/PARAMETER
 
-What gates keep (a bias) are buffers of the trunk and stand with its weights.
+A gate's own state (a bias) is a buffer of the trunk and is saved with its weights.
 """
 
 from pathlib import Path
@@ -38,17 +38,17 @@ def trunk_optimizer_file(checkpoint: str | Path) -> Path:
 
 
 def read_optimizer_state(checkpoint: str | Path, expert: ExpertId) -> dict[str, torch.Tensor] | None:
-    """An expert's optimizer state by name; None if the checkpoint has none. Raises CheckpointError if torn."""
+    """Returns an expert's optimizer state by name; None if the checkpoint has none. Raises CheckpointError if torn."""
     return _read_tensors(expert_optimizer_file(checkpoint, expert.layer), f"{expert.index}/")
 
 
 def read_trunk_optimizer_state(checkpoint: str | Path) -> dict[str, torch.Tensor] | None:
-    """The trunk's optimizer state by name; None if the checkpoint has none. Raises CheckpointError if torn."""
+    """Returns the trunk's optimizer state by name; None if the checkpoint has none. Raises CheckpointError if torn."""
     return _read_tensors(trunk_optimizer_file(checkpoint), "")
 
 
 def _read_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor] | None:
-    """Tensors that own their memory, by their names without the prefix."""
+    """Reads the tensors whose names have the prefix; returns them by name without it. They own their memory."""
     if not path.is_file():
         return None
     files = FolderFiles(path.parent)

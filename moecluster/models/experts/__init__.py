@@ -1,1 +1,1 @@
-"""Experts out of checkpoints, one at a time, for each family."""
+"""Loads single experts from checkpoints, for every family."""

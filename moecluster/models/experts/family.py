@@ -1,4 +1,4 @@
-"""Experts of any family that transformers knows: it says where they stand in the checkpoint and what they compute."""
+"""Reads experts of any family of transformers, which defines their checkpoint keys and their computation."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,7 +17,7 @@ from moecluster.types import ExpertId, MoeLayer
 
 
 class FamilyExperts:
-    """An ExpertReader. The model is built once, on the meta device."""
+    """An ExpertReader. Builds the model once, on the meta device."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError or UnsupportedModelError."""
@@ -31,7 +31,7 @@ class FamilyExperts:
         rows = self._read_rows(expert, dtype)
         expected = {name: tuple(value.shape[1:]) for name, value in container.named_parameters(recurse=False)}
         self._check_shapes(expert, expected, rows)
-        # Parameters of one model must keep one order, whatever the order of the checkpoint's keys.
+        # The order of the parameters must not depend on the order of the checkpoint's keys.
         return ExpertShard.of_family(container, {name: rows[name].contiguous() for name in expected})
 
     def empty(self, expert: ExpertId) -> nn.Module:
@@ -62,7 +62,7 @@ class FamilyExperts:
         return self._sources_by_module[self._record(expert).name]
 
     def _reads(self, source: ParameterSource, expert: ExpertId) -> dict[str, tuple[str, int | None]]:
-        """Source pattern -> the key to read and, where the key holds all experts, the row."""
+        """Returns source pattern -> (key to read, row if the key holds all experts)."""
         num_experts = self._record(expert).num_experts
         reads: dict[str, tuple[str, int | None]] = {}
         for pattern, keys in source.keys.items():
@@ -83,7 +83,7 @@ class FamilyExperts:
         return reads
 
     def _read_rows(self, expert: ExpertId, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Parameter name -> the expert's row."""
+        """Returns parameter name -> the expert's row."""
         rows: dict[str, torch.Tensor] = {}
         for source in self._sources(expert):
             reads = self._reads(source, expert)
@@ -97,7 +97,7 @@ class FamilyExperts:
                 ) from error
             for name, value in converted.items():
                 row = value
-                if source.converter is not None:  # what conversions allocate is the reading thread's malloc's
+                if source.converter is not None:  # move the row out of the malloc memory that the conversion allocated
                     row = empty_mapped(tuple(value.shape), dtype)
                     row.copy_(value)
                 rows[name.rpartition(".")[2]] = row

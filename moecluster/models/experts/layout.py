@@ -1,4 +1,4 @@
-"""Under which keys a model's experts stand in its checkpoint: from the configuration alone, without a weight."""
+"""The checkpoint keys and shapes of a model's experts, from its config alone, without weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,16 +9,16 @@ from transformers import PreTrainedConfig
 from moecluster.hf.interface import moe_layers, refuse_unattachable
 from moecluster.hf.keys import rows_to_checkpoint
 from moecluster.hf.modelling import empty_model, keep_one_expert
-from moecluster.models.native.build import register_own_family
+from moecluster.models.native.build import register_native_family
 from moecluster.types import ExpertId, MoeLayer
 
 
 class ExpertLayout:
-    """The experts of a configuration, on the meta device. Built once; cheap to ask."""
+    """The experts of a config, on the meta device. Built once; lookups are cheap."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         """Raises UnsupportedModelError."""
-        register_own_family()
+        register_native_family()
         refuse_unattachable(config.model_type)
         self.model = empty_model(config)
         self.layers: tuple[MoeLayer, ...] = moe_layers(self.model)
@@ -26,7 +26,7 @@ class ExpertLayout:
         keep_one_expert(self.model)
 
     def record(self, expert: ExpertId) -> MoeLayer | None:
-        """The layer that the expert stands in; None if the model has no such expert."""
+        """Returns the expert's layer; None if the model has no such expert."""
         record = self._layer_of.get(expert.layer)
         return record if record is not None and 0 <= expert.index < record.num_experts else None
 
@@ -34,7 +34,7 @@ class ExpertLayout:
         return tuple(ExpertId(layer=layer, index=index) for index in range(self._layer_of[layer].num_experts))
 
     def parameters(self, expert: ExpertId) -> dict[str, torch.Tensor]:
-        """The expert's parameters by name, as meta tensors."""
+        """Returns the expert's parameters by name, as meta tensors."""
         record = self.record(expert)
         assert record is not None, f"no expert {expert}"
         container = self.model.get_submodule(record.name)
@@ -44,9 +44,9 @@ class ExpertLayout:
         return {name: value.detach()[0] for name, value in container.named_parameters(recurse=False)}
 
     def checkpoint_state(self, expert: ExpertId, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The expert's parameters under the keys that `from_pretrained` loads back.
+        """Returns the expert's parameters under the keys that `from_pretrained` reads.
 
-        Of families that know only fused keys, each value is a slice [1, ...]: see `join_experts`.
+        In families that have only fused keys, each value is a slice [1, ...]: see `join_experts`.
         """
         record = self.record(expert)
         assert record is not None, f"no expert {expert}"
@@ -56,20 +56,20 @@ class ExpertLayout:
         return rows_to_checkpoint(self.model, rows, expert.index)
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key -> shape, of all experts of a layer."""
+        """Returns checkpoint key -> shape for all experts of a layer."""
         states = [self.checkpoint_state(expert, self.parameters(expert)) for expert in self.experts_of(layer)]
         return {key: tuple(value.shape) for key, value in join_experts(states).items()}
 
 
 def holds_modules(container: nn.Module) -> bool:
-    """Whether the experts are modules of their own (our family) and not rows of fused parameters."""
+    """Whether each expert is a module of its own (the native family), not a row of fused parameters."""
     return next(container.parameters(recurse=False), None) is None
 
 
 def join_experts(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Joins what `checkpoint_state` gave for all experts, in order of layer and index, into one checkpoint state.
+    """Joins the `checkpoint_state` of all experts, given in order of layer and index, into one checkpoint state.
 
-    A key that several experts share holds rows, and theirs are concatenated.
+    The rows of a key that several experts share are concatenated.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for state in states:

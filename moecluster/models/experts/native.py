@@ -1,4 +1,4 @@
-"""Experts of our own family, which are modules in a list: read without transformers."""
+"""Reads experts of the native family, which are modules in a list, without transformers."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from moecluster.moe.experts.base import Expert
 from moecluster.moe.experts.registry import make_expert
 from moecluster.types import ExpertId, MoeLayer
 
-OWN_MODEL_TYPE = "moecluster"
+NATIVE_MODEL_TYPE = "moecluster"
 
 
-def own_experts(checkpoint: Checkpoint) -> "OwnExpertReader | None":
-    """None for a model of another family. Raises UnsupportedModelError for settings that make no expert."""
-    return OwnExpertReader(checkpoint) if checkpoint.config().get("model_type") == OWN_MODEL_TYPE else None
+def native_experts(checkpoint: Checkpoint) -> "NativeExpertReader | None":
+    """Returns a reader; None for another family. Raises UnsupportedModelError if the config makes no valid expert."""
+    return NativeExpertReader(checkpoint) if checkpoint.config().get("model_type") == NATIVE_MODEL_TYPE else None
 
 
-class OwnExpertReader:
+class NativeExpertReader:
     """An ExpertReader."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -66,7 +66,7 @@ class OwnExpertReader:
         return tuple((key, None) for key in self._keys(expert).values())
 
     def _keys(self, expert: ExpertId) -> dict[str, str]:
-        """Name in the expert's state -> checkpoint key."""
+        """Returns name in the expert's state dict -> checkpoint key."""
         prefix = next(layer.name for layer in self.layers if layer.layer == expert.layer)
         return {name: f"{prefix}.{expert.index}.{name}" for name in self._empty.state_dict()}
 

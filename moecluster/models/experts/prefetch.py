@@ -1,7 +1,7 @@
-"""Experts out of a checkpoint, several being read at a time: the next ones while the last one is put to use.
+"""Reads several experts of a checkpoint at a time, ahead of the one that the caller is using.
 
-Reading releases Python's lock, so threads fill a disk's queue, or a network's, and all cores where bytes come from the
-page cache. What is read ahead stays bounded.
+Reading releases the GIL, so threads fill the queue of a disk or network, or use all cores when bytes come from the page
+cache. The amount read ahead is bounded.
 """
 
 import math
@@ -17,8 +17,8 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId
 
 READERS = 4
-MAX_AHEAD_BYTES = 64 * 2**20  # of experts that are read or wait, beside the first two
-LOOK_EVERY_S = 0.1  # whether the reading is still wanted, while nothing comes
+MAX_AHEAD_BYTES = 64 * 2**20  # of experts being read or waiting; two are always allowed
+POLL_EVERY_S = 0.1  # how often `check` runs while an expert is being read
 
 
 def read_ahead(
@@ -30,9 +30,9 @@ def read_ahead(
     readers: int = READERS,
     max_ahead_bytes: int = MAX_AHEAD_BYTES,
 ) -> Iterator[tuple[ExpertId, nn.Module]]:
-    """The experts in their order, which is taken as they are begun. Raises what loading the next one raises.
+    """Yields the experts in order. Takes each from `experts` when its read starts. Raises what loading it raises.
 
-    check is asked before an expert is begun and while it is waited for; what it raises ends the reading.
+    check: called before an expert's read starts and while it is waited for. An exception from it ends the reading.
     """
     wanted = iter(experts)
     ahead: deque[tuple[ExpertId, int, Future[nn.Module]]] = deque()
@@ -51,23 +51,23 @@ def read_ahead(
                 return
             expert, num_bytes, reading = ahead.popleft()
             module = _wait(reading, expert, check)
-            del reading  # it holds the module, which may be unloaded before the next one is there
+            del reading  # it references the module, which the caller may unload before asking for the next one
             ahead_bytes -= num_bytes
             yield expert, module
             del module
     finally:
-        # A read that hangs must not keep who has given up on it.
+        # A hanging read must not block a caller that has given up.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def loaded_bytes(source: ExpertSource, expert: ExpertId, dtype: torch.dtype) -> int:
-    """Bytes that the expert takes once it is loaded."""
+    """Returns the bytes that the expert takes once loaded."""
     return sum(math.prod(value.shape) for value in source.empty(expert).parameters()) * dtype.itemsize
 
 
 def _wait(reading: "Future[nn.Module]", expert: ExpertId, check: Callable[[ExpertId], None]) -> nn.Module:
     while True:
         try:
-            return reading.result(LOOK_EVERY_S)
+            return reading.result(POLL_EVERY_S)
         except NotYet:
             check(expert)

@@ -1,4 +1,4 @@
-"""Single experts straight out of a checkpoint directory."""
+"""Loads single experts straight from a checkpoint directory."""
 
 import importlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 from moecluster.errors import CheckpointError
 from moecluster.models.checkpoint.headers import TensorInfo
 from moecluster.models.checkpoint.reader import Checkpoint
-from moecluster.models.experts.native import own_experts
+from moecluster.models.experts.native import native_experts
 from moecluster.models.experts.swiglu import swiglu_experts
 from moecluster.types import ExpertId, MoeLayer
 
@@ -18,7 +18,7 @@ Origin = tuple[tuple[int | None, ...], ...]
 
 
 class ExpertReader(Protocol):
-    """What knows the experts of one checkpoint. It is asked for experts of its layers only."""
+    """Reads the experts of one checkpoint. Callers pass only experts of its layers."""
 
     layers: tuple[MoeLayer, ...]
 
@@ -39,41 +39,40 @@ class ExpertSource:
     """Loads experts one at a time, reading only their own bytes.
 
     Works for any family that moecluster can attach, in both checkpoint layouts (keys per expert, or fused keys per
-    layer), and for our own family, whose experts are modules in a list. transformers is imported only for families
-    that need it. Every method raises CheckpointError for a checkpoint that is torn, incomplete or of another shape.
+    layer), and for the native family, whose experts are modules in a list. Imports transformers only for families that
+    need it. Every method raises CheckpointError if the checkpoint is torn, incomplete or of another shape.
     """
 
     def __init__(self, path: str | Path | Checkpoint) -> None:
-        """path: a directory of this host, or a checkpoint that is open already. Raises CheckpointError or
-        UnsupportedModelError."""
+        """path: a directory on this host, or an open checkpoint. Raises CheckpointError or UnsupportedModelError."""
         self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
         self._reader: ExpertReader = (
-            own_experts(self.checkpoint) or swiglu_experts(self.checkpoint) or _family_experts(self.checkpoint)
+            native_experts(self.checkpoint) or swiglu_experts(self.checkpoint) or _family_experts(self.checkpoint)
         )
         self.layers: tuple[MoeLayer, ...] = self._reader.layers
 
     def load(self, expert: ExpertId, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The expert as a module on the CPU: rows [n, D] in, rows [n, D] out, without the gate weight."""
+        """Returns the expert as a module on the CPU: rows [n, D] -> rows [n, D], not multiplied by the gate weight."""
         self._check(expert)
         return self._reader.load(expert, dtype)
 
     def empty(self, expert: ExpertId) -> nn.Module:
-        """The same module on the meta device: names and shapes, and `load_state_dict(..., assign=True)` fills it."""
+        """Returns the same module on the meta device; `load_state_dict(..., assign=True)` fills it."""
         self._check(expert)
         return self._reader.empty(expert)
 
     def expert_bytes(self, expert: ExpertId) -> int:
-        """Bytes that the expert has in the checkpoint, from headers alone."""
+        """Returns the expert's bytes in the checkpoint, from headers alone."""
         self._check(expert)
         return self._reader.expert_bytes(expert)
 
     def reads(self, expert: ExpertId) -> tuple[tuple[str, int | None], ...]:
-        """The checkpoint's keys that the expert is made of; with a row where a key holds all experts of the layer."""
+        """Returns the checkpoint keys of the expert, each with the row if the key holds all experts of the layer."""
         self._check(expert)
         return self._reader.reads(expert)
 
     def origin(self, expert: ExpertId) -> Origin | None:
-        """Where on the disk the expert's bytes lie: experts of one origin are equal. None if that cannot be told."""
+        """Returns where on disk the expert's bytes are: experts with the same origin are equal. None if unknown."""
         parts = []
         try:
             for key, row in self.reads(expert):
@@ -83,7 +82,7 @@ class ExpertSource:
                 file = info.file.stat()
                 parts.append((file.st_dev, file.st_ino, file.st_mtime_ns, info.begin, info.num_bytes, row))
         except (CheckpointError, OSError):
-            return None  # loading says what is wrong
+            return None  # loading will report the error
         return tuple(parts)
 
     def _check(self, expert: ExpertId) -> None:
@@ -93,7 +92,7 @@ class ExpertSource:
 
 
 def _family_experts(checkpoint: Checkpoint) -> ExpertReader:
-    """Imported here and not above: with it comes transformers' modelling code, 150 MB and seconds of start."""
+    """Imports family.py lazily: it brings in transformers' modelling code, 150 MB and seconds of startup."""
     module = importlib.import_module("moecluster.models.experts.family")
     reader: ExpertReader = module.FamilyExperts(checkpoint)
     return reader

@@ -1,8 +1,8 @@
-"""Experts of the families that keep plain SwiGLU under one of two namings, read without transformers.
+"""Reads experts of families with plain SwiGLU under one of two naming schemes, without transformers.
 
-For these the checkpoint's keys and a few settings of config.json say all, and a process that only serves experts starts
-two seconds sooner and is 150 MB smaller. Whatever does not fit to the letter is left to transformers
-(family.py), which also says what is wrong with it.
+For these, the checkpoint keys and a few settings of config.json are enough, and a process that only serves experts
+starts two seconds sooner and is 150 MB smaller. Any checkpoint that does not fit exactly is left to transformers
+(family.py), which also reports what is wrong with it.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ from moecluster.types import ExpertId, MoeLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """How a checkpoint with keys per expert names them; fused keys are named alike everywhere."""
+    """The key names in a checkpoint with keys per expert. Fused keys have the same names in all families."""
 
-    block: str  # the part of a decoder layer that holds the experts
+    block: str  # the submodule of a decoder layer that holds the experts
     gate: str
     up: str
     down: str
@@ -34,7 +34,7 @@ class Naming:
 _MLP = Naming(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
 _BLOCK_SPARSE = Naming(block="block_sparse_moe", gate="w1", up="w3", down="w2")
 
-# model_type -> naming, of families whose layers are model.layers.{n}.mlp in transformers and dense or MoE each.
+# model_type -> naming, for families whose layers are model.layers.{n}.mlp in transformers, each dense or MoE.
 NAMINGS: Mapping[str, Naming] = {
     **dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2"), _BLOCK_SPARSE),
     **dict.fromkeys(
@@ -47,19 +47,18 @@ NAMINGS: Mapping[str, Naming] = {
     ),
 }  # fmt: skip
 
-# A family whose checkpoints are made of several models, and that of its language model alone: the first have their
-# layers under another prefix.
+# A multimodal family, whose layers have another prefix, and the family of its language model alone.
 LANGUAGE_MODELS: Mapping[str, Naming] = dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), _MLP)
 _PREFIXES: tuple[str, ...] = ("model.layers", "model.language_model.layers")
 
-# What families call the number E of routed experts, and their inner width F: the first that is set counts.
+# The families' names for the number E of routed experts, and for their inner width F. The first that is set counts.
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _INNER_SIZE_NAMES = ("moe_intermediate_size", "intermediate_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Numbers of a configuration."""
+    """The sizes in a config."""
 
     num_layers: int
     num_experts: int
@@ -68,7 +67,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self | None:
-        """None if config.json leaves one to its family's defaults."""
+        """Returns the sizes; None if config.json leaves one of them to the family's default."""
         layers, hidden = config.get("num_hidden_layers"), config.get("hidden_size")
         experts, inner = _first(config, _NUM_EXPERTS_NAMES), _first(config, _INNER_SIZE_NAMES)
         if not (isinstance(layers, int) and isinstance(hidden, int)):
@@ -79,7 +78,7 @@ class Sizes:
 
 
 def swiglu_experts(checkpoint: Checkpoint) -> "SwigluExperts | None":
-    """The experts, if the family is known here and every one of them has the keys, shapes and dtypes it should have."""
+    """Returns a reader if the family is known here and all experts have the expected keys, shapes and dtypes."""
     family, config = str(checkpoint.config().get("model_type")), checkpoint.config()
     naming = NAMINGS.get(family)
     starts = _PREFIXES[:1]
@@ -139,7 +138,7 @@ class SwigluExperts:
 
 
 class PerExpertLayer:
-    """A layer whose experts have keys of their own."""
+    """A layer with keys per expert."""
 
     def __init__(self, prefix: str, naming: Naming, sizes: Sizes) -> None:
         self._prefix, self._naming, self._sizes = prefix, naming, sizes
@@ -176,7 +175,8 @@ class PerExpertLayer:
 
 
 class FusedLayer:
-    """A layer with a key for all its experts: the gate's rows first, then the up projection's."""
+    """A layer with fused keys for all experts. gate_up_proj has the gate projection's rows first, then the up
+    projection's."""
 
     def __init__(self, prefix: str, sizes: Sizes) -> None:
         self._sizes = sizes

@@ -1,1 +1,1 @@
-"""Our own small family of models."""
+"""The native model family: a small MoE language model."""

@@ -1,4 +1,4 @@
-"""Configuration of our own small MoE language model, as transformers keeps it in config.json."""
+"""The transformers config of the native family."""
 
 from typing import Any, ClassVar
 
@@ -8,12 +8,12 @@ from moecluster.config.sections import ModelConfig
 from moecluster.models.tokenizer.byte_level import BEGIN_ID, END_ID, PAD_ID, VOCAB_SIZE
 
 
-class OwnConfig(PreTrainedConfig):
-    """A Mixtral-like trunk with the gate and the kind of expert as choices. Fields have transformers' names."""
+class NativeConfig(PreTrainedConfig):
+    """A Mixtral-like trunk with a choice of gate and expert kind. Fields have transformers' names."""
 
     model_type: ClassVar[str] = "moecluster"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    default_theta = 10000.0  # transformers reads it where rope_parameters is left out
+    default_theta = 10000.0  # transformers uses it if rope_parameters is not set
 
     vocab_size: int = VOCAB_SIZE
     hidden_size: int = 128
@@ -44,10 +44,10 @@ class OwnConfig(PreTrainedConfig):
     num_shared_experts: int = 0
 
 
-def own_config(model: ModelConfig) -> OwnConfig:
-    """From the settings in TOML to transformers' configuration. The byte vocabulary brings its begin and end marks."""
+def native_config(model: ModelConfig) -> NativeConfig:
+    """Converts the [model] settings to a transformers config. The byte vocabulary also sets its special token ids."""
     is_bytes = model.vocab_size == VOCAB_SIZE
-    return OwnConfig(
+    return NativeConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_layers,

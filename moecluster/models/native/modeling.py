@@ -1,4 +1,4 @@
-"""Our own small MoE language model: Mixtral's attention, norms and rotary embedding around our gates and experts.
+"""The native MoE language model: Mixtral's attention, norms and rotary embedding around moecluster's gates and experts.
 
 B sequences, S positions, T = B * S tokens; other shape letters as in types.py.
 """
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm, MixtralRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from moecluster.models.native.configuration import OwnConfig
+from moecluster.models.native.configuration import NativeConfig
 from moecluster.moe.experts.base import Expert
 from moecluster.moe.experts.registry import make_expert
 from moecluster.moe.gates.base import Gate
@@ -27,18 +27,18 @@ from moecluster.types import Routing
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMarks:
-    """What gates may know of tokens besides their hidden states."""
+    """Per-token inputs of gates besides the hidden states."""
 
-    input_ids_T: torch.Tensor | None  # int64; None where the caller gave embeddings
+    input_ids_T: torch.Tensor | None  # int64; None if the caller gave embeddings
     sequence_ids_T: torch.Tensor  # int64 in [0, B)
     valid_T: torch.Tensor | None  # bool, False at padding; None: all valid
 
 
 @use_experts_implementation
-class OwnExperts(nn.ModuleList):
+class NativeExperts(nn.ModuleList):
     """The experts of one layer; their keys are `experts.{i}.<parameter>`."""
 
-    def __init__(self, config: OwnConfig) -> None:
+    def __init__(self, config: NativeConfig) -> None:
         super().__init__(
             make_expert(
                 config.expert_kind,
@@ -52,7 +52,7 @@ class OwnExperts(nn.ModuleList):
         self.hidden_dim = config.hidden_size
 
     def forward(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """y_TD: the weighted sum of each token's experts, added in float32 in the order of the experts."""
+        """Returns y_TD: the weighted sum of each token's experts, added in float32 in the order of expert index."""
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for index, expert in enumerate(self):
             rows_n, choices_n = torch.where(ids_TK == index)
@@ -62,10 +62,10 @@ class OwnExperts(nn.ModuleList):
         return y_TD.to(x_TD.dtype)
 
 
-class OwnMoeBlock(nn.Module):
-    """Gate, routed experts, and shared experts that every token visits."""
+class NativeMoeBlock(nn.Module):
+    """Gate, routed experts, and shared experts that process every token."""
 
-    def __init__(self, config: OwnConfig) -> None:
+    def __init__(self, config: NativeConfig) -> None:
         super().__init__()
         self.gate = make_gate(
             config.gate,
@@ -74,12 +74,12 @@ class OwnMoeBlock(nn.Module):
             top_k=config.num_experts_per_tok,
             **(config.gate_options or {}),
         )
-        self.experts = OwnExperts(config)
+        self.experts = NativeExperts(config)
         shared_size = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = _dense(config, shared_size) if shared_size else None
 
     def forward(self, x_BSD: torch.Tensor, marks: TokenMarks | None = None) -> tuple[torch.Tensor, Routing]:
-        """Without marks, a row is a sequence of tokens that are all valid, and of unknown ids."""
+        """Without marks, each row of the batch is one sequence, all tokens are valid, and their ids are unknown."""
         marks = marks or _token_marks(None, x_BSD.shape, None, x_BSD.device)
         x_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.gate(
@@ -91,21 +91,21 @@ class OwnMoeBlock(nn.Module):
         return y_TD.view_as(x_BSD), routing
 
 
-def _dense(config: OwnConfig, inner_size: int) -> Expert:
-    """A feed-forward layer of the experts' kind, for every token."""
+def _dense(config: NativeConfig, inner_size: int) -> Expert:
+    """Returns a dense feed-forward layer of the experts' kind."""
     return make_expert(
         config.expert_kind, hidden_size=config.hidden_size, inner_size=inner_size, activation=config.hidden_act
     )
 
 
-class OwnDecoderLayer(nn.Module):
-    """Attention and either experts or a dense feed-forward layer, each on a normed copy of the residual stream."""
+class NativeDecoderLayer(nn.Module):
+    """A pre-norm decoder layer: attention, then either experts or a dense feed-forward layer."""
 
-    def __init__(self, config: OwnConfig, layer: int) -> None:
+    def __init__(self, config: NativeConfig, layer: int) -> None:
         super().__init__()
         self.is_moe = layer in config.moe_layers
-        self.self_attn = MixtralAttention(config, layer)  # type: ignore[arg-type]  # it reads what OwnConfig has
-        self.mlp = OwnMoeBlock(config) if self.is_moe else _dense(config, config.intermediate_size)
+        self.self_attn = MixtralAttention(config, layer)  # type: ignore[arg-type]  # it reads what NativeConfig has
+        self.mlp = NativeMoeBlock(config) if self.is_moe else _dense(config, config.intermediate_size)
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -119,14 +119,14 @@ class OwnDecoderLayer(nn.Module):
         return x_BSD + y_BSD, routing
 
 
-class OwnPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of the family."""
+class NativePreTrainedModel(PreTrainedModel):
+    """The family's settings for transformers."""
 
-    config: OwnConfig
-    config_class = OwnConfig
+    config: NativeConfig
+    config_class = NativeConfig
     base_model_prefix = "model"
     # The names and the mutable types are transformers' own.
-    _no_split_modules = ["OwnDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["NativeDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"\.mlp\.gate\."]  # noqa: RUF012
     _supports_flash_attn = True
@@ -143,20 +143,20 @@ class OwnPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(buffer)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """transformers' own default, grouped_mm, would look for fused weights."""
+        """Defaults to eager: transformers' own default, grouped_mm, needs fused weights."""
         implementation: str = super().get_correct_experts_implementation(requested_experts or "eager")
         return implementation
 
 
-class OwnModel(OwnPreTrainedModel):
+class NativeModel(NativePreTrainedModel):
     """The trunk up to the final norm."""
 
-    def __init__(self, config: OwnConfig) -> None:
+    def __init__(self, config: NativeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(OwnDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(NativeDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = MixtralRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what OwnConfig has
+        self.rotary_emb = MixtralRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what NativeConfig has
         self.post_init()
 
     def forward(
@@ -169,7 +169,7 @@ class OwnModel(OwnPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Cache | None, dict[int, Routing]]:
-        """(hidden states [B, S, D] after the final norm, the cache, layer -> its routing)."""
+        """Returns (hidden states [B, S, D] after the final norm, the cache, layer -> its routing)."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
@@ -207,7 +207,7 @@ class OwnModel(OwnPreTrainedModel):
 def _token_marks(
     input_ids_BS: torch.Tensor | None, shape: torch.Size, attention_mask: Any, device: torch.device
 ) -> TokenMarks:
-    """attention_mask: [B, S] or, with a cache, [B, earlier + S]; other forms of mask say nothing about padding."""
+    """attention_mask: [B, S] or, with a cache, [B, earlier + S]. Masks of other shapes are not used to find padding."""
     num_sequences, num_positions = shape[:2]
     is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
     return TokenMarks(
@@ -219,31 +219,31 @@ def _token_marks(
 
 @dataclass(frozen=True, kw_only=True)
 class LossParts:
-    """What a forward call's loss is made of, without gradient."""
+    """The parts of a forward call's loss, without gradient."""
 
-    cross_entropy: torch.Tensor | None  # None: without labels
-    aux_losses: Mapping[str, torch.Tensor]  # kind -> that loss over all layers, with its coefficient
+    cross_entropy: torch.Tensor | None  # None: no labels were given
+    aux_losses: Mapping[str, torch.Tensor]  # kind -> auxiliary loss summed over all layers, times its coefficient
 
 
-class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
-    """The language model. Its loss contains the gates' losses; `last_routings` keeps what the last forward decided."""
+class NativeForCausalLM(NativePreTrainedModel, GenerationMixin):
+    """The language model. Its loss includes the gates' losses. `last_routings` holds the last forward's routings."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  # transformers' own type
 
-    def __init__(self, config: OwnConfig) -> None:
+    def __init__(self, config: NativeConfig) -> None:
         super().__init__(config)
-        self.model = OwnModel(config)
+        self.model = NativeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.last_routings: dict[int, Routing] = {}  # layer -> routing without gradient
         self.last_losses = LossParts(cross_entropy=None, aux_losses={})
         self.post_init()
 
     def gates(self) -> dict[int, Gate]:
-        """Layer -> its gate, for `begin_micro_batch` and `after_step`."""
+        """Returns layer -> gate, for `begin_micro_batch` and `after_step`."""
         return {index: layer.mlp.gate for index, layer in enumerate(self.model.layers) if layer.is_moe}
 
     def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
-        """Make all gates' noise a function of these numbers."""
+        """Seeds the noise of all gates from these numbers."""
         for layer, gate in self.gates().items():
             gate.begin_micro_batch(seed=seed, step=step, micro_batch=micro_batch, layer=layer)
 
@@ -260,7 +260,8 @@ class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """labels: [B, S], shifted here, -100 is ignored. aux_loss: the gates' losses, added up, part of loss."""
+        """labels: [B, S], shifted here; -100 is ignored. The output's aux_loss is the sum of the gates' losses and is
+        part of its loss."""
         hidden_BSD, past_key_values, routings = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -286,9 +287,9 @@ class OwnForCausalLM(OwnPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=past_key_values)
 
     def _aux_losses(self, routings: Mapping[int, Routing]) -> dict[str, torch.Tensor]:
-        """Kind -> that loss over all layers, with its coefficient."""
+        """Returns kind -> auxiliary loss summed over all layers, times its coefficient."""
         losses: dict[str, list[torch.Tensor]] = {}
-        any_gate = next(iter(self.gates().values()))  # all are alike
+        any_gate = next(iter(self.gates().values()))  # all have the same type and options
         pooled = any_gate.pooled_losses([routing.pool for routing in routings.values()])
         for of_layer in (*(routing.aux_losses for routing in routings.values()), pooled):
             for kind, loss in of_layer.items():

@@ -1,1 +1,1 @@
-"""Tokenizers: loaded, and their text streamed token by token."""
+"""Tokenizers: loading, and streaming detokenization."""

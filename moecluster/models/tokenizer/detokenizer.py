@@ -1,4 +1,4 @@
-"""Token ids -> text piece by piece, for any tokenizer, never showing half a character."""
+"""Streaming detokenization for any tokenizer: token ids -> text, never with half a character."""
 
 import codecs
 from collections.abc import Iterable
@@ -6,28 +6,29 @@ from itertools import takewhile
 
 from moecluster.models.tokenizer.decoding import REPLACEMENT, Detokenizer
 
-WINDOW_TOKENS = 24  # decoded again at each token, at most, unless their text is shorter than the anchor
-ANCHOR_CHARACTERS = 8  # that are shown and decoded again, so that what follows reads as it does in the whole
+WINDOW_TOKENS = 24  # at most this many are decoded again at each token, unless their text is shorter than the anchor
+ANCHOR_CHARACTERS = 8  # emitted characters that stay in the window, so that what follows decodes as in the whole text
 
 
 class StreamingDecoder:
-    """Decodes a growing sequence. The pieces, joined, are what decoding the whole at once gives.
+    """Decodes a growing sequence. The chunks, joined, equal the text of decoding all tokens at once.
 
-    Held back is what a later token may change: bytes that are not yet a character; spaces where the tokenizer cleans
-    them up; and a run of byte-fallback tokens until its end, for one wrong byte turns all of it into replacement marks.
-    Only a short window is decoded again at each token. Its front is cut off where its end then still reads the same.
+    It holds back what a later token may change: bytes that are not yet a character; spaces, if the tokenizer cleans
+    them up; and a run of byte-fallback tokens until its end, since one invalid byte turns the whole run into
+    replacement characters. Only a short window is decoded again at each token. Tokens are dropped from the start of
+    the window if the end still decodes to the same text without them.
     """
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self._detokenizer = detokenizer
         self._window: list[int] = []
         self._text = ""  # of the window
-        self._shown = 0  # characters of it that were given out
+        self._shown = 0  # characters of it that were returned
         self._cut_at = WINDOW_TOKENS
-        self._run = _ByteRun()  # behind the window
+        self._run = _ByteRun()  # after the window
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token; often empty in the middle of a character."""
+        """Returns the text that is final with this token; often empty in the middle of a character."""
         token = self._detokenizer.shown_token(token_id)
         if token is None:
             return ""
@@ -46,16 +47,16 @@ class StreamingDecoder:
         return piece
 
     def pending(self) -> str:
-        """About what finish() would give, without half a character at its end; costs no decoding."""
+        """Returns about what finish() would return, without half a character at its end. Costs no decoding."""
         return (self._text[self._shown :] + self._run.text).rstrip(REPLACEMENT)
 
     def finish(self) -> str:
-        """What was held back, with replacement characters for bytes that never became text. Changes nothing."""
+        """Returns the text held back, with replacement characters for incomplete bytes. Does not change the state."""
         text = self._detokenizer.decode([*self._window, *self._run.ids]) if self._run.ids else self._text
         return text[self._shown :]
 
     def _cut(self) -> None:
-        """Halves the window, if what is left of it reads as it did; tries later if not."""
+        """Halves the window if the rest still decodes to the same text; otherwise tries again later."""
         window = self._window[len(self._window) // 2 :]
         text = self._detokenizer.decode(window)
         not_shown = len(self._text) - self._shown
@@ -68,16 +69,16 @@ class StreamingDecoder:
 
 
 def _same_characters(first: Iterable[str], second: Iterable[str]) -> int:
-    """How many there are before the first that differ."""
+    """Returns the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 class _ByteRun:
-    """Byte-fallback tokens in a row."""
+    """A run of byte-fallback tokens."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.text = ""  # its whole characters; empty once a byte was wrong
+        self.text = ""  # its complete characters; empty once a byte was invalid
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._wrong = False
 

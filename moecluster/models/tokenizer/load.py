@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: texts and conversations to the ids that its model goes on from."""
+"""Loads a checkpoint's tokenizer, and turns prompts and chat messages into token ids."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_confi
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises CheckpointError, which names the file at fault where one shows."""
+    """Loads the tokenizer of a model directory. Raises CheckpointError, naming the faulty file if it can be found."""
     directory = Path(path)
     if not os.path.isdir(directory):
         raise CheckpointError(f"no tokenizer directory at {directory}: give a directory with tokenizer.json")
@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _fault(directory: Path) -> str | None:
-    """What is wrong with which of the files that a tokenizer is made of. None: nothing shows."""
+    """Returns which tokenizer file is faulty and why; None if nothing is found."""
     for name in (*_JSON_FILES, *_MODEL_FILES):
         file = directory / name
         problem = file_problem(file) if os.path.lexists(file) else None
@@ -68,7 +68,7 @@ def _fault(directory: Path) -> str | None:
 
 
 def _settings_fault(tokenizer: Path, settings: Path) -> str | None:
-    """The tokenizer itself is whole: whether what tokenizer_config.json says of it is at fault."""
+    """Returns what is wrong with tokenizer_config.json, given an intact tokenizer.json; None if nothing is found."""
     try:
         with reading(settings, "copy it again, as it belongs to this tokenizer.json"):
             PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), **read_object(settings, ""))
@@ -78,7 +78,7 @@ def _settings_fault(tokenizer: Path, settings: Path) -> str | None:
 
 
 def _check_template(directory: Path, template: str | Mapping[str, str] | None) -> None:
-    """Raises CheckpointError for a chat template that is no Jinja template."""
+    """Raises CheckpointError if a chat template is not valid Jinja."""
     file = next((directory / name for name in _TEMPLATE_FILES if (directory / name).is_file()), directory)
     named = (template,) if isinstance(template, str) else (template or {}).values()
     for text in named:
@@ -87,7 +87,7 @@ def _check_template(directory: Path, template: str | Mapping[str, str] | None) -
 
 
 def prompt_ids(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
-    """The prompt as ids that the model can take. Raises InvalidMessage, naming the field."""
+    """Returns the prompt as ids within the vocabulary. Raises InvalidMessage, naming the field."""
     if request.messages_json:
         field, ids = "messages_json", _chat_ids(request.messages_json, tokenizer)
     elif request.prompt_ids:
@@ -107,14 +107,14 @@ def prompt_ids(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase, v
 
 
 def _chat_ids(messages_json: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """By the checkpoint's chat template, with the head of the assistant's answer at its end."""
+    """Applies the checkpoint's chat template, with the generation prompt at the end."""
     if tokenizer.chat_template is None:
         raise InvalidMessage("messages_json: the checkpoint has no chat template; give it a plain text instead")
     try:
-        # As two steps: templates bring their own special tokens along.
+        # Two steps, since templates already contain their special tokens.
         messages = fit_to_template(json.loads(messages_json), tokenizer)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # lone surrogates are no text
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # raises for lone surrogates
     except (TemplateError, ValueError, TypeError, KeyError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise InvalidMessage(f"messages_json: the checkpoint's chat template refuses it: {reason}") from exc

@@ -1,4 +1,4 @@
-"""The bytes that a single token stands for, for any tokenizer: what log-probabilities are shown with."""
+"""Returns the bytes of a single token, for any tokenizer, as reported with log-probabilities."""
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -7,7 +7,7 @@ from moecluster.models.tokenizer.decoding import REPLACEMENT, Detokenizer
 
 
 class TokenBytes:
-    """What a token adds to a text that it stands in the middle of; of a part of a character, its bytes."""
+    """Gives the text, as bytes, that a token adds in the middle of a text; for part of a character, its raw bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, detokenizer: Detokenizer) -> None:
         self._detokenizer = detokenizer
@@ -16,7 +16,8 @@ class TokenBytes:
         self._before_text = detokenizer.decode(self._before)
 
     def of(self, token_id: int) -> bytes:
-        """Empty for an id without a token. Special tokens, which no text shows, by their name."""
+        """Returns the token's bytes; empty for an id without a token. For a special token, which decoding skips, its
+        name."""
         token = self._detokenizer.shown_token(token_id)
         if token is None:
             return (self._detokenizer.token(token_id) or "").encode()

@@ -1,1 +1,1 @@
-"""New weights for a cluster that serves: whether they fit, and checkpoints composed of two."""
+"""New weights for a serving cluster: compatibility checks, and composing one checkpoint from two."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can take another one's place: the same layers, experts and widths."""
+"""Checks whether one checkpoint can replace another: same layers, experts and widths."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from moecluster.types import ExpertId
 
 
 def check_same_shape(served: str | Path | Checkpoint, wanted: str | Path | Checkpoint) -> None:
-    """Reads headers only. Raises CheckpointError, in one line, if `wanted` is not whole or of another shape than
-    `served`; UnsupportedModelError if it is of a family that cannot be read."""
+    """Reads headers only. Raises CheckpointError, in one line, if `wanted` is incomplete or its shapes differ from
+    those of `served`; UnsupportedModelError if its family is not supported."""
     new, old = ExpertSource(wanted), ExpertSource(served)
     wanted, served = new.checkpoint.path, old.checkpoint.path
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
@@ -30,7 +30,7 @@ def check_same_shape(served: str | Path | Checkpoint, wanted: str | Path | Check
                 f"{wanted} is of another model than {served}: the experts of layer {layer.layer} have shapes "
                 f"{_listed(is_)}, not {_listed(was)}"
             )
-    if new.checkpoint.tensors.keys() == old.checkpoint.tensors.keys():  # else another layout; loading says the rest
+    if new.checkpoint.tensors.keys() == old.checkpoint.tensors.keys():  # another layout is checked when it is loaded
         for key, info in sorted(old.checkpoint.tensors.items()):
             shape = new.checkpoint.info(key).shape
             if shape != info.shape:
@@ -38,7 +38,7 @@ def check_same_shape(served: str | Path | Checkpoint, wanted: str | Path | Check
 
 
 def sizes(source: ExpertSource) -> dict[int, int]:
-    """MoE layer -> its number of experts."""
+    """Returns MoE layer -> number of experts."""
     return {layer.layer: layer.num_experts for layer in source.layers}
 
 

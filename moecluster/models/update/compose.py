@@ -1,7 +1,7 @@
-"""A checkpoint put together out of two: some experts, and the trunk or not, of one, all else of the other.
+"""Composes a checkpoint from two: some experts, and optionally the trunk, from one; everything else from the other.
 
-What comes out is an ordinary directory that anybody can read: every tensor stands in exactly one file. A shard of which
-every tensor is wanted is linked; of the others, what is wanted is copied, byte for byte.
+The result is an ordinary model directory: every tensor is in exactly one file. A shard is linked if all its tensors are
+wanted; otherwise the wanted tensors are copied, byte for byte.
 """
 
 import json
@@ -21,29 +21,29 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.models.update.compatibility import check_same_shape
 from moecluster.types import ExpertId
 
-MAX_SHARD_BYTES = 4 * 2**30  # of the shards that are written
-SCALES = ("_scale_inv", "_blocks", "_scales")  # endings of what belongs to a quantized tensor
+MAX_SHARD_BYTES = 4 * 2**30  # of newly written shards
+SCALES = ("_scale_inv", "_blocks", "_scales")  # key suffixes of the parts of a quantized tensor
 
-Stored = Mapping[str, TensorInfo]  # key -> what the shards hold, quantized tensors in their parts
+Stored = Mapping[str, TensorInfo]  # key -> stored tensor; the parts of a quantized tensor are separate
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Bytes of a stored tensor."""
+    """A byte range of a stored tensor."""
 
     info: TensorInfo
-    begin: int  # counted from the tensor's first
+    begin: int  # offset within the tensor
     num_bytes: int
 
 
 def compose(
     served: str | Path, update: str | Path, out: str | Path, *, experts: Collection[ExpertId], keep_trunk: bool
 ) -> None:
-    """Writes the directory `out`: these experts out of `update`, the other ones out of `served`; the trunk, tokenizer
-    and configuration out of `update`, or with keep_trunk out of `served`.
+    """Writes the directory `out`: the given experts from `update`, all others from `served`; trunk, tokenizer and
+    config from `update`, or with keep_trunk from `served`.
 
-    The directory appears when it is complete. Raises CheckpointError if it is there already, if one of the two is torn
-    or of another shape or stored in another form than the other, or if the disk is full.
+    The directory appears only once it is complete. Raises CheckpointError if it already exists, if one of the two is
+    torn, if their shapes or storage forms differ, or if writing fails.
     """
     out = Path(out)
     if out.exists():
@@ -70,7 +70,7 @@ def compose(
 def _write_weights(
     directory: Path, pieces: Mapping[str, list[_Piece]], ours: Stored, theirs: Stored, *, by_row: Collection[str]
 ) -> None:
-    whole: dict[str, Path] = {}  # key -> the shard that holds it, where it holds nothing else
+    whole: dict[str, Path] = {}  # key -> its shard, for shards of which every tensor is wanted
     for stored in (ours, theirs):
         for file, keys in _by_file(stored).items():
             if all(pieces[key] == [_all_of(stored[key])] for key in keys):
@@ -95,7 +95,8 @@ def _write_weights(
 def _pieces(
     layout: ExpertSource, ours: Stored, theirs: Stored, experts: Collection[ExpertId], *, keep_trunk: bool
 ) -> dict[str, list[_Piece]]:
-    """Key -> where its bytes come from, in their order. layout: says under which keys an expert stands, in both."""
+    """Returns key -> the byte ranges that make up its tensor, in order. layout: gives an expert's keys, the same in
+    both checkpoints."""
     of_experts = set()
     pieces: dict[str, list[_Piece]] = {}
     for layer in layout.layers:
@@ -119,7 +120,7 @@ def _pieces(
 
 
 def _keys_by_row(layout: ExpertSource, ours: Stored) -> set[str]:
-    """What holds the rows of all experts of a layer."""
+    """Returns the keys that hold the rows of all experts of a layer."""
     firsts = [ExpertId(layer=layer.layer, index=0) for layer in layout.layers]
     read = [pair for expert in firsts for pair in layout.reads(expert)]
     return {stored for key, row in read if row is not None for stored in _stored_keys(ours, key)}
@@ -130,7 +131,7 @@ def _stored_keys(stored: Stored, key: str) -> list[str]:
 
 
 def _append(pieces: list[_Piece], more: _Piece) -> None:
-    """Experts in order: bytes that follow each other in a file are one piece."""
+    """Appends a piece, or extends the last one if the two are adjacent in the file."""
     last = pieces[-1] if pieces else None
     if last is not None and last.info is more.info and last.begin + last.num_bytes == more.begin:
         pieces[-1] = _Piece(info=last.info, begin=last.begin, num_bytes=last.num_bytes + more.num_bytes)
@@ -150,7 +151,7 @@ def _by_file(tensors: Stored) -> dict[Path, list[str]]:
 
 
 def _shards_to_write(pieces: Mapping[str, list[_Piece]], stored: Stored) -> list[dict[str, list[_Piece]]]:
-    """Tensors together that stood together, in shards of bounded size."""
+    """Groups tensors into shards of bounded size, in the order of the source files."""
     shards: list[dict[str, list[_Piece]]] = []
     room_bytes = 0
     for key in sorted(pieces, key=lambda k: (stored[k].file, stored[k].begin)):
@@ -184,7 +185,7 @@ def _write_shard(path: Path, tensors: Mapping[str, list[_Piece]], infos: Stored,
 
 
 def _copy_bytes(piece: _Piece, out: BinaryIO, sums: RunningSums) -> None:
-    """Checks what is known of the bytes on the way."""
+    """Copies a piece, verifies its checksums where there are any, and adds to `sums`."""
     info = piece.info
     check = running_check(info.file, info.checksums, piece.begin)
     buffer = bytearray(min(PIECE_BYTES, piece.num_bytes))
@@ -199,7 +200,7 @@ def _copy_bytes(piece: _Piece, out: BinaryIO, sums: RunningSums) -> None:
 
 
 def _link(file: Path, link: Path) -> None:
-    """A hard link outlives the directory that it is made from; a symbolic one crosses file systems."""
+    """Makes a hard link, which outlives the source directory; across file systems, a symbolic link."""
     try:
         os.link(file.resolve(), link)
     except OSError:

@@ -1,1 +1,1 @@
-"""What an expert computes."""
+"""Expert networks."""

@@ -1,4 +1,4 @@
-"""What an expert is: rows in, rows of the same width out."""
+"""The base class of experts, which map rows to rows of the same width."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,9 +19,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 class Expert(nn.Module):
-    """One expert E_i: maps rows to rows, unweighted.
+    """One expert E_i. Its output is not multiplied by the gate weight.
 
-    forward: x_nD -> y_nD, of the same dtype; n may be 0. A row's result depends on that row only.
+    forward: x_nD -> y_nD, of the same dtype; n may be 0. Each output row depends only on its input row.
     """
 
     def __init__(self, *, hidden_size: int, inner_size: int, activation: str) -> None:
@@ -41,7 +41,7 @@ class Expert(nn.Module):
         return ACTIVATIONS[self.activation](x_nF)
 
     def packable(self) -> list[tuple[nn.Module, str]]:
-        """Owner and name of every weight that this CPU has a packed form for."""
+        """Returns the owner and name of every weight that this CPU has a packed form for."""
         layers = [layer for layer in self.children() if isinstance(layer, RowLinear)]
         return [(layer, "weight") for layer in layers if can_pack(layer.weight)]
 

@@ -1,4 +1,4 @@
-"""Whether experts answer with finite numbers."""
+"""Checks whether experts return finite numbers."""
 
 import math
 
@@ -6,11 +6,14 @@ import torch
 
 
 def is_finite(y_TD: torch.Tensor) -> bool:
-    """Whether all is finite: one reduction. Sums beyond float32 count as not finite, so that False is to be checked."""
+    """Whether all values are finite, by one reduction.
+
+    A sum that overflows float32 also gives False, so the caller must check again in that case.
+    """
     return math.isfinite(float(y_TD.sum(dtype=torch.float32)))
 
 
 def probe_rows(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """x_ND, always the same: rows of moderate size that a sound expert answers with finite numbers."""
+    """Returns fixed x_ND of moderate magnitude, for which a sound expert returns finite numbers."""
     x_D = torch.cos(torch.arange(width, dtype=torch.float32))
     return torch.stack([x_D, -x_D, x_D.flip(0) / 4]).to(dtype)

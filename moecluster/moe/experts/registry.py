@@ -12,7 +12,7 @@ EXPERT_KINDS: Mapping[str, type[Expert]] = {"ffn": FfnExpert, "glu": GluExpert}
 
 
 def make_expert(kind: str, *, hidden_size: int, inner_size: int, activation: str) -> Expert:
-    """A fresh expert. Raises ConfigError: no such kind or activation."""
+    """Returns a fresh expert. Raises ConfigError for an unknown kind or activation."""
     if kind not in EXPERT_KINDS:
         raise ConfigError(f'model.expert_kind: got "{kind}", no such kind; {suggest(kind, EXPERT_KINDS)}')
     return EXPERT_KINDS[kind](hidden_size=hidden_size, inner_size=inner_size, activation=activation)

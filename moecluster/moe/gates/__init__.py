@@ -1,1 +1,1 @@
-"""Gates: hidden states -> Routing. One small file a family, a registry by name."""
+"""Gates: hidden states -> Routing. One small file per family, and a registry by name."""

@@ -1,4 +1,4 @@
-"""The load balance loss α E Σ f_i P_i, and the ways in which systems take it."""
+"""Gates with the load balance loss α E Σ f_i P_i, in the variants that systems use."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from moecluster.moe.gates.losses import load_balance_loss
 
 @dataclass(frozen=True, kw_only=True)
 class BalancedOptions(GateOptions):
-    """Options of gates that are trained with the load balance loss."""
+    """Options of gates with the load balance loss."""
 
     router_aux_loss_coef: float = setting(0.0, "α, the weight of the load balance loss", minimum=0)
     pool_layers: bool = setting(False, "average f and P over all layers before the product, as transformers does")
@@ -37,13 +37,13 @@ class BalancedGate(Gate):
 
     def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int, layer: int) -> None:
         super().begin_micro_batch(seed=seed, step=step, micro_batch=micro_batch, layer=layer)
-        # A micro-batch that is computed again replaces its own counts.
+        # A repeated micro-batch replaces its own counts.
         self._step_loads = {earlier: load for earlier, load in self._step_loads.items() if earlier < micro_batch}
 
     def balanced(
         self, *, ids_TK: torch.Tensor, weights_TK: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor
     ) -> Choice:
-        """A choice with this layer's loss, or with what goes into the loss over all layers."""
+        """Returns a choice with this layer's loss, or, with pool_layers, with the terms of the loss over all layers."""
         terms = {"load_fraction_E": self._load_fraction(ids_TK), "mean_probs_E": probs_TE.mean(dim=0)}
         return Choice(
             ids_TK=ids_TK,
@@ -55,7 +55,7 @@ class BalancedGate(Gate):
         )
 
     def pooled_losses(self, pools: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The loss over all layers together; layers that saw no token are left out."""
+        """Returns the loss over all layers together. Layers without tokens are left out."""
         layers = [pool for pool in pools if pool]
         if not layers:
             return {}

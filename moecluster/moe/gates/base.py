@@ -1,6 +1,6 @@
-"""What all gates share: noise that can be drawn again, capacity, and losses that any gate may take.
+"""The base class of gates: reproducible noise, expert capacity, and the losses that any gate can use.
 
-A gate of a family subclasses `Gate` and says in `choose` which experts a token visits and with what weight.
+A family's gate subclasses `Gate`; its `choose` picks each token's experts and their weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from moecluster.types import Routing
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions(Section):
-    """Options of every gate, with no effect unless set."""
+    """Options of every gate. They have no effect unless set."""
 
     section: ClassVar[str] = "model.gate_options"
 
@@ -34,23 +34,23 @@ class GateOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The rows that a gate routes, and what else it may look at. Padding is not among them."""
+    """The tokens that a gate routes, without padding."""
 
     x_TD: torch.Tensor  # float32
-    sequence_ids_T: torch.Tensor  # int64, which sequence of the batch a token is of
+    sequence_ids_T: torch.Tensor  # int64, the sequence of the batch that each token belongs to
     input_ids_T: torch.Tensor | None  # int64 token ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a gate's family decides, before capacity and the common losses."""
+    """The result of `choose`, before capacity and the common losses."""
 
     ids_TK: torch.Tensor  # int64 in [0, E]; E: skip
     weights_TK: torch.Tensor  # float32
     logits_TE: torch.Tensor  # float32
     probs_TE: torch.Tensor  # float32, sum to 1 over E
     aux_losses: dict[str, torch.Tensor] = field(default_factory=dict)  # with their coefficients
-    pool: dict[str, torch.Tensor] = field(default_factory=dict)
+    pool: dict[str, torch.Tensor] = field(default_factory=dict)  # becomes Routing.pool
 
 
 class Gate(nn.Module):
@@ -60,7 +60,7 @@ class Gate(nn.Module):
     """
 
     options_type: ClassVar[type[GateOptions]] = GateOptions
-    zero_init: ClassVar[bool] = False  # whether the system starts from zero weights
+    zero_init: ClassVar[bool] = False  # whether the family starts from zero weights
 
     def __init__(self, *, hidden_size: int, num_experts: int, top_k: int, options: GateOptions) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ class Gate(nn.Module):
         self._micro_batch = 0
 
     def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int, layer: int) -> None:
-        """Make all noise a function of these numbers, so that a step that is run again draws the same.
+        """Seeds all noise from these numbers, so that a repeated step draws the same.
 
-        Without it, noise comes from torch's global generator.
+        Without this call, noise comes from torch's global generator.
         """
         self._noise_seed = int(np.random.SeedSequence((seed, step, micro_batch, layer)).generate_state(1)[0])
         self._micro_batch = micro_batch
 
     def after_step(self, loads_E: torch.Tensor) -> None:
-        """Adapt to the assignments [E] of a whole committed step; for gates that balance without a loss."""
+        """Adapts to the assignments [E] of a committed step, in gates that balance without a loss."""
 
     def forward(
         self,
@@ -92,11 +92,11 @@ class Gate(nn.Module):
         sequence_ids_T: torch.Tensor | None = None,
         valid_T: torch.Tensor | None = None,
     ) -> Routing:
-        """Route T tokens.
+        """Routes T tokens.
 
-        x_TD: any floating dtype. input_ids_T: token ids, for gates that look at them. sequence_ids_T: which sequence
-        a token is of; None: all of one. valid_T: bool; tokens where it is False (padding) visit no expert, take no
-        room and count in no loss.
+        x_TD: any floating dtype. input_ids_T: token ids, for gates that use them. sequence_ids_T: the sequence that
+        each token belongs to; None: all tokens are of one sequence. valid_T: bool; tokens where it is False (padding)
+        go to no expert, use no capacity and count in no loss.
         """
         if sequence_ids_T is None:
             sequence_ids_T = torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x_TD.device)
@@ -122,30 +122,30 @@ class Gate(nn.Module):
         )
 
     def choose(self, tokens: Tokens) -> Choice:
-        """The family's decision. `tokens.x_TD` has its jitter already; T is at least 1."""
+        """Chooses experts and weights. Jitter is already applied to `tokens.x_TD`; T is at least 1."""
         raise NotImplementedError
 
     def pooled_losses(self, pools: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Losses over all layers together, from each layer's `Routing.pool`, with their coefficients."""
+        """Returns the losses over all layers together, from each layer's `Routing.pool`, with their coefficients."""
         return {}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, {self.options}"
 
     def logits(self, tokens: Tokens) -> torch.Tensor:
-        """float32 [T, E]: x Wᵀ."""
+        """Returns x Wᵀ, float32 [T, E]."""
         return nn.functional.linear(tokens.x_TD, self.weight.float())
 
     def uniform(self, shape: torch.Size, stream: int) -> torch.Tensor:
-        """float32 in [0, 1); drawn on the CPU, so that it is the same on every device."""
+        """Returns float32 noise from [0, 1), drawn on the CPU so that it is the same on every device."""
         return torch.rand(shape, generator=self._generator(stream)).to(self.weight.device)
 
     def normal(self, shape: torch.Size, stream: int) -> torch.Tensor:
-        """float32 from N(0, 1); drawn on the CPU, so that it is the same on every device."""
+        """Returns float32 noise from N(0, 1), drawn on the CPU so that it is the same on every device."""
         return torch.randn(shape, generator=self._generator(stream)).to(self.weight.device)
 
     def _generator(self, stream: int) -> torch.Generator | None:
-        """Uses of noise within one forward call name different streams, so that none repeats another."""
+        """Each use of noise within a forward call has its own stream, so that none repeats another."""
         if self._noise_seed is None:
             return None
         return torch.Generator().manual_seed((self._noise_seed << 8) + stream)

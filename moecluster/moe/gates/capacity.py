@@ -1,4 +1,4 @@
-"""How many tokens an expert takes, and which go when more come."""
+"""Expert capacity, and dropping assignments beyond it."""
 
 import math
 
@@ -6,28 +6,29 @@ import torch
 
 
 def count_assignments(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """int64 [E]: assignments to each expert. Ids >= E (skipped) are not counted."""
+    """Returns the assignments to each expert, int64 [E]. Does not count ids >= E (skip)."""
     return torch.bincount(ids_TK.flatten(), minlength=num_experts)[:num_experts]
 
 
 def expert_capacity(num_tokens: int, *, top_k: int, num_experts: int, capacity_factor: float) -> int:
-    """Rows that an expert takes: its even part of the assignments times the factor, rounded up (Switch, equation 3)."""
+    """Returns an expert's capacity: its even share of the assignments times the factor, rounded up (Switch, equation
+    3)."""
     return math.ceil(num_tokens * top_k * capacity_factor / num_experts)
 
 
 def drop_beyond_capacity(
     ids_TK: torch.Tensor, capacity: int, num_experts: int, *, priority_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The ids, with num_experts ("skip") where an expert already has `capacity` assignments.
+    """Returns the ids, with num_experts ("skip") where an expert already has `capacity` assignments.
 
-    First choices come before second ones; within them tokens go by position, or highest priority first (the
-    batch-prioritised routing of V-MoE). Ids >= num_experts take no room.
+    All first choices come before second choices; within each, tokens are taken by position, or by highest priority
+    first (V-MoE's batch prioritized routing). Ids >= num_experts use no capacity.
     """
     num_tokens, top_k = ids_TK.shape
     order_T = torch.arange(num_tokens, device=ids_TK.device)
     if priority_T is not None:
         order_T = torch.argsort(priority_T, descending=True, stable=True)
-    queue_P = ids_TK[order_T].T.flatten()  # in the order in which experts are filled
+    queue_P = ids_TK[order_T].T.flatten()  # in the order in which capacity is assigned
     by_expert_P = torch.argsort(queue_P, stable=True)
     sorted_P = queue_P[by_expert_P]
     rank_P = torch.arange(queue_P.shape[0], device=ids_TK.device) - torch.searchsorted(sorted_P, sorted_P)

@@ -24,11 +24,11 @@ class DeepseekV3Options(GateOptions):
 
 
 class DeepseekV3Gate(Gate):
-    """s = sigmoid(x Wᵀ); experts are chosen by s + b, their weights are made of s.
+    """s = sigmoid(x Wᵀ). Experts are chosen by s + b; their weights are computed from s.
 
-    A group's score is the sum of its two best s + b; the token chooses its experts from the `topk_group` best groups.
+    A group's score is the sum of its two best s + b. A token chooses its experts from the `topk_group` best groups.
     Weights: s / Σ s of the chosen, times `routed_scaling_factor`. Loss: within each sequence, on s alone.
-    e_score_correction_bias: float32 buffer [E], the b that `after_step` moves.
+    e_score_correction_bias: float32 buffer [E], the b that `after_step` updates.
     """
 
     options_type: ClassVar[type[GateOptions]] = DeepseekV3Options
@@ -69,12 +69,12 @@ class DeepseekV3Gate(Gate):
 
     @torch.no_grad()
     def after_step(self, loads_E: torch.Tensor) -> None:
-        """b += γ sign(mean load - load): an expert that had too much becomes less likely."""
+        """Applies b += γ sign(mean load - load): an overloaded expert becomes less likely."""
         loads_E = loads_E.to(self.e_score_correction_bias)
         self.e_score_correction_bias += self.options.bias_update_speed * torch.sign(loads_E.mean() - loads_E)
 
     def _select(self, biased_TE: torch.Tensor) -> torch.Tensor:
-        """int64 [T, K]: the best experts of the best groups."""
+        """Returns int64 [T, K]: the best experts of the best groups."""
         num_tokens, groups = biased_TE.shape[0], self.options.n_group
         biased_TGE = biased_TE.view(num_tokens, groups, -1)
         group_scores_TG = biased_TGE.topk(2, dim=-1).values.sum(dim=-1)

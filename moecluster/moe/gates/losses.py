@@ -1,11 +1,11 @@
-"""What gates are trained with besides the task's loss. Pure functions, without coefficients, all in float32.
+"""Auxiliary losses of gates. Pure functions, without coefficients, all in float32.
 
 T tokens, E experts, K experts per token; f_E assignments to each expert divided by tokens, so that f sums to K.
 """
 
 import torch
 
-SMALLEST_STD = 1e-6  # of a noise, in what is divided by it: below, the quotient's gradient is no number any more
+SMALLEST_STD = 1e-6  # lower bound for a divisor: below it the quotient's gradient becomes NaN
 
 
 def load_balance_loss(f_E: torch.Tensor, mean_probs_E: torch.Tensor) -> torch.Tensor:
@@ -16,9 +16,9 @@ def load_balance_loss(f_E: torch.Tensor, mean_probs_E: torch.Tensor) -> torch.Te
 def sequence_balance_loss(
     chosen_TK: torch.Tensor, probs_TE: torch.Tensor, sequence_ids_T: torch.Tensor
 ) -> torch.Tensor:
-    """Mean over sequences of Σ f_i P_i, with f normalised so that balance gives 1 (DeepSeek-V3, equations 17 to 20).
+    """Mean over sequences of Σ f_i P_i, with f normalized so that balance gives 1 (DeepSeek-V3, equations 17 to 20).
 
-    chosen_TK: int64 in [0, E). probs_TE: affinities that sum to 1. sequence_ids_T: int64, which sequence a token is of.
+    chosen_TK: int64 in [0, E). probs_TE: affinities that sum to 1. sequence_ids_T: int64, each token's sequence.
     """
     num_experts, top_k = probs_TE.shape[1], chosen_TK.shape[1]
     _, sequence_T, lengths_S = torch.unique(sequence_ids_T, return_inverse=True, return_counts=True)
@@ -31,13 +31,13 @@ def sequence_balance_loss(
 
 
 def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
-    """Mean of the squared logarithm of the softmax's denominator (ST-MoE, equation 5)."""
+    """Mean of the squared logarithm of the softmax denominator (ST-MoE, equation 5)."""
     return torch.logsumexp(logits_TE, dim=-1).square().mean()
 
 
 def entropy(probs_TE: torch.Tensor) -> torch.Tensor:
     """Mean entropy of a token's distribution over experts, in nats."""
-    tiny = torch.finfo(probs_TE.dtype).tiny  # the gradient of p log p has no value at a p that underflowed to 0
+    tiny = torch.finfo(probs_TE.dtype).tiny  # p log p has no finite gradient where p underflowed to 0
     return -torch.xlogy(probs_TE, probs_TE.clamp(min=tiny)).sum(dim=-1).mean()
 
 
@@ -47,10 +47,10 @@ def cv_squared(x_E: torch.Tensor) -> torch.Tensor:
 
 
 def smooth_load(clean_TE: torch.Tensor, noisy_TE: torch.Tensor, std_TE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Load_E = Σ_t P(expert i stays in the top-k when its noise is drawn again), differentiable.
+    """Load_E = Σ_t P(expert i stays in the top-k when its noise is redrawn), differentiable.
 
     Φ((clean_i - kth_excluding(noisy, k, i)) / std_i) (Shazeer et al. 2017, appendix A, equations 8 to 10).
-    With K = E nothing can fall out, and every expert has load T.
+    With K = E no expert can drop out, and every expert has load T.
     """
     num_tokens, num_experts = clean_TE.shape
     if top_k == num_experts:

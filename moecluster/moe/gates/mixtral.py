@@ -1,4 +1,4 @@
-"""Top-k of the logits, softmax over the kept (Mixtral of Experts, 2024)."""
+"""Top-k of the logits, softmax over these (Mixtral of Experts, 2024)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,6 +1,6 @@
-"""Softmax, then top-k of the probabilities, renormalised (Qwen3 technical report, 2025).
+"""Softmax, then top-k of the probabilities, renormalized (Qwen3 technical report, 2025).
 
-Its load is counted over the global batch (Demons in the Detail, Qiu et al. 2025).
+The load in its loss is counted over the global batch (Demons in the Detail, Qiu et al. 2025).
 """
 
 from dataclasses import dataclass

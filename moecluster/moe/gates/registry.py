@@ -1,4 +1,4 @@
-"""Gates by the names of the systems that they come from."""
+"""Gates by the name of the system they come from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ GATES: Mapping[str, type[Gate]] = {
 
 
 def make_gate(name: str, *, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> Gate:
-    """A gate with zero weights. Raises ConfigError: no such gate, no such option, or a value out of range."""
+    """Returns a gate with zero weights. Raises ConfigError for an unknown gate or option, or a value out of range."""
     if name not in GATES:
         raise ConfigError(f'model.gate: got "{name}", no such gate; {suggest(name, GATES)}')
     gate_type = GATES[name]

@@ -21,9 +21,9 @@ class SparselyGatedOptions(GateOptions):
 
 
 class SparselyGatedGate(Gate):
-    """H = x Wg + N(0, 1) softplus(x Wn) while training; top-k of H; softmax over the kept.
+    """H = x Wg + N(0, 1) softplus(x Wn) while training; top-k of H; softmax over these.
 
-    Losses: w_importance CV²(Σ weights) + w_load CV²(Load), Load the expected number of tokens of an expert over its
+    Losses: w_importance CV²(Σ weights) + w_load CV²(Load), where Load is an expert's expected number of tokens over the
     noise. Outside training there is no noise, and Load is the plain count.
     noise_weight: float32 [E, D], Wn.
     """

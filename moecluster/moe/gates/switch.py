@@ -13,7 +13,7 @@ from moecluster.moe.gates.base import Choice, GateOptions, Tokens
 class SwitchOptions(BalancedOptions):
     """Options of the `switch` gate.
 
-    Nothing is dropped outside training unless asked for, so that a text does not depend on its neighbours in the batch.
+    By default no token is dropped outside training, so that a sequence does not depend on the others in its batch.
     """
 
     jitter: float = setting(1e-2, "while training, the gate's input is times U(1 - jitter, 1 + jitter)", minimum=0)

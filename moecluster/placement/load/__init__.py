@@ -1,1 +1,1 @@
-"""Loads over time: windows, forecasts, and how fast actors are."""
+"""Load over time: windows, forecasts, and measured actor speeds."""

@@ -1,7 +1,7 @@
-"""What the load will be when the next decision comes: a plan serves the coming window, not the one that was seen.
+"""Forecasts the load at the next decision: a plan serves the coming window, not the measured one.
 
-Per expert a smoothed slope of the logarithm (Holt's linear trend, in ratios): a daily swing is followed, while a burst,
-whose step is cut to a small ratio first, hardly tilts it.
+Per expert, a smoothed slope of the logarithm (Holt's linear trend, in ratios). It follows a daily swing, while a burst
+hardly tilts it, because each step is clipped to a small ratio.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,22 @@ import numpy as np
 from moecluster.placement.layout import Floats
 
 SMOOTHING = 0.1  # weight of the newest step
-MOST_STEP = 0.15  # of the logarithm, between two decisions
+MOST_STEP = 0.15  # clip of the logarithm's step between two decisions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trend:
-    """What was seen last, and where it went."""
+    """The last measured load and its slope."""
 
     load_LE: Floats
     step_LE: Floats  # smoothed change of log load from one decision to the next
 
 
 def forecast(load_LE: Floats, trend: Trend | None) -> tuple[Floats, Trend]:
-    """The load one decision on, and the trend to pass in then. Without a trend yet, or for an expert that was idle, the
-    load as it is."""
+    """Returns the load one decision ahead, and the trend to pass in then.
+
+    Without a trend yet, or for an idle expert, the forecast is the current load.
+    """
     if trend is None or trend.load_LE.shape != load_LE.shape:
         return load_LE, Trend(load_LE=load_LE, step_LE=np.zeros_like(load_LE))
     known = (load_LE > 0) & (trend.load_LE > 0)

@@ -1,6 +1,6 @@
-"""Load windows: assignments per second of every layer and expert, out of the routers' cumulative counters.
+"""Load windows: assignments per second of every layer and expert, from the routers' cumulative counters.
 
-Counters only ever grow while their router lives, so a reading that is lost costs nothing: the next one tells the same.
+A router's counters only grow while it lives, so a lost reading loses no counts: the next reading includes them.
 Shape letters: L MoE layers in ascending order, E experts of the widest layer (columns beyond a layer's experts stay 0).
 """
 
@@ -14,12 +14,12 @@ import numpy as np
 from moecluster.errors import InvalidMessage
 from moecluster.placement.layout import Floats, Ints
 
-FORGET_HALF_LIVES = 8.0  # what is older weighs under 0.4 % in an exponential window
+FORGET_HALF_LIVES = 8.0  # anything older weighs under 0.4 % in an exponential window
 
 
 @dataclass(frozen=True, kw_only=True)
 class CounterReading:
-    """What all routers had counted at one moment."""
+    """The counters of all routers at one moment."""
 
     now_s: float
     tokens: Mapping[str, Mapping[int, Ints]]  # router -> layer -> assignments since the router's start, int64 [E]
@@ -27,7 +27,7 @@ class CounterReading:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """Assignments that were counted between two moments, and are taken as spread evenly over that time."""
+    """Assignments counted between two moments, treated as spread evenly over that time."""
 
     since_s: float
     until_s: float
@@ -36,7 +36,7 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """The last that a router was heard of."""
+    """The last counters received from a router."""
 
     now_s: float
     tokens_LE: Ints
@@ -45,9 +45,9 @@ class _Seen:
 class CounterGains:
     """Differences of cumulative counters, router by router.
 
-    The first that is heard of a router is where its counting begins: it may have counted for hours. If one of its
-    counters falls, it was restarted, and all of them count from zero. A router that vanishes adds nothing; one that
-    comes back within forget_s goes on from what it had, its gain spread over its absence.
+    The first reading of a router only sets its baseline: it may have counted for hours. If one of its counters falls,
+    the router was restarted, and all of its counters are taken to start from zero. A router that vanishes adds nothing;
+    one that returns within forget_s continues from its last counters, its gain spread over its absence.
     """
 
     def __init__(self, num_experts: Mapping[int, int], *, forget_s: float) -> None:
@@ -61,9 +61,9 @@ class CounterGains:
         return len(self._num_experts), max(self._num_experts.values(), default=0)
 
     def take(self, reading: CounterReading) -> list[Gain]:
-        """What a reading adds to those before it: a gain for each moment that its routers were last heard of.
+        """Returns the gains of a reading over the earlier ones: one per time at which its routers were last read.
 
-        Raises InvalidMessage, before anything is changed, if a router counts layers or experts that are not there.
+        Raises InvalidMessage, before any change, if a router counts layers or experts that the model does not have.
         """
         counted = {router: self._table(router, layers) for router, layers in reading.tokens.items()}
         by_start: dict[float, Ints] = {}
@@ -97,7 +97,7 @@ class CounterGains:
 
 
 class LoadWindow(ABC):
-    """Load as of the last reading. A reading that is not newer than the last one is left out: counters lose nothing."""
+    """Load as of the last reading. Ignores a reading that is not newer; its counts come with the next one."""
 
     def __init__(self, num_experts: Mapping[int, int], *, forget_s: float) -> None:
         self._gains = CounterGains(num_experts, forget_s=forget_s)
@@ -106,7 +106,7 @@ class LoadWindow(ABC):
         self._last_token_s_LE = np.zeros(self._gains.shape)
 
     def add(self, reading: CounterReading) -> None:
-        """Takes a reading. Raises InvalidMessage, and stays as it was, if it is of another model."""
+        """Adds a reading. Raises InvalidMessage, and stays unchanged, if the reading does not fit the model."""
         if self._first_s is not None and reading.now_s <= self._now_s:
             return
         gains = self._gains.take(reading)
@@ -153,7 +153,7 @@ class SlidingWindow(LoadWindow):
 
     @property
     def tokens_LE(self) -> Floats:
-        """Assignments within the window; of a gain that began before it, the part that lies within."""
+        """Assignments within the window; a gain that began before the window counts in proportion."""
         start_s = self._now_s - self._window_s
         total_LE = np.zeros(self._gains.shape)
         for gain in self._kept:
@@ -182,7 +182,7 @@ class ExponentialWindow(LoadWindow):
 
     @property
     def load_LE(self) -> Floats:
-        known = 1.0 - self._left_after(self.covered_s)  # the weight of the time before the first reading is taken out
+        known = 1.0 - self._left_after(self.covered_s)  # corrects for the time before the first reading
         return self._mean_LE / known if known > 0 else np.zeros(self._gains.shape)
 
     def _take(self, gains: Sequence[Gain], now_s: float) -> None:
@@ -197,7 +197,7 @@ class ExponentialWindow(LoadWindow):
 
 
 def make_load_window(kind: str, num_experts: Mapping[int, int], window_s: float) -> LoadWindow:
-    """The window that `controller.window` names: sliding over window_s, or exponential with half of it as half-life."""
+    """Returns a window of kind `controller.window`: sliding over window_s, or exponential with half-life window_s/2."""
     if kind == "sliding":
         return SlidingWindow(num_experts, window_s=window_s)
     assert kind == "exponential", kind

@@ -1,1 +1,1 @@
-"""Plans: from loads to replicas, shares and moves."""
+"""Planning: from loads to replicas, shares and moves."""

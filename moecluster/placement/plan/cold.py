@@ -1,8 +1,8 @@
-"""A layout from nothing: as even as the slots allow, with slots to spare spent on what may change and what may fail.
+"""A layout from scratch: as even as the slots allow, with spare slots used as headroom and against node failures.
 
-Replicas of like load are packed heaviest first, which spreads hot experts widely and so stays even when loads change.
-A layer that this and the best shares leave uneven, as with few slots or uneven speeds, is filled to exactly the fair
-load of every actor instead; what slots that leaves go to further replicas.
+Replicas of similar load are packed heaviest first, which spreads hot experts widely and so stays even when loads
+change. A layer that stays uneven even under the best shares, as with few slots or uneven speeds, is filled to exactly
+the fair load of every actor instead; slots left over go to further replicas.
 
 Cost: near linear in slots times layers.
 """
@@ -26,12 +26,12 @@ from moecluster.placement.plan.restore import check_room
 from moecluster.placement.plan.shares import least_max_shares
 from moecluster.placement.plan.spares import with_spare_slots_used, with_spares_moved
 
-GOOD_ENOUGH = 0.002  # above the lower bound of the worst load, relatively
-SPARE_ROUNDS = 8  # after which spare replicas stay, though some might be needed more elsewhere
+GOOD_ENOUGH = 0.002  # above the lower bound of the greatest load, relatively
+SPARE_ROUNDS = 8  # after which spare replicas stay, even if some are needed more elsewhere
 
 
 def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet, coactivation_LEE: Floats | None = None) -> Layout:
-    """A layout for this load on an empty fleet. Raises ResourceError: fewer slots than experts."""
+    """Returns a layout for this load on an empty fleet. Raises ResourceError for fewer slots than experts."""
     check_room(num_experts_L, fleet)
     layout = packed(load_LE, num_experts_L, fleet)
     layout = with_shares(layout, least_max_shares(layout, load_LE, fleet).share_R)
@@ -48,7 +48,7 @@ def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet, coactivation_L
 
 
 def _filled_where_better(layout: Layout, layers: Ints, load_LE: Floats, fleet: Fleet) -> Layout:
-    """The layout with those layers filled exactly, where that can be done."""
+    """Returns the layout with those layers filled exactly, where that is possible."""
     filled = [_filled(load_LE[layer, : layout.num_experts_L[layer]], fleet) for layer in layers]
     layers = layers[[rows is not None for rows in filled]]
     if len(layers) == 0:
@@ -65,7 +65,7 @@ def _filled_where_better(layout: Layout, layers: Ints, load_LE: Floats, fleet: F
 
 
 def _filled(load_E: Floats, fleet: Fleet) -> list[tuple[int, int, float]] | None:
-    """(expert, actor, load) of each replica that an exact fill of one layer needs, if there is one."""
+    """Returns (expert, actor, load) of each replica of an exact fill of one layer, or None if there is none."""
     speed_A = np.where(fleet.slots_A > 0, fleet.speed_A, 0.0)
     fair_A = load_E.sum() * speed_A / speed_A.sum()
     for slots_A in _thriftiest_first(len(load_E), fleet.slots_A):
@@ -76,7 +76,7 @@ def _filled(load_E: Floats, fleet: Fleet) -> list[tuple[int, int, float]] | None
 
 
 def _thriftiest_first(num_experts: int, slots_A: Ints) -> list[Ints]:
-    """The slots less those of each actor that are kept for spare replicas: as many as the fill allows, down to none."""
+    """Returns slots_A less slots kept per actor for spare replicas: from the most that the fill allows, down to 0."""
     used = slots_A[slots_A > 0]
     most = max(int(used.sum()) - num_experts - len(used) + 1, 0) // len(used)
     return [np.minimum(np.maximum(slots_A - kept, 1), slots_A) for kept in range(most, -1, -1)]

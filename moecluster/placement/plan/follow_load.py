@@ -1,24 +1,24 @@
-"""One round of moves where actors hold one replica of a layer: there shares cannot even out what an actor has, so the
-number of an expert's replicas must follow its load.
+"""One round of moves for actors with one replica of a layer: shares cannot even out such an actor's load, so the number
+of an expert's replicas must follow its load.
 
-An expert's load / (speed of its actors) is then what each of those actors bears, however shares are set. One replica
-after the other goes to the expert that bears most, on an empty actor or on one of the expert that bears least without
-it, as in the replication step of EPLB, but from what stands. Cost: near linear in the replicas moved and in E.
+Each actor of an expert then bears the expert's load / (summed speed of its actors), whatever the shares. Replicas go
+one by one to the expert that bears most, on an empty actor or on an actor taken from the expert that would bear least
+without it: the replication step of EPLB, but from the current layout. Cost: near linear in the replicas moved and in E.
 """
 
 import numpy as np
 
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with_added, without
 
-CLEARLY = 1.001  # times what the giving expert bears afterwards, that the taking one must bear
-UNCOVERED = 1.05  # times what an expert bears: how a second-last replica counts, which may be all that is elsewhere
+CLEARLY = 1.001  # the taking expert must bear this times what the giving expert bears afterwards
+UNCOVERED = 1.05  # penalty factor for giving away the second-last replica
 
 
 def recounted(layout: Layout, load_LE: Floats, fleet: Fleet, goal_L: Floats, most_moves_L: Ints) -> Layout:
-    """The layout after one round; new replicas have share 0, and shares of dropped ones are not given to others yet.
+    """Returns the layout after one round; new replicas have share 0, and dropped replicas' shares are not reassigned.
 
-    goal_L: load / speed below which an expert needs no more. most_moves_L: replicas that may be added. Experts with a
-    replica on an actor that holds others of the layer are left to shares and other moves.
+    goal_L: load / speed at or below which an expert needs no more replicas. most_moves_L: replicas that may be added.
+    Experts with a replica on an actor that holds others of the layer are left to shares and other moves.
     """
     alone_R = _alone_R(layout, fleet)
     if not alone_R.any():
@@ -39,7 +39,7 @@ def recounted(layout: Layout, load_LE: Floats, fleet: Fleet, goal_L: Floats, mos
 
 
 def _alone_R(layout: Layout, fleet: Fleet) -> Bools:
-    """Replicas of experts all of whose actors hold nothing else of the layer."""
+    """Returns which replicas belong to experts whose actors hold nothing else of the layer."""
     place_R = layout.layer_R * fleet.num_actors + layout.actor_R
     crowded_R = np.bincount(place_R)[place_R] > 1
     crowded_X = np.bincount(layout.expert_key_R, weights=crowded_R) > 0
@@ -48,7 +48,7 @@ def _alone_R(layout: Layout, fleet: Fleet) -> Bools:
 
 
 class _Counts:
-    """One layer while its counts follow the load. R: its standing replicas, those of an expert side by side."""
+    """One layer while its replica counts follow the load. R: its current replicas, an expert's next to each other."""
 
     def __init__(self, fleet: Fleet, expert_R: Ints, actor_R: Ints, alone_R: Bools, load_E: Floats) -> None:
         self.dropped_R: Bools = np.zeros(len(expert_R), dtype=np.bool_)
@@ -57,20 +57,20 @@ class _Counts:
         self._speed_A, self._node_A = fleet.speed_A, fleet.node_A
         held_A = np.bincount(actor_R, minlength=fleet.num_actors)
         self._empty = np.flatnonzero((held_A == 0) & (fleet.slots_A > 0)).tolist()
-        self._empty.sort(key=lambda actor: fleet.speed_A[actor])  # the fastest is taken first
+        self._empty.sort(key=lambda actor: fleet.speed_A[actor])  # the fastest is popped first
         alone_E = np.zeros(len(load_E), dtype=np.bool_)
         alone_E[expert_R[alone_R]] = True
         self._count_E = np.where(alone_E, np.bincount(expert_R, minlength=len(load_E)), 0)
         self._speed_E = np.bincount(expert_R, weights=fleet.speed_A[actor_R], minlength=len(load_E))
         self._bears_E = np.where(alone_E, load_E / np.where(alone_E, self._speed_E, 1.0), 0.0)
-        self._least_E = np.full(len(load_E), np.inf)  # speed of the slowest actor that may yet be given away
+        self._least_E = np.full(len(load_E), np.inf)  # speed of the slowest actor that may still be given away
         np.minimum.at(self._least_E, expert_R, fleet.speed_A[actor_R])
         self._left_E = np.full(len(load_E), np.inf)
         for expert in np.flatnonzero(alone_E).tolist():
             self._left_E[expert] = self._left(expert)
 
     def follow(self, goal: float, most_moves: int) -> None:
-        """Replicas to the expert that bears most, until none bears more than the goal."""
+        """Gives replicas to the expert that bears most, until none bears more than the goal."""
         while len(self.added) < most_moves:
             taker = int(self._bears_E.argmax())
             bears = self._bears_E[taker]
@@ -85,14 +85,17 @@ class _Counts:
             self._take(taker, self._give(giver, taker))
 
     def _left(self, expert: int) -> float:
-        """What each actor of the expert would bear without the slowest one that may be given away."""
+        """Returns what each actor of the expert would bear without the slowest one that may be given away."""
         if self._count_E[expert] < 2 or not np.isfinite(self._least_E[expert]):
             return np.inf
         left = self._load_E[expert] / (self._speed_E[expert] - self._least_E[expert])
         return float(left * (UNCOVERED if self._count_E[expert] == 2 else 1.0))
 
     def _give(self, giver: int, taker: int) -> int:
-        """The actor that the expert leaves: of its slowest, one on a node without the other expert if there is one."""
+        """Drops one of the giver's replicas on its slowest actors, by preference on a node without the taker.
+
+        Returns the freed actor.
+        """
         first, last = np.searchsorted(self._expert_R, (giver, giver + 1))
         here = np.flatnonzero(~self.dropped_R[first:last]) + first
         slowest = here[self._speed_A[self._actor_R[here]] == self._least_E[giver]]
@@ -114,5 +117,5 @@ class _Counts:
         self._count_E[expert] += replicas
         self._speed_E[expert] += speed
         self._bears_E[expert] = self._load_E[expert] / self._speed_E[expert]
-        # One that took a replica in this round gives none: that would go back and forth.
+        # An expert that took a replica in this round gives none, or replicas would go back and forth.
         self._left_E[expert] = np.inf if replicas > 0 else self._left(expert)

@@ -1,9 +1,9 @@
-"""Moves from a standing layout, where shares alone cannot even out the load: most gain for fewest bytes, if it pays.
+"""Moves from the current layout where shares alone cannot even out the load: the most gain for the fewest bytes.
 
-A few rounds of single moves are tried, layer by layer, on paper; of each layer the stretch of them is kept that gains
-most over its price; stretches are taken by gain per byte until the budget is spent.
+A few rounds of single moves are simulated per layer. For each layer the number of rounds with the greatest gain over
+its cost is kept; layers are served by gain per byte until the budget is spent.
 
-Cost: a solve of the shares per round, of the layers above the trigger only; none at all while shares suffice.
+Cost: a solve of the shares per round, for the layers above the trigger only; none while shares suffice.
 """
 
 from dataclasses import dataclass, replace
@@ -27,34 +27,34 @@ from moecluster.placement.plan.relieve_actors import Wanted, relieved
 from moecluster.placement.plan.replica_counts import least_worst_load_L
 from moecluster.placement.plan.shares import least_max_shares, least_overflow
 
-NO_LIMIT = 2.0**31  # moves: a budget may be infinite, a count may not
-STRAIN = 0.3  # weight of what the worst actor would have if shares had to stay near equal ones
-LEAST_PROGRESS = 1e-4  # relative fall of the worst load in a round, below which a layer is let be
+NO_LIMIT = 2.0**31  # moves: a budget may be infinite, an integer count may not
+STRAIN = 0.3  # weight of the most loaded actor's load if shares had to stay near equal
+LEAST_PROGRESS = 1e-4  # relative fall of the greatest load in a round, below which a layer is not pursued
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoveSettings:
-    """When a move pays. Time won is counted as if the layers' worst actors were all that a token waits for."""
+    """When a move pays. Time saved is counted as if a token waited only for the most loaded actor of each layer."""
 
-    trigger: float = 0.02  # a layer is looked at when its worst actor stands so far above what could be, relatively
-    min_gain: float = 0.004  # least relative fall of a layer's worst load for which anything is moved
+    trigger: float = 0.02  # a layer is considered when its most loaded actor is this far above the bound, relatively
+    min_gain: float = 0.004  # least relative fall of a layer's greatest load for which anything is moved
     lifetime_s: float = 600.0  # how long a gain is expected to last before the load has changed
     transfer_bytes_per_s: float = 1e9  # at which an actor loads an expert
     transfer_slowdown: float = 0.1  # fraction of the cluster's work that is lost while an expert is loaded
-    rounds_a_budget: int = 3  # in so many the whole budget could be spent on replicas that follow counts
-    max_rounds: int = 5  # of moves thought through per decision; what is left waits for the next one
+    rounds_a_budget: int = 3  # rounds over which moves that follow counts spread the whole budget
+    max_rounds: int = 5  # of moves simulated per decision; the rest waits for the next decision
     moves_a_round: int = 2  # of a layer, where actors are relieved
-    shifted: float = 0.3  # a layer whose worst actor stands so far above what could be has shifted, not drifted ...
-    shifted_moves_a_round: int = 8  # ... and moves up to so many at once, less finely, if the budget has them
+    shifted: float = 0.3  # a layer this far above the bound has shifted, not drifted ...
+    shifted_moves_a_round: int = 8  # ... and moves up to so many at once, less finely, if the budget allows
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """The layers in hand after some rounds."""
+    """The layers under consideration after some rounds."""
 
     layout: Layout
-    worst_L: Floats  # max load / speed
-    bytes_L: Floats  # loaded since the standing layout
+    worst_L: Floats  # greatest load / speed
+    bytes_L: Floats  # loaded, compared with the current layout
 
 
 def with_moves(
@@ -65,12 +65,12 @@ def with_moves(
     settings: MoveSettings,
     coactivation_LEE: Floats | None = None,
 ) -> Layout:
-    """The layout after the moves that pay, within the budget; the layout itself if none does.
+    """Returns the layout after the moves that pay, within the budget; the layout itself if none does.
 
-    layout: with shares of least greatest load, as `least_max_shares` gives them; so has what comes back.
+    layout: with shares of least greatest load, from `least_max_shares`; the result has such shares too.
     """
     worst_L = _worst_L(layout, load_LE, fleet)
-    # With one slot an actor nothing but counts matters: what moves gain is certain, and cheap to find.
+    # With one slot per actor only replica counts matter: the gain of a move is certain, and cheap to find.
     trigger = settings.trigger if fleet.slots_A.max(initial=0) > 1 else settings.min_gain
     layers, bound_L = _layers_to_relieve(layout, load_LE, fleet, worst_L, trigger)
     most_moves_L = np.minimum(budget_bytes / fleet.expert_bytes_L[layers], NO_LIMIT).astype(np.int64)
@@ -92,7 +92,7 @@ def with_moves(
         budget_bytes,
         None if coactivation_LEE is None else coactivation_LEE[layers, :width, :width],
     )
-    saved_s = settings.lifetime_s / worst_L.sum()  # per unit of a layer's worst load
+    saved_s = settings.lifetime_s / worst_L.sum()  # per unit of a layer's greatest load
     price_s = settings.transfer_slowdown / settings.transfer_bytes_per_s  # per byte
     chosen_L = _chosen_stage_L(stages, saved_s, price_s, settings.min_gain, budget_bytes)
     for stage in range(1, len(stages)):
@@ -105,7 +105,7 @@ def with_moves(
 def _layers_to_relieve(
     layout: Layout, load_LE: Floats, fleet: Fleet, worst_L: Floats, trigger: float
 ) -> tuple[Ints, Floats]:
-    """Layers above the trigger, and the load / speed that no placement could go below."""
+    """Returns the layers above the trigger, and the load / speed that no placement could go below."""
     fair_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
     layers = np.flatnonzero(worst_L > (1 + trigger) * fair_L)
     bound_L = least_worst_load_L(load_LE[layers], layout.num_experts_L[layers], fleet)
@@ -114,7 +114,7 @@ def _layers_to_relieve(
 
 
 def _round_moves_L(above_L: Floats, most_moves_L: Ints, settings: MoveSettings) -> Ints:
-    """Moves a round of each layer; above_L: how far its worst actor stands above what could be, 1 for not at all."""
+    """Returns the moves per round of each layer; above_L: greatest load / lower bound, at least 1."""
     shifted_L = above_L > 1 + settings.shifted
     fair_L = most_moves_L // (settings.max_rounds * max(int(shifted_L.sum()), 1))
     at_once_L = np.clip(fair_L, settings.moves_a_round, settings.shifted_moves_a_round)
@@ -130,7 +130,7 @@ def _stages(
     budget_bytes: float,
     coactivation_LEE: Floats | None,
 ) -> list[_Stage]:
-    """The standing layout, and what it is after each round; a layer without progress is let be."""
+    """Returns the current layout, and the layout after each round; a layer without progress is not pursued further."""
     nothing_L = np.zeros(layout.num_layers)
     stages = [_Stage(layout=layout, worst_L=_worst_L(layout, load_LE, fleet), bytes_L=nothing_L)]
     going = np.arange(layout.num_layers)
@@ -146,7 +146,7 @@ def _stages(
             round_moves_L=wanted.round_moves_L[going],
         )
         pairs = None if coactivation_LEE is None else coactivation_LEE[going, :width, :width]
-        fair_bytes_L = budget_bytes / settings.rounds_a_budget / len(going)  # grows as other layers are done
+        fair_bytes_L = budget_bytes / settings.rounds_a_budget / len(going)  # grows as other layers finish
         moved = _moved_once(part, load, of_part, step, fair_bytes_L / of_part.expert_bytes_L, pairs)
         moved = with_shares(moved, least_max_shares(moved, load, of_part, even=True).share_R)
         worst_L = _worst_L(moved, load, of_part)
@@ -165,7 +165,7 @@ def _stages(
 def _moved_once(
     layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted, fair_moves_L: Floats, pairs_LEE: Floats | None
 ) -> Layout:
-    """One round: counts follow the load where shares can do nothing, in the other layers actors are relieved."""
+    """One round: replica counts follow the load where shares cannot help; in the other layers actors are relieved."""
     most_L = np.minimum(np.ceil(fair_moves_L), wanted.most_moves_L).astype(np.int64)
     moved = recounted(layout, load_LE, fleet, (1 + wanted.tolerance) * wanted.bound_L, most_L)
     if moved is not layout:
@@ -175,7 +175,7 @@ def _moved_once(
 
 
 def _worst_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:
-    """What a layer's worst actor is held to cost: load / speed under the best shares, and in part under even ones."""
+    """Returns each layer's cost: the greatest load / speed under the best shares, and in part under near-equal ones."""
     worst_L: Floats = actor_load_LA(layout, load_LE, fleet).max(axis=1, initial=0.0)
     fair_L = load_LE.sum(axis=1) / fleet.speed_A[fleet.slots_A > 0].sum()
     even = with_shares(layout, _share_R(layout, least_overflow(layout, load_LE, fleet, fair_L), load_LE))
@@ -190,8 +190,10 @@ def _share_R(layout: Layout, load_R: Floats, load_LE: Floats) -> Floats:
 
 
 def _chosen_stage_L(stages: list[_Stage], saved_s: float, price_s: float, min_gain: float, budget_bytes: float) -> Ints:
-    """Which stage each layer goes to, 0 where it stays: step by step what gains most over its price per byte, while the
-    budget lasts."""
+    """Returns the stage that each layer moves to, 0 for no change.
+
+    Greedy: repeatedly the step with the greatest net gain per byte, while the budget lasts.
+    """
     worst_SL = np.stack([stage.worst_L for stage in stages])
     bytes_SL = np.stack([stage.bytes_L for stage in stages])
     net_SL = saved_s * (worst_SL[0] - worst_SL) - price_s * bytes_SL

@@ -1,10 +1,10 @@
-"""Packing replicas of like load: heaviest first, each on the actor that it loads least, in all layers at once; or
-filling the actors of one layer to exactly their fair load, by splitting at most one expert an actor.
+"""Packs replicas of similar load, heaviest first, each on the actor that ends up least loaded, in all layers at once;
+or fills the actors of one layer to exactly their fair load, by splitting at most one expert per actor.
 
-The latter is McNaughton's wrap-around rule (Management Science, 1959) for actors of limited slots: of the experts
-sorted by load, a window of k neighbours is slid until it holds the actor's fair load; the heaviest of it is split
-there, and what is left of it goes back among the others. So A actors need at most A - 1 replicas more than there are
-experts, and come out equal to the last token, where that many slots are free and the loads are not too much alike.
+The latter is McNaughton's wrap-around rule (Management Science, 1959) for actors of limited slots: over the experts
+sorted by load, slide a window of k neighbors until it holds the actor's fair load; split its heaviest expert there, and
+return the remainder to the pool. So A actors need at most A - 1 replicas more than there are experts, and carry exactly
+their fair loads, if that many slots are free and the loads are not too similar.
 """
 
 from bisect import insort
@@ -14,13 +14,13 @@ import numpy as np
 from moecluster.placement.layout import Fleet, Floats, Ints, Layout, make_layout
 from moecluster.placement.plan.replica_counts import planned_counts
 
-WHOLE = 1e-9  # a part smaller than this fraction of an actor's fair load is rounding, and no replica
+WHOLE = 1e-9  # a part smaller than this fraction of an actor's fair load is rounding, not a replica
 
 
 def exact_fill(load_E: Floats, fair_A: Floats, slots_A: Ints, node_A: Ints) -> list[tuple[int, int, float]] | None:
-    """(expert, actor, load) of every replica, or None where the rule does not come out even. [E], [A], [A], [A].
+    """Returns (expert, actor, load) of every replica, or None if no exact fill is found. [E], [A], [A], [A].
 
-    fair_A: the load that each actor is to have, with the sum of load_E; actors without slots have none.
+    fair_A: each actor's target load; they sum to load_E's sum. Actors without slots have 0.
     """
     pool = sorted((float(load), expert) for expert, load in enumerate(load_E))
     actors = [a for a in _order(fair_A, slots_A, node_A) if slots_A[a] > 0]
@@ -51,7 +51,7 @@ def exact_fill(load_E: Floats, fair_A: Floats, slots_A: Ints, node_A: Ints) -> l
 
 
 def _order(fair_A: Floats, slots_A: Ints, node_A: Ints) -> list[int]:
-    """Most load per slot first; actors alike in that in turns of the nodes, so that parts stand on several."""
+    """Most load per slot first; ties take turns between nodes, so that an expert's parts are on several nodes."""
     by_node = np.argsort(node_A, kind="stable")
     turn_A = np.empty(len(node_A), dtype=np.int64)
     turn_A[by_node] = np.arange(len(node_A)) - np.searchsorted(node_A[by_node], node_A[by_node])
@@ -60,10 +60,10 @@ def _order(fair_A: Floats, slots_A: Ints, node_A: Ints) -> list[int]:
 
 
 def _window(loads: list[float], fair: float, fewest: int, most: int) -> tuple[int, int] | None:
-    """[first, last] of the neighbours of which the last is to be split: as many as can be, to spare the slots."""
+    """Returns [first, last] of the widest window whose last expert is to be split; None if none fits."""
     sums = np.concatenate(([0.0], np.cumsum(loads)))
     for size in range(min(most, len(loads)), fewest - 1, -1):
-        totals = sums[size:] - sums[:-size]  # growing, as the loads are
+        totals = sums[size:] - sums[:-size]  # ascending, since the loads are
         end = int(np.searchsorted(totals, fair))
         without_last = sums[end + size - 1] - sums[end] if end < len(totals) else np.inf
         if end < len(totals) and without_last <= fair:
@@ -72,10 +72,10 @@ def _window(loads: list[float], fair: float, fewest: int, most: int) -> tuple[in
 
 
 def packed(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Layout:
-    """A layout of `planned_counts`, with equal shares (LPT: Graham, 1969, with slots). The slots suffice for all.
+    """Returns a layout of `planned_counts`, with equal shares (LPT: Graham, 1969, with slots).
 
-    An actor takes an expert once, and the second replica goes to another node where one has a slot; a replica that fits
-    nowhere is left out.
+    The slots must suffice for all experts. An actor takes an expert at most once, and an expert's second replica goes
+    to another node if one has a slot; a replica that fits nowhere is left out.
     """
     num_layers, max_experts = load_LE.shape
     count_LE = planned_counts(load_LE, num_experts_L, fleet)
@@ -84,7 +84,7 @@ def packed(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Layout:
     load_LA = np.zeros((num_layers, fleet.num_actors))
     free_LA = np.tile(fleet.slots_A, (num_layers, 1))
     holds_LEA = np.zeros((num_layers, max_experts, fleet.num_actors), dtype=np.bool_)
-    missing_L = num_experts_L.copy()  # experts that stand nowhere yet: a slot must remain for each
+    missing_L = num_experts_L.copy()  # experts not placed yet: a slot must remain for each
     for expert_L in expert_LS.T:
         going_L = np.flatnonzero(expert_L >= 0)
         expert = expert_L[going_L]
@@ -111,7 +111,7 @@ def packed(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Layout:
 
 
 def _heaviest_first(part_LE: Floats, count_LE: Ints) -> Ints:
-    """The expert of each replica, by falling load, [L, most replicas of a layer]; -1 beyond a layer's own."""
+    """Returns the expert of each replica, by falling load, [L, most replicas of a layer]; -1 beyond a layer's own."""
     num_layers, max_experts = part_LE.shape
     total_L = count_LE.sum(axis=1)
     key_R = np.repeat(np.arange(num_layers * max_experts), count_LE.ravel())

@@ -1,4 +1,4 @@
-"""One round of single moves: every actor above a wanted load gives one of its experts a replica where there is room."""
+"""One round of single moves: each actor above the bound gives one of its experts a replica on an actor with room."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,31 +9,31 @@ from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with
 from moecluster.placement.plan.shares import least_overflow
 
 EXPERTS_TRIED = 4  # of an actor above the bound, the heaviest
-LEAST_RELIEF = 0.02  # of what stands above the bound, that a move must take away
-PASSED_ON = 0.5  # of an actor's divided load: what it is trusted to give to other replicas in exchange for more
-UNCOVERED = 0.05  # of its load: what it counts to leave an expert on one node
-NEW_NODE = 0.02  # relative taste for a node without the expert
-TOGETHER = 0.05  # relative taste for the actor with the most co-activated experts
+LEAST_RELIEF = 0.02  # of the excess above the bound: the least that a move must take away
+PASSED_ON = 0.5  # of an actor's divided load: what it is assumed to pass to other replicas in exchange for more
+UNCOVERED = 0.05  # of an expert's load: the cost of leaving it with one replica
+NEW_NODE = 0.02  # relative preference for a node without the expert
+TOGETHER = 0.05  # relative preference for the actor with the most co-activated experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a round is to bring down. All layers are those of the layout in hand."""
+    """Goals and limits of a round. All layers are those of the layout at hand."""
 
     bound_L: Floats  # load / speed that actors are to come down to
-    tolerance: float  # relative excess above the bound that is let be
-    most_moves_L: Ints  # replicas that may be added; 0: the layer is left as it is
-    round_moves_L: Ints  # after so many the round ends: the next one sees what they made of the shares
+    tolerance: float  # relative excess above the bound that is tolerated
+    most_moves_L: Ints  # replicas that may be added; 0: the layer is left unchanged
+    round_moves_L: Ints  # moves after which the round ends; the next round sees the re-solved shares
 
 
 def relieved(
     layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted, coactivation_LEE: Floats | None = None
 ) -> Layout:
-    """The layout after one round; new replicas have share 0, and shares of dropped ones are not given to others yet.
+    """Returns the layout after one round; new replicas have share 0, and dropped replicas' shares are not reassigned.
 
-    An actor above the bound (after shares have done what they can) gives the expert that takes most from it a replica
-    on the actor that has most room, in a free slot or in that of the replica least needed there. Where no replica can
-    be spared, two experts change places.
+    An actor above the bound (after shares have done what they can) gives the expert that relieves it most a replica on
+    the actor with the most room, in a free slot or in place of the replica least needed there. Where no replica can be
+    spared, two experts swap places.
     """
     load_R = least_overflow(layout, load_LE, fleet, wanted.bound_L)
     dropped_R = np.zeros(layout.num_replicas, dtype=np.bool_)
@@ -60,7 +60,7 @@ def relieved(
 
 
 class _Board:
-    """One layer while its actors are relieved, one after the other. R: its standing replicas."""
+    """One layer while its actors are relieved one after the other. R: its current replicas."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class _Board:
         self._holds_EA[expert_R, actor_R] = True
         self._over_A = np.bincount(actor_R, weights=load_R, minlength=fleet.num_actors) - limit_A
         self._free_A = fleet.slots_A - self._holds_EA.sum(axis=0)
-        self._fixed_R = np.zeros(len(expert_R), dtype=np.bool_)  # part of an exchange in this round
+        self._fixed_R = np.zeros(len(expert_R), dtype=np.bool_)  # replicas of experts already moved in this round
 
     def relieve(self, tolerance: float, most_moves: int, round_moves: int) -> None:
-        """Adds, drops and exchanges, worst actor first, at most one for each actor."""
+        """Adds, drops and exchanges replicas, most loaded actor first, at most one change per actor."""
         worst_first = np.argsort(-self._over_A / self._fleet.speed_A, kind="stable")
         for actor in worst_first.tolist():
             done = self._over_A[actor] <= tolerance * self._limit_A[actor]
@@ -115,7 +115,7 @@ class _Board:
         return True
 
     def _exchange(self, actor: int) -> None:
-        """Two replicas change places: a heavier one of this actor for a lighter one of another."""
+        """Swaps a heavier replica of this actor with a lighter one of another actor."""
         stands_R = ~self.dropped_R & ~self._fixed_R
         here = np.flatnonzero(stands_R & (self._actor_R == actor))
         there = np.flatnonzero(stands_R & (self._over_A[self._actor_R] < 0))
@@ -139,7 +139,7 @@ class _Board:
         self._over_A[other] += shift[row, column]
 
     def _room_A(self) -> Floats:
-        """What an actor can take: below the bound, and in place of load that it can pass on to others below it."""
+        """Returns the load an actor can take: up to the bound, plus load that it can pass on to others below theirs."""
         below = float(np.maximum(-self._over_A, 0.0).sum())
         divided_R = (self._holds_EA.sum(axis=1)[self._expert_R] > 1) & ~self.dropped_R
         divided_A = np.bincount(self._actor_R, weights=self._load_R * divided_R, minlength=len(self._over_A))
@@ -148,13 +148,13 @@ class _Board:
         return room
 
     def _heaviest(self, actor: int) -> Iterator[tuple[int, float]]:
-        """(expert, its load on the actor), heaviest first."""
+        """Yields (expert, its load on the actor), heaviest first."""
         mine = np.flatnonzero((self._actor_R == actor) & ~self.dropped_R)
         for replica in mine[np.argsort(-self._load_R[mine], kind="stable")][:EXPERTS_TRIED].tolist():
             yield int(self._expert_R[replica]), float(self._load_R[replica])
 
     def _least_needed(self) -> tuple[Ints, Floats]:
-        """Of each actor, the replica to drop for a new one, and what that costs; a free slot costs nothing."""
+        """Returns for each actor the replica to drop for a new one, and its cost; a free slot costs nothing."""
         drop_A = np.full(self._fleet.num_actors, -1)
         cost_A = np.where(self._free_A > 0, 0.0, np.inf)
         count_E = self._holds_EA.sum(axis=1)
@@ -171,7 +171,7 @@ class _Board:
         return drop_A, np.where(full_A, cheapest_A, cost_A)
 
     def _taste_A(self, expert: int) -> Floats:
-        """Near 1: which of two actors with like room an expert would rather go to."""
+        """Returns factors near 1: an expert's preference among actors with similar room."""
         nodes = self._fleet.node_A[self._holds_EA[expert]]
         taste_A = np.where(np.isin(self._fleet.node_A, nodes), 1.0, 1.0 + NEW_NODE)
         if self._coactivation_EE is not None:
@@ -189,4 +189,4 @@ class _Board:
         self.added.append((expert, actor))
         self._holds_EA[expert, actor] = True
         self._free_A[actor] -= 1
-        self._fixed_R |= self._expert_R == expert  # what a new replica takes over is not known yet
+        self._fixed_R |= self._expert_R == expert  # the new replica's load is known only after the next solve of shares

@@ -1,4 +1,4 @@
-"""How many replicas each expert gets, and how good any placement with so many slots can be at best."""
+"""How many replicas each expert gets, and a bound on how good any placement with these slots can be."""
 
 import numpy as np
 
@@ -8,9 +8,9 @@ HEADROOM = 0.25  # replicas of at most this fraction of an actor's fair load let
 
 
 def minimax_counts(load_LE: Floats, num_experts_L: Ints, slots: int, most: int) -> Ints:
-    """Counts of least max(load / count), [L, E]: one replica more, time and again, for the greatest load per replica.
+    """Returns the counts that minimize max(load / count), [L, E]: greedily one more for the greatest load per replica.
 
-    slots: the sum of each layer's counts, as far as `most` replicas of each expert allow it. This greedy choice is
+    slots: the sum of each layer's counts, as far as `most` replicas of each expert allow it. The greedy choice is
     optimal, and is the replication step of DeepSeek's EPLB.
     """
     num_layers, max_experts = load_LE.shape
@@ -30,7 +30,7 @@ def minimax_counts(load_LE: Floats, num_experts_L: Ints, slots: int, most: int) 
 
 
 def planned_counts(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Ints:
-    """Counts that use every slot, [L, E]: what balance asks for first, then second replicas, hottest first."""
+    """Returns counts that use every slot, [L, E]: what balance needs first, then second replicas, hottest first."""
     slots, most = int(fleet.slots_A.sum()), int((fleet.slots_A > 0).sum())
     exists_LE = np.arange(load_LE.shape[1]) < num_experts_L[:, None]
     count_LE = exists_LE.astype(np.int64)
@@ -46,17 +46,17 @@ def planned_counts(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Ints:
 
 
 def in_fair_loads(load_LE: Floats, fleet: Fleet) -> Floats:
-    """Loads in units of what each actor with slots would have on average, per layer."""
+    """Returns the loads in units of the average load of an actor with slots, per layer."""
     fair_L = load_LE.sum(axis=1, keepdims=True) / max(int((fleet.slots_A > 0).sum()), 1)
     units: Floats = np.divide(load_LE, fair_L, out=np.zeros_like(load_LE), where=fair_L > 0)
     return units
 
 
 def urgency(unit_LE: Floats, count_LE: Ints, exposed_LE: Bools, may_LE: Bools) -> Floats:
-    """Which expert should have one replica more, the highest first, -1 where it cannot: [L, E].
+    """Returns the priority of each expert for one more replica, highest first, -1 where it cannot have one: [L, E].
 
-    First those with more than HEADROOM of a fair load per replica, then those that the loss of one node would take
-    (exposed), then the rest; by load per replica within each.
+    First experts with more than HEADROOM of a fair load per replica, then those that the loss of one node would take
+    (exposed), then the rest; by load per replica within each class.
     """
     per_replica_LE = unit_LE / np.maximum(count_LE, 1)
     top = per_replica_LE.max(initial=0.0) + 1.0
@@ -65,10 +65,10 @@ def urgency(unit_LE: Floats, count_LE: Ints, exposed_LE: Bools, may_LE: Bools) -
 
 
 def least_worst_load_L(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Floats:
-    """Lower bound on the worst actor's load / speed for any placement on these slots: [L].
+    """Returns a lower bound on the greatest load / speed of an actor, for any placement on these slots: [L].
 
-    The least, over replica counts, of max(mean load, max load / count); with uneven speeds, an expert of c replicas can
-    at best stand on the c fastest actors.
+    The minimum, over replica counts, of max(mean load, max load / count); with uneven speeds, an expert of c replicas
+    is at best on the c fastest actors.
     """
     speed_A = np.sort(fleet.speed_A[fleet.slots_A > 0])[::-1]
     slots = int(fleet.slots_A.sum())
@@ -78,7 +78,7 @@ def least_worst_load_L(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Fl
     np.maximum(bound_L, hottest_L / reach_C[-1], out=bound_L)
     high_L = np.maximum(hottest_L / reach_C[0], bound_L)
     low_L = bound_L
-    for _ in range(50):  # bisection on "so low a load needs no more slots than there are"
+    for _ in range(50):  # bisection on whether a load per speed this low fits the slots
         middle_L = (low_L + high_L) / 2
         wanted_LE = np.divide(load_LE, middle_L[:, None], out=np.zeros_like(load_LE), where=middle_L[:, None] > 0)
         count_LE = np.maximum(np.searchsorted(reach_C, wanted_LE * (1 - 1e-12)) + 1, 1)

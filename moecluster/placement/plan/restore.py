@@ -1,6 +1,6 @@
-"""What must be done whatever it costs: no actor holds more than it has room for, and every expert stands somewhere.
+"""Changes that are made whatever they cost: no actor exceeds its slots, and every expert has a replica.
 
-Serves both after a failure (experts whose last replica is lost) and for draining (actors whose slots were taken away).
+Used after a failure (experts whose last replica is lost) and for draining (actors whose slots are set to 0).
 """
 
 import numpy as np
@@ -11,11 +11,12 @@ from moecluster.placement.plan.shares import normalized
 
 
 def restored(layout: Layout, load_LE: Floats, fleet: Fleet, cold_LE: Bools | None = None) -> Layout:
-    """The layout itself if all is well; else the nearest one that fits the slots and has every expert but cold ones.
+    """Returns the nearest layout that fits the slots and places all but cold experts; the layout itself if it does.
 
-    Replicas beyond an actor's slots leave, those of experts that stand elsewhere first, then those of least load. Lost
-    experts follow, hottest first, each on the actor with a free slot that it loads least; where no slot is free, the
-    least loaded replica of an expert with several gives way. Raises ResourceError: fewer slots than experts.
+    Replicas beyond an actor's slots are dropped: first those of experts with other replicas, then those of least load.
+    Lost experts are placed hottest first, each on the actor with a free slot that ends up least loaded; where no slot
+    is free, the least loaded replica of an expert with several gives way. Raises ResourceError for fewer slots than
+    experts.
     """
     check_room(layout.num_experts_L if cold_LE is None else layout.num_experts_L - cold_LE.sum(axis=1), fleet)
     dropped_R = _beyond_slots_R(layout, load_LE, fleet)
@@ -26,7 +27,7 @@ def restored(layout: Layout, load_LE: Floats, fleet: Fleet, cold_LE: Bools | Non
     if cold_LE is not None:
         lost_X = lost_X[~cold_LE.reshape(-1)[lost_X]]
     if not dropped_R.any() and len(lost_X) == 0:
-        whole_R = normalized(layout)  # where one of several replicas was lost, the others share its part
+        whole_R = normalized(layout)  # where one of several replicas was lost, the others take over its share
         return layout if np.allclose(whole_R, layout.share_R, rtol=0, atol=1e-9) else with_shares(layout, whole_R)
     room = _Room(layout, load_LE, fleet, dropped_R)
     hottest_first_X = lost_X[np.argsort(-load_LE.reshape(-1)[lost_X], kind="stable")]
@@ -47,7 +48,7 @@ def check_room(num_experts_L: Ints, fleet: Fleet) -> None:
 
 
 def all_expert_keys(num_experts_L: Ints) -> Ints:
-    """layer * E + expert of every expert that there is, as Layout.expert_key_R has it."""
+    """Returns layer * E + expert of every expert, as in Layout.expert_key_R."""
     layer_X = np.repeat(np.arange(len(num_experts_L)), num_experts_L)
     first_X = np.repeat(np.cumsum(num_experts_L) - num_experts_L, num_experts_L)
     keys: Ints = layer_X * int(num_experts_L.max(initial=0)) + np.arange(len(layer_X)) - first_X
@@ -55,7 +56,7 @@ def all_expert_keys(num_experts_L: Ints) -> Ints:
 
 
 def _beyond_slots_R(layout: Layout, load_LE: Floats, fleet: Fleet) -> Bools:
-    """Which replicas must leave: on each actor those beyond its slots, the least needed ones."""
+    """Returns which replicas must leave: on each actor the least needed ones beyond its slots."""
     key_R = layout.layer_R * fleet.num_actors + layout.actor_R
     count_LA = np.bincount(key_R, minlength=layout.num_layers * fleet.num_actors)
     if (count_LA <= np.tile(fleet.slots_A, layout.num_layers)).all():
@@ -71,7 +72,7 @@ def _beyond_slots_R(layout: Layout, load_LE: Floats, fleet: Fleet) -> Bools:
 
 
 class _Room:
-    """A layout's free slots while lost experts are put back, and the replicas that gave way."""
+    """A layout's free slots while lost experts are placed, and the replicas that gave way."""
 
     def __init__(self, layout: Layout, load_LE: Floats, fleet: Fleet, dropped_R: Bools) -> None:
         self.dropped_R = dropped_R.copy()
@@ -85,7 +86,7 @@ class _Room:
         self._count_X = np.bincount(layout.expert_key_R[~dropped_R], minlength=layout.num_layers * layout.max_experts)
 
     def place(self, layer: int, expert: int) -> int:
-        """The actor for a lost expert, whose slot is taken from then on."""
+        """Takes a slot for a lost expert and returns its actor."""
         if not (self._free_LA[layer] > 0).any():
             self._give_way(layer)
         load = self._load_LE[layer, expert]

@@ -1,10 +1,10 @@
-"""The shares of a standing layout that make the worst actor's load least, for all layers at once. Moves no byte.
+"""Re-solves the shares of a layout so that the most loaded actor carries as little as possible. Moves no weights.
 
-Per layer a linear program: split each expert's load over its replicas so that the greatest load / speed is least. It is
-solved as a flow of load from actors above a bound to actors below it, through the experts that both hold, with Newton
-steps on the bound: what cannot leave a set of actors is a lower bound by itself. The loop ends when no actor is above
-its bound, so the answer carries its own proof. (Newton on a parametric cut: Radzik, "Fractional combinatorial
-optimization", Handbook of Combinatorial Optimization, 1998.)
+Per layer a linear program: split each expert's load over its replicas to minimize the greatest load / speed. It is
+solved, for all layers at once, as a flow of load from actors above a bound to actors below it, through the experts that
+both hold, with Newton steps on the bound: the load that cannot leave a set of actors gives a new lower bound. The loop
+ends when no actor is above its bound, so the answer proves its own optimality. (Newton on a parametric cut: Radzik,
+"Fractional combinatorial optimization", Handbook of Combinatorial Optimization, 1998.)
 
 Cost: a handful of maximum flows over the replicas of experts with several; near linear in those.
 """
@@ -18,29 +18,29 @@ from scipy.sparse.csgraph import maximum_flow
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout
 
 RELATIVE_TOLERANCE = 1e-10
-EVEN_TOLERANCE = 1e-6  # of shares near equal ones: plans try many, for loads that are known far less exactly
-MAX_ROUNDS = 40  # Newton ends after two to five; the rest is for the flow's rounding
-EVEN_STEPS = (1.25, 1.6)  # times an equal share, that a replica may take before all others have taken as much
+EVEN_TOLERANCE = 1e-6  # for near-equal shares: plans try many, for loads that are known far less exactly
+MAX_ROUNDS = 40  # Newton ends after two to five; the rest is for rounding in the flow
+EVEN_STEPS = (1.25, 1.6)  # successive caps on a replica's load, in equal shares, before uncapped steps
 FLOW_UNITS = 2**29  # SciPy's flows are int32, and a pair of opposite edges may hold twice this
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedLoad:
-    """Shares, and what they make of the load."""
+    """Shares, and the load that results from them."""
 
     share_R: Floats
     load_LA: Floats  # of each actor, divided by its speed
-    bound_L: Floats  # lower bound on the worst actor's load / speed; reached within the tolerance
+    bound_L: Floats  # lower bound on the greatest load / speed; reached within the tolerance
 
 
 def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: bool = False) -> SharedLoad:
-    """Shares of least max(load / speed), per layer, within 1e-10 of the optimum (even: 1e-6).
+    """Returns the shares that minimize max(load / speed), per layer, within 1e-10 of the optimum (even: 1e-6).
 
-    Among the optima it takes one near the standing shares: only what stands above the bound is given away. An expert
-    without load keeps its shares; all come out in [0, 1] with a sum of 1 per expert.
+    Among the optima it picks one near the current shares: only load above the bound is moved. An expert without load
+    keeps its shares; all shares are in [0, 1] and sum to 1 per expert.
 
-    even: take one near equal shares instead, whatever stands: load that is spread alike over an expert's replicas is
-    hurt less by what the next window brings.
+    even: pick one near equal shares instead, ignoring the current ones: load spread equally over an expert's replicas
+    suffers less when the next window differs.
     """
     problem = _Problem.of(layout, load_LE, fleet)
     tolerance = EVEN_TOLERANCE if even else RELATIVE_TOLERANCE
@@ -66,9 +66,10 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: boo
 
 
 def least_overflow(layout: Layout, load_LE: Floats, fleet: Fleet, bound_L: Floats) -> Floats:
-    """Load of each replica when as little as can stands above a bound that need not be reachable: [R].
+    """Returns each replica's load, [R], with as little as possible above a bound that need not be reachable.
 
-    No replica takes more than EVEN_STEPS[0] times its equal share: what only uneven shares could even out stays above.
+    No replica takes more than EVEN_STEPS[0] times its equal share: load that only very uneven shares could move stays
+    above the bound.
     """
     problem = _Problem.of(layout, load_LE, fleet)
     load_R = problem.load_of_R / problem.count_X[problem.expert_of_R]
@@ -78,13 +79,13 @@ def least_overflow(layout: Layout, load_LE: Floats, fleet: Fleet, bound_L: Float
 
 
 def _unit_L(excess_LA: Floats, bound_L: Floats, fleet: Fleet, tolerance: float) -> Floats:
-    """What the flow counts by in each layer; infinite where no actor is above the bound."""
+    """Returns the load of one unit of flow in each layer; infinite where no actor is above the bound."""
     above_L = (excess_LA > tolerance * bound_L[:, None] * fleet.speed_A).any(axis=1)
     return np.where(above_L, np.maximum(excess_LA, 0.0).sum(axis=1) / FLOW_UNITS, np.inf)
 
 
 def normalized(layout: Layout) -> Floats:
-    """The standing shares with sums of exactly 1: equal ones where an expert has none."""
+    """Returns the current shares, scaled to sum to 1 per expert; equal shares where an expert's sum to 0."""
     first_R = np.concatenate(([True], np.diff(layout.expert_key_R) > 0))[: layout.num_replicas]
     expert_of_R = np.cumsum(first_R) - 1
     count_X = np.bincount(expert_of_R)
@@ -96,7 +97,7 @@ def normalized(layout: Layout) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """The bipartite graphs of all layers. X: experts that have replicas, numbered through all layers."""
+    """The bipartite graphs of all layers. X: experts that have replicas, numbered across all layers."""
 
     speed_A: Floats
     num_layers: int
@@ -136,7 +137,7 @@ class _Problem:
         return sum_X.astype(np.float64, copy=False)
 
     def first_bound_L(self) -> Floats:
-        """No split is better than all actors alike, nor than an expert's own actors alike."""
+        """Lower bound: the load spread evenly over all actors, and each expert's load over that expert's actors."""
         speed_R = np.tile(self.speed_A, self.num_layers)[self.actor_R]
         holds_LA = np.bincount(self.actor_R, minlength=self.num_layers * len(self.speed_A)).reshape(self.num_layers, -1)
         speed_L = np.where(holds_LA > 0, self.speed_A, 0.0).sum(axis=1)
@@ -146,10 +147,10 @@ class _Problem:
         return bound_L
 
     def push_R(self, load_R: Floats, excess_LA: Floats, unit_L: Floats, most_R: Floats | None = None) -> Floats:
-        """What each replica gains when as much excess as can goes from actors above the bound to those below.
+        """Returns the load each replica gains when as much excess as possible flows to the actors below the bound.
 
-        unit_L: the load that the flow counts by; infinite for layers that are left as they are. most_R: the load up to
-        which a replica may gain; by default there is no such limit.
+        unit_L: the load of one unit of flow; infinite for layers to leave unchanged. most_R: the load up to which a
+        replica may gain; None for no limit.
         """
         unit_A = np.repeat(unit_L, len(self.speed_A))
         flexible_R = np.flatnonzero((self.count_X[self.expert_of_R] > 1) & np.isfinite(unit_A[self.actor_R]))
@@ -175,17 +176,17 @@ class _Problem:
         tail, head, capacity = (np.concatenate(part) for part in zip(*edges, strict=True))
         size = int(expert_node_R[-1]) + 1
         whole = np.minimum(capacity, FLOW_UNITS).astype(np.int32)
-        places = tail.astype(np.int32), head.astype(np.int32)  # as the flow wants them
+        places = tail.astype(np.int32), head.astype(np.int32)  # the index type that maximum_flow requires
         flow = maximum_flow(csr_array((whole, places), shape=(size, size)), source, sink).flow
-        # An expert's row has its replicas in the order of its actors: the order of the layout.
+        # An expert's row lists its replicas by actor, which is the order of the layout.
         gain_R[flexible_R] = flow.data[flow.indptr[first_expert] :] * unit_R
         return np.maximum(gain_R, -load_R)
 
     def cut_bound_L(self, load_R: Floats, last_bound_L: Floats, unit_L: Floats) -> Floats:
-        """Load that cannot leave the actors which the excess left over can reach, over their speed."""
+        """Lower bound: the load that cannot leave the actors reachable from the remaining excess, over their speed."""
         unit_A = np.repeat(unit_L, len(self.speed_A))
         excess_LA = self.load_LA(load_R) - last_bound_L[:, None] * self.speed_A
-        inside_A = excess_LA.ravel() >= unit_A  # less than a unit is nothing, to the flow and so to its cut
+        inside_A = excess_LA.ravel() >= unit_A  # the flow cannot represent less than a unit
         gives_R = load_R >= unit_A[self.actor_R]
         num_inside = 0
         while (count := int(inside_A.sum())) > num_inside:

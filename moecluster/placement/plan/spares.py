@@ -1,9 +1,9 @@
-"""What slots are spent on that balance does not need: load that will change, and nodes that will fail.
+"""Uses the slots that balance does not need: as headroom for changing load, and against node failures.
 
-Spare replicas follow the load: to experts that grow too hot for their replicas, so that shares have room when the load
-changes; then to experts on one node only, so that the loss of a node costs as little as can be. A free slot is used
-first; else the replica least needed gives way, if the other expert is clearly more in need, so that equal needs do not
-swap for ever. No layer's worst load rises by it.
+Spare replicas go to experts that are too hot for their replicas, so that shares have room when the load changes; then
+to experts on one node only, so that the loss of a node costs as little as possible. A free slot is used first;
+otherwise the replica least needed gives way, but only to an expert that needs it clearly more, so that experts of equal
+need do not keep swapping. No layer's greatest load rises by more than MOST_LOSS.
 """
 
 import numpy as np
@@ -25,16 +25,16 @@ from moecluster.placement.layout import (
 from moecluster.placement.plan.replica_counts import HEADROOM, in_fair_loads, urgency
 from moecluster.placement.plan.shares import least_max_shares
 
-CLEARLY = 1.25  # times as much need as the one that gives way
-MOST_LOSS = 0.001  # of a layer's worst load, relatively
-TOO_HOT, EXPOSED, NEVER = 2, 1, 3  # kinds of need, and of what giving way would make an expert; 0: the rest
+CLEARLY = 1.25  # times the need of the replica that gives way
+MOST_LOSS = 0.001  # of a layer's greatest load, relatively
+TOO_HOT, EXPOSED, NEVER = 2, 1, 3  # classes of need, and of what an expert becomes by giving way; 0: neither
 
 
 def with_spare_slots_used(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layout:
-    """The layout with a replica more in every free slot where one can stand, of share 0.
+    """Returns the layout with a new replica of share 0 in every free slot that can take one.
 
-    Experts in the order of `replica_counts.urgency`. A new replica goes to an actor with most free slots, by
-    preference on a node without the expert, then where the least load can be shared so far.
+    Experts in the order of `replica_counts.urgency`. A new replica goes to an actor with the most free slots, then by
+    preference to a node without the expert, then to the actor with the least divisible load so far.
     """
     holds_LEA, free_LA = held(layout, fleet)
     num_layers, max_experts, _ = holds_LEA.shape
@@ -70,7 +70,7 @@ def with_spare_slots_used(layout: Layout, load_LE: Floats, fleet: Fleet) -> Layo
 
 
 def held(layout: Layout, fleet: Fleet) -> tuple[Bools, Ints]:
-    """Which actor holds which expert, [L, E, A], and the free slots, [L, A]."""
+    """Returns which actor holds which expert, [L, E, A], and the free slots, [L, A]."""
     holds_LEA = np.zeros((layout.num_layers, layout.max_experts, fleet.num_actors), dtype=np.bool_)
     holds_LEA[layout.layer_R, layout.expert_R, layout.actor_R] = True
     key_R = layout.layer_R * fleet.num_actors + layout.actor_R
@@ -79,17 +79,17 @@ def held(layout: Layout, fleet: Fleet) -> tuple[Bools, Ints]:
 
 
 def on_one_node(layout: Layout, fleet: Fleet) -> Bools:
-    """Of each expert that stands, by its key, whether one node holds all its replicas: [L * E]."""
+    """Returns, for each expert key, whether the expert has replicas and one node holds them all: [L * E]."""
     key_R, node_R = layout.expert_key_R, fleet.node_A[layout.actor_R]
     node_X = np.full(layout.num_layers * layout.max_experts, -1)
-    node_X[key_R] = node_R  # of some replica
+    node_X[key_R] = node_R  # the node of any one replica
     alone_X: Bools = node_X >= 0
     alone_X[key_R[node_R != node_X[key_R]]] = False
     return alone_X
 
 
 def leaves_one_node_R(layout: Layout, fleet: Fleet) -> Bools:
-    """Of each replica, whether its expert would stand on one node only without it, though there are several nodes."""
+    """Returns, for each replica, whether its expert would be on at most one of several nodes without it: [R]."""
     nodes, place_A = np.unique(fleet.node_A, return_inverse=True)
     key_R = layout.expert_key_R * len(nodes) + place_A[layout.actor_R]
     count_XN = np.bincount(key_R, minlength=layout.num_layers * layout.max_experts * len(nodes))
@@ -100,7 +100,7 @@ def leaves_one_node_R(layout: Layout, fleet: Fleet) -> Bools:
 
 
 def shares_node(holds: Bools, node_A: Ints) -> Bools:
-    """[n, A] -> [n, A]: whether an actor's node has an actor that holds."""
+    """[n, A] -> [n, A]: whether any actor on the actor's node holds the row's expert."""
     _, place_A = np.unique(node_A, return_inverse=True)
     on_node = np.zeros((len(holds), int(place_A.max(initial=0)) + 1), dtype=np.bool_)
     row, actor = np.nonzero(holds)
@@ -110,9 +110,9 @@ def shares_node(holds: Bools, node_A: Ints) -> Bools:
 
 
 def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_bytes: float, most_a_layer: int) -> Layout:
-    """The layout with some spare replicas placed or moved, most needed first, within the budget.
+    """Returns the layout with some spare replicas placed or moved, most needed first, within the budget.
 
-    layout: with shares of least greatest load; so has what comes back.
+    layout: with shares of least greatest load; the result has such shares too.
     """
     after, going = layout, np.arange(layout.num_layers)
     for _ in range(most_a_layer):
@@ -124,7 +124,7 @@ def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_byte
         dropped_R = np.zeros(after.num_replicas, dtype=np.bool_)
         dropped_R[gives_way[paid & (gives_way >= 0)]] = True
         after = with_added(without(after, dropped_R), layer[paid], expert[paid], actor[paid])
-        going = np.sort(layer[paid])  # the others would want what they wanted: nothing, or what was too dear
+        going = np.sort(layer[paid])  # the other layers would want the same again: nothing, or what was too expensive
     changed = np.unique(after.layer_R[added_R(layout, after)])
     if len(changed) == 0:
         return layout
@@ -138,7 +138,7 @@ def with_spares_moved(layout: Layout, load_LE: Floats, fleet: Fleet, budget_byte
 
 
 def _wanted_of(layout: Layout, layers: Ints, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, Ints, Ints]:
-    """`_wanted` of some layers, in the numbers of the whole layout."""
+    """`_wanted` for some layers, in the indices of the whole layout."""
     if len(layers) == layout.num_layers:
         return _wanted(layout, load_LE, fleet)
     part = of_layers(layout, layers)
@@ -148,7 +148,7 @@ def _wanted_of(layout: Layout, layers: Ints, load_LE: Floats, fleet: Fleet) -> t
 
 
 def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, Ints, Ints]:
-    """(layer, expert, actor, replica that gives way or -1) of each move, most needed first; a layer at most once."""
+    """Returns (layer, expert, actor, replica that gives way or -1) of each move, most needed first, one per layer."""
     every_L = np.arange(layout.num_layers)
     holds_LEA, free_LA = held(layout, fleet)
     count_LE = np.bincount(layout.expert_key_R, minlength=load_LE.size).reshape(load_LE.shape)
@@ -173,7 +173,7 @@ def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, 
     cost_R = class_R + loss_R / (1 + loss_R)
     cheapest_L = np.full(layout.num_layers, np.inf)
     np.minimum.at(cheapest_L, layout.layer_R, cost_R)
-    # A layer whose experts are all cold has none, and is left out below.
+    # A layer whose experts are all cold has no replicas, and is left out below.
     gives_way_L = np.zeros(layout.num_layers, dtype=np.int64)
     cheapest = np.flatnonzero(cost_R == cheapest_L[layout.layer_R])[::-1]
     gives_way_L[layout.layer_R[cheapest]] = cheapest
@@ -189,6 +189,6 @@ def _wanted(layout: Layout, load_LE: Floats, fleet: Fleet) -> tuple[Ints, Ints, 
 
 
 def _class(too_hot: Bools, exposed: Bools) -> Ints:
-    """The kind of need: too hot before exposed before the rest."""
+    """Returns the class of need: too hot before exposed before the rest."""
     kind: Ints = np.where(too_hot, TOO_HOT, np.where(exposed, EXPOSED, 0))
     return kind

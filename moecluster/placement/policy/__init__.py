@@ -1,1 +1,1 @@
-"""Policies that decide when to move what."""
+"""Policies that decide which replicas to move, and when."""

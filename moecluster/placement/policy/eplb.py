@@ -1,11 +1,11 @@
-"""The baseline: the published plan of DeepSeek's EPLB (github.com/deepseek-ai/EPLB, its global form), in our own words.
+"""The baseline: a reimplementation of DeepSeek's EPLB plan (github.com/deepseek-ai/EPLB, its global form).
 
-Give one replica more, time and again, to the expert of the greatest load per replica; then place the replicas, heaviest
-first, each on the actor of least load that has a slot free; tokens go to an expert's replicas alike. It is planned anew
-at every decision, and knows neither what stands nor what a move costs.
+Repeatedly give the expert with the greatest load per replica one more replica; then place the replicas, heaviest
+first, each on the least loaded actor with a free slot; an expert's replicas get equal shares. The plan is recomputed at
+every decision and ignores the current layout and the cost of moves.
 
-Published for numbers that divide and equal actors; here slots may differ, and "least load" is load / speed. Where the
-plan puts two replicas of an expert on one actor, they are one replica of twice the share.
+The original requires numbers that divide evenly and equal actors; here slots may differ, and "least loaded" means least
+load / speed. Where the plan puts two replicas of an expert on one actor, they become one replica of twice the share.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from moecluster.placement.policy.interface import Decision, Observation, check_o
 
 @dataclass(frozen=True, kw_only=True)
 class EplbState:
-    """Nothing to remember."""
+    """No state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EplbPolicy:
-    """Policy `eplb`. Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0.
+    """Policy `eplb`. Raises ResourceError for fewer slots than experts, ConfigError for a budget below 0.
 
-    The published plan knows no budget, so none is kept, but that with a budget of 0 all stays as it stands.
+    The published plan has no budget, so the budget is ignored, except that with a budget of 0 nothing moves.
     """
 
     name: str = "eplb"
@@ -46,12 +46,12 @@ class EplbPolicy:
 
 
 def eplb_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Layout:
-    """EPLB's global plan of all layers at once. Raises ResourceError: fewer slots than experts."""
+    """Returns EPLB's global plan of all layers at once. Raises ResourceError for fewer slots than experts."""
     check_room(num_experts_L, fleet)
     num_layers, max_experts = load_LE.shape
     slots = int(fleet.slots_A.sum())
     count_LE = minimax_counts(load_LE, num_experts_L, slots, most=slots)
-    # Every layer with experts has as many replicas as there are slots: [L, slots], expert by expert.
+    # Every layer with experts gets as many replicas as there are slots: [L, slots], expert by expert.
     expert_LS = np.repeat(np.tile(np.arange(max_experts), num_layers), count_LE.ravel()).reshape(num_layers, slots)
     every_L = np.arange(num_layers)
     part_LE = load_LE / np.maximum(count_LE, 1)

@@ -1,4 +1,4 @@
-"""What a policy is asked, and what it answers: pure functions of what was seen, with the time passed in."""
+"""The interface of a policy: pure functions of an observation, with the time passed in."""
 
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -15,46 +15,46 @@ class Observation:
     """The cluster at one moment."""
 
     now_s: float
-    load_LE: Floats  # assignments per second, as the load window has them; 0 beyond a layer's experts
+    load_LE: Floats  # assignments per second from the load window; 0 beyond a layer's experts
     fleet: Fleet
-    layout: Layout  # the standing one; experts whose last replica is lost have none
-    budget_bytes: float  # that a decision may load; replicas of lost experts are loaded regardless
+    layout: Layout  # the current one; experts whose last replica is lost have no replicas
+    budget_bytes: float  # bytes that a decision may load; replicas of lost experts are loaded regardless
     burst: float = 0.0  # budgets that may be borrowed from later decisions; 0: none
-    cold_LE: Bools | None = None  # experts that shall have no replica, until a token wants them; None: none
+    cold_LE: Bools | None = None  # experts that stay without replicas until a token needs them; None: none
     coactivation_LEE: Floats | None = None  # tokens per second that go to both experts; None: not known
     load_counted: bool = True  # False: no token was counted yet, and load_LE is a guess
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What shall stand. Equal to the standing layout if nothing is worth its price."""
+    """The layout to reach. Equal to the current layout if no change is worth its cost."""
 
     layout: Layout
     reason: str  # one line for `explain`
-    balancedness_before: float | None  # of the standing layout under the seen load; None: no load to judge by
-    balancedness_after: float | None  # predicted, of the new one
+    balancedness_before: float | None  # of the current layout under the observed load; None: no load counted
+    balancedness_after: float | None  # predicted, of the new layout
     moved_bytes: float
 
 
-USUAL_BURST = 3.0  # what controller.move_burst is by default
+USUAL_BURST = 3.0  # the default of controller.move_burst
 
 
 class Policy(Protocol, Generic[StateT]):
-    """Decides from what was seen and from its own state, which is a frozen record."""
+    """Decides from an observation and from its own state, which is a frozen record."""
 
     @property
     def name(self) -> str:
-        """As `policies` knows it."""
+        """The name in `policies`."""
 
     def first_state(self) -> StateT:
         """The state before the first decision."""
 
     def decide(self, seen: Observation, state: StateT) -> tuple[Decision, StateT]:
-        """What shall stand, and the state for the next call."""
+        """Returns the decision, and the state for the next call."""
 
 
 def check_observation(seen: Observation) -> None:
-    """Raises ConfigError for a budget below 0; the shapes are our own invariants."""
+    """Raises ConfigError for a budget below 0; asserts the shapes, which are internal invariants."""
     if not seen.budget_bytes >= 0:
         raise ConfigError(f"controller.move_budget_bytes: got {seen.budget_bytes:g}, expected at least 0 (shares only)")
     assert seen.load_LE.shape == (seen.layout.num_layers, seen.layout.max_experts), seen.load_LE.shape
@@ -63,7 +63,7 @@ def check_observation(seen: Observation) -> None:
 
 
 def decision_of(seen: Observation, after: Layout, reason: str) -> Decision:
-    """A decision with its figures. Cold experts stay without replicas, whatever the plan has for them."""
+    """Returns a decision with its figures. Cold experts stay without replicas, even if the plan places some."""
     if seen.cold_LE is not None and seen.cold_LE.any():
         cold_R = seen.cold_LE.reshape(-1)[after.expert_key_R]
         after = without(after, cold_R) if cold_R.any() else after

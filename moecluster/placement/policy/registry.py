@@ -1,7 +1,7 @@
-"""The policies by name: what decides which replicas stand where, and their shares.
+"""The policies by name. A policy decides which replicas are placed where, and their shares.
 
-share   restores what is lost, empties drained actors, solves the shares anew, and moves what is worth its bytes
-eplb    the published plan of DeepSeek's EPLB, anew at every decision: the baseline
+share   restores lost experts, empties drained actors, re-solves the shares, and moves replicas where that pays
+eplb    the published plan of DeepSeek's EPLB, recomputed at every decision: the baseline
 static  restores and drains, and changes nothing else
 """
 
@@ -22,7 +22,7 @@ POLICIES: Mapping[str, Callable[[], Policy[Any]]] = MappingProxyType(
 
 
 def policy_named(name: str) -> Policy[Any]:
-    """The policy of that name with its default settings. Raises ConfigError for a name that there is not."""
+    """Returns the policy with its default settings. Raises ConfigError for an unknown name."""
     if name not in POLICIES:
         raise ConfigError(f'controller.policy: got "{name}", no such policy; {suggest(name, POLICIES)}')
     return POLICIES[name]()

@@ -1,4 +1,4 @@
-"""The default policy: shares follow the load at no price; replicas follow where that pays for their bytes."""
+"""The default policy: shares follow the load for free; replicas move where the gain pays for their bytes."""
 
 from dataclasses import dataclass, field
 
@@ -18,28 +18,28 @@ from moecluster.placement.policy.interface import Decision, Observation, check_o
 class ShareSettings:
     """How eagerly the policy acts."""
 
-    min_share_gain: float = 0.0005  # of mean balancedness, for which shares alone are changed
+    min_share_gain: float = 0.0005  # least gain of mean balancedness for which only shares are changed
     spare_moves_a_layer: int = 2  # most spare replicas of a layer that one decision places or moves
     moves: MoveSettings = field(default_factory=MoveSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareState:
-    """What earlier decisions left."""
+    """State carried over from earlier decisions."""
 
-    trend: Trend | None = None  # how the load went so far; None before the first decision
-    debt_bytes: float = 0.0  # loaded beyond the budgets so far; later decisions load the less
+    trend: Trend | None = None  # of the load so far; None before the first decision
+    debt_bytes: float = 0.0  # bytes loaded beyond the budgets so far; deducted from later budgets
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharePolicy:
     """Policy `share`, in this order: lost experts and drained actors; shares; moves that pay; spare replicas.
 
-    It plans for the load that is expected at the next decision. Under a load that does not change it comes to rest: a
-    plan that would gain too little is the standing layout itself. Where more pays than the budget allows, as when the
-    topic changes at once, budget of later decisions is borrowed: n in a row load no more than n budgets and the burst.
-    Replicas of lost experts, and of experts on drained actors, do not count against the budget.
-    Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0.
+    It plans for the load forecast for the next decision. Under a constant load it settles: where the gain is too small
+    it returns the current layout. When more moves pay than the budget allows, as after a sudden shift of topic, it
+    borrows from later budgets: n consecutive decisions load at most n budgets plus the burst. Replicas of lost experts,
+    and of experts on drained actors, do not count against the budget.
+    Raises ResourceError for fewer slots than experts, ConfigError for a budget below 0.
     """
 
     name: str = "share"
@@ -51,18 +51,18 @@ class SharePolicy:
     def decide(self, seen: Observation, state: ShareState) -> tuple[Decision, ShareState]:
         check_observation(seen)
         load_LE, trend = forecast(seen.load_LE, state.trend)
-        standing = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
-        shared = least_max_shares(standing, load_LE, seen.fleet, even=True)
-        reshared = with_shares(standing, shared.share_R)
+        cluster_state = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
+        shared = least_max_shares(cluster_state, load_LE, seen.fleet, even=True)
+        reshared = with_shares(cluster_state, shared.share_R)
         after = self._with_optional_moves(reshared, seen, load_LE, state.debt_bytes)
         spent_bytes = moved_bytes(reshared, after, seen.fleet)
         debt_bytes = max(state.debt_bytes + spent_bytes - seen.budget_bytes, 0.0)
-        reason = _reason(seen.layout, standing, reshared, after)
-        if after is reshared:  # the same replicas: are the new shares worth an order?
-            gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(standing, load_LE, seen.fleet)
+        reason = _reason(seen.layout, cluster_state, reshared, after)
+        if after is reshared:  # the replicas stay: are the new shares worth publishing?
+            gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(cluster_state, load_LE, seen.fleet)
             if np.nansum(gain) < self.settings.min_share_gain * max(len(gain), 1):
-                after = standing
-                reason = "as even as it gets" if standing is seen.layout else reason
+                after = cluster_state
+                reason = "as even as it gets" if cluster_state is seen.layout else reason
         return decision_of(seen, after, reason), ShareState(trend=trend, debt_bytes=debt_bytes)
 
     def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: Floats, debt_bytes: float) -> Layout:
@@ -75,10 +75,10 @@ class SharePolicy:
         return with_spares_moved(moved, load_LE, fleet, left_bytes, settings.spare_moves_a_layer)
 
 
-def _reason(seen: Layout, standing: Layout, reshared: Layout, after: Layout) -> str:
-    """One line on what was done, in the order of urgency."""
+def _reason(seen: Layout, cluster_state: Layout, reshared: Layout, after: Layout) -> str:
+    """Returns one line on what was done, in the order of urgency."""
     parts = []
-    if standing is not seen:
+    if cluster_state is not seen:
         parts.append("experts restored, or moved off drained actors")
     if after is not reshared:
         parts.append("replicas added or moved where shares alone do not suffice")

@@ -1,4 +1,4 @@
-"""The policy that changes nothing, but for what must be: lost experts come back, drained actors are emptied."""
+"""The policy `static`: only restores lost experts and empties drained actors."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from moecluster.placement.policy.interface import Decision, Observation, check_o
 
 @dataclass(frozen=True, kw_only=True)
 class StaticState:
-    """Nothing to remember."""
+    """No state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaticPolicy:
-    """Policy `static`. Raises ResourceError: fewer slots than experts; ConfigError: a budget below 0."""
+    """Policy `static`. Raises ResourceError for fewer slots than experts, ConfigError for a budget below 0."""
 
     name: str = "static"
 

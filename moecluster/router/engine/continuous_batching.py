@@ -1,4 +1,4 @@
-"""Texts written by continuous batching: each step computes a token of every running text, and parts of new prompts."""
+"""Continuous batching: each step computes one token of every running sequence, and parts of new prompts."""
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from moecluster.dispatch.trunk_backend import TrunkExperts
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.continuous_batching import BatchRows, PagedBatches, PagedLimits
-from moecluster.router.engine.batch_errors import batch_error, errors_of_texts, text_error
+from moecluster.router.engine.batch_errors import batch_error, errors_by_sequence, sequence_error
 from moecluster.router.engine.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.router.engine.expert_counts import ExpertCounts
-from moecluster.router.engine.sampler import ChosenToken, choose_tokens
-from moecluster.router.engine.sequence import RunningText
+from moecluster.router.engine.sampler import SampledToken, sample_tokens
+from moecluster.router.engine.sequence import TokenSequence
 
 
-class PagedWriter:
-    """A Writer, and the hooks of its batches."""
+class ContinuousBatchRunner:
+    """A BatchRunner over transformers' paged cache. Its batches call the hooks from their own thread."""
 
     def __init__(
         self,
@@ -33,33 +33,35 @@ class PagedWriter:
         self.max_tokens = limits.max_cached_tokens
         self._experts = experts
         self._on_end, self._on_failure = on_end, on_failure
-        self._texts: dict[str, RunningText] = {}
+        self._sequences: dict[str, TokenSequence] = {}
         self._counts = ExpertCounts()
         self._lock = threading.Lock()
-        self._broken: tuple[Exception, MoeClusterError] | None = None  # what ended a batch, and what its texts are told
-        self._spoilt: dict[str, MoeClusterError] = {}  # texts of the forward pass that is on, and what is wrong
-        self._left: list[str] = []  # cancelled, to be forgotten by the thread that counts
+        self._broken: tuple[Exception, MoeClusterError] | None = (
+            None  # what ended a batch, and the error for its sequences
+        )
+        self._spoilt: dict[str, MoeClusterError] = {}  # sequences with failed rows in the current forward pass
+        self._left: list[str] = []  # cancelled; the counting thread removes them
         self._batches = PagedBatches(
             model,
             PagedLimits(
                 max_cached_tokens=limits.max_cached_tokens,
                 max_batch_tokens=limits.max_batch_tokens,
-                max_texts=limits.max_running,
+                max_sequences=limits.max_running,
             ),
             self,
         )
 
-    def write(self, text: RunningText) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         with self._lock:
-            self._texts[text.name] = text
-        self._batches.add(text.name, text.ids)
+            self._sequences[sequence.name] = sequence
+        self._batches.add(sequence.name, sequence.ids)
 
-    def cancel(self, text: RunningText) -> None:
+    def cancel(self, sequence: TokenSequence) -> None:
         with self._lock:
-            if self._texts.pop(text.name, None) is None:
+            if self._sequences.pop(sequence.name, None) is None:
                 return
-            self._left.append(text.name)
-        self._batches.cancel(text.name)
+            self._left.append(sequence.name)
+        self._batches.cancel(sequence.name)
 
     def is_alive(self) -> bool:
         return self._batches.is_running()
@@ -67,7 +69,7 @@ class PagedWriter:
     def close(self, timeout_s: float) -> None:
         self._batches.close(timeout_s)
 
-    # -- what the batches' thread calls --
+    # -- called by the batches' thread --
 
     def begin_batch(self, rows: Sequence[BatchRows]) -> None:
         self._experts.watch(self)
@@ -77,73 +79,73 @@ class PagedWriter:
         for name in left:
             self._counts.leave(name)
         for row in rows:
-            text = self._texts.get(row.name)
-            if text is not None:
+            sequence = self._sequences.get(row.name)
+            if sequence is not None:
                 self._counts.enter(row.name)
-                text.computing(cached_tokens=row.cached_tokens)
+                sequence.computing(cached_tokens=row.cached_tokens)
         self._counts.begin_rows([(row.name, row.num_rows) for row in rows])
 
     def see(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.bool_] | None:
-        """Counts what each text gives to the experts; all rows are computed."""
+        """Counts the expert assignments of each sequence; all rows are computed."""
         self._counts.add(layer, ids_TK, num_experts)
         return None
 
     def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
-        """The texts of these rows end when the forward pass has ended; of others the rows are whole."""
-        self._spoilt |= errors_of_texts(self._counts, num_rows, reasons)
+        """Ends the sequences of these rows after the forward pass; the rows of all others are intact."""
+        self._spoilt |= errors_by_sequence(self._counts, num_rows, reasons)
 
     def spoilt(self) -> Collection[str]:
         return self._spoilt.keys()
 
     def choose(self, names: Sequence[str], logits_BV: torch.Tensor) -> Sequence[tuple[int, bool]]:
         for name, error in self._spoilt.items():
-            spoilt = self._texts.get(name)
+            spoilt = self._sequences.get(name)
             if spoilt is not None:
                 self._end_alone(spoilt, error)
-            self._batches.cancel(name)  # it may have a part of its prompt to come
+            self._batches.cancel(name)  # a part of its prompt may still be due
         with self._lock:
-            texts = [self._texts.get(name) for name in names]
-        there = [text for text in texts if text is not None]
-        if len(there) < len(texts):  # some were cancelled meanwhile
-            logits_BV = logits_BV[[row for row, text in enumerate(texts) if text is not None]]
-        tokens = iter(choose_tokens(there, logits_BV))
-        return [(0, True) if text is None else self._push(text, next(tokens)) for text in texts]
+            sequences = [self._sequences.get(name) for name in names]
+        there = [sequence for sequence in sequences if sequence is not None]
+        if len(there) < len(sequences):  # some were cancelled meanwhile
+            logits_BV = logits_BV[[row for row, sequence in enumerate(sequences) if sequence is not None]]
+        tokens = iter(sample_tokens(there, logits_BV))
+        return [(0, True) if sequence is None else self._push(sequence, next(tokens)) for sequence in sequences]
 
     def failed(self, name: str, error: Exception, computed: Sequence[str]) -> None:
-        text = self._forget(name)
-        if text is None:
+        sequence = self._forget(name)
+        if sequence is None:
             return
         if name not in computed:
             if computed:
-                error = Unavailable("a batch of other texts failed")
+                error = Unavailable("a batch of other sequences failed")
             if isinstance(error, Unavailable):  # or the batches were closed
-                self._on_failure(text, error)
+                self._on_failure(sequence, error)
                 return
         broken = self._broken
         if broken is None or broken[0] is not error:
             broken = self._broken = error, batch_error(error, len(computed))
-        self._on_failure(text, broken[1])
+        self._on_failure(sequence, broken[1])
 
-    def _push(self, text: RunningText, token: ChosenToken | MoeClusterError) -> tuple[int, bool]:
-        """(the token's id, whether the text has ended). What goes wrong for the text is its own."""
+    def _push(self, sequence: TokenSequence, token: SampledToken | MoeClusterError) -> tuple[int, bool]:
+        """Returns (token id, whether the sequence has ended). An error ends only this sequence."""
         try:
             if isinstance(token, MoeClusterError):
                 raise token
-            is_last = text.push(token)
-            if is_last and self._forget(text.name) is not None:
-                self._on_end(text, self._counts.leave(text.name))
+            is_last = sequence.push(token)
+            if is_last and self._forget(sequence.name) is not None:
+                self._on_end(sequence, self._counts.leave(sequence.name))
             return token.id, is_last
         except MoeClusterError as exc:
-            self._end_alone(text, exc)
+            self._end_alone(sequence, exc)
         except Exception as exc:
-            self._end_alone(text, text_error(text.name, exc, "adding a token"))
+            self._end_alone(sequence, sequence_error(sequence.name, exc, "adding a token"))
         return 0, True
 
-    def _end_alone(self, text: RunningText, error: MoeClusterError) -> None:
-        self._forget(text.name)
-        self._counts.leave(text.name)
-        self._on_failure(text, error)
+    def _end_alone(self, sequence: TokenSequence, error: MoeClusterError) -> None:
+        self._forget(sequence.name)
+        self._counts.leave(sequence.name)
+        self._on_failure(sequence, error)
 
-    def _forget(self, name: str) -> RunningText | None:
+    def _forget(self, name: str) -> TokenSequence | None:
         with self._lock:
-            return self._texts.pop(name, None)
+            return self._sequences.pop(name, None)

@@ -1,7 +1,7 @@
-"""The engine: texts are admitted, wait in order, and are written together; which way, its writer knows.
+"""The engine: admits sequences, queues them in order, and runs them together through a batch runner.
 
-One interface over two ways. Families whose attention runs on transformers' paged cache are batched continuously: a text
-joins at the next step and leaves at its last. Others are written in padded batches by `generate()`.
+There are two batch runners. Families whose attention runs on transformers' paged cache are batched continuously: a
+sequence joins at the next step and leaves after its last. Others run in padded batches through `generate()`.
 """
 
 import logging
@@ -14,32 +14,32 @@ from typing import Protocol, Self
 
 from moecluster.config.sections import ServeConfig
 from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
-from moecluster.generation import GenerationPiece, GenerationRequest
-from moecluster.router.engine.batch_errors import text_error
-from moecluster.router.engine.sequence import RunningText
+from moecluster.generation import GenerationChunk, GenerationRequest
+from moecluster.router.engine.batch_errors import sequence_error
+from moecluster.router.engine.sequence import TokenSequence
 from moecluster.types import ExpertId
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
-FIRST_TEXT_S = 1.0  # how long a text takes, before one has ended
+FIRST_SEQUENCE_S = 1.0  # assumed duration of a sequence until one has ended
 MAX_RETRY_AFTER_S = 60.0
-NEW_WEIGHT = 0.2  # of the newest text in the mean duration
+NEW_WEIGHT = 0.2  # of the newest sequence in the mean duration
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """How much is taken on at once."""
+    """How much an engine admits at once."""
 
-    max_running: int = 64  # texts written together
-    max_waiting: int = 256  # texts behind those; beyond it they are refused
+    max_running: int = 64  # sequences run together
+    max_waiting: int = 256  # sequences in the queue; beyond it: refused
     max_waiting_tokens: int = 2**18  # of their prompts
-    max_cached_tokens: int = 2**14  # of all running texts, prompts included
+    max_cached_tokens: int = 2**14  # of all running sequences, prompts included
     max_batch_tokens: int = 512  # computed at once
 
     @classmethod
     def of(cls, serve: ServeConfig) -> Self:
-        """Those of the settings."""
+        """The limits that the settings name."""
         return cls(
             max_running=serve.max_running,
             max_waiting=serve.max_waiting,
@@ -49,62 +49,67 @@ class EngineLimits:
         )
 
 
-class Writer(Protocol):
-    """Writes texts until they end."""
+class BatchRunner(Protocol):
+    """Runs sequences in batches until they end."""
 
-    max_tokens: int  # most that one text may have, prompt included
+    max_tokens: int  # most that one sequence may have, prompt included
 
-    def write(self, text: RunningText) -> None:
-        """Begins a text, which is then over at some time. Raises Unavailable if no thread writes."""
+    def add(self, sequence: TokenSequence) -> None:
+        """Starts a sequence; on_end or on_failure follows. Raises Unavailable if no thread runs."""
 
-    def cancel(self, text: RunningText) -> None:
-        """The text is over already: it need not be computed any further."""
+    def cancel(self, sequence: TokenSequence) -> None:
+        """Stops computing a sequence that has already ended."""
 
     def is_alive(self) -> bool:
-        """Whether texts are still written."""
+        """Whether the runner still computes."""
 
     def close(self, timeout_s: float) -> None:
-        """Gives up what is left."""
+        """Drops the remaining sequences and ends its threads."""
 
 
-OnEnd = Callable[[RunningText, Mapping[ExpertId, int]], None]
-OnFailure = Callable[[RunningText, MoeClusterError], None]
-MakeWriter = Callable[[OnEnd, OnFailure], Writer]
-MakeText = Callable[[GenerationRequest, Sequence[int], int], RunningText]  # of prompt ids and max_new_tokens
+OnEnd = Callable[[TokenSequence, Mapping[ExpertId, int]], None]
+OnFailure = Callable[[TokenSequence, MoeClusterError], None]
+MakeRunner = Callable[[OnEnd, OnFailure], BatchRunner]
+MakeSequence = Callable[[GenerationRequest, Sequence[int], int], TokenSequence]  # of prompt ids and max_new_tokens
 
 
 class Engine:
     """Thread-safe. Ends with close()."""
 
     def __init__(
-        self, make_writer: MakeWriter, make_text: MakeText, limits: EngineLimits, *, max_positions: int | None = None
+        self,
+        make_runner: MakeRunner,
+        make_sequence: MakeSequence,
+        limits: EngineLimits,
+        *,
+        max_positions: int | None = None,
     ) -> None:
-        """make_writer is called now, and again if its writer dies. max_positions: of the model."""
-        self._make_writer = make_writer
-        self._make_text = make_text
+        """make_runner is called now, and again if the runner dies. max_positions: of the model."""
+        self._make_runner = make_runner
+        self._make_sequence = make_sequence
         self._max_positions = max_positions
         self._limits = limits
         self._lock = threading.RLock()
-        self._running: dict[str, RunningText] = {}
-        self._waiting: deque[RunningText] = deque()
+        self._running: dict[str, TokenSequence] = {}
+        self._waiting: deque[TokenSequence] = deque()
         self._waiting_tokens = 0
-        self._text_s = FIRST_TEXT_S
+        self._sequence_s = FIRST_SEQUENCE_S
         self._closed = False
-        self._writer = make_writer(self._ended, self._failed)
+        self._runner = make_runner(self._ended, self._failed)
 
     @property
     def max_tokens(self) -> int:
-        """Most that one text may have, prompt included."""
-        return min(self._writer.max_tokens, self._max_positions or self._writer.max_tokens)
+        """Most that one sequence may have, prompt included."""
+        return min(self._runner.max_tokens, self._max_positions or self._runner.max_tokens)
 
     @property
     def running(self) -> int:
-        """Texts that are being written."""
+        """Sequences that are being generated."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Texts that wait to be begun."""
+        """Sequences in the queue."""
         return len(self._waiting)
 
     def begin(
@@ -113,11 +118,11 @@ class Engine:
         prompt_ids: Sequence[int],
         *,
         on_over: Callable[[], object] = lambda: None,
-    ) -> Iterator[GenerationPiece]:
-        """Takes a text on; its pieces as they come. on_over: called once it is written, or given up.
+    ) -> Iterator[GenerationChunk]:
+        """Admits a request and streams its chunks. on_over: called once, when nothing more is computed for it.
 
-        Raises Exhausted if too much waits, InvalidMessage if it is longer than there is room for, or one of its name
-        runs already, RequestFailed if what was written elsewhere cannot be read; then on_over is not called.
+        Raises Exhausted if the queue is full, InvalidMessage if the request is too long or one of its name already
+        runs, RequestFailed if its generated_ids cannot be decoded; then on_over is not called.
         """
         room = self.max_tokens - len(prompt_ids)
         if max(request.max_new_tokens, 1) > room:
@@ -125,125 +130,125 @@ class Engine:
                 f"{_prompt_field(request)}: its {len(prompt_ids)} tokens and max_new_tokens = "
                 f"{request.max_new_tokens} exceed {self._limit_in_words()}"
             )
-        text = self._made(request, prompt_ids, request.max_new_tokens or room)
+        sequence = self._make(request, prompt_ids, request.max_new_tokens or room)
         with self._lock:
-            self._admit(text)
-            text.on_over(on_over)
-            text.on_leave(lambda: self.cancel(text.name))
-            if text.is_complete:
-                text.end()
+            self._admit(sequence)
+            sequence.on_over(on_over)
+            sequence.on_leave(lambda: self.cancel(sequence.name))
+            if sequence.is_complete:
+                sequence.end()
             else:
-                self._waiting.append(text)
-                self._waiting_tokens += len(text.ids)
+                self._waiting.append(sequence)
+                self._waiting_tokens += len(sequence.ids)
                 self._fill()
-        return text.pieces(self._is_written)
+        return sequence.stream(self._is_running)
 
     def cancel(self, name: str) -> bool:
-        """Ends a text at its next token; its place is free at once. False if there is none of that name."""
+        """Ends a sequence at its next token; its place is free at once. Returns False for an unknown name."""
         with self._lock:
-            text = self._running.pop(name, None)
-            if text is not None:
-                self._writer.cancel(text)
+            sequence = self._running.pop(name, None)
+            if sequence is not None:
+                self._runner.cancel(sequence)
             else:
-                text = next((waiting for waiting in self._waiting if waiting.name == name), None)
-                if text is None:
+                sequence = next((waiting for waiting in self._waiting if waiting.name == name), None)
+                if sequence is None:
                     return False
-                self._leave_queue(text)
-            text.end()
+                self._leave_queue(sequence)
+            sequence.end()
             self._fill()
         return True
 
     def close(self) -> None:
-        """Ends all texts."""
+        """Ends all sequences."""
         with self._lock:
             self._closed = True
             left = [*self._running.values(), *self._waiting]
             self._running.clear()
             self._waiting.clear()
             self._waiting_tokens = 0
-        for text in left:
-            text.fail(Unavailable("the router ends"))
-        self._writer.close(CLOSE_TIMEOUT_S)
+        for sequence in left:
+            sequence.fail(Unavailable("the router ends"))
+        self._runner.close(CLOSE_TIMEOUT_S)
 
     # -- inside --
 
-    def _made(self, request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int) -> RunningText:
+    def _make(self, request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int) -> TokenSequence:
         try:
-            return self._make_text(request, prompt_ids, max_new_tokens)
+            return self._make_sequence(request, prompt_ids, max_new_tokens)
         except Exception as exc:  # of the tokenizer
-            raise text_error(request.request_id, exc, "reading what is written of it") from exc
+            raise sequence_error(request.request_id, exc, "reading its generated tokens") from exc
 
     def _limit_in_words(self) -> str:
         if self.max_tokens == self._max_positions:
             return f"the model's {self.max_tokens}"
         return f"the model's room of {self.max_tokens} (serve.max_cached_tokens)"
 
-    def _admit(self, text: RunningText) -> None:
+    def _admit(self, sequence: TokenSequence) -> None:
         limits = self._limits
         if self._closed:
             raise Unavailable("the router ends")
-        if text.name in self._running or any(waiting.name == text.name for waiting in self._waiting):
-            raise InvalidMessage(f"request_id: a generation named {text.name} runs already")
+        if sequence.name in self._running or any(waiting.name == sequence.name for waiting in self._waiting):
+            raise InvalidMessage(f"request_id: a generation named {sequence.name} runs already")
         if len(self._running) < limits.max_running and not self._waiting:
             return
         if len(self._waiting) >= limits.max_waiting:
             raise self._exhausted(
-                f"{len(self._running)} texts run and {len(self._waiting)} wait already: try again later"
+                f"{len(self._running)} sequences run and {len(self._waiting)} wait already: try again later"
             )
-        if self._waiting and self._waiting_tokens + len(text.ids) > limits.max_waiting_tokens:
-            raise self._exhausted(f"texts with {self._waiting_tokens} tokens wait already: try again later")
+        if self._waiting and self._waiting_tokens + len(sequence.ids) > limits.max_waiting_tokens:
+            raise self._exhausted(f"sequences with {self._waiting_tokens} tokens wait already: try again later")
 
     def _exhausted(self, message: str) -> Exhausted:
         turns = (len(self._waiting) + 1) / self._limits.max_running
-        return Exhausted(message, retry_after_s=min(max(self._text_s * turns, 1.0), MAX_RETRY_AFTER_S))
+        return Exhausted(message, retry_after_s=min(max(self._sequence_s * turns, 1.0), MAX_RETRY_AFTER_S))
 
     def _fill(self) -> None:
-        """Lets the writer begin what waits, as far as there is room."""
+        """Hands waiting sequences to the runner, as far as there is room."""
         while self._waiting and len(self._running) < self._limits.max_running and not self._closed:
-            text = self._waiting[0]
-            self._leave_queue(text)
-            text.begun_s = time.monotonic()
-            self._running[text.name] = text
+            sequence = self._waiting[0]
+            self._leave_queue(sequence)
+            sequence.begun_s = time.monotonic()
+            self._running[sequence.name] = sequence
             try:
-                self._write(text)
+                self._begin(sequence)
             except MoeClusterError as exc:
-                self._running.pop(text.name, None)
-                text.fail(exc)
-            except Exception as exc:  # of torch or transformers: it must not hold its place for ever
-                logger.exception("text %s is not begun", text.name)
-                self._running.pop(text.name, None)
-                text.fail(Unavailable(f"the router cannot write: {type(exc).__name__}: {exc}"))
+                self._running.pop(sequence.name, None)
+                sequence.fail(exc)
+            except Exception as exc:  # from torch or transformers: the sequence must not hold its place forever
+                logger.exception("sequence %s is not begun", sequence.name)
+                self._running.pop(sequence.name, None)
+                sequence.fail(Unavailable(f"the router cannot generate: {type(exc).__name__}: {exc}"))
 
-    def _write(self, text: RunningText) -> None:
-        if not self._writer.is_alive():
-            # By a thread of its own: it is the dying writer's thread that may have come here.
-            threading.Thread(target=self._writer.close, args=(CLOSE_TIMEOUT_S,), daemon=True).start()
-            self._writer = self._make_writer(self._ended, self._failed)
-        self._writer.write(text)
+    def _begin(self, sequence: TokenSequence) -> None:
+        if not self._runner.is_alive():
+            # In a thread of its own: the caller may be the dying runner's thread.
+            threading.Thread(target=self._runner.close, args=(CLOSE_TIMEOUT_S,), daemon=True).start()
+            self._runner = self._make_runner(self._ended, self._failed)
+        self._runner.add(sequence)
 
-    def _leave_queue(self, text: RunningText) -> None:
-        self._waiting.remove(text)
-        self._waiting_tokens -= len(text.ids)
+    def _leave_queue(self, sequence: TokenSequence) -> None:
+        self._waiting.remove(sequence)
+        self._waiting_tokens -= len(sequence.ids)
 
-    def _ended(self, text: RunningText, experts: Mapping[ExpertId, int]) -> None:
-        text.end(experts)
-        if text.begun_s is not None:
-            taken_s = time.monotonic() - text.begun_s
-            self._text_s += NEW_WEIGHT * (taken_s - self._text_s)
-        self._make_room(text)
+    def _ended(self, sequence: TokenSequence, experts: Mapping[ExpertId, int]) -> None:
+        sequence.end(experts)
+        if sequence.begun_s is not None:
+            taken_s = time.monotonic() - sequence.begun_s
+            self._sequence_s += NEW_WEIGHT * (taken_s - self._sequence_s)
+        self._make_room(sequence)
 
-    def _failed(self, text: RunningText, error: MoeClusterError) -> None:
-        text.fail(error)
-        self._make_room(text)
+    def _failed(self, sequence: TokenSequence, error: MoeClusterError) -> None:
+        sequence.fail(error)
+        self._make_room(sequence)
 
-    def _make_room(self, text: RunningText) -> None:
+    def _make_room(self, sequence: TokenSequence) -> None:
         with self._lock:
-            if self._running.get(text.name) is text:
-                del self._running[text.name]
+            if self._running.get(sequence.name) is sequence:
+                del self._running[sequence.name]
             self._fill()
 
-    def _is_written(self) -> bool:
-        return not self._closed and self._writer.is_alive()
+    def _is_running(self) -> bool:
+        return not self._closed and self._runner.is_alive()
 
 
 def _prompt_field(request: GenerationRequest) -> str:

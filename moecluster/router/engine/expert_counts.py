@@ -1,4 +1,4 @@
-"""How many assignments each text of a batch gave to each expert: counted for all rows at once."""
+"""Counts the assignments of each sequence in a batch to each expert, for all rows at once."""
 
 from collections.abc import Collection, Sequence
 
@@ -7,11 +7,11 @@ import numpy.typing as npt
 
 from moecluster.types import ExpertId
 
-OWNERLESS = 0  # the place of rows that belong to no text: padding
+OWNERLESS = 0  # the place of rows that belong to no sequence: padding
 
 
 class ExpertCounts:
-    """Used by the engine's thread alone. Each text has a place from `enter` to `leave`."""
+    """Used by the engine's thread alone. Each sequence has a place in the counts from `enter` to `leave`."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
@@ -20,12 +20,12 @@ class ExpertCounts:
         self._owners_T: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def enter(self, name: str) -> None:
-        """Fine if the text is there already."""
+        """Gives the sequence a place, if it has none."""
         if name not in self._places:
             self._places[name] = self._free.pop() if self._free else len(self._places) + 1
 
     def leave(self, name: str) -> dict[ExpertId, int]:
-        """What the text has given; its place is free again. Nothing for an unknown one."""
+        """Returns the sequence's counts and frees its place; {} for an unknown sequence."""
         place = self._places.pop(name, None)
         if place is None:
             return {}
@@ -39,12 +39,12 @@ class ExpertCounts:
         return found
 
     def begin_rows(self, owners: Sequence[tuple[str, int]]) -> None:
-        """The rows of the next forward pass: (text, number of rows) in order; "" owns what is padding."""
+        """Sets the rows of the next forward pass: (sequence, number of rows) in order; "" owns padding."""
         places = [self._places.get(name, OWNERLESS) for name, _ in owners]
         self._owners_T = np.repeat(np.asarray(places, dtype=np.int64), [rows for _, rows in owners])
 
     def owners(self, rows: Collection[int], num_rows: int) -> dict[int, str]:
-        """The text of each of these rows; none for padding. Without any if the rows are not the batch's."""
+        """Returns the sequence of each of these rows, without padding; {} if num_rows is not that of the batch."""
         if num_rows != len(self._owners_T):
             return {}
         names = {place: name for name, place in self._places.items()}
@@ -52,13 +52,13 @@ class ExpertCounts:
 
     @property
     def owned_T(self) -> npt.NDArray[np.bool_]:
-        """Which rows belong to a text."""
+        """Which rows belong to a sequence."""
         return np.not_equal(self._owners_T, OWNERLESS)
 
     def add(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> None:
         """Counts a layer's assignments; those of an index >= E are skipped."""
         if len(ids_TK) != len(self._owners_T):
-            return  # rows that are not the batch's: a layer that sees something else than tokens
+            return  # not the batch's rows: the layer sees something other than tokens
         counts = self._layers.get(layer)
         places = len(self._places) + len(self._free) + 1
         if counts is None or len(counts) < places:

@@ -1,4 +1,4 @@
-"""The engine for a model: continuous batching where its family can, padded batches elsewhere."""
+"""Makes the engine of a model: continuous batching if its family supports it, otherwise padded batches."""
 
 import logging
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from moecluster.hf.continuous_batching import supports_paging
 from moecluster.metrics import Metrics
 from moecluster.models.tokenizer.decoding import Detokenizer
 from moecluster.models.tokenizer.token_bytes import TokenBytes
-from moecluster.router.engine.continuous_batching import PagedWriter
+from moecluster.router.engine.continuous_batching import ContinuousBatchRunner
 from moecluster.router.engine.engine import Engine, EngineLimits
-from moecluster.router.engine.sequence import RunningText
-from moecluster.router.engine.static_batching import PaddedWriter
+from moecluster.router.engine.sequence import TokenSequence
+from moecluster.router.engine.static_batching import StaticBatchRunner
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ def make_engine(
     limits: EngineLimits,
     metrics: Metrics | None = None,
 ) -> Engine:
-    """model: a trunk that nothing else uses yet; experts: its backend. Takes the room for the paged cache at once."""
+    """model: a trunk that nothing else uses yet; experts: its backend. Allocates the paged cache at once."""
     with experts.dry():
         paged = supports_paging(model)
     if not paged:
-        logger.info("a %s model is written in padded batches", model.config.model_type)
+        logger.info("a %s model is generated in padded batches", model.config.model_type)
     detokenizer = Detokenizer(tokenizer)
-    make_text = partial(
-        _make_text,
+    make_sequence = partial(
+        _make_sequence,
         end_ids=end_ids(model, tokenizer),
         detokenizer=detokenizer,
         token_bytes=TokenBytes(tokenizer, detokenizer),
@@ -44,19 +44,19 @@ def make_engine(
         metrics=metrics,
     )
     return Engine(
-        partial(PagedWriter if paged else PaddedWriter, model, experts, limits),
-        make_text,
+        partial(ContinuousBatchRunner if paged else StaticBatchRunner, model, experts, limits),
+        make_sequence,
         limits,
         max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a text: all that generation_config.json, config.json or the tokenizer name."""
+    """Returns the tokens that end a sequence: all that generation_config.json, config.json or the tokenizer name."""
     ends = set(_ids(getattr(model.generation_config, "eos_token_id", None)))
     for config in (model.config, model.config.get_text_config()):
         named = getattr(config, "eos_token_id", None)
-        # What stands in no file, but in the family's class, counts only where there is nothing else.
+        # A default of the family's config class counts only if nothing else names one.
         if not ends or named != getattr(type(config), "eos_token_id", None):
             ends.update(_ids(named))
     eos = tokenizer.eos_token
@@ -69,9 +69,9 @@ def _ids(named: int | Sequence[int] | None) -> Sequence[int]:
     return () if named is None else [named] if isinstance(named, int) else [int(i) for i in named]
 
 
-def _make_text(
+def _make_sequence(
     request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int, *, experts: TrunkExperts, **model: Any
-) -> RunningText:
-    return RunningText(
+) -> TokenSequence:
+    return TokenSequence(
         request, prompt_ids, max_new_tokens=max_new_tokens, weight_version=experts.weight_version, **model
     )

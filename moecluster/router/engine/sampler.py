@@ -1,7 +1,8 @@
-"""The next token of each text in a batch, out of the model's logits.
+"""Samples the next token of each sequence in a batch from the model's logits.
 
-Sampling is keyed by seed and position: the same request draws the same tokens on any router, in any company, also when
-a text goes on at another router. One uniform number a token, laid on the cumulative probabilities, is enough for that.
+Sampling is keyed by seed and position: the same request draws the same tokens on any router, in any batch, even if
+another router continues the sequence. This takes one uniform number per token, mapped through the cumulative
+probabilities.
 """
 
 import hashlib
@@ -15,24 +16,24 @@ import torch
 
 from moecluster.errors import MoeClusterError, RequestFailed
 from moecluster.generation import SamplingParameters
-from moecluster.router.engine.batch_errors import text_error
+from moecluster.router.engine.batch_errors import sequence_error
 
-# Below it two logits that differ at all are told apart as by 0, and dividing by it stays finite.
+# Below this temperature any difference of two logits decides, as for 0; dividing by it stays finite.
 GREEDY_BELOW = 1e-6
-MOST_LIKELY = 1024  # tokens that a nucleus is looked for in, before all are sorted
+MOST_LIKELY = 1024  # tokens searched for the nucleus before all are sorted
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChosenToken:
-    """A token, and log-probabilities if they were asked for."""
+class SampledToken:
+    """A token, and log-probabilities if requested."""
 
     id: int
     logprob: float | None = None  # of the model, before sampling parameters
     top: tuple[tuple[int, float], ...] = ()  # the most likely tokens and their log-probabilities, best first
 
 
-class ChoosingText(Protocol):
-    """What is known of a text when its next token is chosen."""
+class SampledSequence(Protocol):
+    """What the sampler reads of a sequence."""
 
     name: str
     sampling: SamplingParameters
@@ -47,29 +48,31 @@ class ChoosingText(Protocol):
     def generated_ids(self) -> Sequence[int]: ...
 
 
-def choose_tokens(texts: Sequence[ChoosingText], logits_BV: torch.Tensor) -> list[ChosenToken | MoeClusterError]:
-    """A token for each text, or why it gets none: what goes wrong for one is that one's alone.
+def sample_tokens(
+    sequences: Sequence[SampledSequence], logits_BV: torch.Tensor
+) -> list[SampledToken | MoeClusterError]:
+    """Returns a token for each sequence, or its error: an error affects only its own sequence.
 
-    logits_BV: float32, a row for each text; stays as it is.
+    logits_BV: float32, one row per sequence; not modified.
     """
     highest_B, best_B = logits_BV.max(dim=-1)
-    rows = zip(texts, logits_BV, highest_B.tolist(), best_B.tolist(), strict=True)
-    return [_choose_alone(text, logits_V, highest, best) for text, logits_V, highest, best in rows]
+    rows = zip(sequences, logits_BV, highest_B.tolist(), best_B.tolist(), strict=True)
+    return [_sample_one(sequence, logits_V, highest, best) for sequence, logits_V, highest, best in rows]
 
 
-def _choose_alone(
-    text: ChoosingText, logits_V: torch.Tensor, highest: float, best: int
-) -> ChosenToken | MoeClusterError:
+def _sample_one(
+    sequence: SampledSequence, logits_V: torch.Tensor, highest: float, best: int
+) -> SampledToken | MoeClusterError:
     try:
-        if not math.isfinite(highest):  # of a row with NaN it is NaN
+        if not math.isfinite(highest):  # NaN if the row holds NaN
             raise RequestFailed("the model's logits are NaN or infinite")
-        token = best if _takes_best(text.sampling) else _choose(text, logits_V)
-        return _with_logprobs(text, logits_V, token) if text.wants_logprobs else ChosenToken(id=token)
+        token = best if _takes_argmax(sequence.sampling) else _choose(sequence, logits_V)
+        return _with_logprobs(sequence, logits_V, token) if sequence.wants_logprobs else SampledToken(id=token)
     except Exception as exc:
-        return text_error(text.name, exc, "choosing its next token")
+        return sequence_error(sequence.name, exc, "choosing its next token")
 
 
-def _takes_best(sampling: SamplingParameters) -> bool:
+def _takes_argmax(sampling: SamplingParameters) -> bool:
     return _is_greedy(sampling) and not _changes_logits(sampling)
 
 
@@ -86,41 +89,41 @@ def _changes_logits(sampling: SamplingParameters) -> bool:
     )
 
 
-def _choose(text: ChoosingText, logits_V: torch.Tensor) -> int:
-    sampling = text.sampling
+def _choose(sequence: SampledSequence, logits_V: torch.Tensor) -> int:
+    sampling = sequence.sampling
     if _changes_logits(sampling):
-        logits_V = penalised(text, logits_V)
+        logits_V = with_penalties(sequence, logits_V)
     if _is_greedy(sampling):
         return int(logits_V.argmax())
-    position = len(text.prompt_ids) + len(text.generated_ids)
+    position = len(sequence.prompt_ids) + len(sequence.generated_ids)
     return draw(logits_V, sampling, keyed_uniform(sampling.seed, position))
 
 
-def penalised(text: ChoosingText, logits_V: torch.Tensor) -> torch.Tensor:
+def with_penalties(sequence: SampledSequence, logits_V: torch.Tensor) -> torch.Tensor:
     """The logits after penalties and biases, as a copy in float64, in which no accepted penalty overflows.
 
-    repetition_penalty counts prompt and text (Keskar et al., CTRL, 2019); presence and frequency count the text alone,
-    as OpenAI's API has them: logit - presence - frequency x count.
+    repetition_penalty counts prompt and generated tokens (Keskar et al., CTRL, 2019); presence and frequency count
+    generated tokens only, as in OpenAI's API: logit - presence - frequency x count.
     """
-    sampling, logits_V = text.sampling, logits_V.double().clone()
+    sampling, logits_V = sequence.sampling, logits_V.double().clone()
     if sampling.repetition_penalty not in (0.0, 1.0):
-        seen = torch.tensor(sorted({*text.prompt_ids, *text.generated_ids}), device=logits_V.device)
+        seen = torch.tensor(sorted({*sequence.prompt_ids, *sequence.generated_ids}), device=logits_V.device)
         values = logits_V[seen]
         penalty = sampling.repetition_penalty
         logits_V[seen] = torch.where(values < 0, values * penalty, values / penalty)
-    if text.generated_counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        written = torch.tensor(list(text.generated_counts), device=logits_V.device)
-        counts = torch.tensor(list(text.generated_counts.values()), device=logits_V.device, dtype=logits_V.dtype)
-        logits_V[written] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sequence.generated_counts and (sampling.presence_penalty or sampling.frequency_penalty):
+        generated = torch.tensor(list(sequence.generated_counts), device=logits_V.device)
+        counts = torch.tensor(list(sequence.generated_counts.values()), device=logits_V.device, dtype=logits_V.dtype)
+        logits_V[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token, bias in sampling.logit_bias.items():
         logits_V[token] += bias
     return logits_V
 
 
 def draw(logits_V: torch.Tensor, sampling: SamplingParameters, uniform: float) -> int:
-    """A token of softmax(logits / temperature), of which top_k, then top_p, then min_p leave the likely part.
+    """Draws a token from softmax(logits / temperature), filtered by top_k, then top_p, then min_p.
 
-    The highest logit is finite, the temperature GREEDY_BELOW or more.
+    The highest logit must be finite, and the temperature at least GREEDY_BELOW.
     """
     scaled_V = (logits_V - logits_V.max()) / sampling.temperature
     if sampling.top_k or 0 < sampling.top_p < 1 or sampling.min_p:
@@ -130,11 +133,11 @@ def draw(logits_V: torch.Tensor, sampling: SamplingParameters, uniform: float) -
 
 
 def _likely(probabilities_V: torch.Tensor, sampling: SamplingParameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, probabilities) of what top_k, top_p and min_p leave, the most likely first; they need not sum to 1."""
+    """Returns (ids, probabilities) that top_k, top_p and min_p keep, most likely first; they need not sum to 1."""
     size = len(probabilities_V)
     wanted = min(sampling.top_k or size, size)
     values, ids = torch.topk(probabilities_V, min(wanted, MOST_LIKELY))
-    # The mass that top_p is a part of: what top_k has left.
+    # top_p is a fraction of the mass that top_k keeps.
     mass = 1.0 if wanted == size else float(torch.topk(probabilities_V, wanted).values.sum())
     unseen = len(values) < wanted
     if unseen and (not 0 < sampling.top_p < 1 or float(values.sum()) < sampling.top_p * mass):
@@ -155,15 +158,15 @@ def _position(weights: torch.Tensor, uniform: float) -> int:
 
 
 def keyed_uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but seed and position."""
+    """Returns a number in [0, 1) that depends only on seed and position."""
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _with_logprobs(text: ChoosingText, logits_V: torch.Tensor, token: int) -> ChosenToken:
+def _with_logprobs(sequence: SampledSequence, logits_V: torch.Tensor, token: int) -> SampledToken:
     logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
     top: tuple[tuple[int, float], ...] = ()
-    if text.top_logprobs:
-        values, ids = torch.topk(logprobs_V, min(text.top_logprobs, len(logprobs_V)))
+    if sequence.top_logprobs:
+        values, ids = torch.topk(logprobs_V, min(sequence.top_logprobs, len(logprobs_V)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return ChosenToken(id=token, logprob=float(logprobs_V[token]), top=top)
+    return SampledToken(id=token, logprob=float(logprobs_V[token]), top=top)

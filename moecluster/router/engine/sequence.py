@@ -1,4 +1,4 @@
-"""One text that is being written: what has come, when it ends, and the pieces that its reader takes."""
+"""One sequence: its tokens so far, when it ends, and the chunks for its reader."""
 
 import queue
 import threading
@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from moecluster.errors import MoeClusterError, Unavailable
-from moecluster.generation import GenerationPiece, GenerationRequest, TokenLogprob
+from moecluster.generation import GenerationChunk, GenerationRequest, TokenLogprob
 from moecluster.metrics import Metrics
 from moecluster.models.tokenizer.decoding import Detokenizer
 from moecluster.models.tokenizer.detokenizer import StreamingDecoder
 from moecluster.models.tokenizer.token_bytes import TokenBytes
-from moecluster.router.engine.batch_errors import text_error
-from moecluster.router.engine.sampler import ChosenToken
-from moecluster.router.engine.stop_strings import StopTexts
+from moecluster.router.engine.batch_errors import sequence_error
+from moecluster.router.engine.sampler import SampledToken
+from moecluster.router.engine.stop_strings import StopStrings
 from moecluster.types import ExpertId
 
-LOOK_S = 5.0  # between looks at whether somebody still writes
+POLL_S = 5.0  # between checks that the engine still runs
 
 
-class RunningText:
-    """Written by an engine's thread, read once by another. Only `cancel` and `is_over` may be called by any thread."""
+class TokenSequence:
+    """Filled by an engine's thread, read once by another. Any thread may read `is_over`."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class RunningText:
         weight_version: int = 0,
         metrics: Metrics | None = None,
     ) -> None:
-        """max_new_tokens, with request.generated_ids, is at least 1. What was written elsewhere is read again, so that
-        the text goes on as if it had begun here."""
+        """max_new_tokens counts request.generated_ids too and is at least 1. Those tokens, which another router
+        generated, are replayed, so that the sequence continues as if it had started here."""
         self.name = request.request_id
         self.sampling = request.sampling
         self.wants_logprobs = request.logprobs
@@ -51,12 +51,12 @@ class RunningText:
         self._end_ids = frozenset() if request.ignore_eos else end_ids
         self._decoder = StreamingDecoder(detokenizer)
         self._token_bytes = token_bytes
-        self._stops = StopTexts(request.stop)
+        self._stops = StopStrings(request.stop)
         self._metrics = metrics
-        self._pieces: queue.SimpleQueue[GenerationPiece | MoeClusterError] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[GenerationChunk | MoeClusterError] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._over = False
-        self._reason = ""  # why what was written elsewhere is all already
+        self._reason = ""  # finish reason, if the replayed tokens complete the sequence
         self._last_s = time.monotonic()
         self._on_leave: Callable[[], object] = lambda: None
         self._on_over: Callable[[], object] = lambda: None
@@ -73,8 +73,8 @@ class RunningText:
         return (*self.prompt_ids, *self.generated_ids)
 
     @property
-    def most_ids(self) -> int:
-        """As many tokens may there be in the end."""
+    def max_ids(self) -> int:
+        """Maximum total length: prompt plus new tokens."""
         return len(self.prompt_ids) + self._max_new_tokens
 
     @property
@@ -83,38 +83,38 @@ class RunningText:
 
     @property
     def is_complete(self) -> bool:
-        """Whether what was written elsewhere is all already: there is nothing to compute."""
+        """Whether the replayed tokens complete the sequence, so that nothing is left to compute."""
         return bool(self._reason)
 
     def computing(self, *, cached_tokens: int) -> None:
-        """Rows of the text are about to be computed; so many tokens before them need no computing."""
+        """Its rows are about to be computed. cached_tokens: tokens before them that need no computing."""
         if self._cached_tokens is None:
             self._cached_tokens = min(cached_tokens, len(self.prompt_ids))
 
-    def push(self, chosen: ChosenToken) -> bool:
-        """Takes a token; True if it was the last, after which the engine calls `end`."""
+    def push(self, chosen: SampledToken) -> bool:
+        """Appends a token. Returns True if it was the last; the engine then calls `end`."""
         if self._over:
             return True
         text, self._reason = self._take(chosen.id)
         logprobs = (self._logprob(chosen),) if self.wants_logprobs else ()
-        self._pieces.put(
-            GenerationPiece(ids=(chosen.id,), text=text, logprobs=logprobs, weight_version=self.weight_version)
+        self._chunks.put(
+            GenerationChunk(ids=(chosen.id,), text=text, logprobs=logprobs, weight_version=self.weight_version)
         )
         self._observe_token()
         return bool(self._reason)
 
     def end(self, experts: Mapping[ExpertId, int] | None = None) -> None:
-        """The text is all: its reader gets the last piece."""
+        """Ends the sequence: its reader gets the last chunk."""
         try:
-            last = self._last_piece(experts)
+            last = self._last_chunk(experts)
         except Exception as exc:  # of the tokenizer
-            self.fail(text_error(self.name, exc, "decoding its end"))
+            self.fail(sequence_error(self.name, exc, "decoding its end"))
             return
         self._close(last, self._reason or "cancelled")
 
-    def _last_piece(self, experts: Mapping[ExpertId, int] | None) -> GenerationPiece:
+    def _last_chunk(self, experts: Mapping[ExpertId, int] | None) -> GenerationChunk:
         rest = "" if self._reason == "stop" and not self._ended_by_token() else self._rest()
-        return GenerationPiece(
+        return GenerationChunk(
             text=rest,
             finish_reason=self._reason or "cancelled",
             prompt_tokens=len(self.prompt_ids),
@@ -124,36 +124,37 @@ class RunningText:
         )
 
     def fail(self, error: MoeClusterError) -> None:
-        """The text cannot go on."""
+        """Ends the sequence with an error."""
         self._close(error, "failed")
 
     def on_over(self, over: Callable[[], object]) -> None:
-        """What is called once, when nothing more is written."""
+        """Sets the callback for when nothing more is computed; it is called once."""
         self._on_over = over
 
     # -- the reader's side --
 
     def on_leave(self, leave: Callable[[], object]) -> None:
-        """What is called when the reader has the last piece, or goes away before."""
+        """Sets the callback for when the reader has the last chunk, or stops reading before."""
         self._on_leave = leave
 
-    def pieces(self, is_written: Callable[[], bool]) -> Iterator[GenerationPiece]:
-        """The pieces as they come. Raises what the text failed with. An iterator that is left early ends the text.
+    def stream(self, is_running: Callable[[], bool]) -> Iterator[GenerationChunk]:
+        """Yields chunks as they come. Raises the error of a failed sequence. Closing the iterator early ends the
+        sequence.
 
-        is_written: whether the engine still runs; else a text that waits for it would wait for ever.
+        is_running: whether the engine still runs; else a reader would wait forever.
         """
         try:
             while True:
                 try:
-                    piece = self._pieces.get(timeout=LOOK_S)
+                    chunk = self._chunks.get(timeout=POLL_S)
                 except queue.Empty:
-                    if not is_written() and self._pieces.empty():
-                        raise Unavailable("the router writes no more") from None
+                    if not is_running() and self._chunks.empty():
+                        raise Unavailable("the router has stopped generating") from None
                     continue
-                if isinstance(piece, MoeClusterError):
-                    raise piece
-                yield piece
-                if piece.finish_reason:
+                if isinstance(chunk, MoeClusterError):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason:
                     return
         finally:
             self._on_leave()
@@ -161,13 +162,13 @@ class RunningText:
     # -- inside --
 
     def _take(self, token: int) -> tuple[str, str]:
-        """(the text that became certain, why the text ends now; empty: it goes on)."""
+        """Returns (text that became certain, finish reason; empty: the sequence goes on)."""
         self.generated_ids.append(token)
         self.generated_counts[token] += 1
-        if token in self._end_ids:  # never shown, though it be a plain token to the tokenizer
+        if token in self._end_ids:  # never shown, even if the tokenizer has it as plain text
             return "", "stop"
         text, stopped = self._stops.push(self._decoder.push(token))
-        # What is held back would be text if it ended here: a stop text in it ends it.
+        # Held-back characters would be shown if the sequence ended here: a stop string among them ends it.
         if not stopped and self._stops.come_with(self._decoder.pending()):
             rest = self._decoder.finish()
             if self._stops.come_with(rest):
@@ -181,24 +182,24 @@ class RunningText:
         return bool(self.generated_ids) and self.generated_ids[-1] in self._end_ids
 
     def _rest(self) -> str:
-        """What decoder and stop texts held back."""
+        """The characters that the decoder and the stop strings hold back."""
         text, stopped = self._stops.push(self._decoder.finish())
         if stopped:
             self._reason = "stop"
         return text if stopped else text + self._stops.finish()
 
-    def _close(self, last: GenerationPiece | MoeClusterError, status: str) -> None:
+    def _close(self, last: GenerationChunk | MoeClusterError, status: str) -> None:
         with self._lock:
             if self._over:
                 return
             self._over = True
-        self._pieces.put(last)
+        self._chunks.put(last)
         self._on_over()
         if self._metrics is not None:
             self._metrics.count_request(status)
 
-    def _logprob(self, chosen: ChosenToken) -> TokenLogprob:
-        assert chosen.logprob is not None, "a text that wants them is given them"
+    def _logprob(self, chosen: SampledToken) -> TokenLogprob:
+        assert chosen.logprob is not None, "the sampler gives log-probabilities to sequences that want them"
         return TokenLogprob(
             id=chosen.id,
             logprob=chosen.logprob,

@@ -1,7 +1,7 @@
-"""Texts written in padded batches by transformers' `generate()`, for families that continuous batching cannot serve.
+"""Static batching: padded batches by transformers' `generate()`, for families that continuous batching cannot serve.
 
-A text waits until one of the threads is free, and begins with what else waits then. Rows of padding, and of texts that
-have ended, are not sent to experts.
+A sequence waits until a thread is free and starts together with the other waiting ones. Rows of padding, and of
+sequences that have ended, are not sent to experts.
 """
 
 import threading
@@ -26,20 +26,20 @@ from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.hf.padding import sees_padding
 from moecluster.hf.trial import without_generation_settings
-from moecluster.router.engine.batch_errors import batch_error, errors_of_texts, text_error
+from moecluster.router.engine.batch_errors import batch_error, errors_by_sequence, sequence_error
 from moecluster.router.engine.engine import EngineLimits, OnEnd, OnFailure
 from moecluster.router.engine.expert_counts import ExpertCounts
-from moecluster.router.engine.sampler import ChosenToken, choose_tokens
-from moecluster.router.engine.sequence import RunningText
+from moecluster.router.engine.sampler import SampledToken, sample_tokens
+from moecluster.router.engine.sequence import TokenSequence
 
-NUM_THREADS = 2  # batches at once: what comes while one is written need not wait for its end
-GROWTH_TOKENS = 256  # that every text of a new batch has room for: those that go on then do so in smaller batches
+NUM_THREADS = 2  # batches at once: a new request need not wait until the running batch ends
+GROWTH_TOKENS = 256  # room for each sequence of a new batch; those that need more then continue in smaller batches
 PAD_ID = 0
-NOBODYS = ""  # owner of rows that no text needs
+NOBODYS = ""  # owner of rows that no sequence needs
 
 
-class PaddedWriter:
-    """A Writer."""
+class StaticBatchRunner:
+    """A BatchRunner over `generate()`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class PaddedWriter:
         self._equal_lengths = sees_padding(model.config)
         self._experts = experts
         self._on_end, self._on_failure = on_end, on_failure
-        self._waiting: deque[RunningText] = deque()
+        self._waiting: deque[TokenSequence] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [
@@ -65,17 +65,17 @@ class PaddedWriter:
         for thread in self._threads:
             thread.start()
 
-    def write(self, text: RunningText) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         with self._changed:
             if self._closed:
                 raise Unavailable("the batches have ended")
-            self._waiting.append(text)
+            self._waiting.append(sequence)
             self._changed.notify()
 
-    def cancel(self, text: RunningText) -> None:
+    def cancel(self, sequence: TokenSequence) -> None:
         with self._changed:
-            if text in self._waiting:
-                self._waiting.remove(text)
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
 
     def is_alive(self) -> bool:
         return not self._closed
@@ -92,37 +92,37 @@ class PaddedWriter:
         while batch := self._next_batch():
             running = _Batch(batch, self._experts, self._on_end, self._on_failure, max_tokens=self.max_tokens)
             try:
-                running.write(self._model, lambda: self._closed)
-                self._write_on(running.unfinished())
-            except Exception as exc:  # whatever a model raises ends these texts, not the thread
+                running.run(self._model, lambda: self._closed)
+                self._requeue(running.unfinished())
+            except Exception as exc:  # whatever a model raises ends these sequences, not the thread
                 left = running.unfinished()
                 error = batch_error(exc, len(left))
-                for text in left:
-                    self._on_failure(text, error)
+                for sequence in left:
+                    self._on_failure(sequence, error)
 
-    def _write_on(self, texts: Sequence[RunningText]) -> None:
-        """A batch had no more room: its texts go on in smaller ones, before what came later."""
+    def _requeue(self, sequences: Sequence[TokenSequence]) -> None:
+        """Puts the sequences of a batch that ran out of room at the head of the queue, to continue in smaller ones."""
         with self._changed:
             if not self._closed:
-                self._waiting.extendleft(reversed(texts))
+                self._waiting.extendleft(reversed(sequences))
                 self._changed.notify()
 
-    def _next_batch(self) -> list[RunningText]:
-        """What waits, in order, as far as it fits; nothing when all is over."""
+    def _next_batch(self) -> list[TokenSequence]:
+        """Waits for sequences and returns those that fit into a batch, in order; [] once closed."""
         with self._changed:
             while not self._waiting and not self._closed:
-                self._changed.wait()  # for write(), or close()
-            batch: list[RunningText] = []
-            for text in tuple(self._waiting):
+                self._changed.wait()  # for add() or close()
+            batch: list[TokenSequence] = []
+            for sequence in tuple(self._waiting):
                 if len(batch) == self._max_batch:
                     break
-                if self._equal_lengths and batch and len(text.ids) != len(batch[0].ids):
+                if self._equal_lengths and batch and len(sequence.ids) != len(batch[0].ids):
                     continue
-                longest = max(min(each.most_ids, len(each.ids) + GROWTH_TOKENS) for each in (*batch, text))
+                longest = max(min(each.max_ids, len(each.ids) + GROWTH_TOKENS) for each in (*batch, sequence))
                 if batch and longest * (len(batch) + 1) > self.max_tokens:
                     break
-                self._waiting.remove(text)
-                batch.append(text)
+                self._waiting.remove(sequence)
+                batch.append(sequence)
             return batch
 
 
@@ -131,32 +131,36 @@ class _Batch:
 
     def __init__(
         self,
-        texts: Sequence[RunningText],
+        sequences: Sequence[TokenSequence],
         experts: TrunkExperts,
         on_end: OnEnd,
         on_failure: OnFailure,
         *,
         max_tokens: int,
     ) -> None:
-        """max_tokens: of all rows together, padding included; a single text is written in any case."""
-        self._texts = texts
+        """max_tokens: of all rows together, padding included; a single sequence is generated in any case."""
+        self._sequences = sequences
         self._max_tokens = max_tokens
         self._experts = experts
         self._on_end, self._on_failure = on_end, on_failure
         self._counts = ExpertCounts()
         self._ended: set[str] = set()
-        self._spoilt: dict[str, MoeClusterError] = {}  # texts of the forward pass that is on, and what is wrong
+        self._spoilt: dict[str, MoeClusterError] = {}  # sequences with failed rows in the current forward pass
 
-    def write(self, model: Any, is_closed: Callable[[], bool]) -> None:
+    def run(self, model: Any, is_closed: Callable[[], bool]) -> None:
         """model: a PreTrainedModel with transformers' GenerationMixin."""
-        length = max(len(text.ids) for text in self._texts)
-        rows = [(*[PAD_ID] * (length - len(text.ids)), *text.ids) for text in self._texts]
-        mask = [[0] * (length - len(text.ids)) + [1] * len(text.ids) for text in self._texts]
-        for text in self._texts:
-            text.computing(cached_tokens=0)
-            self._counts.enter(text.name)
+        length = max(len(sequence.ids) for sequence in self._sequences)
+        rows = [(*[PAD_ID] * (length - len(sequence.ids)), *sequence.ids) for sequence in self._sequences]
+        mask = [[0] * (length - len(sequence.ids)) + [1] * len(sequence.ids) for sequence in self._sequences]
+        for sequence in self._sequences:
+            sequence.computing(cached_tokens=0)
+            self._counts.enter(sequence.name)
         self._counts.begin_rows(
-            [owner for text in self._texts for owner in ((NOBODYS, length - len(text.ids)), (text.name, len(text.ids)))]
+            [
+                owner
+                for sequence in self._sequences
+                for owner in ((NOBODYS, length - len(sequence.ids)), (sequence.name, len(sequence.ids)))
+            ]
         )
         self._experts.watch(self)
         with torch.no_grad():
@@ -164,9 +168,9 @@ class _Batch:
                 input_ids=torch.tensor(rows, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max(text.most_ids - len(text.ids) for text in self._texts),
+                    max_new_tokens=max(sequence.max_ids - len(sequence.ids) for sequence in self._sequences),
                     do_sample=False,
-                    eos_token_id=None,  # ends are decided by the texts alone, and choices by their own parameters
+                    eos_token_id=None,  # each sequence decides its end, and samples by its own parameters
                     pad_token_id=PAD_ID,
                 ),
                 logits_processor=LogitsProcessorList([_Choice(self)]),
@@ -174,53 +178,53 @@ class _Batch:
             )
 
     def see(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.bool_] | None:
-        """Counts what each text gives to the experts, and leaves out what nobody needs."""
+        """Counts the expert assignments of each sequence. Returns which rows to compute; None: all."""
         owned_T = self._counts.owned_T
         self._counts.add(layer, ids_TK, num_experts)
         return owned_T if len(owned_T) == len(ids_TK) and not owned_T.all() else None
 
     def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
-        """The texts of these rows end before their next token; of others the rows are whole."""
-        self._spoilt |= errors_of_texts(self._counts, num_rows, reasons)
+        """Ends the sequences of these rows before their next token; the rows of all others are intact."""
+        self._spoilt |= errors_by_sequence(self._counts, num_rows, reasons)
 
     def choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
         spoilt, self._spoilt = self._spoilt, {}
-        for text in self._texts:
-            if text.name in spoilt and text.name not in self._ended:
-                self._fail(text, spoilt[text.name])
-        rows = [row for row, text in enumerate(self._texts) if text.name not in self._ended]
-        tokens = choose_tokens([self._texts[row] for row in rows], scores_BV[rows])
+        for sequence in self._sequences:
+            if sequence.name in spoilt and sequence.name not in self._ended:
+                self._fail(sequence, spoilt[sequence.name])
+        rows = [row for row, sequence in enumerate(self._sequences) if sequence.name not in self._ended]
+        tokens = sample_tokens([self._sequences[row] for row in rows], scores_BV[rows])
         for row, token in zip(rows, tokens, strict=True):
-            self._push(self._texts[row], token)
-        self._counts.begin_rows([(NOBODYS if t.name in self._ended else t.name, 1) for t in self._texts])
-        ids = [token.id if isinstance(token, ChosenToken) else PAD_ID for token in tokens]
+            self._push(self._sequences[row], token)
+        self._counts.begin_rows([(NOBODYS if t.name in self._ended else t.name, 1) for t in self._sequences])
+        ids = [token.id if isinstance(token, SampledToken) else PAD_ID for token in tokens]
         return chosen_logits(scores_BV, zip(rows, ids, strict=True))
 
-    def _push(self, text: RunningText, token: ChosenToken | MoeClusterError) -> None:
-        """What goes wrong for the text is its own."""
+    def _push(self, sequence: TokenSequence, token: SampledToken | MoeClusterError) -> None:
+        """Adds a token. An error ends only this sequence."""
         try:
             if isinstance(token, MoeClusterError):
-                self._fail(text, token)
-            elif text.push(token):
-                self._ended.add(text.name)
-                self._on_end(text, self._counts.leave(text.name))
+                self._fail(sequence, token)
+            elif sequence.push(token):
+                self._ended.add(sequence.name)
+                self._on_end(sequence, self._counts.leave(sequence.name))
         except Exception as exc:
-            self._fail(text, text_error(text.name, exc, "adding a token"))
+            self._fail(sequence, sequence_error(sequence.name, exc, "adding a token"))
 
-    def _fail(self, text: RunningText, error: MoeClusterError) -> None:
-        self._ended.add(text.name)
-        self._counts.leave(text.name)
-        self._on_failure(text, error)
+    def _fail(self, sequence: TokenSequence, error: MoeClusterError) -> None:
+        self._ended.add(sequence.name)
+        self._counts.leave(sequence.name)
+        self._on_failure(sequence, error)
 
     def ends(self, length: int) -> list[bool]:
         """Which rows need no further token; all, if there is no room for longer ones."""
-        if len(self._texts) > 1 and len(self._texts) * (length + 1) > self._max_tokens:
-            return [True] * len(self._texts)
-        return [text.name in self._ended for text in self._texts]
+        if len(self._sequences) > 1 and len(self._sequences) * (length + 1) > self._max_tokens:
+            return [True] * len(self._sequences)
+        return [sequence.name in self._ended for sequence in self._sequences]
 
-    def unfinished(self) -> list[RunningText]:
-        """What goes on."""
-        return [text for text in self._texts if text.name not in self._ended and not text.is_over]
+    def unfinished(self) -> list[TokenSequence]:
+        """Sequences that continue in another batch."""
+        return [sequence for sequence in self._sequences if sequence.name not in self._ended and not sequence.is_over]
 
 
 class _Choice(LogitsProcessor):

@@ -1,20 +1,20 @@
-"""Stop texts in a text that comes piece by piece: nothing of one is ever shown, and nothing else is lost."""
+"""Finds stop strings in streamed text: no part of one is ever shown, and nothing else is lost."""
 
 from collections.abc import Sequence
 
 
-class StopTexts:
-    """Passes a text on up to the first stop text. What may yet become one is held back."""
+class StopStrings:
+    """Passes text on up to the first stop string. Holds back what may yet become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, bool]:
-        """(what became certain, whether a stop text has come); after one, the rest is dropped."""
+    def push(self, chunk: str) -> tuple[str, bool]:
+        """Returns (text that became certain, whether a stop string was found); after one, drops the rest."""
         if not self._stops:
-            return piece, False
-        text = self._held + piece
+            return chunk, False
+        text = self._held + chunk
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
@@ -23,17 +23,17 @@ class StopTexts:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
-    def come_with(self, piece: str) -> bool:
-        """Whether a stop text would come if this piece came now."""
-        return any(stop in self._held + piece for stop in self._stops) if piece else False
+    def come_with(self, chunk: str) -> bool:
+        """Whether this piece would complete a stop string."""
+        return any(stop in self._held + chunk for stop in self._stops) if chunk else False
 
     def finish(self) -> str:
-        """What was held back, when the text ends otherwise."""
+        """Returns the held-back text, when the sequence ends for another reason."""
         held, self._held = self._held, ""
         return held
 
 
 def _begun(text: str, stop: str) -> int:
-    """How many characters at the text's end begin the stop text."""
+    """Returns how many characters at the end of the text begin the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

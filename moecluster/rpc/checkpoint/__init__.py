@@ -1,1 +1,1 @@
-"""The checkpoint service: files for hosts that do not see the directory."""
+"""The checkpoint service: serves checkpoint files to hosts that do not see the directory."""

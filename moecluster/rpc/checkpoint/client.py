@@ -1,8 +1,8 @@
-"""The files of a checkpoint that another host has: the other end of server.py.
+"""Client of the checkpoint service: reads the files of a checkpoint on another host.
 
-What is trusted: that the server sends the bytes of the checkpoint; their checksums guard against accidents only. Names
-and sizes are checked before anything is written here: configuration and tokenizer, bounded, in a temporary folder that
-goes with the last use. Weights are never written, each range goes straight to where it stays.
+Trust: the server sends the checkpoint's bytes; the checksums only guard against accidents. Names and sizes are checked
+before anything is written here. Only configuration and tokenizer are written, bounded in size, to a temporary folder
+that is removed after its last use. Weights are never written: each range goes straight to its destination.
 """
 
 import random
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import grpc
 
-from moecluster.errors import CheckpointError, DeadlineExceeded, Exhausted, InvalidMessage, StaleOrder, Unavailable
+from moecluster.errors import CheckpointError, DeadlineExceeded, Exhausted, InvalidMessage, StaleRequest, Unavailable
 from moecluster.models.checkpoint.files import CONFIG_NAME, METADATA_NAME, WEIGHTS_NAME, Seen
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -27,37 +27,37 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 
-RANGE_BYTES = 64 * 2**20  # asked for in one call
+RANGE_BYTES = 64 * 2**20  # of one call
 CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 60.0  # of one range
 ATTEMPTS = 3
 PAUSE_S = 0.5  # before another attempt
-BUSY_TIMEOUT_S = 120.0  # for a source at which many read
+BUSY_TIMEOUT_S = 120.0  # how long to retry a busy source
 MAX_FILES = 10_000
 MAX_ALL_METADATA_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceAddress:
-    """Where an announced checkpoint is read."""
+    """Where to read an announced checkpoint."""
 
     address: str  # host:port of its CheckpointService
     id: str
 
 
 ResultT = TypeVar("ResultT")
-_PASSING = (Unavailable, DeadlineExceeded, StaleOrder, InvalidMessage)  # worth another connection
+_PASSING = (Unavailable, DeadlineExceeded, StaleRequest, InvalidMessage)  # retried over a new connection
 
-Locate = Callable[[], SourceAddress]  # raises a MoeClusterError if nobody has announced the checkpoint
+Locate = Callable[[], SourceAddress]  # raises a MoeClusterError if no one has announced the checkpoint
 
 
 class RemoteFiles:
-    """CheckpointFiles of another host. Connects anew, a few times, when the connection breaks; calls end in time."""
+    """CheckpointFiles of another host. Reconnects a few times if the connection breaks; every call has a timeout."""
 
     def __init__(self, path: str | Path, locate: Locate, *, credentials: ClusterCredentials | None = None) -> None:
-        """path: what the user calls the directory. Fetches all files but the weights.
+        """Fetches all files except the weights. path: the directory's name at the user.
 
-        Raises CheckpointError if there is no model in it, Unavailable or DeadlineExceeded if it cannot be reached.
+        Raises CheckpointError if it holds no model, Unavailable or DeadlineExceeded if it cannot be reached.
         """
         self.path = Path(path)
         self._locate = locate
@@ -84,11 +84,11 @@ class RemoteFiles:
         for at in range(0, len(out), RANGE_BYTES):
             part = out[at : at + RANGE_BYTES]
             self._again(partial(_Connection.read, name=name, begin=begin + at, out=part))
-            if seen is not None:  # not before: what a broken connection brought comes again
+            if seen is not None:  # only now: after a broken connection the part is read again
                 seen(part)
 
     def close(self) -> None:
-        """Ends the connection and what is read, and removes the folder; whoever comes later gets Unavailable."""
+        """Closes the connection, ends running reads, and removes the folder. Later reads raise Unavailable."""
         self._closed.set()
         with self._lock:
             if self._connection is not None:
@@ -96,7 +96,7 @@ class RemoteFiles:
         self._folder.remove()
 
     def _again(self, call: Callable[["_Connection"], ResultT]) -> ResultT:
-        """The call's result, over a new connection where the last one failed; a source that is busy is waited for."""
+        """Returns the call's result; retries over a new connection if one fails, and waits for a busy source."""
         broken: _Connection | None = None
         attempts, busy_until_s = 0, time.monotonic() + BUSY_TIMEOUT_S
         while True:
@@ -108,7 +108,7 @@ class RemoteFiles:
                 if self._closed.is_set() or time.monotonic() >= busy_until_s:
                     raise
                 broken = None
-                self._closed.wait(PAUSE_S * random.uniform(0.5, 1.5))  # not all readers at once again
+                self._closed.wait(PAUSE_S * random.uniform(0.5, 1.5))  # jitter: not all readers at once
             except _PASSING:
                 attempts += 1
                 if self._closed.is_set() or attempts == ATTEMPTS:
@@ -129,7 +129,7 @@ class RemoteFiles:
 
 
 class _Connection:
-    """To one life of the source."""
+    """To one incarnation of the source."""
 
     def __init__(self, source: SourceAddress, credentials: ClusterCredentials | None) -> None:
         self._source = source
@@ -154,7 +154,7 @@ class _Connection:
             raise Unavailable(f"{self._source.address}: {exc}") from exc
 
     def read(self, name: str, begin: int, out: memoryview) -> None:
-        """Fills out with the file's bytes. Raises InvalidMessage for chunks that are not what was asked for."""
+        """Fills out with the file's bytes. Raises InvalidMessage for chunks that do not match the request."""
         request = checkpoint_pb2.CheckpointReadRequest(id=self._source.id, name=name, begin=begin, num_bytes=len(out))
         try:
             call = self._stub.Read(request, timeout=CALL_TIMEOUT_S)
@@ -171,7 +171,7 @@ class _Connection:
 
 
 def _fill(out: memoryview, begin: int, name: str, chunks: Iterable[checkpoint_pb2.CheckpointChunk]) -> int:
-    """Puts chunks that come in order into out; returns how many bytes came."""
+    """Copies chunks, which must arrive in order, into out. Returns the number of bytes received."""
     filled = 0
     for chunk in chunks:
         if chunk.begin != begin + filled:
@@ -186,7 +186,7 @@ def _fill(out: memoryview, begin: int, name: str, chunks: Iterable[checkpoint_pb
 
 
 def _checked_sizes(reply: checkpoint_pb2.CheckpointFilesReply) -> dict[str, int]:
-    """File name -> bytes. Raises InvalidMessage for names that are no bare ones, and for too much of them."""
+    """Returns file name -> bytes. Raises InvalidMessage for a name that is no model file's, and above the limits."""
     if len(reply.files) > MAX_FILES:
         raise InvalidMessage(f"files: {len(reply.files)}, at most {MAX_FILES}")
     sizes = {file.name: file.size_bytes for file in reply.files}

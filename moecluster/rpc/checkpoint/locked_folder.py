@@ -1,4 +1,4 @@
-"""A temporary folder that its process holds by a lock, so that others see when it was left behind by a kill."""
+"""A temporary folder that its process locks, so that other processes can tell when a killed process left it behind."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ NEW_S = 60.0  # a younger folder may not be locked yet
 
 
 class HeldFolder:
-    """Goes with its last user, or with `remove`; after a kill, when the next one on this host is made."""
+    """Removed by `remove` or with its last reference; after a kill, by the next HeldFolder on this host."""
 
     def __init__(self) -> None:
         _remove_left(Path(tempfile.gettempdir()))
@@ -24,13 +24,13 @@ class HeldFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def remove(self) -> None:
-        """Again is fine."""
+        """Removes the folder. Idempotent."""
         self._lock.close()
         self._folder.cleanup()
 
 
 def _remove_left(parent: Path) -> None:
-    """Removes this user's folders that nobody holds any more."""
+    """Removes this user's folders that no process holds any more."""
     for folder in parent.glob(f"{PREFIX}*"):
         with suppress(OSError):  # another process was faster
             found = folder.lstat()

@@ -1,8 +1,8 @@
-"""Checkpoint directories of this host for nodes that do not see them.
+"""Serves checkpoint directories of this host to nodes that do not see them.
 
-What is trusted: whoever knows a directory's id, which nobody guesses, may read its files, and nothing else can be asked
-for. The files are those that were there when the directory was announced, by their bare names: weights, configuration,
-tokenizer. Links among them are followed, as a download cache has them: who announces a directory answers for it.
+Trust: a client that knows a directory's unguessable id may read its files, and nothing else. The files are those that
+existed when the directory was announced, by their bare names: weights, configuration, tokenizer. Symbolic links among
+them are followed, since download caches use them: whoever announces a directory is responsible for them.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import grpc
 
-from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, StaleOrder
+from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.models.checkpoint.files import METADATA_NAME, LocalFiles
 from moecluster.proto import checkpoint_pb2, checkpoint_pb2_grpc
 from moecluster.rpc.credentials import ClusterCredentials
@@ -23,7 +23,7 @@ from moecluster.rpc.server import RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 
 CHUNK_BYTES = 2**20
-MAX_ANNOUNCED = 8  # directories; beyond it the oldest is forgotten
+MAX_ANNOUNCED = 8  # directories; beyond it the oldest is dropped
 MAX_METADATA_BYTES = 64 * 2**20  # of one file that is not weights; a larger one is left out
 MAX_READS = 64  # at once, of all clients
 ID_BYTES = 32
@@ -31,7 +31,7 @@ ID_BYTES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Announced:
-    """A directory whose files may be read."""
+    """A directory whose files clients may read."""
 
     id: str
     directory: Path
@@ -39,14 +39,15 @@ class Announced:
 
 
 class Announcements:
-    """Which directories may be read, by the name that others know them by. Thread-safe."""
+    """The announced directories by name. Thread-safe."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Announced] = {}
         self._lock = threading.Lock()
 
     def add(self, name: str, directory: str | Path) -> Announced:
-        """Lists the directory's files anew; name: what orders call it. Raises CheckpointError if it is no model's."""
+        """Announces a directory with its current files. name: how others refer to it. Raises CheckpointError if it
+        holds no model."""
         files = LocalFiles(directory)
         sizes = dict(files.weights())
         for file in files.path.iterdir():
@@ -61,22 +62,22 @@ class Announcements:
         return announced
 
     def named(self, name: str) -> Announced | None:
-        """None if nobody announced it."""
+        """Returns a directory; None if no one has announced it."""
         with self._lock:
             return self._by_name.get(name)
 
     def with_id(self, id: str) -> Announced:
-        """Raises StaleOrder for an id that was never given, or no longer holds."""
+        """Returns the directory of an id. Raises StaleRequest for an unknown or expired id."""
         with self._lock:
             announced = list(self._by_name.values())
         for found in announced:
             if secrets.compare_digest(found.id.encode(), id.encode()):
                 return found
-        raise StaleOrder("id: no checkpoint of this id is announced")
+        raise StaleRequest("id: no checkpoint of this id is announced")
 
 
 class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
-    """Checks what is asked for, and reads it."""
+    """Checks requests and reads the files."""
 
     def __init__(self, announcements: Announcements) -> None:
         self._announcements = announcements
@@ -132,7 +133,7 @@ def serve_checkpoints(
     host: str = "127.0.0.1",
     port: int = 0,
 ) -> RunningServer:
-    """Serves what is announced, now and later. credentials as in start_server.
+    """Serves all announced directories, present and future. credentials as in start_server.
 
     Raises ResourceError if the port is in use.
     """

@@ -45,7 +45,7 @@ class PlacementHold(Protocol):
     """What keeps the placement as it is while experts are trained."""
 
     def hold(self, timeout_s: float) -> None:
-        """Returns when the standing placement stays as it is. Raises DeadlineExceeded otherwise, and lets go."""
+        """Returns when the current placement stays as it is. Raises DeadlineExceeded otherwise, and lets go."""
 
     def release(self) -> None:
         """The placement may change again. Fine if nothing was held."""

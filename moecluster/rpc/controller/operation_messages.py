@@ -8,7 +8,7 @@ from moecluster.rpc.controller.placement_messages import decode_replica, encode_
 from moecluster.rpc.fields import checked_amount, checked_count, checked_name
 from moecluster.types import Operation, OperationPhase, PlanPreview
 
-NOT_KNOWN = -1.0  # a balancedness on the wire
+UNKNOWN_VALUE = -1.0  # a balancedness on the wire
 NOT_ENDED = 0.0
 
 
@@ -23,9 +23,9 @@ def encode_operation(operation: Operation) -> controller_pb2.Operation:
         arguments=operation.arguments,
         created_s=operation.created_s,
         ended_s=NOT_ENDED if operation.ended_s is None else operation.ended_s,
-        balancedness_before=_or_not_known(operation.balancedness_before),
-        balancedness_predicted=_or_not_known(operation.balancedness_predicted),
-        balancedness_measured=_or_not_known(operation.balancedness_measured),
+        balancedness_before=_or_unknown(operation.balancedness_before),
+        balancedness_predicted=_or_unknown(operation.balancedness_predicted),
+        balancedness_measured=_or_unknown(operation.balancedness_measured),
         moved_bytes=operation.moved_bytes,
         added_replicas=operation.added_replicas,
         removed_replicas=operation.removed_replicas,
@@ -70,8 +70,8 @@ def encode_plan(plan: PlanPreview) -> controller_pb2.PlanReply:
     return controller_pb2.PlanReply(
         policy=plan.policy,
         reason=plan.reason,
-        balancedness_before=_or_not_known(plan.balancedness_before),
-        balancedness_after=_or_not_known(plan.balancedness_after),
+        balancedness_before=_or_unknown(plan.balancedness_before),
+        balancedness_after=_or_unknown(plan.balancedness_after),
         moved_bytes=plan.moved_bytes,
         added=[encode_replica(replica) for replica in plan.added],
         removed=[encode_replica(replica) for replica in plan.removed],
@@ -93,8 +93,8 @@ def decode_plan(message: controller_pb2.PlanReply) -> PlanPreview:
     )
 
 
-def _or_not_known(balancedness: float | None) -> float:
-    return NOT_KNOWN if balancedness is None else balancedness
+def _or_unknown(balancedness: float | None) -> float:
+    return UNKNOWN_VALUE if balancedness is None else balancedness
 
 
 def _balancedness(value: float, field: str) -> float | None:

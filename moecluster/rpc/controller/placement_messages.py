@@ -113,7 +113,7 @@ def check_distinct(replicas: tuple[Replica, ...], field: str) -> None:
     seen: set[tuple[ExpertId, str]] = set()
     for replica in replicas:
         if (replica.expert, replica.actor) in seen:
-            raise InvalidMessage(f"{field}: expert {replica.expert} stands twice on {replica.actor}")
+            raise InvalidMessage(f"{field}: expert {replica.expert} appears twice on {replica.actor}")
         seen.add((replica.expert, replica.actor))
 
 

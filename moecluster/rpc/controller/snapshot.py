@@ -16,7 +16,7 @@ MAX_VERSIONS = 2  # that stand at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControllerPicture:
+class ControllerSnapshot:
     """What stands, and what is under way."""
 
     actors: tuple[str, ...]  # in being
@@ -29,36 +29,36 @@ class ControllerPicture:
     last_weight_version: int = 0  # the highest number that was ever given
 
 
-def encode_picture(picture: ControllerPicture) -> bytes:
-    """The picture as bytes; 58 layers of 320 replicas take about 400 KB."""
-    position = {actor: place for place, actor in enumerate(picture.actors)}
-    message = controller_pb2.ControllerPicture(
-        actors=picture.actors,
-        leaving=picture.leaving,
-        replica_layers=[r.expert.layer for r in picture.replicas],
-        replica_experts=[r.expert.index for r in picture.replicas],
-        replica_actors=[position[r.actor] for r in picture.replicas],
-        replica_shares=[r.share for r in picture.replicas],
-        operations=[encode_operation(operation) for operation in picture.operations],
-        cold=[encode_expert(expert) for expert in picture.cold],
-        versions=[controller_pb2.WeightVersion(version=v.version, checkpoint=v.checkpoint) for v in picture.versions],
-        weight_version=picture.weight_version,
-        last_weight_version=picture.last_weight_version,
+def encode_snapshot(snapshot: ControllerSnapshot) -> bytes:
+    """The snapshot as bytes; 58 layers of 320 replicas take about 400 KB."""
+    position = {actor: place for place, actor in enumerate(snapshot.actors)}
+    message = controller_pb2.ControllerSnapshot(
+        actors=snapshot.actors,
+        leaving=snapshot.leaving,
+        replica_layers=[r.expert.layer for r in snapshot.replicas],
+        replica_experts=[r.expert.index for r in snapshot.replicas],
+        replica_actors=[position[r.actor] for r in snapshot.replicas],
+        replica_shares=[r.share for r in snapshot.replicas],
+        operations=[encode_operation(operation) for operation in snapshot.operations],
+        cold=[encode_expert(expert) for expert in snapshot.cold],
+        versions=[controller_pb2.WeightVersion(version=v.version, checkpoint=v.checkpoint) for v in snapshot.versions],
+        weight_version=snapshot.weight_version,
+        last_weight_version=snapshot.last_weight_version,
     )
     return message.SerializeToString()
 
 
-def decode_picture(content: bytes) -> ControllerPicture:
-    """The picture of such bytes. Raises InvalidMessage, naming the field."""
+def decode_snapshot(content: bytes) -> ControllerSnapshot:
+    """The snapshot of such bytes. Raises InvalidMessage, naming the field."""
     try:
-        message = controller_pb2.ControllerPicture.FromString(content)
+        message = controller_pb2.ControllerSnapshot.FromString(content)
     except DecodeError as exc:
-        raise InvalidMessage(f"picture: {len(content)} bytes that are no ControllerPicture") from exc
+        raise InvalidMessage(f"snapshot: {len(content)} bytes that are no ControllerSnapshot") from exc
     actors = checked_names(message.actors, "actors")
     leaving = checked_names(message.leaving, "leaving")
     if not set(leaving) <= set(actors):
         raise InvalidMessage("leaving: an actor that is none of actors")
-    return ControllerPicture(
+    return ControllerSnapshot(
         actors=actors,
         leaving=leaving,
         replicas=_decode_replicas(message, actors),
@@ -70,7 +70,7 @@ def decode_picture(content: bytes) -> ControllerPicture:
     )
 
 
-def _decode_versions(message: controller_pb2.ControllerPicture) -> tuple[WeightVersion, ...]:
+def _decode_versions(message: controller_pb2.ControllerSnapshot) -> tuple[WeightVersion, ...]:
     versions = tuple(
         WeightVersion(version=v.version, checkpoint=checked_path(v.checkpoint, "versions.checkpoint"))
         for v in message.versions
@@ -87,7 +87,7 @@ def _decode_versions(message: controller_pb2.ControllerPicture) -> tuple[WeightV
     return versions
 
 
-def _decode_replicas(message: controller_pb2.ControllerPicture, actors: tuple[str, ...]) -> tuple[Replica, ...]:
+def _decode_replicas(message: controller_pb2.ControllerSnapshot, actors: tuple[str, ...]) -> tuple[Replica, ...]:
     columns = (message.replica_layers, message.replica_experts, message.replica_actors, message.replica_shares)
     if len({len(column) for column in columns}) != 1:
         raise InvalidMessage(f"replica_layers: columns of {', '.join(str(len(c)) for c in columns)} entries, not equal")

@@ -90,7 +90,7 @@ class ControllerClient:
         report = controller_pb2.FailureReport(
             reporter=self.router, actor=actor, incarnation=incarnation, reason=reason[:MAX_REASON_LENGTH]
         )
-        self._say("ReportFailure", report)
+        self._send_state("ReportFailure", report)
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
         """Says that a replica answers NaN or infinity. Without a controller nothing is said: the next placement that
@@ -103,11 +103,11 @@ class ControllerClient:
             placement_term=placement[0],
             generation=placement[1],
         )
-        self._say("ReportFailure", report)
+        self._send_state("ReportFailure", report)
 
     def report_load(self, load: LoadSnapshot) -> None:
         """Says what was counted in a window. Without a controller nothing is said."""
-        self._say("ReportLoad", encode_load(self.router, load))
+        self._send_state("ReportLoad", encode_load(self.router, load))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
         """Says that tokens wait for experts that stand nowhere. Without a controller nothing is said: ask again."""
@@ -116,7 +116,7 @@ class ControllerClient:
             wanted = [ExpertId(layer=layer, index=index) for index in experts]
             wanted = [expert for expert in wanted if now_s - self._wanted_s.get(expert, -WANT_AGAIN_S) >= WANT_AGAIN_S]
         request = controller_pb2.WantRequest(router=self.router, experts=[encode_expert(expert) for expert in wanted])
-        if wanted and self._say("WantExperts", request):
+        if wanted and self._send_state("WantExperts", request):
             with self._lock:
                 self._wanted_s.update(dict.fromkeys(wanted, now_s))
 
@@ -157,7 +157,7 @@ class ControllerClient:
                 self._channel = None
         self._thread.join(timeout=5.0)
 
-    def _say(self, method: str, message: Report) -> bool:
+    def _send_state(self, method: str, message: Report) -> bool:
         """Sends without waiting; False if it cannot. The call is kept until it ends, else it would be cancelled."""
         with self._lock:
             if self._channel is None or len(self._saying) >= MAX_REPORTS:
@@ -220,7 +220,7 @@ class ControllerClient:
             )
             self._wait_for_news(state)
 
-    def _wait_for_news(self, told: RouterState) -> None:
+    def _wait_for_news(self, sent: RouterState) -> None:
         """Returns when there is something to say, or the lease is to be renewed."""
         until_s = time.monotonic() + self._renew_s
         while (left_s := until_s - time.monotonic()) > 0:
@@ -228,5 +228,5 @@ class ControllerClient:
                 self._applied.get(timeout=min(left_s, STATE_PERIOD_S))
                 return
             except queue.Empty:
-                if self._state() != told:
+                if self._state() != sent:
                     return

@@ -101,7 +101,7 @@ class GrpcExpertControl:
         term: int,
         generation: int,
         checkpoint: str = "",
-        picture: bytes = b"",
+        snapshot: bytes = b"",
         weight_version: int = 0,
         weight_versions: Sequence[int] = (),
     ) -> None:
@@ -109,7 +109,7 @@ class GrpcExpertControl:
             term=term,
             generation=generation,
             checkpoint=checkpoint,
-            picture=picture,
+            snapshot=snapshot,
             weight_version=weight_version,
             weight_versions=weight_versions,
         )
@@ -165,8 +165,8 @@ class GrpcExpertControl:
     def abort(self, tag: StepTag) -> None:
         self._call(self._stub.Abort, expert_pb2.AbortRequest(step=messages.encode_step(tag)))
 
-    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
-        request = expert_pb2.StatusRequest(training_term=training_term, with_picture=with_picture)
+    def status(self, training_term: int = 0, *, with_snapshot: bool = False) -> ExpertActorStatus:
+        request = expert_pb2.StatusRequest(training_term=training_term, with_snapshot=with_snapshot)
         reply = self._call(self._stub.Status, request)
         return ExpertActorStatus(
             actor=reply.actor,
@@ -180,7 +180,7 @@ class GrpcExpertControl:
             prepared=messages.decode_step(reply.prepared) if reply.HasField("prepared") else None,
             rss_bytes=reply.rss_bytes,
             checkpoint=reply.checkpoint,
-            picture=reply.picture,
+            snapshot=reply.snapshot,
             work=ActorWork(
                 computed_rows=reply.computed_rows,
                 expert_runs=reply.expert_runs,

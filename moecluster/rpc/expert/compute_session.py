@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.message import DecodeError
 
-from moecluster.errors import InvalidMessage, MoeClusterError, StaleOrder
+from moecluster.errors import InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.proto import expert_pb2
 from moecluster.rpc import tensors
 from moecluster.rpc.expert import messages
@@ -104,11 +104,11 @@ class ComputeSession:
         assert self._mailbox is not None
         try:
             while not self._mailbox.closed:
-                letter = self._mailbox.receive()
-                waits = letter is not None
-                while letter is not None:  # all that lie there, so that they are computed together
-                    self._take(expert_pb2.Batch.FromString(letter), wake=False)
-                    letter = self._mailbox.receive(0.0)
+                message = self._mailbox.receive()
+                waits = message is not None
+                while message is not None:  # all that lie there, so that they are computed together
+                    self._take(expert_pb2.Batch.FromString(message), wake=False)
+                    message = self._mailbox.receive(0.0)
                 if waits:
                     self._handler.compute_waiting()
         except DecodeError:
@@ -125,7 +125,7 @@ class ComputeSession:
         try:
             batch = messages.decode_batch(message, self._peer)
             if batch.incarnation and batch.incarnation != self._handler.incarnation:
-                raise StaleOrder(f"this is incarnation {self._handler.incarnation}, not {batch.incarnation}")
+                raise StaleRequest(f"this is incarnation {self._handler.incarnation}, not {batch.incarnation}")
         except MoeClusterError as exc:
             self._send_error(message.request_id, exc)
             return

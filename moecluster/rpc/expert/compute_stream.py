@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import DecodeError
 
-from moecluster.errors import MoeClusterError, StaleOrder, Unavailable
+from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import tensors
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert import messages
 from moecluster.rpc.same_host.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
-from moecluster.rpc.same_host.reply_reader import Answer, AnswerReaders
+from moecluster.rpc.same_host.reply_reader import Answer, ReplyReaders
 from moecluster.rpc.same_host.segment import PeerSegment, Segment, SegmentUnavailable
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import error_of_reply, from_rpc_error
@@ -48,7 +48,7 @@ class GrpcExpertTransport:
     ) -> None:
         """Opens the stream and shakes hands. shared_memory_bytes 0: inline only.
 
-        Raises Unavailable if the actor does not answer in time, StaleOrder if another life of it does.
+        Raises Unavailable if the actor does not answer in time, StaleRequest if another incarnation of it does.
         """
         self.actor = address.actor
         self.name = "inline"
@@ -61,8 +61,8 @@ class GrpcExpertTransport:
         self._segment = self._make_segment(shared_memory_bytes)
         self._mailbox = self._make_mailbox(self._segment)
         self._peer_mailbox: PeerMailbox | None = None
-        self._has_mail = False  # a letter has come, so the actor knows whose mailbox is whose, and ours reach it
-        self._readers = AnswerReaders(self._mailbox, self._take_letter) if self._mailbox is not None else None
+        self._has_mail = False  # a message has come, so the actor knows whose mailbox is whose, and ours reach it
+        self._readers = ReplyReaders(self._mailbox, self._take_message) if self._mailbox is not None else None
         self._use_segment = False
         self._peer: PeerSegment | None = None
         self._nonce = b""  # of the actor's segment, sent back once
@@ -87,7 +87,7 @@ class GrpcExpertTransport:
             self.close()
         if address.incarnation and address.incarnation != self.incarnation:
             self.close()
-            raise StaleOrder(f"{self.actor} is incarnation {self.incarnation}, not {address.incarnation}")
+            raise StaleRequest(f"{self.actor} is incarnation {self.incarnation}, not {address.incarnation}")
 
     @staticmethod
     def _make_segment(size_bytes: int) -> Segment | None:
@@ -146,11 +146,11 @@ class GrpcExpertTransport:
                 self._outbox.put(expert_pb2.ComputeRequest(batch=message))
         return answer
 
-    def _take_letter(self, letter: bytes) -> None:
+    def _take_message(self, content: bytes) -> None:
         try:
-            message = expert_pb2.BatchReply.FromString(letter)
+            message = expert_pb2.BatchReply.FromString(content)
         except DecodeError as exc:
-            self._fail(Unavailable(f"the mailbox of the stream to {self.actor} holds no letters: {exc}"))
+            self._fail(Unavailable(f"the mailbox of the stream to {self.actor} holds no messages: {exc}"))
             return
         self._has_mail = True
         self._finish(message)

@@ -113,7 +113,7 @@ def _where(chunk: expert_pb2.ExportChunk) -> str:
 
 
 class GrpcPeerExports:
-    """PeerExports of one life of an actor."""
+    """PeerExports of one incarnation of an actor."""
 
     def __init__(self, peer: ActorAddress, *, credentials: ClusterCredentials | None = None) -> None:
         """Connects when it is first asked."""

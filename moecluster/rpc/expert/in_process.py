@@ -34,7 +34,7 @@ class InProcessTransport:
 
 
 class InProcessPeerExports:
-    """PeerExports of one life of an expert service of this process."""
+    """PeerExports of one incarnation of an expert service of this process."""
 
     def __init__(self, peer: ExpertControl, incarnation: str) -> None:
         self._peer = peer

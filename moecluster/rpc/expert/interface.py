@@ -18,7 +18,7 @@ from moecluster.types import (
     OptimizerSettings,
 )
 
-MAX_PICTURE_BYTES = 64 * 2**20
+MAX_SNAPSHOT_BYTES = 64 * 2**20
 
 Reply = Callable[[ComputeResult | MoeClusterError], None]
 
@@ -97,18 +97,18 @@ class ExpertControl(Participant, Protocol):
         term: int,
         generation: int,
         checkpoint: str = "",
-        picture: bytes = b"",
+        snapshot: bytes = b"",
         weight_version: int = 0,
         weight_versions: Sequence[int] = (),
     ) -> None:
         """Tells the actor the placement that now stands, and what lost experts are loaded from; status returns both.
 
-        picture: what the controller wants its successor to read, at most MAX_PICTURE_BYTES; b"" leaves the last one.
+        snapshot: what the controller wants its successor to read, at most MAX_SNAPSHOT_BYTES; b"" leaves the last one.
         weight_version: what a batch without one means. weight_versions: those that stand; experts of others are
         dropped.
         """
 
-    def status(self, training_term: int = 0, *, with_picture: bool = False) -> ExpertActorStatus:
+    def status(self, training_term: int = 0, *, with_snapshot: bool = False) -> ExpertActorStatus:
         """Fences with the term if it is not 0, then reports."""
 
     def export(
@@ -120,15 +120,15 @@ class ExpertControl(Participant, Protocol):
         incarnation: str = "",
         weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
-        """Streams the experts' tensors; with an incarnation, only that life of the actor does. weight_version: 0 for
-        the one that is served."""
+        """Streams the experts' tensors; with an incarnation, only that incarnation of the actor does. weight_version: 0
+        for the one that is served."""
 
 
 Pace = Callable[[int], None]  # told of bytes that came, before more are taken; it may wait, and raise to end
 
 
 class PeerExports(Protocol):
-    """What one life of another actor holds, as experts are copied from there."""
+    """What one incarnation of another actor holds, as experts are copied from there."""
 
     def tensors(
         self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
@@ -146,7 +146,7 @@ ConnectPeer = Callable[[ActorAddress], PeerExports]
 
 
 class ControlConnection(ExpertControl, Protocol):
-    """Orders to one life of an expert actor, over a connection. Every order ends within a finite time."""
+    """Orders to one incarnation of an expert actor, over a connection. Every order ends within a finite time."""
 
     def close(self) -> None:
         """Ends the connection."""

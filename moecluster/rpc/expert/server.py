@@ -15,15 +15,15 @@ from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 from moecluster.types import ActorAddress, ExpertId, MessageKey, OptimizerSettings, StepTag
 
-MAX_EXPERTS_PER_ORDER = 2**16
+MAX_EXPERTS_PER_REQUEST = 2**16
 MAX_TIMEOUT_S = 3600.0
 HOST_PORT = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}:[0-9]{1,5}")
-StepOrder = expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest
+StepRequest = expert_pb2.ReduceRequest | expert_pb2.PrepareRequest | expert_pb2.CommitRequest | expert_pb2.AbortRequest
 
 
 def _experts(refs: "list[tensor_pb2.ExpertRef]") -> tuple[ExpertId, ...]:
-    if len(refs) > MAX_EXPERTS_PER_ORDER:
-        raise InvalidMessage(f"experts: {len(refs)}, at most {MAX_EXPERTS_PER_ORDER}")
+    if len(refs) > MAX_EXPERTS_PER_REQUEST:
+        raise InvalidMessage(f"experts: {len(refs)}, at most {MAX_EXPERTS_PER_REQUEST}")
     experts = tuple(ExpertId(layer=ref.layer, index=ref.index) for ref in refs)
     if any(e.layer < 0 or e.index < 0 for e in experts):
         raise InvalidMessage("experts: a negative layer or index")
@@ -34,7 +34,7 @@ def _refs(experts: Sequence[ExpertId]) -> list[tensor_pb2.ExpertRef]:
     return [tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in experts]
 
 
-def _step(message: StepOrder) -> StepTag:
+def _step(message: StepRequest) -> StepTag:
     if not message.HasField("step"):
         raise InvalidMessage("step: missing")
     return messages.decode_step(message.step)
@@ -127,7 +127,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 term=request.term,
                 generation=request.generation,
                 checkpoint=request.checkpoint,
-                picture=request.picture,
+                snapshot=request.snapshot,
                 weight_version=request.weight_version,
                 weight_versions=tuple(request.weight_versions),
             )
@@ -191,7 +191,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 
     def Status(self, request: expert_pb2.StatusRequest, context: grpc.ServicerContext) -> expert_pb2.StatusReply:
         def status() -> expert_pb2.StatusReply:
-            found = self._handler.status(request.training_term, with_picture=request.with_picture)
+            found = self._handler.status(request.training_term, with_snapshot=request.with_snapshot)
             reply = expert_pb2.StatusReply(
                 actor=found.actor,
                 incarnation=found.incarnation,
@@ -203,7 +203,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 training_term=found.training_term,
                 rss_bytes=found.rss_bytes,
                 checkpoint=found.checkpoint,
-                picture=found.picture,
+                snapshot=found.snapshot,
                 computed_rows=found.work.computed_rows,
                 expert_runs=found.work.expert_runs,
                 busy_s=found.work.busy_s,

@@ -5,21 +5,21 @@ from typing import Protocol
 
 import torch
 
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.types import RouterStatus
 
 
 class RouterHandler(Protocol):
-    """What stands behind the service."""
+    """Handles the calls of the router service."""
 
-    def generate(self, request: GenerationRequest) -> Iterator[GenerationPiece]:
-        """The pieces of a text as they come."""
+    def generate(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+        """Yields the chunks of a request as they are generated."""
 
     def cancel(self, request_id: str) -> bool:
-        """Ends a generation; False if none of that name runs."""
+        """Ends a request. Returns False for an unknown id."""
 
     def moe(self, layer: int, x_TD: torch.Tensor, timeout_s: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y_TD, ids_TK, weights_TK) of one MoE layer, within the time; infinite: the router's own."""
+        """Returns (y_TD, ids_TK, weights_TK) of one MoE layer. timeout_s: infinite means the router's own timeout."""
 
     def status(self) -> RouterStatus:
-        """What the router says of itself."""
+        """Returns the router's status."""

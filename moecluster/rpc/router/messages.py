@@ -1,10 +1,10 @@
-"""The router's messages to records and back. What comes off the wire is checked here before it is used."""
+"""Encodes records as the router's messages, and decodes and checks messages."""
 
 import json
 import math
 
 from moecluster.errors import Exhausted, InvalidMessage
-from moecluster.generation import GenerationPiece, GenerationRequest, SamplingParameters, TokenLogprob
+from moecluster.generation import GenerationChunk, GenerationRequest, SamplingParameters, TokenLogprob
 from moecluster.proto import router_pb2, tensor_pb2
 from moecluster.rpc.fields import checked_count, checked_name
 from moecluster.types import ExpertId, RouterStatus
@@ -24,7 +24,7 @@ MAX_TOP_LOGPROBS = 20
 
 
 def encode_generation_request(request: GenerationRequest) -> router_pb2.GenerateRequest:
-    """The message of a request."""
+    """Returns the message of a request."""
     sampling = request.sampling
     return router_pb2.GenerateRequest(
         request_id=request.request_id,
@@ -51,7 +51,7 @@ def encode_generation_request(request: GenerationRequest) -> router_pb2.Generate
 
 
 def decode_generation_request(message: router_pb2.GenerateRequest) -> GenerationRequest:
-    """The request of a message. Raises InvalidMessage, or Exhausted for what is too large, naming the field."""
+    """Returns the request of a message. Raises InvalidMessage, or Exhausted for what is too large, naming the field."""
     for name, size, limit in (
         ("prompt", len(message.prompt), MAX_PROMPT_CHARACTERS),
         ("prompt_ids", len(message.prompt_ids), MAX_PROMPT_IDS),
@@ -67,11 +67,11 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
     if message.messages_json:
         _check_messages(message.messages_json)
     checked_count(message.max_new_tokens, "max_new_tokens")
-    # As many as max_new_tokens are right: the router that wrote them was lost before it said that this is the end.
+    # Exactly max_new_tokens is valid: the router that generated them was lost before it sent the last chunk.
     if 0 < message.max_new_tokens < len(message.generated_ids):
         raise InvalidMessage(f"generated_ids: {len(message.generated_ids)}, more than max_new_tokens")
     if message.weight_version and not message.generated_ids:
-        raise InvalidMessage(f"weight_version: {message.weight_version}, and a text that begins has none of its own")
+        raise InvalidMessage(f"weight_version: {message.weight_version}, and a new request has none of its own")
     return GenerationRequest(
         request_id=checked_name(message.request_id, "request_id"),
         prompt=message.prompt,
@@ -152,30 +152,30 @@ def _within(value: float, lowest: float, highest: float, field: str) -> float:
     return value
 
 
-def encode_piece(piece: GenerationPiece) -> router_pb2.GenerateReply:
-    """The message of a piece."""
+def encode_chunk(chunk: GenerationChunk) -> router_pb2.GenerateReply:
+    """Returns the message of a chunk."""
     return router_pb2.GenerateReply(
-        ids=piece.ids,
-        text=piece.text,
-        logprobs=[_encode_logprob(logprob) for logprob in piece.logprobs],
-        finish_reason=piece.finish_reason,
-        prompt_tokens=piece.prompt_tokens,
-        cached_tokens=piece.cached_tokens,
-        weight_version=piece.weight_version,
+        ids=chunk.ids,
+        text=chunk.text,
+        logprobs=[_encode_logprob(logprob) for logprob in chunk.logprobs],
+        finish_reason=chunk.finish_reason,
+        prompt_tokens=chunk.prompt_tokens,
+        cached_tokens=chunk.cached_tokens,
+        weight_version=chunk.weight_version,
         experts=[
             router_pb2.ExpertCount(
                 expert=tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index), assignments=assignments
             )
-            for expert, assignments in piece.experts.items()
+            for expert, assignments in chunk.experts.items()
         ],
     )
 
 
-def decode_piece(message: router_pb2.GenerateReply) -> GenerationPiece:
-    """The piece of a message. Raises InvalidMessage, naming the field."""
+def decode_chunk(message: router_pb2.GenerateReply) -> GenerationChunk:
+    """Returns the chunk of a message. Raises InvalidMessage, naming the field."""
     if message.logprobs and len(message.logprobs) != len(message.ids):
         raise InvalidMessage(f"logprobs: {len(message.logprobs)} for {len(message.ids)} ids")
-    return GenerationPiece(
+    return GenerationChunk(
         ids=tuple(message.ids),
         text=message.text,
         logprobs=tuple(_decode_logprob(logprob) for logprob in message.logprobs),
@@ -208,7 +208,7 @@ def _decode_logprob(message: router_pb2.TokenLogprob) -> TokenLogprob:
 
 
 def encode_router_status(status: RouterStatus) -> router_pb2.RouterStatus:
-    """The message of a router's status."""
+    """Returns the message of a router's status."""
     return router_pb2.RouterStatus(
         router=status.router,
         model=status.model,
@@ -224,7 +224,7 @@ def encode_router_status(status: RouterStatus) -> router_pb2.RouterStatus:
 
 
 def decode_router_status(message: router_pb2.RouterStatus) -> RouterStatus:
-    """A router's status of a message."""
+    """Returns the router's status of a message."""
     return RouterStatus(
         router=message.router,
         model=message.model,

@@ -1,34 +1,34 @@
-"""What came of one text so far, whichever routers wrote it: how it is asked for anew where one of them is lost."""
+"""What a request has generated so far, at any router, and how to resume it when its router is lost."""
 
 import dataclasses
 import logging
 
-from moecluster.generation import GenerationPiece, GenerationRequest
+from moecluster.generation import GenerationChunk, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_BROKEN_BATCHES = 2  # that a text is sent on after: at the next one it is taken for what breaks them
+MAX_BROKEN_BATCHES = 2  # after which a request is resumed; one more, and it counts as their cause
 
 
-class ReceivedText:
-    """One text. Does no I/O: whoever asks the routers sends next_request and gives back the pieces."""
+class ResumableRequest:
+    """One request. Does no I/O: the caller sends next_request() to a router and passes the chunks to take()."""
 
     def __init__(self, request: GenerationRequest) -> None:
-        self.request = request  # as it was sent last
+        self.request = request  # as it was last sent
         self.ids: list[int] = []  # generated so far
-        self.weight_version = 0  # that wrote these ids and shall write on; 0: any
+        self.weight_version = 0  # that generated these ids and should generate the rest; 0: any
         self._wanted = request
         self._attempts = 0
-        self._had = 0  # ids when it was sent last
+        self._had = 0  # number of ids when it was last sent
 
     @property
     def grew(self) -> bool:
-        """Whether the router that was asked last has added to it."""
+        """Whether the last router has generated any tokens."""
         return len(self.ids) > self._had
 
     def next_request(self) -> GenerationRequest:
-        """The same text, to go on behind what was received."""
-        # A name of its own: a router that lost us may not have ended the earlier attempt yet.
+        """Returns the request to send next: it continues after the received tokens."""
+        # A new name: a router that lost its connection to us may still run the earlier attempt.
         name = self._wanted.request_id + (f"-{self._attempts}" if self._attempts else "")
         self._attempts += 1
         self._had = len(self.ids)
@@ -37,17 +37,17 @@ class ReceivedText:
         )
         return self.request
 
-    def take(self, piece: GenerationPiece) -> None:
-        """The next piece came."""
-        self.ids += piece.ids
-        if piece.ids:
-            self.weight_version = piece.weight_version
+    def take(self, chunk: GenerationChunk) -> None:
+        """Adds a received chunk."""
+        self.ids += chunk.ids
+        if chunk.ids:
+            self.weight_version = chunk.weight_version
 
     def give_up_version(self) -> None:
-        """No router holds its weights any more: what is begun shall not fail, it goes on with what is served."""
+        """Continues with the served weight version, rather than fail: no router holds the request's own any more."""
         if self.weight_version:
             logger.warning(
-                "no router holds weight version %d any more: a text goes on behind %d tokens with what is served",
+                "no router holds weight version %d: a request continues with the served weights after %d tokens",
                 self.weight_version,
                 len(self.ids),
             )

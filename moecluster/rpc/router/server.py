@@ -1,4 +1,4 @@
-"""RouterService at the server's edge: generations streamed out, single MoE layers, status."""
+"""Server of RouterService: streamed generation, single MoE layers, status."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from moecluster.rpc import tensors
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import checked_amount, checked_name
 from moecluster.rpc.router.interface import RouterHandler
-from moecluster.rpc.router.messages import decode_generation_request, encode_piece, encode_router_status
+from moecluster.rpc.router.messages import decode_generation_request, encode_chunk, encode_router_status
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
-    """Translates messages to calls of the handler, and its errors to status codes."""
+    """Translates messages into calls of the handler, and its errors into status codes."""
 
     def __init__(self, handler: RouterHandler) -> None:
         self._handler = handler
@@ -31,19 +31,17 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> Iterator[router_pb2.GenerateReply]:
         try:
             decoded = decode_generation_request(request)
-            pieces = self._handler.generate(decoded)
+            chunks = self._handler.generate(decoded)
 
-            def leave() -> (
-                None
-            ):  # a client that goes away: the iterator may wait for a token, and not see it until then
+            def leave() -> None:  # the client disconnected: the iterator would notice only at its next token
                 self._handler.cancel(decoded.request_id)
 
             context.add_callback(leave)
-            for piece in pieces:
-                yield encode_piece(piece)
+            for chunk in chunks:
+                yield encode_chunk(chunk)
         except MoeClusterError as exc:
             abort_with(context, exc)
-        except Exception as exc:  # of a tokenizer, of torch: another router would meet it again
+        except Exception as exc:  # from a tokenizer or torch: it would fail at another router too
             logger.exception("the request %s failed", request.request_id)
             abort_with(context, RequestFailed(f"the router cannot compute this request: {exc!r}"))
 

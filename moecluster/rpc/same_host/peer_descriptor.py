@@ -1,4 +1,4 @@
-"""Opening what a peer on this host holds open: the very file that was looked at, and of a process of our own user."""
+"""Opens a file that a peer process on this host holds open: exactly the file that was checked, and only our user's."""
 
 import os
 import stat
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 
 class ForeignDescriptor(OSError):
-    """What the peer names is not what it should be, or not of this user."""
+    """The peer's descriptor is of another kind than expected, or of another user."""
 
 
 @contextmanager
 def opened_at_peer(pid: int, fd: int, what: str, check: Callable[[os.stat_result, str], bool]) -> Iterator[str]:
-    """A path of ours to the file behind a descriptor of a process, while the block runs: to be opened as it is wanted.
+    """Context: a path to the file behind a process's descriptor, for the caller to open.
 
-    what: the kind of file that is wanted. check: whether it is one, by its status and its name in /proc. The process
-    may have another file under that number a moment later: so the file is held first, without opening it, and only
-    what is held is looked at and opened. Raises OSError; ForeignDescriptor if it is refused.
+    what: the expected kind of file, for the error. check: whether it is one, from its status and its name in /proc. The
+    process may reuse the descriptor's number at any time, so the file is first held, without opening it, and only the
+    held file is checked and opened. Raises OSError; ForeignDescriptor if it is refused.
     """
-    process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # of this process, and no later one
+    process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # never a later process of this pid
     try:
         if os.fstat(process).st_uid != os.geteuid():
             raise ForeignDescriptor(f"process {pid} is another user's")
@@ -38,10 +38,10 @@ def opened_at_peer(pid: int, fd: int, what: str, check: Callable[[os.stat_result
 
 
 def is_pipe(found: os.stat_result, name: str) -> bool:
-    """A pipe without a name: a FIFO in a folder has a path."""
+    """Whether it is an anonymous pipe: a FIFO in a folder has a path."""
     return stat.S_ISFIFO(found.st_mode) and name.startswith("pipe:[")
 
 
 def is_memory(found: os.stat_result, name: str, wanted: str) -> bool:
-    """A memfd of this name."""
+    """Whether it is a memfd of this name."""
     return stat.S_ISREG(found.st_mode) and name == f"/memfd:{wanted} (deleted)"

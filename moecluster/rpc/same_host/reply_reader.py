@@ -1,4 +1,4 @@
-"""Answers that come through a mailbox, read by the very threads that wait for them."""
+"""Replies through a mailbox, read by the threads that wait for them."""
 
 import threading
 import time
@@ -11,9 +11,9 @@ from moecluster.types import ComputeResult
 
 
 class Answer(Future[ComputeResult]):
-    """A future that is waited for with result() only: where there is a mailbox, its thread may have to read it."""
+    """A future to wait for with result() only: with a mailbox, the waiting thread may have to read it."""
 
-    def __init__(self, readers: "AnswerReaders | None") -> None:
+    def __init__(self, readers: "ReplyReaders | None") -> None:
         super().__init__()
         self._readers = readers
 
@@ -33,23 +33,23 @@ class Answer(Future[ComputeResult]):
             self._readers.settled(self)
 
 
-class AnswerReaders:
-    """Threads that wait for answers of one mailbox: one of them reads for all, the others sleep. Thread-safe.
+class ReplyReaders:
+    """Threads that wait for replies of one mailbox: one of them reads for all, the others sleep. Thread-safe.
 
-    A thread of its own for reading would cost each answer a second wake-up, which takes as long as all else that the
+    A dedicated reader thread would cost each reply a second wake-up, which takes as long as everything else that the
     router does for a small batch.
     """
 
     def __init__(self, mailbox: Mailbox, take: Callable[[bytes], None]) -> None:
-        """take: settles what a letter answers."""
+        """take: settles the Answer that a message belongs to."""
         self._mailbox = mailbox
         self._take = take
         self._lock = threading.Lock()
-        self._reader: tuple[Answer, int] | None = None  # what it waits for, and its thread
+        self._reader: tuple[Answer, int] | None = None  # the reader's Answer and thread
         self._sleepers: dict[threading.Event, Answer] = {}
 
     def wait_for(self, answer: Answer, timeout_s: float | None) -> None:
-        """Until the answer is settled or the timeout over."""
+        """Waits until the answer is settled or the timeout is over."""
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
         while not answer.done() and _left_s(end_s) != 0.0:
             sleeper = threading.Event()
@@ -60,11 +60,11 @@ class AnswerReaders:
                 else:
                     self._sleepers[sleeper] = answer
             try:
-                # Asked again: who settles the answer from now on wakes this thread, who did before could not.
+                # Checked again: a thread that settled the answer before we registered could not wake us; later ones do.
                 while reads and not answer.done() and (left_s := _left_s(end_s)) != 0.0:
-                    letter = self._mailbox.receive(left_s)
-                    if letter is not None:
-                        self._take(letter)
+                    message = self._mailbox.receive(left_s)
+                    if message is not None:
+                        self._take(message)
                 if not reads and not answer.done():
                     sleeper.wait(_left_s(end_s))
             finally:
@@ -77,16 +77,16 @@ class AnswerReaders:
             else:
                 del self._sleepers[sleeper]
             if self._reader is None and self._sleepers:
-                next(iter(self._sleepers)).set()  # reads from now on
+                next(iter(self._sleepers)).set()  # it becomes the reader
 
     def settled(self, answer: Answer) -> None:
-        """Wakes who waits for the answer."""
+        """Wakes the thread that waits for the answer."""
         with self._lock:
             for sleeper, awaited in self._sleepers.items():
                 if awaited is answer:
                     sleeper.set()
             if self._reader is not None and self._reader[0] is answer and self._reader[1] != threading.get_ident():
-                self._mailbox.ring()
+                self._mailbox.wake()
 
 
 def _left_s(end_s: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Rows through memory that two processes of one host share.
+"""Rows in memory that two processes of one host share.
 
 Each side writes only its own segment. A segment is a sealed memfd, which the peer opens through /proc/PID/fd/N: it has
 no name, so nothing is left behind when a process is killed, and its seals keep the peer from shrinking it under a
@@ -27,12 +27,12 @@ NAME = "moecluster-rows"
 NONCE_BYTES = 32
 ALIGNMENT_BYTES = 64
 HEADER = struct.Struct("<Q")
-MAILBOX = struct.Struct("<Q")  # behind the nonce: the descriptor of the owner's mailbox, 0 for none
+MAILBOX = struct.Struct("<Q")  # after the nonce: the descriptor of the owner's mailbox, 0 for none
 REQUIRED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class SegmentUnavailable(Exception):
-    """The segment cannot be made or opened here; rows travel inline instead."""
+    """The segment cannot be created or opened here; rows travel inline instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,10 @@ class Segment:
     """Our own segment: we write, the peer reads. Thread-safe."""
 
     def __init__(self, size_bytes: int) -> None:
-        """Takes the memory at once, so that a full machine refuses here and not with a SIGBUS later."""
+        """Allocates all memory now, so that a full machine fails here and not with a SIGBUS later.
+
+        Raises SegmentUnavailable.
+        """
         self.size_bytes = _aligned(size_bytes)
         try:
             self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -82,7 +85,7 @@ class Segment:
         self._sequence = 0
 
     def write(self, value: torch.Tensor) -> Region | None:
-        """Copies a tensor into a free region; None if there is no room now, or the segment is closed."""
+        """Copies a tensor into a free region. Returns None if there is no room now, or the segment is closed."""
         length_bytes = value.numel() * value.element_size()
         memory = self._map
         taken = self._take(ALIGNMENT_BYTES + _aligned(length_bytes))
@@ -105,7 +108,7 @@ class Segment:
         return None
 
     def release(self, sequence: int) -> None:
-        """The reader is done with a region. Unknown sequences are fine: a release may come twice."""
+        """Frees a region that the reader has released. Ignores unknown sequences: a release may arrive twice."""
         with self._lock:
             used = self._used.pop(sequence, None)
             if used is None:
@@ -119,18 +122,19 @@ class Segment:
             self._free = merged
 
     def announce_mailbox(self, fd: int) -> None:
-        """Tells who opens the segment later which pipe of ours takes letters."""
+        """Writes our mailbox's descriptor into the segment, for the peer that opens it later."""
         assert self._map is not None
         MAILBOX.pack_into(self._map, NONCE_BYTES, fd)
 
     def offer(self) -> tensor_pb2.SegmentOffer:
-        """What the peer needs to open this segment."""
+        """Returns what the peer needs to open this segment."""
         return tensor_pb2.SegmentOffer(pid=os.getpid(), fd=self.fd, size_bytes=self.size_bytes)
 
     def close(self) -> None:
-        """Gives back our descriptor, once, and our mapping; the memory goes when the last mapping of it does.
+        """Closes our descriptor and drops our mapping; the memory is freed with its last mapping. Idempotent.
 
-        Who holds this object does not hold the memory: the traceback of a stream's end may hold both its ends for long.
+        A reference to this object does not keep the memory: the traceback of an ended stream may hold both its ends for
+        long.
         """
         with self._lock:
             fd, self.fd = self.fd, -1
@@ -145,7 +149,7 @@ class PeerSegment:
     def __init__(self, pid: int, fd: int, size_bytes: int) -> None:
         """Raises SegmentUnavailable if there is no such sealed segment of this user on this host."""
         try:
-            # Looked at before it is opened: a caller may name any descriptor of any process.
+            # Checked before it is opened: a caller may name any descriptor of any process.
             with opened_at_peer(pid, fd, "segment", partial(is_memory, wanted=NAME)) as path:
                 opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except ForeignDescriptor as exc:
@@ -168,16 +172,16 @@ class PeerSegment:
         self._map: mmap.mmap | None = memory  # None once closed
 
     def check(self, region: Region) -> None:
-        """Raises InvalidMessage if the region is not what its sequence says: call it before and after reading."""
+        """Raises InvalidMessage if the region does not hold its sequence. Call it before and after reading."""
         self._checked(region)
 
     def view(self, region: Region, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The region's payload in place, valid until the region is released. Never write to it."""
+        """Returns the region's payload in place, valid until the region is released. Never write to it."""
         assert region.length_bytes == math.prod(shape) * dtype.itemsize
         return _rows_at(self._checked(region), region.offset, dtype, shape)
 
     def close(self) -> None:
-        """Gives the mapping back, as soon as the last view of it is gone."""
+        """Drops the mapping; it is unmapped once its last view is gone."""
         self._map = None
 
     def _checked(self, region: Region) -> mmap.mmap:

@@ -1,1 +1,1 @@
-"""Traces of loads: the file format, and recording one."""
+"""Load traces: the file format, and recording."""

@@ -1,14 +1,14 @@
-"""A trace: what a cluster's experts had to do, window by window, as a file of JSON lines.
+"""A trace: the load of a cluster's experts, window by window, as a file of JSON lines.
 
-The first line says whose trace it is, each further line is one window, whole or not there:
+The first line is the header; each further line is one complete window:
 
     {"format": "moecluster-trace", "version": 1, "model": "...", "window_s": 60.0,
      "layers": [{"layer": 3, "experts": 256, "expert_bytes": 22020096}, ...],
      "actors": [{"name": "expert-0", "slots": 8, "speed": 1.0, "node": "host-a"}, ...]}
     {"time_s": 60.0, "counts": [[812, 97, ...], ...], "events": [{"kind": "actor_died", "actor": "expert-0"}]}
 
-time_s is the end of the window, on any clock that grows; counts are assignments within it, a list for each layer of the
-first line. Events happened within the window.
+time_s is the end of the window, on any increasing clock; counts are assignments within it, a list for each layer of the
+header. Events happened within the window.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ FORMAT = "moecluster-trace"
 VERSION = 1
 ACTOR_DIED, ACTOR_RETURNED = "actor_died", "actor_returned"
 EVENT_KINDS = (ACTOR_DIED, ACTOR_RETURNED)
-MOST_TOKENS = 2**53  # what a JSON number holds exactly everywhere
+MOST_TOKENS = 2**53  # integers up to this are exact in any JSON reader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class TraceActor:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceHeader:
-    """Whose loads they are."""
+    """The model, layers and actors that a trace was recorded on."""
 
     model: str
     window_s: float
@@ -58,7 +58,7 @@ class TraceHeader:
         return np.array([layer.experts for layer in self.layers], dtype=np.int64)
 
     def fleet(self) -> Fleet:
-        """The actors that the trace was recorded on, as a planner sees them."""
+        """Returns the actors that the trace was recorded on, as a planner's fleet."""
         nodes = [actor.node or f"only {actor.name}" for actor in self.actors]
         number_of = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
         return Fleet(
@@ -71,7 +71,7 @@ class TraceHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceEvent:
-    """Something that happened to the cluster."""
+    """A death or return of an actor."""
 
     kind: Literal["actor_died", "actor_returned"]
     actor: str
@@ -79,7 +79,7 @@ class TraceEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceWindow:
-    """What was counted within one window."""
+    """The assignments and events of one window."""
 
     time_s: float  # its end
     counts_LE: Ints  # assignments, 0 beyond a layer's experts

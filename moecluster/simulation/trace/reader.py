@@ -1,4 +1,4 @@
-"""Reading a trace, strictly: every complaint is one line that names file, line and field."""
+"""Reads a trace strictly: every error is one line that names the file and line, and mostly the field."""
 
 import json
 import math
@@ -26,13 +26,13 @@ from moecluster.simulation.trace.format import (
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A trace file, whose windows are read as they are asked for."""
+    """A trace file, whose windows are read lazily."""
 
     path: Path
     header: TraceHeader
 
     def windows(self) -> Iterator[TraceWindow]:
-        """Every window in turn. Raises TraceError at the first line that is not one."""
+        """Yields the windows in order. Raises TraceError at the first malformed line."""
         time_s = -math.inf
         with self.path.open("rb") as file:
             file.readline()
@@ -57,12 +57,12 @@ def open_trace(path: str | Path) -> Trace:
 
 
 def refuse(path: Path, line: int, what: str) -> NoReturn:
-    """Raises TraceError."""
+    """Raises TraceError for a line of a file."""
     raise TraceError(f"{path}, line {line}: {what}")
 
 
 class _Line:
-    """One line of a trace, read strictly: every complaint names file, line and field."""
+    """One line of a trace with strict field readers, which raise TraceError naming file, line and field."""
 
     def __init__(self, path: Path, number: int, raw: bytes) -> None:
         self._path, self._number = path, number
@@ -123,7 +123,7 @@ class _Line:
 
 
 def read_header(path: Path, raw: bytes) -> TraceHeader:
-    """The first line of a trace."""
+    """Returns the header from the first line of a trace."""
     if not raw.strip():
         refuse(path, 1, f"is empty, expected the first line of a {FORMAT}")
     line = _Line(path, 1, raw)
@@ -177,7 +177,7 @@ def _read_actors(line: _Line) -> tuple[TraceActor, ...]:
 
 
 def read_window(path: Path, number: int, raw: bytes, header: TraceHeader, after_s: float) -> TraceWindow:
-    """A further line, which must be later than after_s."""
+    """Returns the window of a later line, whose time must be after after_s."""
     line = _Line(path, number, raw)
     line.keys(line.fields, "the window", {"time_s", "counts"}, {"events"})
     time_s = line.number(line.fields["time_s"], "time_s")
@@ -212,6 +212,6 @@ def _read_events(line: _Line, header: TraceHeader) -> tuple[TraceEvent, ...]:
 
 
 def _shown(value: Any) -> str:
-    """A value of a complaint, short enough for one line."""
+    """Returns a value for an error message, short enough for one line."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,4 +1,4 @@
-"""Windows of a trace out of what a running cluster has counted, reading by reading."""
+"""Builds the windows of a trace from readings of a running cluster's counters."""
 
 import math
 
@@ -9,28 +9,28 @@ from moecluster.placement.load.window import CounterGains, CounterReading
 from moecluster.simulation.trace.format import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
 from moecluster.types import ActorState, ClusterLoads
 
-LENGTH_TOLERANCE = 0.5  # of a window: a reading that comes earlier or later than that ends no window
-SPEED_DIGITS = 1  # measured speeds waver: a recording that is gone on with must have the same first line
+LENGTH_TOLERANCE = 0.5  # of a window: a reading that is earlier or later by more ends no window
+SPEED_DIGITS = 1  # measured speeds fluctuate, and a resumed recording must have the same header
 SERVING = "serving"  # ActorState.phase
 
 
 class TraceRecorder:
-    """Takes readings, about window_s apart, and makes windows of the differences."""
+    """Takes readings about window_s apart, and makes windows of the differences."""
 
     def __init__(self, loads: ClusterLoads, actors: tuple[ActorState, ...], window_s: float) -> None:
-        """The first reading, where the first window begins. Raises ResourceError if no expert actor is there."""
+        """Takes the first reading, which starts the first window. Raises ResourceError if there is no expert actor."""
         self.header = trace_header(loads, window_s)
         self._layer_experts = dict(loads.layer_experts)
         self._gains = CounterGains(loads.layer_experts, forget_s=math.inf)
         self._gains.take(_counters(loads))
         self._time_s = loads.time_s
-        # All of the header's actors count as there: one that is not dies in the first window.
+        # All actors of the header count as alive: one that is not serving dies in the first window.
         self._lives = {actor.name: "" for actor in self.header.actors} | _serving(actors)
 
     def take(self, loads: ClusterLoads, actors: tuple[ActorState, ...]) -> TraceWindow | None:
-        """The window that ends with this reading; None if it would not be about window_s long.
+        """Returns the window that ends with this reading; None if its length would be far from window_s.
 
-        After None the next window begins here. Raises ResourceError if the cluster has other layers by now.
+        After None the next window starts at this reading. Raises ResourceError if the cluster's layers have changed.
         """
         if dict(loads.layer_experts) != self._layer_experts:
             raise ResourceError("the cluster serves a model of another shape by now; record it to another file")
@@ -46,7 +46,7 @@ class TraceRecorder:
         return TraceWindow(time_s=loads.time_s, counts_LE=counts_LE, events=events)
 
     def _events(self, actors: tuple[ActorState, ...]) -> tuple[TraceEvent, ...]:
-        """Which actors of the header died and returned since the last reading; one with a new life did both."""
+        """Returns the header's actors that died or returned since the last reading; a new incarnation is both."""
         before, self._lives = self._lives, _serving(actors)
         events = []
         for actor in (entry.name for entry in self.header.actors):
@@ -58,7 +58,7 @@ class TraceRecorder:
 
 
 def trace_header(loads: ClusterLoads, window_s: float) -> TraceHeader:
-    """The first line of a cluster's trace. Raises ResourceError if no expert actor is there."""
+    """Returns the header of a cluster's trace. Raises ResourceError if there is no expert actor."""
     if not loads.actors:
         raise ResourceError("the controller knows no expert actor yet; try again when moecluster status shows one")
     return TraceHeader(
@@ -91,5 +91,5 @@ def _counters(loads: ClusterLoads) -> CounterReading:
 
 
 def _serving(actors: tuple[ActorState, ...]) -> dict[str, str]:
-    """Actor -> incarnation of those that serve."""
+    """Returns actor -> incarnation of the serving actors."""
     return {actor.actor: actor.incarnation for actor in actors if actor.phase == SERVING}

@@ -1,4 +1,4 @@
-"""Writing a trace: append-safe, a line at a time."""
+"""Writes a trace line by line, safely appending to an existing one."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ from moecluster.simulation.trace.reader import read_header, read_window, refuse
 
 
 class TraceWriter:
-    """Writes a trace line by line, each on its way to the disk at once: a crash tears the last one at most.
+    """Writes a trace line by line, flushing each: a crash of the process tears the last line at most.
 
-    A file that is there already is gone on with, if it is a trace of the same header; a torn last line is cut off.
-    Raises TraceError if it is anything else.
+    Appends to an existing file if it is a trace with the same header; a torn last line is cut off. Raises TraceError
+    for any other file.
     """
 
     def __init__(self, path: str | Path, header: TraceHeader) -> None:
@@ -47,7 +47,7 @@ class TraceWriter:
         self._write(fields)
 
     def close(self) -> None:
-        """Ends it, with all lines on the disk."""
+        """Syncs all lines to disk and closes the file."""
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -60,7 +60,7 @@ class TraceWriter:
         self.close()
 
     def _go_on(self) -> int:
-        """Bytes of the whole lines that are there already."""
+        """Checks the existing file, and returns the bytes of its complete lines."""
         content = self._path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if not whole:

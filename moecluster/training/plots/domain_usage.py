@@ -1,4 +1,4 @@
-"""The map of experts and domains as a picture. Needs matplotlib."""
+"""Plots which experts serve which domain. Needs matplotlib."""
 
 from pathlib import Path
 
@@ -10,7 +10,10 @@ DOTS_PER_INCH = 120
 
 
 def draw_domain_map(shares: DomainMap, path: str | Path) -> None:
-    """One panel a layer: experts across, domains down, the share in each cell. The ending says the kind of picture."""
+    """Draws one heatmap per layer: experts across, domains down, the share in each cell.
+
+    The file name's suffix selects the image format.
+    """
     num_layers = len(shares.layers)
     size = (1.6 + 0.62 * shares.num_experts * num_layers, 1.7 + 0.5 * len(shares.domains))
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""Plots the loss curve of a run."""
 
 import math
 from pathlib import Path
@@ -13,15 +13,15 @@ DOTS_PER_INCH = 120
 
 
 def draw_loss_curve(history: History, path: str | Path) -> None:
-    """Cross-entropy in training and validation and the unigram entropy, all in bits per byte; below it, where there are
-    any, the auxiliary losses by kind. Raises DataError without steps.
+    """Draws training and validation cross-entropy and the unigram entropy, all in bits per byte; below, the auxiliary
+    losses by kind, if there are any.
 
-    The kind of picture is the name's ending: .png, .svg, .pdf.
+    The file name's suffix selects the image format: .png, .svg, .pdf. Raises DataError if there are no steps.
     """
     if history.started is None or not history.steps:
         raise DataError(f"{history.path} has no step to draw: train first")
     bits = 1 / (math.log(2) * history.started.bytes_per_token)
-    # A Figure of its own, and no pyplot: no display is asked for, and nothing is shared with other pictures.
+    # Figure instead of pyplot: it needs no display and shares no global state.
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
     steps = sorted(history.steps)
     kinds = sorted({kind for step in history.steps.values() for kind in step.aux_losses or {}})

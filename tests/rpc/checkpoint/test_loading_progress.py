@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from actors.loading_progress import HostedBytes
+from actors.loading_progress import LoadedBytes
 from moecluster.rpc.credentials import ClusterCredentials
 from tests.support.expert.small_actor import EXPERTS, served, serving
 
@@ -14,7 +14,7 @@ def test_actors_say_what_they_hold_and_a_lost_one_what_it_said_last(checkpoint: 
         assert four == 4 * one > 0
         with served(second) as second_server, served(first) as first_server:
             addresses = {"first": first_server.address, "second": second_server.address}
-            with HostedBytes(addresses, ClusterCredentials.make()) as hosted:
+            with LoadedBytes(addresses, ClusterCredentials.make()) as hosted:
                 assert hosted.total() == four + one
                 second.load(term=1, experts=EXPERTS[1:3], checkpoint=str(checkpoint))
                 assert hosted.total() == four + 3 * one

@@ -19,7 +19,7 @@ from moecluster.errors import (
     Exhausted,
     InvalidMessage,
     MoeClusterError,
-    StaleOrder,
+    StaleRequest,
     Unavailable,
     UserError,
 )
@@ -138,9 +138,9 @@ def test_an_expert_actor_loads_what_its_node_does_not_see(small: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"id": ""}, StaleOrder),
-        ({"id": "x" * 43}, StaleOrder),
-        ({"id": "ä"}, StaleOrder),
+        ({"id": ""}, StaleRequest),
+        ({"id": "x" * 43}, StaleRequest),
+        ({"id": "ä"}, StaleRequest),
         ({"name": SECRET}, InvalidMessage),
         ({"name": f"./{SINGLE_FILE_NAME}"}, InvalidMessage),
         ({"name": f"../small0/{SINGLE_FILE_NAME}"}, InvalidMessage),
@@ -313,19 +313,19 @@ def test_the_folder_goes_with_its_last_user(small: Path) -> None:
 def test_only_the_newest_announcements_hold(small: Path, tmp_path: Path) -> None:
     announcements = Announcements()
     ids = [announcements.add(f"/model/{number}", small).id for number in range(checkpoint_server.MAX_ANNOUNCED + 1)]
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         announcements.with_id(ids[0])
     assert announcements.named("/model/0") is None
     assert announcements.with_id(ids[-1]).directory == small
     again = announcements.add("/model/1", small)
     assert again.id != ids[1]
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         announcements.with_id(ids[1])
     with pytest.raises(CheckpointError, match="no model directory"):
         announcements.add("/model/x", tmp_path / "none")
 
 
-def test_a_source_that_was_started_again_gives_what_an_update_announced_to_its_former_life(
+def test_a_source_that_was_started_again_gives_what_an_update_announced_to_its_former_incarnation(
     small: Path, directory: Path, tmp_path: Path
 ) -> None:
     credentials = ClusterCredentials.make()

@@ -22,7 +22,7 @@ from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.server import RunningServer
 from moecluster.simulation.trace.reader import open_trace
 from moecluster.types import OperationPhase, Replica
-from tests.support.fakes.scripted_controller import LOADS, NOW_S, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController
+from tests.support.fakes.fake_controller import LOADS, NOW_S, OLD_OPERATION, PLACEMENT, PLAN, FakeController
 
 NOBODY = "127.0.0.1:1"
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,14 +42,14 @@ def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 
 @pytest.fixture
-def controller() -> ScriptedController:
-    scripted = ScriptedController()
+def controller() -> FakeController:
+    scripted = FakeController()
     scripted.publish(PLACEMENT)
     return scripted
 
 
 @pytest.fixture
-def server(controller: ScriptedController) -> Iterator[RunningServer]:
+def server(controller: FakeController) -> Iterator[RunningServer]:
     running = serve_controller(controller, credentials=None)
     note_cluster(running.address)
     yield running
@@ -79,9 +79,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err + said.out
-        return SimpleNamespace(code=ended.value.code, out=said.out, err=said.err)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err + output.out
+        return SimpleNamespace(code=ended.value.code, out=output.out, err=output.err)
 
     return run_command
 
@@ -126,7 +126,7 @@ def test_routers_are_ordered_by_the_same_command(run, controller) -> None:
 
 
 def test_an_operation_that_fails_is_exit_code_1_with_the_reason(run) -> None:
-    controller = ScriptedController(fails="no node has a free CPU")
+    controller = FakeController(fails="no node has a free CPU")
     controller.publish(PLACEMENT)
     running = serve_controller(controller, credentials=None)
     note_cluster(running.address)
@@ -223,7 +223,7 @@ def test_without_a_controller_ray_is_asked_and_says_what_is_wrong(run) -> None:
 class Counting(threading.Thread):
     """Lets a controller's counts and clock go on as if tokens came."""
 
-    def __init__(self, controller: ScriptedController) -> None:
+    def __init__(self, controller: FakeController) -> None:
         super().__init__(daemon=True)
         self._controller = controller
         self._ended = threading.Event()
@@ -290,8 +290,8 @@ def test_a_recording_that_is_interrupted_is_whole(controller, tmp_path, number) 
             assert time.monotonic() < deadline_s, "nothing was recorded"
             time.sleep(0.05)
         recording.send_signal(number)
-        said, complaints = recording.communicate(timeout=WAIT_S)
+        output, complaints = recording.communicate(timeout=WAIT_S)
     assert recording.returncode == (0 if number == signal.SIGINT else 128 + number)
-    assert f"windows added to {out}: " in said
+    assert f"windows added to {out}: " in output
     assert complaints == ("" if number == signal.SIGINT else "moecluster: ended by SIGTERM\n")
     assert len(list(open_trace(out).windows())) >= 3

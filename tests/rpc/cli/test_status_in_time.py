@@ -12,7 +12,7 @@ from actors import cluster_file, ray_look
 from actors.cluster_file import UpCluster
 from moecluster.cli.commands.cluster import status
 from moecluster.rpc.controller.server import serve_controller
-from tests.support.fakes.scripted_controller import ScriptedController
+from tests.support.fakes.fake_controller import FakeController
 
 HANGS = (sys.executable, "-c", "import time; time.sleep(1000)")
 BREAKS = (sys.executable, "-c", "raise SystemExit(1)")
@@ -31,11 +31,11 @@ def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, controller: str) -> str
     )
     cluster_file.save(up)
     console = Console(width=300)
-    with console.capture() as said:
+    with console.capture() as output:
         begun_s = time.monotonic()
         assert status("one", False, 1.0, console)
         assert time.monotonic() - begun_s < MUCH_LESS_S
-    return said.get()
+    return output.get()
 
 
 def test_a_controller_and_a_ray_that_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -43,19 +43,19 @@ def test_a_controller_and_a_ray_that_hang(monkeypatch: pytest.MonkeyPatch, tmp_p
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        said = say(monkeypatch, tmp_path, f"127.0.0.1:{silent.getsockname()[1]}")
-    assert "degraded: no controller answers at 127.0.0.1:" in said
-    assert "degraded: Ray did not say in time where the actors are" in said
+        output = say(monkeypatch, tmp_path, f"127.0.0.1:{silent.getsockname()[1]}")
+    assert "degraded: no controller answers at 127.0.0.1:" in output
+    assert "degraded: Ray did not say in time where the actors are" in output
 
 
 def test_what_the_controller_says_is_shown_where_ray_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ray_look, "COMMAND", BREAKS)
-    controller = ScriptedController()
+    controller = FakeController()
     server = serve_controller(controller, credentials=None)
     try:
-        said = say(monkeypatch, tmp_path, server.address)
+        output = say(monkeypatch, tmp_path, server.address)
     finally:
         server.stop(0.0)
         controller.close()
-    assert "term 2, placement 5" in said and "127.0.0.1:5000" in said
-    assert "degraded: Ray cannot be asked where the actors are" in said
+    assert "term 2, placement 5" in output and "127.0.0.1:5000" in output
+    assert "degraded: Ray cannot be asked where the actors are" in output

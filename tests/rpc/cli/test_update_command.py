@@ -68,8 +68,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             main()
         except SystemExit as ended:
             code = int(ended.code or 0)
-        said = capsys.readouterr()
-        return SimpleNamespace(code=code, out=said.out, err=said.err)
+        output = capsys.readouterr()
+        return SimpleNamespace(code=code, out=output.out, err=output.err)
 
     return run_command
 

@@ -17,21 +17,21 @@ from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.types import ExpertId, OperationPhase
 from tests.support.expert.small_actor import served, serving
-from tests.support.fakes.scripted_controller import LOADS, OLD_OPERATION, PLACEMENT, PLAN, ScriptedController
+from tests.support.fakes.fake_controller import LOADS, OLD_OPERATION, PLACEMENT, PLAN, FakeController
 
 WAIT_S = 60.0
 EXPERT = ExpertId(layer=3, index=1)
 
 
 @pytest.fixture
-def controller() -> ScriptedController:
-    scripted = ScriptedController()
+def controller() -> FakeController:
+    scripted = FakeController()
     scripted.publish(PLACEMENT)
     return scripted
 
 
 @pytest.fixture
-def server(controller: ScriptedController) -> Iterator[RunningServer]:
+def server(controller: FakeController) -> Iterator[RunningServer]:
     running = serve_controller(controller, credentials=None)
     yield running
     controller.close()
@@ -173,7 +173,7 @@ def test_a_router_that_trains_holds_the_placement(server, controller, hold) -> N
 
 def test_a_controller_that_is_starting_says_how_it_is_and_takes_no_order(monkeypatch) -> None:
     monkeypatch.setattr(controller_server, "READY_WAIT_S", 0.1)
-    starting = ScriptedController()
+    starting = FakeController()
     running = serve_controller(starting, credentials=None)
     with ControllerCalls(running.address) as calls:
         assert calls.status() == starting.status()

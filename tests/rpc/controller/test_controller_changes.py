@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
-from moecluster.controller.reconciler import ChangerSettings
+from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.twin_actors import save_tiny_model
 
 WAIT_S = 60.0
 SLOTS = 4  # of each layer, whose experts are 4
@@ -31,16 +31,16 @@ def start(checkpoint: str) -> Iterator[Callable[..., LoopbackCluster]]:
     started: list[LoopbackCluster] = []
 
     def start_cluster(
-        num_actors: int = 2, *, slots: int = SLOTS, batch_invariant: bool = False, **changer: Any
+        num_actors: int = 2, *, slots: int = SLOTS, batch_invariant: bool = False, **reconciler: Any
     ) -> LoopbackCluster:
-        settings: dict[str, Any] = {"policy": "share", "period_s": 0.05, "operation_timeout_s": 10.0, **changer}
+        settings: dict[str, Any] = {"policy": "share", "period_s": 0.05, "operation_timeout_s": 10.0, **reconciler}
         cluster = LoopbackCluster(
             checkpoint,
             num_actors=num_actors,
             batch_invariant=batch_invariant,
             observer=ObserverSettings(window="sliding", window_s=2.0, slots_per_layer=slots),
-            changer=ChangerSettings(**settings),
-            mover=MoverSettings(drain_timeout_s=2.0),
+            reconciler=ReconcilerSettings(**settings),
+            applier=ApplierSettings(drain_timeout_s=2.0),
         )
         started.append(cluster)
         return cluster
@@ -323,7 +323,7 @@ def test_experts_that_were_unloaded_on_purpose_stay_so_under_every_policy(start)
 
 def test_a_new_controller_decides_nothing_before_it_has_heard_from_the_routers(start) -> None:
     cluster = start(2, quiet_s=3.0)
-    began_s = cluster.controller._changer._started_s
+    began_s = cluster.controller._reconciler._started_s
     tokens = {ExpertId(layer=0, index=i): n for i, n in enumerate((500, 400, 10, 5))}
 
     def rebalanced() -> bool:
@@ -334,7 +334,7 @@ def test_a_new_controller_decides_nothing_before_it_has_heard_from_the_routers(s
     assert time.monotonic() - began_s > 3.0
 
 
-def test_a_successor_has_the_same_picture_and_goes_on_with_what_was_ordered(start) -> None:
+def test_a_successor_has_the_same_snapshot_and_goes_on_with_what_was_ordered(start) -> None:
     cluster = start(2)
     with Traffic(cluster):
         done(cluster, cluster.controller.scale(3))

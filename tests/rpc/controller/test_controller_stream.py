@@ -16,7 +16,7 @@ from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.controller.subscription import STATE_PERIOD_S, WANT_AGAIN_S, ControllerClient
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica, RouterState
-from tests.support.fakes.scripted_controller import ScriptedController
+from tests.support.fakes.fake_controller import FakeController
 
 WAIT_S = 60.0
 
@@ -30,12 +30,12 @@ def placement(term: int, generation: int) -> Placement:
 
 
 @pytest.fixture
-def board() -> ScriptedController:
-    return ScriptedController()
+def board() -> FakeController:
+    return FakeController()
 
 
 @pytest.fixture
-def server(board: ScriptedController) -> Iterator[RunningServer]:
+def server(board: FakeController) -> Iterator[RunningServer]:
     running = serve_controller(board, credentials=None)
     yield running
     board.close()
@@ -144,7 +144,7 @@ def test_the_last_placement_stands_while_the_controller_is_away_and_a_new_one_is
     assert client.current(WAIT_S).number == (1, 4)
     first.stop(0.0)
     assert client.current(0.0).number == (1, 4)
-    successor = ScriptedController()
+    successor = FakeController()
     second = serve_controller(successor, credentials=None)
     address[0] = second.address
     successor.publish(placement(2, 1))
@@ -228,7 +228,7 @@ def test_a_hold_that_is_not_granted_in_time_is_let_go(board, client, placements)
 
 
 def test_a_hold_outlives_a_change_of_the_controller(board) -> None:
-    first, successor = serve_controller(board, credentials=None), ScriptedController()
+    first, successor = serve_controller(board, credentials=None), FakeController()
     second = serve_controller(successor, credentials=None)
     address = [first.address]
     client = ControllerClient(router="router-0", resolve=lambda: address[0])

@@ -19,7 +19,7 @@ from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.server import open_channel
 from moecluster.types import ActorAddress, ExpertId, OperationPhase, OptimizerSettings
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.models.weight_versions import PROMPTS, done, ended, save_version, texts_alone, write
+from tests.support.models.weight_versions import PROMPTS, done, ended, requests_alone, save_version, write
 
 EXPERT = ExpertId(layer=0, index=0)
 REFUSED = "the cluster was not given this directory"
@@ -39,7 +39,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(root: Path) -> Iterator[LoopbackCluster]:
     is_given = partial(is_within, directories=[str(root / "given")])
-    with LoopbackCluster(str(root / "given/first"), is_given=is_given, update=UpdateSettings(texts_timeout_s=0.3)) as c:
+    with LoopbackCluster(
+        str(root / "given/first"), is_given=is_given, update=UpdateSettings(old_requests_timeout_s=0.3)
+    ) as c:
         yield c
 
 
@@ -70,7 +72,7 @@ def test_an_expert_actor_loads_nothing_out_of_it(cluster: LoopbackCluster, root:
     with closing(GrpcExpertControl("expert-0", cluster.servers["expert-0"].address)) as control:
         with pytest.raises(NotGiven, match=f"{name}: {REFUSED}"):
             LOADS[order](control, f"{root}/{name}")
-        # The controller's own term, far below the refused order's, still has the say.
+        # The controller's own term, far below the refused request's, still counts.
         term = cluster.controller.status().term
         control.load(term=term, experts=[EXPERT], checkpoint=str(root / "given/first"))
     after = service.status()
@@ -139,4 +141,4 @@ def test_each_part_asks_by_itself_and_what_was_given_is_taken(cluster: LoopbackC
     assert cluster.controller.status().checkpoint == cluster.router.status().model == first
     done(cluster, cluster.controller.update(second))
     assert cluster.router.status().model == second
-    assert write(cluster, PROMPTS[0]).ids == texts_alone(second)[PROMPTS[0]]
+    assert write(cluster, PROMPTS[0]).ids == requests_alone(second)[PROMPTS[0]]

@@ -105,7 +105,7 @@ class Cluster:
                 expert_runs=before.expert_runs + 1,
                 busy_s=before.busy_s + busy_s,
             )
-            self.direct.set_work(name, "life", self._work[name])
+            self.direct.set_work(name, "incarnation", self._work[name])
 
     def is_told_by(self, reading: SourceReading) -> bool:
         """Whether a reading has all that the pages show now."""
@@ -122,7 +122,7 @@ class Planner:
         self.meter = SpeedMeter()
 
     def decide(self, reading: SourceReading) -> Decision:
-        """Of policy `share`, from the same standing layout every time."""
+        """Of policy `share`, from the same current layout every time."""
         self.window.add(reading.counters)
         self.meter.add(
             {n: Computed(rows=w.computed_rows, runs=w.expert_runs, busy_s=w.busy_s) for n, w in reading.work.items()}
@@ -295,10 +295,10 @@ def test_a_router_that_ends_is_gone_from_the_next_readings(prometheus: RunningPr
     assert list(reading.counters.tokens) == [f"instance={stays.address},job=moecluster"]
 
 
-def test_of_an_actor_that_was_started_anew_elsewhere_the_new_life_counts(
+def test_of_an_actor_that_was_started_anew_elsewhere_the_new_incarnation_counts(
     prometheus: RunningPrometheus, start: Start
 ) -> None:
-    """The page of the old life is known until a scrape misses it."""
+    """The page of the old incarnation is known until a scrape misses it."""
     old = start()
     old.metrics.count_computed("expert-0", pairs=100, runs=3, busy_s=5.0)
     new = start()
@@ -309,9 +309,10 @@ def test_of_an_actor_that_was_started_anew_elsewhere_the_new_life_counts(
     read_until(source, lambda reading: server.query(both)[0].value == 2)
     found = source.read(0.0).work["expert-0"]
     assert (found.computed_rows, found.busy_s) == (7, 1.0)
-    assert new.address in found.life
+    assert new.address in found.incarnation
     new.metrics.close()
-    back = read_until(source, lambda reading: reading.work["expert-0"].life != found.life).work["expert-0"]
+    reading = read_until(source, lambda reading: reading.work["expert-0"].incarnation != found.incarnation)
+    back = reading.work["expert-0"]
     assert (back.computed_rows, back.busy_s) == (100, 5.0)
 
 

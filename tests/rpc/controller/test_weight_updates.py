@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from moecluster.controller.operations.weight_rollout import UpdateSettings
-from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
-from moecluster.controller.reconciler import ChangerSettings
-from moecluster.errors import CheckpointError, ResourceError, StaleOrder
+from moecluster.controller.reconciler import ReconcilerSettings
+from moecluster.errors import CheckpointError, ResourceError, StaleRequest
 from moecluster.expert.loader import ExpertLoader
 from moecluster.models.checkpoint.reader import Checkpoint
 from moecluster.models.trunk import load_trunk
@@ -29,8 +29,8 @@ from tests.support.models.weight_versions import (
     Clients,
     done,
     ended,
+    requests_alone,
     save_version,
-    texts_alone,
     wait_until,
     write,
 )
@@ -48,7 +48,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(versions: list[str]) -> list[dict[str, list[int]]]:
-    return [texts_alone(directory) for directory in versions]
+    return [requests_alone(directory) for directory in versions]
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def start(versions: list[str]) -> Iterator[Callable[..., LoopbackCluster]]:
             versions[0],
             num_actors=num_actors,
             observer=ObserverSettings(window="sliding", window_s=2.0, slots_per_layer=slots),
-            changer=ChangerSettings(policy="static", period_s=0.05, operation_timeout_s=10.0),
-            mover=MoverSettings(drain_timeout_s=2.0),
+            reconciler=ReconcilerSettings(policy="static", period_s=0.05, operation_timeout_s=10.0),
+            applier=ApplierSettings(drain_timeout_s=2.0),
             **settings,
         )
         started.append(cluster)
@@ -110,7 +110,7 @@ def call_layer(cluster: LoopbackCluster, version: int) -> torch.Tensor:
     return cluster.remote(0, x_TD, ids_TK, torch.ones(4, 2), weight_version=version)
 
 
-def test_texts_end_as_they_began_and_new_ones_take_the_new_weights(start, versions, alone) -> None:
+def test_requests_end_as_they_began_and_new_ones_take_the_new_weights(start, versions, alone) -> None:
     cluster = start()
     bytes_before = [service.status().hosted_bytes for service in cluster.services.values()]
     with Clients(cluster, alone) as clients:
@@ -129,11 +129,11 @@ def test_texts_end_as_they_began_and_new_ones_take_the_new_weights(start, versio
     assert [service.status().hosted_bytes for service in cluster.services.values()] == bytes_before
     assert cluster.router.status().weight_version == 2 and cluster.router.status().model == versions[1]
     assert [state.weight_version for state in status.router_states] == [2]
-    with pytest.raises(StaleOrder, match="weight version 1 is not served any more: 2 is"):
+    with pytest.raises(StaleRequest, match="weight version 1 is not served any more: 2 is"):
         call_layer(cluster, 1)
 
 
-def test_the_old_version_stays_until_its_last_text_has_ended(start, versions, alone) -> None:
+def test_the_old_version_stays_until_its_last_request_has_ended(start, versions, alone) -> None:
     cluster = start(3, slots=4)
     with cluster.router._models.use() as old:  # a long text
         first = call_layer(cluster, 1)
@@ -156,11 +156,11 @@ def test_the_old_version_stays_until_its_last_text_has_ended(start, versions, al
     assert held_versions(cluster) == {2}
 
 
-def test_no_text_is_waited_for_longer_than_the_longest_may_take(start, versions) -> None:
-    cluster = start(update=UpdateSettings(texts_timeout_s=0.3, router_grace_s=0.0))
+def test_no_request_is_waited_for_longer_than_the_longest_may_take(start, versions) -> None:
+    cluster = start(update=UpdateSettings(old_requests_timeout_s=0.3, router_grace_s=0.0))
     with cluster.router._models.use():
         done(cluster, cluster.controller.update(versions[1]))
-        with pytest.raises(StaleOrder):
+        with pytest.raises(StaleRequest):
             call_layer(cluster, 1)
 
 
@@ -299,7 +299,7 @@ def test_what_only_another_host_sees_is_read_from_there(start, versions, alone, 
     done(cluster, cluster.controller.update("/far/second"))
     assert write(cluster, PROMPTS[0]).ids == alone[1][PROMPTS[0]]
     done(cluster, cluster.controller.update("/far/composed"))
-    assert write(cluster, PROMPTS[0]).ids == texts_alone(str(composed))[PROMPTS[0]] != alone[1][PROMPTS[0]]
+    assert write(cluster, PROMPTS[0]).ids == requests_alone(str(composed))[PROMPTS[0]] != alone[1][PROMPTS[0]]
     assert cluster.controller.status().checkpoint == "/far/composed" and held_versions(cluster) == {3}
     server.stop(0.0)
 
@@ -311,7 +311,7 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
     cluster.controller.renew_lease("trainer", (0, 0), hold=True)
     assert "a training run was begun" in ended(cluster, operation).detail
     wait_until(lambda: cluster.controller.current(0.0).held)
-    assert (published(cluster), len(cluster.controller._standing.versions.all)) == (1, 1)
+    assert (published(cluster), len(cluster.controller._cluster_state.versions.all)) == (1, 1)
     with pytest.raises(ResourceError, match="update: a training run holds the placement"):
         cluster.controller.update(versions[1])
     cluster.controller.set_checkpoint(versions[2])  # as training does when it moves on

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.expert.service import ExpertService
-from moecluster.models.native.build import register_own_family
-from moecluster.models.native.configuration import OwnConfig
+from moecluster.models.native.build import register_native_family
+from moecluster.models.native.configuration import NativeConfig
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.server import serve_expert
@@ -56,8 +56,8 @@ def replicas_of(shares: list[Shares]) -> tuple[Replica, ...]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One MoE layer, wide enough for several kernels to be chosen from by the number of rows."""
-    register_own_family()
-    config = OwnConfig(
+    register_native_family()
+    config = NativeConfig(
         vocab_size=32,
         hidden_size=WIDTH,
         num_hidden_layers=1,

@@ -18,7 +18,7 @@ from moecluster.errors import (
     InvalidMessage,
     MoeClusterError,
     NotHosted,
-    StaleOrder,
+    StaleRequest,
     StateLost,
     Unavailable,
 )
@@ -184,7 +184,7 @@ def test_errors_keep_their_kind_over_the_stream(connect: Connect, service: Exper
     with pytest.raises(NotHosted, match=r"experts \[9\] of layer 1") as caught:
         result_of(transport, make_batch({9: [0]}, rows=1, width=WIDTH, layer=LAYER))
     assert caught.value.placement == (4, 9)
-    with pytest.raises(StaleOrder, match="not before"):
+    with pytest.raises(StaleRequest, match="not before"):
         result_of(transport, batch_of(incarnation="before"))
     with pytest.raises(NotHosted, match="weight version 7"):
         result_of(transport, batch_of(weight_version=7))

@@ -23,7 +23,7 @@ from moecluster.errors import (
     MoeClusterError,
     NotHosted,
     ResourceError,
-    StaleOrder,
+    StaleRequest,
     StateLost,
     Unavailable,
     UserError,
@@ -101,12 +101,12 @@ def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: Ex
     assert control.status().committed == TAG
 
 
-def test_the_picture_and_the_work_come_over_the_wire(control: GrpcExpertControl, trainer: ExpertService) -> None:
-    picture = bytes(range(256)) * 2**18  # 64 MiB
-    control.set_placement(term=2, generation=7, picture=picture)
+def test_the_snapshot_and_the_work_come_over_the_wire(control: GrpcExpertControl, trainer: ExpertService) -> None:
+    snapshot = bytes(range(256)) * 2**18  # 64 MiB
+    control.set_placement(term=2, generation=7, snapshot=snapshot)
     control.set_placement(term=2, generation=8)
-    assert control.status().picture == b""
-    assert control.status(with_picture=True).picture == picture
+    assert control.status().snapshot == b""
+    assert control.status(with_snapshot=True).snapshot == snapshot
     with Occupied(trainer):
         submit(trainer, batch_of(4))
         wait_for_rows(trainer, 4)
@@ -179,7 +179,7 @@ def test_errors_keep_their_kind_over_the_wire(
     key = backward(trainer)
     with pytest.raises(AttemptAborted, match="1 unexpected messages"):
         control.reduce(TAG, [])
-    with pytest.raises(StaleOrder, match="is not prepared here"):
+    with pytest.raises(StaleRequest, match="is not prepared here"):
         control.commit(TAG)
     with pytest.raises(StateLost, match="holds step 1 and was asked for step 3"):
         control.reduce(TAG, [key])
@@ -193,7 +193,7 @@ def test_errors_keep_their_kind_over_the_wire(
     with pytest.raises(UserError, match="/nowhere: no such directory"):
         control.load(term=1, experts=EXPERTS, checkpoint="/nowhere", replace=True)
     control.set_placement(term=9, generation=1)
-    with pytest.raises(StaleOrder, match="controller term 1 is over"):
+    with pytest.raises(StaleRequest, match="controller term 1 is over"):
         control.unload(term=1, experts=EXPERTS)
     assert control.status().experts == EXPERTS
 
@@ -204,7 +204,7 @@ def test_errors_keep_their_kind_over_the_wire(
         InvalidMessage("x"),
         Exhausted("x"),
         NotHosted("x", placement=(0, 0)),
-        StaleOrder("x"),
+        StaleRequest("x"),
         DeadlineExceeded("x"),
         AttemptAborted("x"),
         StateLost("x"),

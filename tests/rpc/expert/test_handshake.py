@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.errors import StaleOrder, Unavailable
+from moecluster.errors import StaleRequest, Unavailable
 from moecluster.expert.service import ExpertService
 from moecluster.proto import tensor_pb2
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
@@ -101,8 +101,8 @@ def test_replies_travel_inline_when_only_the_router_has_a_segment(
         check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
 
 
-def test_another_life_of_the_actor_is_refused_at_the_handshake(connect: Connect, service: ExpertService) -> None:
-    with pytest.raises(StaleOrder, match=f"expert-0 is incarnation {service.incarnation}, not before"):
+def test_another_incarnation_of_the_actor_is_refused_at_the_handshake(connect: Connect, service: ExpertService) -> None:
+    with pytest.raises(StaleRequest, match=f"expert-0 is incarnation {service.incarnation}, not before"):
         connect(incarnation="before")
     assert connect(incarnation="").incarnation == service.incarnation
 

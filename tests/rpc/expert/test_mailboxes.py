@@ -32,12 +32,12 @@ from tests.support.expert.small_actor import (
 
 @pytest.fixture
 def posted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Every letter of both ends so far: whether it was taken."""
+    """Every message of both ends so far: whether it was taken."""
     outcomes: list[bool] = []
     really_post = PeerMailbox.post
 
-    def post(peer: PeerMailbox, letter: bytes) -> bool:
-        outcomes.append(really_post(peer, letter))
+    def post(peer: PeerMailbox, message: bytes) -> bool:
+        outcomes.append(really_post(peer, message))
         return outcomes[-1]
 
     monkeypatch.setattr(PeerMailbox, "post", post)
@@ -45,7 +45,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def check_posted(posted: list[bool], expected: int) -> None:
-    """Who posts notes it a little after the other has the letter."""
+    """Who posts notes it a little after the other has the message."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while len(posted) < expected and time.monotonic() < deadline_s:
         time.sleep(0.001)
@@ -83,7 +83,7 @@ def test_long_messages_go_on_the_stream(connect: Connect, modules: dict[int, nn.
 def test_full_mailboxes_send_messages_round_by_the_stream(
     connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PeerMailbox, "post", lambda peer, letter: False)
+    monkeypatch.setattr(PeerMailbox, "post", lambda peer, message: False)
     check_some(modules, connect("shm"))
 
 
@@ -193,13 +193,13 @@ def test_a_server_that_goes_ends_all_who_wait(checkpoint: Path, modules: dict[in
         transport.close()
 
 
-@pytest.mark.parametrize("letter", [b"\xff\xff\xff", b"\x00\x00", b"\x0a\xff\x01"])
-def test_a_letter_that_is_no_message_ends_the_stream_and_the_actor_serves_others(
-    connect: Connect, modules: dict[int, nn.Module], letter: bytes
+@pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x00\x00", b"\x0a\xff\x01"])
+def test_a_message_that_is_no_message_ends_the_stream_and_the_actor_serves_others(
+    connect: Connect, modules: dict[int, nn.Module], message: bytes
 ) -> None:
     bad, good = connect("shm"), connect("shm")
     check_some(modules, bad, calls=1)
-    assert bad._peer_mailbox is not None and bad._peer_mailbox.post(letter)
+    assert bad._peer_mailbox is not None and bad._peer_mailbox.post(message)
     deadline_s = time.monotonic() + TIMEOUT_S
     while bad._closed is None and time.monotonic() < deadline_s:
         time.sleep(0.005)
@@ -217,9 +217,9 @@ def test_answers_that_are_no_messages_fail_what_is_in_flight(
     monkeypatch.setattr(
         PeerMailbox,
         "post",
-        lambda peer, letter: really_post(peer, letter if peer is transport._peer_mailbox else b"\xff\xff"),
+        lambda peer, message: really_post(peer, message if peer is transport._peer_mailbox else b"\xff\xff"),
     )
-    with pytest.raises(Unavailable, match="holds no letters"):
+    with pytest.raises(Unavailable, match="holds no messages"):
         result_of(transport, batch_of())
 
 

@@ -22,10 +22,10 @@ def test_no_caller_is_left_asleep(
     posts = 0
     really_post = PeerMailbox.post
 
-    def post(peer: PeerMailbox, letter: bytes) -> bool:
+    def post(peer: PeerMailbox, message: bytes) -> bool:
         nonlocal posts
         posts += 1
-        return (not lost or posts % lost != 0) and really_post(peer, letter)
+        return (not lost or posts % lost != 0) and really_post(peer, message)
 
     monkeypatch.setattr(PeerMailbox, "post", post)
 

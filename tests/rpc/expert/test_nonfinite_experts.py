@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moecluster.client import Client
-from moecluster.controller.rebalance.apply import MoverSettings
+from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
-from moecluster.controller.reconciler import ChangerSettings
+from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.errors import RequestFailed
 from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import all_experts
 from moecluster.types import ExpertId, OperationPhase, Replica
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.models.weight_versions import PROMPTS, done, ended, save_version, texts_alone, wait_until, write
+from tests.support.models.weight_versions import PROMPTS, done, ended, requests_alone, save_version, wait_until, write
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -32,7 +32,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(sound: str) -> dict[str, list[int]]:
-    return texts_alone(sound)
+    return requests_alone(sound)
 
 
 def poisoned(sound: str, directory: Path, part: str) -> str:
@@ -49,8 +49,8 @@ def start(directory: str, **settings: Any) -> LoopbackCluster:
     return LoopbackCluster(
         directory,
         observer=ObserverSettings(window="sliding", window_s=2.0, slots_per_layer=8),
-        changer=ChangerSettings(policy="static", period_s=0.05, operation_timeout_s=10.0),
-        mover=MoverSettings(drain_timeout_s=2.0),
+        reconciler=ReconcilerSettings(policy="static", period_s=0.05, operation_timeout_s=10.0),
+        applier=ApplierSettings(drain_timeout_s=2.0),
         **settings,
     )
 

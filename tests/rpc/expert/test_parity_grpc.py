@@ -136,7 +136,7 @@ def perturbed(model: PreTrainedModel, layer_name: str, index: int) -> PreTrained
     """A copy with one expert's parameters 1 % larger."""
     twin = copy.deepcopy(model)
     experts = twin.get_submodule(layer_name)
-    if isinstance(experts, nn.ModuleList):  # our own family
+    if isinstance(experts, nn.ModuleList):  # the native family
         for parameter in experts[index].parameters():
             parameter.mul_(1.01)
     else:

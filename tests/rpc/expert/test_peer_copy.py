@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from moecluster.errors import DeadlineExceeded, StaleOrder, Unavailable
+from moecluster.errors import DeadlineExceeded, StaleRequest, Unavailable
 from moecluster.expert.service import ExpertService
 from moecluster.models.experts.source import ExpertSource
 from moecluster.proto import expert_pb2
@@ -209,7 +209,7 @@ def test_bytes_that_changed_on_their_way_are_noticed(
     check_the_rest_comes_from_the_checkpoint(taker, control, checkpoint)
 
 
-def test_another_life_of_the_peer_is_not_copied_from(
+def test_another_incarnation_of_the_peer_is_not_copied_from(
     peer_address: ActorAddress, peer: ExpertService, control: GrpcExpertControl, checkpoint: Path
 ) -> None:
     earlier = replace(peer_address, incarnation="an-earlier-life")
@@ -330,7 +330,7 @@ def test_a_peer_that_hangs_holds_up_no_newer_controller(
         time.sleep(1.0)  # until the next expert was asked for
         assert not load.done()
         control.set_placement(term=2, generation=1)
-        with pytest.raises(StaleOrder, match="controller term 1 is over"):
+        with pytest.raises(StaleRequest, match="controller term 1 is over"):
             load.result(1.0)
         with pytest.raises((Unavailable, DeadlineExceeded)):
             control.load(term=2, experts=EXPERTS, checkpoint=str(checkpoint), peer=address, timeout_s=1.0)

@@ -24,10 +24,10 @@ from moecluster.http_client.batch.journal import Journal, journal_path
 from moecluster.http_client.batch.lines import BatchInput
 from moecluster.http_client.batch.run import run_batch
 from moecluster.http_client.batch.send import Retries
-from moecluster.http_client.connection import open_front
+from moecluster.http_client.connection import open_gateway
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.twin_actors import save_tiny_model
-from tests.support.fakes.openai_stand_in import StandIn, Trouble, answer_to, serving
+from tests.support.fakes.fake_openai import FakeOpenAI, Trouble, answer_to, serving
 
 WAIT_S = 60.0
 COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "batch")
@@ -64,7 +64,7 @@ def ask(tmp_path: Path) -> Ask:
     """Sends prompts in this process, and returns the output's lines."""
 
     def run(
-        stand_in: StandIn,
+        stand_in: FakeOpenAI,
         prompts: Sequence[str],
         *,
         concurrency: int = 4,
@@ -76,10 +76,12 @@ def ask(tmp_path: Path) -> Ask:
         out = tmp_path / "out.jsonl"
 
         async def send(batch: BatchInput, journal: Journal) -> None:
-            async with open_front(stand_in.url, api_key=key, max_connections=concurrency, timeout_s=timeout_s) as front:
+            async with open_gateway(
+                stand_in.url, api_key=key, max_connections=concurrency, timeout_s=timeout_s
+            ) as gateway:
                 retries = Retries(attempts=attempts, patience_s=patience_s)
                 await run_batch(
-                    batch, journal, front, concurrency=concurrency, retries=retries, on_done=lambda output: None
+                    batch, journal, gateway, concurrency=concurrency, retries=retries, on_done=lambda output: None
                 )
 
         with BatchInput(write_requests(tmp_path / "in.jsonl", prompts)) as batch, Journal(out, batch) as journal:
@@ -92,7 +94,7 @@ def ask(tmp_path: Path) -> Ask:
 
 def test_every_request_gets_its_answer_with_so_many_at_once(ask, tmp_path) -> None:
     prompts = [f"prompt {i}" for i in range(40)]
-    with serving(StandIn(delay_s=0.02)) as stand_in:
+    with serving(FakeOpenAI(delay_s=0.02)) as stand_in:
         outputs = ask(stand_in, prompts, concurrency=5)
     check_whole(tmp_path / "out.jsonl", prompts)
     assert stand_in.most_running == 5 and set(stand_in.counts().values()) == {1}
@@ -103,7 +105,7 @@ def test_every_request_gets_its_answer_with_so_many_at_once(ask, tmp_path) -> No
 
 def test_a_refused_request_waits_as_long_as_it_is_told_and_is_tried_beyond_its_attempts(ask, tmp_path) -> None:
     told = [Trouble(status=429, retry_after="1"), Trouble(status=503, retry_after="1")]
-    with serving(StandIn(troubles={"slow": told})) as stand_in:
+    with serving(FakeOpenAI(troubles={"slow": told})) as stand_in:
         ask(stand_in, ["slow", "quick"], attempts=1)
     check_whole(tmp_path / "out.jsonl", ["slow", "quick"])
     first_s, second_s, third_s = stand_in.times("slow")
@@ -113,7 +115,7 @@ def test_a_refused_request_waits_as_long_as_it_is_told_and_is_tried_beyond_its_a
 def test_patience_is_finite_and_what_was_done_is_kept(ask, tmp_path) -> None:
     endless = {"refused": [Trouble(status=429)] * 100}
     prompts = [*(f"prompt {i}" for i in range(10)), "refused"]
-    with serving(StandIn(troubles=endless)) as stand_in:
+    with serving(FakeOpenAI(troubles=endless)) as stand_in:
         with pytest.raises(Unavailable, match=r"takes no requests for 2 s now \(429: trouble 429\)"):
             ask(stand_in, prompts, patience_s=2.0)
         assert not (tmp_path / "out.jsonl").exists()
@@ -136,7 +138,7 @@ def test_a_broken_request_is_tried_so_often_and_then_is_a_line_of_its_own(ask) -
         "hangs": [Trouble(hangs=True)] * 3,
         "wrong": [Trouble(status=400)],
     }
-    with serving(StandIn(troubles=troubles)) as stand_in:
+    with serving(FakeOpenAI(troubles=troubles)) as stand_in:
         outputs = ask(stand_in, list(troubles), timeout_s=0.5, concurrency=6)
     found = {output["custom_id"].removeprefix("id of "): output for output in outputs}
     assert stand_in.counts() == {"drops once": 2, "drops": 3, "fails once": 2, "fails": 3, "hangs": 3, "wrong": 1}
@@ -150,7 +152,7 @@ def test_a_broken_request_is_tried_so_often_and_then_is_a_line_of_its_own(ask) -
 
 
 def test_a_wrong_key_ends_the_run_at_once_and_no_line_is_spent_on_it(ask, tmp_path) -> None:
-    with serving(StandIn(key="sk-right")) as stand_in:
+    with serving(FakeOpenAI(key="sk-right")) as stand_in:
         with pytest.raises(ConfigError, match="refuses the API key") as caught:
             ask(stand_in, ["a", "b"], key="sk-wrong")
         assert "sk-wrong" not in str(caught.value)
@@ -158,10 +160,10 @@ def test_a_wrong_key_ends_the_run_at_once_and_no_line_is_spent_on_it(ask, tmp_pa
     check_whole(tmp_path / "out.jsonl", ["a", "b"])
 
 
-def test_a_front_that_is_away_is_waited_for(ask, tmp_path) -> None:
-    with serving(StandIn()) as gone:
+def test_a_gateway_that_is_away_is_waited_for(ask, tmp_path) -> None:
+    with serving(FakeOpenAI()) as gone:
         port = httpx.URL(gone.url).port or 0
-    prompts, back = ["a", "b", "c"], StandIn(url=gone.url)
+    prompts, back = ["a", "b", "c"], FakeOpenAI(url=gone.url)
     asking = threading.Thread(target=ask, args=(gone, prompts), kwargs={"patience_s": 30.0})
     asking.start()
     time.sleep(1.0)
@@ -197,17 +199,17 @@ def wait_for_lines(path: Path, number: int) -> None:
         time.sleep(0.005)
 
 
-def test_a_front_that_is_away_is_told_at_once_and_waited_for(tmp_path) -> None:
+def test_a_gateway_that_is_away_is_told_at_once_and_waited_for(tmp_path) -> None:
     """The pipe is read while the command waits: what it says comes before patience ends."""
-    with serving(StandIn()) as gone:
+    with serving(FakeOpenAI()) as gone:
         port = httpx.URL(gone.url).port or 0
     source, out = write_requests(tmp_path / "in.jsonl", ["a", "b", "c"]), tmp_path / "out.jsonl"
     process = command(source, out, "--base-url", gone.url, "--patience-s", 500)
     assert process.stdout is not None
     first = process.stdout.readline()
-    assert first.startswith(f"the front at {gone.url} takes no requests (cannot connect: "), first
+    assert first.startswith(f"the gateway at {gone.url} takes no requests (cannot connect: "), first
     assert first.endswith("waiting for it, up to 500 s; Ctrl-C ends it\n")
-    with serving(StandIn(url=gone.url), port=port):
+    with serving(FakeOpenAI(url=gone.url), port=port):
         shown = said(process, 0)
     check_whole(out, ["a", "b", "c"])
     assert "takes no requests" not in shown  # once for all three
@@ -221,13 +223,13 @@ def test_a_host_that_says_nothing_at_all_is_told_at_once(tmp_path) -> None:
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert "0 of 1 lines are kept" in said(process, 130)
-    assert first.startswith(f"the front at {url} takes no requests (no answer yet)"), first
+    assert first.startswith(f"the gateway at {url} takes no requests (no answer yet)"), first
 
 
 def test_killed_amid_a_run_again_and_again_every_line_comes_once(tmp_path) -> None:
     prompts = [f"prompt {i}" for i in range(150)]
     source, out = write_requests(tmp_path / "in.jsonl", prompts), tmp_path / "out.jsonl"
-    with serving(StandIn(delay_s=0.05, key="sk-right")) as stand_in:
+    with serving(FakeOpenAI(delay_s=0.05, key="sk-right")) as stand_in:
         arguments = (source, out, "--base-url", f"{stand_in.url}/v1", "--concurrency", 8, "--api-key-env", "A_KEY")
         kept = 0
         for signal_number, kill_after in ((signal.SIGKILL, 30), (signal.SIGKILL, 60), (signal.SIGTERM, 90)):
@@ -251,7 +253,7 @@ def test_killed_amid_a_run_again_and_again_every_line_comes_once(tmp_path) -> No
 
 def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path) -> None:
     source = write_requests(tmp_path / "in.jsonl", ["a"])
-    with serving(StandIn(key="sk-right")) as stand_in:
+    with serving(FakeOpenAI(key="sk-right")) as stand_in:
         shown = said(command(source, tmp_path / "out.jsonl", "--base-url", stand_in.url, MOECLUSTER_API_KEY="no"), 2)
         assert "refuses the API key (401: no such key)" in shown and "0 of 1 lines are kept" in shown
     (tmp_path / "torn.jsonl").write_text("{\n")
@@ -262,7 +264,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path) -> None:
     assert "OUT: got" in said(command(source, tmp_path / "nowhere" / "x.jsonl"), 2)
 
 
-def test_straight_to_a_cluster_through_a_front_of_its_own(tmp_path, monkeypatch) -> None:
+def test_straight_to_a_cluster_through_a_gateway_of_its_own(tmp_path, monkeypatch) -> None:
     model = tmp_path / "tiny"
     save_tiny_model(model)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

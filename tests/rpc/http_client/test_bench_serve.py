@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.running_front import running_front
-from tests.support.clusters.twin_actors import save_tiny_model
-from tests.support.fakes.openai_stand_in import StandIn, Trouble, serving
+from tests.support.clusters.running_gateway import running_gateway
+from tests.support.fakes.fake_openai import FakeOpenAI, Trouble, serving
 
 COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "bench", "serve")
 WAIT_S = 60.0
@@ -40,7 +40,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def test_clients_that_wait_see_the_servers_delays(tmp_path) -> None:
-    with serving(StandIn(delay_s=0.15, token_s=0.03)) as stand_in:
+    with serving(FakeOpenAI(delay_s=0.15, token_s=0.03)) as stand_in:
         shown = bench(
             *("--base-url", stand_in.url, "--concurrency", 3, "--num-prompts", 9, "--output-tokens", "4-6"),
             *("--input-tokens", "3-5", "--slo-ttft-ms", 5000, "--slo-itl-ms", 1, "--json", tmp_path / "load.json"),
@@ -64,7 +64,7 @@ def test_clients_that_wait_see_the_servers_delays(tmp_path) -> None:
 def test_requests_that_come_at_a_rate_do_not_wait_for_each_other_and_their_delay_counts(tmp_path) -> None:
     """One connection for all: those that have to wait for it are slow from when they were due."""
     arguments = ("--request-rate", 20, "--num-prompts", 10, "--output-tokens", 1, "--json", tmp_path / "load.json")
-    with serving(StandIn(delay_s=0.2)) as stand_in:
+    with serving(FakeOpenAI(delay_s=0.2)) as stand_in:
         bench("--base-url", stand_in.url, *arguments)
         free = load(tmp_path / "load.json")["summary"]
         bench("--base-url", stand_in.url, *arguments, "--max-in-flight", 1)
@@ -85,7 +85,7 @@ def test_errors_are_counted_by_kind_and_explained(tmp_path) -> None:
             strict=False,
         )
     }
-    with serving(StandIn(troubles=troubles)) as stand_in:
+    with serving(FakeOpenAI(troubles=troubles)) as stand_in:
         shown = bench(
             *("--base-url", stand_in.url, "--concurrency", 8, "--num-prompts", 80, "--output-tokens", 3),
             *("--input-tokens", 1, "--text", tmp_path / "text.txt", "--timeout-s", 2, "--warmup", 0),
@@ -99,7 +99,7 @@ def test_errors_are_counted_by_kind_and_explained(tmp_path) -> None:
 
 
 def test_a_load_ends_with_its_time(tmp_path) -> None:
-    with serving(StandIn(delay_s=0.05)) as stand_in:
+    with serving(FakeOpenAI(delay_s=0.05)) as stand_in:
         for kind in (("--request-rate", 30), ("--concurrency", 2)):
             bench("--base-url", stand_in.url, *kind, "--duration-s", 1, "--json", tmp_path / "load.json")
             requests = load(tmp_path / "load.json")["requests"]
@@ -109,7 +109,7 @@ def test_a_load_ends_with_its_time(tmp_path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
 @pytest.mark.parametrize("load_kind", ["--concurrency", "--request-rate"])
 def test_what_was_measured_before_an_interruption_is_told(tmp_path, load_kind, number, code) -> None:
-    with serving(StandIn(delay_s=0.05)) as stand_in:
+    with serving(FakeOpenAI(delay_s=0.05)) as stand_in:
         process = subprocess.Popen(
             [
                 *(*COMMAND, "--base-url", stand_in.url, load_kind, "20", "--duration-s", "600", "--output-tokens", "2"),
@@ -134,7 +134,7 @@ def test_what_was_measured_before_an_interruption_is_told(tmp_path, load_kind, n
 
 
 def test_an_interruption_before_any_answer_says_that_nothing_was_measured() -> None:
-    with serving(StandIn(delay_s=600.0)) as stand_in:
+    with serving(FakeOpenAI(delay_s=600.0)) as stand_in:
         process = subprocess.Popen(
             [*COMMAND, "--base-url", stand_in.url, "--warmup", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -164,18 +164,18 @@ def test_what_is_wrong_is_said_before_anything_is_sent(arguments: tuple[object, 
     assert complaint in bench(*arguments, code=2)
 
 
-def test_a_front_that_is_not_there_and_a_wrong_key_are_said_at_once() -> None:
+def test_a_gateway_that_is_not_there_and_a_wrong_key_are_said_at_once() -> None:
     assert "cannot be reached" in bench("--base-url", "http://127.0.0.1:1", code=1)
-    with serving(StandIn(key="sk-right")) as stand_in:
+    with serving(FakeOpenAI(key="sk-right")) as stand_in:
         assert "refuses the API key" in bench("--base-url", stand_in.url, code=2, MOECLUSTER_API_KEY="sk-wrong")
         bench("--base-url", stand_in.url, "--num-prompts", 2, MOECLUSTER_API_KEY="sk-right")
 
 
-def test_against_the_real_front_over_a_real_cluster(tmp_path) -> None:
+def test_against_the_real_gateway_over_a_real_cluster(tmp_path) -> None:
     model = save_tiny_model(tmp_path)
-    with LoopbackCluster(model) as cluster, running_front([cluster.router_server.address]) as front:
+    with LoopbackCluster(model) as cluster, running_gateway([cluster.router_server.address]) as gateway:
         bench(
-            *("--base-url", front.url, "--concurrency", 2, "--num-prompts", 6, "--input-tokens", "8-16"),
+            *("--base-url", gateway.url, "--concurrency", 2, "--num-prompts", 6, "--input-tokens", "8-16"),
             *("--output-tokens", 6, "--json", tmp_path / "load.json"),
         )
     summary = load(tmp_path / "load.json")["summary"]

@@ -11,9 +11,9 @@ import pytest
 from moecluster.client import AsyncClient, Client
 from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.generation import GenerationRequest
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.twin_actors import save_tiny_model
-from tests.support.fakes.scripted_router import ScriptedRouter, ScriptedToken, serving, write_bytes
+from tests.support.fakes.fake_router import FakeRouter, FakeToken, serving, write_bytes
 
 PROMPT = "def add(a, b):"
 NOBODY = "127.0.0.1:1"
@@ -42,10 +42,10 @@ def writing(
     silent_end: bool = False,
     error: MoeClusterError | None = None,
     versions: tuple[int, ...] = (1,),
-) -> ScriptedRouter:
+) -> FakeRouter:
     """A router of TEXT. lost_after: it never gets beyond so many tokens. free_tokens: waits there until cancelled.
     versions: of weights that it holds, the served one first."""
-    router = ScriptedRouter(script=write_bytes(TEXT))
+    router = FakeRouter(script=write_bytes(TEXT))
     router.versions = versions
     router.breaking, router.silent_end, router.error = LOST, silent_end, error
     if lost_after is not None:
@@ -56,11 +56,11 @@ def writing(
     return router
 
 
-def break_each_time(router: ScriptedRouter, after: Callable[[int], int]) -> None:
+def break_each_time(router: FakeRouter, after: Callable[[int], int]) -> None:
     """after: how many tokens it writes where so many are there already."""
     script = router.script
 
-    def write(request: GenerationRequest) -> Sequence[ScriptedToken]:
+    def write(request: GenerationRequest) -> Sequence[FakeToken]:
         router.break_after = after(len(request.generated_ids))
         return script(request)
 
@@ -111,7 +111,7 @@ def version_of_whole(written: tuple[str, Any]) -> int:
 
 
 @BOTH
-def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
+def test_a_request_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
     for lost_after in range(NUM_IDS + 1):  # the last one: only the piece that says why it ended is lost
         first, second = writing(lost_after=lost_after), writing()
         with serving(first, second) as addresses:
@@ -124,7 +124,7 @@ def test_a_text_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(
 
 
 @BOTH
-def test_a_text_passes_through_as_many_routers_as_are_lost(write) -> None:
+def test_a_request_passes_through_as_many_routers_as_are_lost(write) -> None:
     routers = [*(writing(lost_after=i) for i in (2, 4, 9)), writing(silent_end=True)]
     with serving(*routers, writing()) as addresses:
         write(addresses, whole)
@@ -168,7 +168,7 @@ def test_a_full_router_is_passed_over_and_if_all_are_full_that_is_said_with_the_
 
 
 @BOTH
-def test_a_text_goes_on_with_the_weights_that_it_was_begun_with_where_a_router_holds_them(write) -> None:
+def test_a_request_goes_on_with_the_weights_that_it_was_begun_with_where_a_router_holds_them(write) -> None:
     first, other = writing(lost_after=4, versions=(1,)), writing(versions=(2,))
     holding = writing(versions=(2, 1))
     with serving(first, other, holding) as addresses:
@@ -177,7 +177,7 @@ def test_a_text_goes_on_with_the_weights_that_it_was_begun_with_where_a_router_h
 
 
 @BOTH
-def test_a_text_goes_on_with_what_is_served_once_no_router_holds_its_weights(write, caplog) -> None:
+def test_a_request_goes_on_with_what_is_served_once_no_router_holds_its_weights(write, caplog) -> None:
     first = writing(lost_after=4, versions=(1,))
     second, third = writing(versions=(2,)), writing(versions=(2,))
     second.break_after = third.break_after = 5
@@ -206,7 +206,7 @@ def test_a_router_that_may_hold_the_weights_and_is_full_is_waited_for(write) -> 
 
 
 @BOTH
-def test_with_patience_a_text_waits_for_a_router_that_comes_back(write) -> None:
+def test_with_patience_a_request_waits_for_a_router_that_comes_back(write) -> None:
     with writing() as router:
         router.kill()
         timer = threading.Timer(0.5, router.revive)
@@ -228,7 +228,7 @@ def test_no_router_that_serves_is_said(write) -> None:
 
 
 @BOTH
-def test_the_whole_text_has_one_deadline(write) -> None:
+def test_the_whole_request_has_one_deadline(write) -> None:
     routers = writing(lost_after=2), writing(free_tokens=2)  # behind those 2
     with serving(*routers) as addresses, pytest.raises(DeadlineExceeded):
         write(addresses, whole, timeout_s=1.0)
@@ -247,9 +247,9 @@ def test_a_wrong_request_is_not_carried_from_router_to_router() -> None:
 
 def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_early() -> None:
     with serving(router := writing()) as addresses, Client(addresses) as client:
-        said = [{"role": "user", "content": "who?"}]
+        output = [{"role": "user", "content": "who?"}]
         options: dict[str, Any] = {"min_p": 0.125, "logit_bias": {3: 1.5}, "presence_penalty": 0.5, "top_logprobs": 2}
-        assert client.chat(said, stop=["x", "y"], ignore_eos=True, **options).text() == TEXT
+        assert client.chat(output, stop=["x", "y"], ignore_eos=True, **options).text() == TEXT
         (request,) = router.requests
         assert request.messages_json == '[{"role": "user", "content": "who?"}]' and request.prompt == ""
         assert request.stop == ("x", "y") and request.ignore_eos and request.logprobs and request.top_logprobs == 2
@@ -260,7 +260,7 @@ def test_a_conversation_and_all_parameters_reach_the_router_and_errors_are_seen_
             client.generate(PROMPT, temprature=1.0)  # type: ignore[call-arg]
 
 
-def test_texts_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> None:
+def test_requests_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> None:
     one, two = writing(), writing()
     with serving(one, two) as addresses, Client([*addresses, NOBODY]) as client:
         assert [client.generate(PROMPT).text() for _ in range(8)] == [TEXT] * 8
@@ -268,16 +268,16 @@ def test_texts_take_the_routers_in_turn_and_one_that_was_lost_comes_last() -> No
         assert client.generate(PROMPT).address != NOBODY
 
 
-def test_a_text_is_cancelled_from_another_thread_or_by_its_name() -> None:
+def test_a_request_is_cancelled_from_another_thread_or_by_its_name() -> None:
     with serving(writing(free_tokens=3)) as addresses, Client(addresses) as client:
         text = client.generate(PROMPT)
         threading.Timer(0.3, text.cancel).start()
         assert len(list(text)) == 3 and text.finish_reason == "cancelled"
         named = client.generate(PROMPT)
-        pieces = iter(named)
-        assert next(pieces).ids == tuple(TEXT[0].encode())
+        chunks = iter(named)
+        assert next(chunks).ids == tuple(TEXT[0].encode())
         assert client.cancel(named.request.request_id)
-        list(pieces)
+        list(chunks)
         assert named.finish_reason == "cancelled"
         assert not client.cancel("nobody")
     with pytest.raises(MoeClusterError, match="closed"):
@@ -292,13 +292,13 @@ def run_async(addresses: Any, use: Callable[[AsyncClient], Awaitable[None]]) -> 
     asyncio.run(run())
 
 
-def test_asyncio_a_text_is_cancelled_by_itself_by_its_name_and_with_its_task() -> None:
+def test_asyncio_a_request_is_cancelled_by_itself_by_its_name_and_with_its_task() -> None:
     router = writing(free_tokens=3)
 
     async def use(client: AsyncClient) -> None:
         text = client.generate(PROMPT)
         asyncio.get_running_loop().call_later(0.3, text.cancel)
-        assert len([piece async for piece in text]) == 3 and text.finish_reason == "cancelled"
+        assert len([chunk async for chunk in text]) == 3 and text.finish_reason == "cancelled"
         named = client.generate(PROMPT)
         reading = asyncio.create_task(named.text())
         while len(named.ids) < 3:

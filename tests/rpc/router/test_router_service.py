@@ -15,8 +15,8 @@ from moecluster.proto import router_pb2, tensor_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc import tensors
 from moecluster.rpc.server import open_channel
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.twin_actors import save_tiny_model
 
 PROMPT = "def add(a, b):"
 WAIT_S = 60.0
@@ -49,14 +49,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def reference(checkpoint: str) -> list[int]:
     """What the whole model in one process goes on with, greedily."""
-    read_model_config(checkpoint)  # makes our own family known
+    read_model_config(checkpoint)  # makes the native family known
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     ids = torch.tensor([list(PROMPT.encode())])
     out = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
     return [int(token) for token in out[0, len(PROMPT) :]]
 
 
-def test_greedy_text_through_the_cluster_equals_the_model_in_one_process(client, reference) -> None:
+def test_greedy_request_through_the_cluster_equals_the_model_in_one_process(client, reference) -> None:
     stream = client.generate(PROMPT, max_new_tokens=24)
     text = stream.text()
     assert stream.ids == reference
@@ -72,7 +72,7 @@ def test_every_assignment_of_a_generation_is_counted(client) -> None:
         assert sum(count for expert, count in stream.experts.items() if expert.layer == layer) == 2 * passed
 
 
-def test_texts_at_the_same_time_equal_those_one_by_one(client) -> None:
+def test_requests_at_the_same_time_equal_those_one_by_one(client) -> None:
     prompts = ["a = [", "class Cat", "import os"]
     settings = {"max_new_tokens": 16, "temperature": 0.9, "top_p": 0.95, "seed": 7}
     alone = [client.generate(prompt, **settings).text() for prompt in prompts]
@@ -91,11 +91,11 @@ def test_texts_at_the_same_time_equal_those_one_by_one(client) -> None:
 
 def test_an_expert_actor_killed_and_revived_while_generating_changes_nothing(cluster, client, reference) -> None:
     stream = client.generate(PROMPT, max_new_tokens=24)
-    pieces = iter(stream)
-    next(pieces)
+    chunks = iter(stream)
+    next(chunks)
     cluster.kill("expert-1")
     threading.Timer(0.5, cluster.revive, ["expert-1"]).start()
-    list(pieces)
+    list(chunks)
     assert stream.ids == reference
 
 
@@ -110,12 +110,12 @@ def test_a_new_controller_elsewhere_disturbs_nobody(cluster, client, reference) 
 
 def test_cancel_ends_a_generation_and_frees_its_place(cluster, client) -> None:
     stream = client.generate(PROMPT, max_new_tokens=200)
-    pieces = iter(stream)
-    next(pieces)
+    chunks = iter(stream)
+    next(chunks)
     with open_channel(cluster.router_server.address) as channel:
         request = router_pb2.CancelRequest(request_id=stream.request.request_id)
         assert RouterServiceStub(channel).Cancel(request, timeout=WAIT_S).found
-        list(pieces)
+        list(chunks)
         assert stream.finish_reason == "cancelled" and len(stream.ids) < 200
         assert not RouterServiceStub(channel).Cancel(request, timeout=WAIT_S).found
     wait_until(lambda: client.status().running == 0)
@@ -129,12 +129,12 @@ def test_a_client_that_leaves_ends_its_generation(cluster, client) -> None:
 
 def test_too_many_generations_are_refused_and_the_others_go_on(client) -> None:
     streams = [client.generate(PROMPT, max_new_tokens=200) for _ in range(4)]
-    pieces = [iter(stream) for stream in streams]
-    for piece in pieces:
-        next(piece)
+    chunks = [iter(stream) for stream in streams]
+    for chunk in chunks:
+        next(chunk)
     with pytest.raises(Exhausted, match="4 texts run and 0 wait already"):
         client.generate(PROMPT, max_new_tokens=1).text()
-    assert next(pieces[0]) is not None
+    assert next(chunks[0]) is not None
     for stream in streams:
         stream.cancel()
     wait_until(lambda: client.status().running == 0)

@@ -13,8 +13,8 @@ from moecluster.placement.scaling import RouterSizeSettings
 from moecluster.rpc.controller.client import ControllerCalls, controller_status
 from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.types import OperationPhase, RouterState
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.twin_actors import save_tiny_model
 
 WAIT_S = 60.0
 SETTINGS = RouterSizingSettings(
@@ -26,7 +26,7 @@ SETTINGS = RouterSizingSettings(
 )
 
 
-class Lives:
+class FakeFleet:
     """A RouterSupervisor whose routers are no more than what a controller sees of one: a lease, with a state."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Lives:
         self._clients: dict[str, ControllerClient] = {}
         self._lock = threading.Lock()
 
-    def known_routers(self) -> tuple[str, ...]:
+    def existing_routers(self) -> tuple[str, ...]:
         return ("router", *self._clients)
 
     def create_router(self, router: str, checkpoint: str) -> None:
@@ -60,10 +60,10 @@ class Lives:
 
 
 @pytest.fixture
-def lives() -> Iterator[Lives]:
-    routers = Lives()
+def fleet() -> Iterator[FakeFleet]:
+    routers = FakeFleet()
     yield routers
-    for name in routers.known_routers()[1:]:
+    for name in routers.existing_routers()[1:]:
         routers.remove_router(name)
 
 
@@ -73,11 +73,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def cluster(lives: Lives, checkpoint: str) -> Iterator[LoopbackCluster]:
-    """Its own router is the first one; the others are lives."""
-    with LoopbackCluster(checkpoint, num_actors=1, router_supervisor=lives, routers=SETTINGS) as running:
+def cluster(fleet: FakeFleet, checkpoint: str) -> Iterator[LoopbackCluster]:
+    """Its own router is the first one; the others are fleet."""
+    with LoopbackCluster(checkpoint, num_actors=1, router_supervisor=fleet, routers=SETTINGS) as running:
         running.told = RouterState(router="router", address=running.router_server.address)
-        lives.where = lambda: running.controller_server.address
+        fleet.where = lambda: running.controller_server.address
         yield running
 
 
@@ -105,7 +105,7 @@ def test_a_state_arrives_changes_and_goes_with_the_lease(cluster) -> None:
     assert controller_status(cluster.controller_server.address).routers == 1
 
 
-def test_a_new_life_takes_the_place_of_the_old_one_at_once(cluster) -> None:
+def test_a_new_incarnation_takes_the_place_of_the_old_one_at_once(cluster) -> None:
     def live(state: RouterState) -> None:
         client = ControllerClient(router="mine", resolve=lambda: cluster.controller_server.address, state=lambda: state)
         wait_until(lambda: seen(cluster).get("mine") == state)
@@ -121,18 +121,18 @@ def test_a_new_controller_hears_of_all_routers_again(cluster) -> None:
     wait_until(lambda: seen(cluster) == {"router": cluster.told})
 
 
-def test_under_a_queue_routers_come_and_when_it_is_over_they_leave_and_end(cluster, lives) -> None:
+def test_under_a_queue_routers_come_and_when_it_is_over_they_leave_and_end(cluster, fleet) -> None:
     cluster.told = dataclasses.replace(cluster.told, running=2, waiting=3)
     wait_until(lambda: set(seen(cluster)) == {"router", "router-1", "router-2"})
-    assert all(checkpoint == cluster.controller.status().checkpoint for _, checkpoint in lives.created)
-    lives.tell("router-2", running=1)
+    assert all(checkpoint == cluster.controller.status().checkpoint for _, checkpoint in fleet.created)
+    fleet.tell("router-2", running=1)
     cluster.told = dataclasses.replace(cluster.told, running=0, waiting=0)
     leaving = {"router": False, "router-1": True, "router-2": True}
     wait_until(lambda: {name: s.leaving for name, s in seen(cluster).items()} == leaving)
     wait_until(lambda: set(seen(cluster)) == {"router", "router-2"})
     assert seen(cluster)["router-2"].leaving, "its text is waited for"
-    lives.tell("router-2")
-    wait_until(lambda: set(seen(cluster)) == {"router"} and set(lives.known_routers()) == {"router"})
+    fleet.tell("router-2")
+    wait_until(lambda: set(seen(cluster)) == {"router"} and set(fleet.existing_routers()) == {"router"})
     with ControllerCalls(cluster.controller_server.address) as calls:
         wait_until(lambda: all(o.phase.ended for o in calls.operations()))
         down, *_, up = [o for o in calls.operations() if o.kind == "scale-routers"]
@@ -140,23 +140,23 @@ def test_under_a_queue_routers_come_and_when_it_is_over_they_leave_and_end(clust
     assert "3.0 of which wait" in up.reason
 
 
-def test_a_number_is_ordered_over_the_wire_and_a_successor_goes_on_with_it(cluster, lives) -> None:
+def test_a_number_is_ordered_over_the_wire_and_a_successor_goes_on_with_it(cluster, fleet) -> None:
     cluster.told = dataclasses.replace(cluster.told, running=2)  # just what one router shall have
     with ControllerCalls(cluster.controller_server.address) as calls:
         with pytest.raises(UserError, match="4 routers are beyond the limits, which are 1 to 3"):
             calls.scale_routers(4)
         calls.scale_routers(2, operation_id="grow")
         wait_until(lambda: calls.operation("grow").phase is OperationPhase.DONE)
-        lives.tell("router-1", running=1)
+        fleet.tell("router-1", running=1)
         calls.scale_routers(1, operation_id="shrink")
         wait_until(lambda: calls.operation("shrink").phase is OperationPhase.COMMITTING)
-        wait_until(lambda: b"shrink" in cluster.services["expert-0"].status(with_picture=True).picture)
+        wait_until(lambda: b"shrink" in cluster.services["expert-0"].status(with_snapshot=True).snapshot)
     cluster.replace_controller()
     wait_until(lambda: {n: s.leaving for n, s in seen(cluster).items()} == {"router": False, "router-1": True})
-    lives.tell("router-1")
+    fleet.tell("router-1")
     with ControllerCalls(cluster.controller_server.address) as calls:
         wait_until(lambda: calls.operation("shrink").phase is OperationPhase.DONE)
-    assert lives.known_routers() == ("router",)
+    assert fleet.existing_routers() == ("router",)
 
 
 def test_a_cluster_whose_routers_are_not_the_controllers_says_so(checkpoint) -> None:

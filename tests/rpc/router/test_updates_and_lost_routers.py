@@ -10,14 +10,14 @@ import pytest
 
 from moecluster.client import Client
 from moecluster.controller.operations.weight_rollout import UpdateSettings
-from moecluster.controller.reconciler import ChangerSettings
+from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.models.tokenizer.decoding import Detokenizer
 from moecluster.models.tokenizer.detokenizer import StreamingDecoder
 from tests.support.clusters.loopback_cluster import LoopbackCluster, LoopbackRouter
-from tests.support.clusters.running_front import running_front
-from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, done, save_version, texts_alone, wait_until
+from tests.support.clusters.running_gateway import running_gateway
+from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, done, requests_alone, save_version, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -37,14 +37,14 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(versions: list[str]) -> list[dict[str, str]]:
     """What each version writes by itself, by prompt."""
-    return [{prompt: shown(ids) for prompt, ids in texts_alone(directory).items()} for directory in versions]
+    return [{prompt: shown(ids) for prompt, ids in requests_alone(directory).items()} for directory in versions]
 
 
 @pytest.fixture
 def cluster(versions: list[str]) -> Iterator[LoopbackCluster]:
-    changer = ChangerSettings(policy="static", period_s=0.05, operation_timeout_s=10.0)
+    reconciler = ReconcilerSettings(policy="static", period_s=0.05, operation_timeout_s=10.0)
     update = UpdateSettings(router_grace_s=GRACE_S)
-    with LoopbackCluster(versions[0], changer=changer, update=update) as running:
+    with LoopbackCluster(versions[0], reconciler=reconciler, update=update) as running:
         yield running
 
 
@@ -70,7 +70,7 @@ def old_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[RemoteExperts]:
     return calls
 
 
-@pytest.fixture(params=["client", "front"])
+@pytest.fixture(params=["client", "gateway"])
 def write(request: pytest.FixtureRequest, cluster: LoopbackCluster, second: LoopbackRouter) -> Iterator[Write]:
     """Writes a text over both routers, from any thread."""
     addresses = [cluster.router_server.address, second.server.address]
@@ -78,7 +78,7 @@ def write(request: pytest.FixtureRequest, cluster: LoopbackCluster, second: Loop
         with Client(addresses) as client:
             yield lambda prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS).text()
         return
-    with running_front(addresses) as front, front.openai() as client:
+    with running_gateway(addresses) as gateway, gateway.openai() as client:
         yield lambda prompt: client.completions.create(
             model="model", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0.0
         ).choices[0].text  # fmt: skip
@@ -97,7 +97,7 @@ def begin(write: Write, prompts: Sequence[str], texts: list[tuple[str, str]]) ->
     return threads
 
 
-def test_texts_of_a_router_that_is_killed_amid_an_update_are_those_of_one_model(
+def test_requests_of_a_router_that_is_killed_amid_an_update_are_those_of_one_model(
     cluster: LoopbackCluster,
     second: LoopbackRouter,
     versions: list[str],
@@ -106,26 +106,26 @@ def test_texts_of_a_router_that_is_killed_amid_an_update_are_those_of_one_model(
     write: Write,
 ) -> None:
     wait_until(lambda: second.router.state().weight_version == 1)
-    old_texts: list[tuple[str, str]] = []
-    new_texts: list[tuple[str, str]] = []
-    begun = begin(write, (*PROMPTS, PROMPTS[0]), old_texts)
+    old_requests: list[tuple[str, str]] = []
+    new_requests: list[tuple[str, str]] = []
+    begun = begin(write, (*PROMPTS, PROMPTS[0]), old_requests)
     wait_until(lambda: cluster.router.state().running == second.router.state().running == 2, "texts at both")
     wait_until(lambda: min(old_calls[cluster.remote], old_calls[second.remote]) >= BEGUN_CALLS, "tokens at both")
     operation = cluster.controller.update(versions[1])
     routers = (cluster.router, second.router)
     wait_until(lambda: {router.state().weight_version for router in routers} == {2}, "version 2")
-    assert second.router.state().oldest_weight_version == 1 and not old_texts, "texts of the old version are written"
-    begun += begin(write, PROMPTS, new_texts)
+    assert second.router.state().oldest_weight_version == 1 and not old_requests, "texts of the old version are written"
+    begun += begin(write, PROMPTS, new_requests)
     second.close()
     for thread in begun:
         thread.join(60.0)
-    assert len(old_texts) == 4 and all(text == alone[0][prompt] for prompt, text in old_texts)
-    assert len(new_texts) == 3 and all(text == alone[1][prompt] for prompt, text in new_texts)
+    assert len(old_requests) == 4 and all(text == alone[0][prompt] for prompt, text in old_requests)
+    assert len(new_requests) == 3 and all(text == alone[1][prompt] for prompt, text in new_requests)
     done(cluster, operation)
 
 
 @pytest.mark.parametrize("also", ["nobody", "controller"])
-def test_the_old_version_stays_for_the_texts_of_a_router_that_came_back_without_them(
+def test_the_old_version_stays_for_the_requests_of_a_router_that_came_back_without_them(
     cluster: LoopbackCluster, second: LoopbackRouter, versions: list[str], also: str
 ) -> None:
     wait_until(lambda: second.router.state().weight_version == 1)
@@ -144,7 +144,7 @@ def test_the_old_version_stays_for_the_texts_of_a_router_that_came_back_without_
                 lambda: "still written by router" in cluster.controller.operation(operation.id).detail,
                 "the old version is kept for it",
             )
-            assert len(cluster.controller._standing.versions.all) == 2
+            assert len(cluster.controller._cluster_state.versions.all) == 2
         done(cluster, operation)
     finally:
         again.close()

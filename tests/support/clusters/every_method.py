@@ -1,4 +1,4 @@
-"""Every method that a server of a cluster has, found by its descriptors, and how one is called without knowing it."""
+"""All gRPC methods of a cluster's servers, found through descriptors, and a generic call of any of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Method:
 
 
 def methods_of(*modules: Any) -> Iterator[Method]:
-    """All methods of all services that generated modules declare."""
+    """Yields all methods of all services that generated modules declare."""
     for module in modules:
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
@@ -32,7 +32,7 @@ def methods_of(*modules: Any) -> Iterator[Method]:
 
 
 def guarded_methods() -> list[Method]:
-    """Those that ask for the secret: of every service but health."""
+    """Returns the methods that require the secret: those of every service except health."""
     return [*methods_of(*OURS), *methods_of(reflection_pb2)]
 
 
@@ -41,8 +41,8 @@ def health_methods() -> list[Method]:
 
 
 def code_of(channel: grpc.Channel, method: Method, metadata: Metadata = ()) -> tuple[grpc.StatusCode, str]:
-    """(status, detail) of a call whose request is empty. OK where a reply comes."""
-    open_call: Any = channel.stream_stream(method.path)  # to the wire all kinds of call are alike
+    """Returns (status, detail) of a call with an empty request; OK if a reply arrives."""
+    open_call: Any = channel.stream_stream(method.path)  # all kinds of call look alike on the wire
     call: Any = open_call(iter([b""]), timeout=CALL_TIMEOUT_S, metadata=tuple(metadata))
     try:
         next(call, None)

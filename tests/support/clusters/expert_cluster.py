@@ -1,4 +1,4 @@
-"""Expert services of this process behind any transport: the cluster of the unit and rpc layers, without Ray."""
+"""Expert services in this process behind any transport: a cluster for unit and rpc tests, without Ray."""
 
 from pathlib import Path
 from types import TracebackType
@@ -113,7 +113,7 @@ class ExpertCluster:
 
 
 def control_of(service: ExpertService) -> ControlConnection:
-    """Orders straight to a service of this process."""
+    """Returns a ControlConnection that calls a service of this process directly."""
     return cast(ControlConnection, _Control(service))
 
 
@@ -126,5 +126,5 @@ class _Control:
         return getattr(self._service, name)
 
     def close(self) -> None:
-        """The service goes on."""
+        """Does not close the service."""
         self.closed = True

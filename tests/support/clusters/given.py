@@ -1,6 +1,6 @@
-"""What the parts of a test's cluster may read."""
+"""Which directories a test cluster may load from."""
 
 
 def any_directory(path: str) -> bool:
-    """An IsGiven for tests of everything else."""
+    """An IsGiven that allows every directory, for tests of other things."""
     return True

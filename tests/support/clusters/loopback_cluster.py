@@ -17,7 +17,6 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.models.given_directories import IsGiven
 from moecluster.placement.initial import contiguous_placement
 from moecluster.router.engine.engine import EngineLimits
-from moecluster.router.engine.factory import make_engine
 from moecluster.router.router import Router
 from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.controller.subscription import ControllerClient
@@ -32,7 +31,7 @@ from tests.support.clusters.given import any_directory
 
 
 class LoopbackCluster:
-    """num_actors expert actors, of which each can be killed and revived, a controller, and a router."""
+    """num_actors expert actors, each of which can be killed and revived, a controller, and a router."""
 
     def __init__(
         self,
@@ -48,11 +47,11 @@ class LoopbackCluster:
         is_given: IsGiven = any_directory,
         **controller: Any,
     ) -> None:
-        """device: of trunks. router_supervisor: starts more routers. open_elsewhere: opens what nobody here sees.
-        is_given: what weights may be loaded out of. controller: fields of ControllerSettings that differ from the usual
-        ones."""
+        """device: of trunks. router_supervisor: starts more routers. open_elsewhere: opens checkpoints of other hosts.
+        is_given: directories that weights may be loaded from. controller: ControllerSettings fields that differ from
+        start_controller's."""
         self._router_supervisor = router_supervisor
-        self.told: RouterState | None = None  # what the controller is told of the router; None: what it says itself
+        self.told: RouterState | None = None  # reported to the controller for the router; None: its own state
         self._controller_settings = controller
         self._batch_invariant, self._device = batch_invariant, device
         self._open_elsewhere, self._is_given = open_elsewhere, is_given
@@ -70,7 +69,7 @@ class LoopbackCluster:
         self.placements, self.remote, self.metrics = self._first.placements, self._first.remote, self._first.metrics
 
     def add_router(self, name: str, *, told: Callable[[], RouterState | None] = lambda: None) -> "LoopbackRouter":
-        """A router more, which its caller closes. told: what the controller is told of it; None: what it says."""
+        """Adds a router, which the caller closes. told: state to report to the controller; None: the router's own."""
         return LoopbackRouter(
             name,
             self._directory,
@@ -109,7 +108,7 @@ class LoopbackCluster:
         return controller, serve_controller(controller, credentials=None)
 
     def replace_controller(self) -> None:
-        """Ends the controller and starts another one, at another address."""
+        """Closes the controller and starts another one at another address."""
         self.controller_server.stop(0.0)
         self.controller.close()
         self.controller, self.controller_server = self.start_controller()
@@ -164,7 +163,7 @@ class LoopbackCluster:
 
 
 class LoopbackRouter:
-    """A router, its server, and its way to the controller."""
+    """A router, its server, and its connection to the controller."""
 
     def __init__(
         self,
@@ -179,7 +178,7 @@ class LoopbackRouter:
         is_given: IsGiven,
         told: Callable[[], RouterState | None],
     ) -> None:
-        """controller: where it is reached now. told: see LoopbackCluster.add_router."""
+        """controller: returns its current address. told: see LoopbackCluster.add_router."""
         self._own_state = lambda: RouterState(router=name)
         self.placements = ControllerClient(router=name, resolve=controller, state=lambda: told() or self._own_state())
         self.metrics = Metrics(model="tiny")
@@ -189,7 +188,7 @@ class LoopbackRouter:
             directory,
             self.remote,
             is_given=is_given,
-            make_engine=partial(make_engine, limits=limits, metrics=self.metrics),
+            limits=limits,
             name=name,
             device=device,
             metrics=self.metrics,
@@ -200,7 +199,7 @@ class LoopbackRouter:
         self.server = serve_router(self.router, credentials=None)
 
     def close(self) -> None:
-        """Ends it, its connections first, as a crash does: nobody is told. Again is fine."""
+        """Closes the router, its server first: clients notice as in a crash. Idempotent."""
         self.server.stop(0.0)
         self.placements.close()
         self.router.close()

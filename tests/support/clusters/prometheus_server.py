@@ -1,7 +1,7 @@
-"""A real Prometheus for tests, from the PATH (make system-deps); where there is none they are skipped, and say so.
+"""A real Prometheus for tests, from the PATH (make system-deps); without one the tests are skipped, with a message.
 
 def test_something(prometheus: RunningPrometheus) -> None:
-    prometheus.scrape(f"127.0.0.1:{port}")  # every SCRAPE_INTERVAL_S from now on; the targets before are dropped
+    prometheus.scrape(f"127.0.0.1:{port}")  # every SCRAPE_INTERVAL_S from now on; replaces earlier targets
     prometheus.address                      # of its HTTP API
 """
 
@@ -31,25 +31,25 @@ class RunningPrometheus:
     folder: Path  # of its configuration, targets, data and log
 
     def scrape(self, *targets: str) -> None:
-        """Scrapes /metrics of these host:port, and of no others. Takes up to 5 s: Prometheus looks so often."""
+        """Scrapes /metrics of these host:port only. Prometheus takes up to 5 s to notice."""
         _write_targets(self.folder, targets)
 
 
 def check_config(path: Path) -> None:
-    """Fails the test with promtool's words if Prometheus would refuse a configuration."""
+    """Fails the test with promtool's message if Prometheus would refuse a configuration."""
     answer = subprocess.run(["promtool", "check", "config", str(path)], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 @pytest.fixture
 def promtool() -> None:
-    """Skips the test where there is no promtool."""
+    """Skips the test if promtool is not installed."""
     _skip_without("promtool")
 
 
 @pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[RunningPrometheus]:
-    """A server on a free loopback port, ready, scraping nothing yet; ended after the test."""
+    """A ready server on a free loopback port, without targets; stopped after the test."""
     _skip_without("prometheus")
     folder = tmp_path / "prometheus"
     folder.mkdir()
@@ -93,11 +93,11 @@ def _config(folder: Path) -> dict[str, object]:
 
 def _write_targets(folder: Path, targets: tuple[str, ...]) -> None:
     (folder / "targets.new").write_text(json.dumps([{"targets": list(targets)}]))
-    (folder / "targets.new").rename(folder / "targets.json")  # never read half written
+    (folder / "targets.new").rename(folder / "targets.json")  # atomic: Prometheus never reads a partial file
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address of the HTTP API, once it answers."""
+    """Returns the address of the HTTP API, once it answers."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s and process.poll() is None:
         listens = LISTENS.search(log.read_text())

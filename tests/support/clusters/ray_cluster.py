@@ -1,4 +1,4 @@
-"""A real cluster of Ray actors for a test module, what tests look at in it, and what they do to it.
+"""A real cluster of Ray actors for a test module, with what tests observe in it and do to it.
 
 @pytest.fixture(scope="module")
 def cluster(ray_session, directory):
@@ -37,7 +37,7 @@ CREDENTIALS = ClusterCredentials.make()  # of all clusters of this test process
 
 
 class RayCluster:
-    """Expert actors, a controller and a router in a Ray namespace of their own. The test has joined Ray."""
+    """Expert actors, a controller and a router in a Ray namespace of their own. The test must have joined Ray."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RayCluster:
 
     @contextmanager
     def placements(self) -> Iterator[ControllerClient]:
-        """The controller's placements, as a router gets them."""
+        """Context: the controller's placements, as a router receives them."""
         name = self.config.cluster.name
         client = ControllerClient(
             router=f"test-{uuid.uuid4().hex[:8]}", resolve=controller_resolver(name), credentials=CREDENTIALS
@@ -75,7 +75,7 @@ class RayCluster:
 
     @contextmanager
     def remote_experts(self, *, hold: bool = False) -> Iterator[RemoteExperts]:
-        """A trunk's backend in the test's process, made as the router actor makes its own. hold: nothing moves."""
+        """Context: RemoteExperts in the test's process, made as in a router actor. hold: the placement is held."""
         with self.placements() as placements:
             if hold:
                 placements.hold(WAIT_S)
@@ -86,7 +86,7 @@ class RayCluster:
                 remote.close()
 
     def pids(self, timeout_s: float = CALL_TIMEOUT_S, *, names: Sequence[str] | None = None) -> dict[str, int]:
-        """The process of every actor, or of those named, that answers within the timeout."""
+        """Returns the pid of every actor, or of the named ones, that answers within the timeout."""
         found = self.driver.endpoints(timeout_s, names=names)
         return {name: reached.pid for name, reached in found.items() if reached is not None}
 
@@ -97,14 +97,14 @@ class RayCluster:
         return pid
 
     def status(self) -> ControllerStatus | None:
-        """What the controller says; None while it is started again."""
+        """Returns the controller's status; None while it does not answer."""
         try:
             return controller_status(self.driver.controller_address(), credentials=CREDENTIALS)
         except MoeClusterError:
             return None
 
     def wait_served(self) -> ControllerStatus:
-        """Waits until the controller says that every expert actor serves."""
+        """Waits until every expert actor serves, according to the controller."""
 
         def served() -> ControllerStatus | None:
             status = self.status()
@@ -114,7 +114,7 @@ class RayCluster:
 
 
 def wait_for(look: Callable[[], FoundT | None], what: str, timeout_s: float = WAIT_S) -> FoundT:
-    """The first result of look that is true."""
+    """Calls look until its result is true; returns that result."""
     deadline_s = time.monotonic() + timeout_s
     while not (found := look()):
         assert time.monotonic() < deadline_s, f"it did not come true within {timeout_s:g} s: {what}"

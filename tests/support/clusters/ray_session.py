@@ -4,8 +4,8 @@
         ray_session.address     # for commands: moecluster status --address ...
         ray_namespace           # a fresh namespace; named actors left in it are killed after the test
 
-The cluster has one node with NUM_CPUS logical CPUs (actors wait when they ask for more), token authentication
-(tests/conftest.py), no dashboard, and its files in a folder of its own, which is kept when a test failed. A test that
+The cluster has one node with NUM_CPUS logical CPUs (actors that need more wait), token authentication
+(tests/conftest.py), no dashboard, and its files in a folder of its own, which is kept if a test failed. A test that
 needs other settings, or ends nodes, starts its own Ray in a subprocess.
 """
 
@@ -34,7 +34,7 @@ class RaySession:
 
 @pytest.fixture(scope="session")
 def ray_session(request: pytest.FixtureRequest) -> Iterator[RaySession]:
-    folder = Path(tempfile.mkdtemp(prefix="moe-ray-"))  # short: Ray's sockets lie in it, and their paths are limited
+    folder = Path(tempfile.mkdtemp(prefix="moe-ray-"))  # short, since paths of Ray's sockets in it are limited
     ray.init(
         address="local",
         num_cpus=NUM_CPUS,

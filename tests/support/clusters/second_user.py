@@ -1,4 +1,4 @@
-"""What another user of the host can do to a cluster: a process of that user tries it all, and tells what came of it.
+"""Attacks on a cluster by another user of the host: a process of that user tries everything and reports the outcomes.
 
 python -m tests.support.clusters.second_user UID < attempts.json > outcomes.json, started by root.
 """
@@ -21,7 +21,7 @@ import psutil
 
 from tests.support.clusters.every_method import Metadata, Method, code_of, guarded_methods, health_methods, methods_of
 
-NOBODY = 65533  # a uid that no user of the host has
+NOBODY = 65533  # a uid without a user on the host
 CONNECT_S = 5.0
 ATTEMPTS_S = 300.0
 SECRETS: dict[str, Metadata] = {
@@ -32,14 +32,14 @@ SECRETS: dict[str, Metadata] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """What another user got: name of the attempt -> how it ended."""
+    """Outcomes of the other user's attempts."""
 
-    calls: dict[str, dict[str, str]]  # port -> "secret method" -> status; empty: it speaks no gRPC
+    calls: dict[str, dict[str, str]]  # port -> "secret method" -> status; empty: no gRPC server
     files: dict[str, str]  # path -> allowed, if any attempt was, or refused
 
 
 def listening(processes: Iterable[psutil.Process]) -> dict[int, tuple[str, str]]:
-    """Port -> (address, command line) of what the processes listen on."""
+    """Returns port -> (address, command line) for all ports that the processes listen on."""
     found = {}
     for process in processes:
         for connection in process.net_connections(kind="tcp"):
@@ -49,7 +49,7 @@ def listening(processes: Iterable[psutil.Process]) -> dict[int, tuple[str, str]]
 
 
 def try_everything(ports: Iterable[int], paths: Iterable[Path | str]) -> Outcomes:
-    """As another user: every method at every port of the loopback, every path opened, listed or connected to."""
+    """As another user, calls every method at every loopback port, and tries every kind of access to every path."""
     attempts = json.dumps({"ports": sorted(ports), "paths": [str(path) for path in paths]})
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.clusters.second_user", str(NOBODY)],
@@ -60,7 +60,7 @@ def try_everything(ports: Iterable[int], paths: Iterable[Path | str]) -> Outcome
 
 
 def rays_methods() -> list[Method]:
-    """Those of Ray's own services, by its generated modules."""
+    """Returns the methods of Ray's own services, from its generated modules."""
     import ray.core.generated as generated
 
     found = []
@@ -84,7 +84,7 @@ def _calls(port: int, methods: list[Method]) -> dict[str, str]:
 
 
 def _outcome(path: str) -> str:
-    """Of the most that the kind of path allows."""
+    """Returns "allowed" if any kind of access to the path succeeds, else "refused"."""
     attempts: list[Callable[[], object]] = [
         lambda: os.listdir(path),
         lambda: os.close(os.open(path, os.O_RDONLY)),
@@ -93,7 +93,7 @@ def _outcome(path: str) -> str:
         lambda: socket.socket(socket.AF_UNIX).connect(path),
     ]
     for attempt in attempts:
-        with contextlib.suppress(OSError):  # which error it is depends on the kind of file, too
+        with contextlib.suppress(OSError):  # the error also depends on the kind of file
             attempt()
             return "allowed"
     return "refused"

@@ -1,4 +1,4 @@
-"""Batches as a router sends them, made small and comparable."""
+"""Small batches as a router sends them, and a comparison of records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +24,7 @@ def make_batch(
     train: MicroBatchTag | None = None,
     **given: Any,
 ) -> ComputeBatch:
-    """A batch of random rows and gate weights. experts: index -> the rows that it gets."""
+    """Returns a batch of random rows and gate weights. experts: index -> its rows."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_rows() -> torch.Tensor:
@@ -52,7 +52,7 @@ def make_batch(
 
 
 def assert_same_fields(got: Any, expected: Any) -> None:
-    """Two records whose tensors are equal bit for bit, and everything else too."""
+    """Asserts that two records are equal, tensors bit for bit."""
     assert type(got) is type(expected)
     for record_field in fields(expected):
         ours, theirs = getattr(got, record_field.name), getattr(expected, record_field.name)

@@ -1,4 +1,4 @@
-"""One expert actor of a small model of our own family, and batches for it."""
+"""One expert actor of a small model of the native family, and batches for it."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ from tests.support.clusters.given import any_directory
 from tests.support.expert.batches import make_batch
 from tests.support.models.families import make_model, save
 
-LAYER, WIDTH = 1, 32  # of the one MoE layer
+LAYER, WIDTH = 1, 32  # of the only MoE layer
 EXPERTS = tuple(ExpertId(layer=LAYER, index=index) for index in range(4))
 SGD = OptimizerSettings(name="sgd")
 TAG = StepTag(term=1, step=1, attempt=0)
@@ -38,7 +38,7 @@ def save_small_model(directory: Path) -> Path:
 
 
 def load_modules(checkpoint: Path) -> dict[int, nn.Module]:
-    """The checkpoint's experts in this process, by index."""
+    """Returns the checkpoint's experts as modules in this process, by index."""
     source = ExpertSource(checkpoint)
     return {expert.index: source.load(expert) for expert in EXPERTS}
 
@@ -48,7 +48,7 @@ Connect = Callable[..., GrpcExpertTransport]  # open_stream, without the address
 
 @contextmanager
 def serving(checkpoint: Path, name: str = "expert-0", **settings: Any) -> Iterator[ExpertService]:
-    """An actor that serves all experts."""
+    """Context: an actor that serves all experts."""
     with closing(ExpertService(name=name, **{"is_given": any_directory, **settings})) as service:
         service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint))
         yield service
@@ -58,7 +58,7 @@ def serving(checkpoint: Path, name: str = "expert-0", **settings: Any) -> Iterat
 def training(
     checkpoint: Path, name: str = "expert-0", optimizer: OptimizerSettings = SGD, term: int = 1, **settings: Any
 ) -> Iterator[ExpertService]:
-    """An actor that trains all experts."""
+    """Context: an actor that trains all experts."""
     with closing(ExpertService(name=name, **{"is_given": any_directory, **settings})) as service:
         service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=optimizer, training_term=term)
         yield service
@@ -117,26 +117,26 @@ def result_of(transport: GrpcExpertTransport, batch: ComputeBatch) -> ComputeRes
 
 
 class Occupied:
-    """While it is open, the service's compute thread stands still in the reply to a batch of ours."""
+    """Context: the service's compute thread is blocked in the reply to a batch."""
 
     def __init__(self, service: ExpertService) -> None:
         self._service = service
-        self._standing, self._go = threading.Event(), threading.Event()
+        self._cluster_state, self._go = threading.Event(), threading.Event()
 
     def __enter__(self) -> None:
         def reply(outcome: ComputeResult | MoeClusterError) -> None:
-            self._standing.set()
+            self._cluster_state.set()
             self._go.wait(TIMEOUT_S)
 
         self._service.submit(batch_of(), reply)
-        assert self._standing.wait(TIMEOUT_S)
+        assert self._cluster_state.wait(TIMEOUT_S)
 
     def __exit__(self, *error: object) -> None:
         self._go.set()
 
 
 def wait_for_rows(service: ExpertService, rows: int) -> None:
-    """Until as many rows wait in the queue of an occupied actor."""
+    """Waits until this many rows are in the queue of an occupied actor."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while service._queue.rows != rows and time.monotonic() < deadline_s:
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Tokens and their routing for the small model's MoE layer, and what its output must be."""
+"""Tokens and their routing for the small model's MoE layer, and its expected output."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ TWICE = tuple(Replica(expert=expert, actor=f"expert-{i}", share=0.5) for expert 
 
 
 def tokens(seed: int = 0, dropped: float = 0.2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_TD, ids_TK with some assignments to skip (index 4), weights_TK."""
+    """Returns x_TD, ids_TK with some skipped assignments (index 4), and weights_TK."""
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(TOKENS, WIDTH, generator=generator)
     ids_TK = torch.stack([torch.randperm(len(EXPERTS), generator=generator)[:TOP_K] for _ in range(TOKENS)])

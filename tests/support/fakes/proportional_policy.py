@@ -1,4 +1,4 @@
-"""A policy that is easy to reason about: replicas in proportion to load, placed greedily, anew when it is worth it."""
+"""A policy that is easy to reason about: replicas in proportion to load, placed greedily, replanned if unbalanced."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ from moecluster.simulation.layouts import hosted_experts_LE
 
 @dataclass(frozen=True)
 class Asked:
-    """How often it was asked."""
+    """Policy state: how often it was asked."""
 
     times: int = 0
 
 
 @dataclass(frozen=True)
 class ProportionalPolicy:
-    """Replans all layers when balancedness is under `least` or an expert is lost; else changes nothing."""
+    """Replans all layers if balancedness is below `least` or an expert is lost; otherwise changes nothing."""
 
     name: str = "proportional"
     least: float = 0.9
@@ -57,7 +57,7 @@ class ProportionalPolicy:
         )
 
     def _layer(self, seen: Observation, layer: int, num_experts: int) -> list[tuple[int, int, list[int]]]:
-        """(expert, its replicas, their actors) of a layer: d'Hondt's counts, then the least loaded actor each."""
+        """Returns (expert, replica count, actors) of a layer: counts by d'Hondt, then the least loaded actor each."""
         slots_A, load_E = seen.fleet.slots_A.copy(), seen.load_LE[layer, :num_experts]
         count_E = np.ones(num_experts, dtype=np.int64)
         most = int((slots_A > 0).sum())

@@ -1,4 +1,4 @@
-"""A Compute stream on which anything can be sent."""
+"""A Compute stream that sends arbitrary messages, and checks that the server still works."""
 
 import queue
 from typing import Any
@@ -18,7 +18,7 @@ GOOD = messages.encode_batch(batch_of(5))
 
 
 class RawStream:
-    """A Compute stream on which anything can be sent."""
+    """A Compute stream that sends arbitrary messages."""
 
     def __init__(self, stub: ExpertServiceStub, segment: Segment | None = None) -> None:
         self._outbox: queue.SimpleQueue[expert_pb2.ComputeRequest | None] = queue.SimpleQueue()
@@ -41,7 +41,7 @@ class RawStream:
         return reply
 
     def ending(self) -> grpc.StatusCode:
-        """How the stream ends."""
+        """Reads to the end of the stream; returns its status code."""
         try:
             for _ in self._replies:
                 pass
@@ -55,7 +55,7 @@ class RawStream:
 
 
 def check_serves(service: ExpertService, stub: ExpertServiceStub) -> None:
-    """The next good batch is answered, bit for bit as it is in process."""
+    """Asserts that the service answers a good batch bit for bit as it does in process."""
     stream = RawStream(stub)
     check_good_answer(service, stream)
     stream.close()
@@ -71,5 +71,5 @@ def check_good_answer(service: ExpertService, stream: RawStream) -> None:
 
 
 def raw_compute(channel: grpc.Channel) -> Any:
-    """The method for whatever bytes."""
+    """Returns the Compute method for raw bytes."""
     return channel.stream_stream(f"/{SERVICE}/Compute", None, None)

@@ -103,7 +103,7 @@ layer_experts = st.dictionaries(int32s, st.integers(1, 6), min_size=1, max_size=
 
 @st.composite
 def placements(draw: st.DrawFn) -> Placement:
-    """Every expert stands on one actor or more, in equal shares."""
+    """A placement with every expert on one or more actors, in equal shares."""
     layers = draw(layer_experts)
     actors = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     nodes = draw(st.lists(optional_names, min_size=len(actors), max_size=len(actors)))
@@ -116,7 +116,7 @@ def placements(draw: st.DrawFn) -> Placement:
             actor: ActorAddress(actor=actor, address=f"127.0.0.1:{5000 + i}", incarnation=draw(names), node=nodes[i])
             for i, actor in enumerate(actors)
         },
-        replicas=draw(standing(layers, actors)),
+        replicas=draw(cluster_state(layers, actors)),
         held=draw(st.booleans()),
         weight_version=draw(uint64s),
         checkpoint=draw(optional_names),
@@ -127,7 +127,7 @@ def placements(draw: st.DrawFn) -> Placement:
 
 
 @st.composite
-def standing(draw: st.DrawFn, layers: dict[int, int], actors: list[str]) -> tuple[Replica, ...]:
+def cluster_state(draw: st.DrawFn, layers: dict[int, int], actors: list[str]) -> tuple[Replica, ...]:
     """Replicas of all experts of the layers."""
     found: list[Replica] = []
     for layer, count in layers.items():
@@ -140,7 +140,7 @@ def standing(draw: st.DrawFn, layers: dict[int, int], actors: list[str]) -> tupl
 
 @st.composite
 def cluster_loads(draw: st.DrawFn) -> ClusterLoads:
-    """Counts of some routers in some of the layers."""
+    """Token counts of some routers in some of the layers."""
     layers = draw(layer_experts)
 
     def counts(layer: int) -> tuple[int, ...]:

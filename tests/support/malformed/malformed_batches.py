@@ -1,4 +1,4 @@
-"""Batches of which each is broken in one of many ways, the same at every run."""
+"""Batches, each broken in one of many ways; the same in every run."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""HTTP requests of which each is broken in one of many ways, the same at every run."""
+"""HTTP requests, each broken in one of many ways; the same in every run."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-GENERATED = 400  # where a test is to be short
+GENERATED = 400  # for a short test
 BATCH = 500  # over one connection
 
 COMPLETION: dict[str, Any] = {
@@ -43,7 +43,7 @@ CONTENT_TYPES = ("application/json", "application/json", "application/json", "te
 
 @dataclass(frozen=True, kw_only=True)
 class BadRequest:
-    """What is sent."""
+    """A request to send."""
 
     method: str
     path: str
@@ -85,7 +85,7 @@ BREAKS: tuple[Callable[[random.Random, dict[str, Any]], None], ...] = (
 
 
 def bad_requests(count: int, seed: int = 0) -> Iterator[BadRequest]:
-    """Most are wrong in a body's field; some in the body as a whole, the method, the path, the type."""
+    """Yields requests, most with a wrong field in the body; some with a wrong body, method, path or content type."""
     rng = random.Random(seed)
     for _ in range(count):
         path = rng.choice(list(BODIES))
@@ -117,7 +117,7 @@ def _damaged(rng: random.Random, content: bytes) -> bytes:
 
 
 def assert_in_openais_form(status: int, content: bytes, what: object) -> None:
-    """No mistake of the server, and an error's body as OpenAI's clients read it."""
+    """Asserts that there is no server error, and that an error has the body that OpenAI's clients expect."""
     assert status < 500 and status != 422, (what, content)
     if status >= 400:
         error = json.loads(content)["error"]
@@ -126,7 +126,7 @@ def assert_in_openais_form(status: int, content: bytes, what: object) -> None:
 
 
 def send_bad_requests(url: str, count: int, seed: int = 0) -> dict[int, int]:
-    """Sends so many; returns how many got each status."""
+    """Sends `count` requests; returns the number of responses by status."""
     seen: dict[int, int] = {}
     client = httpx.Client(timeout=30.0)
     for number, bad in enumerate(bad_requests(count, seed)):
@@ -135,7 +135,7 @@ def send_bad_requests(url: str, count: int, seed: int = 0) -> dict[int, int]:
             client = httpx.Client(timeout=30.0)
         headers = {b"Content-Type": bad.content_type.encode()} if bad.content_type else {}
         answer = client.request(bad.method, url + bad.path, content=bad.content, headers=headers)
-        if bad.method != "HEAD":  # its answer has no body
+        if bad.method != "HEAD":  # its response has no body
             assert_in_openais_form(answer.status_code, answer.content, bad)
         seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
     client.close()

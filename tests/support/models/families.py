@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moecluster.models.native.build import register_own_family
+from moecluster.models.native.build import register_native_family
 
 Layout = Literal["per-expert", "fused"]
 LAYOUTS: tuple[Layout, ...] = ("per-expert", "fused")
@@ -49,7 +49,7 @@ _LATENT_ATTENTION = {
     "num_key_value_heads": 4,
 }
 
-# model_type -> what differs from the common settings.
+# model_type -> settings that differ from the common ones.
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mixtral": _FOUR_LOCAL,
     "qwen2_moe": {**_FOUR_NARROW, "shared_expert_intermediate_size": 24},
@@ -126,9 +126,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "cohere2_moe": _FOUR_NARROW,
     "laguna": {**_FOUR_NARROW, "head_dim": 8},
     "mellum": {**_FOUR_NARROW, "head_dim": 8},
-    "moecluster": {**_FOUR_NARROW, "moe_layers": [1], "gate": "mixtral"},  # our own family, with one dense layer
+    "moecluster": {**_FOUR_NARROW, "moe_layers": [1], "gate": "mixtral"},  # the native family, with one dense layer
 }
-# Families whose rows see the padding of a batch: only the tests of serving have them.
+# Families whose rows depend on a batch's padding: only the serving tests use them.
 SEE_PADDING: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v32": {
         **_EIGHT_GROUPED,
@@ -166,14 +166,14 @@ SEE_PADDING: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_config(family: str, **settings: Any) -> PreTrainedConfig:
-    register_own_family()
+    register_native_family()
     return AutoConfig.for_model(family, **{**_COMMON, **{**FAMILIES, **SEE_PADDING}[family], **settings})
 
 
 def make_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A float32 model in evaluation mode that runs its experts with transformers' own eager loop.
 
-    Every parameter is drawn anew, wide enough that experts, gates and biases matter: families initialize differently.
+    Redraws every parameter, wide enough that experts, gates and biases matter: families initialize differently.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         make_config(family, **settings), experts_implementation="eager"

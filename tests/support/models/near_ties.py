@@ -1,4 +1,4 @@
-"""When two greedy texts may differ: only from a step on whose two best logits nearly tie (DESIGN 8)."""
+"""When two greedy outputs may differ: only from a step on at which the two best logits nearly tie."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ NEAR_TIE = 1e-4  # float32
 
 @torch.no_grad()
 def is_near_tie(model: PreTrainedModel, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
-    """Whether two continuations part at a step at which the whole model's two best logits nearly tie."""
+    """Whether two outputs first differ at a step at which the whole model's two best logits nearly tie."""
     step = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if step is None:
         return False  # one merely ends earlier

@@ -1,6 +1,6 @@
-"""The one comparison behind the product: a trunk with its experts elsewhere equals the whole model in one process.
+"""The central comparison of the project: a trunk with remote experts equals the whole model in one process.
 
-The same checks run with local experts, over gRPC and in a cluster: each brings its own backend.
+The same checks run with local experts, over gRPC and in a cluster, each with its own backend.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ NEW_TOKENS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a model does with one fixed batch."""
+    """A model's results for one fixed batch."""
 
     logits: torch.Tensor
     gradients: Mapping[str, torch.Tensor]  # of the trunk, by parameter name
@@ -34,7 +34,7 @@ class Outcome:
 
 
 class LocalExperts:
-    """A backend that loops over experts in this process, each read from the checkpoint by itself."""
+    """A backend that loops over experts in this process, each read separately from the checkpoint."""
 
     def __init__(self, directory: str | Path) -> None:
         self.source = ExpertSource(directory)
@@ -59,12 +59,12 @@ class LocalExperts:
 
 
 def batch_for(seed: int = 0) -> torch.Tensor:
-    """Token ids [2, 9], no special token among them."""
+    """Returns token ids [2, 9], without special tokens."""
     return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
 
 
 def run_model(model: PreTrainedModel) -> Outcome:
-    """Logits, gradients of a fixed loss, and a greedy continuation."""
+    """Computes logits, gradients of a fixed loss, and a greedy continuation."""
     ids = batch_for()
     model.zero_grad()
     logits = model(ids).logits
@@ -89,7 +89,7 @@ def largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def assert_same_outcome(ours: Outcome, reference: Outcome) -> None:
-    """Logits, gradients of the trunk and greedy tokens of a routed model against the whole one."""
+    """Compares logits, trunk gradients and greedy tokens of a routed model with those of the whole model."""
     assert largest_difference(ours.logits, reference.logits) <= LOGIT_TOLERANCE
     assert ours.gradients.keys() == {name for name in reference.gradients if ".experts." not in name}
     for name, gradient in ours.gradients.items():
@@ -98,9 +98,9 @@ def assert_same_outcome(ours: Outcome, reference: Outcome) -> None:
 
 
 def expert_gradients(model: PreTrainedModel, layer_name: str, index: int) -> dict[str, torch.Tensor]:
-    """The gradient of one expert's rows in the whole model, by parameter name."""
+    """Returns the gradients of one expert in the whole model, by parameter name."""
     experts = model.get_submodule(layer_name)
-    if isinstance(experts, nn.ModuleList):  # our own family
+    if isinstance(experts, nn.ModuleList):  # the native family
         return {
             name: parameter.grad for name, parameter in experts[index].named_parameters() if parameter.grad is not None
         }

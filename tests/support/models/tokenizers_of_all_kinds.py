@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind that checkpoints bring: how their tokens become text differs in all of them."""
+"""Tiny tokenizers of every kind found in checkpoints: each turns tokens into text in its own way."""
 
 from collections.abc import Callable, Mapping
 

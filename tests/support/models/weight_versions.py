@@ -1,4 +1,4 @@
-"""Weight versions of a tiny model, the texts that each writes alone, and clients that must not notice a change."""
+"""Weight versions of a tiny model, the outputs of each alone, and clients that must not notice a change."""
 
 import dataclasses
 import threading
@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moecluster.generation import GenerationRequest
-from moecluster.models.native.build import build_model, register_own_family
+from moecluster.models.native.build import build_model, register_native_family
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.types import Operation, OperationPhase
+from tests.support.clusters.fake_actors import TINY
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.twin_actors import TINY
 
 PROMPTS = ("def add(a, b):", "import os", "class Cat")
 NEW_TOKENS = 60
@@ -25,15 +25,15 @@ WAIT_S = 60.0
 
 
 def save_version(directory: Path, seed: int, **model: Any) -> str:
-    """A byte-level model with logits far enough apart that its greedy texts are its own."""
+    """Saves a byte-level model with logits far enough apart that its greedy outputs are its own."""
     build_model(dataclasses.replace(TINY, **{"initializer_range": 0.2, **model}), seed).save_pretrained(directory)
     build_byte_tokenizer().save_pretrained(directory)
     return str(directory)
 
 
-def texts_alone(directory: str) -> dict[str, list[int]]:
-    """What the whole model in one process writes, greedily, by prompt."""
-    register_own_family()
+def requests_alone(directory: str) -> dict[str, list[int]]:
+    """Returns the greedy output of the whole model in one process, by prompt."""
+    register_native_family()
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     texts = {}
     for prompt in PROMPTS:
@@ -45,7 +45,7 @@ def texts_alone(directory: str) -> dict[str, list[int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A text."""
+    """A completed request."""
 
     prompt: str
     ids: list[int]
@@ -57,17 +57,17 @@ def write(cluster: LoopbackCluster, prompt: str, name: str = "text") -> Written:
     ids: list[int] = []
     version = 0
     request = GenerationRequest(request_id=name, prompt=prompt, max_new_tokens=NEW_TOKENS)
-    for piece in cluster.router.generate(request):
-        ids += piece.ids
-        version = piece.weight_version or version
+    for chunk in cluster.router.generate(request):
+        ids += chunk.ids
+        version = chunk.weight_version or version
     return Written(prompt=prompt, ids=ids, weight_version=version, ended_s=time.monotonic())
 
 
 class Clients:
-    """Threads that write one text after another; none may fail, and each is that of its version alone."""
+    """Threads that send one request after another. Asserts that none failed, and that each output is its version's."""
 
     def __init__(self, cluster: LoopbackCluster, alone: Sequence[dict[str, list[int]]]) -> None:
-        """alone: what the versions write, from version 1 on."""
+        """alone: the outputs of each version alone, from version 1 on."""
         self.texts: list[Written] = []
         self.failures: list[str] = []
         self._cluster = cluster

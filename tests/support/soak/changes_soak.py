@@ -1,4 +1,4 @@
-"""Generation under load while the cluster is changed and killed at random: what is asserted of it, and its figures."""
+"""Generation under load while the cluster is changed and its actors killed at random: the assertions and figures."""
 
 import shutil
 from collections import Counter
@@ -13,34 +13,34 @@ from rich.table import Table
 from benchmarks.report import Report, Row, installed_versions
 from moecluster.types import ExpertId
 from tests.support.clusters.ray_cluster import RayCluster, wait_for
+from tests.support.soak.cluster_events import ClusterEvent, unordered
+from tests.support.soak.event_latencies import EventLatencies, event_latencies
 from tests.support.soak.generation_load import PROMPTS, Clients, Text, count_near_ties, generate, save_decided_model
-from tests.support.soak.happenings import Happening, unordered
-from tests.support.soak.latency_blips import Blips, blips
 from tests.support.soak.random_changes import RandomChanges
 
 NUM_EXPERTS = 8  # of each of two layers
 SETTINGS = {
     "cluster": {"num_expert_actors": 3},
-    # Room for every expert on one actor; short periods, so that automatic changes mix with the ordered ones.
+    # Room for every expert on one actor; short periods, so that automatic changes mix with the requested ones.
     "controller": {"slots_per_layer": NUM_EXPERTS, "period_s": 0.5, "window_s": 5.0},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a run was like."""
+    """The results of a run."""
 
-    happened: Sequence[Happening]
+    happened: Sequence[ClusterEvent]
     refused: Sequence[str]
-    unordered: Sequence[Happening]
+    unordered: Sequence[ClusterEvent]
     texts: Sequence[Text]
     excused: int
-    blips: Sequence[Blips]
+    event_latencies: Sequence[EventLatencies]
 
 
 def soak(directory: Path, *, operations: int, kills: int, duration_s: float, seed: int) -> Found:
-    """Asserts that no request failed, that no text was wrong, that every operation was done (or, if it failed, met a
-    kill), and that the cluster is whole afterwards."""
+    """Asserts that no request failed or got wrong tokens, that every operation was done (or, if it failed, coincided
+    with a kill), and that the cluster is whole afterwards."""
     model = save_decided_model(directory / "model", num_experts=NUM_EXPERTS)
     checkpoints = (model, str(shutil.copytree(model, directory / "copy")))
     with RayCluster(model, SETTINGS) as cluster:
@@ -62,11 +62,11 @@ def soak(directory: Path, *, operations: int, kills: int, duration_s: float, see
         unordered=by_itself,
         texts=clients.texts,
         excused=excused,
-        blips=blips([text.pieces_s for text in clients.texts], [*changes.happened, *by_itself]),
+        event_latencies=event_latencies([text.chunks_s for text in clients.texts], [*changes.happened, *by_itself]),
     )
 
 
-def assert_operations_ended_well(happened: Sequence[Happening]) -> None:
+def assert_operations_ended_well(happened: Sequence[ClusterEvent]) -> None:
     kills = [h for h in happened if h.kind.startswith("kill")]
     failed = [h for h in happened if h.failure]
     unmet = [h for h in failed if not any(k.overlaps(h.begun_s, h.ended_s) for k in kills)]
@@ -74,7 +74,8 @@ def assert_operations_ended_well(happened: Sequence[Happening]) -> None:
 
 
 def assert_whole(cluster: RayCluster) -> None:
-    """Nothing is under way, every expert is served, and the actors are those that the controller knows of."""
+    """Waits for running operations, then asserts that every expert is served and the actors are those that the
+    controller knows."""
     wait_for(lambda: not cluster.wait_served().operations, "all operations have ended")
     status = cluster.wait_served()
     assert {actor.actor for actor in status.actors} == {a for a in cluster.driver.actors() if a.startswith("expert-")}
@@ -87,28 +88,28 @@ def assert_whole(cluster: RayCluster) -> None:
 
 
 def show(found: Found, console: Console) -> None:
-    """The counts, and the waits as a table."""
+    """Prints the counts, and the waits as a table."""
     for row in _counts(found):
         console.print(f"{row.value:g} {row.name}", highlight=False)
     table = Table("next token during", "of them", "tokens", "p50 ms", "p99 ms", "max ms", title="waits")
-    for blip in found.blips:
-        waits_s = (blip.p50_s, blip.p99_s, blip.max_s)
-        table.add_row(blip.kind, str(blip.happenings), str(blip.tokens), *(f"{1e3 * s:.0f}" for s in waits_s))
+    for latency in found.event_latencies:
+        waits_s = (latency.p50_s, latency.p99_s, latency.max_s)
+        table.add_row(latency.kind, str(latency.events), str(latency.tokens), *(f"{1e3 * s:.0f}" for s in waits_s))
     console.print(table)
 
 
 def report(found: Found) -> Report:
-    """The figures of a run, in the form of benchmarks/results."""
+    """Returns the figures of a run, in the format of benchmarks/results."""
     rows = _counts(found)
-    for blip in found.blips:
-        for figure, value_s in (("p50", blip.p50_s), ("p99", blip.p99_s), ("max", blip.max_s)):
-            name = f"next token during {blip.kind}: {figure}"
+    for latency in found.event_latencies:
+        for figure, value_s in (("p50", latency.p50_s), ("p99", latency.p99_s), ("max", latency.max_s)):
+            name = f"next token during {latency.kind}: {figure}"
             rows.append(Row(name=name, runs=[1e3 * value_s], unit="ms", better="lower"))
     raw = {
         "happened": [asdict(h) for h in found.happened],
         "refused": list(found.refused),
         "unordered": dict(Counter(f"{h.kind}{', in vain' * bool(h.failure)}" for h in found.unordered)),
-        "waits": [asdict(blip) for blip in found.blips],
+        "waits": [asdict(latency) for latency in found.event_latencies],
     }
     return Report(name="soak", rows=rows, raw=raw, versions=installed_versions())
 

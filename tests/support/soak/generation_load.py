@@ -1,4 +1,4 @@
-"""Generation under load while actors are killed: the run that faults and soak tests share, long or short."""
+"""Generation under load while actors are killed: a run, long or short, for faults and soak tests."""
 
 import dataclasses
 import random
@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from actors.names import CONTROLLER
 from moecluster.errors import MoeClusterError
-from moecluster.models.native.build import build_model, register_own_family
+from moecluster.models.native.build import build_model, register_native_family
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.types import ExpertId
+from tests.support.clusters.fake_actors import TINY
 from tests.support.clusters.ray_cluster import RayCluster
-from tests.support.clusters.twin_actors import TINY
 from tests.support.models.near_ties import is_near_tie
 
 PROMPTS = ("def add(a, b):", "The tower of", "#include <vector>", "import os", "class Cat", "for i in range(10):")
@@ -27,7 +27,7 @@ JOIN_TIMEOUT_S = 90.0
 
 
 def save_decided_model(directory: Path, *, num_experts: int = TINY.num_experts) -> str:
-    """A byte-level model with logits far enough apart that greedy texts are their own."""
+    """Saves a byte-level model with logits far enough apart that each prompt has a greedy output of its own."""
     model = dataclasses.replace(TINY, initializer_range=0.2, num_experts=num_experts)
     build_model(model, 0).save_pretrained(directory)
     build_byte_tokenizer().save_pretrained(directory)
@@ -36,27 +36,27 @@ def save_decided_model(directory: Path, *, num_experts: int = TINY.num_experts) 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """One generation, as a client saw it. Times are of time.monotonic."""
+    """One generation, as a client saw it. Times by time.monotonic."""
 
     prompt: str
     ids: tuple[int, ...]
     failure: str  # empty: none
     started_s: float
     ended_s: float
-    pieces_s: tuple[float, ...]  # when each piece came, in most cases a token
-    experts: Mapping[ExpertId, int]  # assignments of prompt and continuation
+    chunks_s: tuple[float, ...]  # when each chunk arrived, mostly one token
+    experts: Mapping[ExpertId, int]  # assignments of prompt and generated tokens
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What clients got, and what was done to the cluster meanwhile."""
+    """What clients received, and which actors were killed meanwhile."""
 
     texts: list[Text] = field(default_factory=list)
     kills: list[tuple[str, float]] = field(default_factory=list)  # actor, when
 
 
 class Clients:
-    """NUM_CLIENTS threads that generate one text after another, from __enter__ to __exit__."""
+    """NUM_CLIENTS threads that send one request after another, from __enter__ to __exit__."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self.texts: list[Text] = []
@@ -84,13 +84,13 @@ class Clients:
 
 
 def generate(cluster: RayCluster, prompt: str) -> Text:
-    started_s, failure, pieces_s = time.monotonic(), "", []
+    started_s, failure, chunks_s = time.monotonic(), "", []
     with cluster.client() as client:
         stream = client.generate(prompt, max_new_tokens=NEW_TOKENS)
         try:
-            for piece in stream:
-                if piece.ids:
-                    pieces_s.append(time.monotonic())
+            for chunk in stream:
+                if chunk.ids:
+                    chunks_s.append(time.monotonic())
             if stream.finish_reason not in ("stop", "length"):
                 failure = f"ended by {stream.finish_reason!r}"
         except MoeClusterError as exc:
@@ -101,15 +101,15 @@ def generate(cluster: RayCluster, prompt: str) -> Text:
         failure=failure,
         started_s=started_s,
         ended_s=time.monotonic(),
-        pieces_s=tuple(pieces_s),
+        chunks_s=tuple(chunks_s),
         experts=stream.experts,
     )
 
 
 def generate_under_kills(cluster: RayCluster, *, duration_s: float, kill_every_s: float, seed: int = 0) -> Outcome:
-    """Clients generate without a pause; at a random moment of each period an expert actor drawn at random is killed.
+    """Clients generate without a pause; at a random moment of each period a random expert actor is killed.
 
-    The controller is killed once, when half of the time is over.
+    The controller is killed once, at half time.
     """
     choose, outcome = random.Random(seed), Outcome()
     experts = [actor.actor for actor in cluster.wait_served().actors]
@@ -128,7 +128,8 @@ def generate_under_kills(cluster: RayCluster, *, duration_s: float, kill_every_s
 
 
 def count_near_ties(texts: Sequence[Text], undisturbed: Mapping[str, Sequence[int]], directory: str) -> int:
-    """How many texts differ from the undisturbed ones. Asserts that none failed, and that near ties excuse the rest."""
+    """Returns how many outputs differ from the undisturbed ones. Asserts that no request failed, that each difference
+    starts at a near tie, and that at most one output in 20 differs."""
     failed = [
         f"{text.prompt}: {text.failure}, {len(text.ids)} tokens in {text.ended_s - text.started_s:.1f} s"
         for text in texts
@@ -136,7 +137,7 @@ def count_near_ties(texts: Sequence[Text], undisturbed: Mapping[str, Sequence[in
     ]
     assert not failed, failed
     different = [text for text in texts if text.ids != tuple(undisturbed[text.prompt])]
-    register_own_family()
+    register_native_family()
     whole = AutoModelForCausalLM.from_pretrained(directory)
     for text in different:
         prompt = list(text.prompt.encode())
@@ -146,7 +147,8 @@ def count_near_ties(texts: Sequence[Text], undisturbed: Mapping[str, Sequence[in
 
 
 def assert_undisturbed(outcome: Outcome, undisturbed: Mapping[str, Sequence[int]], directory: str) -> None:
-    """No request failed, and every text is the undisturbed one; near ties are excused and counted."""
+    """Asserts that no request failed and every output is the undisturbed one, except for near ties, and that every
+    kill fell into a generation."""
     excused = count_near_ties(outcome.texts, undisturbed, directory)
     across = [actor for actor, at_s in outcome.kills if any(t.started_s < at_s < t.ended_s for t in outcome.texts)]
     longest_s = max(text.ended_s - text.started_s for text in outcome.texts)

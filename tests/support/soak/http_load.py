@@ -1,4 +1,4 @@
-"""Clients of the HTTP front: streams of completions, one after another, and prompts whose texts are beyond doubt."""
+"""Clients of the HTTP gateway that stream completions one after another, and prompts with unambiguous outputs."""
 
 import asyncio
 import itertools
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moecluster.models.tokenizer.decoding import Detokenizer
 from moecluster.models.tokenizer.detokenizer import StreamingDecoder
 
-CLEAR_GAP = 1e-3  # between the two best logits, in float32: far beyond what another grouping of a sum changes
+CLEAR_GAP = 1e-3  # between the two best logits, in float32: far more than another summation order changes
 JOIN_TIMEOUT_S = 180.0
 REQUEST_TIMEOUT_S = 170.0
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 5}
@@ -26,7 +26,7 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 5}
 def clear_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int, count: int
 ) -> dict[str, str]:
-    """The first `count` prompts whose greedy text has no near tie, with it."""
+    """Returns the first `count` prompts whose greedy output has no near tie, with that output."""
     found: dict[str, str] = {}
     for prompt in prompts:
         ids = list(tokenizer(prompt)["input_ids"])
@@ -45,25 +45,25 @@ def clear_texts(
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamedText:
-    """One request, as its client saw it. Times are of time.monotonic."""
+class StreamedRequest:
+    """One request, as its client saw it. Times by time.monotonic."""
 
     prompt: str
     sampled: bool
     text: str
     failure: str  # empty: none
     tokens: int
-    pieces_s: tuple[float, ...]
+    chunks_s: tuple[float, ...]
     started_s: float
     ended_s: float
 
 
 class HttpClients:
-    """Clients that stream one text after another, from __enter__ to __exit__, in a thread with an event loop."""
+    """Clients that stream one request after another, from __enter__ to __exit__, in a thread with an event loop."""
 
     def __init__(self, url: str, model: str, prompts: Sequence[str], *, number: int, new_tokens: int) -> None:
-        """Every fourth text is drawn by a seed."""
-        self.texts: list[StreamedText] = []
+        """Every fourth request samples with a seed; the others are greedy."""
+        self.texts: list[StreamedRequest] = []
         self._url, self._model = url, model
         self._prompts = itertools.cycle(prompts)
         self._turn = itertools.count()
@@ -89,16 +89,16 @@ class HttpClients:
         while not self._over.is_set():
             sampled = next(self._turn) % 4 == 3
             self.texts.append(
-                await stream_text(
+                await stream_request(
                     client, self._model, next(self._prompts), new_tokens=self._new_tokens, sampled=sampled
                 )
             )
 
 
-async def stream_text(
+async def stream_request(
     client: httpx.AsyncClient, model: str, prompt: str, *, new_tokens: int, sampled: bool
-) -> StreamedText:
-    """One streamed completion."""
+) -> StreamedRequest:
+    """Streams one completion."""
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -107,7 +107,7 @@ async def stream_text(
         "stream_options": {"include_usage": True},
         **(SAMPLED if sampled else {"temperature": 0}),
     }
-    started_s, text, pieces_s, reason, failure, tokens = time.monotonic(), "", [], None, "", 0
+    started_s, text, chunks_s, reason, failure, tokens = time.monotonic(), "", [], None, "", 0
     try:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
@@ -118,26 +118,26 @@ async def stream_text(
                     for choice in event.get("choices", []):
                         text += choice["text"]
                         reason = choice["finish_reason"] or reason
-                        pieces_s.append(time.monotonic())
+                        chunks_s.append(time.monotonic())
                     tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
     except httpx.HTTPError as exc:
         failure = repr(exc)
     if not failure and reason not in ("stop", "length"):
         failure = f"ended by {reason!r}"
-    return StreamedText(
+    return StreamedRequest(
         prompt=prompt,
         sampled=sampled,
         text=text,
         failure=failure,
         tokens=tokens,
-        pieces_s=tuple(pieces_s),
+        chunks_s=tuple(chunks_s),
         started_s=started_s,
         ended_s=time.monotonic(),
     )
 
 
 async def events(answer: httpx.Response) -> Any:
-    """The JSON events of a stream; the stream must end with [DONE]."""
+    """Yields the JSON events of a stream. Asserts that it ends with [DONE]."""
     done = False
     async for line in answer.aiter_lines():
         if line == "data: [DONE]":
@@ -148,9 +148,9 @@ async def events(answer: httpx.Response) -> Any:
 
 
 def assert_all_right(
-    texts: Sequence[StreamedText], greedy: Mapping[str, str], sampled: Mapping[str, str], new_tokens: int
+    texts: Sequence[StreamedRequest], greedy: Mapping[str, str], sampled: Mapping[str, str], new_tokens: int
 ) -> None:
-    """No request failed, no token was lost or repeated, every text is what it must be."""
+    """Asserts that no request failed, no token was lost or repeated, and every output is the expected one."""
     failed = [f"{t.prompt!r} after {t.ended_s - t.started_s:.1f} s: {t.failure}" for t in texts if t.failure]
     assert not failed, failed[:5]
     for text in texts:

@@ -1,8 +1,8 @@
-"""A cluster that is changed and killed at random while it serves: the run that faults and soak tests share.
+"""Changes a cluster and kills its actors at random while it serves: a run for faults and soak tests.
 
 changes = RandomChanges(cluster, wanted=experts, checkpoints=copies_of_the_model, seed=0)
 changes.run(operations=40, kills=20, duration_s=600)
-changes.happened        # what was done, when it began and ended, and what became of it
+changes.happened        # what was done, when it began and ended, and its outcome
 """
 
 import os
@@ -21,18 +21,18 @@ from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unav
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import ControllerStatus, ExpertId, Operation, OperationPhase
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
-from tests.support.soak.happenings import Happening
+from tests.support.soak.cluster_events import ClusterEvent
 
 MIN_ACTORS, MAX_ACTORS = 2, 5
-# As often as 44 operations have them; starts outnumber ends by as many as a run of them should end with.
+# Counts per 44 operations. More scale-ups than scale-downs, since drains remove actors too.
 KINDS = {"scale up": 9, "scale down": 5, "drain": 4, "move": 8, "replicate": 7, "scale to zero": 7, "update": 4}
-KILLS = (EXPERT_PREFIX, CONTROLLER, EXPERT_PREFIX)  # two experts for each controller
+KILLS = (EXPERT_PREFIX, CONTROLLER, EXPERT_PREFIX)  # two expert actors for each controller
 ORDER_PATIENCE_S = 60.0
 OPERATION_TIMEOUT_S = 120.0
 RECOVERY_TIMEOUT_S = 90.0
-LOOK_S = 1.0  # between looks at the operations that nobody ordered
-POLL_S = 0.1
-MAX_DELAY_S = 0.4  # of a kill, after the order that it meets
+POLL_S = 1.0  # between checks for automatic operations
+KILL_POLL_S = 0.1  # between checks while a kill is prepared
+MAX_DELAY_S = 0.4  # of a kill, after the request that it interrupts
 
 AnswerT = TypeVar("AnswerT")
 
@@ -40,8 +40,8 @@ AnswerT = TypeVar("AnswerT")
 @dataclass(frozen=True, kw_only=True)
 class _Step:
     kind: str
-    kill: str  # prefix of the actors of which one is killed; empty: none
-    amid: bool  # while the operation is carried out, or after it
+    kill: str  # name prefix of the actor to kill; empty: none
+    amid: bool  # kill during the operation, or after it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class _Order:
 
 
 class PatientCalls:
-    """Questions to the controller, wherever it listens now. Thread-safe."""
+    """Calls to the controller at its current address. Thread-safe."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
         self._address = cluster.driver.controller_address()
 
     def ask(self, question: Callable[[ControllerCalls], AnswerT]) -> AnswerT:
-        """The answer; waits while the controller is started anew. The question may be asked more than once."""
+        """Returns the reply; waits while the controller restarts. May call `question` more than once."""
         deadline_s = time.monotonic() + ORDER_PATIENCE_S
         while True:
             try:
@@ -70,20 +70,20 @@ class PatientCalls:
                     raise
                 with suppress(Unavailable, DeadlineExceeded):
                     self._address = self._cluster.driver.controller_address()
-                time.sleep(POLL_S)
+                time.sleep(KILL_POLL_S)
 
 
 class RandomChanges:
-    """One run. Everything random is drawn from the seed; what meets what depends on the time that things take."""
+    """One run. Everything random is drawn from the seed; which kill meets which operation depends on timing."""
 
     def __init__(
         self, cluster: RayCluster, *, wanted: Sequence[ExpertId], checkpoints: Sequence[str], seed: int
     ) -> None:
-        """wanted: experts that the load has tokens for, so that they come back from nowhere. checkpoints: directories
-        of equal weights, the one that is served among them."""
-        self.happened: list[Happening] = []
-        self.refused: list[str] = []  # orders that the cluster refused, for which others were drawn
-        self.unordered: dict[str, Operation] = {}  # what the controller did by itself, by id
+        """wanted: experts that receive tokens, so that they are loaded again after scaling to zero. checkpoints:
+        directories with equal weights, including the served one."""
+        self.happened: list[ClusterEvent] = []
+        self.refused: list[str] = []  # requests that the cluster refused; others were drawn instead
+        self.unordered: dict[str, Operation] = {}  # automatic operations of the controller, by id
         self._cluster = cluster
         self._wanted = sorted(wanted)
         self._checkpoints = checkpoints
@@ -95,7 +95,7 @@ class RandomChanges:
         self._over = threading.Event()
 
     def run(self, *, operations: int, kills: int, duration_s: float) -> None:
-        """Spreads operations and kills over the time. Asserts that each operation ends, and each actor comes back."""
+        """Spreads operations and kills over duration_s. Asserts that each operation ends and each actor comes back."""
         steps = self._steps(operations, kills)
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
@@ -131,18 +131,18 @@ class RandomChanges:
             recoveries.append(self._kill(step.kill, amid=kind))
         while not operation.phase.ended:
             assert time.monotonic() < begun_s + OPERATION_TIMEOUT_S, f"it does not end: {operation}"
-            time.sleep(POLL_S)
+            time.sleep(KILL_POLL_S)
             operation = self._look(operation_id, order)
         failure = operation.detail if operation.phase is OperationPhase.FAILED else ""
         if not failure:
             self._wait_shown(order)
-        self._note(Happening(kind=kind, what=order.what, begun_s=begun_s, ended_s=time.monotonic(), failure=failure))
+        self._note(ClusterEvent(kind=kind, what=order.what, begun_s=begun_s, ended_s=time.monotonic(), failure=failure))
         if step.kill and not step.amid:
             recoveries.append(self._kill(step.kill))
         return recoveries
 
     def _order(self, operation_id: str, kind: str) -> tuple[str, _Order, Operation]:
-        """Draws until the cluster takes the order: of this kind if it makes sense now, else of another."""
+        """Draws until the cluster accepts an operation: of this kind if it makes sense now, otherwise of another."""
         while True:
             status = self._status()
             kind = kind if self._makes_sense(kind, status) else self._choose.choice([*KINDS])
@@ -163,14 +163,14 @@ class RandomChanges:
             raise AssertionError(f"{exc}; the newest operations:\n{newest}\n{self._cluster.status()}") from None
 
     def _look(self, operation_id: str, order: _Order) -> Operation:
-        """How the operation stands; ordered again if the controller that took the order told nobody of it."""
+        """Returns the operation's state; requests it again if a restarted controller does not know it."""
         try:
             return self._calls.ask(lambda calls: calls.operation(operation_id))
         except UserError:
             return self._calls.ask(lambda calls: order.ask(calls, operation_id))
 
     def _status(self) -> ControllerStatus:
-        """As soon as the controller knows of actors."""
+        """Returns the status, once the controller knows actors."""
 
         def known() -> ControllerStatus | None:
             status = self._calls.ask(lambda calls: calls.status())
@@ -221,19 +221,19 @@ class RandomChanges:
     # -- kills --
 
     def _kill(self, prefix: str, *, amid: str = "") -> "Future[None]":
-        """SIGKILL to one of the actors; the result is there when it serves again, or is gone for good."""
+        """Sends SIGKILL to one of the actors; the future ends when it serves again, or is removed for good."""
         actor, pid = wait_for(lambda: self._victim(prefix), f"there is an actor to kill, {prefix}*")
         begun_s = time.monotonic()
         kind = f"kill {'controller' if prefix == CONTROLLER else 'expert'}"
 
         def recover() -> None:
             wait_for(lambda: self._recovered(actor, pid), f"{actor} is back", RECOVERY_TIMEOUT_S)
-            self._note(Happening(kind=kind, what=actor, begun_s=begun_s, ended_s=time.monotonic(), amid=amid))
+            self._note(ClusterEvent(kind=kind, what=actor, begun_s=begun_s, ended_s=time.monotonic(), amid=amid))
 
         return self._recoveries.submit(recover)
 
     def _victim(self, prefix: str) -> tuple[str, int] | None:
-        """An actor that had a process, which is killed by now."""
+        """Kills the process of an actor; returns (actor, pid), or None if no actor has a process."""
         names = [name for name in self._cluster.driver.actors() if name.startswith(prefix)]
         self._choose.shuffle(names)
         for name in names:
@@ -248,7 +248,7 @@ class RandomChanges:
         if actor == CONTROLLER:
             return self._cluster.status() is not None
         if actor not in self._cluster.driver.actors():
-            return True  # it was drained, or is taken out by the size that was ordered
+            return True  # it was drained, or removed by scaling down
         pid = self._cluster.pids(1.0, names=[actor]).get(actor, killed)
         status = self._cluster.status()
         return (
@@ -259,15 +259,15 @@ class RandomChanges:
 
     # -- what was seen --
 
-    def _note(self, happening: Happening) -> None:
-        self.happened.append(happening)
-        took_s, amid = happening.ended_s - happening.begun_s, f" amid {happening.amid}" * bool(happening.amid)
-        failed = f", FAILED: {happening.failure}" * bool(happening.failure)
-        print(f"{took_s:6.1f} s  {happening.kind}: {happening.what}{amid}{failed}")
+    def _note(self, event: ClusterEvent) -> None:
+        self.happened.append(event)
+        took_s, amid = event.ended_s - event.begun_s, f" amid {event.amid}" * bool(event.amid)
+        failed = f", FAILED: {event.failure}" * bool(event.failure)
+        print(f"{took_s:6.1f} s  {event.kind}: {event.what}{amid}{failed}")
 
     def _watch(self) -> None:
-        """Collects operations that nobody ordered, before a controller forgets them."""
-        while not self._over.wait(LOOK_S):
+        """Collects automatic operations before the controller drops them."""
+        while not self._over.wait(POLL_S):
             with suppress(MoeClusterError):
                 found = self._calls.ask(lambda calls: calls.operations(0))
                 self.unordered |= {o.id: o for o in found if o.id not in self._ordered}

@@ -1,4 +1,4 @@
-"""Streams over the HTTP front while expert actors, routers and the controller are killed at random."""
+"""Streams over the HTTP gateway while expert actors, routers and the controller are killed at random."""
 
 import asyncio
 import random
@@ -13,14 +13,14 @@ import psutil
 from transformers import AutoModelForCausalLM
 
 from actors.names import CONTROLLER
-from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import ModelSource
-from moecluster.models.native.build import register_own_family
+from moecluster.models.native.build import register_native_family
 from moecluster.models.tokenizer.load import load_tokenizer
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster
-from tests.support.clusters.running_front import RunningFront, running_front
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway
 from tests.support.soak.generation_load import save_decided_model
-from tests.support.soak.http_load import HttpClients, StreamedText, assert_all_right, clear_texts, stream_text
+from tests.support.soak.http_load import HttpClients, StreamedRequest, assert_all_right, clear_texts, stream_request
 
 NEW_TOKENS = 80
 NUM_PROMPTS = 12
@@ -34,9 +34,9 @@ SETTINGS = {
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run was like."""
+    """The results of a run."""
 
-    texts: Sequence[StreamedText] = ()
+    texts: Sequence[StreamedRequest] = ()
     kills: list[tuple[str, float]] = field(default_factory=list)  # actor, when
     rss_mb: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # actor/pid -> (seconds in, megabytes)
 
@@ -51,18 +51,18 @@ def serve_under_kills(
     watch_every_s: float = 10.0,
     spared: Collection[str] = (),
 ) -> Outcome:
-    """Asserts that no request failed and every text is right. Each kind of actor is killed in turn, drawn at random.
+    """Asserts that no request failed and every output is right. Kills a random actor of each kind in turn.
 
-    spared: actors that are not killed, to see how one grows old; CONTROLLER among them is killed in the first half.
+    spared: actors that are not killed, to watch their memory; CONTROLLER among them is still killed in the first half.
     """
     model_dir = save_decided_model(directory)
-    register_own_family()
+    register_native_family()
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
     greedy = clear_texts(whole, load_tokenizer(model_dir), CANDIDATES, NEW_TOKENS, NUM_PROMPTS)
-    with RayCluster(model_dir, SETTINGS) as cluster, running_front(_source(cluster)) as front:
-        sampled = asyncio.run(_sampled(front, list(greedy)))
+    with RayCluster(model_dir, SETTINGS) as cluster, running_gateway(_source(cluster)) as gateway:
+        sampled = asyncio.run(_sampled(gateway, list(greedy)))
         choose, outcome = random.Random(seed), Outcome()
-        load = HttpClients(front.url, "model", list(greedy), number=clients, new_tokens=NEW_TOKENS)
+        load = HttpClients(gateway.url, "model", list(greedy), number=clients, new_tokens=NEW_TOKENS)
         with load:
             began_s = time.monotonic()
             next_kill_s, next_watch_s = began_s + kill_every_s, began_s + watch_every_s
@@ -84,9 +84,9 @@ def serve_under_kills(
 
 
 def describe(outcome: Outcome) -> dict[str, float]:
-    """Figures of a run; times in seconds."""
-    gaps = np.concatenate([np.diff(t.pieces_s) for t in outcome.texts])
-    first = np.array([t.pieces_s[0] - t.started_s for t in outcome.texts])
+    """Returns the figures of a run; times in seconds."""
+    gaps = np.concatenate([np.diff(t.chunks_s) for t in outcome.texts])
+    first = np.array([t.chunks_s[0] - t.started_s for t in outcome.texts])
     return {
         "texts": len(outcome.texts),
         "kills": len(outcome.kills),
@@ -103,8 +103,8 @@ def describe(outcome: Outcome) -> dict[str, float]:
 
 
 def _source(cluster: RayCluster) -> ModelSource:
-    def look() -> Whereabouts:
-        return Whereabouts(
+    def look() -> ClusterAddresses:
+        return ClusterAddresses(
             routers=cluster.driver.router_addresses(),
             controller=cluster.driver.controller_address(),
             credentials=CREDENTIALS,
@@ -113,16 +113,16 @@ def _source(cluster: RayCluster) -> ModelSource:
     return ModelSource(name="model", seeds=look(), rediscover=look)
 
 
-async def _sampled(front: RunningFront, prompts: Sequence[str]) -> dict[str, str]:
-    """What is drawn by the seed while nothing is killed."""
-    async with httpx.AsyncClient(base_url=front.url, timeout=60.0) as client:
-        texts = [await stream_text(client, "model", p, new_tokens=NEW_TOKENS, sampled=True) for p in prompts]
+async def _sampled(gateway: RunningGateway, prompts: Sequence[str]) -> dict[str, str]:
+    """Returns the sampled outputs while nothing is killed."""
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
+        texts = [await stream_request(client, "model", p, new_tokens=NEW_TOKENS, sampled=True) for p in prompts]
     assert not any(text.failure for text in texts), texts
     return {text.prompt: text.text for text in texts}
 
 
 def _victim(cluster: RayCluster, choose: random.Random, *, turn: int, spared: Collection[str]) -> str:
-    """An expert actor, a router, an expert actor, the controller, ... of those that have a process now."""
+    """Picks in turn an expert actor, a router, an expert actor, the controller, among those that have a process."""
     kind = ("expert-", "router", "expert-", CONTROLLER)[turn % 4]
     living = sorted(name for name in cluster.pids(1.0) if name not in spared)
     of_kind = [name for name in living if name.startswith(kind)]

@@ -14,7 +14,7 @@ from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster
 def run_on(
     cluster: RayCluster, config: Config, prepare: Callable[[RemoteExperts], None] = lambda remote: None
 ) -> list[Event]:
-    """The events of a run. prepare: sees the way to the experts before anything goes over it."""
+    """Returns the events of a run. prepare: gets the RemoteExperts before their first use."""
     cluster.wait_served()
     start = prepare_start(config)
     for directory in (start, config.train.output_dir):

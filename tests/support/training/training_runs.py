@@ -1,4 +1,4 @@
-"""Small training runs: their settings and text, and what a plain torch loop in one process makes of them."""
+"""Small training runs: settings, text, and the losses of a plain torch loop in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ WORDS = ["expert", "gate", "trunk", "router", "token", "batch", "actor", "step",
 
 
 def write_text(directory: Path) -> Path:
-    """Sentences with some order in them."""
+    """Writes sentences with learnable structure."""
     path = directory / "sentences.txt"
     lines = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 9)) for i in range(400)]
     path.write_text("\n".join(lines))
@@ -30,7 +30,7 @@ def make_config(text: Path, output_dir: Path, *, model: dict[str, Any] | None = 
         "num_kv_heads": 1,
         "expert_inner_size": 32,
         "num_experts": 4,
-        "initializer_range": 0.1,  # or the experts of so small a model would hardly matter at first
+        "initializer_range": 0.1,  # otherwise the experts of so small a model hardly matter at first
     }
     return read_config(
         {
@@ -56,12 +56,12 @@ def make_config(text: Path, output_dir: Path, *, model: dict[str, Any] | None = 
 
 
 def losses(events: list[Event]) -> dict[int, float]:
-    """Step -> loss, auxiliary ones included; of a step that was taken again, the last."""
+    """Returns step -> loss, including auxiliary losses; the last one of a repeated step."""
     return {event.step: event.total_loss for event in events if isinstance(event, StepDone)}
 
 
 def losses_in_one_process(config: Config) -> dict[int, float]:
-    """A plain torch loop: nothing of ours but the model, its data and the learning rate."""
+    """Trains in a plain torch loop, which uses only our model, data and learning-rate schedule."""
     train = config.train
     model = build_model(config.model, train.seed)
     optimizer = torch.optim.AdamW(

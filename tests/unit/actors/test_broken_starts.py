@@ -102,9 +102,9 @@ def nothing_is_left(start: Start) -> bool:
 
 def said_by_down() -> str:
     console = Console(width=200)
-    with console.capture() as said:
+    with console.capture() as output:
         commands.down("one", console)
-    return said.get()
+    return output.get()
 
 
 def test_a_start_that_was_killed_at_any_moment_is_said_and_ended_by_down(broken: Start) -> None:

@@ -23,7 +23,7 @@ from actors.places import (
 )
 from moecluster.cli.app import main
 from moecluster.errors import ConfigError, ResourceError
-from tests.support.clusters.twin_actors import save_tiny_model
+from tests.support.clusters.fake_actors import save_tiny_model
 
 BATCH_SYSTEM = "scratch-of-a-batch-system/people/a_longish_user_name/job_1355700/tmp.node0016"
 
@@ -53,10 +53,10 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         monkeypatch.setattr(sys, "argv", ["moecluster", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert ended.value.code == 2, said
-        assert said.err.startswith("moecluster: ") and said.err.count("\n") == 1, said.err
-        return said.err
+        output = capsys.readouterr()
+        assert ended.value.code == 2, output
+        assert output.err.startswith("moecluster: ") and output.err.count("\n") == 1, output.err
+        return output.err
 
     yield run
     signal.signal(signal.SIGTERM, handler)
@@ -116,8 +116,8 @@ def test_no_place_for_the_state_is_said_before_anything_is_started(
     place = place.format(tmp=tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", place)
     monkeypatch.setattr("moecluster.cli.commands.serve._listen", lambda config: pytest.fail("something listens"))
-    said = complaint(command, model, *(("x",) if command == "generate" else ()))
-    assert place in said and "set XDG_STATE_HOME" in said
+    output = complaint(command, model, *(("x",) if command == "generate" else ()))
+    assert place in output and "set XDG_STATE_HOME" in output
 
 
 def test_up_does_not_write_a_model_before_it(complaint, monkeypatch, tmp_path) -> None:
@@ -166,8 +166,8 @@ def test_a_run_is_told_of_its_folder_before_its_text_is_read(complaint, monkeypa
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     for command in ("train", "demo"):
-        said = complaint(command, "--data", "nowhere.txt", "--set", "train.output_dir=/proc/runs")
-        assert 'train.output_dir: "/proc/runs" cannot be written' in said
+        output = complaint(command, "--data", "nowhere.txt", "--set", "train.output_dir=/proc/runs")
+        assert 'train.output_dir: "/proc/runs" cannot be written' in output
 
 
 def test_outputs_are_told_before_the_work(complaint, monkeypatch, tmp_path) -> None:

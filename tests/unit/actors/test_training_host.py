@@ -138,14 +138,15 @@ def test_without_a_hold_nothing_is_trained(training: Training) -> None:
     assert placements.calls == ["hold"]
 
 
-def test_progress_of_a_run_that_another_life_began_is_no_success(training: Training) -> None:
+def test_progress_of_a_run_that_another_incarnation_began_is_no_success(training: Training) -> None:
     host = training.host(Watched(training.cluster.placement))
     with pytest.raises(RunGone, match="its training run is gone"):
         host.progress(0)
 
 
 class EndsAtStep(Metrics):
-    """Told of every step before anybody else is; calls `end` at the number `step` of the life, if there is one."""
+    """Told of every step before anybody else is; calls `end` at the number `step` of the incarnation, if there is
+    one."""
 
     def __init__(self, step: int | None, end: Callable[[], None]) -> None:
         super().__init__(model="m")
@@ -167,9 +168,9 @@ class LosesRouters:
         self._training, self._after_steps = training, after_steps
         self.begun_from: list[str] = []
         self.loaded = ""
-        self._begin_life()
+        self._begin_incarnation()
 
-    def _begin_life(self) -> None:
+    def _begin_incarnation(self) -> None:
         self._is_mortal = bool(self._after_steps)
         steps = self._after_steps.pop(0) if self._is_mortal else None
         self.host = self._training.host(
@@ -184,7 +185,7 @@ class LosesRouters:
         if not self._is_mortal or not self.begun_from:
             return self.host.progress(since)
         assert ended(self.host).error is None
-        self._begin_life()
+        self._begin_incarnation()
         raise Unavailable("the router is gone")  # what it told is lost with it
 
     def stop_training(self) -> None:
@@ -196,16 +197,16 @@ class LosesRouters:
 
 def run_command(training: Training, cluster: LosesRouters) -> tuple[str | None, str]:
     console = Console(width=300)
-    with console.capture() as said:
+    with console.capture() as output:
         last = run(training.config, str(training.start), cast(Cluster, cluster), console)
-    return last, said.get()
+    return last, output.get()
 
 
 def test_a_run_whose_router_is_lost_begins_again_and_its_history_has_no_gap(training: Training, tmp_path: Path) -> None:
     undisturbed = losses_in_one_process(training.config)
     cluster = LosesRouters(training, after_steps=[3, 2])
-    last, said = run_command(training, cluster)
-    assert "the run begins again from" in said and "(2 of at most 3 times)" in said
+    last, output = run_command(training, cluster)
+    assert "the run begins again from" in output and "(2 of at most 3 times)" in output
     assert cluster.begun_from == ["step-00000000", "step-00000002", "step-00000002"]
     history = History.open(training.config.train.output_dir)
     assert_equal_within({step: done.total_loss for step, done in history.steps.items()}, undisturbed, 1e-5)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from moecluster.cli.app import app, main
 from moecluster.rpc.credentials import state_folder
-from tests.support.clusters.twin_actors import save_tiny_model
+from tests.support.clusters.fake_actors import save_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,12 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert ended.value.code == code, said
-        assert said.err.startswith("moecluster: ") and said.err.count("\n") == 1, said.err
-        assert "Traceback" not in said.err + said.out
+        output = capsys.readouterr()
+        assert ended.value.code == code, output
+        assert output.err.startswith("moecluster: ") and output.err.count("\n") == 1, output.err
+        assert "Traceback" not in output.err + output.out
         assert not state_folder().exists()
-        return said.err
+        return output.err
 
     return run
 
@@ -124,13 +124,13 @@ def test_an_index_that_names_a_missing_shard(complaint, tmp_path, model) -> None
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01\xff" * 4000])
-def test_a_text_that_is_empty_or_binary(complaint, tmp_path, content) -> None:
+def test_a_request_that_is_empty_or_binary(complaint, tmp_path, content) -> None:
     (tmp_path / "text.txt").write_bytes(content)
     assert "text.txt" in complaint("train", "demo", "--data", str(tmp_path / "text.txt"))
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_text_that_is_not_there(complaint, tmp_path) -> None:
+def test_a_request_that_is_not_there(complaint, tmp_path) -> None:
     assert "nowhere" in complaint("train", "demo", "--data", str(tmp_path / "nowhere"))
 
 
@@ -157,8 +157,8 @@ def test_generate_from_nothing(complaint, model) -> None:
     ],
 )
 def test_no_cluster_is_up(complaint, command) -> None:
-    said = complaint(*command.split(), "--name", "second", code=3)
-    assert "no cluster second is up; start one with moecluster up" in said
+    output = complaint(*command.split(), "--name", "second", code=3)
+    assert "no cluster second is up; start one with moecluster up" in output
 
 
 def test_params_of_a_preset_and_of_a_directory(monkeypatch, capsys, model) -> None:

@@ -1,4 +1,4 @@
-"""What `serve` and `front` are asked wrongly is said before anything listens for long or is started."""
+"""What `serve` and `gateway` are asked wrongly is said before anything listens for long or is started."""
 
 import signal
 import sys
@@ -30,9 +30,9 @@ def complaint(
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert ended.value.code in (2, 3) and said.err.count("\n") == 1, said
-        return said.err
+        output = capsys.readouterr()
+        assert ended.value.code in (2, 3) and output.err.count("\n") == 1, output
+        return output.err
 
     return run
 
@@ -46,10 +46,10 @@ def complaint(
         (("serve", "demo", "--port", "70000"), "serve.port: got 70000"),
         (("serve", "demo", "--also", "second"), "expected NAME=CLUSTER"),
         (("serve", "demo", "--also", "b=second"), "no cluster second is up"),
-        (("front",), "there is none to serve"),
-        (("front", "--model", "a=first"), "no cluster first is up"),
-        (("front", "--model", "a=first", "--model", "a=second"), "a name is given twice"),
-        (("front", "--model", "a=first", "--set", "serve.prot=1"), "did you mean port"),
+        (("gateway",), "there is none to serve"),
+        (("gateway", "--model", "a=first"), "no cluster first is up"),
+        (("gateway", "--model", "a=first", "--model", "a=second"), "a name is given twice"),
+        (("gateway", "--model", "a=first", "--set", "serve.prot=1"), "did you mean port"),
     ],
 )
 def test_mistakes_are_one_line(complaint, arguments, expected) -> None:
@@ -90,7 +90,7 @@ def test_what_brings_a_cluster_up_and_does_not_end_when_told_is_killed(
         interrupting.start()
         begun_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            serving.OwnCluster("moecluster", ("demo",), restarts=0, ending=lambda: False).bring_up()
+            serving.ServedCluster("moecluster", ("demo",), restarts=0, ending=lambda: False).bring_up()
         interrupting.join()
     finally:
         signal.signal(signal.SIGINT, before)

@@ -9,10 +9,10 @@ from actors import cluster_file
 from actors.local_ray import LocalRay, RayProcess
 from actors.names import Endpoints
 from moecluster.cli.commands import serve as serving
-from moecluster.cli.commands.serve import OwnCluster
+from moecluster.cli.commands.serve import ServedCluster
 from moecluster.cli.common.diagnosis import Diagnosis, of_actors, of_local_ray
 from moecluster.errors import ClusterEnded
-from moecluster.gateway.router_discovery import Whereabouts
+from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.types import ActorState, ControllerStatus, RouterState
 
 RAY = LocalRay(address="127.0.0.1:6379", mark="m", folder="/tmp/ray", auth="token")
@@ -54,7 +54,7 @@ def test_what_the_controller_says_is_wrong_is_said() -> None:
     assert found.problems == (
         "expert-0 is loading: /m: no such directory",
         "router: no trunk",
-        "8 experts are served by nobody: requests that need them wait or fail",
+        "8 experts have no serving replica: requests that need them wait or fail",
     )
     assert of_actors({}, SEEN, "a:2") == Diagnosis()
 
@@ -75,15 +75,15 @@ def test_actors_that_give_way_to_other_programs_are_said() -> None:
 def test_a_cluster_of_serve_that_has_ended_is_brought_up_again_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def lost(cluster: str) -> Whereabouts:
+    def lost(cluster: str) -> ClusterAddresses:
         raise ClusterEnded("Ray's raylet has ended")
 
     begun: list[int] = []
-    there = Whereabouts(routers=("127.0.0.1:1",))
+    there = ClusterAddresses(routers=("127.0.0.1:1",))
     monkeypatch.setattr(serving, "ask_ray", lost)
     monkeypatch.setattr(serving, "_noted", lambda cluster: there)
     monkeypatch.setattr(cluster_file, "load", lambda name: None)
-    own = OwnCluster("one", ("demo",), restarts=2, ending=lambda: False)
+    own = ServedCluster("one", ("demo",), restarts=2, ending=lambda: False)
 
     def bring_up() -> int:
         begun.append(1)
@@ -94,7 +94,7 @@ def test_a_cluster_of_serve_that_has_ended_is_brought_up_again_and_not_for_ever(
     with pytest.raises(ClusterEnded, match="Ray's raylet has ended"):
         own.find()
     assert len(begun) == 2
-    own = OwnCluster("one", ("demo",), restarts=2, ending=lambda: False)
+    own = ServedCluster("one", ("demo",), restarts=2, ending=lambda: False)
     monkeypatch.setattr(own, "bring_up", lambda: 2)
     with pytest.raises(ClusterEnded, match=r"could not be brought up again \(exit code 2\)"):
         own.find()

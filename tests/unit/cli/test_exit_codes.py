@@ -29,7 +29,7 @@ ARGUMENTS = {
     "record": ("x.jsonl",),
     "replay": ("x.jsonl",),
     "batch": ("in.jsonl", "out.jsonl"),
-    "front": ("--model", "a=first"),
+    "gateway": ("--model", "a=first"),
 }
 # What needs a cluster that is up, and names it by --name; others name it in their own ways.
 NAMED = ("status", "down", "scale", "drain", "place", "update", "plan", "operations", "explain", "record")
@@ -49,9 +49,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.out + said.err
-        return int(ended.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        assert "Traceback" not in output.out + output.err
+        return int(ended.value.code or 0), output.out, output.err
 
     yield run_command
     signal.signal(signal.SIGTERM, handler)
@@ -80,7 +80,7 @@ def test_no_cluster_is_3(run: Run, command: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("front", "--model", "a=second"),
+        ("gateway", "--model", "a=second"),
         ("serve", ".", "--also", "b=second"),
         ("batch", "in.jsonl", "out.jsonl", "--cluster", "second"),
     ],
@@ -99,8 +99,8 @@ def test_wrong_usage_is_2(run: Run, command: str) -> None:
 @pytest.mark.parametrize("command", [*COMMANDS, "bench serve"])
 def test_help_is_0_and_ctrl_c_is_130(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    code, said, _ = run(*command.split(), "--help")
-    assert code == 0 and "…" not in said, said
+    code, output, _ = run(*command.split(), "--help")
+    assert code == 0 and "…" not in output, output
     group, name = (bench, "serve") if command == "bench serve" else (app, command)
     (info,) = [c for c in group.registered_commands if c.callback and c.callback.__name__ == name]
 
@@ -147,9 +147,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_version_and_the_codes_are_told(run: Run) -> None:
     assert run("--version") == (0, f"moecluster {__version__}\n", "")
-    code, said, _ = run("--help")
+    code, output, _ = run("--help")
     assert code == 0
-    assert " ".join(exit_codes.HELP.split()) in " ".join(said.replace("│", " ").split())
+    assert " ".join(exit_codes.HELP.split()) in " ".join(output.replace("│", " ").split())
 
 
 def test_a_plan_has_no_option_that_is_always_on(run: Run) -> None:

@@ -66,7 +66,7 @@ COMMANDS = {
         for line in ("up nowhere", "train nowhere", "generate nowhere x", "serve nowhere", "params nowhere")
     },
     "demo --set train.steps=x": "train.steps: got",
-    "front --model a=second": "no cluster second is up",
+    "gateway --model a=second": "no cluster second is up",
     "batch nowhere.jsonl out.jsonl": "nowhere.jsonl",
     "batch in.jsonl out.jsonl --cluster second": "no cluster second is up",
     "bench serve --base-url http://127.0.0.1:1": "cannot be reached",
@@ -78,7 +78,7 @@ COMMANDS = {
 NEEDS = {
     "serve": {
         "serve nowhere": "moecluster serve",
-        "front --model a=second": "moecluster front",
+        "gateway --model a=second": "moecluster gateway",
         "batch in.jsonl out.jsonl --cluster second": "moecluster batch --cluster",
     },
     "plots": {
@@ -115,13 +115,13 @@ def test_without_an_extra_every_command_works_or_names_it(extra: str, tmp_path: 
     assert found["failed"] and all(re.fullmatch(MODULES[extra], name) for name in found["failed"]), found["failed"]
     assert set(found["said"]) == set(COMMANDS)
     for line, expected in COMMANDS.items():
-        code, said = found["said"][line]
-        assert said.startswith("moecluster: ") and said.count("\n") == 1, (line, said)
+        code, output = found["said"][line]
+        assert output.startswith("moecluster: ") and output.count("\n") == 1, (line, output)
         if line in NEEDS[extra]:
-            assert said.startswith(f"moecluster: {NEEDS[extra][line]} needs {EXTRAS[extra][0]}"), said
-            assert code == 2 and said.endswith(f": pip install 'moecluster[{extra}]'\n"), said
+            assert output.startswith(f"moecluster: {NEEDS[extra][line]} needs {EXTRAS[extra][0]}"), output
+            assert code == 2 and output.endswith(f": pip install 'moecluster[{extra}]'\n"), output
         else:
-            assert expected in said and "pip install" not in said, (line, said)
+            assert expected in output and "pip install" not in output, (line, output)
 
 
 def test_the_extras_are_those_of_the_package() -> None:

@@ -23,12 +23,12 @@ SEEN = ControllerStatus(
 
 def lines(seen: ControllerStatus | None) -> dict[str, list[str]]:
     console = Console(width=160)
-    with console.capture() as said:
+    with console.capture() as output:
         console.print(actors_table(ENDPOINTS, seen))
-    return {line.split()[0]: line.split()[1:] for line in said.get().splitlines()}
+    return {line.split()[0]: line.split()[1:] for line in output.get().splitlines()}
 
 
-def test_every_actor_has_a_line_and_routers_their_texts() -> None:
+def test_every_actor_has_a_line_and_routers_their_requests() -> None:
     assert lines(SEEN) == {
         "actor": ["phase", "experts", "restarts", "running", "waiting", "gRPC", "/metrics", "pid"],
         "controller": ["serving", "127.0.0.1:100", "127.0.0.1:9100", "100"],

@@ -48,7 +48,7 @@ def tables():
         total_parameters=671_026_419_200, active_parameters=1,
     )  # fmt: skip
     yield params_table(described), ["671.0 B (671,026,419,200)"], "total parameters"
-    yield batch_table(Tally(), 0, 1.0), ["tokens written"], ""
+    yield batch_table(Tally(), 0, 1.0), ["tokens generated"], ""
     wide = make_table("", *(f"policy-{i}" for i in range(12)), prose=("",))
     wide.add_row("balancedness", *(f"0.9{i} (0.9)" for i in range(12)))
     yield wide, ["0.90 (0.9)", "0.911 (0.9)"], ""
@@ -60,12 +60,12 @@ def test_a_terminal_of_any_width_shows_everything(case: int, width: int) -> None
     table, whole, wrapped = list(tables())[case]
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, _environ={})
     show_table(table, console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "…" not in said
-    assert max(map(len, said.splitlines())) <= width
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in output
+    assert max(map(len, output.splitlines())) <= width
     for text in whole:
-        assert text in said or (len(text) > width - 20 and text in re.sub(r"\s", "", said)), said
-    assert all(word in said for word in wrapped.split())
+        assert text in output or (len(text) > width - 20 and text in re.sub(r"\s", "", output)), output
+    assert all(word in output for word in wrapped.split())
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -74,15 +74,15 @@ def test_on_a_pipe_every_row_is_one_line(case: int, monkeypatch, capsys) -> None
     monkeypatch.setenv("FORCE_COLOR", "1")  # colors make no terminal of a pipe
     table, whole, wrapped = list(tables())[case]
     show_table(table, make_console())
-    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert "…" not in said and wrapped in said
-    assert all(text in said for text in whole)
-    assert len(said.splitlines()) <= table.row_count + 6  # head, rule, title and caption
+    output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in output and wrapped in output
+    assert all(text in output for text in whole)
+    assert len(output.splitlines()) <= table.row_count + 6  # head, rule, title and caption
 
 
 def test_long_lines_are_not_wrapped_on_a_pipe(monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     for stderr in (False, True):
         make_console(stderr=stderr).print(f"cluster moecluster serves {ADDRESSES}")
-    said = capsys.readouterr()
-    assert said.out == said.err and said.out.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == output.err and output.out.count("\n") == 1

@@ -42,16 +42,16 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         pytest.fail("something is started")
 
     monkeypatch.setattr(cluster_commands, "bring_up", nothing)
-    monkeypatch.setattr(serving.OwnCluster, "bring_up", nothing)
+    monkeypatch.setattr(serving.ServedCluster, "bring_up", nothing)
     monkeypatch.setattr(serving, "_listen", lambda config: None)
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert ended.value.code == 2 and said.err.count("\n") == 1, said
-        return said.err
+        output = capsys.readouterr()
+        assert ended.value.code == 2 and output.err.count("\n") == 1, output
+        return output.err
 
     return run
 
@@ -72,9 +72,11 @@ def note_run(path: str, *, preset: str = "demo", step: int, written_s: float = 1
 def test_a_preset_without_weights_is_refused_with_what_to_type(complaint, command, fresh) -> None:
     if fresh:  # as a trial with random weights, or a run that was ended at its start, leaves it
         note_run("runs/moecluster/checkpoints/step-00000000", step=0)
-    said = complaint(command, "demo", *(("x",) if command == "generate" else ()))
-    assert "demo has no weights: nothing is trained in runs/moecluster yet; train it with moecluster train demo" in said
-    assert ("try it untrained with --random-weights" in said) is (command != "generate")
+    output = complaint(command, "demo", *(("x",) if command == "generate" else ()))
+    assert (
+        "demo has no weights: nothing is trained in runs/moecluster yet; train it with moecluster train demo" in output
+    )
+    assert ("try it untrained with --random-weights" in output) is (command != "generate")
 
 
 @pytest.mark.parametrize("command", ["serve", "up", "generate"])
@@ -89,8 +91,8 @@ def test_the_newest_run_of_the_preset_is_named(complaint, command) -> None:
     for name in (1, 2):  # the state files are younger than the weights are made to look
         file = next(Path(f"runs/demo-{name}").rglob("state.json"))
         os.utime(file, (1.6e9 + name, 1.6e9 + name))
-    said = complaint(command, "demo", *(("x",) if command == "generate" else ()))
-    assert f"take its newest run with moecluster {command} {newest}" in said, said
+    output = complaint(command, "demo", *(("x",) if command == "generate" else ()))
+    assert f"take its newest run with moecluster {command} {newest}" in output, output
 
 
 def test_what_is_trained_under_a_preset_is_served() -> None:
@@ -118,14 +120,14 @@ def test_random_weights_that_are_asked_for_are_written_and_told(monkeypatch, cap
         trained_model(config, "demo", "serve")
     commands: list[tuple[str, ...]] = []
 
-    def note(own: serving.OwnCluster) -> int:
+    def note(own: serving.ServedCluster) -> int:
         commands.append(own.command)
         return 0
 
     monkeypatch.setattr(serving, "_listen", lambda config: None)
-    monkeypatch.setattr(serving.OwnCluster, "bring_up", note)
+    monkeypatch.setattr(serving.ServedCluster, "bring_up", note)
     monkeypatch.setattr(serving, "_run", lambda *given: None)
-    serving.serve("demo", (), serving.FrontOptions(), (), Console(), random_weights=True)
+    serving.serve("demo", (), serving.GatewayOptions(), (), Console(), random_weights=True)
     assert [command[len(serving.SELF) :] for command in commands] == [
         ("up", "demo", "--set", 'serve.model_name="demo"', "--random-weights")
     ]
@@ -142,15 +144,15 @@ def up(model: str) -> UpCluster:
 def test_a_cluster_that_serves_something_else_is_not_taken_for_the_preset(complaint, command) -> None:
     """Also where the preset itself has no weights at all."""
     cluster_file.save(up("/models/other"))
-    said = complaint(command, "demo", *(("x",) if command == "generate" else ()))
-    assert "is up and serves /models/other, not demo, of which nothing is trained in runs/moecluster" in said
+    output = complaint(command, "demo", *(("x",) if command == "generate" else ()))
+    assert "is up and serves /models/other, not demo, of which nothing is trained in runs/moecluster" in output
 
 
 def test_status_serve_and_up_tell_path_step_and_time(monkeypatch, capsys) -> None:
     path = str(note_run(RUN.format(1, 600), step=600).resolve())
     os.utime(Path(path) / "training" / "state.json", (1.7e9, 1.7e9))
     told = f"{path} (step 600, written 2023-11-1"
-    monkeypatch.setattr(serving, "FrontServer", object)
+    monkeypatch.setattr(serving, "GatewayServer", object)
 
     class Server:
         keys, address = False, "127.0.0.1:1"

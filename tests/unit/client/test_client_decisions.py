@@ -12,14 +12,14 @@ from moecluster.errors import (
     InvalidMessage,
     MoeClusterError,
     RequestFailed,
-    StaleOrder,
+    StaleRequest,
     Unavailable,
 )
-from moecluster.generation import GenerationPiece, GenerationRequest
-from moecluster.rpc.router.resume import ReceivedText
+from moecluster.generation import GenerationChunk, GenerationRequest
+from moecluster.rpc.router.resume import ResumableRequest
 
 LOST = Unavailable("lost")
-STALE = StaleOrder("other weights")
+STALE = StaleRequest("other weights")
 
 
 def route(*addresses: str, patience_s: float = 0.0, timeout_s: float = 60.0, discovers: bool = False) -> Route:
@@ -27,9 +27,9 @@ def route(*addresses: str, patience_s: float = 0.0, timeout_s: float = 60.0, dis
 
 
 def test_each_attempt_has_a_name_of_its_own_and_goes_on_behind_what_was_received() -> None:
-    text = ReceivedText(GenerationRequest(request_id="r", prompt="p", max_new_tokens=9))
+    text = ResumableRequest(GenerationRequest(request_id="r", prompt="p", max_new_tokens=9))
     assert text.next_request() == GenerationRequest(request_id="r", prompt="p", max_new_tokens=9) and not text.grew
-    text.take(GenerationPiece(ids=(4, 5), text="ab"))
+    text.take(GenerationChunk(ids=(4, 5), text="ab"))
     assert text.grew and text.request.request_id == "r"
     assert text.next_request() == text.request
     assert (text.request.request_id, text.request.generated_ids, text.grew) == ("r-1", (4, 5), False)
@@ -55,7 +55,7 @@ def test_a_router_that_wrote_begins_a_new_round() -> None:
     assert way.next() is None
 
 
-def test_no_pause_is_longer_than_patience_or_the_texts_deadline() -> None:
+def test_no_pause_is_longer_than_patience_or_the_requests_deadline() -> None:
     full = Exhausted("full", retry_after_s=5.0)
     for patience_s, timeout_s, waits in ((60.0, 60.0, True), (4.0, 60.0, False), (60.0, 4.0, False)):
         way = route("a", patience_s=patience_s, timeout_s=timeout_s)
@@ -99,7 +99,7 @@ def test_what_another_router_would_not_mend_is_raised_at_once(error) -> None:
 
 
 @pytest.mark.parametrize("wrote", [False, True])
-def test_a_text_is_sent_on_after_few_broken_batches_only(wrote) -> None:
+def test_a_request_is_sent_on_after_few_broken_batches_only(wrote) -> None:
     way, broken = route("a", "b", "c", "d"), BatchBroken("it broke")
     for _ in range(2):
         assert way.next()

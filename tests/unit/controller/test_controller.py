@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from moecluster.controller.controller import Controller
-from moecluster.controller.rebalance.decide import Change, Decider
+from moecluster.controller.rebalance.decide import Change, Planner
 from moecluster.controller.rebalance.observe import ObserverSettings
-from moecluster.controller.reconciler import ChangerSettings
+from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.controller.settings import ControllerSettings
-from moecluster.errors import CheckpointError, ResourceError, StaleOrder, UserError
+from moecluster.errors import CheckpointError, ResourceError, StaleRequest, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts, contiguous_placement
 from moecluster.placement.policy.static import StaticPolicy
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
+from tests.support.clusters.fake_actors import FakeActors, save_tiny_model
 from tests.support.clusters.given import any_directory
-from tests.support.clusters.twin_actors import TwinActors, save_tiny_model
 
 ACTORS = ("expert-0", "expert-1")
 LAYER_EXPERTS = {0: 4, 1: 4}
@@ -30,13 +30,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def actors() -> Iterator[TwinActors]:
-    with TwinActors(ACTORS) as twins:
-        yield twins
+def actors() -> Iterator[FakeActors]:
+    with FakeActors(ACTORS) as fakes:
+        yield fakes
 
 
 @pytest.fixture
-def make(actors: TwinActors, checkpoint: str) -> Iterator[Callable[..., Controller]]:
+def make(actors: FakeActors, checkpoint: str) -> Iterator[Callable[..., Controller]]:
     """Makes controllers over the twins, and closes them."""
     made: list[Controller] = []
 
@@ -161,7 +161,7 @@ def test_what_lost_experts_could_not_be_loaded_from_is_refused(make, actors, tmp
     assert controller.status() == before
 
 
-def test_a_successor_keeps_what_is_loaded_and_reads_the_picture_back(make, actors, tmp_path) -> None:
+def test_a_successor_keeps_what_is_loaded_and_reads_the_snapshot_back(make, actors, tmp_path) -> None:
     newer = save_tiny_model(tmp_path / "newer", seed=1)
     first = make()
     first.start(WAIT_S)
@@ -179,7 +179,7 @@ def test_a_successor_keeps_what_is_loaded_and_reads_the_picture_back(make, actor
 
 
 def test_what_a_successor_does_not_know_of_serves_on_until_routers_know_better(make, actors, checkpoint) -> None:
-    """Its predecessor died between a move and the picture of it: routers go by the placement after the move."""
+    """Its predecessor died between a move and the snapshot of it: routers go by the placement after the move."""
     first = make()
     first.start(WAIT_S)
     number = first.current(0.0).number
@@ -191,7 +191,7 @@ def test_what_a_successor_does_not_know_of_serves_on_until_routers_know_better(m
 
     second = make(lease_s=0.5)
     second.start(WAIT_S)
-    assert moved in actors.services["expert-0"].status().experts, "the picture says so"
+    assert moved in actors.services["expert-0"].status().experts, "the snapshot says so"
     assert moved in actors.services["expert-1"].status().experts, "routers may not know yet"
     wait_until(lambda: moved not in actors.services["expert-1"].status().experts)
 
@@ -237,7 +237,7 @@ def test_a_deposed_controller_is_refused_and_says_so(make, actors, tmp_path) -> 
     assert deposed.wait(WAIT_S)
     wait_until(lambda: all(s.status().placement[0] == 2 for s in actors.services.values()))
     assert {s.status().checkpoint for s in actors.services.values()} == {second.status().checkpoint}
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         actors.services["expert-0"].unload(term=1, experts=[ExpertId(layer=0, index=0)])
 
 
@@ -292,7 +292,7 @@ def test_one_actor_that_does_not_come_up_is_not_waited_for_and_joins_later(make,
 
 def test_reported_loads_show_as_balancedness(make) -> None:
     metrics = Metrics(model="tiny")
-    controller = make(metrics=metrics, changer=ChangerSettings(policy="static", period_s=0.02))
+    controller = make(metrics=metrics, reconciler=ReconcilerSettings(policy="static", period_s=0.02))
     controller.start(WAIT_S)
     tokens = {ExpertId(layer=0, index=0): 30, ExpertId(layer=0, index=3): 10, ExpertId(layer=1, index=1): 5}
 
@@ -311,7 +311,7 @@ def static(slots: int = 2) -> dict[str, Any]:
     """Settings of a controller that changes what is ordered, and nothing else."""
     return {
         "observer": ObserverSettings(slots_per_layer=slots),
-        "changer": ChangerSettings(policy="static", period_s=0.02),
+        "changer": ReconcilerSettings(policy="static", period_s=0.02),
     }
 
 
@@ -367,9 +367,9 @@ def test_an_order_that_failed_for_a_lost_actor_is_tried_again_though_it_is_back_
     controller.start(WAIT_S)
     actors.kill("expert-0")
     wait_for(controller, lambda p: "expert-0" not in p.actors)
-    fill = Decider.fill
+    fill = Planner.fill
 
-    def fail_and_wait(self: Decider) -> Change:
+    def fail_and_wait(self: Planner) -> Change:
         try:
             return fill(self)
         except ResourceError:
@@ -377,7 +377,7 @@ def test_an_order_that_failed_for_a_lost_actor_is_tried_again_though_it_is_back_
             wait_for(controller, lambda p: "expert-0" in p.actors)
             raise
 
-    monkeypatch.setattr(Decider, "fill", fail_and_wait)
+    monkeypatch.setattr(Planner, "fill", fail_and_wait)
     assert wait_ended(controller, controller.scale(1)).phase is OperationPhase.DONE
 
 
@@ -396,7 +396,7 @@ def test_a_size_that_is_ordered_while_an_actor_is_lost_comes_when_it_is_back(mak
 
 def test_a_size_that_cannot_be_leaves_the_actors_as_they_were(make, actors) -> None:
     settings = static(slots=4)
-    settings["changer"] = ChangerSettings(policy="static", period_s=0.02, operation_timeout_s=0.3)
+    settings["changer"] = ReconcilerSettings(policy="static", period_s=0.02, operation_timeout_s=0.3)
     controller = make(**settings)
     controller.start(WAIT_S)
     actors.kill("expert-0")

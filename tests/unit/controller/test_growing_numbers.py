@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.controller.actors.interfaces import Orders
-from moecluster.controller.actors.session import ActorLife
-from moecluster.controller.state.handover import beginning
-from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.controller.actors.interfaces import DesiredState
+from moecluster.controller.actors.session import ActorSession
+from moecluster.controller.state.handover import initial_state
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.errors import InvalidMessage
 from moecluster.expert.service import ExpertService
 from moecluster.growing import MAX_AHEAD, MAX_AHEAD_AT_START, MAX_NUMBER, check_ahead
-from moecluster.rpc.controller.snapshot import ControllerPicture, decode_picture, encode_picture
+from moecluster.rpc.controller.snapshot import ControllerSnapshot, decode_snapshot, encode_snapshot
 from moecluster.types import ActorAddress, OptimizerSettings, StepTag, WeightVersion
 from tests.support.expert.small_actor import EXPERTS, SGD, save_small_model, training
 
@@ -83,14 +83,14 @@ ORDERS: dict[str, Order] = {
 def test_a_number_far_ahead_is_refused_and_changes_nothing(service: ExpertService, order: str, number: int) -> None:
     if number == JUST_TOO_FAR and order in ("SetPlacement.generation", "Load.training_term"):
         number = {"SetPlacement.generation": MAX_NUMBER, "Load.training_term": TERM + MAX_AHEAD_AT_START}[order] + 1
-    before = service.status(with_picture=True)
+    before = service.status(with_snapshot=True)
     with pytest.raises(InvalidMessage, match=f"{number}, (expected )?at most"):
         ORDERS[order](service, number)
-    after = service.status(with_picture=True)
+    after = service.status(with_snapshot=True)
     for field in ("placement", "checkpoint", "experts", "other_versions", "weight_version", "training_term",
                   "committed", "prepared", "hosted_bytes"):  # fmt: skip
         assert getattr(after, field) == getattr(before, field), field
-    # Whoever has the say goes on as if nothing had been said: in the same terms, and in the next.
+    # The current controller goes on as if nothing had happened: in the same terms, and in the next.
     service.set_placement(term=TERM, generation=5, weight_version=VERSION, weight_versions=(VERSION,))
     assert service.reduce(tag(), []).square_norm == 0.0
     service.abort(tag())
@@ -107,19 +107,19 @@ def test_the_bound_itself_is_taken() -> None:
 def test_whoever_was_let_jump_as_far_as_it_goes_is_followed(service: ExpertService, checkpoint: Path) -> None:
     """A successor goes one above the highest term that any actor has seen; the others have seen lower ones by far."""
     place(service, term=TERM + MAX_AHEAD, generation=MAX_NUMBER)
-    nothing = ControllerPicture(actors=(), leaving=(), replicas=(), operations=(), cold=())
-    found = beginning([service.status()], first=nothing, checkpoint=str(checkpoint))
+    nothing = ControllerSnapshot(actors=(), leaving=(), replicas=(), operations=(), cold=())
+    found = initial_state([service.status()], first=nothing, checkpoint=str(checkpoint))
     assert found.term == TERM + MAX_AHEAD + 1
     assert found.generation == 0  # which a higher term may begin anew: nobody compares it across terms
     with training(checkpoint) as behind:
-        life = ActorLife(
+        incarnation = ActorSession(
             ActorAddress(actor="expert-0", address="", incarnation=behind.incarnation),
             Fenced(behind, found.term),  # type: ignore[arg-type]
             owner=Owner(found.term),  # type: ignore[arg-type]
             load_timeout_s=10.0,
         )
         with pytest.raises(Told):
-            life.load()
+            incarnation.load()
         assert behind.status().experts == EXPERTS
 
 
@@ -141,21 +141,21 @@ class Fenced:
 
 
 class Owner:
-    """A KeeperOwner that has nothing to say but its term."""
+    """A MonitorOwner that has nothing to say but its term."""
 
     def __init__(self, term: int) -> None:
         self._term = term
 
-    def orders(self) -> object:
-        versions = StandingVersions.only(WeightVersion(version=1, checkpoint="/m"))
-        return Orders(term=self._term, generation=1, versions=versions, dtype="")
+    def desired_state(self) -> object:
+        versions = WeightVersions.only(WeightVersion(version=1, checkpoint="/m"))
+        return DesiredState(term=self._term, generation=1, versions=versions, dtype="")
 
 
-def test_a_picture_whose_version_numbers_run_away_is_not_taken_over() -> None:
-    picture = ControllerPicture(
+def test_a_snapshot_whose_version_numbers_run_away_is_not_taken_over() -> None:
+    snapshot = ControllerSnapshot(
         actors=("expert-0",), leaving=(), replicas=(), operations=(), cold=(),
         versions=(WeightVersion(version=2, checkpoint="/m"),), weight_version=2,
         last_weight_version=2**64 - 1,
     )  # fmt: skip
     with pytest.raises(InvalidMessage, match="last_weight_version: 18446744073709551615"):
-        decode_picture(encode_picture(picture))
+        decode_snapshot(encode_snapshot(snapshot))

@@ -13,7 +13,7 @@ def test_a_router_counts_while_its_lease_lasts() -> None:
     now_s[0] = 6.0
     leases.renew("two", (1, 2), hold=False)
     now_s[0] = 11.0
-    assert {name: lease.applied for name, lease in leases.standing().items()} == {"two": (1, 2)}
+    assert {name: lease.applied for name, lease in leases.current().items()} == {"two": (1, 2)}
 
 
 def test_a_hold_begins_and_ends_once_and_with_the_lease() -> None:
@@ -48,11 +48,11 @@ def test_a_router_whose_lease_ends_is_not_waited_for() -> None:
 def test_a_lease_keeps_what_the_router_says_of_itself() -> None:
     leases = Leases(10.0)
     leases.renew("one", (1, 1), hold=False)
-    assert leases.standing()["one"].state == RouterState(router="one")
+    assert leases.current()["one"].state == RouterState(router="one")
     state = RouterState(router="one", running=3, weight_version=2, oldest_weight_version=1, ready_weight_version=2)
     assert leases.renew("one", (1, 1), hold=False, state=state), "it uses other weights than before"
     assert not leases.renew("one", (1, 1), hold=False, state=replace(state, running=4))
-    assert leases.standing()["one"].state.running == 4
+    assert leases.current()["one"].state.running == 4
     assert leases.renew("one", (1, 1), hold=False, state=replace(state, oldest_weight_version=2))
 
 
@@ -66,9 +66,9 @@ def test_a_router_stands_as_it_told_last_until_its_lease_ends() -> None:
         RouterState(router="router-1", address="a:1", running=2, waiting=1),
     ]
     now_s[0] = 6.0
-    new_life = RouterState(router="router-1", address="a:2")
-    leases.renew("router-1", (0, 0), state=new_life)
-    assert leases.states()["router-1"] == new_life, "of the old life nothing is left"
+    new_incarnation = RouterState(router="router-1", address="a:2")
+    leases.renew("router-1", (0, 0), state=new_incarnation)
+    assert leases.states()["router-1"] == new_incarnation, "of the old incarnation nothing is left"
     now_s[0] = 12.0
     assert list(leases.states()) == ["router-1"]
 
@@ -90,11 +90,11 @@ def test_a_router_is_known_beyond_its_lease_unless_it_was_ended() -> None:
     leases.renew("ended", (1, 1))
     leases.drop("ended")
     now_s[0] = 30.0
-    assert leases.standing() == {} and leases.heard(15.0) == {}
+    assert leases.current() == {} and leases.heard(15.0) == {}
     assert set(leases.heard(25.0)) == {"silent"}
 
 
-def test_of_a_router_that_came_back_or_was_ended_it_is_known_what_its_last_life_did() -> None:
+def test_of_a_router_that_came_back_or_was_ended_it_is_known_what_its_last_incarnation_did() -> None:
     now_s = [0.0]
     leases = Leases(10.0, clock=lambda: now_s[0])
     for name in ("again", "moved", "ended"):

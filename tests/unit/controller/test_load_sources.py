@@ -92,11 +92,11 @@ def test_of_too_many_routers_the_one_that_was_silent_for_longest_is_forgotten() 
     assert counted(source) == {"a": {1: [2, 0, 0]}, "c": {1: [1, 0, 0]}}
 
 
-def test_work_is_told_with_the_life_that_did_it() -> None:
+def test_work_is_told_with_the_incarnation_that_did_it() -> None:
     source = DirectLoadSource(LAYER_EXPERTS)
     source.set_work("expert-0", "first", ActorWork(computed_rows=90, busy_s=3.0))
     source.set_work("expert-0", "second", ActorWork(computed_rows=10, expert_runs=4, busy_s=0.5))
-    second = WorkCounter(life="second", computed_rows=10, expert_runs=4, busy_s=0.5)
+    second = WorkCounter(incarnation="second", computed_rows=10, expert_runs=4, busy_s=0.5)
     assert source.read(0.0).work == {"expert-0": second}
 
 

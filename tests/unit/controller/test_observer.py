@@ -3,8 +3,8 @@
 from moecluster.controller.load.direct import SourceReading
 from moecluster.controller.load.reports import ActorReports
 from moecluster.controller.rebalance.observe import Observer, ObserverSettings
-from moecluster.controller.state.cluster_state import Standing
-from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.controller.state.cluster_state import ClusterState
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.names import to_replicas
 from moecluster.rpc.controller.latest_placement import PlacementBoard
@@ -19,20 +19,20 @@ class NoLoads:
 
 
 def test_a_replica_that_is_still_loaded_keeps_its_place_unless_its_expert_is_lost() -> None:
-    standing = Standing({0: 3}, board=PlacementBoard(), metrics=Metrics(model="tiny"))
+    cluster_state = ClusterState({0: 3}, board=PlacementBoard(), metrics=Metrics(model="tiny"))
     both = {(EXPERTS[0], "expert-0"), (EXPERTS[1], "expert-0"), (EXPERTS[0], "expert-1"), (EXPERTS[2], "expert-1")}
-    standing.begin(
+    cluster_state.begin(
         term=1,
         generation=0,
-        versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/m")),
+        versions=WeightVersions.only(WeightVersion(version=1, checkpoint="/m")),
         actors=("expert-0", "expert-1"),
         replicas=[Replica(expert=expert, actor=actor) for expert, actor in sorted(both)],
     )
-    observer = Observer(standing, NoLoads(), ActorReports(), ObserverSettings(slots_per_layer=3))
+    observer = Observer(cluster_state, NoLoads(), ActorReports(), ObserverSettings(slots_per_layer=3))
 
     def placed(held_by_1: list[ExpertId]) -> set[tuple[ExpertId, str]]:
-        standing.actor_up(ActorAddress(actor="expert-0", address="127.0.0.1:1", incarnation="a"), EXPERTS[:2])
-        standing.actor_up(ActorAddress(actor="expert-1", address="127.0.0.1:2", incarnation="b"), held_by_1)
+        cluster_state.actor_up(ActorAddress(actor="expert-0", address="127.0.0.1:1", incarnation="a"), EXPERTS[:2])
+        cluster_state.actor_up(ActorAddress(actor="expert-1", address="127.0.0.1:2", incarnation="b"), held_by_1)
         seen = observer.observe(0.0)
         return {(r.expert, r.actor) for r in to_replicas(seen.observation.layout, seen.names)[0]}
 

@@ -32,7 +32,7 @@ class Routers:
         for name in names:
             self.tell(name)
 
-    def known_routers(self) -> tuple[str, ...]:
+    def existing_routers(self) -> tuple[str, ...]:
         return tuple(self.there)
 
     def create_router(self, router: str, checkpoint: str) -> None:
@@ -126,7 +126,7 @@ def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits
     assert sizing.order(4, operation_id="grow").id == "grow" and len(routers.log.newest()) == 1
 
 
-def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_text(make) -> None:
+def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_request(make) -> None:
     routers = Routers("router", "router-1", "router-2")
     routers.tell("router-2", running=2)
     routers.tell("router-1", waiting=1)
@@ -140,7 +140,7 @@ def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_text
     assert stays(lambda: not routers.ended)
     routers.tell("router-1")
     wait_until(lambda: "router-1 leaves;" in routers.detail(operation))
-    assert stays(lambda: not routers.ended), "fronts must see first that it leaves"
+    assert stays(lambda: not routers.ended), "gateways must see first that it leaves"
     routers.now_s += IDLE_S
     wait_until(lambda: routers.ended == ["router-1"])
     routers.tell("router-2")
@@ -150,7 +150,7 @@ def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_text
     assert list(routers.there) == ["router"] == [state.router for state in sizing.states()]
 
 
-def test_a_text_that_still_comes_is_waited_for_too(make) -> None:
+def test_a_request_that_still_comes_is_waited_for_too(make) -> None:
     routers = Routers("router", "router-1")
     sizing = make(routers)
     sizing.order(1)
@@ -165,7 +165,7 @@ def test_a_text_that_still_comes_is_waited_for_too(make) -> None:
     wait_until(lambda: routers.ended == ["router-1"])
 
 
-def test_a_router_whose_texts_do_not_end_is_ended_after_the_timeout(make) -> None:
+def test_a_router_whose_requests_do_not_end_is_ended_after_the_timeout(make) -> None:
     routers = Routers("router", "router-1")
     routers.tell("router-1", running=1)
     sizing = make(routers)
@@ -249,7 +249,7 @@ def test_routers_that_never_come_are_given_up_and_others_are_left_alone(make) ->
     assert routers.ended == ["router-2"] and list(routers.there) == ["router", "router-1"]
 
 
-@pytest.mark.parametrize("refusal", [Unavailable("Ray is away"), RuntimeError("a mistake of ours")])
+@pytest.mark.parametrize("refusal", [Unavailable("Ray is away"), RuntimeError("a bug")])
 def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, refusal) -> None:
     routers = Routers("router")
     routers.refusal = refusal
@@ -276,7 +276,7 @@ def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
 SIZE = RouterSizeSettings(min_routers=1, max_routers=3, target_texts=4.0, upscale_delay_s=5.0, downscale_delay_s=50.0)
 
 
-def test_texts_bring_routers_and_their_end_ends_them_with_the_reason_in_the_log(make) -> None:
+def test_requests_bring_routers_and_their_end_ends_them_with_the_reason_in_the_log(make) -> None:
     routers = Routers("router")
     routers.tell("router", running=4, waiting=8)
     routers.tell("a test's own", running=99)  # it has a lease, and is no router of the cluster
@@ -326,15 +326,15 @@ def test_no_decision_takes_the_place_of_an_order_that_waits(make, monkeypatch) -
     sizing = make(routers, size=SIZE)
     routers.now_s += LEASE_S
     time.sleep(0.05)
-    known_routers = routers.known_routers
+    existing_routers = routers.existing_routers
     ordered: list[Operation] = []
 
     def order_first() -> tuple[str, ...]:
         if not ordered and routers.now_s > 112.0:  # in the round that would decide
             ordered.append(sizing.order(2))
-        return known_routers()
+        return existing_routers()
 
-    monkeypatch.setattr(routers, "known_routers", order_first)
+    monkeypatch.setattr(routers, "existing_routers", order_first)
     routers.now_s += 5.0
     wait_until(lambda: "router-1" in routers.there)
     routers.tell("router-1")

@@ -6,10 +6,10 @@ import pytest
 
 from moecluster.controller.load.reports import ActorReports
 from moecluster.controller.operations.weight_rollout import KIND, UpdateSettings, WeightUpdates
-from moecluster.controller.state.cluster_state import Standing
+from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Leases
-from moecluster.controller.state.weight_versions import StandingVersions
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
 from moecluster.rpc.controller.latest_placement import PlacementBoard
@@ -25,11 +25,11 @@ class Updated:
     def __init__(self) -> None:
         metrics = Metrics(model="tiny")
         self.now_s = 0.0
-        self.standing = Standing(LAYER_EXPERTS, board=PlacementBoard(), metrics=metrics)
-        self.standing.begin(
+        self.cluster_state = ClusterState(LAYER_EXPERTS, board=PlacementBoard(), metrics=metrics)
+        self.cluster_state.begin(
             term=1,
             generation=0,
-            versions=StandingVersions.only(WeightVersion(version=1, checkpoint="/old")),
+            versions=WeightVersions.only(WeightVersion(version=1, checkpoint="/old")),
             actors=ACTORS,
             replicas=contiguous_placement(LAYER_EXPERTS, ACTORS),
         )
@@ -37,7 +37,7 @@ class Updated:
         self.is_settled: Callable[[], bool] = lambda: True
         self.updates = WeightUpdates(
             UpdateSettings(prepare_timeout_s=10.0),
-            standing=self.standing,
+            cluster_state=self.cluster_state,
             leases=Leases(1.0, clock=lambda: self.now_s),
             log=self.log,
             reports=ActorReports(),
@@ -47,20 +47,20 @@ class Updated:
         )
         for actor in ACTORS:
             self.bring_up(actor)
-        self.standing.open()
+        self.cluster_state.open()
 
     def bring_up(self, actor: str) -> None:
-        self.standing.actor_up(_address(actor), self.standing.assigned(actor))
+        self.cluster_state.actor_up(_address(actor), self.cluster_state.assigned(actor))
 
     def prepare(self, actor: str, version: int) -> None:
-        self.standing.actor_prepared(_address(actor), version, self.standing.assigned(actor))
+        self.cluster_state.actor_prepared(_address(actor), version, self.cluster_state.assigned(actor))
 
     def order(self, directory: str) -> Operation:
         return self.log.order(KIND, reason="ordered", arguments=(directory,))
 
-    def look(self, times: int = 4) -> None:
+    def check(self, times: int = 4) -> None:
         for _ in range(times):
-            self.updates.look()
+            self.updates.check()
 
 
 def _address(actor: str) -> ActorAddress:
@@ -74,83 +74,83 @@ def cluster() -> Updated:
 
 def test_a_version_that_nobody_can_serve_whole_is_not_published(cluster: Updated) -> None:
     operation = cluster.order("/new")
-    cluster.look()
+    cluster.check()
     cluster.prepare("expert-0", 2)
-    cluster.standing.actor_down("expert-1")
-    cluster.look()
-    assert cluster.standing.versions.weight_version == 1, "its experts may be too much for expert-1"
+    cluster.cluster_state.actor_down("expert-1")
+    cluster.check()
+    assert cluster.cluster_state.versions.weight_version == 1, "its experts may be too much for expert-1"
     assert "loaded by all but expert-1" in cluster.log.get(operation.id).detail
     cluster.bring_up("expert-1")
-    cluster.look()
-    assert cluster.standing.versions.weight_version == 1
+    cluster.check()
+    assert cluster.cluster_state.versions.weight_version == 1
     cluster.prepare("expert-1", 2)
-    cluster.look()
+    cluster.check()
     assert cluster.log.get(operation.id).phase is OperationPhase.DONE
-    assert cluster.standing.versions.checkpoint == "/new"
+    assert cluster.cluster_state.versions.checkpoint == "/new"
 
 
 def test_an_update_that_kills_an_actor_again_and_again_fails_in_time(cluster: Updated) -> None:
     operation = cluster.order("/new")
-    cluster.look()
+    cluster.check()
     cluster.prepare("expert-0", 2)
-    cluster.standing.actor_down("expert-1")
+    cluster.cluster_state.actor_down("expert-1")
     cluster.now_s = 11.0
-    cluster.look()
+    cluster.check()
     failed = cluster.log.get(operation.id)
     assert failed.phase is OperationPhase.FAILED and "expert-1 did not load the new version" in failed.detail
-    assert [v.checkpoint for v in cluster.standing.versions.all] == ["/old"]
+    assert [v.checkpoint for v in cluster.cluster_state.versions.all] == ["/old"]
 
 
 def test_a_lost_actor_whose_experts_others_serve_does_not_delay_an_update(cluster: Updated) -> None:
     layer = {0: tuple(r for a in ACTORS for r in contiguous_placement(LAYER_EXPERTS, (a,)))}
     every_expert = frozenset(r.expert for r in layer[0])
-    cluster.standing.commit(layer, dict.fromkeys(ACTORS, every_expert))
+    cluster.cluster_state.commit(layer, dict.fromkeys(ACTORS, every_expert))
     operation = cluster.order("/new")
-    cluster.look()
+    cluster.check()
     cluster.prepare("expert-0", 2)
-    cluster.standing.actor_down("expert-1")
-    cluster.look()
+    cluster.cluster_state.actor_down("expert-1")
+    cluster.check()
     assert cluster.log.get(operation.id).phase is OperationPhase.DONE
 
 
 def test_an_update_does_not_publish_what_another_one_left(cluster: Updated) -> None:
-    cluster.standing.begin_version("/abandoned")
+    cluster.cluster_state.begin_version("/abandoned")
     for actor in ACTORS:
         cluster.prepare(actor, 2)
     operation = cluster.order("/new")
-    cluster.look()
+    cluster.check()
     for actor in ACTORS:
         cluster.prepare(actor, 3)
-    cluster.look()
+    cluster.check()
     assert cluster.log.get(operation.id).detail == "version 3: /new"
-    assert cluster.standing.versions.checkpoint == "/new"
+    assert cluster.cluster_state.versions.checkpoint == "/new"
 
 
 def test_an_update_begins_when_another_one_that_is_published_has_ended(cluster: Updated) -> None:
-    cluster.standing.begin_version("/abandoned")
+    cluster.cluster_state.begin_version("/abandoned")
     for actor in ACTORS:
         cluster.prepare(actor, 2)
-    assert cluster.standing.publish_version() is not None
+    assert cluster.cluster_state.publish_version() is not None
     operation = cluster.order("/new")
-    cluster.look()
+    cluster.check()
     assert cluster.log.get(operation.id).phase is OperationPhase.PREPARING
     for actor in ACTORS:
         cluster.prepare(actor, 3)
-    cluster.look()
+    cluster.check()
     assert cluster.log.get(operation.id).detail == "version 3: /new"
 
 
 def test_a_mistake_of_ours_ends_the_update_and_nothing_else(cluster: Updated) -> None:
     operation = cluster.order("/new")
-    cluster.look()
+    cluster.check()
 
     def mistake() -> bool:
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug")
 
     cluster.is_settled = mistake
     for actor in ACTORS:
         cluster.prepare(actor, 2)
     with pytest.raises(RuntimeError):
-        cluster.updates.look()
+        cluster.updates.check()
     assert cluster.log.get(operation.id).phase is OperationPhase.FAILED
-    assert [v.checkpoint for v in cluster.standing.versions.all] == ["/old"]
+    assert [v.checkpoint for v in cluster.cluster_state.versions.all] == ["/old"]

@@ -16,7 +16,7 @@ from torch import nn
 from moecluster.dispatch import connection_pool
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.errors import AttemptAborted, DeadlineExceeded, ExpertsLost, StaleOrder, UserError
+from moecluster.errors import AttemptAborted, DeadlineExceeded, ExpertsLost, StaleRequest, UserError
 from moecluster.metrics import Metrics
 from moecluster.rpc.controller.in_process import FixedPlacement
 from moecluster.rpc.expert.in_process import InProcessTransport
@@ -103,7 +103,7 @@ def test_a_lost_replica_s_tokens_go_to_the_other(checkpoint: Path, modules: dict
         assert {actor for actor, _ in source.reports} == {"expert-0"}
 
 
-def test_where_another_life_of_an_actor_listens_the_other_replica_is_asked(
+def test_where_another_incarnation_of_an_actor_listens_the_other_replica_is_asked(
     checkpoint: Path, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ExpertCluster(checkpoint, replicas=TWICE) as cluster:
@@ -112,7 +112,7 @@ def test_where_another_life_of_an_actor_listens_the_other_replica_is_asked(
 
         def connect_to_another(address: ActorAddress) -> ExpertTransport:
             if address.actor == "expert-0":
-                raise StaleOrder("expert-0 is incarnation b, not a")
+                raise StaleRequest("expert-0 is incarnation b, not a")
             return connect(address)
 
         monkeypatch.setattr(remote.pool, "_connect", connect_to_another)
@@ -137,7 +137,7 @@ def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(
         assert len(source.reports) == 3
         again = ActorAddress(actor="expert-0", address="", incarnation="another")
         source.publish(actors={**cluster.placement.actors, "expert-0": again})
-        assert remote.pool.suspects(source.placement) == {}, "another life of it is asked at once"
+        assert remote.pool.suspects(source.placement) == {}, "another incarnation of it is asked at once"
 
 
 def test_an_expert_that_an_actor_has_lost_is_asked_for_elsewhere_and_reported(
@@ -295,7 +295,7 @@ def test_an_attempt_ends_when_an_actor_is_gone(checkpoint: Path) -> None:
                 remote(LAYER, *tokens())
 
 
-def test_an_attempt_ends_when_another_life_of_the_actor_answers(checkpoint: Path) -> None:
+def test_an_attempt_ends_when_another_incarnation_of_the_actor_answers(checkpoint: Path) -> None:
     with ExpertCluster(checkpoint, replicas=HALVES, optimizer=SGD) as cluster:
         address = cluster.placement.actors["expert-1"]
         actors = {**cluster.placement.actors, "expert-1": replace(address, incarnation="before")}

@@ -61,39 +61,39 @@ def rows_of_sick(ids_TK: torch.Tensor) -> set[int]:
 
 
 @pytest.fixture
-def twins(checkpoint: Path, invariant: bool) -> Iterator[ExpertCluster]:
+def fakes(checkpoint: Path, invariant: bool) -> Iterator[ExpertCluster]:
     with ExpertCluster(checkpoint, replicas=TWICE, batch_invariant=invariant) as cluster:
         yield cluster
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rows_of_a_sick_replica_are_answered_by_the_other_one(
-    twins: ExpertCluster, modules: dict[int, nn.Module], value: float
+    fakes: ExpertCluster, modules: dict[int, nn.Module], value: float
 ) -> None:
-    poison(twins, "expert-0", value)
+    poison(fakes, "expert-0", value)
     for seed in range(3):
-        check_served(twins.remote, modules, seed)
-    assert [(actor, reason) for actor, _, reason in twins.placements.failures] == [
+        check_served(fakes.remote, modules, seed)
+    assert [(actor, reason) for actor, _, reason in fakes.placements.failures] == [
         ("expert-0", f"{SICK} answers NaN or infinity")
     ], "it is told once"
 
 
-def test_a_sick_replica_is_asked_no_more(twins: ExpertCluster, modules: dict[int, nn.Module]) -> None:
-    poison(twins, "expert-0")
-    check_served(twins.remote, modules)
-    table = twins.pool.table(twins.placement, LAYER)
+def test_a_sick_replica_is_asked_no_more(fakes: ExpertCluster, modules: dict[int, nn.Module]) -> None:
+    poison(fakes, "expert-0")
+    check_served(fakes.remote, modules)
+    table = fakes.pool.table(fakes.placement, LAYER)
     where = {expert.index: {table.actors[a] for a in table.actor_of_ER[expert.index] if a >= 0} for expert in EXPERTS}
     assert where == {e.index: {"expert-1"} if e == SICK else {"expert-0", "expert-1"} for e in EXPERTS}
 
 
 def test_of_several_experts_and_actors_every_sick_replica_is_told_apart(
-    twins: ExpertCluster, modules: dict[int, nn.Module]
+    fakes: ExpertCluster, modules: dict[int, nn.Module]
 ) -> None:
-    poison(twins, "expert-0")
-    poison(twins, "expert-1", expert=EXPERTS[0])
+    poison(fakes, "expert-0")
+    poison(fakes, "expert-1", expert=EXPERTS[0])
     for seed in range(8):  # some row of each meets its sick replica
-        check_served(twins.remote, modules, seed)
-    assert {(actor, reason.split()[0]) for actor, _, reason in twins.placements.failures} == {
+        check_served(fakes.remote, modules, seed)
+    assert {(actor, reason.split()[0]) for actor, _, reason in fakes.placements.failures} == {
         ("expert-0", str(SICK)),
         ("expert-1", str(EXPERTS[0])),
     }
@@ -123,49 +123,49 @@ def test_rows_that_no_replica_answers_are_lost_alone(
         assert 'actor="expert-1"' in series and f'expert="2",layer="{LAYER}"' in series and series.endswith(" 2.0")
 
 
-def test_both_replicas_may_be_sick(twins: ExpertCluster) -> None:
-    poison(twins, "expert-0")
-    poison(twins, "expert-1")
+def test_both_replicas_may_be_sick(fakes: ExpertCluster) -> None:
+    poison(fakes, "expert-0")
+    poison(fakes, "expert-1")
     with pytest.raises(RequestFailed, match="expert 2 of layer 1"), torch.no_grad():
-        twins.remote(LAYER, *tokens())
-    assert {actor for actor, *_ in twins.placements.failures} == {"expert-0", "expert-1"}
+        fakes.remote(LAYER, *tokens())
+    assert {actor for actor, *_ in fakes.placements.failures} == {"expert-0", "expert-1"}
 
 
 def test_a_row_that_is_too_much_for_every_replica_sets_none_aside(
-    twins: ExpertCluster, modules: dict[int, nn.Module]
+    fakes: ExpertCluster, modules: dict[int, nn.Module]
 ) -> None:
     x_TD, ids_TK, weights_TK = tokens(dropped=0.0)
     x_TD[3] = 3e38
     lost = Lost()
     with torch.no_grad():
-        y_TD = twins.remote(LAYER, x_TD, ids_TK, weights_TK, on_lost=lost)
+        y_TD = fakes.remote(LAYER, x_TD, ids_TK, weights_TK, on_lost=lost)
         expected_TD = dense(modules, x_TD, ids_TK, weights_TK)
     assert set(lost.rows) == {3} and "for this text's hidden state, though not for others" in lost.rows[3]
     expected_TD[3] = 0.0
     torch.testing.assert_close(y_TD, expected_TD, atol=5e-6, rtol=0)
-    assert not twins.placements.failures
+    assert not fakes.placements.failures
 
 
 @pytest.mark.parametrize("where", ["row", "weight"])
 def test_no_expert_is_to_blame_for_what_came_in(
-    twins: ExpertCluster, modules: dict[int, nn.Module], where: str
+    fakes: ExpertCluster, modules: dict[int, nn.Module], where: str
 ) -> None:
     x_TD, ids_TK, weights_TK = tokens(dropped=0.0)
     (x_TD if where == "row" else weights_TK)[3, 0] = math.nan
     with torch.no_grad():
-        y_TD = twins.remote(LAYER, x_TD, ids_TK, weights_TK)
+        y_TD = fakes.remote(LAYER, x_TD, ids_TK, weights_TK)
         expected_TD = dense(modules, x_TD, ids_TK, weights_TK)
     assert not torch.isfinite(y_TD[3]).all()
     others = [row for row in range(len(y_TD)) if row != 3]
     torch.testing.assert_close(y_TD[others], expected_TD[others], atol=5e-6, rtol=0)
-    assert not twins.placements.failures
+    assert not fakes.placements.failures
 
 
 def test_a_replica_that_was_wrong_once_answers_itself(
-    twins: ExpertCluster, modules: dict[int, nn.Module], invariant: bool, monkeypatch: pytest.MonkeyPatch
+    fakes: ExpertCluster, modules: dict[int, nn.Module], invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flipped bit on the way: the same replica, asked again, says what is right."""
-    exchange = twins.remote._exchange
+    exchange = fakes.remote._exchange
     route = exchange.route
 
     def flipped(*arguments: object, **named: object) -> object:
@@ -176,8 +176,8 @@ def test_a_replica_that_was_wrong_once_answers_itself(
         return [(part, replace(result, **{field: rows})), *others]
 
     monkeypatch.setattr(exchange, "route", flipped)
-    check_served(twins.remote, modules)
-    assert not twins.placements.failures
+    check_served(fakes.remote, modules)
+    assert not fakes.placements.failures
 
 
 def test_sums_that_overflow_are_lost_without_a_guilty_expert(checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from moecluster.errors import (
     InvalidMessage,
     MoeClusterError,
     NotHosted,
-    StaleOrder,
+    StaleRequest,
     Unavailable,
 )
 from moecluster.expert import compute
@@ -202,7 +202,7 @@ def test_orders_of_an_older_controller_are_refused(service: ExpertService, check
         lambda: service.unload(term=4, experts=EXPERTS),
         lambda: service.set_placement(term=4, generation=9),
     ):
-        with pytest.raises(StaleOrder, match="controller term 4 is over: 5 has the say"):
+        with pytest.raises(StaleRequest, match="controller term 4 is superseded by term 5"):
             order()
     status = service.status()
     assert (status.placement, status.checkpoint, status.experts) == ((5, 2), "c", EXPERTS)
@@ -237,7 +237,7 @@ def test_only_the_served_weight_version_answers(service: ExpertService, checkpoi
     assert service.status().weight_version == 3
     for version in (0, 3):
         assert ask(service, batch_of(weight_version=version)).y_ND is not None
-    with pytest.raises(StaleOrder, match="weight version 2 is not served any more: 3 is"):
+    with pytest.raises(StaleRequest, match="weight version 2 is not served any more: 3 is"):
         ask(service, batch_of(weight_version=2))
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moecluster.errors import AttemptAborted, NotHosted, StaleOrder, StateLost
+from moecluster.errors import AttemptAborted, NotHosted, StaleRequest, StateLost
 from moecluster.expert import compute
 from moecluster.expert.service import ExpertService
 from moecluster.models.checkpoint.training_progress import TrainingState, write_training_state
@@ -197,24 +197,24 @@ def test_kept_activations_go_with_backward_abort_and_commit(
 def test_an_attempt_that_is_over_is_refused(trainer: ExpertService) -> None:
     run_forward_and_backward(trainer)
     trainer.abort(TAG)
-    with pytest.raises(StaleOrder, match="was aborted"):
+    with pytest.raises(StaleRequest, match="was aborted"):
         ask(trainer, tagged(Phase.BACKWARD))
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         trainer.reduce(TAG, [backward_key()])
     run_step(trainer, replace(TAG, attempt=1))
-    with pytest.raises(StaleOrder, match="step 1 is over"):
+    with pytest.raises(StaleRequest, match="step 1 is over"):
         ask(trainer, tagged(Phase.TRAIN_FORWARD))
     assert trainer.status(training_term=7).training_term == 7
-    with pytest.raises(StaleOrder, match="training term 1 is over: 7 has the say"):
+    with pytest.raises(StaleRequest, match="training term 1 is superseded by term 7"):
         ask(trainer, tagged(Phase.TRAIN_FORWARD, tag=replace(TAG, step=2)))
-    with pytest.raises(StaleOrder, match="training term 6 is over"):
+    with pytest.raises(StaleRequest, match="training term 6 is over"):
         trainer.status(training_term=6)
 
 
-def test_training_messages_to_another_life_of_the_actor_are_refused(trainer: ExpertService) -> None:
+def test_training_messages_to_another_incarnation_of_the_actor_are_refused(trainer: ExpertService) -> None:
     own = ask(trainer, tagged(Phase.TRAIN_FORWARD, incarnation=trainer.incarnation))
     assert own.y_ND is not None
-    with pytest.raises(StaleOrder, match=f"this is incarnation {trainer.incarnation}, not another"):
+    with pytest.raises(StaleRequest, match=f"this is incarnation {trainer.incarnation}, not another"):
         ask(trainer, tagged(Phase.BACKWARD, incarnation="another"))
 
 
@@ -259,7 +259,7 @@ def test_only_the_committed_step_is_exported(trainer: ExpertService) -> None:
     run_step(trainer, TAG)
     assert len(list(trainer.export(experts=EXPERTS[:1], with_optimizer=False, step=1))) > 0
     for step in (2, 7):
-        with pytest.raises(StaleOrder, match=f"step {step} is not what is committed here"):
+        with pytest.raises(StaleRequest, match=f"step {step} is not what is committed here"):
             list(trainer.export(experts=EXPERTS[:1], with_optimizer=False, step=step))
 
 
@@ -294,7 +294,7 @@ def test_training_goes_on_from_what_was_exported_bit_for_bit(checkpoint: Path, t
 
     with training(tmp_path / "saved", "expert-1", adamw, term=2) as successor:
         assert_same_tensors(exported(successor, with_optimizer=True), state)
-        with pytest.raises(StaleOrder, match="step 1 is over"):
+        with pytest.raises(StaleRequest, match="step 1 is over"):
             run_forward_and_backward(successor, replace(second, step=1))
         with pytest.raises(StateLost, match="holds step 1 and was asked for step 3"):
             run_forward_and_backward(successor, replace(second, step=3))

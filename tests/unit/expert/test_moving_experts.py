@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from moecluster.config.sections import ModelConfig
-from moecluster.errors import DeadlineExceeded, InvalidMessage, NotHosted, StaleOrder, Unavailable
+from moecluster.errors import DeadlineExceeded, InvalidMessage, NotHosted, StaleRequest, Unavailable
 from moecluster.expert.service import ExpertService
 from moecluster.expert.weight_sources import BytePace
 from moecluster.models.experts.source import ExpertSource
 from moecluster.models.native.build import build_model
 from moecluster.rpc.expert.in_process import InProcessPeerExports
-from moecluster.rpc.expert.interface import MAX_PICTURE_BYTES, ExportedTensor, Pace, PeerExports
+from moecluster.rpc.expert.interface import MAX_SNAPSHOT_BYTES, ExportedTensor, Pace, PeerExports
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 from tests.support.clusters.given import any_directory
 from tests.support.expert.batches import make_batch
@@ -140,7 +140,7 @@ def test_other_orders_and_batches_go_on_while_experts_come(move: Move) -> None:
 def test_a_load_of_a_controller_that_is_over_stops_at_once(move: Move) -> None:
     load = move.begin_load()
     move.service.set_placement(term=2, generation=1)
-    with pytest.raises(StaleOrder, match="controller term 1 is over: 2 has the say"):
+    with pytest.raises(StaleRequest, match="controller term 1 is superseded by term 2"):
         load.result(TIMEOUT_S)  # while the peer still gives nothing
     assert move.service.status().experts == EXPERTS[:1]
     move.peer.go.set()
@@ -153,7 +153,7 @@ def test_a_load_that_waits_for_its_turn_is_fenced_too(move: Move) -> None:
         time.sleep(0.002)
     move.service.unload(term=2, experts=[])
     for load in loads:
-        with pytest.raises(StaleOrder, match="controller term 1 is over"):
+        with pytest.raises(StaleRequest, match="controller term 1 is over"):
             load.result(TIMEOUT_S)
     assert move.service.status().experts == EXPERTS[:1]
 
@@ -162,7 +162,7 @@ def test_what_is_unloaded_while_it_is_loaded_does_not_come(move: Move) -> None:
     load = move.begin_load()
     move.service.unload(term=1, experts=EXPERTS[:3])  # one that came, one that is coming, one not yet asked for
     move.peer.go.set()
-    with pytest.raises(StaleOrder, match=r"unloaded while they were loaded: 1/0, 1/1, 1/2 \(layer/index\)"):
+    with pytest.raises(StaleRequest, match=r"unloaded while they were loaded: 1/0, 1/1, 1/2 \(layer/index\)"):
         load.result(TIMEOUT_S)
     assert move.service.status().experts == EXPERTS[3:]
     assert EXPERTS[2] not in move.peer.copies
@@ -257,7 +257,7 @@ def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> No
     move.service.load(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), weight_version=2)
     at_version(move.peer._service, checkpoint, 3)
     move.peer.go.set()
-    with pytest.raises(StaleOrder, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
+    with pytest.raises(StaleRequest, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
         move.load()
     assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS[:1], 2)
     move.load(weight_version=3)  # beside the other
@@ -305,7 +305,7 @@ def test_a_throttled_copy_ends_with_its_order(move: Move) -> None:
     while move.peer.copies[EXPERTS[0]] < 2:
         time.sleep(0.002)
     move.service.set_placement(term=2, generation=1)
-    with pytest.raises(StaleOrder, match="controller term 1 is over"):
+    with pytest.raises(StaleRequest, match="controller term 1 is over"):
         load.result(TIMEOUT_S)
 
 
@@ -372,7 +372,7 @@ def test_an_unload_of_a_controller_that_is_over_drops_nothing(service: ExpertSer
         while not service._orders._unloads:
             time.sleep(0.002)
         service.set_placement(term=2, generation=1)
-        with pytest.raises(StaleOrder, match="controller term 1 is over"):
+        with pytest.raises(StaleRequest, match="controller term 1 is over"):
             unload.result(TIMEOUT_S)
         assert service.status().experts == EXPERTS
 
@@ -415,19 +415,19 @@ def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) ->
 # -- what status says --
 
 
-def test_the_controller_s_picture_is_kept_for_its_successor(service: ExpertService) -> None:
-    service.set_placement(term=3, generation=2, picture=b"first")
+def test_the_controller_s_snapshot_is_kept_for_its_successor(service: ExpertService) -> None:
+    service.set_placement(term=3, generation=2, snapshot=b"first")
     service.set_placement(term=3, generation=3)
-    assert service.status().picture == b""
-    assert service.status(with_picture=True).picture == b"first"
-    service.set_placement(term=3, generation=1, picture=b"overtaken on its way")
-    assert service.status(with_picture=True).picture == b"first"
-    largest = bytes(MAX_PICTURE_BYTES)
-    service.set_placement(term=4, generation=1, picture=largest)
-    with pytest.raises(InvalidMessage, match=f"picture: {MAX_PICTURE_BYTES + 1} bytes, at most {MAX_PICTURE_BYTES}"):
-        service.set_placement(term=5, generation=1, picture=largest + b"x")
-    status = service.status(with_picture=True)
-    assert (status.placement, status.picture) == ((4, 1), largest)
+    assert service.status().snapshot == b""
+    assert service.status(with_snapshot=True).snapshot == b"first"
+    service.set_placement(term=3, generation=1, snapshot=b"overtaken on its way")
+    assert service.status(with_snapshot=True).snapshot == b"first"
+    largest = bytes(MAX_SNAPSHOT_BYTES)
+    service.set_placement(term=4, generation=1, snapshot=largest)
+    with pytest.raises(InvalidMessage, match=f"snapshot: {MAX_SNAPSHOT_BYTES + 1} bytes, at most {MAX_SNAPSHOT_BYTES}"):
+        service.set_placement(term=5, generation=1, snapshot=largest + b"x")
+    status = service.status(with_snapshot=True)
+    assert (status.placement, status.snapshot) == ((4, 1), largest)
 
 
 def test_work_is_counted(service: ExpertService) -> None:

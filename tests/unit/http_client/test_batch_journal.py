@@ -143,7 +143,7 @@ MALFORMED: list[tuple[dict[str, Any] | str, str]] = [
     (request_line("x", url="/v1/embeddings"), '"url": expected /v1/completions or'),
     (request_line("x", body=[]), '"body"'),
     (request_line("x", body={"stream": True}), "not streamed"),
-    (request_line("first"), 'the custom_id "first" stands in line 1 already'),
+    (request_line("first"), 'the custom_id "first" is in line 1 already'),
 ]
 
 

@@ -14,7 +14,7 @@ from moecluster.http_client.batch.journal import Journal, journal_path
 from moecluster.http_client.batch.lines import MAX_LINE_BYTES, BatchInput
 from moecluster.http_client.batch.run import run_batch
 from moecluster.http_client.batch.send import Retries
-from moecluster.http_client.connection import message_of, open_front
+from moecluster.http_client.connection import message_of, open_gateway
 
 Serve = Callable[[httpx.Request], httpx.Response]
 
@@ -28,11 +28,11 @@ def line(custom_id: str, rest: bytes = b"") -> bytes:
 def run(source: Path, out: Path, serve: Serve) -> list[dict[str, Any]]:
     async def send(batch: BatchInput, journal: Journal) -> None:
         transport = httpx.MockTransport(serve)
-        async with open_front(
+        async with open_gateway(
             "http://127.0.0.1:1", api_key="", max_connections=2, timeout_s=20.0, transport=transport
-        ) as front:
+        ) as gateway:
             retries = Retries(attempts=1, patience_s=0.0)
-            await run_batch(batch, journal, front, concurrency=2, retries=retries, on_done=lambda output: None)
+            await run_batch(batch, journal, gateway, concurrency=2, retries=retries, on_done=lambda output: None)
 
     with BatchInput(source) as batch, Journal(out, batch) as journal:
         asyncio.run(send(batch, journal))

@@ -12,20 +12,20 @@ from moecluster.errors import ConfigError
 from moecluster.http_client.bench.request import Measured
 from moecluster.http_client.bench.summary import Slo, in_flight_over_time, rate_over_time, spread, summarize
 from moecluster.http_client.bench.workload import LengthRange, asks, poisson_arrivals, read_range
-from moecluster.http_client.connection import front_url, message_of, read_api_key, retry_after_s
+from moecluster.http_client.connection import gateway_url, message_of, read_api_key, retry_after_s
 
 
 def measured(
     first_s: float, gaps_s: list[float], *, due_s: float = 0.0, late_s: float = 0.0, error: str = ""
 ) -> Measured:
-    pieces_s = list(itertools.accumulate([due_s + first_s, *gaps_s]))
+    chunks_s = list(itertools.accumulate([due_s + first_s, *gaps_s]))
     return Measured(
         scheduled_s=due_s,
         sent_s=due_s + late_s,
-        ended_s=pieces_s[-1],
-        pieces_s=pieces_s,
+        ended_s=chunks_s[-1],
+        chunks_s=chunks_s,
         prompt_tokens=5,
-        output_tokens=len(pieces_s),
+        output_tokens=len(chunks_s),
         error=error,
     )
 
@@ -138,17 +138,17 @@ def test_ranges() -> None:
         ("inf", None),
     ],
 )
-def test_retry_after_is_seconds_or_a_date(said: str, seconds: float | None) -> None:
-    assert retry_after_s(httpx.Headers({"Retry-After": said}), 60.0) == seconds
+def test_retry_after_is_seconds_or_a_date(output: str, seconds: float | None) -> None:
+    assert retry_after_s(httpx.Headers({"Retry-After": output}), 60.0) == seconds
     assert retry_after_s(httpx.Headers(), 60.0) is None
 
 
-def test_the_fronts_address_with_or_without_its_version() -> None:
+def test_the_gateways_address_with_or_without_its_version() -> None:
     for text in ("http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/"):
-        assert front_url(text) == httpx.URL("http://h:8000")
+        assert gateway_url(text) == httpx.URL("http://h:8000")
     for text in ("h:8000", "", "ftp://h", "http://", "http://h:port"):
         with pytest.raises(ConfigError, match="--base-url"):
-            front_url(text)
+            gateway_url(text)
 
 
 def test_a_key_that_is_none_is_refused_without_being_shown(monkeypatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from moecluster.config.sections import ModelConfig
 from moecluster.models.experts.layout import ExpertLayout
 from moecluster.models.native.build import build_model
-from moecluster.models.native.configuration import own_config
+from moecluster.models.native.configuration import native_config
 
 
 def test_initialization_survives_empty_models_in_other_threads():
@@ -16,7 +16,7 @@ def test_initialization_survives_empty_models_in_other_threads():
     before = build_model(settings, seed=1).state_dict()
     init_function = torch.nn.init.normal_
     with ThreadPoolExecutor(max_workers=8) as pool:
-        empty = [pool.submit(ExpertLayout, own_config(settings)) for _ in range(40)]
+        empty = [pool.submit(ExpertLayout, native_config(settings)) for _ in range(40)]
         built = [pool.submit(build_model, settings, 1) for _ in range(4)]
         assert all(len(future.result().layers) == 2 for future in empty)
     assert torch.nn.init.normal_ is init_function

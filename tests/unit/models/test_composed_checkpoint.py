@@ -14,7 +14,7 @@ from moecluster.errors import CheckpointError
 from moecluster.models.checkpoint.headers import read_headers
 from moecluster.models.checkpoint.reader import INDEX_NAME, Checkpoint
 from moecluster.models.experts.source import ExpertSource
-from moecluster.models.native.build import register_own_family
+from moecluster.models.native.build import register_native_family
 from moecluster.models.trunk import load_trunk
 from moecluster.models.update import compose as composed_checkpoint
 from moecluster.models.update.compose import compose
@@ -79,7 +79,7 @@ def test_experts_and_trunk_come_from_where_they_are_wanted(stored, tmp_path, fam
     assert trunk.keys() == wanted.keys() and all(torch.equal(trunk[name], wanted[name]) for name in wanted)
     assert json.loads((out / "tokenizer.json").read_text()) == {"of": 0 if keep_trunk else 1}
     # Any other reader sees the same: each tensor stands in one file.
-    register_own_family()
+    register_native_family()
     model = AutoModelForCausalLM.from_pretrained(out).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(served if keep_trunk else update).state_dict()
     assert all(torch.equal(model[name], theirs[name]) for name in theirs if ".experts." not in name)

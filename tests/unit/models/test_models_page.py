@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from moecluster.hf.interface import UNATTACHABLE_FAMILIES
-from moecluster.models.native.build import register_own_family
+from moecluster.models.native.build import register_native_family
 from tests.support.models.families import FAMILIES, SEE_PADDING
 from tools.family_trials import refusal_of
 from tools.generate_models_page import PAGE, page, read_results, tried_version
@@ -17,8 +17,8 @@ REGENERATE = "run `make models-page` and commit docs/models.json and docs/models
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_family() -> None:
-    register_own_family()
+def native_family() -> None:
+    register_native_family()
 
 
 def test_the_page_is_what_was_found() -> None:

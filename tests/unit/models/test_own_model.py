@@ -14,8 +14,8 @@ from moecluster.config.load import preset_names
 from moecluster.config.sections import ModelConfig
 from moecluster.errors import ConfigError
 from moecluster.hf.interface import attach
-from moecluster.models.native.build import build_expert, build_model, empty_own_model, register_own_family
-from moecluster.models.native.modeling import OwnExperts, OwnForCausalLM
+from moecluster.models.native.build import build_expert, build_model, empty_native_model, register_native_family
+from moecluster.models.native.modeling import NativeExperts, NativeForCausalLM
 from moecluster.types import ExpertId
 
 TINY = ModelConfig(
@@ -42,7 +42,7 @@ def tokens(rows: int = 3, length: int = 17, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def states_equal(a: OwnForCausalLM, b: OwnForCausalLM) -> bool:
+def states_equal(a: NativeForCausalLM, b: NativeForCausalLM) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -74,13 +74,13 @@ def test_presets_train(name: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_save_and_load_give_the_same_model(variant: str, tmp_path: Path) -> None:
-    register_own_family()
+    register_native_family()
     model = build_model(VARIANTS[variant], seed=3).eval()
     for gate in model.gates().values():
         gate.after_step(torch.arange(4))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
-    assert isinstance(loaded, OwnForCausalLM)
+    assert isinstance(loaded, NativeForCausalLM)
     assert states_equal(model, loaded)
     assert all(parameter.dtype == model.get_parameter(key).dtype for key, parameter in loaded.named_parameters())
     input_ids = tokens()
@@ -166,7 +166,7 @@ def test_loss_is_cross_entropy_plus_the_gates_losses(variant: str) -> None:
 
 def test_experts_add_weighted_outputs_and_skip_what_is_out_of_range() -> None:
     experts: Any = build_model(TINY, seed=0).get_submodule("model.layers.0.mlp.experts")
-    assert isinstance(experts, OwnExperts)
+    assert isinstance(experts, NativeExperts)
     x_TD = torch.randn(5, 32)
     ids_TK = torch.tensor([[0, 3], [1, 4], [4, 4], [2, 0], [3, 2]])
     weights_TK = torch.rand(5, 2)
@@ -218,5 +218,5 @@ def test_noise_follows_the_micro_batch() -> None:
 )
 def test_wrong_architectures_are_named(changes: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        empty_own_model(dataclasses.replace(TINY, **changes))
+        empty_native_model(dataclasses.replace(TINY, **changes))
     assert part in str(caught.value)

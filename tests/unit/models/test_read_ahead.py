@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.errors import CheckpointError, StaleOrder
+from moecluster.errors import CheckpointError, StaleRequest
 from moecluster.models.checkpoint.reader import Checkpoint
 from moecluster.models.experts.prefetch import loaded_bytes, read_ahead
 from moecluster.models.experts.source import ExpertSource
@@ -95,10 +95,10 @@ def test_a_read_that_hangs_ends_with_its_order(source: Watched) -> None:
 
     def check(expert: ExpertId) -> None:
         if stale.is_set():
-            raise StaleOrder("term 1 is over")
+            raise StaleRequest("term 1 is over")
 
     experts = read_ahead(source, EXPERTS, torch.float32, check=check)
     threading.Timer(0.2, stale.set).start()
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         next(experts)
     assert len(source.begun) <= 4

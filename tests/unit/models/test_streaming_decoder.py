@@ -50,7 +50,7 @@ def id_lists(kind: str) -> st.SearchStrategy[list[int]]:
     return lists
 
 
-def pieces_of(kind: str, ids: list[int]) -> list[str]:
+def chunks_of(kind: str, ids: list[int]) -> list[str]:
     decoder = StreamingDecoder(detokenizer_of(kind))
     return [*(decoder.push(i) for i in ids), decoder.finish()]
 
@@ -66,7 +66,7 @@ def whole_of(kind: str, ids: list[int]) -> str:
 @given(data=st.data())
 def test_pieces_join_to_the_whole(kind: str, data: st.DataObject) -> None:
     ids = data.draw(id_lists(kind))
-    assert "".join(pieces_of(kind, ids)) == whole_of(kind, ids)
+    assert "".join(chunks_of(kind, ids)) == whole_of(kind, ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,10 +88,10 @@ def test_characters_of_byte_fallback_that_follow_each_other() -> None:
     special = tokenizer.convert_tokens_to_ids("<sep>")
     bytes_of = {text: [tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>") for b in text.encode()] for text in ("あ", "👍")}
     ids = [*bytes_of["あ"] * 3, *bytes_of["👍"], word]
-    assert pieces_of(kind, ids) == [*[""] * 13, "あああ👍 hello", ""]
+    assert chunks_of(kind, ids) == [*[""] * 13, "あああ👍 hello", ""]
     first, *rest = bytes_of["あ"]
-    assert "".join(pieces_of(kind, [first, special, *rest, word])) == "あ hello"
-    assert "".join(pieces_of(kind, [*bytes_of["あ"], first, word])) == "\ufffd" * 4 + " hello"
+    assert "".join(chunks_of(kind, [first, special, *rest, word])) == "あ hello"
+    assert "".join(chunks_of(kind, [*bytes_of["あ"], first, word])) == "\ufffd" * 4 + " hello"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moecluster.errors import AttemptAborted, InvalidMessage, StaleOrder, StateLost
+from moecluster.errors import AttemptAborted, InvalidMessage, StaleRequest, StateLost
 from moecluster.optim.step_state import StepState
 from moecluster.types import MessageKey, OptimizerSettings, StepTag
 
@@ -97,9 +97,9 @@ def test_a_newer_attempt_drops_gradients_and_prepared_state():
     state.prepare(tag(), clip_scale=1.0, learning_rate=1.0)
     state.admit(tag(attempt=1))
     assert state.prepared is None
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         state.commit(tag())
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         state.accumulate(tag(), key(), grads(1.0))
     run_step(state, tag(attempt=1), value=1.0)
     assert parameters["0/0"].item() == 0.5
@@ -110,17 +110,17 @@ def test_an_aborted_attempt_stays_aborted():
     state.accumulate(tag(), key(), grads(100.0))
     state.abort(tag())
     state.abort(tag())
-    with pytest.raises(StaleOrder, match="aborted"):
+    with pytest.raises(StaleRequest, match="aborted"):
         state.accumulate(tag(), key(), grads(100.0))
     run_step(state, tag(attempt=1))
     assert parameters["0/0"].item() == 0.5
-    with pytest.raises(StaleOrder, match="committed"):
+    with pytest.raises(StaleRequest, match="committed"):
         state.abort(tag(attempt=1))
 
 
 def test_commit_needs_prepare():
     state, _ = make_state()
-    with pytest.raises(StaleOrder, match="nothing"):
+    with pytest.raises(StaleRequest, match="nothing"):
         state.commit(tag())
     state.accumulate(tag(), key(), grads(1.0))
     with pytest.raises(AttemptAborted, match="not reduced"):
@@ -133,7 +133,7 @@ def test_commit_names_the_attempt():
     state.reduce(tag(attempt=1), [key()])
     state.prepare(tag(attempt=1), clip_scale=1.0, learning_rate=0.5)
     for other in (tag(attempt=0), tag(step=2, attempt=1)):
-        with pytest.raises(StaleOrder, match="is not prepared here"):
+        with pytest.raises(StaleRequest, match="is not prepared here"):
             state.commit(other)
     assert parameters["0/0"].item() == 1.0
 
@@ -145,7 +145,7 @@ def test_a_higher_term_fences_and_commits_what_the_old_one_prepared():
     state.prepare(tag(), clip_scale=1.0, learning_rate=0.5)
     state.fence(2)
     for order in (state.commit, state.abort, state.admit):
-        with pytest.raises(StaleOrder, match="term 1"):
+        with pytest.raises(StaleRequest, match="term 1"):
             order(tag())
     assert state.prepared == tag()  # a fence alone loses nothing
     state.commit(tag(term=2))
@@ -157,7 +157,7 @@ def test_a_higher_term_fences_and_commits_what_the_old_one_prepared():
 def test_steps_are_taken_one_by_one():
     state, _ = make_state()
     state.reset(term=1, step=7)
-    with pytest.raises(StaleOrder, match="7 is committed"):
+    with pytest.raises(StaleRequest, match="7 is committed"):
         state.admit(tag(step=7))
     with pytest.raises(StateLost, match="holds step 7"):
         state.admit(tag(step=9))
@@ -172,7 +172,7 @@ def test_steps_are_taken_one_by_one():
 def test_going_back_needs_no_lower_term():
     state, _ = make_state()
     state.fence(5)
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         state.reset(term=4, step=0)
 
 

@@ -10,7 +10,7 @@ from moecluster.placement.layout import Fleet, Floats, Layout, make_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A standing layout of everything, the load on it, and where it stands."""
+    """A current layout of everything, the load on it, and where it stands."""
 
     layout: Layout
     load_LE: Floats

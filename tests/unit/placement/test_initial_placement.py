@@ -52,8 +52,8 @@ def test_a_table_places_experts_and_shares_replicas_evenly() -> None:
         ({"expert-0": ["1/0"]}, r"layer 1 has no experts; MoE layers are 0, 2"),
         ({"expert-0": ["2/2"]}, r"layer 2 has experts 0 to 1"),
         ({"expert-0": ["*/*", "0/1"]}, r"expert 0/1 is named twice"),
-        ({"expert-0": ["0/*", "2/0"]}, r"1 experts stand on no actor \(2/1\)"),
-        ({}, r"4 experts stand on no actor \(0/0, 0/1, 2/0, 2/1\)"),
+        ({"expert-0": ["0/*", "2/0"]}, r"1 experts are on no actor \(2/1\)"),
+        ({}, r"4 experts are on no actor \(0/0, 0/1, 2/0, 2/1\)"),
     ],
 )
 def test_a_wrong_table_is_one_line_that_says_what_would_be_right(table: dict[str, list[str]], complaint: str) -> None:

@@ -39,8 +39,8 @@ def assert_valid(layout: Layout, fleet: Fleet) -> None:
     assert (held_LA <= fleet.slots_A).all()
     places = set(zip(layout.layer_R.tolist(), layout.expert_R.tolist(), layout.actor_R.tolist(), strict=True))
     assert len(places) == layout.num_replicas
-    standing = {(layer, expert) for layer, expert, _ in places}
-    assert standing == {(i, e) for i, count in enumerate(layout.num_experts_L.tolist()) for e in range(count)}
+    cluster_state = {(layer, expert) for layer, expert, _ in places}
+    assert cluster_state == {(i, e) for i, count in enumerate(layout.num_experts_L.tolist()) for e in range(count)}
     assert (layout.share_R >= 0).all()
     np.testing.assert_allclose(shares_per_expert(layout), 1.0, rtol=1e-9)
 
@@ -80,9 +80,9 @@ def test_cold_experts_get_no_replica_and_the_others_keep_theirs(name: str, chanc
     seen = replace(seen, cold_LE=cold_LE, load_LE=np.where(cold_LE, 0.0, seen.load_LE))
     policy = policy_named(name)
     decision, _ = policy.decide(seen, policy.first_state())
-    standing = np.bincount(decision.layout.expert_key_R, minlength=cold_LE.size) > 0
+    cluster_state = np.bincount(decision.layout.expert_key_R, minlength=cold_LE.size) > 0
     there = np.arange(cold_LE.shape[1]) < case.layout.num_experts_L[:, None]
-    np.testing.assert_array_equal(standing.reshape(cold_LE.shape), there & ~cold_LE)
+    np.testing.assert_array_equal(cluster_state.reshape(cold_LE.shape), there & ~cold_LE)
 
 
 BUDGETS_BYTES, BURSTS = st.sampled_from([0.0, 1.0, 3.0, 10.0]), st.sampled_from([0.0, 0.5, USUAL_BURST])

@@ -91,7 +91,7 @@ def test_a_number_that_the_texts_themselves_had_outgrown_is_gone_back_to() -> No
 
 
 def test_a_wish_from_before_another_number_was_ordered_does_not_turn_round() -> None:
-    _, _, state = decide(seen(0.0, 24))  # a third one is wished for
+    _, _, state = decide(seen(0.0, 24))  # a third one is needed
     assert decide(seen(10.0, 48, routers=5), state=state)[0] == 6
     _, _, state = decide(seen(0.0, 14, routers=4))
     assert decide(seen(400.0, 0, routers=2), state=state)[0] == 1

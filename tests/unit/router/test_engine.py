@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from moecluster.dispatch.trunk_backend import TrunkExperts, VersionExperts
 from moecluster.errors import BatchBroken, Exhausted, InvalidMessage, MoeClusterError, RequestFailed, Unavailable
-from moecluster.generation import GenerationPiece, GenerationRequest, SamplingParameters
+from moecluster.generation import GenerationChunk, GenerationRequest, SamplingParameters
 from moecluster.hf.interface import moe_layers
 from moecluster.models.tokenizer.load import load_tokenizer
 from moecluster.models.trunk import load_trunk
@@ -27,7 +27,7 @@ from moecluster.router.engine import factory as making
 from moecluster.router.engine import sampler as token_choice
 from moecluster.router.engine.engine import Engine, EngineLimits
 from moecluster.router.engine.factory import make_engine
-from moecluster.router.engine.sequence import RunningText
+from moecluster.router.engine.sequence import TokenSequence
 from tests.support.clusters.expert_cluster import ExpertCluster
 from tests.support.soak.generation_load import save_decided_model
 
@@ -75,21 +75,21 @@ def ask(name: str = "r", **fields: Any) -> GenerationRequest:
     return GenerationRequest(**{"request_id": name, "prompt_ids": PROMPT, "max_new_tokens": 24, **fields})
 
 
-def write(engine: Engine, request: GenerationRequest) -> list[GenerationPiece]:
+def write(engine: Engine, request: GenerationRequest) -> list[GenerationChunk]:
     return list(engine.begin(request, request.prompt_ids))
 
 
-def ids_of(pieces: list[GenerationPiece]) -> list[int]:
-    return [i for piece in pieces for i in piece.ids]
+def ids_of(chunks: list[GenerationChunk]) -> list[int]:
+    return [i for chunk in chunks for i in chunk.ids]
 
 
-def text_of(pieces: list[GenerationPiece]) -> str:
-    return "".join(piece.text for piece in pieces)
+def text_of(chunks: list[GenerationChunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParameters(), SAMPLED])
 @pytest.mark.parametrize("received", [1, 7, 23])
-def test_a_text_goes_on_behind_what_another_router_wrote(engine, sampling, received) -> None:
+def test_a_request_goes_on_behind_what_another_router_wrote(engine, sampling, received) -> None:
     running = engine()
     whole = write(running, ask(sampling=sampling, logprobs=True, top_logprobs=2))
     rest = write(
@@ -104,7 +104,7 @@ def test_a_text_goes_on_behind_what_another_router_wrote(engine, sampling, recei
         assert [p.logprob for p in ours.logprobs] == pytest.approx([p.logprob for p in theirs.logprobs], abs=1e-4)
 
 
-def test_a_stop_text_across_the_break_is_found_and_never_shown(engine) -> None:
+def test_a_stop_string_across_the_break_is_found_and_never_shown(engine) -> None:
     running = engine()
     whole = text_of(write(running, ask()))
     stop = whole[8:12]
@@ -126,12 +126,12 @@ def test_a_stop_text_across_the_break_is_found_and_never_shown(engine) -> None:
         {"do_sample": True, "temperature": 9.0, "num_beams": 2, "forced_bos_token_id": 7},
     ],
 )
-def test_no_setting_of_the_checkpoint_changes_a_text(engine, setting) -> None:
+def test_no_setting_of_the_checkpoint_changes_a_request(engine, setting) -> None:
     expected = ids_of(write(engine(), ask()))
     assert ids_of(write(engine(settings=GenerationConfig(**setting)), ask())) == expected
 
 
-def test_texts_that_ignore_their_ends_are_beside_others_what_they_are_alone(engine) -> None:
+def test_requests_that_ignore_their_ends_are_beside_others_what_they_are_alone(engine) -> None:
     plain = ids_of(write(engine(), ask()))
     running = engine(settings=GenerationConfig(eos_token_id=plain[4]))
     assert ids_of(write(running, ask())) == plain[: plain.index(plain[4]) + 1]
@@ -148,14 +148,14 @@ def test_what_was_all_written_elsewhere_only_gets_its_end(engine) -> None:
     running = engine()
     whole = write(running, ask(max_new_tokens=5))
     stop = text_of(whole)[:3]
-    pieces = write(running, ask(stop=(stop,), generated_ids=tuple(ids_of(whole)[:4])))
-    assert len(pieces) == 1 and pieces[0].finish_reason == "stop" and not pieces[0].ids
+    chunks = write(running, ask(stop=(stop,), generated_ids=tuple(ids_of(whole)[:4])))
+    assert len(chunks) == 1 and chunks[0].finish_reason == "stop" and not chunks[0].ids
 
 
-def test_the_last_piece_says_what_the_text_took(engine) -> None:
+def test_the_last_chunk_says_what_the_request_took(engine) -> None:
     running = engine()
-    pieces = write(running, ask(max_new_tokens=5))
-    last = pieces[-1]
+    chunks = write(running, ask(max_new_tokens=5))
+    last = chunks[-1]
     assert (last.prompt_tokens, last.weight_version, last.finish_reason) == (len(PROMPT), 0, "length")
     layers = {expert.layer for expert in last.experts}
     # Every token but the last, which is not read any more, visits two experts of each layer.
@@ -172,7 +172,7 @@ def test_a_prompt_that_was_read_before_is_not_computed_again(engine, request) ->
     assert again[-1].cached_tokens == (96 if "paged" in request.node.name else 0)
 
 
-def test_texts_beyond_the_bounds_are_refused_with_a_time_to_come_back(engine) -> None:
+def test_requests_beyond_the_bounds_are_refused_with_a_time_to_come_back(engine) -> None:
     running = engine()
     texts = [running.begin(ask(f"r{i}", max_new_tokens=220), PROMPT) for i in range(6)]
     assert (running.running, running.waiting) == (4, 2)
@@ -186,7 +186,7 @@ def test_texts_beyond_the_bounds_are_refused_with_a_time_to_come_back(engine) ->
     assert len(ids_of(write(running, ask("after", max_new_tokens=3)))) == 3
 
 
-def test_a_cancelled_text_leaves_its_place_to_the_next(engine) -> None:
+def test_a_cancelled_request_leaves_its_place_to_the_next(engine) -> None:
     running = engine(replace(LIMITS, max_running=1))
     first = running.begin(ask("first", max_new_tokens=220), PROMPT)
     next(first)
@@ -198,7 +198,7 @@ def test_a_cancelled_text_leaves_its_place_to_the_next(engine) -> None:
     assert not running.cancel("first")
 
 
-def test_a_text_that_there_is_no_room_for_is_refused_by_name(engine) -> None:
+def test_a_request_that_there_is_no_room_for_is_refused_by_name(engine) -> None:
     running = engine()
     with pytest.raises(InvalidMessage, match=r"prompt_ids: its 12 tokens and max_new_tokens = 5000 exceed"):
         running.begin(ask(max_new_tokens=5000), PROMPT)
@@ -208,7 +208,7 @@ def test_a_text_that_there_is_no_room_for_is_refused_by_name(engine) -> None:
     kept.close()
 
 
-def test_texts_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) -> None:
+def test_requests_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) -> None:
     running = engine()
     expected = ids_of(write(running, ask("before")))
     pool, calls = cluster[1].pool, 0
@@ -229,7 +229,7 @@ def test_texts_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) -> 
     assert ids_of(write(running, ask("after"))) == expected
 
 
-def test_many_texts_through_few_places_are_what_each_is_alone(engine) -> None:
+def test_many_requests_through_few_places_are_what_each_is_alone(engine) -> None:
     running = engine(replace(LIMITS, max_waiting=40))
     requests = [
         ask(f"r{i}", prompt_ids=PROMPT[: 1 + i % len(PROMPT)], max_new_tokens=3 + i, sampling=SAMPLED)
@@ -252,7 +252,7 @@ def test_two_threads_may_close_an_engine_that_writes(engine) -> None:
         list(text)
 
 
-def test_a_text_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> None:
+def test_a_request_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> None:
     running = engine(replace(LIMITS, max_waiting=4))
 
     def no_writer(*_: Any) -> Any:
@@ -260,19 +260,19 @@ def test_a_text_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> No
 
     with monkeypatch.context() as patches:
         patches.setattr(running._writer, "is_alive", lambda: False)
-        patches.setattr(running, "_make_writer", no_writer)
+        patches.setattr(running, "_make_runner", no_writer)
         with pytest.raises(Unavailable, match="RuntimeError: out of memory"):
             write(running, ask())
     assert running.running == 0
     assert len(ids_of(write(running, ask()))) == 24
 
 
-def fails_at(*names: str) -> Callable[[RunningText], bool]:
+def fails_at(*names: str) -> Callable[[TokenSequence], bool]:
     """Of these texts the second token fails."""
     return lambda text: text.name in names and len(text.generated_ids) == 1
 
 
-def sick_sampler(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -> None:
+def sick_sampler(patches: pytest.MonkeyPatch, sick: Callable[[TokenSequence], bool]) -> None:
     choose = token_choice._choose
 
     def failing(text: Any, logits_V: torch.Tensor) -> int:
@@ -283,8 +283,8 @@ def sick_sampler(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool
     patches.setattr(token_choice, "_choose", failing)
 
 
-def sick_logits(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -> None:
-    choose = token_choice.choose_tokens
+def sick_logits(patches: pytest.MonkeyPatch, sick: Callable[[TokenSequence], bool]) -> None:
+    choose = token_choice.sample_tokens
 
     def poisoned(texts: Any, logits_BV: torch.Tensor) -> Any:
         rows = [row for row, text in enumerate(texts) if sick(text)]
@@ -293,29 +293,29 @@ def sick_logits(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]
         return choose(texts, logits_BV)
 
     for module in (continuous_batching, static_batching):
-        patches.setattr(module, "choose_tokens", poisoned)
+        patches.setattr(module, "sample_tokens", poisoned)
 
 
-def sick_text(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool], method: str) -> None:
-    sound = getattr(RunningText, method)
+def sick_sequence(patches: pytest.MonkeyPatch, sick: Callable[[TokenSequence], bool], method: str) -> None:
+    sound = getattr(TokenSequence, method)
 
-    def failing(self: RunningText, *arguments: Any) -> Any:
+    def failing(self: TokenSequence, *arguments: Any) -> Any:
         if sick(self):
             raise ValueError("no such character")
         return sound(self, *arguments)
 
-    patches.setattr(RunningText, method, failing)
+    patches.setattr(TokenSequence, method, failing)
 
 
-def sick_end(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -> None:
-    sound = RunningText._rest
+def sick_end(patches: pytest.MonkeyPatch, sick: Callable[[TokenSequence], bool]) -> None:
+    sound = TokenSequence._rest
 
-    def failing(self: RunningText) -> str:
+    def failing(self: TokenSequence) -> str:
         if self.name == "sick":
             raise ValueError("no such character")
         return sound(self)
 
-    patches.setattr(RunningText, "_rest", failing)
+    patches.setattr(TokenSequence, "_rest", failing)
 
 
 @pytest.mark.parametrize(
@@ -323,13 +323,13 @@ def sick_end(patches: pytest.MonkeyPatch, sick: Callable[[RunningText], bool]) -
     [
         sick_sampler,
         sick_logits,
-        partial(sick_text, method="_take"),
-        partial(sick_text, method="_logprob"),
+        partial(sick_sequence, method="_take"),
+        partial(sick_sequence, method="_logprob"),
         sick_end,
     ],
     ids=["sampler", "logits", "decoder", "logprobs", "end"],
 )
-def test_what_goes_wrong_for_one_text_ends_that_one_alone(engine, monkeypatch, caplog, make_sick) -> None:
+def test_what_goes_wrong_for_one_request_ends_that_one_alone(engine, monkeypatch, caplog, make_sick) -> None:
     running = engine()
     requests = [
         ask(name, max_new_tokens=12, sampling=SAMPLED, logprobs=True, prompt_ids=PROMPT[:length])
@@ -347,16 +347,16 @@ def test_what_goes_wrong_for_one_text_ends_that_one_alone(engine, monkeypatch, c
     assert ids_of(write(running, ask("sick", max_new_tokens=12, sampling=SAMPLED))) == alone[0]
 
 
-def test_a_text_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
+def test_a_request_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
     engine, cluster, monkeypatch, caplog
 ) -> None:
     running = engine()
     pool = cluster[1].pool
-    placement, num_texts = pool.placement, 1
+    placement, num_sequences = pool.placement, 1
 
     def failing(timeout_s: float = 60.0) -> object:
         texts = list(running._running.values())
-        if len(texts) == num_texts and all(len(text.generated_ids) for text in texts):
+        if len(texts) == num_sequences and all(len(text.generated_ids) for text in texts):
             raise KeyError("expert-1")
         return placement(timeout_s)
 
@@ -365,7 +365,7 @@ def test_a_text_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
         with pytest.raises(RequestFailed, match="expert-1"):
             write(running, ask("alone"))
         assert "a batch of 1 texts ended" in caplog.text and "Traceback" in caplog.text
-        num_texts = 2
+        num_sequences = 2
         with getattr(running._writer, "_changed", nullcontext()):  # padded: they begin in one batch
             texts = [running.begin(ask(f"r{i}", max_new_tokens=200), PROMPT) for i in range(2)]
         for text in texts:
@@ -373,10 +373,10 @@ def test_a_text_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
                 list(text)
 
 
-def test_a_begun_text_that_cannot_be_read_again_is_refused(engine, monkeypatch) -> None:
+def test_a_begun_request_that_cannot_be_read_again_is_refused(engine, monkeypatch) -> None:
     running = engine()
     with monkeypatch.context() as patches:
-        sick_text(patches, lambda text: True, "_take")
+        sick_sequence(patches, lambda text: True, "_take")
         with pytest.raises(RequestFailed, match="no such character"):
             running.begin(ask(generated_ids=(1, 2)), PROMPT)
     assert running.running == running.waiting == 0
@@ -399,7 +399,7 @@ def lose_rows(patches: pytest.MonkeyPatch, name: str) -> None:
     patches.setattr(VersionExperts, "__call__", losing)
 
 
-def test_lost_rows_fail_their_text_alone_and_are_kept_for_no_other_one(engine, monkeypatch) -> None:
+def test_lost_rows_fail_their_request_alone_and_are_kept_for_no_other_one(engine, monkeypatch) -> None:
     running = engine()
     prompt = tuple(range(60, 60 + 99))
     others = [ask(name, max_new_tokens=12, prompt_ids=PROMPT[:length]) for length, name in ((12, "a"), (5, "b"))]

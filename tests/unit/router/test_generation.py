@@ -1,7 +1,6 @@
 """A generation that breaks says so: never a text that merely ends early."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,10 @@ from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.generation import GenerationRequest
 from moecluster.metrics import Metrics
 from moecluster.router.engine.engine import EngineLimits
-from moecluster.router.engine.factory import make_engine
 from moecluster.router.router import Router
 from tests.support.clusters.expert_cluster import ExpertCluster
+from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.given import any_directory
-from tests.support.clusters.twin_actors import save_tiny_model
 
 CALLS_BEFORE = 7  # of layers: three tokens and a half
 
@@ -29,14 +27,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Exp
 @pytest.mark.parametrize(
     ("error", "kind"), [(KeyError("expert-1"), MoeClusterError), (DeadlineExceeded("too late"), DeadlineExceeded)]
 )
-def test_an_error_amid_a_text_reaches_its_reader(
+def test_an_error_amid_a_request_reaches_its_reader(
     cluster: tuple[str, ExpertCluster], monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
 ) -> None:
     directory, experts = cluster
     metrics = Metrics(model="tiny")
     limits = EngineLimits(max_running=4, max_cached_tokens=1024)
-    make = partial(make_engine, limits=limits, metrics=metrics)
-    router = Router(Path(directory), experts.remote, is_given=any_directory, make_engine=make, metrics=metrics)
+    router = Router(Path(directory), experts.remote, is_given=any_directory, limits=limits, metrics=metrics)
     placement, calls = experts.pool.placement, 0
 
     def failing(timeout_s: float = 60.0) -> object:
@@ -47,9 +44,9 @@ def test_an_error_amid_a_text_reaches_its_reader(
         return placement(timeout_s)
 
     monkeypatch.setattr(experts.pool, "placement", failing)
-    pieces = []
+    chunks = []
     with pytest.raises(kind, match=r"expert-1|too late"):
-        for piece in router.generate(GenerationRequest(request_id="r", prompt="import", max_new_tokens=50)):
-            pieces.append(piece)
-    assert all(not piece.finish_reason for piece in pieces)
+        for chunk in router.generate(GenerationRequest(request_id="r", prompt="import", max_new_tokens=50)):
+            chunks.append(chunk)
+    assert all(not chunk.finish_reason for chunk in chunks)
     assert 'moecluster_requests_total{cluster="",model="tiny",status="failed"} 1.0' in metrics.render()

@@ -12,8 +12,8 @@ import pytest
 
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.dispatch.trunk_backend import VersionExperts
-from moecluster.errors import CheckpointError, StaleOrder, Unavailable
-from moecluster.router.model_versions import LOOK_S, ModelVersions
+from moecluster.errors import CheckpointError, StaleRequest, Unavailable
+from moecluster.router.model_versions import POLL_S, ModelVersions
 from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import Placement
 
@@ -102,7 +102,7 @@ def seen(versions: ModelVersions[str]) -> tuple[int, int, int]:
     return in_use.newest, in_use.oldest, in_use.ready
 
 
-def test_a_text_keeps_its_version_and_the_last_one_closes_it(board, loads, make) -> None:
+def test_a_request_keeps_its_version_and_the_last_one_closes_it(board, loads, make) -> None:
     changes: list[None] = []
     versions = make(on_change=lambda: changes.append(None))
     board.say(1)
@@ -126,7 +126,7 @@ def test_a_text_keeps_its_version_and_the_last_one_closes_it(board, loads, make)
     assert loads.loaded == ["/1", "/2"]
 
 
-def test_a_text_of_another_router_goes_on_with_its_version_while_that_stands(board, loads, make) -> None:
+def test_a_request_of_another_router_goes_on_with_its_version_while_that_stands(board, loads, make) -> None:
     changes: list[None] = []
     versions = make(on_change=lambda: changes.append(None))
     board.say(1, following=2)
@@ -135,22 +135,22 @@ def test_a_text_of_another_router_goes_on_with_its_version_while_that_stands(boa
         assert (ahead.model, seen(versions)) == ("/2", (1, 1, 2))
     board.say(2, old=1)
     wait_until(lambda: seen(versions) == (2, 2, 2))
-    time.sleep(2 * LOOK_S)
+    time.sleep(2 * POLL_S)
     assert loads.closed == [], "nobody writes with it here, but somebody may go on"
     before = len(changes)
     with versions.use(version=1) as old, versions.use() as new, versions.use(version=2):
         assert (old.model, new.model, seen(versions)) == ("/1", "/2", (2, 1, 2))
         assert len(changes) == before + 1, "the controller is told at once"
         board.say(2)
-        time.sleep(2 * LOOK_S)
+        time.sleep(2 * POLL_S)
         assert loads.closed == []
     wait_until(lambda: loads.closed == ["/1"])
     for version in (1, 3):
-        with pytest.raises(StaleOrder, match=f"weight version {version} is not held here: 2 is served"):
+        with pytest.raises(StaleRequest, match=f"weight version {version} is not held here: 2 is served"):
             versions.use(version=version)
 
 
-def test_a_new_text_waits_until_the_router_knows_what_is_served(board, loads, make) -> None:
+def test_a_new_request_waits_until_the_router_knows_what_is_served(board, loads, make) -> None:
     versions = make("/1")
     assert seen(versions) == (0, 0, 0)
     with pytest.raises(Unavailable, match="what is served: no controller has said so yet"):
@@ -196,7 +196,7 @@ def test_a_router_that_was_left_out_tries_again_until_it_has_what_is_served(boar
     wait_until(lambda: seen(versions)[0] == 2)
 
 
-def test_a_version_that_texts_are_written_with_is_taken_back_without_loading(board, loads, make) -> None:
+def test_a_version_that_requests_are_written_with_is_taken_back_without_loading(board, loads, make) -> None:
     versions = make()
     board.say(1, following=2)
     wait_until(lambda: seen(versions)[2] == 2)
@@ -211,7 +211,7 @@ def test_a_version_that_texts_are_written_with_is_taken_back_without_loading(boa
     assert loads.loaded == ["/1", "/2"]
 
 
-def test_texts_are_begun_while_a_trunk_is_loaded(board, loads, make) -> None:
+def test_requests_are_begun_while_a_trunk_is_loaded(board, loads, make) -> None:
     versions = make()
     board.say(1)
     versions.use().release()

@@ -20,7 +20,7 @@ from moecluster.rpc.controller.operation_messages import (
     encode_plan,
 )
 from moecluster.rpc.controller.placement_messages import decode_placement, encode_placement
-from moecluster.rpc.controller.snapshot import ControllerPicture, decode_picture, encode_picture
+from moecluster.rpc.controller.snapshot import ControllerSnapshot, decode_snapshot, encode_snapshot
 from moecluster.rpc.controller.status_messages import decode_status, encode_status
 from moecluster.types import (
     ActorState,
@@ -32,9 +32,10 @@ from moecluster.types import (
     PlanPreview,
     WeightVersion,
 )
-from tests.support.fakes.scripted_controller import LOADS, OLD_OPERATION, PLAN, ScriptedController
+from tests.support.fakes.fake_controller import LOADS, OLD_OPERATION, PLAN, FakeController
 from tests.support.malformed.controller_records import (
     cluster_loads,
+    cluster_state,
     experts,
     layer_experts,
     load_snapshots,
@@ -43,7 +44,6 @@ from tests.support.malformed.controller_records import (
     operations,
     placements,
     plans,
-    standing,
     statuses,
 )
 
@@ -85,13 +85,13 @@ def test_loads_of_a_cluster(loads: ClusterLoads) -> None:
 
 
 @st.composite
-def pictures(draw: st.DrawFn) -> ControllerPicture:
+def snapshots(draw: st.DrawFn) -> ControllerSnapshot:
     actors = draw(st.lists(names, min_size=1, max_size=4, unique=True))
     numbers = sorted(draw(st.lists(st.integers(1, 99), max_size=2, unique=True)))
-    return ControllerPicture(
+    return ControllerSnapshot(
         actors=tuple(actors),
         leaving=tuple(draw(st.lists(st.sampled_from(actors), unique=True))),
-        replicas=draw(standing(draw(layer_experts), actors)),
+        replicas=draw(cluster_state(draw(layer_experts), actors)),
         operations=draw(operation_lists),
         cold=tuple(draw(st.lists(experts, max_size=3, unique=True))),
         versions=tuple(WeightVersion(version=number, checkpoint=draw(names)) for number in numbers),
@@ -100,30 +100,30 @@ def pictures(draw: st.DrawFn) -> ControllerPicture:
     )
 
 
-@given(picture=pictures())
-def test_pictures(picture: ControllerPicture) -> None:
-    assert decode_picture(encode_picture(picture)) == picture
+@given(snapshot=snapshots())
+def test_snapshots(snapshot: ControllerSnapshot) -> None:
+    assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
 
 
 @given(content=st.binary(max_size=200))
-def test_a_picture_of_any_bytes_is_read_or_refused(content: bytes) -> None:
+def test_a_snapshot_of_any_bytes_is_read_or_refused(content: bytes) -> None:
     try:
-        picture = decode_picture(content)
+        snapshot = decode_snapshot(content)
     except InvalidMessage:
         return
-    assert decode_picture(encode_picture(picture)) == picture
+    assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
 
 
-def test_a_picture_of_nothing_is_empty() -> None:
-    empty = ControllerPicture(actors=(), leaving=(), replicas=(), operations=(), cold=())
-    assert decode_picture(b"") == empty and encode_picture(empty) == b""
+def test_a_snapshot_of_nothing_is_empty() -> None:
+    empty = ControllerSnapshot(actors=(), leaving=(), replicas=(), operations=(), cold=())
+    assert decode_snapshot(b"") == empty and encode_snapshot(empty) == b""
 
 
 def version_message(version: int, checkpoint: str = "/m") -> controller_pb2.WeightVersion:
     return controller_pb2.WeightVersion(version=version, checkpoint=checkpoint)
 
 
-def picture_message(**changes: Any) -> controller_pb2.ControllerPicture:
+def snapshot_message(**changes: Any) -> controller_pb2.ControllerSnapshot:
     fields: dict[str, Any] = {
         "actors": ["expert-0", "expert-1"],
         "leaving": ["expert-1"],
@@ -132,7 +132,7 @@ def picture_message(**changes: Any) -> controller_pb2.ControllerPicture:
         "replica_actors": [0, 1],
         "replica_shares": [0.25, 0.75],
     }
-    return controller_pb2.ControllerPicture(**(fields | changes))
+    return controller_pb2.ControllerSnapshot(**(fields | changes))
 
 
 @pytest.mark.parametrize(
@@ -164,16 +164,16 @@ def picture_message(**changes: Any) -> controller_pb2.ControllerPicture:
         ({"cold": [tensor_pb2.ExpertRef(layer=-1)]}, "cold"),
     ],
 )
-def test_a_malformed_picture_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
-    assert len(decode_picture(picture_message().SerializeToString()).replicas) == 2
+def test_a_malformed_snapshot_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
+    assert len(decode_snapshot(snapshot_message().SerializeToString()).replicas) == 2
     with pytest.raises(InvalidMessage, match=rf"^{field}:"):
-        decode_picture(picture_message(**changes).SerializeToString())
+        decode_snapshot(snapshot_message(**changes).SerializeToString())
 
 
-def test_a_torn_picture_is_refused() -> None:
-    content = picture_message().SerializeToString()
-    with pytest.raises(InvalidMessage, match=r"^picture: \d+ bytes"):
-        decode_picture(content[:-3])
+def test_a_torn_snapshot_is_refused() -> None:
+    content = snapshot_message().SerializeToString()
+    with pytest.raises(InvalidMessage, match=r"^snapshot: \d+ bytes"):
+        decode_snapshot(content[:-3])
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_a_report_that_names_an_expert_twice_is_refused() -> None:
     [({"actor": ""}, "actors.actor"), ({"experts": -1}, "actors.experts"), ({"phase": ""}, "phase")],
 )
 def test_a_malformed_status_is_refused_by_name(change: dict[str, Any], field: str) -> None:
-    status = ScriptedController().status()
+    status = FakeController().status()
     broken: ActorState = dataclasses.replace(status.actors[0], **change)
     with pytest.raises(InvalidMessage, match=field.replace(".", "[.]")):
         decode_status(encode_status(dataclasses.replace(status, actors=(broken,))))
 
 
 def test_a_status_with_a_malformed_operation_is_refused() -> None:
-    message = encode_status(ScriptedController().status())
+    message = encode_status(FakeController().status())
     message.operations.add(id="x", kind="scale", phase="nowhere")
     with pytest.raises(InvalidMessage, match=r"^phase: "):
         decode_status(message)

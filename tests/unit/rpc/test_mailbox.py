@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moecluster.rpc.same_host.mailbox import MAX_LETTER_BYTES, Mailbox, MailboxUnavailable, PeerMailbox
+from moecluster.rpc.same_host.mailbox import MAX_MESSAGE_BYTES, Mailbox, MailboxUnavailable, PeerMailbox
 
 JOIN_S = 10.0
 
@@ -33,7 +33,7 @@ def open_descriptors() -> int:
 
 
 def receiving(mailbox: Mailbox) -> tuple[threading.Thread, list[bytes | None]]:
-    """A thread that waits for one letter, and what it got."""
+    """A thread that waits for one message, and what it got."""
     got: list[bytes | None] = []
     thread = threading.Thread(target=lambda: got.append(mailbox.receive()))
     thread.start()
@@ -44,17 +44,17 @@ def receiving(mailbox: Mailbox) -> tuple[threading.Thread, list[bytes | None]]:
 
 
 def test_letters_come_one_by_one_in_their_order(mailbox: Mailbox, peer: PeerMailbox) -> None:
-    letters = [b"a", b"", b"\0\0", b"x" * MAX_LETTER_BYTES]
-    assert all(peer.post(letter) for letter in letters)
-    assert [mailbox.receive(JOIN_S) for _ in range(3)] == [b"a", b"\0\0", b"x" * MAX_LETTER_BYTES]
-    assert mailbox.receive(0.0) is None, "an empty letter is none"
+    messages = [b"a", b"", b"\0\0", b"x" * MAX_MESSAGE_BYTES]
+    assert all(peer.post(message) for message in messages)
+    assert [mailbox.receive(JOIN_S) for _ in range(3)] == [b"a", b"\0\0", b"x" * MAX_MESSAGE_BYTES]
+    assert mailbox.receive(0.0) is None, "an empty message is none"
 
 
 def test_who_waits_is_woken_by_a_letter(mailbox: Mailbox, peer: PeerMailbox) -> None:
     thread, got = receiving(mailbox)
-    assert peer.post(b"letter")
+    assert peer.post(b"message")
     thread.join(JOIN_S)
-    assert got == [b"letter"]
+    assert got == [b"message"]
 
 
 def test_a_wait_ends_with_its_timeout(mailbox: Mailbox) -> None:
@@ -65,21 +65,21 @@ def test_a_wait_ends_with_its_timeout(mailbox: Mailbox) -> None:
 
 def test_a_ring_ends_one_wait(mailbox: Mailbox, peer: PeerMailbox) -> None:
     thread, got = receiving(mailbox)
-    mailbox.ring()
+    mailbox.wake()
     thread.join(JOIN_S)
     assert got == [None]
-    mailbox.ring()
+    mailbox.wake()
     assert peer.post(b"after")
     assert mailbox.receive(JOIN_S) is None and mailbox.receive(JOIN_S) == b"after"
 
 
 def test_what_does_not_fit_is_refused_at_once_and_hurts_nothing(mailbox: Mailbox, peer: PeerMailbox) -> None:
-    assert not peer.post(b"x" * (MAX_LETTER_BYTES + 1))
+    assert not peer.post(b"x" * (MAX_MESSAGE_BYTES + 1))
     count = 0
     while peer.post(b"%d" % count):
         count += 1
     assert count >= 8
-    mailbox.ring()  # never waits either
+    mailbox.wake()  # never waits either
     assert mailbox.receive(0.0) == b"0"
     assert peer.post(b"last")
     assert [mailbox.receive(0.0) for _ in range(count)] == [*(b"%d" % i for i in range(1, count)), b"last"]
@@ -88,19 +88,19 @@ def test_what_does_not_fit_is_refused_at_once_and_hurts_nothing(mailbox: Mailbox
 def test_letters_of_many_threads_stay_whole(mailbox: Mailbox, peer: PeerMailbox) -> None:
     def write(author: int) -> None:
         for size in range(50):
-            letter = bytes([author]) * (1 + 70 * size)
-            while not peer.post(letter):
+            message = bytes([author]) * (1 + 70 * size)
+            while not peer.post(message):
                 time.sleep(0.001)
 
     authors = [threading.Thread(target=write, args=(author,)) for author in range(1, 5)]
     for thread in authors:
         thread.start()
-    letters = [mailbox.receive(JOIN_S) for _ in range(200)]
+    messages = [mailbox.receive(JOIN_S) for _ in range(200)]
     for thread in authors:
         thread.join(JOIN_S)
     expected = [bytes([author]) * (1 + 70 * size) for author in range(1, 5) for size in range(50)]
     for author in range(1, 5):
-        assert [x for x in letters if x is not None and x[0] == author] == [x for x in expected if x[0] == author]
+        assert [x for x in messages if x is not None and x[0] == author] == [x for x in expected if x[0] == author]
 
 
 def test_closing_ends_who_waits_and_gives_descriptors_back() -> None:
@@ -112,7 +112,7 @@ def test_closing_ends_who_waits_and_gives_descriptors_back() -> None:
     mailbox.close()
     thread.join(JOIN_S)
     assert got == [None] and mailbox.closed and mailbox.receive() is None
-    mailbox.ring()
+    mailbox.wake()
     assert not peer.post(b"too late")
     peer.close()
     peer.close()

@@ -54,11 +54,11 @@ def test_a_pipe_that_becomes_a_file_meanwhile_leaves_the_file_alone(tmp_path: Pa
         except MailboxUnavailable:
             peer = None
     if peer is not None:
-        peer.post(b"letter")
+        peer.post(b"message")
         peer.close()
     os.close(file)
     assert victim.read_bytes() == b"precious"
-    assert peer is not None and os.read(reading, 100) == b"letter"  # what was looked at is what was used
+    assert peer is not None and os.read(reading, 100) == b"message"  # what was looked at is what was used
     for fd in (reading, writing, named):
         os.close(fd)
 

@@ -13,7 +13,7 @@ from moecluster.simulation.trace.reader import open_trace
 from moecluster.simulation.trace.recorder import TraceRecorder
 from moecluster.simulation.trace.writer import TraceWriter
 from moecluster.types import ActorState, ClusterLoads
-from tests.support.fakes.scripted_controller import LOADS, NOW_S
+from tests.support.fakes.fake_controller import LOADS, NOW_S
 
 WINDOW_S = 10.0
 
@@ -25,17 +25,17 @@ def loads(windows: float, routers: Mapping[str, tuple[int, ...]], **changes: Any
 
 
 def actors(first: str = "a1", second: str = "b1") -> tuple[ActorState, ...]:
-    """The lives of expert-0 and expert-1; an actor without one is being restarted."""
+    """The incarnations of expert-0 and expert-1; an actor without one is being restarted."""
     return tuple(
         ActorState(
             actor=name,
             address="127.0.0.1:5000",
-            incarnation=life,
-            phase="serving" if life else "restarting",
+            incarnation=incarnation,
+            phase="serving" if incarnation else "restarting",
             experts=3,
             restarts=0,
         )
-        for name, life in (("expert-0", first), ("expert-1", second))
+        for name, incarnation in (("expert-0", first), ("expert-1", second))
     )
 
 
@@ -71,8 +71,8 @@ def test_deaths_and_returns_are_events() -> None:
     died, returned = (TraceEvent(kind=kind, actor="expert-1") for kind in ("actor_died", "actor_returned"))
     recording = recorder({"a": (0, 0, 0, 0)})
     seen = []
-    for number, life in enumerate(["b1", "", "", "b2", "b3"], start=1):
-        window = recording.take(loads(number, {"a": (0, 0, 0, 0)}), actors(second=life))
+    for number, incarnation in enumerate(["b1", "", "", "b2", "b3"], start=1):
+        window = recording.take(loads(number, {"a": (0, 0, 0, 0)}), actors(second=incarnation))
         assert window is not None
         seen.append(window.events)
     assert seen == [(), (died,), (), (returned,), (died, returned)]

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moecluster.errors import AttemptAborted, MoeClusterError, StaleOrder, StateLost, Unavailable, UserError
+from moecluster.errors import AttemptAborted, MoeClusterError, StaleRequest, StateLost, Unavailable, UserError
 from moecluster.optim.step_state import StepState
 from moecluster.training.coordinator import Recovered, StepCoordinator, clip_scale_of
 from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
@@ -45,7 +45,7 @@ class Member:
 
     name: str
     faults: dict[tuple[str, int], str] = field(default_factory=dict)  # (order, how many before it) -> fault
-    life: int = 0
+    restarts: int = 0
     calls: dict[str, int] = field(default_factory=dict)
 
     def load(self, saved: Saved, term: int) -> None:
@@ -62,11 +62,11 @@ class Member:
 
     @property
     def incarnation(self) -> str:
-        return f"{self.name}#{self.life}"
+        return f"{self.name}#{self.restarts}"
 
     def kill(self) -> None:
         """A new process in its place, that holds nothing."""
-        self.life += 1
+        self.restarts += 1
         self.state = StepState(ADAMW)
 
     def backward(self, tag: StepTag, micro_batch: int) -> None:
@@ -193,7 +193,7 @@ class Job:
             self.checkpoint = {name: member.save(self.step) for name, member in self.members.items()}
 
     def _send(self, member: Member, tag: StepTag, micro_batch: int) -> None:
-        """As a router does: once more to the same life, then the attempt is given up."""
+        """As a router does: once more to the same incarnation, then the attempt is given up."""
         for _ in range(3):
             try:
                 return member.backward(tag, micro_batch)
@@ -246,7 +246,7 @@ class Job:
             member.state.fence(self.term + 1)
             for tag in self.tags[-3:]:
                 for order in (member.state.commit, member.state.abort):
-                    with pytest.raises(StaleOrder):
+                    with pytest.raises(StaleRequest):
                         order(tag)
         self.term += 1
 
@@ -348,14 +348,14 @@ def test_a_successor_aborts_what_only_some_have_prepared():
     prepare_at(job, tag, NAMES[:2])
     assert successor_of(job).recover() == Recovered(step=None, next_attempt=1)
     assert [member.state.prepared for member in job.members.values()] == [None] * 3
-    with pytest.raises(StaleOrder):
+    with pytest.raises(StaleRequest):
         job.members["trunk"].state.prepare(tag, clip_scale=1.0, learning_rate=0.1)
 
 
-def test_another_life_of_a_participant_is_not_the_same():
+def test_another_incarnation_of_a_participant_is_not_the_same():
     """Even if it was loaded again and holds what the old one held."""
     job, tag = started_job()
-    job.members["expert-0"].life += 1
+    job.members["expert-0"].restarts += 1
     with pytest.raises(StateLost, match="expert-0#1 instead of expert-0#0"):
         job.coordinator.step(tag, EXPECTED, learning_rate=0.1)
 
@@ -382,7 +382,7 @@ def test_a_coordinator_of_an_older_term_learns_that_it_is_deposed():
     successor = StepCoordinator(job.members, term=job.term + 1)
     successor.recover()
     for order in (lambda: job.coordinator.step(tag, EXPECTED, learning_rate=0.1), job.coordinator.verify):
-        with pytest.raises(StaleOrder, match="has the say"):
+        with pytest.raises(StaleRequest, match="is superseded by term"):
             order()
     job.coordinator.abort(tag)  # goes nowhere, and says nothing
     successor.verify()

@@ -5,8 +5,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moecluster.cli.commands.train import _figures
-from moecluster.models.native.configuration import OwnConfig
-from moecluster.models.native.modeling import OwnForCausalLM
+from moecluster.models.native.configuration import NativeConfig
+from moecluster.models.native.modeling import NativeForCausalLM
 from moecluster.training.events import StepDone
 from moecluster.training.gradients import FOREIGN_AUX_LOSS, loss_parts
 
@@ -30,7 +30,7 @@ def cross_entropy(logits_BSV: torch.Tensor) -> float:
 )
 def test_parts_of_our_own_models_add_up_to_the_loss(gate, options, kinds) -> None:
     torch.manual_seed(0)
-    config = OwnConfig(
+    config = NativeConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
         num_hidden_layers=2,
@@ -43,7 +43,7 @@ def test_parts_of_our_own_models_add_up_to_the_loss(gate, options, kinds) -> Non
         moe_layers=(0, 1),
         moe_intermediate_size=8,
     )
-    model = OwnForCausalLM(config)
+    model = NativeForCausalLM(config)
     output = model(input_ids=IDS_BS, labels=IDS_BS, use_cache=False)
     loss, aux_losses = loss_parts(model, output)
     assert loss == pytest.approx(cross_entropy(output.logits), rel=1e-5)

@@ -1,0 +1,413 @@
+"""Texts go on when routers are lost: nothing lost, nothing repeated, and no request fails that can be served."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import httpx
+import openai
+import pytest
+
+from moecluster.errors import (
+    BatchBroken,
+    ClusterEnded,
+    DeadlineExceeded,
+    Exhausted,
+    ExpertsLost,
+    MoeClusterError,
+    RequestFailed,
+    Unavailable,
+)
+from moecluster.gateway.router_discovery import ClusterAddresses
+from moecluster.gateway.server import ModelSource
+from moecluster.generation import GenerationRequest
+from moecluster.rpc.controller.server import serve_controller
+from moecluster.types import ActorState, ControllerStatus, RouterState
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
+from tests.support.fakes.fake_controller import FakeController
+from tests.support.fakes.fake_router import FakeRouter, FakeToken, word_ids, words
+
+NOBODY = "127.0.0.1:1"
+TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 30, "seed": 2, "logprobs": 1}
+
+
+@pytest.fixture
+def first() -> Iterator[FakeRouter]:
+    with FakeRouter("first") as serving:
+        yield serving
+
+
+@pytest.fixture
+def second() -> Iterator[FakeRouter]:
+    with FakeRouter("second") as serving:
+        yield serving
+
+
+@pytest.fixture
+def gateway(first: FakeRouter, second: FakeRouter) -> Iterator[RunningGateway]:
+    with running_gateway([first.address, second.address], router_patience_s=8.0) as serving:
+        yield serving
+
+
+def read(stream: Any) -> tuple[str, list[str], int]:
+    """(text, tokens, how many tokens in all) of a streamed completion."""
+    text, tokens, count = "", [], 0
+    for chunk in stream:
+        for choice in chunk.choices:
+            text += choice.text
+            tokens += choice.logprobs.tokens
+        if chunk.usage is not None:
+            count = chunk.usage.completion_tokens
+    return text, tokens, count
+
+
+def ask(gateway: RunningGateway, **changes: Any) -> tuple[str, list[str], int]:
+    with gateway.openai() as client:
+        return read(client.completions.create(
+            **{**TEXT, **changes}, stream=True, stream_options={"include_usage": True}
+        ))  # fmt: skip
+
+
+def assert_whole(read: tuple[str, list[str], int], *routers: FakeRouter) -> None:
+    request = next(router.requests[0] for router in routers if router.requests)
+    ids = word_ids(request)
+    text, tokens, count = read
+    assert text == words(ids) and "".join(tokens) == text and count == len(ids)
+
+
+@pytest.mark.parametrize(
+    "breaking",
+    [
+        Unavailable("gone"),
+        MoeClusterError("it failed"),
+        BatchBroken("it broke"),
+        DeadlineExceeded("no expert answered"),
+        None,
+    ],
+    ids=["unavailable", "internal", "batch", "deadline", "cancelled"],
+)
+@pytest.mark.parametrize("tokens", [0, 1, 17, 29])
+def test_a_request_goes_on_at_another_router(gateway, first, second, breaking, tokens) -> None:
+    for router in (first, second):
+        router.break_after, router.breaking = tokens, breaking  # whichever is asked first, and the next one too
+    assert_whole(ask(gateway), first, second)
+    asked = sorted(len(r.generated_ids) for r in (*first.requests, *second.requests))
+    assert asked == ([0, tokens, 2 * tokens] if 2 * tokens < 30 else [0, tokens])
+    failovers = (
+        f'moecluster_gateway_failovers_total{{cluster="cluster",model="model"}} {len(asked) - 1 if tokens else 0}'
+    )
+    assert not tokens or failovers in httpx.get(f"{gateway.url}/metrics").text
+
+
+def test_a_router_lost_before_its_last_word_loses_nothing(gateway, first, second) -> None:
+    first.break_after, first.breaking = 30, Unavailable("gone")
+    second.break_after, second.breaking = 30, Unavailable("gone")
+    assert_whole(ask(gateway), first, second)
+    assert sorted(len(r.generated_ids) for r in (*first.requests, *second.requests)) == [0, 30]
+
+
+def test_a_killed_router_amid_streams(gateway, first, second) -> None:
+    for router in (first, second):
+        router.pace_s = 0.02
+    texts: list[Any] = []
+    threads = [threading.Thread(target=lambda i=i: texts.append(ask(gateway, seed=i))) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(first.running) + len(second.running) == 6)
+    assert len(first.running) == len(second.running) == 3, "they are shared among the routers"
+    time.sleep(0.15)
+    first.kill()
+    for thread in threads:
+        thread.join(20.0)
+    assert len(texts) == 6
+    whole = {words(word_ids(request)) for request in (*first.requests, *second.requests)}
+    assert {text for text, *_ in texts} == whole and all(count == 30 for *_, count in texts)
+    assert any(request.generated_ids for request in second.requests)
+
+
+def test_the_only_router_is_waited_for(first) -> None:
+    first.pace_s = 0.02
+    with running_gateway([first.address], router_patience_s=15.0) as gateway:
+        texts: list[Any] = []
+        thread = threading.Thread(target=lambda: texts.append(ask(gateway)))
+        thread.start()
+        wait_for(lambda: first.running)
+        time.sleep(0.1)
+        first.kill()
+        with pytest.raises(httpx.HTTPStatusError) as unwell:
+            wait_for(lambda: httpx.get(f"{gateway.url}/health").raise_for_status() and False)
+        assert unwell.value.response.status_code == 503
+        first.revive()
+        thread.join(20.0)
+        assert_whole(texts[0], first)
+        assert 0 < len(first.requests[-1].generated_ids) < 30
+
+
+def break_in_turn(first: FakeRouter, second: FakeRouter) -> None:
+    """Whichever is asked first is lost after 10 words."""
+    for router in (first, second):
+        router.break_after, router.breaking = 10, Unavailable("gone")
+
+
+def test_a_request_goes_on_with_the_weights_that_it_was_begun_with(gateway, first, second) -> None:
+    break_in_turn(first, second)
+    first.versions, second.versions = (1, 2), (2, 1)
+    assert_whole(ask(gateway), first, second)
+    asked = sorted((len(r.generated_ids), r.weight_version) for r in (*first.requests, *second.requests))
+    begun = asked[1][1]
+    assert begun in (1, 2) and asked == [(0, 0), (10, begun), (20, begun)]
+
+
+def test_a_begun_request_goes_on_with_what_is_served_once_no_router_holds_its_weights(
+    gateway, first, second, caplog
+) -> None:
+    break_in_turn(first, second)
+    first.pace_s = second.pace_s = 0.02
+    texts: list[Any] = []
+    thread = threading.Thread(target=lambda: texts.append(ask(gateway)))
+    thread.start()
+    wait_for(lambda: first.running or second.running)
+    first.versions = second.versions = (2,)
+    thread.join(20.0)
+    assert_whole(texts[0], first, second)
+    asked = sorted((len(r.generated_ids), r.weight_version) for r in (*first.requests, *second.requests))
+    assert asked == [(0, 0), (10, 0), (20, 2)], "from there on with the new one"
+    assert caplog.text.count("no router holds weight version 1 any more: a text goes on behind 10 tokens") == 1
+
+
+def test_a_router_that_is_busy_is_passed_over_and_when_all_are_it_is_said_when_to_try_again(
+    gateway, first, second
+) -> None:
+    first.error = Exhausted("no room", retry_after_s=3.2)
+    assert_whole(ask(gateway), second)
+    second.error = Exhausted("no room", retry_after_s=1.2)
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError) as refused, gateway.openai() as client:
+            client.completions.create(**TEXT, stream=stream)
+        assert refused.value.response.headers["retry-after"] == "2"
+        assert refused.value.code == "rate_limit_exceeded"
+
+
+def test_a_begun_request_waits_where_a_new_one_would_be_refused(gateway, first, second) -> None:
+    first.break_after = second.break_after = 5
+    breaking = first.breaking = second.breaking = Unavailable("gone")
+    texts: list[Any] = []
+
+    def full_now() -> None:
+        wait_for(lambda: first.break_after is None or second.break_after is None)
+        first.error = second.error = Exhausted("no room", retry_after_s=30.0)
+        time.sleep(1.0)
+        first.error = second.error = None
+
+    threads = [threading.Thread(target=full_now), threading.Thread(target=lambda: texts.append(ask(gateway)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20.0)
+    assert breaking and len(texts) == 1
+    assert_whole(texts[0], first, second)
+
+
+def test_choices_of_one_request_wait_for_each_other_where_there_is_little_room(gateway, first, second) -> None:
+    first.max_running = second.max_running = 1
+    first.pace_s = second.pace_s = 0.01
+    with gateway.openai() as client:
+        done = client.completions.create(model="model", prompt="x", n=5, max_tokens=10)
+    assert [len(choice.text.split()) for choice in done.choices] == [10] * 5
+
+
+def test_without_any_router_it_is_said_in_time() -> None:
+    with running_gateway([NOBODY], router_patience_s=1.0) as gateway, gateway.openai() as client:
+        begun_s = time.monotonic()
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(**TEXT)
+        assert refused.value.status_code == 503 and time.monotonic() - begun_s < 5.0
+        assert "127.0.0.1" not in refused.value.message, "where routers are is nobody's business"
+
+
+def test_a_router_that_fails_every_request_is_not_asked_for_ever(gateway, first, second) -> None:
+    first.error = second.error = MoeClusterError("the model is broken")
+    with gateway.openai() as client, pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**TEXT)
+    assert refused.value.status_code == 503
+    first.error = second.error = None
+    assert_whole(ask(gateway), first, second)
+
+
+def test_a_request_that_failed_by_itself_is_sent_to_no_other_router(gateway, first, second) -> None:
+    for router in (first, second):
+        break_always(router, 3, RequestFailed("the model's logits are NaN or infinite"))
+    with gateway.openai() as client, pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**TEXT)
+    assert refused.value.status_code == 500 and "logits are NaN or infinite" in refused.value.message
+    assert len(first.requests) + len(second.requests) == 1
+    with gateway.openai() as client, pytest.raises(openai.APIError, match="logits are NaN"):
+        read(client.completions.create(**TEXT, stream=True))
+    assert len(first.requests) + len(second.requests) == 2
+
+
+def test_experts_that_cannot_be_loaded_are_named_and_no_other_router_is_asked(gateway, first, second) -> None:
+    for router in (first, second):
+        break_always(router, 3, ExpertsLost("/private/model: no such directory"))
+    with (
+        gateway.openai() as client,
+        pytest.raises(openai.InternalServerError, match="checkpoint directory is gone") as no,
+    ):
+        client.completions.create(**TEXT)
+    assert no.value.status_code == 503 and "/private" not in no.value.message
+    assert len(first.requests) + len(second.requests) == 1
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_request_is_taken_for_what_breaks_batches_after_three_of_them(gateway, first, second, tokens) -> None:
+    for router in (first, second):
+        break_always(router, tokens, BatchBroken("it broke"))
+    with gateway.openai() as client, pytest.raises(openai.InternalServerError) as refused:
+        client.completions.create(**TEXT)
+    assert refused.value.status_code == 500 and "it broke" in refused.value.message
+    asked = sorted(len(r.generated_ids) for r in (*first.requests, *second.requests))
+    assert asked == [0, tokens, 2 * tokens]
+
+
+def break_always(router: FakeRouter, tokens: int, error: MoeClusterError) -> None:
+    """Every text ends with it, so many tokens after it was begun here."""
+    script, router.breaking = router.script, error
+
+    def write(request: GenerationRequest) -> Sequence[FakeToken]:
+        router.break_after = tokens
+        return script(request)
+
+    router.script = write
+
+
+def test_a_request_that_cannot_go_on_ends_with_an_error_event(gateway, first, second) -> None:
+    first.break_after = second.break_after = 2
+    first.breaking = second.breaking = MoeClusterError("it failed")
+    with gateway.openai() as client:
+        stream = client.completions.create(**TEXT, stream=True)
+        text = next(iter(stream)).choices[0].text
+        first.error = second.error = MoeClusterError("it failed")
+        with pytest.raises(openai.APIError, match="no router of model serves now"):
+            for chunk in stream:
+                text += chunk.choices[0].text
+    assert len(text.split()) == 2
+
+
+class Listing(FakeController):
+    """A controller that knows of routers."""
+
+    def __init__(self, *states: RouterState) -> None:
+        super().__init__()
+        self.listed = states
+        self.server = serve_controller(self, credentials=None)
+
+    def status(self) -> ControllerStatus:
+        return dataclasses.replace(super().status(), router_states=self.listed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop(0.0)
+        self.close()
+
+
+def test_routers_are_found_through_the_controller(first, second) -> None:
+    states = [RouterState(router=router.name, address=router.address) for router in (first, second)]
+    with Listing(*states) as controller:
+        source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
+        with running_gateway(source) as gateway:
+            wait_for(lambda: gateway.routers.answering == 2)
+            assert_whole(ask(gateway), first, second)
+            controller.listed = (states[0], dataclasses.replace(states[1], leaving=True))
+            wait_for(lambda: [r.address for r in gateway.routers.candidates() if r.leaving] == [second.address])
+            before = len(second.requests)
+            for seed in range(4):
+                ask(gateway, seed=seed)
+            assert len(second.requests) == before
+
+
+class Ailing(Listing):
+    """Whose actors are as the test says."""
+
+    actors: tuple[ActorState, ...] = ()
+    lost_experts = 0
+
+    def status(self) -> ControllerStatus:
+        return dataclasses.replace(super().status(), actors=self.actors, lost_experts=self.lost_experts)
+
+
+def test_health_says_what_is_wrong_while_requests_are_still_written(first) -> None:
+    def health(gateway: RunningGateway) -> tuple[int, Any]:
+        answer = httpx.get(f"{gateway.url}/health")
+        return answer.status_code, answer.json()
+
+    with Ailing(RouterState(router="first", address=first.address)) as controller:
+        source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
+        with running_gateway(source) as gateway:
+            wait_for(lambda: health(gateway) == (200, {"status": "ready", "reasons": [], "routers": {"model": 1}}))
+            lost = ActorState(actor="expert-1", address="", incarnation="", phase="loading", experts=0, restarts=1)
+            controller.actors, controller.lost_experts = (lost,), 4
+            wait_for(lambda: health(gateway)[1]["status"] == "degraded")
+            reasons = ["model: expert-1 is loading", "model: 4 experts have no serving replica at the moment"]
+            assert health(gateway) == (200, {"status": "degraded", "reasons": reasons, "routers": {"model": 1}})
+            controller.actors = (dataclasses.replace(lost, problem="/private/model: no such directory"),)
+            wait_for(lambda: "checkpoint directory is gone" in str(health(gateway)))
+            assert "/private" not in str(health(gateway))
+            controller.actors, controller.lost_experts = (), 0
+            wait_for(lambda: health(gateway)[1]["status"] == "ready")
+            controller.server.stop(0.0)
+            wait_for(lambda: "no controller answers" in str(health(gateway)))
+            assert health(gateway)[0] == 200 and health(gateway)[1]["status"] == "degraded"
+
+
+def test_a_cluster_that_has_ended_is_not_waited_for_until_it_is_there_again(first) -> None:
+    ended = [True]
+
+    def rediscover() -> ClusterAddresses:
+        if ended[0]:
+            raise ClusterEnded("Ray's raylet has ended")
+        return ClusterAddresses(routers=(first.address,))
+
+    source = ModelSource(name="model", seeds=ClusterAddresses(routers=(NOBODY,)), rediscover=rediscover)
+    with running_gateway(source, router_patience_s=1000.0) as gateway:
+        with (
+            gateway.openai() as client,
+            pytest.raises(openai.InternalServerError, match="its cluster has ended") as output,
+        ):
+            client.completions.create(**TEXT)
+        assert output.value.status_code == 503
+        answer = httpx.get(f"{gateway.url}/health")
+        assert answer.status_code == 503 and answer.json() == {
+            "status": "not ready",
+            "reasons": ["model: Ray's raylet has ended"],
+            "routers": {"model": 0},
+        }
+        ended[0] = False
+        wait_for(lambda: gateway.routers.answering == 1)
+        assert_whole(ask(gateway), first)
+
+
+def test_a_controller_elsewhere_is_found_through_the_routers(first, second) -> None:
+    with Listing(RouterState(router="second", address=second.address)) as controller:
+        first.controller = controller.server.address
+        source = ModelSource(name="model", seeds=ClusterAddresses(routers=(first.address,), controller=NOBODY))
+        with running_gateway(source) as gateway:
+            wait_for(lambda: gateway.routers.answering == 2)
+
+
+def test_when_all_are_lost_others_are_asked_where_the_cluster_is(second) -> None:
+    asked: list[float] = []
+
+    def rediscover() -> ClusterAddresses:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            raise Unavailable("nobody knows")
+        return ClusterAddresses(routers=(second.address,))
+
+    source = ModelSource(name="model", seeds=ClusterAddresses(routers=(NOBODY,)), rediscover=rediscover)
+    with running_gateway(source, router_patience_s=20.0) as gateway:
+        assert_whole(ask(gateway), second)
+    assert len(asked) == 2

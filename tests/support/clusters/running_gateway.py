@@ -1,0 +1,73 @@
+"""A gateway that serves on a free port in a thread of the test."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from openai import AsyncOpenAI, OpenAI
+
+from moecluster.config.sections import ServeConfig
+from moecluster.gateway.api_keys import ApiKeys
+from moecluster.gateway.router_discovery import ClusterAddresses
+from moecluster.gateway.server import GatewayServer, ModelSource
+
+WAIT_S = 60.0
+
+
+class RunningGateway:
+    """A started gateway."""
+
+    def __init__(self, server: GatewayServer) -> None:
+        self.server = server
+        self.url = f"http://{server.address}"
+
+    @property
+    def routers(self) -> Any:
+        """The RouterDiscovery of the first model."""
+        return self.server.gateway.models[0].directory
+
+    @property
+    def connections(self) -> Any:
+        """The open connections."""
+        return self.server._server.server_state.connections
+
+    def openai(self, key: str = "none", **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S, **options)
+
+    def async_openai(self, key: str = "none") -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
+
+
+@contextmanager
+def running_gateway(
+    *sources: ModelSource | Sequence[str], keys: Sequence[str] = (), **settings: Any
+) -> Iterator[RunningGateway]:
+    """Context: a gateway serves. sources: ModelSources, or router addresses of a model named "model". settings: fields
+    of ServeConfig."""
+    models = [
+        source
+        if isinstance(source, ModelSource)
+        else ModelSource(
+            name="model", cluster="cluster", alias="cluster", seeds=ClusterAddresses(routers=tuple(source))
+        )
+        for source in sources
+    ]
+    server = GatewayServer(ServeConfig(**{"port": 0, "grace_s": 2.0, **settings}), ApiKeys(keys))
+    thread = threading.Thread(target=server.run, args=(models,), name="gateway", daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield RunningGateway(server)
+    finally:
+        server.stop()
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "the gateway does not end"
+
+
+def wait_for(condition: Any, timeout_s: float = WAIT_S) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come true"
+        time.sleep(0.01)

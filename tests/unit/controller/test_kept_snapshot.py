@@ -1,0 +1,72 @@
+"""What the controller leaves with its actors: made anew after each change, and while changes are made."""
+
+import threading
+import time
+
+from moecluster.controller.state.cluster_state import ClusterState
+from moecluster.controller.state.handover import KeptSnapshot
+from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.weight_versions import WeightVersions
+from moecluster.metrics import Metrics
+from moecluster.placement.initial import contiguous_placement
+from moecluster.rpc.controller.latest_placement import PlacementBoard
+from moecluster.rpc.controller.snapshot import decode_snapshot
+from moecluster.types import WeightVersion
+
+LAYERS = {0: 4}
+ACTORS = ("expert-0", "expert-1")
+
+
+class Kept:
+    """A standing whose changes outdate the snapshot of it, and what else is to happen at each change."""
+
+    def __init__(self) -> None:
+        metrics = Metrics(model="tiny")
+        log = OperationLog(metrics, on_change=self._changed)
+        self.at_change = lambda: None
+        self.cluster_state = ClusterState(LAYERS, board=PlacementBoard(), metrics=metrics, on_change=self._changed)
+        self.snapshot = KeptSnapshot(self.cluster_state, log)
+        self.cluster_state.begin(
+            term=1,
+            generation=0,
+            versions=WeightVersions.only(WeightVersion(version=1, checkpoint="/m")),
+            actors=ACTORS,
+            replicas=contiguous_placement(LAYERS, ACTORS),
+        )
+        self.cluster_state.open()
+
+    def actors(self) -> tuple[str, ...]:
+        """As the snapshot has them now."""
+        return decode_snapshot(self.snapshot.encoded()).actors
+
+    def _changed(self) -> None:
+        self.at_change()
+        self.snapshot.outdate()
+
+
+def test_the_snapshot_is_made_anew_after_a_change_and_only_then() -> None:
+    kept = Kept()
+    first = kept.snapshot.encoded()
+    assert kept.snapshot.encoded() is first and kept.actors() == ACTORS
+    kept.cluster_state.add_actor("expert-2")
+    assert kept.actors() == (*ACTORS, "expert-2")
+
+
+def test_a_change_is_not_held_up_by_a_snapshot_that_is_being_made_and_waits_for_it() -> None:
+    kept = Kept()
+    kept.snapshot.encoded()
+    reading = threading.Thread(target=kept.snapshot.encoded, daemon=True)
+
+    def read_amid_the_change() -> None:
+        kept.at_change = lambda: None
+        kept.snapshot.outdate()
+        reading.start()
+        time.sleep(0.2)  # it has begun, and waits for the standing that is being changed
+
+    kept.at_change = read_amid_the_change
+    changing = threading.Thread(target=kept.cluster_state.remove_actor, args=("expert-1",), daemon=True)
+    changing.start()
+    changing.join(10.0)
+    assert not changing.is_alive(), "the change waits for the snapshot, and the snapshot for the change"
+    reading.join(10.0)
+    assert not reading.is_alive() and kept.actors() == ("expert-0",)
