@@ -46,6 +46,7 @@ from moecluster.config import Config, read_config
 from moecluster.models.experts.source import ExpertSource
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.training.tensor_file import write_tensors
 from moecluster.types import ExpertId
 
@@ -140,11 +141,13 @@ class Actors:
 
     def _load(self, name: str, checkpoint: Path) -> int:
         return self._controls[name].load(
-            term=1,
-            experts=self._experts[name],
-            checkpoint=str(checkpoint),
-            dtype=self._dtype,
-            timeout_s=LOAD_TIMEOUT_S,
+            LoadRequest(
+                term=1,
+                experts=tuple(self._experts[name]),
+                checkpoint=str(checkpoint),
+                dtype=self._dtype,
+                timeout_s=LOAD_TIMEOUT_S,
+            )
         )
 
     def _wait_packed(self, name: str) -> bool:

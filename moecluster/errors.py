@@ -11,6 +11,7 @@ MoeClusterError
 │   └── ResourceError                    too few slots, CPUs or GPUs, a port in use
 │       └── ClusterNotFound              the required cluster, or the Ray under it, is not up: exit code 3
 ├── InvalidMessage (also a ValueError)   a message off the wire that is malformed: INVALID_ARGUMENT
+│   └── ContextLengthExceeded            a prompt that leaves no room for as many new tokens as are asked for
 ├── Exhausted                            a bounded queue is full: RESOURCE_EXHAUSTED, try again later
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
 ├── StaleRequest                         a request of an older term, step or attempt, or for weights that are gone
@@ -68,7 +69,20 @@ class ClusterNotFound(ResourceError):
 
 
 class InvalidMessage(MoeClusterError, ValueError):
-    """A message off the wire has a wrong shape, dtype, index or size. The error names the field."""
+    """A message off the wire has a wrong shape, dtype, index or size."""
+
+    def __init__(self, field: str, why: str) -> None:
+        """field: which is wrong, such as replicas.share; empty if it is the message as a whole."""
+        super().__init__(field, why)  # both, so that the error can be pickled
+        self.field = field
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.why}" if self.field else self.why
+
+
+class ContextLengthExceeded(InvalidMessage):
+    """A prompt and the new tokens that are asked for do not fit into the model's context. Names the prompt's field."""
 
 
 class Exhausted(MoeClusterError):

@@ -13,4 +13,4 @@ MAX_NUMBER = 2**62  # of a number that a successor restarts and that is not comp
 def check_ahead(number: int, known: int, field: str, *, most: int = MAX_AHEAD) -> None:
     """Raises InvalidMessage for a number that lies more than `most` above the highest known one."""
     if number > known + most:
-        raise InvalidMessage(f"{field}: {number}, expected at most {most} above {known}, the highest known here")
+        raise InvalidMessage(field, f"{number}, expected at most {most} above {known}, the highest known here")

@@ -177,9 +177,8 @@ class ComputeResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadSnapshot:
-    """Assignments (token, expert) counted over one window."""
+    """Assignments (token, expert) that a router counted since its last report."""
 
-    window_s: float
     tokens: Mapping[ExpertId, int]
 
 

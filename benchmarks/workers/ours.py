@@ -31,6 +31,7 @@ from moecluster.expert.service import ExpertService
 from moecluster.rpc.controller.in_process import FixedPlacement
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings, Placement, Replica, StepTag
 
@@ -64,12 +65,14 @@ class ExpertActor:
             activation_budget_bytes=2**30,
         )
         self.service.load(
-            term=1,
-            experts=experts,
-            checkpoint=setup.checkpoint,
-            dtype=setup.dtype,
-            optimizer=OptimizerSettings() if setup.trained else None,
-            training_term=1 if setup.trained else 0,
+            LoadRequest(
+                term=1,
+                experts=experts,
+                checkpoint=setup.checkpoint,
+                dtype=setup.dtype,
+                optimizer=OptimizerSettings() if setup.trained else None,
+                training_term=1 if setup.trained else 0,
+            )
         )
         assert self.service.wait_packed(PACK_TIMEOUT_S)
         self.server = serve_expert(self.service, credentials=None)

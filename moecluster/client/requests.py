@@ -64,5 +64,5 @@ def build_request(
     try:
         encode_generation_request(request)
     except (ValueError, TypeError) as exc:
-        raise InvalidMessage(f"request: {exc}") from exc
+        raise InvalidMessage("request", str(exc)) from exc
     return request

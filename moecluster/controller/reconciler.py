@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moecluster.controller.actors.interfaces import ActorSupervisor
 from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.operations.executor import KINDS, SIZES, OperationExecutor, parse_expert
+from moecluster.controller.operations.executor import KINDS, SIZES, OperationExecutor, experts_of
 from moecluster.controller.operations.expert_actors import Sizing
 from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, PeriodicThread
 from moecluster.controller.operations.routers import KIND as ROUTERS
@@ -179,7 +179,7 @@ class Reconciler:
         else:
             self._finish(operation.id)
             if operation.kind == "wake":
-                self._woken_s |= dict.fromkeys(map(parse_expert, operation.arguments), self._clock())
+                self._woken_s |= dict.fromkeys(experts_of(operation), self._clock())
         self._first_tried_s.pop(operation.id)
         return True
 

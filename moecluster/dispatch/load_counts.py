@@ -1,7 +1,6 @@
 """How many tokens each expert got from this router: counted, and told to the controller once a window."""
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -48,13 +47,13 @@ class LoadReporter:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        before, began_s = self._loads.snapshot(), time.monotonic()
+        before = self._loads.snapshot()
         while not self._closed.wait(self._window_s):
-            now, now_s = self._loads.snapshot(), time.monotonic()
+            now = self._loads.snapshot()
             tokens = difference(now, before)
             if tokens:
-                self._report(LoadSnapshot(window_s=now_s - began_s, tokens=tokens))
-            before, began_s = now, now_s
+                self._report(LoadSnapshot(tokens=tokens))
+            before = now
 
 
 def difference(now: Counts, before: Counts) -> dict[ExpertId, int]:

@@ -8,11 +8,13 @@ Gate weights alone would not do: those of a hash gate, or of a renormalised top-
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from moecluster.errors import NotHosted
+from moecluster.placement.layout import scaled_shares
 from moecluster.types import ExpertId, Placement
 
 NO_ACTOR = -1
@@ -62,15 +64,18 @@ def layer_table(
     most = max((len(r) for r in replicas), default=0) or 1
     actor_of_ER = np.full((num_experts, most), NO_ACTOR, dtype=np.int64)
     bound_ER = np.ones((num_experts, most), dtype=np.float64)
-    for expert, places in enumerate(replicas):
+    for places in replicas:
         places.sort()
-        total = sum(share for _, share in places)
-        if total <= 0:  # replicas that all have share 0 take equal parts: better served than refused
-            places, total = [(actor, 1.0) for actor, _ in places], float(len(places))
-        last = max((r for r, (_, share) in enumerate(places) if share > 0), default=0)
-        reached = 0.0
-        for r, (actor, share) in enumerate(places):
-            reached += share / total
+    # Replicas of an expert that all have share 0 take equal parts: better served than refused.
+    share_R = scaled_shares(
+        np.array([share for places in replicas for _, share in places], dtype=np.float64),
+        np.repeat(np.arange(num_experts), [len(places) for places in replicas]),
+    )
+    shares = iter(share_R.tolist())
+    for expert, places in enumerate(replicas):
+        own = [next(shares) for _ in places]
+        last = max((r for r, share in enumerate(own) if share > 0), default=0)
+        for r, ((actor, _), reached) in enumerate(zip(places, accumulate(own), strict=True)):
             actor_of_ER[expert, r] = actor
             bound_ER[expert, r] = reached if r < last else 1.0  # exactly, whatever the sum before it rounded to
     return LayerTable(layer=layer, actors=actors, actor_of_ER=actor_of_ER, bound_ER=bound_ER)

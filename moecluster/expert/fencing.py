@@ -21,8 +21,8 @@ class ControllerFence:
         self._term = 0
         self._lock = threading.RLock()
         self._turn = threading.Lock()  # held by the load that is carried out
-        self._loads: list[LoadOrder] = []
-        self._unloads: list[UnloadOrder] = []
+        self._loads: list[AdmittedLoad] = []
+        self._unloads: list[AdmittedUnload] = []
 
     @contextmanager
     def admitted(self, term: int) -> Iterator[None]:
@@ -43,48 +43,48 @@ class ControllerFence:
             raise StaleRequest(f"controller term {term} is superseded by term {self._term}")
 
     @contextmanager
-    def loading(self, term: int, experts: Sequence[ExpertId], timeout_s: float) -> Iterator["LoadOrder"]:
+    def loading(self, term: int, experts: Sequence[ExpertId], timeout_s: float) -> Iterator["AdmittedLoad"]:
         """A load, once those before it have ended. Raises StaleRequest, DeadlineExceeded."""
-        order = LoadOrder(self, term, timeout_s)
+        admitted = AdmittedLoad(self, term, timeout_s)
         with self.admitted(term):
             for unload in self._unloads:
                 unload.experts -= set(experts)
-            self._loads.append(order)
+            self._loads.append(admitted)
         try:
-            if not self._turn.acquire(timeout=max(order.left_s, 0.0)):
+            if not self._turn.acquire(timeout=max(admitted.left_s, 0.0)):
                 raise DeadlineExceeded(f"another load took longer than {timeout_s:g} s")
             try:
                 self.check(term)
-                yield order
+                yield admitted
             finally:
                 self._turn.release()
         finally:
             with self._lock:
-                self._loads.remove(order)
+                self._loads.remove(admitted)
 
     @contextmanager
-    def unloading(self, term: int, experts: Sequence[ExpertId]) -> Iterator["UnloadOrder"]:
+    def unloading(self, term: int, experts: Sequence[ExpertId]) -> Iterator["AdmittedUnload"]:
         """An unload, from its order to its end. Raises StaleRequest."""
-        order = UnloadOrder(experts)
+        admitted = AdmittedUnload(experts)
         with self.admitted(term):
             for load in self._loads:
-                load.dropped |= order.experts
-            self._unloads.append(order)
+                load.dropped |= admitted.experts
+            self._unloads.append(admitted)
         try:
-            yield order
+            yield admitted
         finally:
             with self._lock:
-                self._unloads.remove(order)
+                self._unloads.remove(admitted)
 
 
-class UnloadOrder:
+class AdmittedUnload:
     """experts: those that it still is to drop; read it under ControllerFence.admitted."""
 
     def __init__(self, experts: Sequence[ExpertId]) -> None:
         self.experts = set(experts)
 
 
-class LoadOrder:
+class AdmittedLoad:
     """A load that waits for its turn or is carried out."""
 
     def __init__(self, orders: ControllerFence, term: int, timeout_s: float) -> None:

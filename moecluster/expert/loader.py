@@ -10,13 +10,12 @@ from torch import nn
 from moecluster.errors import CheckpointError, StaleRequest
 from moecluster.expert import compute
 from moecluster.expert.batch_invariant import BlockProofs
-from moecluster.expert.fencing import LoadOrder
+from moecluster.expert.fencing import AdmittedLoad
 from moecluster.expert.packer import Packer
 from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
 from moecluster.expert.weight_sources import (
     DTYPES,
-    LoadSettings,
     ReadExpert,
     copy_experts,
     read_experts,
@@ -28,6 +27,7 @@ from moecluster.models.checkpoint.training_state import read_optimizer_state
 from moecluster.models.experts.source import ExpertSource, Origin
 from moecluster.moe.experts.finiteness import probe_rows
 from moecluster.rpc.expert.interface import ConnectPeer
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId
 
 MAX_SOURCES = 2  # directories that are kept open: as many as there are weight versions at once
@@ -59,42 +59,42 @@ class ExpertLoader:
         self.packer = Packer(actor, always_at_once=batch_invariant)
         self._sources: dict[tuple[str, int], ExpertSource] = {}  # by directory and weight version
 
-    def load(self, order: LoadOrder, settings: LoadSettings) -> int:
+    def load(self, admitted: AdmittedLoad, request: LoadRequest) -> int:
         """Returns the bytes loaded. Raises as ExpertService.load says."""
-        is_trained = settings.optimizer is not None
-        version = settings.weight_version or self._hosted.weight_version
-        source = self._source(settings.checkpoint, version, here=is_trained)
+        is_trained = request.optimizer is not None
+        version = request.weight_version or self._hosted.weight_version
+        source = self._source(request.checkpoint, version, here=is_trained)
         hosted = set(self._hosted.ids(version))
-        if settings.optimizer is not None:
-            step = read_step(settings.checkpoint)
+        if request.optimizer is not None:
+            step = read_step(request.checkpoint)
             with self._state_lock:
-                self._training.begin(settings.optimizer, settings.training_term, step)
+                self._training.begin(request.optimizer, request.training_term, step)
             hosted = {expert for expert in hosted if self._training.holds(expert)}  # what was only served comes anew
-        wanted = [e for e in dict.fromkeys(settings.experts) if settings.replace or e not in hosted]
+        wanted = [e for e in dict.fromkeys(request.experts) if request.replace or e not in hosted]
         self._hosted.widths |= {layer.layer: layer.hidden_size for layer in source.layers}
-        wanted_dtype(source, wanted, settings.dtype)
+        wanted_dtype(source, wanted, request.dtype)
         origins = {expert: source.origin(expert) for expert in wanted} if not is_trained else {}
-        shared = self._share(wanted, origins, version, settings, order)
+        shared = self._share(wanted, origins, version, request, admitted)
         loaded_bytes = 0
-        for arrived in self._arriving(source, [e for e in wanted if e not in shared], settings, order):
+        for arrived in self._arriving(source, [e for e in wanted if e not in shared], request, admitted):
             if self._proofs is not None:
-                width, dtype = self._hosted.widths[arrived.expert.layer], wanted_dtype(source, (), settings.dtype)
+                width, dtype = self._hosted.widths[arrived.expert.layer], wanted_dtype(source, (), request.dtype)
                 self.run = self._proofs.add(arrived.module, width, dtype)
             if self._on_trial(version):
-                self._check_finite(arrived.expert, arrived.module, version, settings)
-            state = read_optimizer_state(settings.checkpoint, arrived.expert) if is_trained else None
+                self._check_finite(arrived.expert, arrived.module, version, request)
+            state = read_optimizer_state(request.checkpoint, arrived.expert) if is_trained else None
             with self._state_lock:
-                order.check(arrived.expert)
-                if arrived.expert in order.dropped:
+                admitted.check(arrived.expert)
+                if arrived.expert in admitted.dropped:
                     continue
                 version = _agreed_version(arrived, version)
-                origin = origins.get(arrived.expert) if settings.peer is None else None
+                origin = origins.get(arrived.expert) if request.peer is None else None
                 loaded_bytes += self._hosted.add(arrived.expert, arrived.module, version, origin=origin)
                 if is_trained:
                     self._training.add(arrived.expert, arrived.module, state)
                 elif version == self._hosted.weight_version:
                     self._training.remove(arrived.expert)
-        order.finish(wanted)
+        admitted.finish(wanted)
         return loaded_bytes
 
     def _share(
@@ -102,8 +102,8 @@ class ExpertLoader:
         wanted: Sequence[ExpertId],
         origins: Mapping[ExpertId, Origin | None],
         version: int,
-        settings: LoadSettings,
-        order: LoadOrder,
+        request: LoadRequest,
+        admitted: AdmittedLoad,
     ) -> set[ExpertId]:
         """Takes what is here in another version and comes from the same bytes: in a checkpoint of which only some
         experts are new, all the others."""
@@ -111,13 +111,13 @@ class ExpertLoader:
         for expert in wanted:
             origin = origins.get(expert)
             same = self._hosted.equal_to(expert, origin) if origin else None
-            if same is None or same.weight_version == version or not _is_of(same.module, settings.dtype):
+            if same is None or same.weight_version == version or not _is_of(same.module, request.dtype):
                 continue
             if self._on_trial(version):
-                self._check_finite(expert, same.module, version, settings)
+                self._check_finite(expert, same.module, version, request)
             with self._state_lock:
-                order.check(expert)
-                if expert in order.dropped or self._training.holds(expert):
+                admitted.check(expert)
+                if expert in admitted.dropped or self._training.holds(expert):
                     continue
                 self._hosted.add(expert, same.module, version, origin=origin)
             shared.add(expert)
@@ -128,12 +128,12 @@ class ExpertLoader:
         return version > self._hosted.weight_version > 0
 
     @torch.no_grad()
-    def _check_finite(self, expert: ExpertId, module: nn.Module, version: int, settings: LoadSettings) -> None:
+    def _check_finite(self, expert: ExpertId, module: nn.Module, version: int, request: LoadRequest) -> None:
         """Raises CheckpointError if the expert answers a few moderate rows with NaN or infinity."""
-        x_ND = probe_rows(self._hosted.widths[expert.layer], DTYPES[settings.dtype or "float32"])
+        x_ND = probe_rows(self._hosted.widths[expert.layer], DTYPES[request.dtype or "float32"])
         if not bool(torch.isfinite(self.run(module, x_ND)).all()):
             raise CheckpointError(
-                f"weight version {version} ({settings.checkpoint}): expert {expert.index} of layer {expert.layer} "
+                f"weight version {version} ({request.checkpoint}): expert {expert.index} of layer {expert.layer} "
                 "answers NaN or infinity"
             )
 
@@ -152,12 +152,12 @@ class ExpertLoader:
         return self._sources[wanted]
 
     def _arriving(
-        self, source: ExpertSource, wanted: list[ExpertId], settings: LoadSettings, order: LoadOrder
+        self, source: ExpertSource, wanted: list[ExpertId], request: LoadRequest, admitted: AdmittedLoad
     ) -> Iterator[ReadExpert]:
-        if settings.peer is not None:
-            return copy_experts(self._connect_peer, settings.peer, source, wanted, settings, order, self.packer)
-        packer = None if settings.optimizer is not None else self.packer
-        return read_experts(source, wanted, settings.dtype, order, packer)
+        if request.peer is not None:
+            return copy_experts(self._connect_peer, request.peer, source, wanted, request, admitted, self.packer)
+        packer = None if request.optimizer is not None else self.packer
+        return read_experts(source, wanted, request.dtype, admitted, packer)
 
 
 def _agreed_version(arrived: ReadExpert, wanted: int) -> int:

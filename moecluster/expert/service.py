@@ -16,7 +16,6 @@ from moecluster.expert.loader import ExpertLoader
 from moecluster.expert.queue import ComputeQueue
 from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
-from moecluster.expert.weight_sources import LoadSettings
 from moecluster.expert.worker import ExpertComputing
 from moecluster.growing import MAX_NUMBER
 from moecluster.memory import return_freed_memory
@@ -26,16 +25,8 @@ from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.moe.linear import plain
 from moecluster.rpc.expert.export import GrpcPeerExports
 from moecluster.rpc.expert.interface import MAX_SNAPSHOT_BYTES, ConnectPeer, ExportedTensor, Reply
-from moecluster.types import (
-    ActorAddress,
-    ComputeBatch,
-    ExpertActorStatus,
-    ExpertId,
-    MessageKey,
-    OptimizerSettings,
-    ReduceResult,
-    StepTag,
-)
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
+from moecluster.types import ComputeBatch, ExpertActorStatus, ExpertId, MessageKey, ReduceResult, StepTag
 
 DRAIN_POLL_S = 0.005
 
@@ -114,108 +105,74 @@ class ExpertService:
 
     # -- orders of the controller --
 
-    def load(
-        self,
-        *,
-        term: int,
-        experts: Sequence[ExpertId],
-        checkpoint: str,
-        dtype: str = "",
-        weight_version: int = 0,
-        optimizer: OptimizerSettings | None = None,
-        replace: bool = False,
-        training_term: int = 0,
-        timeout_s: float = 60.0,
-        peer: ActorAddress | None = None,
-        max_bytes_per_s: int = 0,
-    ) -> int:
+    def load(self, request: LoadRequest) -> int:
         """Loads experts out of a checkpoint directory, or out of a peer; what is hosted already stays unless replaced.
 
-        They come beside what is here of other weight versions; 0 stands for the version that is served. With an
-        optimizer they are trained from the checkpoint's step on. Returns the bytes loaded. Loads wait for each other,
-        and no other order or batch for them; what came before an error stays. Raises NotGiven for a directory that the
+        They come beside what is here of other weight versions. With an optimizer they are trained from the
+        checkpoint's step on. Returns the bytes loaded. Loads wait for each other, and no other order or batch for
+        them; what came before an error stays. Raises NotGiven for a directory that the
         cluster was not given, before anything is read or changed; CheckpointError, InvalidMessage,
         DeadlineExceeded; StaleRequest for an older term, experts that were unloaded since, or a peer with
         another weight version; Unavailable if the peer does not give what it should.
         """
-        check_given(checkpoint, self._is_given)
-        if peer is not None and optimizer is not None:
-            raise InvalidMessage("peer_address: experts are trained from a checkpoint on, not from a peer")
-        self._hosted.check_version(weight_version)
-        self._training.check_term(training_term)
-        settings = LoadSettings(
-            experts=experts,
-            checkpoint=checkpoint,
-            dtype=dtype,
-            weight_version=weight_version,
-            replace=replace,
-            optimizer=optimizer,
-            training_term=training_term,
-            peer=peer,
-            max_bytes_per_s=max_bytes_per_s,
-        )
-        with self._orders.loading(term, experts, timeout_s) as order:
-            return self._loader.load(order, settings)
+        check_given(request.checkpoint, self._is_given)
+        if request.peer is not None and request.optimizer is not None:
+            raise InvalidMessage("peer_address", "experts are trained from a checkpoint on, not from a peer")
+        self._hosted.check_version(request.weight_version)
+        self._training.check_term(request.training_term)
+        with self._orders.loading(request.term, request.experts, request.timeout_s) as admitted:
+            return self._loader.load(admitted, request)
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
         """Drops experts in all versions; unknown ones are fine. A load that is ordered meanwhile keeps its own.
 
         Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleRequest.
         """
-        with self._orders.unloading(term, experts) as order:
+        with self._orders.unloading(term, experts) as admitted:
             deadline_s = time.monotonic() + drain_timeout_s
-            while time.monotonic() < deadline_s and self._queue.wants(order.experts):
+            while time.monotonic() < deadline_s and self._queue.wants(admitted.experts):
                 self._orders.check(term)
                 time.sleep(DRAIN_POLL_S)
             with self._state_lock, self._orders.admitted(term):
-                for expert in order.experts:
+                for expert in admitted.experts:
                     self._hosted.remove(expert)
                     self._training.remove(expert)
         return_freed_memory()
 
-    def set_placement(
-        self,
-        *,
-        term: int,
-        generation: int,
-        checkpoint: str = "",
-        snapshot: bytes = b"",
-        weight_version: int = 0,
-        weight_versions: Sequence[int] = (),
-    ) -> None:
+    def set_placement(self, notice: PlacementNotice) -> None:
         """The placement that now stands, what lost experts are loaded from, and the controller's snapshot.
 
         status returns them; an empty snapshot leaves the last one. Experts of versions that do not stand any more are
         dropped. Raises StaleRequest, InvalidMessage.
         """
-        if len(snapshot) > MAX_SNAPSHOT_BYTES:
-            raise InvalidMessage(f"snapshot: {len(snapshot)} bytes, at most {MAX_SNAPSHOT_BYTES}")
-        if 0 in weight_versions:
-            raise InvalidMessage("weight_versions: they begin at 1")
-        if weight_versions and weight_version not in weight_versions:
-            raise InvalidMessage(f"weight_version: {weight_version} is none of {list(weight_versions)[:5]}")
-        if generation > MAX_NUMBER:
-            raise InvalidMessage(f"generation: {generation}, at most {MAX_NUMBER}")
-        for version in (weight_version, *weight_versions):
-            self._hosted.check_version(version)
-        with self._orders.admitted(term):
-            if (term, generation) < self._placement:
+        version, versions = notice.weight_version, notice.weight_versions
+        if len(notice.snapshot) > MAX_SNAPSHOT_BYTES:
+            raise InvalidMessage("snapshot", f"{len(notice.snapshot)} bytes, at most {MAX_SNAPSHOT_BYTES}")
+        if 0 in versions:
+            raise InvalidMessage("weight_versions", "they begin at 1")
+        if versions and version not in versions:
+            raise InvalidMessage("weight_version", f"{version} is none of {list(versions[:5])}")
+        if notice.generation > MAX_NUMBER:
+            raise InvalidMessage("generation", f"{notice.generation}, at most {MAX_NUMBER}")
+        for named in (version, *versions):
+            self._hosted.check_version(named)
+        placement = (notice.term, notice.generation)
+        with self._orders.admitted(notice.term):
+            if placement < self._placement:
                 return
-            self._placement, self._checkpoint = (term, generation), checkpoint
-            self._snapshot = snapshot or self._snapshot
-            surplus = self._hosted.surplus_versions(weight_version, weight_versions)
-            if not surplus and weight_version:
-                self._hosted.keep_versions(weight_version, weight_versions)
+            self._placement, self._checkpoint = placement, notice.checkpoint
+            self._snapshot = notice.snapshot or self._snapshot
+            surplus = self._hosted.surplus_versions(version, versions)
+            if not surplus and version:
+                self._hosted.keep_versions(version, versions)
         if surplus:
-            self._keep_versions(term, (term, generation), weight_version, weight_versions)
+            self._drop_other_versions(placement, version, versions)
 
-    def _keep_versions(
-        self, term: int, placement: tuple[int, int], weight_version: int, weight_versions: Sequence[int]
-    ) -> None:
-        with self._state_lock, self._orders.admitted(term):
+    def _drop_other_versions(self, placement: tuple[int, int], version: int, versions: Sequence[int]) -> None:
+        with self._state_lock, self._orders.admitted(placement[0]):
             if self._placement != placement:
                 return  # something newer was said meanwhile
-            for expert in self._hosted.keep_versions(weight_version, weight_versions):
+            for expert in self._hosted.keep_versions(version, versions):
                 self._training.remove(expert)
         return_freed_memory()
 

@@ -13,31 +13,17 @@ import torch
 from torch import nn
 
 from moecluster.errors import InvalidMessage, MoeClusterError, Unavailable
-from moecluster.expert.fencing import LoadOrder
+from moecluster.expert.fencing import AdmittedLoad
 from moecluster.expert.packer import Packer
 from moecluster.memory import RETURN_EVERY_BYTES, return_freed_memory
 from moecluster.models.experts.prefetch import read_ahead
 from moecluster.models.experts.source import ExpertSource
 from moecluster.rpc.expert.interface import ConnectPeer, PeerExports
-from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
+from moecluster.rpc.expert.requests import LoadRequest
+from moecluster.types import ActorAddress, ExpertId
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POLL_EVERY_S = 0.1  # whether the order still stands, while nothing is taken
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadSettings:
-    """What a load is to bring, and from where."""
-
-    experts: Sequence[ExpertId]
-    checkpoint: str  # a directory; of a copy from a peer too: it says what experts of the model are
-    dtype: str  # float32 | bfloat16 | float16; empty: float32
-    weight_version: int  # 0: what the actor serves, or if it serves nothing, the peer
-    replace: bool  # also what is here already in that version
-    optimizer: OptimizerSettings | None  # None: the experts are served, not trained
-    training_term: int
-    peer: ActorAddress | None
-    max_bytes_per_s: int  # of a copy from a peer; 0: as fast as it goes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +40,14 @@ def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) 
     sizes = {layer.layer: layer.num_experts for layer in source.layers}
     unknown = [str(e) for e in experts if not 0 <= e.index < sizes.get(e.layer, 0)]
     if unknown:
-        raise InvalidMessage(f"experts: the model has no {', '.join(unknown[:5])} (layer/index)")
+        raise InvalidMessage("experts", f"the model has no {', '.join(unknown[:5])} (layer/index)")
     if (dtype or "float32") not in DTYPES:
-        raise InvalidMessage(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+        raise InvalidMessage("dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
     return DTYPES[dtype or "float32"]
 
 
 def read_experts(
-    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, order: LoadOrder, packer: Packer | None
+    source: ExpertSource, experts: Sequence[ExpertId], dtype: str, admitted: AdmittedLoad, packer: Packer | None
 ) -> Iterator[ReadExpert]:
     """Experts out of a checkpoint, in order. packer: None for experts that are trained.
 
@@ -69,8 +55,8 @@ def read_experts(
     """
     checked_dtype = wanted_dtype(source, experts, dtype)
 
-    wanted = (expert for expert in experts if expert not in order.dropped)
-    read = read_ahead(source, wanted, checked_dtype, check=order.check)
+    wanted = (expert for expert in experts if expert not in admitted.dropped)
+    read = read_ahead(source, wanted, checked_dtype, check=admitted.check)
     yield from finish((ReadExpert(expert=expert, module=module) for expert, module in read), packer)
 
 
@@ -118,8 +104,8 @@ def copy_experts(
     peer: ActorAddress,
     source: ExpertSource,
     experts: Sequence[ExpertId],
-    settings: LoadSettings,
-    order: LoadOrder,
+    request: LoadRequest,
+    admitted: AdmittedLoad,
     packer: Packer,
 ) -> Iterator[ReadExpert]:
     """Experts of a peer that holds them in the wanted dtype, ready as those out of a checkpoint; one at a time.
@@ -127,14 +113,14 @@ def copy_experts(
     Raises InvalidMessage for an expert that the model does not have or an unknown dtype, before any is copied;
     Unavailable for whatever the peer does not give as it should; StaleRequest and DeadlineExceeded of the order.
     """
-    dtype = wanted_dtype(source, experts, settings.dtype)
-    pace = BytePace(settings.max_bytes_per_s)
+    dtype = wanted_dtype(source, experts, request.dtype)
+    pace = BytePace(request.max_bytes_per_s)
     exports = connect(peer)
-    order.interrupt = exports.close  # a peer that hangs holds up no newer order
+    admitted.interrupt = exports.close  # a peer that hangs holds up no newer order
     try:
-        wanted = (expert for expert in experts if expert not in order.dropped)
+        wanted = (expert for expert in experts if expert not in admitted.dropped)
         copied = (
-            _copy(exports, peer, source, expert, dtype, order, pace, settings.weight_version) for expert in wanted
+            _copy(exports, peer, source, expert, dtype, admitted, pace, request.weight_version) for expert in wanted
         )
         yield from finish(copied, packer)
     finally:
@@ -147,23 +133,23 @@ def _copy(
     source: ExpertSource,
     expert: ExpertId,
     dtype: torch.dtype,
-    order: LoadOrder,
+    admitted: AdmittedLoad,
     pace: BytePace,
     weight_version: int,
 ) -> ReadExpert:
     def keep_pace(num_bytes: int) -> None:
-        order.check(expert)
+        admitted.check(expert)
         pace.count(num_bytes)
         while (wait_s := pace.wait_s) > 0:
             time.sleep(min(wait_s, POLL_EVERY_S))
-            order.check(expert)
+            admitted.check(expert)
 
-    order.check(expert)
+    admitted.check(expert)
     module = source.empty(expert)
     try:
-        version = _fill(module, expert, dtype, exports, order.left_s, keep_pace, weight_version)
+        version = _fill(module, expert, dtype, exports, admitted.left_s, keep_pace, weight_version)
     except MoeClusterError as exc:
-        order.check(expert)  # our own order has ended, and the copy with it
+        admitted.check(expert)  # our own order has ended, and the copy with it
         raise Unavailable(f"expert {expert} cannot be copied from {peer.actor}: {exc}") from exc
     return ReadExpert(expert=expert, module=module, weight_version=version)
 
@@ -194,16 +180,16 @@ def _fill(
     ):
         shape = missing.pop(sent.name, None)
         if sent.expert != expert or shape is None:
-            raise InvalidMessage(f"name: {sent.expert} {sent.name} was not asked for or came twice")
+            raise InvalidMessage("name", f"{sent.expert} {sent.name} was not asked for or came twice")
         if sent.value.dtype != dtype or tuple(sent.value.shape) != shape:
             raise InvalidMessage(
-                f"{sent.name}: {sent.value.dtype} {list(sent.value.shape)}, the model has {dtype} {list(shape)}"
+                sent.name, f"{sent.value.dtype} {list(sent.value.shape)}, the model has {dtype} {list(shape)}"
             )
         state[sent.name] = sent.value
         versions.add(sent.weight_version)
     if missing:
-        raise InvalidMessage(f"name: {', '.join(missing)} did not come")
+        raise InvalidMessage("name", f"{', '.join(missing)} did not come")
     if len(versions) != 1:
-        raise InvalidMessage(f"weight_version: {sorted(versions)} within one expert")
+        raise InvalidMessage("weight_version", f"{sorted(versions)} within one expert")
     module.load_state_dict(state, assign=True)
     return versions.pop()

@@ -151,10 +151,10 @@ class ExpertComputing:
         experts = self._hosted.layer(batch.layer, batch.experts, self._placement(), batch.weight_version)
         parameter = next(experts[batch.experts[0]].parameters(), None)
         if parameter is not None and parameter.dtype != batch.x_ND.dtype:
-            raise InvalidMessage(f"x.dtype: {batch.x_ND.dtype}, and the experts are {parameter.dtype}")
+            raise InvalidMessage("x.dtype", f"{batch.x_ND.dtype}, and the experts are {parameter.dtype}")
         width = self._hosted.widths[batch.layer]
         if batch.x_ND.shape[1] != width:
-            raise InvalidMessage(f"x.shape: rows of {batch.x_ND.shape[1]}, and the experts take {width}")
+            raise InvalidMessage("x.shape", f"rows of {batch.x_ND.shape[1]}, and the experts take {width}")
         return experts
 
     def _compute_training(self, batch: ComputeBatch) -> ComputeResult:

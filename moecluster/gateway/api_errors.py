@@ -11,6 +11,7 @@ from fastapi import Response
 from moecluster.errors import (
     BatchBroken,
     ClusterEnded,
+    ContextLengthExceeded,
     DeadlineExceeded,
     Exhausted,
     ExpertsLost,
@@ -30,10 +31,7 @@ RETRY_S = 1  # where a router does not say when a try is likely to be worth it
 LOST_EXPERTS = "has lost experts that cannot be loaded again: its checkpoint directory is gone or cannot be read"
 MAX_MESSAGE_CHARACTERS = 500
 
-# What a router calls a field, and what it is in a body.
-_PARAMS = {"prompt_ids": "prompt", "max_new_tokens": "max_tokens"}
-_FIELD = re.compile(r"([a-z_]+)(?:\.[a-z_]+)*: ")
-_OVERFLOW = "exceed the model's"  # how a router says that prompt and continuation have no room
+_PROMPT_FIELDS = ("prompt", "prompt_ids", "messages_json")  # of a router's request
 _UNIONS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "a text or a list of texts",
@@ -111,7 +109,7 @@ def api_error_of(error: MoeClusterError, model: str, *, prompt_param: str = "pro
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidMessage | UserError):
-        return _wrong_request(str(error), prompt_param)
+        return _wrong_request(error, prompt_param)
     if isinstance(error, RequestFailed | BatchBroken):
         return failed(f"{model} cannot answer this request: {error}")
     if isinstance(error, Exhausted):
@@ -152,9 +150,10 @@ def _param(error: Mapping[str, Any]) -> str:
     return f"{param}.{field}" if param and field else param or field
 
 
-def _wrong_request(message: str, prompt_param: str) -> ApiError:
-    for field, param in {**_PARAMS, "messages_json": prompt_param, "prompt": prompt_param}.items():
-        message = re.sub(rf"\b{field}\b", param, message)
-    named = _FIELD.match(message)
-    code = "context_length_exceeded" if _OVERFLOW in message else None
-    return bad_request(message, param=named.group(1) if named else None, code=code)
+def _wrong_request(error: InvalidMessage | UserError, prompt_param: str) -> ApiError:
+    """Names a router's fields as the body does, in the text as well."""
+    params = {"max_new_tokens": "max_tokens", **dict.fromkeys(_PROMPT_FIELDS, prompt_param)}
+    message = re.sub(rf"\b({'|'.join(params)})\b", lambda found: params[found[1]], str(error))
+    field = error.field.partition(".")[0] if isinstance(error, InvalidMessage) else ""
+    code = "context_length_exceeded" if isinstance(error, ContextLengthExceeded) else None
+    return bad_request(message, param=params.get(field, field) or None, code=code)

@@ -35,7 +35,7 @@ class GradientFold:
         """
         assert key not in self.keys
         if not 0 <= key.rank < len(self._micro_batches):
-            raise InvalidMessage(f"rank: got {key.rank}, expected 0 to {len(self._micro_batches) - 1}")
+            raise InvalidMessage("rank", f"got {key.rank}, expected 0 to {len(self._micro_batches) - 1}")
         if key.micro_batch < self._micro_batches[key.rank]:
             raise AttemptAborted(
                 f"rank {key.rank} sent micro-batch {key.micro_batch} after {self._micro_batches[key.rank]}"

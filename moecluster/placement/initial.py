@@ -1,12 +1,11 @@
 """The initial placement of a cluster: contiguous, or a table given by the user."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 from moecluster.errors import ConfigError
+from moecluster.placement.expert_ids import experts_named
 from moecluster.types import ExpertId, Replica
 
-_EXPERT = re.compile(r"(\*|\d+)/(\*|\d+)")
 _KEY = "controller.placement"
 
 
@@ -68,25 +67,3 @@ def given_placement(
         for expert, places in sorted(actors_of.items())
         for actor in places
     )
-
-
-def experts_named(name: str, num_experts: Mapping[int, int], setting: str) -> list[ExpertId]:
-    """Returns the experts of "layer/index", where * stands for every MoE layer or every index.
-
-    Raises ConfigError, naming the setting.
-    """
-    match = _EXPERT.fullmatch(name)
-    if match is None:
-        raise ConfigError(f'{setting}: got "{name}", expected layer/index such as 0/3, */1 or 2/*')
-    layer_word, index_word = match.groups()
-    layers = sorted(num_experts) if layer_word == "*" else [int(layer_word)]
-    found = []
-    for layer in layers:
-        count = num_experts.get(layer)
-        if count is None:
-            known = ", ".join(map(str, sorted(num_experts)))
-            raise ConfigError(f'{setting}: "{name}": layer {layer} has no experts; MoE layers are {known}')
-        if index_word != "*" and int(index_word) >= count:
-            raise ConfigError(f'{setting}: "{name}": layer {layer} has experts 0 to {count - 1}')
-        found += [ExpertId(layer=layer, index=i) for i in (range(count) if index_word == "*" else [int(index_word)])]
-    return found

@@ -56,6 +56,22 @@ class Layout:
         """layer * E + expert: indexes a flattened load_LE."""
         return self.layer_R * self.max_experts + self.expert_R
 
+    @property
+    def scaled_share_R(self) -> Floats:
+        """The shares with sums of exactly 1: equal ones where all of an expert are 0."""
+        return scaled_shares(self.share_R, self.expert_key_R)
+
+
+def scaled_shares(share_R: Floats, expert_R: Ints) -> Floats:
+    """Shares that sum to 1 for each expert: as they relate to each other, or equal where all are 0. [R]
+
+    expert_R: which expert each replica is of, by any number that is not negative.
+    """
+    sum_R = np.bincount(expert_R, weights=share_R)[expert_R]
+    count_R = np.bincount(expert_R)[expert_R]
+    shares: Floats = np.where(sum_R > 0, share_R, 1.0) / np.where(sum_R > 0, sum_R, count_R)
+    return shares
+
 
 def make_layout(num_experts_L: Ints, layer_R: Ints, expert_R: Ints, actor_R: Ints, share_R: Floats) -> Layout:
     """Returns a layout of replicas given in any order."""

@@ -6,12 +6,12 @@ still carries load of the layer without slots (it is being drained). A layer wit
 the only definition, for display and planning alike.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, carried_LA, make_layout
+from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, carried_LA, make_layout, scaled_shares
 from moecluster.types import ExpertId, Placement, Replica
 
 
@@ -88,7 +88,7 @@ def to_layout(replicas: Iterable[Replica], names: Names) -> Layout:
         np.array([actor_at[r.actor] for r in here], dtype=np.int64),
         np.array([r.share for r in here], dtype=np.float64),
     )
-    return replace(layout, share_R=scaled_shares(layout))
+    return replace(layout, share_R=layout.scaled_share_R)
 
 
 def to_replicas(layout: Layout, names: Names) -> dict[int, tuple[Replica, ...]]:
@@ -103,9 +103,11 @@ def to_replicas(layout: Layout, names: Names) -> dict[int, tuple[Replica, ...]]:
     return {layer: tuple(replicas) for layer, replicas in found.items()}
 
 
-def scaled_shares(layout: Layout) -> Floats:
-    """Returns shares scaled to sum to 1 for each expert; equal where all of an expert's are 0. [R]"""
-    keys = layout.num_layers * layout.max_experts
-    sum_R = np.bincount(layout.expert_key_R, weights=layout.share_R, minlength=keys)[layout.expert_key_R]
-    count_R = np.bincount(layout.expert_key_R, minlength=keys)[layout.expert_key_R]
-    return np.where(sum_R > 0, layout.share_R / np.where(sum_R > 0, sum_R, 1.0), 1.0 / count_R)
+def with_whole_shares(replicas: Sequence[Replica]) -> tuple[Replica, ...]:
+    """The replicas with each expert's shares scaled to sum to 1; equal ones where all are 0."""
+    number = {expert: i for i, expert in enumerate(dict.fromkeys(r.expert for r in replicas))}
+    share_R = scaled_shares(
+        np.array([r.share for r in replicas], dtype=np.float64),
+        np.array([number[r.expert] for r in replicas], dtype=np.int64),
+    )
+    return tuple(replace(r, share=share) for r, share in zip(replicas, share_R.tolist(), strict=True))

@@ -134,14 +134,12 @@ class ExpertLoad(_message.Message):
     def __init__(self, expert: _Optional[_Union[_tensor_pb2.ExpertRef, _Mapping]] = ..., assignments: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("router", "window_s", "loads")
+    __slots__ = ("router", "loads")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
-    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     LOADS_FIELD_NUMBER: _ClassVar[int]
     router: str
-    window_s: float
     loads: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
-    def __init__(self, router: _Optional[str] = ..., window_s: _Optional[float] = ..., loads: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ...) -> None: ...
+    def __init__(self, router: _Optional[str] = ..., loads: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ...) -> None: ...
 
 class LoadReportReply(_message.Message):
     __slots__ = ()

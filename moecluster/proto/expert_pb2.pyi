@@ -88,7 +88,7 @@ class StepTag(_message.Message):
     def __init__(self, term: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
-    __slots__ = ("request_id", "placement_term", "generation", "layer", "phase", "weight_version", "deadline_s", "incarnation", "unsummed", "step", "rank", "micro_batch", "pass_index", "x", "experts", "expert_pairs", "pair_rows", "pair_weights", "grad", "sequence_offsets", "released", "segment_nonce")
+    __slots__ = ("request_id", "placement_term", "generation", "layer", "phase", "weight_version", "deadline_s", "incarnation", "unsummed", "step", "rank", "micro_batch", "pass_index", "x", "experts", "expert_pairs", "pair_rows", "pair_weights", "grad", "released", "segment_nonce")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -108,7 +108,6 @@ class Batch(_message.Message):
     PAIR_ROWS_FIELD_NUMBER: _ClassVar[int]
     PAIR_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     GRAD_FIELD_NUMBER: _ClassVar[int]
-    SEQUENCE_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_NONCE_FIELD_NUMBER: _ClassVar[int]
     request_id: int
@@ -130,10 +129,9 @@ class Batch(_message.Message):
     pair_rows: _tensor_pb2.Tensor
     pair_weights: _tensor_pb2.Tensor
     grad: _tensor_pb2.Tensor
-    sequence_offsets: _containers.RepeatedScalarFieldContainer[int]
     released: _containers.RepeatedScalarFieldContainer[int]
     segment_nonce: bytes
-    def __init__(self, request_id: _Optional[int] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., layer: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., weight_version: _Optional[int] = ..., deadline_s: _Optional[float] = ..., incarnation: _Optional[str] = ..., unsummed: bool = ..., step: _Optional[_Union[StepTag, _Mapping]] = ..., rank: _Optional[int] = ..., micro_batch: _Optional[int] = ..., pass_index: _Optional[int] = ..., x: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., experts: _Optional[_Iterable[int]] = ..., expert_pairs: _Optional[_Iterable[int]] = ..., pair_rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., pair_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., sequence_offsets: _Optional[_Iterable[int]] = ..., released: _Optional[_Iterable[int]] = ..., segment_nonce: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., placement_term: _Optional[int] = ..., generation: _Optional[int] = ..., layer: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., weight_version: _Optional[int] = ..., deadline_s: _Optional[float] = ..., incarnation: _Optional[str] = ..., unsummed: bool = ..., step: _Optional[_Union[StepTag, _Mapping]] = ..., rank: _Optional[int] = ..., micro_batch: _Optional[int] = ..., pass_index: _Optional[int] = ..., x: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., experts: _Optional[_Iterable[int]] = ..., expert_pairs: _Optional[_Iterable[int]] = ..., pair_rows: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., pair_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., grad: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ..., segment_nonce: _Optional[bytes] = ...) -> None: ...
 
 class BatchReply(_message.Message):
     __slots__ = ("request_id", "code", "detail", "placement_term", "generation", "y", "grad_x", "grad_w")

@@ -122,12 +122,12 @@ class Router:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         record = next((found for found in moe_layers(served.model) if found.layer == layer), None)
         if record is None:
-            raise InvalidMessage(f"layer: {layer} has no experts")
+            raise InvalidMessage("layer", f"{layer} has no experts")
         width = served.model.config.get_text_config().hidden_size
         if x_TD.shape[1] != width:
-            raise InvalidMessage(f"x.shape: width {x_TD.shape[1]}, and the model's is {width}")
+            raise InvalidMessage("x.shape", f"width {x_TD.shape[1]}, and the model's is {width}")
         if x_TD.dtype != self._dtype:
-            raise InvalidMessage(f"x.dtype: {x_TD.dtype}, and the model's is {self._dtype}")
+            raise InvalidMessage("x.dtype", f"{x_TD.dtype}, and the model's is {self._dtype}")
         block = served.model.get_submodule(record.name.rpartition(".")[0])
         with self.experts.within(timeout_s):
             return served.experts.run(block, x_TD.to(self._device))

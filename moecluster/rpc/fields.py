@@ -1,6 +1,7 @@
 """Fields that many messages have: names, paths, addresses, experts and numbers, checked before they are used."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from moecluster.errors import InvalidMessage
@@ -12,12 +13,14 @@ MAX_PATH_LENGTH = 4096
 MAX_REASON_LENGTH = 1000
 SHARE_TOLERANCE = 1e-6
 MAX_MESSAGE_BYTES = 256 * 2**20
+MAX_EXPERTS = 2**18  # named in one message
+HOST = re.compile(r"[A-Za-z0-9._:%\[\]-]+")
 
 
 def checked_name(name: str, field: str) -> str:
     """The name of a router, an actor or a request: not empty, printable, of bounded length."""
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
-        raise InvalidMessage(f"{field}: {name[:40]!r}, expected 1 to {MAX_NAME_LENGTH} printable characters")
+        raise InvalidMessage(field, f"{name[:40]!r}, expected 1 to {MAX_NAME_LENGTH} printable characters")
     return name
 
 
@@ -31,43 +34,56 @@ def checked_names(names: Iterable[str], field: str) -> tuple[str, ...]:
     checked = tuple(checked_name(name, field) for name in names)
     if len(set(checked)) != len(checked):
         twice = next(name for name in checked if checked.count(name) > 1)
-        raise InvalidMessage(f"{field}: {twice} is named twice")
+        raise InvalidMessage(field, f"{twice} is named twice")
     return checked
 
 
 def checked_path(path: str, field: str) -> str:
     """A directory's path: not empty, no zero byte, of bounded length."""
     if not path or len(path) > MAX_PATH_LENGTH or "\0" in path:
-        raise InvalidMessage(f"{field}: {path[:40]!r}, expected a path of 1 to {MAX_PATH_LENGTH} characters")
+        raise InvalidMessage(field, f"{path[:40]!r}, expected a path of 1 to {MAX_PATH_LENGTH} characters")
     return path
 
 
 def checked_address(address: str, field: str) -> str:
     """host:port."""
     host, separator, port = address.rpartition(":")
-    if not (host and separator and port.isdecimal() and 0 < int(port) < 65536 and len(address) <= MAX_NAME_LENGTH):
-        raise InvalidMessage(f"{field}: {address[:40]!r}, expected host:port")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
+    if not (separator and is_port and HOST.fullmatch(host) and len(address) <= MAX_NAME_LENGTH):
+        raise InvalidMessage(field, f"{address[:40]!r}, expected host:port")
     return address
+
+
+def checked_optional_address(address: str, field: str) -> str:
+    """The same, or nothing."""
+    return checked_address(address, field) if address else ""
 
 
 def checked_amount(value: float, field: str) -> float:
     """A finite number that is not negative."""
     if not (math.isfinite(value) and value >= 0):
-        raise InvalidMessage(f"{field}: {value}, expected a finite number of at least 0")
+        raise InvalidMessage(field, f"{value}, expected a finite number of at least 0")
     return value
 
 
 def checked_count(value: int, field: str, *, least: int = 0) -> int:
     """A whole number of at least `least`."""
     if value < least:
-        raise InvalidMessage(f"{field}: {value}, expected at least {least}")
+        raise InvalidMessage(field, f"{value}, expected at least {least}")
+    return value
+
+
+def checked_within(value: float, lowest: float, highest: float, field: str) -> float:
+    """A number between two others, or one of them."""
+    if not lowest <= value <= highest:  # true for NaN too
+        raise InvalidMessage(field, f"{value}, not within {lowest:g} and {highest:g}")
     return value
 
 
 def checked_share(share: float, field: str) -> float:
     """A part of an expert's tokens: within 0 and 1."""
     if not 0 <= share <= 1 + SHARE_TOLERANCE:  # false for NaN too
-        raise InvalidMessage(f"{field}: {share}, not within 0 and 1")
+        raise InvalidMessage(field, f"{share}, not within 0 and 1")
     return share
 
 
@@ -76,16 +92,23 @@ def encode_expert(expert: ExpertId) -> tensor_pb2.ExpertRef:
     return tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index)
 
 
+def encode_experts(experts: Iterable[ExpertId]) -> list[tensor_pb2.ExpertRef]:
+    """The messages of experts' names, in order."""
+    return [encode_expert(expert) for expert in experts]
+
+
 def decode_expert(message: tensor_pb2.ExpertRef, field: str) -> ExpertId:
     """An expert's name; whether the model has it, the receiver knows."""
     if message.layer < 0 or message.index < 0:
-        raise InvalidMessage(f"{field}: {message.layer}/{message.index}, a negative layer or index")
+        raise InvalidMessage(field, f"{message.layer}/{message.index}, a negative layer or index")
     return ExpertId(layer=message.layer, index=message.index)
 
 
 def decode_experts(messages: Sequence[tensor_pb2.ExpertRef], field: str) -> tuple[ExpertId, ...]:
-    """Experts that differ."""
+    """Experts that differ, at most MAX_EXPERTS of them."""
+    if len(messages) > MAX_EXPERTS:
+        raise InvalidMessage(field, f"{len(messages)}, at most {MAX_EXPERTS}")
     experts = tuple(decode_expert(message, field) for message in messages)
     if len(set(experts)) != len(experts):
-        raise InvalidMessage(f"{field}: an expert is named twice")
+        raise InvalidMessage(field, "an expert is named twice")
     return experts

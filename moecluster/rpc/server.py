@@ -72,27 +72,29 @@ class RunningServer:
 
 
 def start_server(
-    add_services: Callable[[grpc.Server], list[str]],
+    name: str,
+    add_servicer: Callable[[grpc.Server], object],
     *,
     credentials: ClusterCredentials | None,
     host: str = "127.0.0.1",
     port: int = 0,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Starts a server. add_services registers servicers and returns their full names; port 0 takes a free one.
+    """Starts a server of one service, beside health and reflection; port 0 takes a free one.
 
-    credentials: asked for by every method of every service but health; None, in tests alone: anybody may call.
-    Raises ResourceError if the port is in use.
+    name: the service's full name. add_servicer: registers what answers its calls. credentials: asked for by every
+    method of every service but health; None, in tests alone: anybody may call. Raises ResourceError if the port is in
+    use.
     """
     pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
     interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireSecret(credentials)]
     server = grpc.server(pool, interceptors=interceptors, options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)
-    names = add_services(server)
+    add_servicer(server)
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    for name in ("", *names):
-        servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    for served in ("", name):
+        servicer.set(served, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([name, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     target = f"{host}:{port}"
     try:
         bound = server.add_insecure_port(target)

@@ -1,6 +1,7 @@
 """Our errors as gRPC status codes and back: mapped once, at the edge."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -9,6 +10,7 @@ import grpc
 from moecluster.errors import (
     AttemptAborted,
     BatchBroken,
+    ContextLengthExceeded,
     DeadlineExceeded,
     Exhausted,
     ExpertsLost,
@@ -27,8 +29,12 @@ from moecluster.proto import expert_pb2
 
 RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
 FAULT = "fault"  # metadata behind INTERNAL: what failed: the request itself, the batch that it was in, or experts
+FIELD = "invalid-field"  # metadata behind INVALID_ARGUMENT: the field that is wrong; the detail begins with it
+CONTEXT_LENGTH = "context-length"  # the one FAULT behind INVALID_ARGUMENT
 LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
 AnswerT = TypeVar("AnswerT")
+
+_FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 # The first class that an error is an instance of decides.
 _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
@@ -68,13 +74,21 @@ def status_of(error: MoeClusterError) -> grpc.StatusCode:
 
 def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoReturn:
     """Ends an RPC with the error's status and its message as the detail."""
-    if isinstance(error, Exhausted) and error.retry_after_s is not None:
-        context.set_trailing_metadata(((RETRY_AFTER, f"{error.retry_after_s:.3f}"),))
-    for kind, fault in _FAULTS:
-        if isinstance(error, kind):
-            context.set_trailing_metadata(((FAULT, fault),))
+    context.set_trailing_metadata(_metadata_of(error))
     context.abort(status_of(error), str(error))
     raise AssertionError("abort raises")
+
+
+def _metadata_of(error: MoeClusterError) -> tuple[tuple[str, str], ...]:
+    """What a caller is told beside the status and the detail."""
+    found = [(FAULT, fault) for kind, fault in _FAULTS if isinstance(error, kind)]
+    if isinstance(error, ContextLengthExceeded):
+        found.append((FAULT, CONTEXT_LENGTH))
+    if isinstance(error, Exhausted) and error.retry_after_s is not None:
+        found.append((RETRY_AFTER, f"{error.retry_after_s:.3f}"))
+    if isinstance(error, InvalidMessage) and _FIELD_NAME.fullmatch(error.field):
+        found.append((FIELD, error.field))
+    return tuple(found)
 
 
 def answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
@@ -93,6 +107,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
         detail = f"{peer}: no answer within the deadline"
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Exhausted(detail, retry_after_s=_retry_after_s(error))
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        return _invalid_message(error, detail)
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated(f"{peer}: {detail}")
     for kind, status in _STATUS:
@@ -108,6 +124,15 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     if code == grpc.StatusCode.UNIMPLEMENTED:  # a port is given to another process when its owner is gone
         return Unavailable(f"{peer}: what listens there now is no such service")
     return MoeClusterError(f"{peer}: {code.name}: {detail}")
+
+
+def _invalid_message(error: grpc.RpcError, detail: str) -> InvalidMessage:
+    """With its field, if the metadata name one and the detail begins with it."""
+    kind = ContextLengthExceeded if CONTEXT_LENGTH in _metadata(error, FAULT) else InvalidMessage
+    field = next(iter(_metadata(error, FIELD)), "")
+    if _FIELD_NAME.fullmatch(field) and detail.startswith(f"{field}: "):
+        return kind(field, detail.removeprefix(f"{field}: "))
+    return kind("", detail)
 
 
 def _retry_after_s(error: grpc.RpcError) -> float | None:
@@ -135,5 +160,7 @@ def error_of_reply(message: expert_pb2.BatchReply) -> MoeClusterError:
         if message.code == code:
             if kind is NotHosted:
                 return NotHosted(message.detail, placement=(message.placement_term, message.generation))
+            if kind is InvalidMessage:
+                return InvalidMessage("", message.detail)
             return kind(message.detail)
     return MoeClusterError(message.detail or "the expert actor failed")

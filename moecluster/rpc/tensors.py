@@ -47,7 +47,7 @@ def dtype_of(code: tensor_pb2.DType) -> torch.dtype:
     """The dtype of a wire's code. Raises InvalidMessage for an unknown one."""
     dtype = _DTYPES.get(code)
     if dtype is None:
-        raise InvalidMessage(f"dtype: {code} is unknown")
+        raise InvalidMessage("dtype", f"{code} is unknown")
     return dtype
 
 
@@ -95,24 +95,24 @@ def decode_tensor(
     if dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise InvalidMessage(
-            f"{field}.dtype: {tensor_pb2.DType.Name(message.dtype) if dtype else message.dtype}, not {wanted}"
+            f"{field}.dtype", f"{tensor_pb2.DType.Name(message.dtype) if dtype else message.dtype}, not {wanted}"
         )
     assert dtype is not None
     got = tuple(message.shape)
     if len(got) != len(shape) or any(w is not None and w != g for w, g in zip(shape, got, strict=False)):
-        raise InvalidMessage(f"{field}.shape: {list(got)}, not {['any' if w is None else w for w in shape]}")
+        raise InvalidMessage(f"{field}.shape", f"{list(got)}, not {['any' if w is None else w for w in shape]}")
     if min(got, default=0) < 0 or any(size > limit for size, limit in zip(got, (MAX_ROWS, MAX_WIDTH), strict=False)):
-        raise InvalidMessage(f"{field}.shape: {list(got)} is out of range, at most {MAX_ROWS} rows of {MAX_WIDTH}")
+        raise InvalidMessage(f"{field}.shape", f"{list(got)} is out of range, at most {MAX_ROWS} rows of {MAX_WIDTH}")
     length_bytes = math.prod(got) * dtype.itemsize
     region = region_of(message)
     if region is not None:
         if peer is None:
-            raise InvalidMessage(f"{field}.region: no segment was agreed on")
+            raise InvalidMessage(f"{field}.region", "no segment was agreed on")
         if region.length_bytes != length_bytes:
-            raise InvalidMessage(f"{field}.region: {region.length_bytes} bytes, not {length_bytes}")
+            raise InvalidMessage(f"{field}.region", f"{region.length_bytes} bytes, not {length_bytes}")
         return peer.view(region, dtype, got)
     if len(message.inline) != length_bytes:
-        raise InvalidMessage(f"{field}.inline: {len(message.inline)} bytes, not {length_bytes}")
+        raise InvalidMessage(f"{field}.inline", f"{len(message.inline)} bytes, not {length_bytes}")
     if not length_bytes:
         return torch.empty(got, dtype=dtype)
     flat = torch.frombuffer(message.inline, dtype=dtype)

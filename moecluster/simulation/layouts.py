@@ -4,7 +4,6 @@ import numpy as np
 
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, make_layout, with_shares, without
 from moecluster.placement.plan.restore import check_room
-from moecluster.placement.plan.shares import normalized
 
 BUDGET_PART = 0.02
 
@@ -26,7 +25,7 @@ def layers_taken(before: Layout, after: Layout, layers_L: Bools) -> Layout:
 def surviving(layout: Layout, gone_A: Bools) -> Layout:
     """Returns the layout without the gone actors: an expert's remaining replicas take over their shares."""
     left = without(layout, gone_A[layout.actor_R])
-    return with_shares(left, normalized(left))
+    return with_shares(left, left.scaled_share_R)
 
 
 def hosted_experts_LE(layout: Layout) -> Bools:

@@ -16,6 +16,7 @@ from moecluster.models.checkpoint.training_progress import TrainingState
 from moecluster.models.experts.layout import ExpertLayout
 from moecluster.placement.names import layer_balancedness
 from moecluster.rpc.expert.interface import ExportedTensor
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.training.checkpoint_store import CHECKPOINTS, CheckpointStore
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
 from moecluster.training.data import TextData
@@ -119,12 +120,14 @@ class TrainingLoop:
         session = self.session
         for actor, control in session.controls.items():
             control.load(
-                term=session.placement.term,
-                experts=session.placement.experts_on(actor),
-                checkpoint=str(checkpoint.resolve()),
-                dtype=self._config.model.dtype,
-                replace=True,
-                timeout_s=self._config.cluster.start_timeout_s,
+                LoadRequest(
+                    term=session.placement.term,
+                    experts=session.placement.experts_on(actor),
+                    checkpoint=str(checkpoint.resolve()),
+                    dtype=self._config.model.dtype,
+                    replace=True,
+                    timeout_s=self._config.cluster.start_timeout_s,
+                )
             )
 
     def close(self) -> None:

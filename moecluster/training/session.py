@@ -19,6 +19,7 @@ from moecluster.models.checkpoint.training_progress import TrainingState, read_t
 from moecluster.models.checkpoint.training_state import read_trunk_optimizer_state
 from moecluster.models.trunk import load_trunk
 from moecluster.rpc.expert.interface import ExpertControl
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.training.coordinator import StepCoordinator
 from moecluster.training.trunk_participant import TrunkParticipant
 from moecluster.types import ExpertId, OptimizerSettings, Placement
@@ -87,14 +88,16 @@ def _load_everywhere(
 
     def load(name: str) -> None:
         controls[name].load(
-            term=placement.term,
-            experts=placement.experts_on(name),
-            checkpoint=str(checkpoint.resolve()),
-            dtype=config.model.dtype,
-            optimizer=optimizer,
-            replace=True,
-            training_term=term,
-            timeout_s=config.cluster.start_timeout_s,
+            LoadRequest(
+                term=placement.term,
+                experts=placement.experts_on(name),
+                checkpoint=str(checkpoint.resolve()),
+                dtype=config.model.dtype,
+                optimizer=optimizer,
+                replace=True,
+                training_term=term,
+                timeout_s=config.cluster.start_timeout_s,
+            )
         )
 
     with ThreadPoolExecutor(max_workers=len(controls)) as pool:

@@ -12,6 +12,7 @@ from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.models.experts.source import ExpertSource
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.rpc.expert.interface import ExpertControl
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId, OptimizerSettings, StepTag
 from tests.support.clusters.ray_cluster import RayCluster
 from tests.support.clusters.ray_session import RaySession
@@ -74,12 +75,14 @@ def train_with_sgd(case: Case, directory: Path, term: int) -> dict[str, ExpertCo
     placement, controls = case.remote.pool.placement(), case.remote.pool.controls()
     for actor, control in controls.items():
         control.load(
-            term=placement.term,
-            experts=placement.experts_on(actor),
-            checkpoint=str(directory),
-            optimizer=OptimizerSettings(name="sgd"),
-            replace=True,
-            training_term=term,
+            LoadRequest(
+                term=placement.term,
+                experts=placement.experts_on(actor),
+                checkpoint=str(directory),
+                optimizer=OptimizerSettings(name="sgd"),
+                replace=True,
+                training_term=term,
+            )
         )
     return controls
 

@@ -1,7 +1,6 @@
 """scale, drain, place and update, which start operations; operations and explain, which show them."""
 
 import dataclasses
-import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +19,11 @@ from moecluster.cli.common.formatting import (
 from moecluster.cli.common.live_controller import LiveController
 from moecluster.cli.common.tables import make_table, show_table
 from moecluster.errors import ConfigError, InvalidMessage, OperationFailed
+from moecluster.placement.expert_ids import parse_expert
 from moecluster.rpc.controller.client import ControllerCalls
-from moecluster.types import ExpertId, Operation, OperationPhase
+from moecluster.types import Operation, OperationPhase
 
 POLL_S = 0.2
-
-_EXPERT = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
 def scale(
@@ -61,7 +59,7 @@ def place(
     """Places an expert on exactly the named actors, or on none."""
     if nowhere == bool(actors):
         raise ConfigError("ACTOR: expected the names of one actor or more, or --nowhere instead of them")
-    where = _parse_expert(expert)
+    where = parse_expert(expert, "EXPERT")
     order = _with_id("place", operation_id)
     _carry_out(name, lambda calls: calls.place(where, actors, operation_id=order), wait, console)
 
@@ -158,13 +156,6 @@ def _progress(operation: Operation) -> str:
 def _with_id(kind: str, given: str) -> str:
     """Returns an operation id chosen here, so that a retry after a lost answer starts nothing new."""
     return given or f"{kind}-{secrets.token_hex(4)}"
-
-
-def _parse_expert(text: str) -> ExpertId:
-    match = _EXPERT.fullmatch(text)
-    if match is None:
-        raise ConfigError(f'EXPERT: got "{text}", expected layer/index such as 3/17')
-    return ExpertId(layer=int(match[1]), index=int(match[2]))
 
 
 def _gain(operation: Operation) -> str:

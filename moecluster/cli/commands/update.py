@@ -47,7 +47,8 @@ def _put_together(
     from moecluster.models.experts.source import ExpertSource
     from moecluster.models.update.compatibility import sizes
     from moecluster.models.update.compose import compose
-    from moecluster.placement.initial import all_experts, experts_named
+    from moecluster.placement.expert_ids import experts_named
+    from moecluster.placement.initial import all_experts
 
     with LiveController(name) as controller:
         seen = controller.ask(lambda calls: calls.status())

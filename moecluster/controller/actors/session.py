@@ -8,6 +8,7 @@ from moecluster.controller.actors.interfaces import DesiredState, MonitorOwner
 from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.growing import MAX_AHEAD
 from moecluster.rpc.expert.interface import ExpertControl
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVersion
 
 logger = logging.getLogger(__name__)
@@ -150,22 +151,26 @@ class ActorSession:
 
     def _load_version(self, version: WeightVersion, experts: Sequence[ExpertId], *, replace: bool) -> int:
         return self._control.load(
-            term=self._sent.term,
-            experts=experts,
-            checkpoint=version.checkpoint,
-            weight_version=version.version,
-            dtype=self._sent.dtype,
-            replace=replace,
-            timeout_s=self._load_timeout_s,
+            LoadRequest(
+                term=self._sent.term,
+                experts=tuple(experts),
+                checkpoint=version.checkpoint,
+                weight_version=version.version,
+                dtype=self._sent.dtype,
+                replace=replace,
+                timeout_s=self._load_timeout_s,
+            )
         )
 
     def _send(self, desired_state: DesiredState) -> None:
         self._control.set_placement(
-            term=desired_state.term,
-            generation=desired_state.generation,
-            checkpoint=desired_state.versions.checkpoint,
-            snapshot=desired_state.snapshot,
-            weight_version=desired_state.versions.weight_version,
-            weight_versions=[v.version for v in desired_state.versions.all],
+            PlacementNotice(
+                term=desired_state.term,
+                generation=desired_state.generation,
+                checkpoint=desired_state.versions.checkpoint,
+                snapshot=desired_state.snapshot,
+                weight_version=desired_state.versions.weight_version,
+                weight_versions=tuple(v.version for v in desired_state.versions.all),
+            )
         )
         self._sent = desired_state

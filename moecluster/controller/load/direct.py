@@ -131,10 +131,10 @@ class DirectLoadSource:
 
     def _check(self, router: str, expert: ExpertId, assignments: int) -> None:
         if not 0 <= expert.index < self._layer_experts.get(expert.layer, 0):
-            raise InvalidMessage(f"loads.expert: {router} counts {expert}, which the model does not have")
+            raise InvalidMessage("loads.expert", f"{router} counts {expert}, which the model does not have")
         if not 0 <= assignments <= MAX_ASSIGNMENTS:
             raise InvalidMessage(
-                f"loads.assignments: {router} counts {assignments} of {expert}, expected 0 to {MAX_ASSIGNMENTS}"
+                "loads.assignments", f"{router} counts {assignments} of {expert}, expected 0 to {MAX_ASSIGNMENTS}"
             )
 
     def _make_room(self) -> None:

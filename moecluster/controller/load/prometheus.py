@@ -87,12 +87,12 @@ class PrometheusLoadSource:
         for sample in self._server.query(f"{{__name__=~{names},cluster={cluster}}}", at_s=asked_s):
             process, name = _process(sample), _text(sample, "__name__")
             if name not in series:
-                raise InvalidMessage(f"an answer with {name[:40]!r}, which was not asked for")
+                raise InvalidMessage("", f"an answer with {name[:40]!r}, which was not asked for")
             if asked_s - scraped_s.get(process, asked_s) <= self._max_age_s:
                 series[name][process].append(sample)
         for name, found in series.items():
             for process in found.keys() - series[STARTED].keys():
-                raise InvalidMessage(f"{_name(process)} shows {name} without {STARTED}")
+                raise InvalidMessage("", f"{_name(process)} shows {name} without {STARTED}")
         for process in series[EXPERT_QUANTILES]:
             raise self._incomplete(process)
         return SourceReading(
@@ -117,7 +117,7 @@ class PrometheusLoadSource:
             layer, expert = _index(sample, "layer"), _index(sample, "expert")
             experts = self._layer_experts.get(layer, 0)
             if expert >= experts:
-                raise InvalidMessage(f"{EXPERT_TOKENS}: expert {layer}/{expert}, which the model does not have")
+                raise InvalidMessage(EXPERT_TOKENS, f"expert {layer}/{expert}, which the model does not have")
             if layer not in layers:
                 layers[layer] = np.full(experts, -1, dtype=np.int64)
             layers[layer][expert] = int(_count(sample))
@@ -158,18 +158,18 @@ def _name(process: Process) -> str:
 
 def _text(sample: Sample, label: str) -> str:
     if not sample.labels.get(label):
-        raise InvalidMessage(f"{sample.labels.get('__name__')}: a series without the label {label}")
+        raise InvalidMessage(str(sample.labels.get("__name__")), f"a series without the label {label}")
     return sample.labels[label]
 
 
 def _index(sample: Sample, label: str) -> int:
     text = _text(sample, label)
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise InvalidMessage(f"{sample.labels.get('__name__')}: {label} {text[:40]!r}, expected a number")
+        raise InvalidMessage(str(sample.labels.get("__name__")), f"{label} {text[:40]!r}, expected a number")
     return int(text)
 
 
 def _count(sample: Sample) -> float:
     if not (math.isfinite(sample.value) and 0 <= sample.value <= MAX_COUNT):
-        raise InvalidMessage(f"{sample.labels.get('__name__')}: {sample.value}, expected a count")
+        raise InvalidMessage(str(sample.labels.get("__name__")), f"{sample.value}, expected a count")
     return sample.value

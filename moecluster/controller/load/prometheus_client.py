@@ -51,7 +51,7 @@ class PrometheusServer:
         try:
             return _decode(body)
         except InvalidMessage as exc:
-            raise InvalidMessage(f"{self.address} does not answer as Prometheus does: {exc}") from exc
+            raise InvalidMessage("", f"{self.address} does not answer as Prometheus does: {exc}") from exc
 
     def _get(self, url: str) -> bytes:
         deadline_s = time.monotonic() + self._timeout_s
@@ -78,7 +78,7 @@ class PrometheusServer:
             chunks.append(chunk)
             size += len(chunk)
             if size > MAX_ANSWER_BYTES:
-                raise InvalidMessage(f"{self.address} answers with more than {MAX_ANSWER_BYTES} bytes")
+                raise InvalidMessage("", f"{self.address} answers with more than {MAX_ANSWER_BYTES} bytes")
             if time.monotonic() > deadline_s:
                 raise self._too_late()
         return b"".join(chunks)
@@ -115,39 +115,39 @@ def _decode(body: bytes) -> tuple[Sample, ...]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as exc:
-        raise InvalidMessage(f"no JSON: {body[:40]!r}") from exc
+        raise InvalidMessage("", f"no JSON: {body[:40]!r}") from exc
     data = _field(_object(answer, "the answer"), "data", dict)
     if answer.get("status") != "success":
-        raise InvalidMessage(f"status: {str(answer.get('status'))[:40]!r}, expected success")
+        raise InvalidMessage("status", f"{str(answer.get('status'))[:40]!r}, expected success")
     if data.get("resultType") != "vector":
-        raise InvalidMessage(f"resultType: {str(data.get('resultType'))[:40]!r}, expected vector")
+        raise InvalidMessage("resultType", f"{str(data.get('resultType'))[:40]!r}, expected vector")
     return tuple(_sample(_object(entry, "result")) for entry in _field(data, "result", list))
 
 
 def _sample(entry: Mapping[str, Any]) -> Sample:
     labels = _field(entry, "metric", dict)
     if not all(isinstance(value, str) for value in labels.values()):
-        raise InvalidMessage("metric: a label that is no text")
+        raise InvalidMessage("metric", "a label that is no text")
     pair = _field(entry, "value", list)
     # The value comes as text, since JSON has no NaN and no infinity.
     if len(pair) != 2 or type(pair[0]) not in (int, float) or type(pair[1]) is not str:
-        raise InvalidMessage(f"value: {str(pair)[:40]}, expected [time, text]")
+        raise InvalidMessage("value", f"{str(pair)[:40]}, expected [time, text]")
     try:
         value, time_s = float(pair[1]), float(pair[0])
     except (ValueError, OverflowError) as exc:
-        raise InvalidMessage(f"value: {pair[1][:40]!r}, expected a number") from exc
+        raise InvalidMessage("value", f"{pair[1][:40]!r}, expected a number") from exc
     if not math.isfinite(time_s):
-        raise InvalidMessage(f"value: at time {time_s}")
+        raise InvalidMessage("value", f"at time {time_s}")
     return Sample(labels=labels, time_s=time_s, value=value)
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InvalidMessage(f"{name}: {type(value).__name__}, expected an object")
+        raise InvalidMessage(name, f"{type(value).__name__}, expected an object")
     return value
 
 
 def _field(value: Mapping[str, Any], name: str, kind: type) -> Any:
     if not isinstance(value.get(name), kind):
-        raise InvalidMessage(f"{name}: {type(value.get(name)).__name__}, expected {kind.__name__}")
+        raise InvalidMessage(name, f"{type(value.get(name)).__name__}, expected {kind.__name__}")
     return value[name]

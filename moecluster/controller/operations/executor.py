@@ -8,6 +8,7 @@ from moecluster.controller.rebalance.decide import Planner
 from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.errors import ResourceError
+from moecluster.placement.expert_ids import parse_expert
 from moecluster.types import ExpertId, Operation, Replica
 
 KINDS = frozenset({"scale", "drain", "place", "wake"})  # carried out here; a successor goes on with these
@@ -74,7 +75,7 @@ class OperationExecutor:
 
     def _place(self, operation: Operation) -> None:
         """An expert onto exactly these actors, with equal shares; onto none: cold until a token wants it."""
-        expert, actors = parse_expert(operation.arguments[0]), operation.arguments[1:]
+        expert, actors = parse_expert(operation.arguments[0], operation.kind), operation.arguments[1:]
         others = [r for r in self._cluster_state.replicas_of(expert.layer) if r.expert != expert]
         self._check_room(expert, actors, others)
         placed = [Replica(expert=expert, actor=actor, share=1 / len(actors)) for actor in actors]
@@ -95,7 +96,7 @@ class OperationExecutor:
 
     def _wake(self, operation: Operation) -> None:
         """Cold experts that a token wants are loaded where there is most room."""
-        for expert in map(parse_expert, operation.arguments):
+        for expert in experts_of(operation):
             if expert not in self._cluster_state.cold:
                 continue
             replicas = self._cluster_state.replicas_of(expert.layer)
@@ -139,7 +140,6 @@ class OperationExecutor:
         self._sizing.remove(leaving)
 
 
-def parse_expert(name: str) -> ExpertId:
-    """The expert that an operation's argument names: layer/index."""
-    layer, index = map(int, name.split("/"))
-    return ExpertId(layer=layer, index=index)
+def experts_of(operation: Operation) -> tuple[ExpertId, ...]:
+    """The experts that the arguments of an operation name, all of them."""
+    return tuple(parse_expert(argument, operation.kind) for argument in operation.arguments)

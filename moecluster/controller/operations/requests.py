@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from moecluster.controller.operations.expert_actors import Sizing
 from moecluster.controller.operations.weight_rollout import KIND as UPDATE
@@ -120,7 +121,7 @@ class OperationRequests:
         """A router has tokens for these: those that stand nowhere on purpose are loaded again. Raises InvalidMessage
         for experts that there are not."""
         for expert in experts:
-            self._check_expert(expert, InvalidMessage)
+            self._check_expert(expert, partial(InvalidMessage, "experts"))
         cold = sorted(set(experts) & self._cluster_state.cold)
         asked = {name for o in self._log.under_way() if o.kind == "wake" for name in o.arguments}
         names = tuple(str(expert) for expert in cold if str(expert) not in asked)
@@ -143,7 +144,7 @@ class OperationRequests:
     def _is_known(self, operation_id: str) -> bool:
         return bool(operation_id) and any(o.id == operation_id for o in self._log.newest())
 
-    def _check_expert(self, expert: ExpertId, error: type[MoeClusterError]) -> None:
+    def _check_expert(self, expert: ExpertId, error: Callable[[str], MoeClusterError]) -> None:
         count = self._cluster_state.layer_experts.get(expert.layer)
         if count is None or not 0 <= expert.index < count:
             layers = ", ".join(f"{at}/0 to {at}/{n - 1}" for at, n in sorted(self._cluster_state.layer_experts.items()))

@@ -16,6 +16,7 @@ from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.expert.interface import Connect, ControlConnection
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ActorAddress, ExpertId, OperationPhase, Replica, WeightVersion
 
 logger = logging.getLogger(__name__)
@@ -193,14 +194,16 @@ class PlacementApplier:
         self, control: ControlConnection, experts: list[ExpertId], peer: ActorAddress | None, version: WeightVersion
     ) -> int:
         return control.load(
-            term=self._cluster_state.number[0],
-            experts=experts,
-            checkpoint=version.checkpoint,
-            weight_version=version.version,
-            dtype=self._settings.dtype,
-            peer=peer,
-            max_bytes_per_s=self._settings.max_bytes_per_s,
-            timeout_s=self._settings.load_timeout_s,
+            LoadRequest(
+                term=self._cluster_state.number[0],
+                experts=tuple(experts),
+                checkpoint=version.checkpoint,
+                weight_version=version.version,
+                dtype=self._settings.dtype,
+                peer=peer,
+                max_bytes_per_s=self._settings.max_bytes_per_s,
+                timeout_s=self._settings.load_timeout_s,
+            )
         )
 
     def _unload_all(

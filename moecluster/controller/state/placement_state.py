@@ -1,9 +1,10 @@
 """What stands, as data, and the placement that routers see of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from moecluster.controller.state.weight_versions import WeightVersions
+from moecluster.placement.names import with_whole_shares
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica, WeightVersion
 
 
@@ -81,15 +82,3 @@ class PlacementState:
         served = {r.expert for r in replicas if self.serves(r)}
         awaited = {r.actor for r in replicas if r.expert not in served}
         return self.problems[min(awaited)] if awaited and awaited <= self.problems.keys() else ""
-
-
-def with_whole_shares(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
-    """The replicas with each expert's shares scaled to sum to 1; equal ones where all are 0."""
-    total: dict[ExpertId, float] = {}
-    count: dict[ExpertId, int] = {}
-    for r in replicas:
-        total[r.expert] = total.get(r.expert, 0.0) + r.share
-        count[r.expert] = count.get(r.expert, 0) + 1
-    return tuple(
-        replace(r, share=r.share / total[r.expert] if total[r.expert] > 0 else 1 / count[r.expert]) for r in replicas
-    )

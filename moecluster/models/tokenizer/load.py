@@ -95,21 +95,21 @@ def prompt_ids(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase, v
     else:
         field, ids = "prompt", list(tokenizer(request.prompt)["input_ids"])
     if not ids:
-        raise InvalidMessage(f"{field}: empty, expected at least one token to go on from")
+        raise InvalidMessage(field, "empty, expected at least one token to go on from")
     for name, given in (
         (field, ids),
         ("generated_ids", request.generated_ids),
         ("logit_bias", request.sampling.logit_bias),
     ):
         if given and (min(given) < 0 or max(given) >= vocab_size):
-            raise InvalidMessage(f"{name}: an id outside 0 to {vocab_size - 1}")
+            raise InvalidMessage(name, f"an id outside 0 to {vocab_size - 1}")
     return ids
 
 
 def _chat_ids(messages_json: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Applies the checkpoint's chat template, with the generation prompt at the end."""
     if tokenizer.chat_template is None:
-        raise InvalidMessage("messages_json: the checkpoint has no chat template; give it a plain text instead")
+        raise InvalidMessage("messages_json", "the checkpoint has no chat template; give it a plain text instead")
     try:
         # Two steps, since templates already contain their special tokens.
         messages = fit_to_template(json.loads(messages_json), tokenizer)
@@ -117,4 +117,4 @@ def _chat_ids(messages_json: str, tokenizer: PreTrainedTokenizerBase) -> list[in
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # raises for lone surrogates
     except (TemplateError, ValueError, TypeError, KeyError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise InvalidMessage(f"messages_json: the checkpoint's chat template refuses it: {reason}") from exc
+        raise InvalidMessage("messages_json", f"the checkpoint's chat template refuses it: {reason}") from exc

@@ -82,15 +82,16 @@ class CounterGains:
     def _table(self, router: str, layers: Mapping[int, Ints]) -> Ints:
         unknown = sorted(layers.keys() - self._num_experts.keys())
         if unknown:
-            raise InvalidMessage(f"tokens: {router} counts layer {unknown[0]}, which has no experts in this model")
+            raise InvalidMessage("tokens", f"{router} counts layer {unknown[0]}, which has no experts in this model")
         tokens_LE = np.zeros(self.shape, dtype=np.int64)
         for position, (layer, count) in enumerate(self._num_experts.items()):
             if layer in layers:
                 tokens_E = layers[layer]
                 if tokens_E.shape != (count,) or (tokens_E < 0).any():
                     raise InvalidMessage(
-                        f"tokens: {router} counts shape {tokens_E.shape} in layer {layer}, "
-                        f"expected {count} numbers of at least 0"
+                        "tokens",
+                        f"{router} counts shape {tokens_E.shape} in layer {layer}, "
+                        f"expected {count} numbers of at least 0",
                     )
                 tokens_LE[position, :count] = tokens_E
         return tokens_LE

@@ -7,7 +7,6 @@ import numpy as np
 
 from moecluster.errors import ResourceError
 from moecluster.placement.layout import Bools, Fleet, Floats, Ints, Layout, with_added, with_shares, without
-from moecluster.placement.plan.shares import normalized
 
 
 def restored(layout: Layout, load_LE: Floats, fleet: Fleet, cold_LE: Bools | None = None) -> Layout:
@@ -27,14 +26,14 @@ def restored(layout: Layout, load_LE: Floats, fleet: Fleet, cold_LE: Bools | Non
     if cold_LE is not None:
         lost_X = lost_X[~cold_LE.reshape(-1)[lost_X]]
     if not dropped_R.any() and len(lost_X) == 0:
-        whole_R = normalized(layout)  # where one of several replicas was lost, the others take over its share
+        whole_R = layout.scaled_share_R  # where one of several replicas was lost, the others share its part
         return layout if np.allclose(whole_R, layout.share_R, rtol=0, atol=1e-9) else with_shares(layout, whole_R)
     room = _Room(layout, load_LE, fleet, dropped_R)
     hottest_first_X = lost_X[np.argsort(-load_LE.reshape(-1)[lost_X], kind="stable")]
     layer_N, expert_N = np.divmod(hottest_first_X, max(layout.max_experts, 1))
     actor_N = [room.place(int(layer), int(expert)) for layer, expert in zip(layer_N, expert_N, strict=True)]
     after = with_added(without(layout, room.dropped_R), layer_N, expert_N, np.array(actor_N, dtype=np.int64), share=1.0)
-    return with_shares(after, normalized(after))
+    return with_shares(after, after.scaled_share_R)
 
 
 def check_room(num_experts_L: Ints, fleet: Fleet) -> None:

@@ -44,7 +44,7 @@ def least_max_shares(layout: Layout, load_LE: Floats, fleet: Fleet, *, even: boo
     """
     problem = _Problem.of(layout, load_LE, fleet)
     tolerance = EVEN_TOLERANCE if even else RELATIVE_TOLERANCE
-    start_R = 1.0 / problem.count_X[problem.expert_of_R] if even else normalized(layout)
+    start_R = 1.0 / problem.count_X[problem.expert_of_R] if even else layout.scaled_share_R
     load_R = problem.load_of_R * start_R
     bound_L = problem.first_bound_L()
     for most in EVEN_STEPS if even else ():
@@ -82,17 +82,6 @@ def _unit_L(excess_LA: Floats, bound_L: Floats, fleet: Fleet, tolerance: float) 
     """Returns the load of one unit of flow in each layer; infinite where no actor is above the bound."""
     above_L = (excess_LA > tolerance * bound_L[:, None] * fleet.speed_A).any(axis=1)
     return np.where(above_L, np.maximum(excess_LA, 0.0).sum(axis=1) / FLOW_UNITS, np.inf)
-
-
-def normalized(layout: Layout) -> Floats:
-    """Returns the current shares, scaled to sum to 1 per expert; equal shares where an expert's sum to 0."""
-    first_R = np.concatenate(([True], np.diff(layout.expert_key_R) > 0))[: layout.num_replicas]
-    expert_of_R = np.cumsum(first_R) - 1
-    count_X = np.bincount(expert_of_R)
-    sum_X = np.bincount(expert_of_R, weights=layout.share_R)
-    share_R = np.where(sum_X[expert_of_R] > 0, layout.share_R, 1.0)
-    shares: Floats = share_R / np.where(sum_X > 0, sum_X, count_X)[expert_of_R]
-    return shares
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from moecluster.config.sections import ServeConfig
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, Unavailable
+from moecluster.errors import ContextLengthExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
 from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.router.engine.batch_errors import sequence_error
 from moecluster.router.engine.sequence import TokenSequence
@@ -121,14 +121,15 @@ class Engine:
     ) -> Iterator[GenerationChunk]:
         """Admits a request and streams its chunks. on_over: called once, when nothing more is computed for it.
 
-        Raises Exhausted if the queue is full, InvalidMessage if the request is too long or one of its name already
-        runs, RequestFailed if its generated_ids cannot be decoded; then on_over is not called.
+        Raises Exhausted if the queue is full, ContextLengthExceeded if the request is too long, InvalidMessage if one of
+        its name already runs, RequestFailed if its generated_ids cannot be decoded; then on_over is not called.
         """
         room = self.max_tokens - len(prompt_ids)
         if max(request.max_new_tokens, 1) > room:
-            raise InvalidMessage(
-                f"{_prompt_field(request)}: its {len(prompt_ids)} tokens and max_new_tokens = "
-                f"{request.max_new_tokens} exceed {self._limit_in_words()}"
+            raise ContextLengthExceeded(
+                _prompt_field(request),
+                f"its {len(prompt_ids)} tokens and max_new_tokens = "
+                f"{request.max_new_tokens} exceed {self._limit_in_words()}",
             )
         sequence = self._make(request, prompt_ids, request.max_new_tokens or room)
         with self._lock:
@@ -188,7 +189,7 @@ class Engine:
         if self._closed:
             raise Unavailable("the router ends")
         if sequence.name in self._running or any(waiting.name == sequence.name for waiting in self._waiting):
-            raise InvalidMessage(f"request_id: a generation named {sequence.name} runs already")
+            raise InvalidMessage("request_id", f"a generation named {sequence.name} runs already")
         if len(self._running) < limits.max_running and not self._waiting:
             return
         if len(self._waiting) >= limits.max_waiting:

@@ -167,7 +167,7 @@ class _Connection:
         finally:
             call.cancel()
         if filled != len(out):
-            raise InvalidMessage(f"content: {filled} bytes of {name}, {len(out)} were asked for")
+            raise InvalidMessage("content", f"{filled} bytes of {name}, {len(out)} were asked for")
 
 
 def _fill(out: memoryview, begin: int, name: str, chunks: Iterable[checkpoint_pb2.CheckpointChunk]) -> int:
@@ -175,11 +175,11 @@ def _fill(out: memoryview, begin: int, name: str, chunks: Iterable[checkpoint_pb
     filled = 0
     for chunk in chunks:
         if chunk.begin != begin + filled:
-            raise InvalidMessage(f"begin: {chunk.begin} of {name}, not {begin + filled}")
+            raise InvalidMessage("begin", f"{chunk.begin} of {name}, not {begin + filled}")
         if not chunk.content or len(chunk.content) > len(out) - filled:
-            raise InvalidMessage(f"content: {len(chunk.content)} bytes of {name}, {len(out) - filled} are left")
+            raise InvalidMessage("content", f"{len(chunk.content)} bytes of {name}, {len(out) - filled} are left")
         if zlib.crc32(chunk.content) != chunk.crc32:
-            raise InvalidMessage(f"crc32: the checksum of {name} at {chunk.begin} is wrong")
+            raise InvalidMessage("crc32", f"the checksum of {name} at {chunk.begin} is wrong")
         out[filled : filled + len(chunk.content)] = chunk.content
         filled += len(chunk.content)
     return filled
@@ -188,12 +188,12 @@ def _fill(out: memoryview, begin: int, name: str, chunks: Iterable[checkpoint_pb
 def _checked_sizes(reply: checkpoint_pb2.CheckpointFilesReply) -> dict[str, int]:
     """Returns file name -> bytes. Raises InvalidMessage for a name that is no model file's, and above the limits."""
     if len(reply.files) > MAX_FILES:
-        raise InvalidMessage(f"files: {len(reply.files)}, at most {MAX_FILES}")
+        raise InvalidMessage("files", f"{len(reply.files)}, at most {MAX_FILES}")
     sizes = {file.name: file.size_bytes for file in reply.files}
     for name in sizes:
         if not (METADATA_NAME.fullmatch(name) or WEIGHTS_NAME.fullmatch(name)):
-            raise InvalidMessage(f"files: {name[:80]!r} is no name of a model's file")
+            raise InvalidMessage("files", f"{name[:80]!r} is no name of a model's file")
     metadata = [size for name, size in sizes.items() if not WEIGHTS_NAME.fullmatch(name)]
     if max(metadata, default=0) > MAX_METADATA_BYTES or sum(metadata) > MAX_ALL_METADATA_BYTES:
-        raise InvalidMessage(f"files: {sum(metadata)} bytes beside the weights, at most {MAX_ALL_METADATA_BYTES}")
+        raise InvalidMessage("files", f"{sum(metadata)} bytes beside the weights, at most {MAX_ALL_METADATA_BYTES}")
     return sizes

@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 
+SERVICE = checkpoint_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name
 CHUNK_BYTES = 2**20
 MAX_ANNOUNCED = 8  # directories; beyond it the oldest is dropped
 MAX_METADATA_BYTES = 64 * 2**20  # of one file that is not weights; a larger one is left out
@@ -100,10 +102,10 @@ class CheckpointServicer(checkpoint_pb2_grpc.CheckpointServiceServicer):
             announced = self._announcements.with_id(request.id)
             size = announced.sizes.get(request.name)
             if size is None:
-                raise InvalidMessage("name: the checkpoint has no such file")
+                raise InvalidMessage("name", "the checkpoint has no such file")
             if request.begin + request.num_bytes > size:
                 raise InvalidMessage(
-                    f"num_bytes: {request.num_bytes} from {request.begin} on, and {request.name} has {size}"
+                    "num_bytes", f"{request.num_bytes} from {request.begin} on, and {request.name} has {size}"
                 )
             yield from _chunks(announced.directory / request.name, size, request.begin, request.num_bytes)
         except MoeClusterError as exc:
@@ -137,9 +139,7 @@ def serve_checkpoints(
 
     Raises ResourceError if the port is in use.
     """
-
-    def add_services(server: grpc.Server) -> list[str]:
-        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(CheckpointServicer(announcements), server)
-        return [checkpoint_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name]
-
-    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=MAX_READS)
+    add_servicer = partial(
+        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server, CheckpointServicer(announcements)
+    )
+    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=MAX_READS)

@@ -14,14 +14,11 @@ from moecluster.rpc.fields import (
 )
 from moecluster.types import ActorLoads, ClusterLoads, LoadSnapshot
 
-MAX_WINDOW_S = 3600.0
-
 
 def encode_load(router: str, load: LoadSnapshot) -> controller_pb2.LoadReport:
     """The message of what a router counted in a window."""
     return controller_pb2.LoadReport(
         router=router,
-        window_s=load.window_s,
         loads=[
             controller_pb2.ExpertLoad(expert=encode_expert(expert), assignments=assignments)
             for expert, assignments in load.tokens.items()
@@ -31,11 +28,9 @@ def encode_load(router: str, load: LoadSnapshot) -> controller_pb2.LoadReport:
 
 def decode_load(message: controller_pb2.LoadReport) -> LoadSnapshot:
     """The load that a router counted. Raises InvalidMessage, naming the field."""
-    if not 0 < message.window_s <= MAX_WINDOW_S:  # false for NaN too
-        raise InvalidMessage(f"window_s: {message.window_s}, not within 0 and {MAX_WINDOW_S:g}")
     experts = decode_experts([entry.expert for entry in message.loads], "loads.expert")
     counts = (entry.assignments for entry in message.loads)
-    return LoadSnapshot(window_s=message.window_s, tokens=dict(zip(experts, counts, strict=True)))
+    return LoadSnapshot(tokens=dict(zip(experts, counts, strict=True)))
 
 
 def encode_cluster_loads(loads: ClusterLoads) -> controller_pb2.LoadsReply:
@@ -70,12 +65,12 @@ def decode_cluster_loads(message: controller_pb2.LoadsReply) -> ClusterLoads:
     """What was counted since the controller began. Raises InvalidMessage, naming the field."""
     layer_experts = checked_layer_experts(dict(message.layer_experts))
     if message.expert_bytes.keys() != layer_experts.keys():
-        raise InvalidMessage("expert_bytes: its layers are not those of layer_experts")
+        raise InvalidMessage("expert_bytes", "its layers are not those of layer_experts")
     tokens: dict[str, dict[int, tuple[int, ...]]] = {}
     for entry in message.routers:
         router = checked_name(entry.router, "routers.router")
         if router in tokens:
-            raise InvalidMessage(f"routers.router: {router} is named twice")
+            raise InvalidMessage("routers.router", f"{router} is named twice")
         tokens[router] = _decode_layers(entry, layer_experts)
     names = checked_names((entry.actor for entry in message.actors), "actors.actor")
     return ClusterLoads(
@@ -92,11 +87,11 @@ def _decode_layers(message: controller_pb2.RouterLoads, layer_experts: dict[int,
     layers: dict[int, tuple[int, ...]] = {}
     for entry in message.layers:
         if entry.layer in layers:
-            raise InvalidMessage(f"routers.layers.layer: {entry.layer} is named twice")
+            raise InvalidMessage("routers.layers.layer", f"{entry.layer} is named twice")
         if len(entry.assignments) != layer_experts.get(entry.layer):
             raise InvalidMessage(
-                f"routers.layers.assignments: {len(entry.assignments)} counts of layer {entry.layer}, "
-                "not one for each of its layer_experts"
+                "routers.layers.assignments",
+                f"{len(entry.assignments)} counts of layer {entry.layer}, not one for each of its layer_experts",
             )
         layers[entry.layer] = tuple(entry.assignments)
     return layers
@@ -105,7 +100,7 @@ def _decode_layers(message: controller_pb2.RouterLoads, layer_experts: dict[int,
 def _decode_actor(name: str, message: controller_pb2.ActorLoads) -> ActorLoads:
     speed = checked_amount(message.speed, "actors.speed")
     if not speed:
-        raise InvalidMessage("actors.speed: 0, expected a positive number")
+        raise InvalidMessage("actors.speed", "0, expected a positive number")
     return ActorLoads(
         actor=name,
         node=checked_optional_name(message.node, "actors.node"),

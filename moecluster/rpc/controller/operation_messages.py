@@ -36,7 +36,7 @@ def decode_operation(message: controller_pb2.Operation) -> Operation:
     """The operation of a message. Raises InvalidMessage, naming the field."""
     phases = {phase.value: phase for phase in OperationPhase}
     if message.phase not in phases:
-        raise InvalidMessage(f"phase: {message.phase[:40]!r}, expected one of {', '.join(phases)}")
+        raise InvalidMessage("phase", f"{message.phase[:40]!r}, expected one of {', '.join(phases)}")
     return Operation(
         id=checked_name(message.id, "id"),
         kind=checked_name(message.kind, "kind"),
@@ -99,5 +99,5 @@ def _or_unknown(balancedness: float | None) -> float:
 
 def _balancedness(value: float, field: str) -> float | None:
     if not math.isfinite(value):
-        raise InvalidMessage(f"{field}: {value}, expected a finite number")
+        raise InvalidMessage(field, f"{value}, expected a finite number")
     return None if value < 0 else value

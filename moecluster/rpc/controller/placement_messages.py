@@ -45,14 +45,14 @@ def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Pla
 def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, float]:
     """(the placement, the lease in seconds) of a message. Raises InvalidMessage, naming the field."""
     if not message.term:
-        raise InvalidMessage("term: 0, terms begin at 1")
+        raise InvalidMessage("term", "0, terms begin at 1")
     if not 0 < message.lease_s <= MAX_LEASE_S:  # false for NaN too
-        raise InvalidMessage(f"lease_s: {message.lease_s}, not within 0 and {MAX_LEASE_S:g}")
+        raise InvalidMessage("lease_s", f"{message.lease_s}, not within 0 and {MAX_LEASE_S:g}")
     actors: dict[str, ActorAddress] = {}
     for entry in message.actors:
         name = checked_name(entry.actor, "actors.actor")
         if name in actors:
-            raise InvalidMessage(f"actors.actor: {name} is named twice")
+            raise InvalidMessage("actors.actor", f"{name} is named twice")
         actors[name] = ActorAddress(
             actor=name,
             address=checked_address(entry.address, "actors.address"),
@@ -63,9 +63,9 @@ def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, floa
     replicas = tuple(decode_replica(replica, "replicas") for replica in message.replicas)
     for replica in replicas:
         if replica.expert.index >= layer_experts.get(replica.expert.layer, 0):
-            raise InvalidMessage(f"replicas.expert: {replica.expert} is not within layer_experts")
+            raise InvalidMessage("replicas.expert", f"{replica.expert} is not within layer_experts")
         if replica.actor not in actors:
-            raise InvalidMessage(f"replicas.actor: {replica.actor[:40]!r} is none of the actors")
+            raise InvalidMessage("replicas.actor", f"{replica.actor[:40]!r} is none of the actors")
     check_distinct(replicas, "replicas")
     _check_shares(replicas)
     placement = Placement(
@@ -104,7 +104,7 @@ def decode_replica(message: controller_pb2.Replica, field: str) -> Replica:
 def checked_layer_experts(layer_experts: dict[int, int]) -> dict[int, int]:
     """MoE layer -> its number of experts."""
     if any(layer < 0 or count < 1 for layer, count in layer_experts.items()):
-        raise InvalidMessage("layer_experts: a negative layer, or one without experts")
+        raise InvalidMessage("layer_experts", "a negative layer, or one without experts")
     return layer_experts
 
 
@@ -113,7 +113,7 @@ def check_distinct(replicas: tuple[Replica, ...], field: str) -> None:
     seen: set[tuple[ExpertId, str]] = set()
     for replica in replicas:
         if (replica.expert, replica.actor) in seen:
-            raise InvalidMessage(f"{field}: expert {replica.expert} appears twice on {replica.actor}")
+            raise InvalidMessage(field, f"expert {replica.expert} appears twice on {replica.actor}")
         seen.add((replica.expert, replica.actor))
 
 
@@ -123,4 +123,4 @@ def _check_shares(replicas: tuple[Replica, ...]) -> None:
         total[replica.expert] += replica.share
     for expert, share in total.items():
         if abs(share - 1) > SHARE_TOLERANCE:
-            raise InvalidMessage(f"replicas.share: those of expert {expert} sum to {share:g}, not 1")
+            raise InvalidMessage("replicas.share", f"those of expert {expert} sum to {share:g}, not 1")

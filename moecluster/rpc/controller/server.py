@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -33,6 +34,7 @@ WAIT_S = 1.0  # between looks at whether a subscriber is still there
 READY_WAIT_S = 5.0  # of an order for a controller that is starting
 
 AnswerT = TypeVar("AnswerT")
+SERVICE = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
@@ -118,7 +120,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                 expert_actors = checked_count(request.expert_actors, "expert_actors", least=1)
                 return encode_operation(self._handler.scale(expert_actors, operation_id=operation_id))
             if request.expert_actors:
-                raise InvalidMessage("routers: given beside expert_actors, expected one of the two")
+                raise InvalidMessage("routers", "given beside expert_actors, expected one of the two")
             routers = checked_count(request.routers, "routers", least=1)
             return encode_operation(self._handler.scale_routers(routers, operation_id=operation_id))
 
@@ -134,7 +136,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     def Place(self, request: controller_pb2.PlaceRequest, context: grpc.ServicerContext) -> controller_pb2.Operation:
         def place() -> controller_pb2.Operation:
             if not request.HasField("expert"):
-                raise InvalidMessage("expert: missing")
+                raise InvalidMessage("expert", "missing")
             expert = decode_expert(request.expert, "expert")
             actors = checked_names(request.actors, "actors")
             operation = self._handler.place(expert, actors, operation_id=_operation_id(request.operation_id))
@@ -216,12 +218,8 @@ def serve_controller(
 
     Raises ResourceError if the port is in use.
     """
-
-    def add_services(server: grpc.Server) -> list[str]:
-        controller_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerServicer(handler), server)
-        return [controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name]
-
-    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
+    add_servicer = partial(controller_pb2_grpc.add_ControllerServiceServicer_to_server, ControllerServicer(handler))
+    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=max_calls)
 
 
 def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
@@ -230,7 +228,7 @@ def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterSt
         return RouterState(router=router)
     state = decode_router_state(request.state)
     if state.router != router:
-        raise InvalidMessage(f"state.router: {state.router}, and the lease is {router}'s")
+        raise InvalidMessage("state.router", f"{state.router}, and the lease is {router}'s")
     return state
 
 

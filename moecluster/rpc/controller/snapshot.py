@@ -53,11 +53,11 @@ def decode_snapshot(content: bytes) -> ControllerSnapshot:
     try:
         message = controller_pb2.ControllerSnapshot.FromString(content)
     except DecodeError as exc:
-        raise InvalidMessage(f"snapshot: {len(content)} bytes that are no ControllerSnapshot") from exc
+        raise InvalidMessage("snapshot", f"{len(content)} bytes that are no ControllerSnapshot") from exc
     actors = checked_names(message.actors, "actors")
     leaving = checked_names(message.leaving, "leaving")
     if not set(leaving) <= set(actors):
-        raise InvalidMessage("leaving: an actor that is none of actors")
+        raise InvalidMessage("leaving", "an actor that is none of actors")
     return ControllerSnapshot(
         actors=actors,
         leaving=leaving,
@@ -77,11 +77,12 @@ def _decode_versions(message: controller_pb2.ControllerSnapshot) -> tuple[Weight
     )
     numbers = [v.version for v in versions]
     if len(numbers) > MAX_VERSIONS or 0 in numbers or sorted(set(numbers)) != numbers:
-        raise InvalidMessage(f"versions: {numbers[:5]}, expected at most {MAX_VERSIONS} growing numbers above 0")
+        raise InvalidMessage("versions", f"{numbers[:5]}, expected at most {MAX_VERSIONS} growing numbers above 0")
     if numbers and (message.weight_version not in numbers or message.last_weight_version < numbers[-1]):
         raise InvalidMessage(
-            f"weight_version: {message.weight_version} and last_weight_version: {message.last_weight_version} "
-            f"do not go with versions {numbers}"
+            "weight_version",
+            f"{message.weight_version} and last_weight_version: {message.last_weight_version} "
+            f"do not go with versions {numbers}",
         )
     check_ahead(message.last_weight_version, max(numbers, default=0), "last_weight_version")
     return versions
@@ -90,14 +91,16 @@ def _decode_versions(message: controller_pb2.ControllerSnapshot) -> tuple[Weight
 def _decode_replicas(message: controller_pb2.ControllerSnapshot, actors: tuple[str, ...]) -> tuple[Replica, ...]:
     columns = (message.replica_layers, message.replica_experts, message.replica_actors, message.replica_shares)
     if len({len(column) for column in columns}) != 1:
-        raise InvalidMessage(f"replica_layers: columns of {', '.join(str(len(c)) for c in columns)} entries, not equal")
+        raise InvalidMessage(
+            "replica_layers", f"columns of {', '.join(str(len(c)) for c in columns)} entries, not equal"
+        )
     for name, column, end in (
         ("replica_layers", message.replica_layers, None),
         ("replica_experts", message.replica_experts, None),
         ("replica_actors", message.replica_actors, len(actors)),
     ):
         if column and (min(column) < 0 or (end is not None and max(column) >= end)):
-            raise InvalidMessage(f"{name}: an entry that is negative or too large")
+            raise InvalidMessage(name, "an entry that is negative or too large")
     replicas = tuple(
         Replica(
             expert=ExpertId(layer=layer, index=index),

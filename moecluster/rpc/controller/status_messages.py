@@ -4,9 +4,10 @@ from moecluster.proto import controller_pb2
 from moecluster.rpc.controller.operation_messages import decode_operation, encode_operation
 from moecluster.rpc.fields import (
     MAX_REASON_LENGTH,
-    checked_address,
     checked_count,
     checked_name,
+    checked_optional_address,
+    checked_optional_name,
     decode_expert,
     encode_expert,
 )
@@ -86,8 +87,8 @@ def _decode_aside(message: controller_pb2.ReplicaAside) -> ReplicaAside:
 def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
     return ActorState(
         actor=checked_name(message.actor, "actors.actor"),
-        address=message.address,  # empty while it has none
-        incarnation=message.incarnation,  # likewise
+        address=checked_optional_address(message.address, "actors.address"),  # none: it is being started
+        incarnation=checked_optional_name(message.incarnation, "actors.incarnation"),  # likewise
         phase=checked_name(message.phase, "actors.phase"),
         experts=checked_count(message.experts, "actors.experts"),
         restarts=message.restarts,
@@ -115,7 +116,7 @@ def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
     """What a router says of itself, or the controller of it. Raises InvalidMessage, naming the field."""
     return RouterState(
         router=checked_name(message.router, "state.router"),
-        address=checked_address(message.address, "state.address") if message.address else "",
+        address=checked_optional_address(message.address, "state.address"),
         running=checked_count(message.running, "state.running"),
         waiting=checked_count(message.waiting, "state.waiting"),
         weight_version=message.weight_version,

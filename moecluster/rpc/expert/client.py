@@ -1,39 +1,32 @@
 """Orders to an expert actor over gRPC: the client of all unary calls of ExpertService."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 
 from moecluster.errors import Unavailable
-from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert import export as export_chunks
 from moecluster.rpc.expert import messages
 from moecluster.rpc.expert.interface import ExportedTensor
+from moecluster.rpc.expert.request_messages import encode_load_request, encode_placement_notice
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
+from moecluster.rpc.fields import decode_experts, encode_experts
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import (
-    ActorAddress,
     ActorWork,
     ExpertActorStatus,
     ExpertId,
     MessageKey,
-    OptimizerSettings,
     ReduceResult,
     StepTag,
 )
 
 EXPORT_TIMEOUT_S = 600.0
-
-
-def _refs(experts: Sequence[ExpertId]) -> list[tensor_pb2.ExpertRef]:
-    return [tensor_pb2.ExpertRef(layer=e.layer, index=e.index) for e in experts]
-
-
-def _experts(refs: Iterable[tensor_pb2.ExpertRef]) -> tuple[ExpertId, ...]:
-    return tuple(ExpertId(layer=ref.layer, index=ref.index) for ref in refs)
 
 
 class GrpcExpertControl:
@@ -50,70 +43,15 @@ class GrpcExpertControl:
     def close(self) -> None:
         self._channel.close()
 
-    def load(
-        self,
-        *,
-        term: int,
-        experts: Sequence[ExpertId],
-        checkpoint: str,
-        dtype: str = "",
-        weight_version: int = 0,
-        optimizer: OptimizerSettings | None = None,
-        replace: bool = False,
-        training_term: int = 0,
-        timeout_s: float = 60.0,
-        peer: ActorAddress | None = None,
-        max_bytes_per_s: int = 0,
-    ) -> int:
-        request = expert_pb2.LoadRequest(
-            term=term,
-            experts=_refs(experts),
-            checkpoint=checkpoint,
-            dtype=dtype,
-            weight_version=weight_version,
-            replace=replace,
-            training_term=training_term,
-            timeout_s=timeout_s,
-            peer_address=peer.address if peer is not None else "",
-            peer_incarnation=peer.incarnation if peer is not None else "",
-            max_bytes_per_s=max_bytes_per_s,
-        )
-        if optimizer is not None:
-            request.optimizer.CopyFrom(
-                expert_pb2.OptimizerSettings(
-                    name=optimizer.name,
-                    beta1=optimizer.beta1,
-                    beta2=optimizer.beta2,
-                    eps=optimizer.eps,
-                    weight_decay=optimizer.weight_decay,
-                    momentum=optimizer.momentum,
-                )
-            )
-        return int(self._call(self._stub.Load, request, timeout_s).loaded_bytes)
+    def load(self, request: LoadRequest) -> int:
+        return int(self._call(self._stub.Load, encode_load_request(request), request.timeout_s).loaded_bytes)
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
-        request = expert_pb2.UnloadRequest(term=term, experts=_refs(experts), drain_timeout_s=drain_timeout_s)
+        request = expert_pb2.UnloadRequest(term=term, experts=encode_experts(experts), drain_timeout_s=drain_timeout_s)
         self._call(self._stub.Unload, request, self._timeout_s + drain_timeout_s)
 
-    def set_placement(
-        self,
-        *,
-        term: int,
-        generation: int,
-        checkpoint: str = "",
-        snapshot: bytes = b"",
-        weight_version: int = 0,
-        weight_versions: Sequence[int] = (),
-    ) -> None:
-        request = expert_pb2.SetPlacementRequest(
-            term=term,
-            generation=generation,
-            checkpoint=checkpoint,
-            snapshot=snapshot,
-            weight_version=weight_version,
-            weight_versions=weight_versions,
-        )
-        self._call(self._stub.SetPlacement, request)
+    def set_placement(self, notice: PlacementNotice) -> None:
+        self._call(self._stub.SetPlacement, encode_placement_notice(notice))
 
     def export(
         self,
@@ -125,7 +63,7 @@ class GrpcExpertControl:
         weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
         request = expert_pb2.ExportRequest(
-            experts=_refs(experts),
+            experts=encode_experts(experts),
             with_optimizer=with_optimizer,
             step=step,
             incarnation=incarnation,
@@ -172,7 +110,7 @@ class GrpcExpertControl:
             actor=reply.actor,
             incarnation=reply.incarnation,
             placement=(reply.placement_term, reply.generation),
-            experts=_experts(reply.experts),
+            experts=decode_experts(reply.experts, "experts"),
             hosted_bytes=reply.hosted_bytes,
             weight_version=reply.weight_version,
             training_term=reply.training_term,
@@ -189,7 +127,9 @@ class GrpcExpertControl:
                 queue_wait_s=reply.queue_wait_s,
                 queue_rows=reply.queue_rows,
             ),
-            other_versions={held.version: _experts(held.experts) for held in reply.other_versions},
+            other_versions={
+                held.version: decode_experts(held.experts, "other_versions.experts") for held in reply.other_versions
+            },
         )
 
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:

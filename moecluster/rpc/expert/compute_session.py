@@ -59,14 +59,14 @@ class ComputeSession:
 
     def _greet(self, first: expert_pb2.ComputeRequest) -> expert_pb2.HelloReply:
         if first.WhichOneof("kind") != "hello":
-            raise InvalidMessage("hello: the first message of a stream must be one")
+            raise InvalidMessage("hello", "the first message of a stream must be one")
         tensors.expect_read_only_views()
         reply = expert_pb2.HelloReply(incarnation=self._handler.incarnation)
         offer = first.hello.segment
         if not first.hello.HasField("segment"):
             return reply
         if offer.size_bytes > MAX_SEGMENT_BYTES:
-            raise InvalidMessage(f"hello.segment.size_bytes: {offer.size_bytes}, at most {MAX_SEGMENT_BYTES}")
+            raise InvalidMessage("hello.segment.size_bytes", f"{offer.size_bytes}, at most {MAX_SEGMENT_BYTES}")
         try:
             self._peer = PeerSegment(offer.pid, offer.fd, offer.size_bytes)
             self._segment = Segment(offer.size_bytes)
@@ -93,7 +93,7 @@ class ComputeSession:
         try:
             for request in self._requests:
                 if request.WhichOneof("kind") != "batch":
-                    raise InvalidMessage("batch: a second hello")
+                    raise InvalidMessage("batch", "a second hello")
                 self._take(request.batch)
         except (grpc.RpcError, InvalidMessage):
             pass  # the router is gone, or does not keep to the protocol: either way the stream ends

@@ -8,11 +8,12 @@ import grpc
 import torch
 
 from moecluster.errors import InvalidMessage, Unavailable
-from moecluster.proto import expert_pb2, tensor_pb2
+from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import tensors
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.interface import ExportedTensor, Pace
+from moecluster.rpc.fields import decode_expert, encode_expert
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ActorAddress, ExpertId
@@ -34,7 +35,7 @@ def cut(tensor: ExportedTensor) -> Iterator[expert_pb2.ExportChunk]:
     for offset in range(0, max(len(content), 1), CHUNK_BYTES):
         chunk = bytes(content[offset : offset + CHUNK_BYTES])
         yield expert_pb2.ExportChunk(
-            expert=tensor_pb2.ExpertRef(layer=tensor.expert.layer, index=tensor.expert.index),
+            expert=encode_expert(tensor.expert),
             name=tensor.name,
             dtype=tensors.dtype_code(tensor.value.dtype),
             shape=tensor.value.shape,
@@ -55,7 +56,7 @@ def assemble(
     whole: _Whole | None = None
     for chunk in chunks:
         if zlib.crc32(chunk.content) != chunk.crc32:
-            raise InvalidMessage(f"content: the checksum of {_where(chunk)} is wrong")
+            raise InvalidMessage("content", f"the checksum of {_where(chunk)} is wrong")
         whole = whole or _Whole(chunk, max_tensor_bytes)
         whole.add(chunk)
         pace(len(chunk.content))
@@ -63,7 +64,7 @@ def assemble(
             yield whole.tensor()
             whole = None
     if whole is not None:
-        raise InvalidMessage("content: the last tensor is incomplete")
+        raise InvalidMessage("content", "the last tensor is incomplete")
 
 
 class _Whole:
@@ -73,11 +74,11 @@ class _Whole:
         where, self._shape = _where(first), tuple(first.shape)
         self._dtype = tensors.dtype_of(first.dtype)
         if self._dtype not in DTYPES:
-            raise InvalidMessage(f"dtype: {self._dtype} of {where}")
+            raise InvalidMessage("dtype", f"{self._dtype} of {where}")
         if min(self._shape, default=0) < 0:
-            raise InvalidMessage(f"shape: {list(self._shape)} of {where}")
+            raise InvalidMessage("shape", f"{list(self._shape)} of {where}")
         if math.prod(max(size, 1) for size in self._shape) * self._dtype.itemsize > max_bytes:
-            raise InvalidMessage(f"shape: {list(self._shape)} of {where} is too large, at most {max_bytes} bytes")
+            raise InvalidMessage("shape", f"{list(self._shape)} of {where} is too large, at most {max_bytes} bytes")
         self._first = first
         size_bytes = math.prod(self._shape) * self._dtype.itemsize
         self._content = torch.empty(size_bytes, dtype=torch.uint8)  # memory comes with the first write
@@ -91,17 +92,17 @@ class _Whole:
         where, begin = _where(self._first), self._length_bytes
         end = begin + len(chunk.content)
         if (_where(chunk), tuple(chunk.shape), chunk.dtype) != (where, self._shape, self._first.dtype):
-            raise InvalidMessage(f"name: {_where(chunk)} amid {where}")
+            raise InvalidMessage("name", f"{_where(chunk)} amid {where}")
         if chunk.offset_bytes != begin:
-            raise InvalidMessage(f"offset_bytes: {chunk.offset_bytes} of {where}, not {begin}")
+            raise InvalidMessage("offset_bytes", f"{chunk.offset_bytes} of {where}, not {begin}")
         if end > len(self._content) or (begin == end and not self.is_complete):
-            raise InvalidMessage(f"content: {end} bytes of {where}, not {len(self._content)}")
+            raise InvalidMessage("content", f"{end} bytes of {where}, not {len(self._content)}")
         self._content.numpy().data[begin:end] = chunk.content
         self._length_bytes = end
 
     def tensor(self) -> ExportedTensor:
         return ExportedTensor(
-            expert=ExpertId(layer=self._first.expert.layer, index=self._first.expert.index),
+            expert=decode_expert(self._first.expert, "expert"),
             name=self._first.name,
             value=self._content.view(self._dtype).view(self._shape),
             weight_version=self._first.weight_version,
@@ -126,7 +127,7 @@ class GrpcPeerExports:
         self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
     ) -> Iterator[ExportedTensor]:
         request = expert_pb2.ExportRequest(
-            experts=[tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index)],
+            experts=[encode_expert(expert)],
             incarnation=self._peer.incarnation,
             weight_version=weight_version,
         )

@@ -9,14 +9,8 @@ import torch
 
 from moecluster.errors import MoeClusterError
 from moecluster.optim.participant import Participant
-from moecluster.types import (
-    ActorAddress,
-    ComputeBatch,
-    ComputeResult,
-    ExpertActorStatus,
-    ExpertId,
-    OptimizerSettings,
-)
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
+from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertActorStatus, ExpertId
 
 MAX_SNAPSHOT_BYTES = 64 * 2**20
 
@@ -64,49 +58,20 @@ class ExportedTensor:
 class ExpertControl(Participant, Protocol):
     """All orders that an expert actor takes."""
 
-    def load(
-        self,
-        *,
-        term: int,
-        experts: Sequence[ExpertId],
-        checkpoint: str,
-        dtype: str = "",
-        weight_version: int = 0,
-        optimizer: OptimizerSettings | None = None,
-        replace: bool = False,
-        training_term: int = 0,
-        timeout_s: float = 60.0,
-        peer: ActorAddress | None = None,
-        max_bytes_per_s: int = 0,
-    ) -> int:
+    def load(self, request: LoadRequest) -> int:
         """Loads experts, and their optimizer state where the checkpoint has it. Returns the bytes loaded.
 
-        They are loaded beside those of other weight versions; 0 stands for the version that is served.
-
-        With a peer the weights are copied from there, at most max_bytes_per_s of them (0: as fast as it goes); what the
-        peer cannot give raises Unavailable, and what came before stays.
+        They are loaded beside those of other weight versions. What a peer cannot give raises Unavailable, and what
+        came before stays.
         """
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
         """Drops experts in all versions, once nothing that waits wants them or the time is over; unknown ones are
         fine."""
 
-    def set_placement(
-        self,
-        *,
-        term: int,
-        generation: int,
-        checkpoint: str = "",
-        snapshot: bytes = b"",
-        weight_version: int = 0,
-        weight_versions: Sequence[int] = (),
-    ) -> None:
-        """Tells the actor the placement that now stands, and what lost experts are loaded from; status returns both.
-
-        snapshot: what the controller wants its successor to read, at most MAX_SNAPSHOT_BYTES; b"" leaves the last one.
-        weight_version: what a batch without one means. weight_versions: those that stand; experts of others are
-        dropped.
-        """
+    def set_placement(self, notice: PlacementNotice) -> None:
+        """Tells the actor the current placement; status returns it, the checkpoint, and the snapshot if asked for
+        it."""
 
     def status(self, training_term: int = 0, *, with_snapshot: bool = False) -> ExpertActorStatus:
         """Fences with the term if it is not 0, then reports."""

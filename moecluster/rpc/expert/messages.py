@@ -8,7 +8,7 @@ import torch
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import expert_pb2, tensor_pb2
-from moecluster.rpc.fields import MAX_MESSAGE_BYTES
+from moecluster.rpc.fields import MAX_MESSAGE_BYTES, checked_count
 from moecluster.rpc.same_host.segment import PeerSegment, Segment
 from moecluster.rpc.tensors import ROW_DTYPES, decode_tensor, encode_tensor, region_of
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
@@ -28,7 +28,7 @@ def _check_size(field: str, *tensors: torch.Tensor | None) -> None:
     """Raises InvalidMessage where gRPC would end the whole stream."""
     size_bytes = sum(t.nbytes for t in tensors if t is not None)
     if size_bytes > MAX_CONTENT_BYTES:
-        raise InvalidMessage(f"{field}: {size_bytes} bytes in one message, at most {MAX_CONTENT_BYTES}")
+        raise InvalidMessage(field, f"{size_bytes} bytes in one message, at most {MAX_CONTENT_BYTES}")
 
 
 def encode_batch(batch: ComputeBatch, segment: Segment | None = None) -> expert_pb2.Batch:
@@ -71,43 +71,39 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
     """The batch of a message, its tensors in place. Raises InvalidMessage, naming the field."""
     phase = _PHASES.get(message.phase)
     if phase is None:
-        raise InvalidMessage(f"phase: {message.phase} is none of FORWARD, TRAIN_FORWARD, BACKWARD")
+        raise InvalidMessage("phase", f"{message.phase} is none of FORWARD, TRAIN_FORWARD, BACKWARD")
     if not 0 < message.deadline_s <= MAX_DEADLINE_S:  # false for NaN too
-        raise InvalidMessage(f"deadline_s: {message.deadline_s}, not within 0 and {MAX_DEADLINE_S:g}")
+        raise InvalidMessage("deadline_s", f"{message.deadline_s}, not within 0 and {MAX_DEADLINE_S:g}")
     if message.layer < 0:
-        raise InvalidMessage(f"layer: {message.layer} is negative")
-    if message.sequence_offsets:
-        raise InvalidMessage("sequence_offsets: no expert of this actor sees sequences")
+        raise InvalidMessage("layer", f"{message.layer} is negative")
     train = None
     if phase is not Phase.FORWARD:
         if not message.HasField("step"):
-            raise InvalidMessage(f"step: a {phase.value} message needs one")
-        if min(message.rank, message.micro_batch, message.pass_index) < 0:
-            raise InvalidMessage("rank, micro_batch, pass_index: negative")
+            raise InvalidMessage("step", f"a {phase.value} message needs one")
         train = MicroBatchTag(
             step=decode_step(message.step),
-            rank=message.rank,
-            micro_batch=message.micro_batch,
-            pass_index=message.pass_index,
+            rank=checked_count(message.rank, "rank"),
+            micro_batch=checked_count(message.micro_batch, "micro_batch"),
+            pass_index=checked_count(message.pass_index, "pass_index"),
         )
     experts, counts = tuple(message.experts), tuple(message.expert_pairs)
     if len(experts) != len(counts) or not experts:
-        raise InvalidMessage(f"expert_pairs: {len(counts)} counts for {len(experts)} experts")
+        raise InvalidMessage("expert_pairs", f"{len(counts)} counts for {len(experts)} experts")
     if experts[0] < 0 or any(a >= b for a, b in pairwise(experts)):
-        raise InvalidMessage("experts: not ascending from 0 on")
+        raise InvalidMessage("experts", "not ascending from 0 on")
     if min(counts) < 1:
-        raise InvalidMessage("expert_pairs: a count below 1")
+        raise InvalidMessage("expert_pairs", "a count below 1")
     num_pairs = sum(counts)
     x_ND = decode_tensor(message.x, "x", dtypes=ROW_DTYPES, shape=(None, None), peer=peer)
     pair_rows_P = decode_tensor(message.pair_rows, "pair_rows", dtypes=(torch.int32,), shape=(num_pairs,))
     pair_weights_P = decode_tensor(message.pair_weights, "pair_weights", dtypes=(torch.float32,), shape=(num_pairs,))
     rows = pair_rows_P.numpy()
     if rows.min() < 0 or rows.max() >= len(x_ND):
-        raise InvalidMessage(f"pair_rows: an index outside the {len(x_ND)} rows of x")
+        raise InvalidMessage("pair_rows", f"an index outside the {len(x_ND)} rows of x")
     if num_pairs > len(experts):  # else each expert has one
         descents = np.flatnonzero(rows[1:] < rows[:-1]) + 1
         if not set(descents.tolist()) <= set(accumulate(counts)):
-            raise InvalidMessage("pair_rows: not ascending within an expert")
+            raise InvalidMessage("pair_rows", "not ascending within an expert")
     grad_ND = None
     if phase is Phase.BACKWARD:
         grad_ND = decode_tensor(message.grad, "grad", dtypes=(x_ND.dtype,), shape=tuple(x_ND.shape), peer=peer)

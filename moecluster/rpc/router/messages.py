@@ -5,9 +5,16 @@ import math
 
 from moecluster.errors import Exhausted, InvalidMessage
 from moecluster.generation import GenerationChunk, GenerationRequest, SamplingParameters, TokenLogprob
-from moecluster.proto import router_pb2, tensor_pb2
-from moecluster.rpc.fields import checked_count, checked_name
-from moecluster.types import ExpertId, RouterStatus
+from moecluster.proto import router_pb2
+from moecluster.rpc.fields import (
+    checked_count,
+    checked_name,
+    checked_optional_address,
+    checked_within,
+    decode_experts,
+    encode_expert,
+)
+from moecluster.types import RouterStatus
 
 MAX_PROMPT_CHARACTERS = 2**20
 MAX_PROMPT_IDS = 2**18
@@ -63,15 +70,17 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
     if message.max_new_tokens > MAX_NEW_TOKENS:
         raise Exhausted(f"max_new_tokens: {message.max_new_tokens}, at most {MAX_NEW_TOKENS}")
     if sum(map(bool, (message.prompt, message.prompt_ids, message.messages_json))) != 1:
-        raise InvalidMessage("prompt: give a text that is not empty, or prompt_ids, or messages_json, one of the three")
+        raise InvalidMessage(
+            "prompt", "give a text that is not empty, or prompt_ids, or messages_json, one of the three"
+        )
     if message.messages_json:
         _check_messages(message.messages_json)
     checked_count(message.max_new_tokens, "max_new_tokens")
     # Exactly max_new_tokens is valid: the router that generated them was lost before it sent the last chunk.
     if 0 < message.max_new_tokens < len(message.generated_ids):
-        raise InvalidMessage(f"generated_ids: {len(message.generated_ids)}, more than max_new_tokens")
+        raise InvalidMessage("generated_ids", f"{len(message.generated_ids)}, more than max_new_tokens")
     if message.weight_version and not message.generated_ids:
-        raise InvalidMessage(f"weight_version: {message.weight_version}, and a new request has none of its own")
+        raise InvalidMessage("weight_version", f"{message.weight_version}, and a new request has none of its own")
     return GenerationRequest(
         request_id=checked_name(message.request_id, "request_id"),
         prompt=message.prompt,
@@ -82,7 +91,7 @@ def decode_generation_request(message: router_pb2.GenerateRequest) -> Generation
         ignore_eos=message.ignore_eos,
         sampling=_decode_sampling(message),
         logprobs=message.logprobs,
-        top_logprobs=int(_within(message.top_logprobs, 0, MAX_TOP_LOGPROBS, "top_logprobs")),
+        top_logprobs=int(checked_within(message.top_logprobs, 0, MAX_TOP_LOGPROBS, "top_logprobs")),
         generated_ids=tuple(message.generated_ids),
         weight_version=message.weight_version,
     )
@@ -92,15 +101,15 @@ def _check_messages(text: str) -> None:
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError) as exc:
-        raise InvalidMessage(f"messages_json: no JSON: {exc}") from exc
+        raise InvalidMessage("messages_json", f"no JSON: {exc}") from exc
     if not isinstance(messages, list) or not messages:
-        raise InvalidMessage("messages_json: expected a list of at least one message")
+        raise InvalidMessage("messages_json", "expected a list of at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InvalidMessage(f'messages_json: message {i} is no object with a "role"')
+            raise InvalidMessage("messages_json", f'message {i} is no object with a "role"')
         content = message.get("content")
         if not isinstance(content, str) and not _are_text_parts(content):
-            raise InvalidMessage(f'messages_json: the "content" of message {i} is no text and no list of text parts')
+            raise InvalidMessage("messages_json", f'the "content" of message {i} is no text and no list of text parts')
 
 
 def _are_text_parts(content: object) -> bool:
@@ -119,37 +128,31 @@ def _are_text_parts(content: object) -> bool:
 
 def _checked_stops(message: router_pb2.GenerateRequest) -> tuple[str, ...]:
     if len(message.stop) > MAX_STOPS:
-        raise InvalidMessage(f"stop: {len(message.stop)} texts, at most {MAX_STOPS}")
+        raise InvalidMessage("stop", f"{len(message.stop)} texts, at most {MAX_STOPS}")
     for stop in message.stop:
         if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
-            raise InvalidMessage(f"stop: a text of {len(stop)} characters, expected 1 to {MAX_STOP_CHARACTERS}")
+            raise InvalidMessage("stop", f"a text of {len(stop)} characters, expected 1 to {MAX_STOP_CHARACTERS}")
     return tuple(message.stop)
 
 
 def _decode_sampling(message: router_pb2.GenerateRequest) -> SamplingParameters:
     if len(message.logit_bias) > MAX_BIASES:
-        raise InvalidMessage(f"logit_bias: {len(message.logit_bias)} tokens, at most {MAX_BIASES}")
+        raise InvalidMessage("logit_bias", f"{len(message.logit_bias)} tokens, at most {MAX_BIASES}")
     return SamplingParameters(
-        temperature=_within(message.temperature, 0, MAX_TEMPERATURE, "temperature"),
-        top_p=_within(message.top_p, 0, 1, "top_p"),
-        top_k=int(_within(message.top_k, 0, MAX_TOP_K, "top_k")),
-        min_p=_within(message.min_p, 0, 1, "min_p"),
+        temperature=checked_within(message.temperature, 0, MAX_TEMPERATURE, "temperature"),
+        top_p=checked_within(message.top_p, 0, 1, "top_p"),
+        top_k=int(checked_within(message.top_k, 0, MAX_TOP_K, "top_k")),
+        min_p=checked_within(message.min_p, 0, 1, "min_p"),
         seed=message.seed,
         repetition_penalty=message.repetition_penalty
-        and _within(message.repetition_penalty, MIN_REPETITION_PENALTY, MAX_PENALTY, "repetition_penalty"),
-        presence_penalty=_within(message.presence_penalty, -MAX_PENALTY, MAX_PENALTY, "presence_penalty"),
-        frequency_penalty=_within(message.frequency_penalty, -MAX_PENALTY, MAX_PENALTY, "frequency_penalty"),
+        and checked_within(message.repetition_penalty, MIN_REPETITION_PENALTY, MAX_PENALTY, "repetition_penalty"),
+        presence_penalty=checked_within(message.presence_penalty, -MAX_PENALTY, MAX_PENALTY, "presence_penalty"),
+        frequency_penalty=checked_within(message.frequency_penalty, -MAX_PENALTY, MAX_PENALTY, "frequency_penalty"),
         logit_bias={
-            checked_count(token, "logit_bias"): _within(bias, -MAX_BIAS, MAX_BIAS, "logit_bias")
+            checked_count(token, "logit_bias"): checked_within(bias, -MAX_BIAS, MAX_BIAS, "logit_bias")
             for token, bias in message.logit_bias.items()
         },
     )
-
-
-def _within(value: float, lowest: float, highest: float, field: str) -> float:
-    if not lowest <= value <= highest:  # true for NaN too
-        raise InvalidMessage(f"{field}: {value}, not within {lowest:g} and {highest:g}")
-    return value
 
 
 def encode_chunk(chunk: GenerationChunk) -> router_pb2.GenerateReply:
@@ -163,9 +166,7 @@ def encode_chunk(chunk: GenerationChunk) -> router_pb2.GenerateReply:
         cached_tokens=chunk.cached_tokens,
         weight_version=chunk.weight_version,
         experts=[
-            router_pb2.ExpertCount(
-                expert=tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index), assignments=assignments
-            )
+            router_pb2.ExpertCount(expert=encode_expert(expert), assignments=assignments)
             for expert, assignments in chunk.experts.items()
         ],
     )
@@ -174,7 +175,8 @@ def encode_chunk(chunk: GenerationChunk) -> router_pb2.GenerateReply:
 def decode_chunk(message: router_pb2.GenerateReply) -> GenerationChunk:
     """Returns the chunk of a message. Raises InvalidMessage, naming the field."""
     if message.logprobs and len(message.logprobs) != len(message.ids):
-        raise InvalidMessage(f"logprobs: {len(message.logprobs)} for {len(message.ids)} ids")
+        raise InvalidMessage("logprobs", f"{len(message.logprobs)} for {len(message.ids)} ids")
+    experts = decode_experts([entry.expert for entry in message.experts], "experts.expert")
     return GenerationChunk(
         ids=tuple(message.ids),
         text=message.text,
@@ -183,7 +185,7 @@ def decode_chunk(message: router_pb2.GenerateReply) -> GenerationChunk:
         prompt_tokens=message.prompt_tokens,
         cached_tokens=message.cached_tokens,
         weight_version=message.weight_version,
-        experts={ExpertId(layer=e.expert.layer, index=e.expert.index): e.assignments for e in message.experts},
+        experts=dict(zip(experts, (entry.assignments for entry in message.experts), strict=True)),
     )
 
 
@@ -198,7 +200,7 @@ def _encode_logprob(logprob: TokenLogprob) -> router_pb2.TokenLogprob:
 
 def _decode_logprob(message: router_pb2.TokenLogprob) -> TokenLogprob:
     if math.isnan(message.logprob):
-        raise InvalidMessage("logprobs.logprob: not a number")
+        raise InvalidMessage("logprobs.logprob", "not a number")
     return TokenLogprob(
         id=message.id,
         logprob=message.logprob,
@@ -224,7 +226,7 @@ def encode_router_status(status: RouterStatus) -> router_pb2.RouterStatus:
 
 
 def decode_router_status(message: router_pb2.RouterStatus) -> RouterStatus:
-    """Returns the router's status of a message."""
+    """A router's status of a message. Raises InvalidMessage, naming the field."""
     return RouterStatus(
         router=message.router,
         model=message.model,
@@ -234,5 +236,5 @@ def decode_router_status(message: router_pb2.RouterStatus) -> RouterStatus:
         waiting=message.waiting,
         weight_version=message.weight_version,
         max_tokens=message.max_tokens,
-        controller=message.controller,
+        controller=checked_optional_address(message.controller, "controller"),
     )

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import grpc
 import torch
@@ -18,6 +19,7 @@ from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
 
 logger = logging.getLogger(__name__)
+SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
@@ -80,9 +82,5 @@ def serve_router(
 
     Raises ResourceError if the port is in use.
     """
-
-    def add_services(server: grpc.Server) -> list[str]:
-        router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(handler), server)
-        return [router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name]
-
-    return start_server(add_services, host=host, port=port, credentials=credentials, max_calls=max_calls)
+    add_servicer = partial(router_pb2_grpc.add_RouterServiceServicer_to_server, RouterServicer(handler))
+    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=max_calls)

@@ -187,10 +187,10 @@ class PeerSegment:
     def _checked(self, region: Region) -> mmap.mmap:
         memory = self._map
         if memory is None:
-            raise InvalidMessage("region: of a segment that is closed")
+            raise InvalidMessage("region", "of a segment that is closed")
         end = region.offset + ALIGNMENT_BYTES + region.length_bytes
         if region.offset < NONCE_BYTES + MAILBOX.size or region.offset % ALIGNMENT_BYTES or end > self.size_bytes:
-            raise InvalidMessage(f"region: bytes {region.offset} to {end} lie outside the segment")
+            raise InvalidMessage("region", f"bytes {region.offset} to {end} lie outside the segment")
         if HEADER.unpack_from(memory, region.offset)[0] != region.sequence:
-            raise InvalidMessage(f"region: sequence {region.sequence} was overwritten")
+            raise InvalidMessage("region", f"sequence {region.sequence} was overwritten")
         return memory

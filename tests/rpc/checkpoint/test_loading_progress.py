@@ -4,6 +4,7 @@ from pathlib import Path
 
 from actors.loading_progress import LoadedBytes
 from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.expert.requests import LoadRequest
 from tests.support.expert.small_actor import EXPERTS, served, serving
 
 
@@ -16,7 +17,7 @@ def test_actors_say_what_they_hold_and_a_lost_one_what_it_said_last(checkpoint: 
             addresses = {"first": first_server.address, "second": second_server.address}
             with LoadedBytes(addresses, ClusterCredentials.make()) as hosted:
                 assert hosted.total() == four + one
-                second.load(term=1, experts=EXPERTS[1:3], checkpoint=str(checkpoint))
+                second.load(LoadRequest(term=1, experts=EXPERTS[1:3], checkpoint=str(checkpoint)))
                 assert hosted.total() == four + 3 * one
                 first_server.stop(0.0)
                 assert hosted.total() == four + 3 * one

@@ -34,6 +34,7 @@ from moecluster.rpc.checkpoint import server as checkpoint_server
 from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
 from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
 from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ExpertId, OptimizerSettings
@@ -126,13 +127,19 @@ def test_an_expert_actor_loads_what_its_node_does_not_see(small: Path) -> None:
             return Checkpoint.of(RemoteFiles(name, lambda: source))
 
         with closing(ExpertService(is_given=any_directory, name="far", open_elsewhere=open_elsewhere)) as far:
-            assert far.load(term=1, experts=[expert], checkpoint=NAME) == ExpertSource(small).expert_bytes(expert)
+            assert far.load(LoadRequest(term=1, experts=(expert,), checkpoint=NAME)) == ExpertSource(
+                small
+            ).expert_bytes(expert)
             with closing(ExpertService(is_given=any_directory, name="near")) as near:
-                near.load(term=1, experts=[expert], checkpoint=str(small))
+                near.load(LoadRequest(term=1, experts=(expert,), checkpoint=str(small)))
                 exported = [[t.value for t in s.export(experts=[expert], with_optimizer=False)] for s in (far, near)]
                 assert all(torch.equal(a, b) for a, b in zip(*exported, strict=True))
             with pytest.raises(CheckpointError, match="no such directory on the node of far"):
-                far.load(term=1, experts=[expert], checkpoint=NAME, optimizer=OptimizerSettings(), training_term=1)
+                far.load(
+                    LoadRequest(
+                        term=1, experts=(expert,), checkpoint=NAME, optimizer=OptimizerSettings(), training_term=1
+                    )
+                )
 
 
 @pytest.mark.parametrize(

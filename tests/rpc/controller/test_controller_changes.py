@@ -238,7 +238,7 @@ def test_experts_that_nobody_wants_are_unloaded_and_come_back(start) -> None:
 
     def report(*indices: int) -> None:
         tokens = {ExpertId(layer=0, index=index): 10 for index in indices}
-        cluster.controller.report_load("router", LoadSnapshot(window_s=0.05, tokens=tokens))
+        cluster.controller.report_load("router", LoadSnapshot(tokens=tokens))
 
     def only_two_are_left() -> bool:
         report(0, 1)
@@ -258,7 +258,7 @@ def test_hot_experts_are_spread_and_the_gain_is_measured(start) -> None:
     tokens = {ExpertId(layer=0, index=i): n for i, n in enumerate((500, 400, 10, 5))}  # the hot ones on one actor
 
     def gain_is_measured() -> bool:
-        cluster.controller.report_load("router", LoadSnapshot(window_s=0.02, tokens=tokens))
+        cluster.controller.report_load("router", LoadSnapshot(tokens=tokens))
         measured = [o.balancedness_measured for o in cluster.controller.operations(0) if o.kind == "rebalance"]
         return any(m is not None and m > 0.9 for m in measured)
 
@@ -311,7 +311,7 @@ def test_experts_that_were_unloaded_on_purpose_stay_so_under_every_policy(start)
     tokens = {ExpertId(layer=layer, index=i): n for layer in (0, 1) for i, n in enumerate((500, 400, 10))}
 
     def rebalanced() -> bool:
-        cluster.controller.report_load("router", LoadSnapshot(window_s=0.02, tokens=tokens))
+        cluster.controller.report_load("router", LoadSnapshot(tokens=tokens))
         return any(o.kind == "rebalance" and o.phase is OperationPhase.DONE for o in cluster.controller.operations(0))
 
     wait_until(rebalanced)
@@ -327,7 +327,7 @@ def test_a_new_controller_decides_nothing_before_it_has_heard_from_the_routers(s
     tokens = {ExpertId(layer=0, index=i): n for i, n in enumerate((500, 400, 10, 5))}
 
     def rebalanced() -> bool:
-        cluster.controller.report_load("router", LoadSnapshot(window_s=0.02, tokens=tokens))
+        cluster.controller.report_load("router", LoadSnapshot(tokens=tokens))
         return any(o.kind == "rebalance" for o in cluster.controller.operations(0))
 
     wait_until(rebalanced)
@@ -390,7 +390,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(start) -> None:
     tokens = {ExpertId(layer=0, index=i): n for i, n in enumerate((500, 400, 10, 5))}
 
     def seen() -> bool:
-        cluster.controller.report_load("router", LoadSnapshot(window_s=0.02, tokens=tokens))
+        cluster.controller.report_load("router", LoadSnapshot(tokens=tokens))
         before = cluster.controller.plan("share").balancedness_before
         return before is not None and before < 0.9
 

@@ -16,6 +16,7 @@ from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.server import open_channel
 from moecluster.types import ActorAddress, ExpertId, OperationPhase, OptimizerSettings
 from tests.support.clusters.loopback_cluster import LoopbackCluster
@@ -48,18 +49,26 @@ def cluster(root: Path) -> Iterator[LoopbackCluster]:
 NAMES = ("secret", "given/../secret", "given/first/link", "given/first/../../secret", "nowhere")
 Order = Callable[[GrpcExpertControl, str], Any]
 LOADS: dict[str, Order] = {
-    "beside": lambda control, path: control.load(term=9, experts=[EXPERT], checkpoint=path, weight_version=2),
-    "instead": lambda control, path: control.load(term=9, experts=[EXPERT], checkpoint=path, replace=True),
-    "nothing": lambda control, path: control.load(term=9, experts=[], checkpoint=path),
+    "beside": lambda control, path: control.load(
+        LoadRequest(term=9, experts=(EXPERT,), checkpoint=path, weight_version=2)
+    ),
+    "instead": lambda control, path: control.load(
+        LoadRequest(term=9, experts=(EXPERT,), checkpoint=path, replace=True)
+    ),
+    "nothing": lambda control, path: control.load(LoadRequest(term=9, experts=(), checkpoint=path)),
     "to train": lambda control, path: control.load(
-        term=9, experts=[EXPERT], checkpoint=path, optimizer=OptimizerSettings(), training_term=9, replace=True
+        LoadRequest(
+            term=9, experts=(EXPERT,), checkpoint=path, optimizer=OptimizerSettings(), training_term=9, replace=True
+        )
     ),
     "out of a peer": lambda control, path: control.load(
-        term=9,
-        experts=[EXPERT],
-        checkpoint=path,
-        replace=True,
-        peer=ActorAddress(actor="expert-1", address="127.0.0.1:1", incarnation="a"),
+        LoadRequest(
+            term=9,
+            experts=(EXPERT,),
+            checkpoint=path,
+            replace=True,
+            peer=ActorAddress(actor="expert-1", address="127.0.0.1:1", incarnation="a"),
+        )
     ),
 }
 
@@ -74,7 +83,7 @@ def test_an_expert_actor_loads_nothing_out_of_it(cluster: LoopbackCluster, root:
             LOADS[order](control, f"{root}/{name}")
         # The controller's own term, far below the refused request's, still counts.
         term = cluster.controller.status().term
-        control.load(term=term, experts=[EXPERT], checkpoint=str(root / "given/first"))
+        control.load(LoadRequest(term=term, experts=(EXPERT,), checkpoint=str(root / "given/first")))
     after = service.status()
     assert (after.experts, after.hosted_bytes, after.weight_version, after.training_term) == (
         before.experts,

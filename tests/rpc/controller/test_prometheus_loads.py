@@ -96,7 +96,7 @@ class Cluster:
             counts = zipf_counts(3000 + 1000 * period, hottest=2 - period // 3, rng=self._rng)
             for layer, counts_E in counts.items():
                 router.metrics.count_assignments(layer, counts_E)
-            self.direct.add(name, LoadSnapshot(window_s=PERIOD_S, tokens=by_expert(counts)))
+            self.direct.add(name, LoadSnapshot(tokens=by_expert(counts)))
         for name, busy_s in ACTORS.items():
             before = self._work[name]
             self.actors[name].metrics.count_computed(name, pairs=BATCH_ROWS, runs=1, busy_s=busy_s)

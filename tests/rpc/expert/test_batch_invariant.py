@@ -17,6 +17,7 @@ from moecluster.models.native.build import register_native_family
 from moecluster.models.native.configuration import NativeConfig
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
@@ -246,8 +247,8 @@ class Actors:
     def start(self, name: str) -> None:
         """With all experts: which of them it is asked for, the placement says."""
         service = self.services[name] = ExpertService(is_given=any_directory, name=name, batch_invariant=True)
-        experts = [ExpertId(layer=0, index=index) for index in range(EXPERTS)]
-        service.load(term=1, experts=experts, checkpoint=str(self._checkpoint), dtype=self._dtype)
+        experts = tuple(ExpertId(layer=0, index=index) for index in range(EXPERTS))
+        service.load(LoadRequest(term=1, experts=experts, checkpoint=str(self._checkpoint), dtype=self._dtype))
         self._servers[name] = serve_expert(service, credentials=None)
 
     def kill(self, name: str) -> None:

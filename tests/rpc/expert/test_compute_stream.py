@@ -25,6 +25,7 @@ from moecluster.errors import (
 from moecluster.expert import compute
 from moecluster.expert.service import ExpertService
 from moecluster.rpc.expert import messages
+from moecluster.rpc.expert.requests import PlacementNotice
 from moecluster.rpc.fields import MAX_MESSAGE_BYTES
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase
@@ -180,7 +181,7 @@ def test_a_batch_that_waited_beyond_its_deadline_is_answered_so(connect: Connect
 
 def test_errors_keep_their_kind_over_the_stream(connect: Connect, service: ExpertService) -> None:
     transport = connect("shm")
-    service.set_placement(term=4, generation=9)
+    service.set_placement(PlacementNotice(term=4, generation=9))
     with pytest.raises(NotHosted, match=r"experts \[9\] of layer 1") as caught:
         result_of(transport, make_batch({9: [0]}, rows=1, width=WIDTH, layer=LAYER))
     assert caught.value.placement == (4, 9)

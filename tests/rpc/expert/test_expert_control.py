@@ -33,6 +33,7 @@ from moecluster.proto import expert_pb2
 from moecluster.rpc.expert import export
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.rpc.status_codes import error_of_reply, reply_code_of
@@ -85,7 +86,7 @@ def backward(service: ExpertService, tag: StepTag = TAG) -> MessageKey:
 
 
 def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: ExpertService) -> None:
-    control.set_placement(term=2, generation=7, checkpoint="/somewhere")
+    control.set_placement(PlacementNotice(term=2, generation=7, checkpoint="/somewhere"))
     first = control.status()
     assert (first.placement, first.checkpoint, first.experts) == ((2, 7), "/somewhere", EXPERTS)
     assert (first.prepared, first.committed, first.training_term) == (None, None, 1)
@@ -103,8 +104,8 @@ def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: Ex
 
 def test_the_snapshot_and_the_work_come_over_the_wire(control: GrpcExpertControl, trainer: ExpertService) -> None:
     snapshot = bytes(range(256)) * 2**18  # 64 MiB
-    control.set_placement(term=2, generation=7, snapshot=snapshot)
-    control.set_placement(term=2, generation=8)
+    control.set_placement(PlacementNotice(term=2, generation=7, snapshot=snapshot))
+    control.set_placement(PlacementNotice(term=2, generation=8))
     assert control.status().snapshot == b""
     assert control.status(with_snapshot=True).snapshot == snapshot
     with Occupied(trainer):
@@ -153,10 +154,18 @@ def test_load_and_unload(control: GrpcExpertControl, checkpoint: Path) -> None:
     control.unload(term=1, experts=EXPERTS[1:])
     assert control.status().experts == EXPERTS[:1]
     loaded = control.load(
-        term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=OptimizerSettings(name="sgd"), training_term=1
+        LoadRequest(
+            term=1,
+            experts=EXPERTS,
+            checkpoint=str(checkpoint),
+            optimizer=OptimizerSettings(name="sgd"),
+            training_term=1,
+        )
     )
     assert loaded == held * 3 // 4 and control.status().hosted_bytes == held
-    assert control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=4) > 0  # beside the other
+    assert (
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=4)) > 0
+    )  # beside the other
     assert control.status().weight_version == 4
 
 
@@ -189,10 +198,10 @@ def test_errors_keep_their_kind_over_the_wire(
     with pytest.raises(NotHosted, match="expert 1/9 is not here"):
         list(control.export(experts=[ExpertId(layer=1, index=9)], with_optimizer=False))
     with pytest.raises(InvalidMessage, match="the model has no 1/9"):
-        control.load(term=1, experts=[ExpertId(layer=1, index=9)], checkpoint=str(checkpoint))
+        control.load(LoadRequest(term=1, experts=(ExpertId(layer=1, index=9),), checkpoint=str(checkpoint)))
     with pytest.raises(UserError, match="/nowhere: no such directory"):
-        control.load(term=1, experts=EXPERTS, checkpoint="/nowhere", replace=True)
-    control.set_placement(term=9, generation=1)
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint="/nowhere", replace=True))
+    control.set_placement(PlacementNotice(term=9, generation=1))
     with pytest.raises(StaleRequest, match="controller term 1 is over"):
         control.unload(term=1, experts=EXPERTS)
     assert control.status().experts == EXPERTS
@@ -201,7 +210,7 @@ def test_errors_keep_their_kind_over_the_wire(
 @pytest.mark.parametrize(
     "error",
     [
-        InvalidMessage("x"),
+        InvalidMessage("", "x"),
         Exhausted("x"),
         NotHosted("x", placement=(0, 0)),
         StaleRequest("x"),

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moecluster.models.experts.source import ExpertSource
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId, OptimizerSettings, StepTag
 from tests.support.clusters.expert_cluster import ExpertCluster, Transport
 from tests.support.models.families import FAMILIES, LAYOUTS, Layout, make_model, save
@@ -126,7 +127,7 @@ def test_one_expert_perturbed_by_a_hundredth_is_noticed(reference: Reference, tm
         save(perturbed(model, name, busiest.index), tmp_path / "perturbed", "fused")
         (actor,) = (replica.actor for replica in cluster.placement.replicas_of(busiest))
         cluster.pool.controls()[actor].load(
-            term=1, experts=[busiest], checkpoint=str(tmp_path / "perturbed"), replace=True
+            LoadRequest(term=1, experts=(busiest,), checkpoint=str(tmp_path / "perturbed"), replace=True)
         )
         assert largest_difference(logits_of(routed), expected.logits) > LOGIT_TOLERANCE
 

@@ -23,6 +23,7 @@ from moecluster.proto import expert_pb2
 from moecluster.rpc.expert import export as export_chunks
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.interface import ExportedTensor
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId
@@ -74,21 +75,23 @@ def test_copied_experts_are_those_of_the_checkpoint(
     monkeypatch.setattr(export_chunks, "CHUNK_BYTES", 1000)
     save(make_model(family), tmp_path, "per-expert")
     layers = ExpertSource(tmp_path).layers
-    experts = [ExpertId(layer=layer.layer, index=index) for layer in layers for index in range(layer.num_experts)]
+    experts = tuple(ExpertId(layer=layer.layer, index=index) for layer in layers for index in range(layer.num_experts))
     with (
         closing(ExpertService(is_given=any_directory, name="peer")) as peer,
         closing(ExpertService(is_given=any_directory, name="taker")) as taker,
     ):
-        held_bytes = peer.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)
+        held_bytes = peer.load(LoadRequest(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype))
         with (
             served(peer) as server,
             served(taker) as taker_server,
             closing(GrpcExpertControl("taker", taker_server.address)) as control,
         ):
             loaded_bytes = control.load(
-                term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype, peer=address_of(peer, server)
+                LoadRequest(
+                    term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype, peer=address_of(peer, server)
+                )
             )
-        assert loaded_bytes == held_bytes == taker.status().hosted_bytes and taker.status().experts == tuple(experts)
+        assert loaded_bytes == held_bytes == taker.status().hosted_bytes and taker.status().experts == experts
         for expert in experts:
             theirs, ours = peer._hosted.get(expert).module, taker._hosted.get(expert).module
             check_same_parameters(theirs, ours)
@@ -156,7 +159,7 @@ def test_what_does_not_fit_the_model_is_not_taken(
 ) -> None:
     server = serve_expert(Tampered(peer, change), credentials=None)
     with pytest.raises(Unavailable, match=f"expert 1/2 cannot be copied from {server.address}: .*{complaint}"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=address_of(peer, server))
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=address_of(peer, server)))
     server.stop(0.0)
     check_the_rest_comes_from_the_checkpoint(taker, control, checkpoint)
 
@@ -170,7 +173,7 @@ def check_the_rest_comes_from_the_checkpoint(
     first = make_batch({0: [0]}, rows=1, width=32, layer=EXPERTS[0].layer)
     assert ask(taker, first).y_ND is not None
     kept = {e: taker._hosted.get(e).module for e in came}
-    assert control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint)) > 0
+    assert control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint))) > 0
     assert taker.status().experts == EXPERTS
     assert all(taker._hosted.get(e).module is module for e, module in kept.items())
 
@@ -184,7 +187,7 @@ def test_a_parameter_that_does_not_come_is_missed(
 
     server = serve_expert(Forgetful(peer, lambda tensor: tensor), credentials=None)
     with pytest.raises(Unavailable, match=r"name: down_proj\.weight did not come"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=address_of(peer, server))
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=address_of(peer, server)))
     server.stop(0.0)
 
 
@@ -205,7 +208,7 @@ def test_bytes_that_changed_on_their_way_are_noticed(
 
     monkeypatch.setattr(export_chunks, "cut", cut)
     with pytest.raises(Unavailable, match=r"expert 1/2 .*: content: the checksum of 1/2 .* is wrong"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address)
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address))
     check_the_rest_comes_from_the_checkpoint(taker, control, checkpoint)
 
 
@@ -214,7 +217,7 @@ def test_another_incarnation_of_the_peer_is_not_copied_from(
 ) -> None:
     earlier = replace(peer_address, incarnation="an-earlier-life")
     with pytest.raises(Unavailable, match=f"this is incarnation {peer.incarnation}, not an-earlier-life"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=earlier)
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=earlier))
     assert control.status().experts == ()
 
 
@@ -223,17 +226,19 @@ def test_a_peer_that_has_unloaded_an_expert_gives_the_others(
 ) -> None:
     peer.unload(term=1, experts=EXPERTS[3:])
     with pytest.raises(Unavailable, match=r"expert 1/3 cannot be copied from .*: expert 1/3 is not here"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address)
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address))
     check_the_rest_comes_from_the_checkpoint(taker, control, checkpoint)
 
 
 def test_a_peer_of_another_weight_version_is_refused(
     peer: ExpertService, peer_address: ActorAddress, control: GrpcExpertControl, checkpoint: Path
 ) -> None:
-    peer.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, weight_version=3)
+    peer.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, weight_version=3))
     with pytest.raises(Unavailable, match="is not here in weight version 2"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address, weight_version=2)
-    control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address)
+        control.load(
+            LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address, weight_version=2)
+        )
+    control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address))
     assert control.status().weight_version == 3
 
 
@@ -254,11 +259,13 @@ def wait_for_experts(service: ExpertService, count: int) -> None:
 def load_slowly(control: GrpcExpertControl, checkpoint: Path, peer: ActorAddress, held_bytes: int) -> int:
     """Takes half a second for each of the experts."""
     return control.load(
-        term=1,
-        experts=EXPERTS,
-        checkpoint=str(checkpoint),
-        peer=peer,
-        max_bytes_per_s=slow(held_bytes // len(EXPERTS), 0.5),
+        LoadRequest(
+            term=1,
+            experts=EXPERTS,
+            checkpoint=str(checkpoint),
+            peer=peer,
+            max_bytes_per_s=slow(held_bytes // len(EXPERTS), 0.5),
+        )
     )
 
 
@@ -329,19 +336,19 @@ def test_a_peer_that_hangs_holds_up_no_newer_controller(
         process.send_signal(signal.SIGSTOP)
         time.sleep(1.0)  # until the next expert was asked for
         assert not load.done()
-        control.set_placement(term=2, generation=1)
+        control.set_placement(PlacementNotice(term=2, generation=1))
         with pytest.raises(StaleRequest, match="controller term 1 is over"):
             load.result(1.0)
         with pytest.raises((Unavailable, DeadlineExceeded)):
-            control.load(term=2, experts=EXPERTS, checkpoint=str(checkpoint), peer=address, timeout_s=1.0)
-    assert control.load(term=2, experts=EXPERTS, checkpoint=str(checkpoint)) > 0
+            control.load(LoadRequest(term=2, experts=EXPERTS, checkpoint=str(checkpoint), peer=address, timeout_s=1.0))
+    assert control.load(LoadRequest(term=2, experts=EXPERTS, checkpoint=str(checkpoint))) > 0
     assert taker.status().experts == EXPERTS
 
 
 def test_a_peer_that_never_was(taker: ExpertService, control: GrpcExpertControl, checkpoint: Path) -> None:
     nobody = ActorAddress(actor="peer", address="127.0.0.1:1", incarnation="x")
     with pytest.raises(Unavailable, match=r"expert 1/0 cannot be copied from 127\.0\.0\.1:1"):
-        control.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=nobody)
+        control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=nobody))
 
 
 # -- while others are served --
@@ -368,7 +375,9 @@ def test_a_throttled_copy_takes_its_time_and_both_ends_serve_meanwhile(
     assert 1.8 < took_s < 20.0  # 4 experts of half a second
     assert answers > 20
     assert control.load(
-        term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address, replace=True, max_bytes_per_s=2**40
+        LoadRequest(
+            term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address, replace=True, max_bytes_per_s=2**40
+        )
     )
     assert time.monotonic() - begun_s - took_s < 1.0
 
@@ -378,10 +387,8 @@ def test_an_actor_gives_its_experts_to_several_at_once(
 ) -> None:
     takers = [ExpertService(is_given=any_directory, name=f"taker-{i}") for i in range(4)]
     with ThreadPoolExecutor(4) as threads:
-        loads = [
-            threads.submit(t.load, term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address)
-            for t in takers
-        ]
+        request = LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer_address)
+        loads = [threads.submit(taker.load, request) for taker in takers]
         assert {load.result(TIMEOUT_S) for load in loads} == {peer.status().hosted_bytes}
     for taker in takers:
         assert_same_fields(ask(taker, batch_of(3)), ask(peer, batch_of(3)))

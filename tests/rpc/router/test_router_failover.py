@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from moecluster.client import AsyncClient, Client
-from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
+from moecluster.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    Unavailable,
+)
 from moecluster.generation import GenerationRequest
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
@@ -235,7 +242,7 @@ def test_the_whole_request_has_one_deadline(write) -> None:
 
 
 def test_a_wrong_request_is_not_carried_from_router_to_router() -> None:
-    router, other = writing(error=InvalidMessage("prompt: it is wrong")), writing()
+    router, other = writing(error=InvalidMessage("prompt", "it is wrong")), writing()
     with (
         serving(router, other) as addresses,
         Client(addresses) as client,
@@ -335,7 +342,8 @@ def test_asyncio_against_a_real_router(cluster, expected) -> None:
                 break
         while (await client.status()).running:
             await asyncio.sleep(0.01)
-        with pytest.raises(InvalidMessage, match="exceed the model's 256"):
+        with pytest.raises(ContextLengthExceeded, match=r"^prompt: .* exceed the model's 256") as caught:
             await client.generate("x" * 300, **SETTINGS).text()
+        assert caught.value.field == "prompt"
 
     run_async([NOBODY, cluster.router_server.address], use)

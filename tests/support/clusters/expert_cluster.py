@@ -15,6 +15,7 @@ from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.in_process import InProcessTransport
 from moecluster.rpc.expert.interface import ControlConnection, ExpertTransport
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, OptimizerSettings, Placement, Replica
@@ -70,14 +71,16 @@ class ExpertCluster:
         )
         for name, service in self.services.items():
             service.load(
-                term=1,
-                experts=self.placement.experts_on(name),
-                checkpoint=str(directory),
-                dtype=dtype,
-                optimizer=optimizer,
-                training_term=1 if optimizer else 0,
+                LoadRequest(
+                    term=1,
+                    experts=self.placement.experts_on(name),
+                    checkpoint=str(directory),
+                    dtype=dtype,
+                    optimizer=optimizer,
+                    training_term=1 if optimizer else 0,
+                )
             )
-            service.set_placement(term=1, generation=1)
+            service.set_placement(PlacementNotice(term=1, generation=1))
         self.placements = FixedPlacement(self.placement)
         self.pool = ExpertPool(self.placements, connect=self._connect, control=self._control)
         self.remote = RemoteExperts(self.pool, timeout_s=timeout_s, batch_invariant=batch_invariant)

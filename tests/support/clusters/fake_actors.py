@@ -13,6 +13,7 @@ from moecluster.models.native.build import build_model
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.rpc.expert.in_process import InProcessPeerExports
 from moecluster.rpc.expert.interface import ControlConnection
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ActorAddress
 from tests.support.clusters.given import any_directory
 
@@ -127,10 +128,10 @@ class _Connection:
     def __init__(self, actors: FakeActors, address: ActorAddress) -> None:
         self._actors, self._address = actors, address
 
-    def load(self, **order: Any) -> int:
+    def load(self, request: LoadRequest) -> int:
         service = self._actors.living(self._address)
-        self._actors.loads.append((self._address.actor, order["checkpoint"]))
-        return service.load(**order)
+        self._actors.loads.append((self._address.actor, request.checkpoint))
+        return service.load(request)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._actors.living(self._address), name)

@@ -16,6 +16,7 @@ from moecluster.expert.service import ExpertService
 from moecluster.models.experts.source import ExpertSource
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.in_process import InProcessTransport
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertId, OptimizerSettings, Phase, StepTag
@@ -50,7 +51,7 @@ Connect = Callable[..., GrpcExpertTransport]  # open_stream, without the address
 def serving(checkpoint: Path, name: str = "expert-0", **settings: Any) -> Iterator[ExpertService]:
     """Context: an actor that serves all experts."""
     with closing(ExpertService(name=name, **{"is_given": any_directory, **settings})) as service:
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint))
+        service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint)))
         yield service
 
 
@@ -60,7 +61,9 @@ def training(
 ) -> Iterator[ExpertService]:
     """Context: an actor that trains all experts."""
     with closing(ExpertService(name=name, **{"is_given": any_directory, **settings})) as service:
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=optimizer, training_term=term)
+        service.load(
+            LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=optimizer, training_term=term)
+        )
         yield service
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from moecluster.errors import Exhausted, InvalidMessage, MoeClusterError, StaleRequest
+from moecluster.errors import ContextLengthExceeded, Exhausted, InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.generation import GenerationChunk, GenerationRequest, TokenLogprob
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router.server import serve_router
@@ -111,9 +111,10 @@ class FakeRouter:
             raise Exhausted(f"{self.max_running} texts run already", retry_after_s=1.4)
         prompt_tokens = len(request.prompt_ids) or len((request.prompt or request.messages_json).split())
         if prompt_tokens + request.max_new_tokens > MAX_TOKENS:
-            raise InvalidMessage(
-                f"prompt: its {prompt_tokens} tokens and max_new_tokens = {request.max_new_tokens} "
-                f"exceed the model's {MAX_TOKENS}"
+            raise ContextLengthExceeded(
+                "prompt",
+                f"its {prompt_tokens} tokens and max_new_tokens = {request.max_new_tokens} "
+                f"exceed the model's {MAX_TOKENS}",
             )
         self.requests.append(request)
         self.running[request.request_id] = threading.Event()
@@ -165,7 +166,7 @@ class FakeRouter:
         return event is not None
 
     def moe(self, layer: int, x_TD: torch.Tensor, timeout_s: float) -> Any:
-        raise InvalidMessage("layer: it has none")
+        raise InvalidMessage("layer", "it has none")
 
     def status(self) -> RouterStatus:
         return RouterStatus(

@@ -25,6 +25,7 @@ UINT64 = 2**64 - 1
 texts = st.text(max_size=40).filter(lambda text: text.isascii() or text.isprintable())
 names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=20)
 optional_names = st.just("") | names
+addresses = st.just("") | st.integers(1, 65535).map(lambda port: f"127.0.0.1:{port}")
 amounts = st.floats(min_value=0, max_value=1e300)
 int32s = st.integers(0, INT32)
 uint64s = st.integers(0, UINT64)
@@ -61,11 +62,18 @@ plans = st.builds(
     changed_shares=int32s,
 )
 actor_states = st.builds(
-    ActorState, actor=names, address=texts, incarnation=texts, phase=names, experts=int32s, restarts=uint64s
+    ActorState,
+    actor=names,
+    address=addresses,
+    incarnation=optional_names,
+    phase=names,
+    experts=int32s,
+    restarts=uint64s,
 )
 router_states = st.builds(
     RouterState,
     router=names,
+    address=addresses,
     running=int32s,
     waiting=int32s,
     weight_version=uint64s,
@@ -95,7 +103,6 @@ statuses = st.builds(
 )
 load_snapshots = st.builds(
     LoadSnapshot,
-    window_s=st.floats(min_value=1e-3, max_value=3600),
     tokens=st.dictionaries(experts, uint64s, max_size=5),
 )
 layer_experts = st.dictionaries(int32s, st.integers(1, 6), min_size=1, max_size=3)

@@ -98,10 +98,6 @@ def wrong_layer(rng: random.Random, batch: expert_pb2.Batch) -> None:
     batch.layer = rng.choice([-1, -(2**31)])
 
 
-def sequences(rng: random.Random, batch: expert_pb2.Batch) -> None:
-    batch.sequence_offsets.extend([0, rng.randrange(9)])
-
-
 def missing_field(rng: random.Random, batch: expert_pb2.Batch) -> None:
     batch.ClearField(rng.choice(["x", "experts", "expert_pairs", "pair_rows", "pair_weights", "deadline_s", "phase"]))
 
@@ -119,7 +115,6 @@ BREAKS: list[Break] = [
     wrong_deadline,
     wrong_phase,
     wrong_layer,
-    sequences,
     missing_field,
 ]
 FIELDS = {field.name for field in expert_pb2.Batch.DESCRIPTOR.fields}

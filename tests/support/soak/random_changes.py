@@ -31,7 +31,7 @@ ORDER_PATIENCE_S = 60.0
 OPERATION_TIMEOUT_S = 120.0
 RECOVERY_TIMEOUT_S = 90.0
 POLL_S = 1.0  # between checks for automatic operations
-KILL_POLL_S = 0.1  # between checks while a kill is prepared
+KILL_POLL_S = 0.1  # between checks for a chance to kill
 MAX_DELAY_S = 0.4  # of a kill, after the request that it interrupts
 
 AnswerT = TypeVar("AnswerT")

@@ -90,7 +90,7 @@ def test_weights_are_given_up_when_patience_is_over() -> None:
         way.pause_s()
 
 
-@pytest.mark.parametrize("error", [InvalidMessage("wrong"), RequestFailed("it breaks every batch")])
+@pytest.mark.parametrize("error", [InvalidMessage("prompt", "wrong"), RequestFailed("it breaks every batch")])
 def test_what_another_router_would_not_mend_is_raised_at_once(error) -> None:
     way = route("a", "b")
     way.next()

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.placement_state import with_whole_shares
 from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
+from moecluster.placement.names import with_whole_shares
 from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
 

@@ -15,6 +15,7 @@ from moecluster.errors import CheckpointError, ResourceError, StaleRequest, User
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts, contiguous_placement
 from moecluster.placement.policy.static import StaticPolicy
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
 from tests.support.clusters.fake_actors import FakeActors, save_tiny_model
 from tests.support.clusters.given import any_directory
@@ -186,7 +187,7 @@ def test_what_a_successor_does_not_know_of_serves_on_until_routers_know_better(m
     wait_until(lambda: all(s.status().placement == number for s in actors.services.values()))
     first.close()
     moved = ExpertId(layer=0, index=0)
-    actors.services["expert-1"].load(term=1, experts=[moved], checkpoint=checkpoint)
+    actors.services["expert-1"].load(LoadRequest(term=1, experts=(moved,), checkpoint=checkpoint))
     actors.services["expert-0"].unload(term=1, experts=[moved])
 
     second = make(lease_s=0.5)
@@ -297,7 +298,7 @@ def test_reported_loads_show_as_balancedness(make) -> None:
     tokens = {ExpertId(layer=0, index=0): 30, ExpertId(layer=0, index=3): 10, ExpertId(layer=1, index=1): 5}
 
     def shown() -> bool:
-        controller.report_load("router-0", LoadSnapshot(window_s=1.0, tokens=tokens))
+        controller.report_load("router-0", LoadSnapshot(tokens=tokens))
         text = metrics.render()
         return (
             'layer_balancedness{cluster="",layer="0",model="tiny"} 0.6666' in text

@@ -1,6 +1,7 @@
 """No number in an order shuts everybody else out: one far ahead of the others is refused, and changes nothing."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from moecluster.errors import InvalidMessage
 from moecluster.expert.service import ExpertService
 from moecluster.growing import MAX_AHEAD, MAX_AHEAD_AT_START, MAX_NUMBER, check_ahead
 from moecluster.rpc.controller.snapshot import ControllerSnapshot, decode_snapshot, encode_snapshot
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.types import ActorAddress, OptimizerSettings, StepTag, WeightVersion
 from tests.support.expert.small_actor import EXPERTS, SGD, save_small_model, training
 
@@ -33,7 +35,9 @@ def service(checkpoint: Path) -> Iterator[ExpertService]:
     """Trains, and knows a placement and a weight version."""
     with training(checkpoint, term=TERM) as service:
         service.set_placement(
-            term=TERM, generation=4, checkpoint=str(checkpoint), weight_version=VERSION, weight_versions=(VERSION,)
+            PlacementNotice(
+                term=TERM, generation=4, checkpoint=str(checkpoint), weight_version=VERSION, weight_versions=(VERSION,)
+            )
         )
         yield service
 
@@ -43,13 +47,22 @@ def tag(term: int = TERM, step: int = STEP, attempt: int = 1) -> StepTag:
 
 
 def load(service: ExpertService, *, optimizer: OptimizerSettings | None = None, **changed: int) -> object:
-    orders = {"term": TERM, "training_term": TERM, **changed}
-    return service.load(experts=EXPERTS, checkpoint=service.status().checkpoint, optimizer=optimizer, **orders)  # type: ignore[arg-type]
+    request = LoadRequest(
+        term=TERM,
+        experts=EXPERTS,
+        checkpoint=service.status().checkpoint,
+        training_term=TERM,
+        optimizer=optimizer,
+    )
+    return service.load(replace(request, **changed))  # type: ignore[arg-type]
 
 
 def place(service: ExpertService, **changed: int) -> None:
-    given = {"term": TERM, "generation": 5, "weight_version": VERSION, **changed}
-    service.set_placement(checkpoint="/elsewhere", weight_versions=(given["weight_version"],), **given)  # type: ignore[arg-type]
+    versions = (changed.get("weight_version", VERSION),)
+    notice = PlacementNotice(
+        term=TERM, generation=5, checkpoint="/elsewhere", weight_version=VERSION, weight_versions=versions
+    )
+    service.set_placement(replace(notice, **changed))  # type: ignore[arg-type]
 
 
 ORDERS: dict[str, Order] = {
@@ -57,7 +70,7 @@ ORDERS: dict[str, Order] = {
     "SetPlacement.generation": lambda service, n: place(service, term=TERM + 1, generation=n),
     "SetPlacement.weight_version": lambda service, n: place(service, term=TERM + 1, weight_version=n),
     "SetPlacement.weight_versions": lambda service, n: service.set_placement(
-        term=TERM + 1, generation=5, weight_version=VERSION, weight_versions=(VERSION, n)
+        PlacementNotice(term=TERM + 1, generation=5, weight_version=VERSION, weight_versions=(VERSION, n))
     ),
     "Load.term": lambda service, n: load(service, term=n),
     "Load.weight_version": lambda service, n: load(service, term=TERM + 1, weight_version=n),
@@ -91,7 +104,7 @@ def test_a_number_far_ahead_is_refused_and_changes_nothing(service: ExpertServic
                   "committed", "prepared", "hosted_bytes"):  # fmt: skip
         assert getattr(after, field) == getattr(before, field), field
     # The current controller goes on as if nothing had happened: in the same terms, and in the next.
-    service.set_placement(term=TERM, generation=5, weight_version=VERSION, weight_versions=(VERSION,))
+    service.set_placement(PlacementNotice(term=TERM, generation=5, weight_version=VERSION, weight_versions=(VERSION,)))
     assert service.reduce(tag(), []).square_norm == 0.0
     service.abort(tag())
     place(service, term=TERM + 1, generation=1)
@@ -134,9 +147,9 @@ class Fenced:
         self._service, self._term = service, term
         self.status, self.unload = service.status, service.unload
 
-    def set_placement(self, *, term: int, generation: int, **rest: object) -> None:
-        self._service.set_placement(term=term, generation=generation)
-        assert self._service.status().placement[0] == term == self._term
+    def set_placement(self, notice: PlacementNotice) -> None:
+        self._service.set_placement(PlacementNotice(term=notice.term, generation=notice.generation))
+        assert self._service.status().placement[0] == notice.term == self._term
         raise Told
 
 

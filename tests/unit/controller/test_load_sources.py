@@ -24,7 +24,7 @@ class Clock:
 def report(**tokens: int) -> LoadSnapshot:
     """From l1e0=5: layer 1, expert 0, 5 assignments."""
     experts = {ExpertId(layer=int(name[1]), index=int(name[3])): count for name, count in tokens.items()}
-    return LoadSnapshot(window_s=1.0, tokens=experts)
+    return LoadSnapshot(tokens=experts)
 
 
 def counted(source: DirectLoadSource) -> dict[str, dict[int, list[int]]]:

@@ -21,6 +21,7 @@ from moecluster.metrics import Metrics
 from moecluster.rpc.controller.in_process import FixedPlacement
 from moecluster.rpc.expert.in_process import InProcessTransport
 from moecluster.rpc.expert.interface import ExpertTransport
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
 from tests.support.clusters.expert_cluster import ExpertCluster, control_of
 from tests.support.expert.small_actor import (
@@ -205,10 +206,10 @@ def test_only_the_pairs_that_moved_are_sent_again_by_the_newer_placement(
     """An actor that knows a newer placement than the router: the router waits for it, and tells nobody."""
     with ExpertCluster(checkpoint, replicas=HALVES) as cluster, ThreadPoolExecutor(1) as caller:
         source = Moving(cluster.placement)
-        cluster.services["expert-0"].load(term=1, experts=EXPERTS, checkpoint=str(checkpoint))
+        cluster.services["expert-0"].load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint)))
         cluster.services["expert-1"].unload(term=1, experts=EXPERTS)
         for service in cluster.services.values():
-            service.set_placement(term=1, generation=2)
+            service.set_placement(PlacementNotice(term=1, generation=2))
         result = call_in_thread(remote_over(cluster, source), caller)
         time.sleep(0.1)
         source.publish(replicas=tuple(Replica(expert=expert, actor="expert-0") for expert in EXPERTS))

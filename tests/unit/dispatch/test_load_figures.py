@@ -52,7 +52,7 @@ def test_a_window_is_reported_once_and_silence_not_at_all() -> None:
     reporter = LoadReporter(loads, reports.put, window_s=0.02)
     loads.add(0, np.array([1, 0]))
     report = reports.get(timeout=10)
-    assert report.tokens == {expert(0, 0): 1} and report.window_s >= 0.02
+    assert report.tokens == {expert(0, 0): 1}
     with pytest.raises(queue.Empty):
         reports.get(timeout=0.2)
     reporter.close()

@@ -1,7 +1,7 @@
 """The expert actor's role in one process: merging, bounds, refusals, and the orders of a controller."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moecluster.errors import (
 from moecluster.expert import compute
 from moecluster.expert.service import ExpertService
 from moecluster.metrics import Metrics
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.types import ComputeBatch, ComputeResult, ExpertId
 from tests.support.clusters.given import any_directory
 from tests.support.expert.batches import assert_same_fields, make_batch
@@ -34,27 +35,9 @@ from tests.support.expert.small_actor import (
     ask,
     batch_of,
     check_rows,
-    load_modules,
-    save_small_model,
     serving,
     submit,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def modules(checkpoint: Path) -> dict[int, nn.Module]:
-    return load_modules(checkpoint)
-
-
-@pytest.fixture
-def service(checkpoint: Path) -> Iterator[ExpertService]:
-    with serving(checkpoint) as service:
-        yield service
 
 
 def test_rows_are_computed_by_the_checkpoint_s_experts(service: ExpertService, modules: dict[int, nn.Module]) -> None:
@@ -122,7 +105,7 @@ def test_a_full_queue_is_backpressure_and_ends_with_it(checkpoint: Path, modules
 
 
 def test_what_is_not_hosted_is_said_with_the_placement_that_stands(service: ExpertService) -> None:
-    service.set_placement(term=3, generation=8)
+    service.set_placement(PlacementNotice(term=3, generation=8))
     service.unload(term=3, experts=EXPERTS[2:])
     with pytest.raises(NotHosted, match=r"experts \[2\] of layer 1 are not here") as caught:
         ask(service, batch_of())
@@ -196,36 +179,36 @@ def test_computed_pairs_are_counted(checkpoint: Path) -> None:
 
 
 def test_orders_of_an_older_controller_are_refused(service: ExpertService, checkpoint: Path) -> None:
-    service.set_placement(term=5, generation=2, checkpoint="c")
+    service.set_placement(PlacementNotice(term=5, generation=2, checkpoint="c"))
     for order in (
-        lambda: service.load(term=4, experts=EXPERTS, checkpoint=str(checkpoint)),
+        lambda: service.load(LoadRequest(term=4, experts=EXPERTS, checkpoint=str(checkpoint))),
         lambda: service.unload(term=4, experts=EXPERTS),
-        lambda: service.set_placement(term=4, generation=9),
+        lambda: service.set_placement(PlacementNotice(term=4, generation=9)),
     ):
         with pytest.raises(StaleRequest, match="controller term 4 is superseded by term 5"):
             order()
     status = service.status()
     assert (status.placement, status.checkpoint, status.experts) == ((5, 2), "c", EXPERTS)
-    service.set_placement(term=5, generation=1, checkpoint="older")  # overtaken on its way
+    service.set_placement(PlacementNotice(term=5, generation=1, checkpoint="older"))  # overtaken on its way
     assert (service.status().placement, service.status().checkpoint) == ((5, 2), "c")
-    service.set_placement(term=6, generation=1, checkpoint="d")
+    service.set_placement(PlacementNotice(term=6, generation=1, checkpoint="d"))
     assert (service.status().placement, service.status().checkpoint) == ((6, 1), "d")
 
 
 def test_loading_again_changes_nothing_unless_told_to(service: ExpertService, checkpoint: Path) -> None:
     held = service.status().hosted_bytes
     assert held == 4 * 3 * 32 * 24 * 4  # experts x matrices x D x F x float32
-    assert service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint)) == 0
-    assert service.load(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), replace=True) == held // 4
+    assert service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint))) == 0
+    assert service.load(LoadRequest(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), replace=True)) == held // 4
     service.unload(term=1, experts=[*EXPERTS[:2], ExpertId(layer=9, index=9)])  # unknown ones are fine
     assert service.status().experts == EXPERTS[2:]
-    assert service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint)) == held // 2
+    assert service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint))) == held // 2
     assert service.status().hosted_bytes == held
 
 
 def test_experts_are_served_in_the_dtype_that_was_asked_for(checkpoint: Path) -> None:
     with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), dtype="bfloat16")
+        service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), dtype="bfloat16"))
         result = ask(service, batch_of(dtype=torch.bfloat16))
         assert result.y_ND is not None and result.y_ND.dtype == torch.bfloat16
         with pytest.raises(InvalidMessage, match=r"x\.dtype"):
@@ -233,7 +216,7 @@ def test_experts_are_served_in_the_dtype_that_was_asked_for(checkpoint: Path) ->
 
 
 def test_only_the_served_weight_version_answers(service: ExpertService, checkpoint: Path) -> None:
-    service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=3, replace=True)
+    service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=3, replace=True))
     assert service.status().weight_version == 3
     for version in (0, 3):
         assert ask(service, batch_of(weight_version=version)).y_ND is not None
@@ -243,13 +226,13 @@ def test_only_the_served_weight_version_answers(service: ExpertService, checkpoi
 
 def test_what_cannot_be_loaded_is_said_and_leaves_the_rest(service: ExpertService, checkpoint: Path) -> None:
     nowhere = str(checkpoint / "nowhere")
-    unknown = [ExpertId(layer=LAYER, index=4), ExpertId(layer=0, index=0)]
+    unknown = (ExpertId(layer=LAYER, index=4), ExpertId(layer=0, index=0))
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
-        service.load(term=1, experts=EXPERTS, checkpoint=nowhere)
+        service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=nowhere))
     with pytest.raises(InvalidMessage, match=r"the model has no 1/4, 0/0 \(layer/index\)"):
-        service.load(term=1, experts=unknown, checkpoint=str(checkpoint))
+        service.load(LoadRequest(term=1, experts=unknown, checkpoint=str(checkpoint)))
     with pytest.raises(InvalidMessage, match="dtype: 'float8' is none of float32, bfloat16, float16"):
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), dtype="float8", replace=True)
+        service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), dtype="float8", replace=True))
     with pytest.raises(DeadlineExceeded, match="1/0: not loaded within"):
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, timeout_s=1e-9)
+        service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, timeout_s=1e-9))
     assert service.status().experts == EXPERTS

@@ -1,7 +1,7 @@
 """An actor that holds experts in several weight versions."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from moecluster.errors import CheckpointError, InvalidMessage, NotHosted, StaleR
 from moecluster.expert.service import ExpertService
 from moecluster.models.checkpoint.reader import SINGLE_FILE_NAME
 from moecluster.models.update.compose import compose
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.types import ComputeBatch, ExpertId
 from tests.support.clusters.given import any_directory
 from tests.support.expert.small_actor import EXPERTS, SGD, ask, batch_of, check_rows, load_modules
@@ -41,11 +42,13 @@ def service(checkpoints: list[Path]) -> Iterator[ExpertService]:
 
 def load(service: ExpertService, checkpoints: list[Path], version: int) -> int:
     checkpoint = str(checkpoints[version - 1])
-    return service.load(term=1, experts=EXPERTS, checkpoint=checkpoint, weight_version=version)
+    return service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=checkpoint, weight_version=version))
 
 
 def stand(service: ExpertService, served: int, versions: tuple[int, ...], generation: int = 1) -> None:
-    service.set_placement(term=1, generation=generation, weight_version=served, weight_versions=versions)
+    service.set_placement(
+        PlacementNotice(term=1, generation=generation, weight_version=served, weight_versions=versions)
+    )
 
 
 def check(service: ExpertService, checkpoints: list[Path], version: int, batch: ComputeBatch) -> None:
@@ -92,13 +95,15 @@ def test_an_unloaded_expert_is_gone_in_all_versions(service) -> None:
 
 def test_what_came_before_a_version_was_named_is_of_the_one_that_is_served(checkpoints) -> None:
     with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoints[0]), optimizer=SGD, training_term=1)
+        service.load(
+            LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoints[0]), optimizer=SGD, training_term=1)
+        )
         stand(service, 5, (5,))
         assert (service.status().weight_version, service.status().experts) == (5, EXPERTS)
         assert service.status().training_term == 1 and service._training.holds(EXPERTS[0])
         check(service, checkpoints, 1, batch_of(weight_version=5))
         # What was trained is served no more once the next version has taken its place.
-        service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoints[1]), weight_version=6)
+        service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoints[1]), weight_version=6))
         assert service._training.holds(EXPERTS[0])
         stand(service, 6, (6,), generation=2)
         assert not service._training.holds(EXPERTS[0])
@@ -125,7 +130,7 @@ def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(check
 
         def load_from(directory: str, version: int) -> int:
             checkpoint = str(tmp_path / directory)
-            return service.load(term=1, experts=EXPERTS, checkpoint=checkpoint, weight_version=version)
+            return service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=checkpoint, weight_version=version))
 
         whole = load_from("shards", 1)
         added = load_from("mixed", 2)
@@ -150,8 +155,8 @@ def test_a_directory_that_was_written_anew_is_opened_anew(checkpoints, tmp_path)
     with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         stand(service, 1, (1, 2))
 
-        def load_again(experts: Sequence[ExpertId], version: int) -> None:
-            service.load(term=1, experts=experts, checkpoint=str(directory), weight_version=version)
+        def load_again(experts: tuple[ExpertId, ...], version: int) -> None:
+            service.load(LoadRequest(term=1, experts=experts, checkpoint=str(directory), weight_version=version))
 
         load_again(EXPERTS[:2], 1)
         tensors = load_file(checkpoints[1] / SINGLE_FILE_NAME)

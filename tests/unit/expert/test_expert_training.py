@@ -20,6 +20,7 @@ from moecluster.models.checkpoint.training_progress import TrainingState, write_
 from moecluster.models.checkpoint.training_state import expert_optimizer_file
 from moecluster.models.config import read_loadable_config
 from moecluster.models.experts.layout import ExpertLayout, join_experts
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import (
     ComputeBatch,
     ComputeResult,
@@ -38,27 +39,8 @@ from tests.support.expert.small_actor import (
     TAG,
     ask,
     batch_of,
-    load_modules,
-    save_small_model,
-    serving,
     training,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def modules(checkpoint: Path) -> dict[int, nn.Module]:
-    return load_modules(checkpoint)
-
-
-@pytest.fixture
-def service(checkpoint: Path) -> Iterator[ExpertService]:
-    with serving(checkpoint) as service:
-        yield service
 
 
 @pytest.fixture
@@ -235,7 +217,9 @@ def test_an_actor_that_does_not_train_says_that_the_state_is_lost(service: Exper
 def test_experts_that_were_only_served_are_loaded_anew_for_training(
     service: ExpertService, checkpoint: Path, trainer: ExpertService
 ) -> None:
-    loaded = service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=SGD, training_term=1)
+    loaded = service.load(
+        LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), optimizer=SGD, training_term=1)
+    )
     assert loaded == service.status().hosted_bytes
     assert_same_fields(run_forward_and_backward(service), run_forward_and_backward(trainer))
 

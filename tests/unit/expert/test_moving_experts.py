@@ -1,4 +1,4 @@
-"""Experts that come and go while an actor serves: copies from a peer, loads among other orders, unloads that drain."""
+"""Experts that come while an actor serves: copies from a peer, loads among other orders."""
 
 import threading
 import time
@@ -6,22 +6,19 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from torch import nn
 
-from moecluster.config.sections import ModelConfig
-from moecluster.errors import DeadlineExceeded, InvalidMessage, NotHosted, StaleRequest, Unavailable
+from moecluster.errors import DeadlineExceeded, InvalidMessage, StaleRequest, Unavailable
 from moecluster.expert.service import ExpertService
 from moecluster.expert.weight_sources import BytePace
-from moecluster.models.experts.source import ExpertSource
-from moecluster.models.native.build import build_model
 from moecluster.rpc.expert.in_process import InProcessPeerExports
-from moecluster.rpc.expert.interface import MAX_SNAPSHOT_BYTES, ExportedTensor, Pace, PeerExports
+from moecluster.rpc.expert.interface import ExportedTensor, Pace, PeerExports
+from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings
 from tests.support.clusters.given import any_directory
 from tests.support.expert.batches import make_batch
@@ -30,27 +27,11 @@ from tests.support.expert.small_actor import (
     LAYER,
     TIMEOUT_S,
     WIDTH,
-    Occupied,
     ask,
     batch_of,
-    check_rows,
-    load_modules,
-    save_small_model,
     serving,
-    submit,
     training,
-    wait_for_rows,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def modules(checkpoint: Path) -> dict[int, nn.Module]:
-    return load_modules(checkpoint)
 
 
 class HeldPeer:
@@ -102,8 +83,8 @@ class Move:
         stack.callback(self.peer.go.set)
 
     def load(self, *, term: int = 1, **changes: Any) -> int:
-        order: dict[str, Any] = {"experts": EXPERTS, "checkpoint": str(self.checkpoint), "peer": self.peer.address}
-        return self.service.load(term=term, **(order | changes))
+        request = LoadRequest(term=term, experts=EXPERTS, checkpoint=str(self.checkpoint), peer=self.peer.address)
+        return self.service.load(replace(request, **changes))
 
     def begin_load(self, **changes: Any) -> "Future[int]":
         """Begins a load that stands still in the copy of the second expert."""
@@ -126,7 +107,7 @@ def move(checkpoint: Path) -> Iterator[Move]:
 
 def test_other_orders_and_batches_go_on_while_experts_come(move: Move) -> None:
     load = move.begin_load()
-    move.service.set_placement(term=1, generation=3)
+    move.service.set_placement(PlacementNotice(term=1, generation=3))
     move.service.unload(term=1, experts=[ExpertId(layer=9, index=9)])
     status = move.service.status()
     assert (status.placement, status.experts) == ((1, 3), EXPERTS[:1])
@@ -139,7 +120,7 @@ def test_other_orders_and_batches_go_on_while_experts_come(move: Move) -> None:
 
 def test_a_load_of_a_controller_that_is_over_stops_at_once(move: Move) -> None:
     load = move.begin_load()
-    move.service.set_placement(term=2, generation=1)
+    move.service.set_placement(PlacementNotice(term=2, generation=1))
     with pytest.raises(StaleRequest, match="controller term 1 is superseded by term 2"):
         load.result(TIMEOUT_S)  # while the peer still gives nothing
     assert move.service.status().experts == EXPERTS[:1]
@@ -187,7 +168,7 @@ def test_a_load_waits_for_others_no_longer_than_its_time(move: Move) -> None:
 
 def test_an_expert_that_is_named_twice_comes_once(move: Move) -> None:
     move.peer.go.set()
-    assert move.load(experts=[*EXPERTS, *EXPERTS]) == move.service.status().hosted_bytes
+    assert move.load(experts=(*EXPERTS, *EXPERTS)) == move.service.status().hosted_bytes
     assert move.peer.copies == Counter(EXPERTS)
 
 
@@ -205,7 +186,7 @@ def test_a_peer_that_trains_gives_what_is_committed(move: Move, checkpoint: Path
         peer = HeldPeer(trainer)
         peer.go.set()
         with closing(ExpertService(is_given=any_directory, name="b", connect_peer=peer.connect)) as service:
-            service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer.address)
+            service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer.address))
             ours, theirs = parameters(service), parameters(trainer)
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
             assert not any(p.requires_grad for e in EXPERTS for p in service._hosted.get(e).module.parameters())
@@ -232,7 +213,7 @@ def test_an_order_of_another_dtype_than_the_peer_s_leaves_it_to_the_checkpoint(m
 
 def test_what_the_model_does_not_have_is_asked_of_no_peer(move: Move) -> None:
     with pytest.raises(InvalidMessage, match="the model has no 1/4"):
-        move.load(experts=[*EXPERTS, ExpertId(layer=LAYER, index=4)])
+        move.load(experts=(*EXPERTS, ExpertId(layer=LAYER, index=4)))
     assert not move.peer.copies
 
 
@@ -240,7 +221,7 @@ def test_what_the_model_does_not_have_is_asked_of_no_peer(move: Move) -> None:
 
 
 def at_version(service: ExpertService, checkpoint: Path, version: int) -> None:
-    service.load(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, weight_version=version)
+    service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), replace=True, weight_version=version))
 
 
 def test_an_empty_actor_takes_the_peer_s_weight_version(move: Move, checkpoint: Path) -> None:
@@ -254,7 +235,7 @@ def test_an_empty_actor_takes_the_peer_s_weight_version(move: Move, checkpoint: 
 
 
 def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> None:
-    move.service.load(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), weight_version=2)
+    move.service.load(LoadRequest(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), weight_version=2))
     at_version(move.peer._service, checkpoint, 3)
     move.peer.go.set()
     with pytest.raises(StaleRequest, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
@@ -304,196 +285,6 @@ def test_a_throttled_copy_ends_with_its_order(move: Move) -> None:
     load = move.begin(move.load, max_bytes_per_s=1)
     while move.peer.copies[EXPERTS[0]] < 2:
         time.sleep(0.002)
-    move.service.set_placement(term=2, generation=1)
+    move.service.set_placement(PlacementNotice(term=2, generation=1))
     with pytest.raises(StaleRequest, match="controller term 1 is over"):
         load.result(TIMEOUT_S)
-
-
-# -- unloads --
-
-
-@pytest.fixture
-def service(checkpoint: Path) -> Iterator[ExpertService]:
-    with serving(checkpoint) as service:
-        yield service
-
-
-def test_an_unload_waits_for_what_is_queued(service: ExpertService, modules: dict[int, nn.Module]) -> None:
-    service.set_placement(term=1, generation=6)
-    with ThreadPoolExecutor(1) as threads:
-        with Occupied(service):
-            waits = submit(service, batch_of(3))
-            unload = threads.submit(service.unload, term=1, experts=EXPERTS[:1], drain_timeout_s=TIMEOUT_S)
-            time.sleep(0.05)
-            assert not unload.done() and service.status().experts == EXPERTS
-        check_rows(modules, batch_of(3), waits.result(TIMEOUT_S))
-        unload.result(TIMEOUT_S)
-    assert service.status().experts == EXPERTS[1:]
-    with pytest.raises(NotHosted) as caught:
-        ask(service, batch_of())
-    assert caught.value.placement == (1, 6)
-
-
-def test_an_unload_waits_no_longer_than_it_may(service: ExpertService) -> None:
-    with Occupied(service):
-        waits = submit(service, batch_of())
-        service.unload(term=1, experts=EXPERTS[:1], drain_timeout_s=0.05)
-        assert service.status().experts == EXPERTS[1:]
-    with pytest.raises(NotHosted):
-        waits.result(TIMEOUT_S)
-
-
-def test_an_unload_does_not_wait_for_batches_of_other_experts(service: ExpertService) -> None:
-    with Occupied(service):
-        submit(service, batch_of())  # of experts 0 and 2
-        wait_for_rows(service, 2)
-        begun_s = time.monotonic()
-        service.unload(term=1, experts=[EXPERTS[1], EXPERTS[3]], drain_timeout_s=TIMEOUT_S)
-        assert time.monotonic() - begun_s < TIMEOUT_S / 2
-    assert service.status().experts == (EXPERTS[0], EXPERTS[2])
-
-
-def test_a_load_that_is_ordered_while_an_unload_drains_keeps_its_experts(
-    service: ExpertService, checkpoint: Path
-) -> None:
-    with ThreadPoolExecutor(1) as threads:
-        with Occupied(service):
-            unload = threads.submit(service.unload, term=1, experts=EXPERTS[:3], drain_timeout_s=TIMEOUT_S)
-            while not service._orders._unloads:
-                time.sleep(0.002)
-            assert service.load(term=1, experts=EXPERTS[1:2], checkpoint=str(checkpoint)) == 0
-        unload.result(TIMEOUT_S)
-    assert service.status().experts == (EXPERTS[1], EXPERTS[3])
-
-
-def test_an_unload_of_a_controller_that_is_over_drops_nothing(service: ExpertService) -> None:
-    with ThreadPoolExecutor(1) as threads, Occupied(service):
-        unload = threads.submit(service.unload, term=1, experts=EXPERTS[:1], drain_timeout_s=TIMEOUT_S)
-        while not service._orders._unloads:
-            time.sleep(0.002)
-        service.set_placement(term=2, generation=1)
-        with pytest.raises(StaleRequest, match="controller term 1 is over"):
-            unload.result(TIMEOUT_S)
-        assert service.status().experts == EXPERTS
-
-
-WIDE = ModelConfig(
-    hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=2, num_experts=8, expert_inner_size=2048, max_positions=64
-)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) -> None:
-    build_model(WIDE, seed=0).save_pretrained(tmp_path)
-    experts = [ExpertId(layer=0, index=index) for index in range(WIDE.num_experts)]
-    process = psutil.Process()
-    # Packed by the loading thread. Where another does it, memory goes back only in an actor, whose threads share one
-    # arena of malloc (actors/settings.py).
-    with closing(ExpertService(is_given=any_directory, name="expert-0", batch_invariant=True)) as service:
-
-        def load() -> int:
-            return service.load(term=1, experts=experts, checkpoint=str(tmp_path), dtype=dtype)
-
-        def compute() -> None:
-            rows = torch.float32 if dtype == "float32" else torch.bfloat16
-            ask(service, make_batch({0: [0, 1], 5: [0]}, rows=2, width=WIDE.hidden_size, layer=0, dtype=rows))
-
-        load()  # what the first use of everything keeps is not of experts
-        compute()
-        service.unload(term=1, experts=experts)
-        before_bytes = process.memory_info().rss
-        hosted_bytes = load()
-        compute()
-        held_bytes = process.memory_info().rss - before_bytes
-        service.unload(term=1, experts=experts)
-        left_bytes = process.memory_info().rss - before_bytes
-    assert hosted_bytes >= 8 * 3 * 512 * 2048 * 2
-    assert 0.9 * hosted_bytes < held_bytes < 1.3 * hosted_bytes
-    assert left_bytes < 0.1 * hosted_bytes
-
-
-# -- what status says --
-
-
-def test_the_controller_s_snapshot_is_kept_for_its_successor(service: ExpertService) -> None:
-    service.set_placement(term=3, generation=2, snapshot=b"first")
-    service.set_placement(term=3, generation=3)
-    assert service.status().snapshot == b""
-    assert service.status(with_snapshot=True).snapshot == b"first"
-    service.set_placement(term=3, generation=1, snapshot=b"overtaken on its way")
-    assert service.status(with_snapshot=True).snapshot == b"first"
-    largest = bytes(MAX_SNAPSHOT_BYTES)
-    service.set_placement(term=4, generation=1, snapshot=largest)
-    with pytest.raises(InvalidMessage, match=f"snapshot: {MAX_SNAPSHOT_BYTES + 1} bytes, at most {MAX_SNAPSHOT_BYTES}"):
-        service.set_placement(term=5, generation=1, snapshot=largest + b"x")
-    status = service.status(with_snapshot=True)
-    assert (status.placement, status.snapshot) == ((4, 1), largest)
-
-
-def test_work_is_counted(service: ExpertService) -> None:
-    idle = service.status().work
-    assert (idle.computed_rows, idle.batches, idle.queue_rows, idle.busy_s, idle.queue_wait_s) == (0, 0, 0, 0.0, 0.0)
-    with Occupied(service):  # a batch of 2 rows and 3 pairs
-        futures = [
-            submit(service, batch_of(4)),
-            submit(service, batch_of(1)),
-            submit(service, batch_of(deadline_s=0.01)),
-        ]
-        time.sleep(0.1)
-        assert service.status().work.queue_rows == 7
-    for future in futures[:2]:
-        future.result(TIMEOUT_S)
-    with pytest.raises(DeadlineExceeded):
-        futures[2].result(TIMEOUT_S)
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while (work := service.status().work).batches < 4 and time.monotonic() < deadline_s:
-        time.sleep(0.002)  # batches are counted a little after their replies
-    assert (work.computed_rows, work.batches, work.queue_rows) == (3 + 5 + 2, 4, 0)
-    assert 3 * 0.1 <= work.queue_wait_s < 30.0
-    assert 0.1 <= work.busy_s < 30.0
-
-
-# -- batch-invariant mode --
-
-
-class Uneven(nn.Module):
-    """An expert whose rows depend on how many there are beyond 100."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
-        return x_nD * self.weight + (1.0 if len(x_nD) > 100 else 0.0)
-
-
-def give(monkeypatch: pytest.MonkeyPatch, made: dict[int, nn.Module]) -> None:
-    """Has checkpoints give these modules for some experts."""
-    really_load = ExpertSource.load
-
-    def load(self: ExpertSource, expert: ExpertId, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return made[expert.index] if expert.index in made else really_load(self, expert, dtype)
-
-    monkeypatch.setattr(ExpertSource, "load", load)
-
-
-def test_block_sizes_hold_for_every_form_of_expert(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    give(monkeypatch, {1: Uneven()})
-    with serving(checkpoint, batch_invariant=True) as service:
-        batch = make_batch({1: list(range(600))}, rows=600, width=WIDTH, layer=LAYER, unsummed=True)
-        y_PD = ask(service, batch).y_PD
-        assert y_PD is not None and torch.equal(y_PD, batch.x_ND)
-        check = make_batch({0: list(range(600))}, rows=600, width=WIDTH, layer=LAYER, unsummed=True)
-        assert ask(service, check).y_PD is not None
-
-
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_experts_without_parameters_are_served(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
-) -> None:
-    give(monkeypatch, {0: nn.Identity(), 2: nn.Identity()})
-    with serving(checkpoint, batch_invariant=batch_invariant) as service:
-        batch = make_batch({0: [0, 1]}, rows=2, width=WIDTH, layer=LAYER)
-        y_ND = ask(service, batch).y_ND
-        assert y_ND is not None
-        torch.testing.assert_close(y_ND, batch.x_ND * batch.pair_weights_P[:, None])

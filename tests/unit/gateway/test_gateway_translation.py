@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moecluster.errors import DeadlineExceeded, Exhausted, InvalidMessage, MoeClusterError, Unavailable
+from moecluster.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    MoeClusterError,
+    Unavailable,
+    UserError,
+)
 from moecluster.gateway.api_errors import MAX_MESSAGE_CHARACTERS, ApiError, api_error_of, api_error_of_validation
 from moecluster.gateway.format_response import ChatFormatter, CompletionFormatter
 from moecluster.gateway.logprobs import CompletionLogprobs, chat_logprobs
@@ -104,10 +112,15 @@ def test_a_length_is_given_once() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "code", "param"),
     [
-        (InvalidMessage("prompt_ids: an id outside 0 to 9"), 400, None, "prompt"),
-        (InvalidMessage("prompt: its 9 tokens and max_new_tokens = 9 exceed the model's 10"), 400,
+        (InvalidMessage("prompt_ids", "an id outside 0 to 9"), 400, None, "prompt"),
+        (ContextLengthExceeded("prompt_ids", "its 9 tokens and max_new_tokens = 9 exceed the model's 10"), 400,
          "context_length_exceeded", "prompt"),
-        (InvalidMessage("no field is named here"), 400, None, None),
+        (InvalidMessage("prompt", "what its text says, such as: exceed the model's 10, decides nothing"), 400, None,
+         "prompt"),
+        (InvalidMessage("max_new_tokens", "-1, expected at least 0"), 400, None, "max_tokens"),
+        (InvalidMessage("logprobs.logprob", "not a number"), 400, None, "logprobs"),
+        (InvalidMessage("", "no field: is named here"), 400, None, None),
+        (UserError("checkpoint: no field of a request"), 400, None, None),
         (Exhausted("full", retry_after_s=0.01), 429, "rate_limit_exceeded", None),
         (DeadlineExceeded("late"), 503, "unavailable", None),
         (Unavailable("router at 10.0.0.1:5 is gone"), 503, "unavailable", None),
@@ -119,7 +132,14 @@ def test_routers_errors_are_told_in_openais_form(error, status, code, param) -> 
     assert (refusal.status, refusal.code, refusal.param) == (status, code, param)
     assert "10.0.0.1" not in refusal.message and "max_new_tokens" not in refusal.message
     assert (status == 429) <= (refusal.headers is not None and int(refusal.headers["Retry-After"]) == 1)
-    assert api_error_of(InvalidMessage("prompt: long"), "m", prompt_param="messages").param == "messages"
+
+
+@pytest.mark.parametrize("field", ["prompt", "prompt_ids", "messages_json"])
+def test_a_prompt_is_named_as_in_the_body(field) -> None:
+    error = ContextLengthExceeded(field, "its 9 tokens and max_new_tokens = 9 exceed the model's 10")
+    refusal = api_error_of(error, "m", prompt_param="messages")
+    assert refusal.param == "messages"
+    assert refusal.message == "messages: its 9 tokens and max_tokens = 9 exceed the model's 10"
 
 
 def test_a_refusal_is_short_and_encodable_whatever_it_quotes() -> None:

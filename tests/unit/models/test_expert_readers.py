@@ -176,9 +176,10 @@ def test_an_expert_actor_does_without_transformers(stored: Callable[[str, Layout
 import sys
 import actors.expert_actor
 from moecluster.expert.service import ExpertService
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId
 service = ExpertService(is_given=lambda path: True, name="expert-0")
-assert service.load(term=1, experts=[ExpertId(layer=1, index=0)], checkpoint=sys.argv[1]) > 0
+assert service.load(LoadRequest(term=1, experts=(ExpertId(layer=1, index=0),), checkpoint=sys.argv[1])) > 0
 heavy = {"transformers", "scipy", "sympy", "matplotlib", "torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -217,7 +217,6 @@ MALFORMED: list[tuple[str, str, Change]] = [
     ("negative deadline", "deadline_s: -1.0", set_field("deadline_s", -1.0)),
     ("deadline of days", "deadline_s: 90000.0", set_field("deadline_s", 90000.0)),
     ("layer", "layer: -1", set_field("layer", -1)),
-    ("sequences", "sequence_offsets", set_list("sequence_offsets", 0, 3)),
     ("no step", "step: a backward message", clear("step")),
     ("rank", "rank", set_field("rank", -1)),
     ("micro-batch", "micro_batch", set_field("micro_batch", -2)),

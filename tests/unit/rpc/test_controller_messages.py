@@ -265,9 +265,7 @@ def test_loads_that_name_a_layer_twice_are_refused() -> None:
 
 
 def test_a_report_that_names_an_expert_twice_is_refused() -> None:
-    message = controller_pb2.LoadReport(
-        router="r", window_s=1.0, loads=[controller_pb2.ExpertLoad(assignments=n) for n in (1, 2)]
-    )
+    message = controller_pb2.LoadReport(router="r", loads=[controller_pb2.ExpertLoad(assignments=n) for n in (1, 2)])
     with pytest.raises(InvalidMessage, match=r"^loads\.expert: "):
         decode_load(message)
 

@@ -18,6 +18,7 @@ from moecluster.errors import AttemptAborted, StateLost, Unavailable
 from moecluster.expert.service import ExpertService
 from moecluster.models.trunk import load_trunk
 from moecluster.rpc.controller.in_process import FixedPlacement
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.training.events import AttemptFailed, Event, StepDone, WentBack
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.setup import prepare_start, read_data, run_tokenizer
@@ -117,7 +118,7 @@ class RestartingCluster(ExpertCluster):
         old = self.services[name]
         self.dead.append(old)
         service = self.services[name] = ExpertService(is_given=any_directory, name=name)
-        service.load(term=1, experts=self.placement.experts_on(name), checkpoint=str(self._directory))
+        service.load(LoadRequest(term=1, experts=self.placement.experts_on(name), checkpoint=str(self._directory)))
         address = ActorAddress(actor=name, address="", incarnation=service.incarnation)
         self.placement = replace(
             self.placement,
