@@ -16,6 +16,7 @@ from moecluster.expert.service import ExpertService
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.export import GrpcPeerExports
 from moecluster.rpc.expert.server import serve_expert
+from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress
 
 
@@ -27,6 +28,7 @@ class ExpertActor:
         self, tables: Mapping[str, Any], credentials: ClusterCredentials, name: str, metrics_port: int
     ) -> None:
         """credentials: required by its server, and sent to other actors."""
+        expect_read_only_views()
         config = read_config(tables)
         self._name = name
         self._metrics = make_metrics(config)

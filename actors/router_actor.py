@@ -30,6 +30,7 @@ from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.interface import ExpertTransport
 from moecluster.rpc.router.server import serve_router
+from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress, RouterState
 
 if TYPE_CHECKING:
@@ -53,9 +54,12 @@ class RouterActor:
         """credentials: required by its server, and sent to other actors. model_dir: initial trunk and tokenizer; a
         restarted router loads what the controller names."""
         from actors.training_host import TrainingHost
+        from moecluster.hf.continuous_batching import silence_batch_log
         from moecluster.router.engine.engine import EngineLimits
         from moecluster.router.router import Router
 
+        expect_read_only_views()
+        silence_batch_log()
         config = read_config(tables)
         self._config = config
         self._name = name

@@ -98,7 +98,7 @@ class NotHosted(MoeClusterError):
     """An expert of the message has no replica on the actor it was sent to; if a router raises it, on no actor."""
 
     def __init__(self, message: str, *, placement: tuple[int, int] = (0, 0), experts: tuple[int, ...] = ()) -> None:
-        """placement: number of the actor's placement. experts: those of the message's layer without any replica."""
+        """placement: the PlacementNumber of the actor. experts: those of the message's layer without any replica."""
         super().__init__(message)
         self.placement = placement
         self.experts = experts

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # what only passes texts on, as the HTTP gateway does, starts without torch
     import torch
@@ -45,24 +45,6 @@ class MoeLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing:
-    """What a gate decided for T tokens.
-
-    ids_TK: int64 in [0, E); an index >= E means that the assignment is skipped (dropped).
-    weights_TK: float, multiplies the expert's output.
-    aux_losses: name -> scalar tensor, already multiplied by its coefficient.
-    stats: name -> detached tensor, for metrics (for example router_entropy).
-    pool: name -> tensor with gradient, for losses that the gate takes over all layers together.
-    """
-
-    ids_TK: torch.Tensor
-    weights_TK: torch.Tensor
-    aux_losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    stats: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    pool: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Replica:
     """One copy of an expert in one actor, and the share of the expert's tokens that it takes."""
 
@@ -81,9 +63,19 @@ class ActorAddress:
     node: str = ""  # which machine; empty: not known
 
 
+class PlacementNumber(NamedTuple):
+    """Orders placements: by the term of the controller, then by how many it has published."""
+
+    term: int
+    generation: int
+
+
+NO_PLACEMENT = PlacementNumber(term=0, generation=0)  # older than every placement
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which replicas stand where. Numbered by (term, generation), both growing."""
+    """Which replicas stand where."""
 
     term: int
     generation: int
@@ -99,8 +91,8 @@ class Placement:
     problem: str = ""  # why experts that nobody serves cannot be loaded; empty: they are being loaded
 
     @property
-    def number(self) -> tuple[int, int]:
-        return (self.term, self.generation)
+    def number(self) -> PlacementNumber:
+        return PlacementNumber(self.term, self.generation)
 
     def replicas_of(self, expert: ExpertId) -> tuple[Replica, ...]:
         return tuple(r for r in self.replicas if r.expert == expert)
@@ -152,7 +144,7 @@ class ComputeBatch:
     pair_rows_P: torch.Tensor  # int32 in [0, N)
     pair_weights_P: torch.Tensor  # float32
     deadline_s: float  # seconds from now
-    placement: tuple[int, int] = (0, 0)  # (term, generation) that the sender split by
+    placement: PlacementNumber = NO_PLACEMENT  # that the sender split by
     weight_version: int = 0
     train: MicroBatchTag | None = None  # of TRAIN_FORWARD and BACKWARD
     incarnation: str = ""  # if given, only this incarnation of the actor may answer
@@ -231,7 +223,7 @@ class ExpertActorStatus:
 
     actor: str
     incarnation: str
-    placement: tuple[int, int]
+    placement: PlacementNumber
     experts: tuple[ExpertId, ...]  # in the version that is served
     hosted_bytes: int  # of all versions
     weight_version: int  # that is served
@@ -263,14 +255,20 @@ class ActorState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterState:
-    """What the controller knows of one router."""
+class RouterReport:
+    """What a router says of itself to everybody."""
 
     router: str
-    address: str = ""  # host:port of its RouterService; empty: it has none
     running: int = 0  # texts that are being written
     waiting: int = 0  # texts that wait to be begun
-    weight_version: int = 0  # that new texts are written with
+    weight_version: int = 0  # that new texts are written with; 0: not known yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterState(RouterReport):
+    """What the controller knows of one router."""
+
+    address: str = ""  # host:port of its RouterService; empty: it has none
     oldest_weight_version: int = 0  # that a text is still being written with
     leaving: bool = False  # it shall get no new texts
     ready_weight_version: int = 0  # the newest whose trunk is loaded
@@ -382,15 +380,11 @@ class ClusterLoads:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterStatus:
-    """What a router says of itself."""
+class RouterStatus(RouterReport):
+    """What a router answers its clients."""
 
-    router: str
     model: str
-    placement: tuple[int, int]
-    running: int  # texts that are being written
+    placement: PlacementNumber
     rss_bytes: int
-    waiting: int = 0  # texts that wait to be begun
-    weight_version: int = 0  # that new texts are written with
     max_tokens: int = 0  # prompt and continuation together
     controller: str = ""  # host:port where the router reaches the controller; empty: it does not now

@@ -36,6 +36,8 @@ import psutil
 import pytest
 import torch
 
+from moecluster.rpc.tensors import expect_read_only_views
+
 pytest_plugins = ["tests.support.clusters.prometheus_server", "tests.support.clusters.ray_session"]
 
 TESTS = Path(__file__).parent
@@ -52,6 +54,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("RAY_ADDRESS", None)  # tests name their cluster
     torch.set_num_threads(1)
+    expect_read_only_views()
     hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)
     hypothesis.settings.load_profile("reproducible")
 

@@ -33,6 +33,7 @@ from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.expert.server import serve_expert
+from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress, ExpertId, OptimizerSettings, Placement, Replica, StepTag
 
 NUM_ACTORS = 2
@@ -58,6 +59,7 @@ class ExpertActor:
 
     def __init__(self, name: str, experts: tuple[ExpertId, ...], setup: Setup) -> None:
         torch.set_num_threads(1)
+        expect_read_only_views()
         self.service = ExpertService(
             is_given=setup.checkpoint.__eq__,
             name=name,
@@ -189,5 +191,6 @@ def cluster() -> Iterator[str]:
 if __name__ == "__main__":
     os.environ.update(ACTOR_ENV)
     torch.set_num_threads(1)
+    expect_read_only_views()
     with cluster() as checkpoint:
         serve(partial(make_call, checkpoint, "batch-invariant" in sys.argv[1:]))

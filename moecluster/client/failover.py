@@ -4,8 +4,8 @@ import threading
 import time
 from collections.abc import Iterable
 
-from moecluster.errors import BatchBroken, Exhausted, MoeClusterError, StaleRequest, Unavailable
-from moecluster.rpc.router.resume import MAX_BROKEN_BATCHES
+from moecluster.errors import MoeClusterError
+from moecluster.rpc.router.failover import Patience, RequestFailover, is_loss
 
 AVOID_S = 10.0  # a router that was lost is asked after the others for so long
 PAUSE_S = 0.2  # between two rounds in which no router took the text
@@ -60,23 +60,16 @@ class Route:
     def __init__(self, routers: Routers, *, patience_s: float, timeout_s: float, discovers: bool) -> None:
         """timeout_s: of the whole text, from now. discovers: somebody can be asked where the routers are now."""
         self._routers = routers
-        self._patience_s = patience_s
-        self._deadline_s = time.monotonic() + timeout_s
+        self._failover = RequestFailover(Patience(request_timeout_s=timeout_s, router_patience_s=patience_s))
         self._discovers = discovers
-        self._full: Exhausted | None  # of this round
-        self._stale: StaleRequest | None  # a router is there and does not hold the text's weights
-        self._away: bool  # a router did not answer
         self._begin_round()
-        self._fruitless_since_s = time.monotonic()
-        self._broken_batches = 0  # that the text was in
         self._asked = ""  # the router that was asked last
-        self._no_answer: MoeClusterError = Unavailable("there is no router to ask")
         self.any_version = False  # the text is to go on with whatever weights are served
 
     @property
     def left_s(self) -> float:
         """Until the text's deadline."""
-        return max(self._deadline_s - time.monotonic(), 0.0)
+        return self._failover.left_s
 
     def next(self) -> str | None:
         """The address to ask; None when this round is through those that are known."""
@@ -89,21 +82,12 @@ class Route:
 
         wrote: it had added to the text.
         """
-        if isinstance(error, Exhausted):
-            self._full = error
-        elif isinstance(error, StaleRequest):
-            self._stale = error
-        elif isinstance(error, Unavailable | BatchBroken):
-            self._broken_batches += isinstance(error, BatchBroken)
-            if self._broken_batches > MAX_BROKEN_BATCHES:
-                raise error
-            self._no_answer, self._away = error, True
+        self._failover.failed(error)
+        if is_loss(error):
             self._routers.lost(self._asked)
-        else:
-            raise error
         if wrote:
             self.any_version = False
-            self._fruitless_since_s = time.monotonic()
+            self._failover.progressed()
             self._begin_round()
 
     def wants_discovery(self) -> bool:
@@ -122,19 +106,17 @@ class Route:
         Raises the last error when patience is over, or would be: Exhausted if a router was there, StaleRequest if it
         has not the weights that are served either, else Unavailable.
         """
-        wait_s = PAUSE_S if self._full is None else max(self._full.retry_after_s or 0.0, PAUSE_S)
-        fruitless_s = time.monotonic() - self._fruitless_since_s
-        over = fruitless_s + wait_s > self._patience_s or wait_s >= self.left_s
-        may_be_held = self._full is not None or self._away
-        if self._stale is not None and not self.any_version and (over or not may_be_held):
+        failover = self._failover
+        wait_s = PAUSE_S if failover.full is None else max(failover.full.retry_after_s or 0.0, PAUSE_S)
+        over = failover.is_over(wait_s) or wait_s >= failover.left_s
+        if not self.any_version and failover.gives_up_version(is_over=over):
             self.any_version, wait_s = True, 0.0
         elif over:
-            raise self._full or self._stale or self._no_answer
+            raise failover.full or failover.stale or failover.lost
         self._begin_round()
         return wait_s
 
     def _begin_round(self) -> None:
-        self._full = self._stale = None
-        self._away = False
+        self._failover.begin_round()
         self._left = self._routers.in_turn()
         self._to_discover = self._discovers

@@ -43,6 +43,7 @@ from moecluster.types import (
     LoadSnapshot,
     Operation,
     Placement,
+    PlacementNumber,
     PlanPreview,
     RouterState,
 )
@@ -201,8 +202,8 @@ class Controller:
         """The current placement; waits for a first one. Raises Unavailable after the timeout."""
         return self._board.current(timeout_s)
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
-        """Waits for a placement with a higher (term, generation); None after the timeout."""
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
+        """Waits for a placement with a higher number; None after the timeout."""
         return self._board.newer_than(number, timeout_s)
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
@@ -210,12 +211,12 @@ class Controller:
         logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
         self._monitors.check(actor)
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """A router had NaN or infinity of a replica: it is set aside, and loaded anew once."""
         self._monitors.report_nonfinite(actor, incarnation, expert, placement)
 
     def renew_lease(
-        self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
+        self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None
     ) -> None:
         """The router counts for lease_s from now on, and stands as it says. hold: nothing may move while it trains."""
         if self._leases.renew(router, applied, hold=hold, state=state):
@@ -280,11 +281,11 @@ class Controller:
 
     def status(self) -> ControllerStatus:
         """The cluster as it was last seen."""
-        term, generation = self._cluster_state.number
+        number = self._cluster_state.number
         routers = self._routers.states() if self._routers is not None else tuple(self._leases.states().values())
         return ControllerStatus(
-            term=term,
-            generation=generation,
+            term=number.term,
+            generation=number.generation,
             actors=self._monitors.states(),
             checkpoint=self._cluster_state.versions.checkpoint,
             routers=len(routers),

@@ -8,7 +8,7 @@ from moecluster.dispatch.replica_choice import LayerTable, layer_table
 from moecluster.errors import MoeClusterError, UserError
 from moecluster.rpc.controller.interface import ControllerLink
 from moecluster.rpc.expert.interface import ControlConnection, ExpertControl, ExpertTransport
-from moecluster.types import ActorAddress, ExpertId, Placement
+from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber
 
 LEFT_S = 120.0  # how long the way to an actor without a place is kept; one that has ended has freed its memory
 SUSPECT_S = 1.0  # how long an actor that did not answer is asked last
@@ -33,9 +33,9 @@ class ExpertPool:
         self._open: dict[str, tuple[ActorAddress, ExpertTransport]] = {}
         self._controls: dict[str, tuple[ActorAddress, ControlConnection]] = {}
         self._tables: dict[int, LayerTable] = {}
-        self._tables_of = (-1, -1)
+        self._tables_of: PlacementNumber | None = None
         self._aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answered NaN or infinity,
-        self._aside_of = (-1, -1)  # in this placement: the next one has them again
+        self._aside_of: PlacementNumber | None = None  # in this placement: the next one has them again
         self._suspects: dict[ActorAddress, tuple[float, MoeClusterError]] = {}  # until when, and why
         self._left_s: dict[str, float] = {}  # actors without a place, whose transport is open: since when
 
@@ -43,7 +43,7 @@ class ExpertPool:
         """The newest placement."""
         return self._placements.current(timeout_s)
 
-    def wait_for_change(self, number: tuple[int, int], timeout_s: float) -> bool:
+    def wait_for_change(self, number: PlacementNumber, timeout_s: float) -> bool:
         """Waits for a newer placement; False if none came."""
         return self._placements.newer_than(number, timeout_s) is not None
 

@@ -1,10 +1,13 @@
 """One layer's exchange with the expert actors: send, wait, and send again what failed, until the deadline."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +15,7 @@ import torch
 
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.permute import DispatchPart, dispatch
+from moecluster.dispatch.replica_choice import LayerTable
 from moecluster.errors import (
     AttemptAborted,
     DeadlineExceeded,
@@ -31,6 +35,30 @@ BACKOFF_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 MakeBatch = Callable[[DispatchPart, Placement, float], ComputeBatch]
 Answers = list[tuple[DispatchPart, ComputeResult]]
+
+
+class _Failure(Enum):
+    """Why a message has no answer, if repeating it may help. The values are the metric's reasons."""
+
+    BUSY = "exhausted"  # backpressure: the same actor takes it a little later
+    NOT_HOSTED = "not_hosted"  # the actor answers, without the expert
+    STALE = "stale"  # the weight version is gone, or another incarnation of the actor listens there
+    UNREACHABLE = "unavailable"
+    TOO_LATE = "deadline"
+
+
+_FAILURES: dict[type[MoeClusterError], _Failure] = {
+    Exhausted: _Failure.BUSY,
+    NotHosted: _Failure.NOT_HOSTED,
+    StaleRequest: _Failure.STALE,
+    Unavailable: _Failure.UNREACHABLE,
+    DeadlineExceeded: _Failure.TOO_LATE,
+}
+
+
+def _classify(error: MoeClusterError) -> _Failure | None:
+    """None: no repetition helps."""
+    return next((failure for kind, failure in _FAILURES.items() if isinstance(error, kind)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +81,7 @@ class Exchange:
         self._timeout_s = timeout_s
         self._metrics = metrics
 
-    def route(
+    def send_with_failover(
         self,
         layer: int,
         x_TD: torch.Tensor,
@@ -69,98 +97,64 @@ class Exchange:
         StaleRequest if the weight version is gone, ExpertsLost if experts are, and the controller cannot load them.
         """
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
-        answers: Answers = []
+        failover = _Failover(self.pool, layer, deadline_s, self.pool.suspects(self.pool.placement(self._timeout_s)))
+        split = partial(dispatch, x_TD=x_TD, ids_TK=ids_TK, weights_TK=weights_TK)
         slots_P: npt.NDArray[np.int64] | None = None  # None: all
-        # Actors to avoid, until there is nobody else to ask.
-        failing: dict[str, MoeClusterError] = self.pool.suspects(self.pool.placement(self._timeout_s))
-        last: MoeClusterError | None = None
-        attempt = 0
-        while True:
-            placement = self.pool.placement(_left(deadline_s, last))
-            try:
-                table = self.pool.table(placement, layer, failing.keys())
-                parts = dispatch(table, x_TD, ids_TK, weights_TK, slots_P=slots_P)
-            except NotHosted as exc:
-                if not failing:  # they stand nowhere, not even on an actor that does not answer
-                    if placement.problem:
-                        raise ExpertsLost(placement.problem) from exc
-                    self.pool.want(layer, exc.experts)
-                last = next(iter(failing.values()), exc)
-                self.pool.wait_for_change(placement.number, min(POLL_AGAIN_S, _left(deadline_s, last)))
-                failing = {}
-                continue
-            sent = [self._send(part, placement, make_batch, deadline_s) for part in parts]
-            lost = []
-            for message in sent:
+        answers: Answers = []
+        for attempt in itertools.count():
+            placement, parts = failover.plan(partial(split, slots_P=slots_P))
+            failed = []
+            for message in [self._send(part, placement, make_batch, deadline_s) for part in parts]:
                 try:
                     answers.append((message.part, self._wait(message, deadline_s)))
-                except (Exhausted, NotHosted, Unavailable, DeadlineExceeded, StaleRequest) as exc:
-                    if isinstance(exc, StaleRequest) and message.transport is not None:
+                except MoeClusterError as exc:
+                    failure = _classify(exc)
+                    if failure is None or (failure is _Failure.STALE and message.transport is not None):
                         raise  # the weight version is gone; without a way there, it is the actor's incarnation that is
-                    last = exc
-                    lost.append(message.part.pair_slots_P.numpy())
-                    self._note_failure(message, placement, exc, failing, attempt, deadline_s)
-            if not lost:
+                    self._count_retry(failure)
+                    failed.append(message.part.pair_slots_P.numpy())
+                    failover.note(message, placement, failure, exc, attempt)
+            if not failed:
                 break
-            slots_P = np.sort(np.concatenate(lost))
-            attempt += 1
+            slots_P = np.sort(np.concatenate(failed))
         if attempt:
             answers.sort(key=lambda answer: (answer[0].actor, answer[0].experts))
         return answers
 
-    def _note_failure(
-        self,
-        message: Sent,
-        placement: Placement,
-        error: MoeClusterError,
-        failing: dict[str, MoeClusterError],
-        attempt: int,
-        deadline_s: float,
-    ) -> None:
-        self._count_retry(error)
-        if isinstance(error, Exhausted):  # backpressure: the same actor, a little later
-            pause_s = min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, error))
-            time.sleep(pause_s)
-            return
-        if isinstance(error, NotHosted) and error.placement > placement.number:
-            self.pool.wait_for_change(placement.number, min(POLL_AGAIN_S, _left(deadline_s, error)))
-            return
-        failing[message.address.actor] = error
-        if isinstance(error, NotHosted):
-            self.pool.report(message.address, error)
-        else:
-            self.pool.drop(message.address, message.transport, error)
-
-    def once(self, sent_before: Sequence[tuple[DispatchPart, Placement]], make_batch: MakeBatch) -> Answers:
+    def send_pinned(self, planned: Sequence[tuple[DispatchPart, Placement]], make_batch: MakeBatch) -> Answers:
         """Answers of exactly the actors' incarnations that are named by the placements; for training.
 
         A message is repeated only to the same incarnation of the same actor, which knows it by its key. Raises
         AttemptAborted if that incarnation is gone or does not answer.
         """
         deadline_s = time.monotonic() + self._timeout_s
-        sent = [self._send(part, placement, make_batch, deadline_s) for part, placement in sent_before]
-        answers: Answers = []
-        for first in sent:
-            message, attempt = first, 0
-            while True:
-                try:
-                    answers.append((message.part, self._wait(message, deadline_s)))
-                    break
-                except (Exhausted, Unavailable) as exc:
-                    if isinstance(exc, Unavailable):
-                        self.pool.drop(message.address, message.transport, exc)
-                        if attempt >= len(BACKOFF_S):
-                            raise AttemptAborted(f"{message.address.actor} is gone: {exc}") from exc
-                    self._count_retry(exc)
-                    time.sleep(min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, exc)))
-                    attempt += 1
-                    placement = next(p for part, p in sent_before if part is message.part)
-                    message = self._send(message.part, placement, make_batch, deadline_s)
-                except (NotHosted, StaleRequest, DeadlineExceeded) as exc:
-                    if isinstance(exc, DeadlineExceeded):
-                        self.pool.drop(message.address, message.transport, exc)
-                    raise AttemptAborted(f"{message.address.actor}: {exc}") from exc
-        return answers
+        sent = [self._send(part, placement, make_batch, deadline_s) for part, placement in planned]
+        return [
+            (message.part, self._pinned_answer(message, placement, make_batch, deadline_s))
+            for message, (_, placement) in zip(sent, planned, strict=True)
+        ]
+
+    def _pinned_answer(
+        self, message: Sent, placement: Placement, make_batch: MakeBatch, deadline_s: float
+    ) -> ComputeResult:
+        actor, attempt = message.address.actor, 0
+        while True:
+            try:
+                return self._wait(message, deadline_s)
+            except MoeClusterError as exc:
+                failure = _classify(exc)
+                if failure is None:
+                    raise
+                if failure in (_Failure.UNREACHABLE, _Failure.TOO_LATE):
+                    self.pool.drop(message.address, message.transport, exc)
+                if failure not in (_Failure.BUSY, _Failure.UNREACHABLE):
+                    raise AttemptAborted(f"{actor}: {exc}") from exc
+                if failure is _Failure.UNREACHABLE and attempt >= len(BACKOFF_S):
+                    raise AttemptAborted(f"{actor} is gone: {exc}") from exc
+                self._count_retry(failure)
+                _back_off(attempt, deadline_s, exc)
+                message = self._send(message.part, placement, make_batch, deadline_s)
+                attempt += 1
 
     def ask(
         self, parts: Sequence[DispatchPart], placement: Placement, make_batch: MakeBatch, timeout_s: float
@@ -205,18 +199,61 @@ class Exchange:
             )
         return result
 
-    def _count_retry(self, error: MoeClusterError) -> None:
+    def _count_retry(self, failure: _Failure) -> None:
         if self._metrics is not None:
-            self._metrics.count_retry(RETRY_REASONS.get(type(error), "other"))
+            self._metrics.count_retry(failure.value)
 
 
-RETRY_REASONS = {
-    Exhausted: "exhausted",
-    NotHosted: "not_hosted",
-    StaleRequest: "stale",
-    Unavailable: "unavailable",
-    DeadlineExceeded: "deadline",
-}
+class _Failover:
+    """Where the assignments of one exchange go next: which actors it avoids, and how long it waits."""
+
+    def __init__(self, pool: ExpertPool, layer: int, deadline_s: float, failing: dict[str, MoeClusterError]) -> None:
+        """failing: actors to avoid, until there is nobody else to ask, and why."""
+        self._pool = pool
+        self._layer = layer
+        self._deadline_s = deadline_s
+        self._failing = failing
+        self._last: MoeClusterError | None = None
+
+    def plan(
+        self, split: Callable[[LayerTable], tuple[DispatchPart, ...]]
+    ) -> tuple[Placement, tuple[DispatchPart, ...]]:
+        """What goes to whom by the newest placement; waits while some expert has nobody who could be asked."""
+        while True:
+            placement = self._pool.placement(_left(self._deadline_s, self._last))
+            try:
+                return placement, split(self._pool.table(placement, self._layer, self._failing.keys()))
+            except NotHosted as exc:
+                if not self._failing:  # they stand nowhere, not even on an actor that does not answer
+                    if placement.problem:
+                        raise ExpertsLost(placement.problem) from exc
+                    self._pool.want(self._layer, exc.experts)
+                self._last = next(iter(self._failing.values()), exc)
+                self._wait_for_change(placement, self._last)
+                self._failing = {}
+
+    def note(
+        self, message: Sent, placement: Placement, failure: _Failure, error: MoeClusterError, attempt: int
+    ) -> None:
+        """A message of the plan failed; waits where the same actor is to be asked again."""
+        self._last = error
+        if failure is _Failure.BUSY:
+            _back_off(attempt, self._deadline_s, error)
+        elif isinstance(error, NotHosted) and error.placement > placement.number:
+            self._wait_for_change(placement, error)
+        else:
+            self._failing[message.address.actor] = error
+            if failure is _Failure.NOT_HOSTED:
+                self._pool.report(message.address, error)
+            else:
+                self._pool.drop(message.address, message.transport, error)
+
+    def _wait_for_change(self, placement: Placement, reason: MoeClusterError) -> None:
+        self._pool.wait_for_change(placement.number, min(POLL_AGAIN_S, _left(self._deadline_s, reason)))
+
+
+def _back_off(attempt: int, deadline_s: float, reason: MoeClusterError) -> None:
+    time.sleep(min(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)], _left(deadline_s, reason)))
 
 
 def plan_all(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from moecluster.dispatch.call_context import CallContext, TrainingCalls, call_context, calls_in
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.exchange import Answers, Exchange, MakeBatch, plan_all
 from moecluster.dispatch.load_counts import LoadCounts
@@ -55,7 +56,6 @@ class RemoteExperts:
         self._nonfinite = NonFiniteReplies(self._exchange, metrics)
         # Without a leaf that requires grad a frozen trunk records no graph, and experts would get no gradient.
         self._anchor = torch.zeros((), requires_grad=True)
-        self._current = threading.local()
         self._lock = threading.Lock()
         self._sent: dict[StepTag, dict[str, list[MessageKey]]] = {}
 
@@ -77,13 +77,12 @@ class RemoteExperts:
         training() AttemptAborted.
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
-        timeout_s = self._left_s()
-        self._count(layer, ids_TK, weights_TK, timeout_s)
-        tag: MicroBatchTag | None = getattr(self._current, "tag", None)
-        if tag is not None and torch.is_grad_enabled():
-            y_TD: torch.Tensor = _RemoteMoe.apply(
-                self._anchor, x_TD, weights_TK, self, layer, ids_TK, self._next_pass(layer, tag)
-            )
+        context = call_context()
+        timeout_s = min(context.deadline_s - time.monotonic(), self._timeout_s)
+        self._count(context, layer, ids_TK, weights_TK, timeout_s)
+        if context.training is not None and torch.is_grad_enabled():
+            tag = context.training.next_tag(layer)
+            y_TD: torch.Tensor = _RemoteMoe.apply(self._anchor, x_TD, weights_TK, self, layer, ids_TK, tag)
             return y_TD
         if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad):
             raise UserError(
@@ -96,31 +95,22 @@ class RemoteExperts:
     @contextmanager
     def training(self, tag: StepTag, *, rank: int = 0, micro_batch: int = 0) -> Iterator[None]:
         """Calls of this thread inside are recorded for backward, under the attempt's tag."""
-        self._current.tag = MicroBatchTag(step=tag, rank=rank, micro_batch=micro_batch)
-        self._current.passes = {}
-        try:
+        calls = TrainingCalls(MicroBatchTag(step=tag, rank=rank, micro_batch=micro_batch))
+        with calls_in(replace(call_context(), training=calls)):
             yield
-        finally:
-            self._current.tag = None
 
     @contextmanager
     def counting(self) -> Iterator[LoadCounts]:
         """Assignments of this thread's calls inside are also counted by themselves."""
-        counts, before = LoadCounts(), getattr(self._current, "counts", ())
-        self._current.counts = (*before, counts)
-        try:
+        counts, context = LoadCounts(), call_context()
+        with calls_in(replace(context, counts=(*context.counts, counts))):
             yield counts
-        finally:
-            self._current.counts = before
 
     @contextmanager
     def within(self, timeout_s: float) -> Iterator[None]:
         """Calls of this thread inside, other than training's, raise DeadlineExceeded once the time is over."""
-        self._current.deadline_s = time.monotonic() + timeout_s
-        try:
+        with calls_in(replace(call_context(), deadline_s=time.monotonic() + timeout_s)):
             yield
-        finally:
-            del self._current.deadline_s
 
     def sent(self, tag: StepTag) -> dict[str, list[MessageKey]]:
         """The backward messages of an attempt, by actor: what Reduce has to expect."""
@@ -136,21 +126,13 @@ class RemoteExperts:
     def close(self) -> None:
         self.pool.close()
 
-    def _next_pass(self, layer: int, tag: MicroBatchTag) -> MicroBatchTag:
-        number: int = self._current.passes.get(layer, 0)
-        self._current.passes[layer] = number + 1
-        return MicroBatchTag(step=tag.step, rank=tag.rank, micro_batch=tag.micro_batch, pass_index=number)
-
-    def _left_s(self) -> float:
-        """Longest time that a call of this thread may take."""
-        deadline_s: float | None = getattr(self._current, "deadline_s", None)
-        return self._timeout_s if deadline_s is None else min(deadline_s - time.monotonic(), self._timeout_s)
-
-    def _count(self, layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timeout_s: float) -> None:
+    def _count(
+        self, context: CallContext, layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timeout_s: float
+    ) -> None:
         num_experts = self.pool.placement(timeout_s).layer_experts.get(layer, 0)
         counts_E = np.bincount(ids_TK.numpy().reshape(-1), minlength=num_experts)
         dropped, counts_E = int(counts_E[num_experts : num_experts + 1].sum()), counts_E[:num_experts]
-        for counts in (self.loads, *getattr(self._current, "counts", ())):
+        for counts in (self.loads, *context.counts):
             counts.add(layer, counts_E)
         if self._metrics is not None:
             self._metrics.count_assignments(layer, counts_E)
@@ -179,7 +161,7 @@ class RemoteExperts:
             batch = _batch(layer, Phase.FORWARD, part, placement, deadline_s, x_cpu_TD, self._batch_invariant)
             return replace(batch, weight_version=weight_version)
 
-        answers = self._exchange.route(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch, timeout_s)
+        answers = self._exchange.send_with_failover(layer, x_cpu_TD, ids_TK, weights_cpu_TK, make_batch, timeout_s)
         y_TD = self._combine(answers, weights_cpu_TK, x_cpu_TD)
         if not is_finite(y_TD):
 
@@ -213,7 +195,7 @@ class RemoteExperts:
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
             return _batch(layer, Phase.TRAIN_FORWARD, part, placement, deadline_s, x_TD, self._batch_invariant, tag)
 
-        answers = self._exchange.once(planned, make_batch)
+        answers = self._exchange.send_pinned(planned, make_batch)
         call = _LayerCall(layer=layer, tag=tag, sent=tuple(planned))
         return self._combine(answers, weights_TK, x_TD), call
 
@@ -225,7 +207,7 @@ class RemoteExperts:
         def make_batch(part: DispatchPart, placement: Placement, deadline_s: float) -> ComputeBatch:
             return _batch(call.layer, Phase.BACKWARD, part, placement, deadline_s, x_TD, False, call.tag, grad_TD)
 
-        answers = self._exchange.once(call.sent, make_batch)
+        answers = self._exchange.send_pinned(call.sent, make_batch)
         with self._lock:
             by_actor = self._sent.setdefault(call.tag.step, {})
             for part, _ in answers:

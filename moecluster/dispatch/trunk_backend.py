@@ -1,85 +1,62 @@
 """The backend of one trunk: passes its layers' calls on to the experts of its weights, and lets others see them."""
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from moecluster.dispatch.remote_experts import OnLost, RemoteExperts
+from moecluster.dispatch.call_context import CapturedCall, RowWatcher, call_context, calls_in, set_call_context
+from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import UnsupportedModelError
 
 
-class VersionExperts:
-    """The experts in one weight version: a trunk's backend. Thread-safe."""
+class TrunkBackend:
+    """The experts in one weight version. Thread-safe: every thread has its own watcher, or none."""
 
-    def __init__(self, experts: RemoteExperts, version: int) -> None:
+    def __init__(self, remote: RemoteExperts, version: int) -> None:
         """version: 0 for the one that is served."""
-        self.experts = experts
-        self.version = version
-
-    def __call__(
-        self,
-        layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-        *,
-        on_lost: OnLost | None = None,
-    ) -> torch.Tensor:
-        """As RemoteExperts.__call__."""
-        return self.experts(layer, x_TD, ids_TK, weights_TK, weight_version=self.version, on_lost=on_lost)
-
-
-class RowWatcher(Protocol):
-    """What an engine wants to know of its batches."""
-
-    def see(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.bool_] | None:
-        """A layer is about to send its rows. Returns which rows are to be computed; None: all."""
-
-    def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
-        """No replica answered these of a layer's rows with finite numbers, and why: they go on as zeros."""
-
-
-class TrunkExperts:
-    """Thread-safe: every thread has its own watcher, or none."""
-
-    def __init__(self, experts: VersionExperts) -> None:
-        """experts: those of the trunk's weights."""
+        self.version = version  # of trunk and experts; 0: not known yet
         self.layer_experts: Mapping[int, int] = {}  # MoE layer -> its number of experts, once the trunk is loaded
-        self._experts = experts
-        self._thread = threading.local()
+        self._remote = remote
         self._dry = False
 
     def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """As moecluster.hf.interface.Backend says."""
+        """As moecluster.hf.interface.Backend says. Raises what RemoteExperts.__call__ raises."""
         if self._dry:
             return torch.zeros_like(x_TD)
-        watcher: RowWatcher | None = getattr(self._thread, "watcher", None)
+        context = call_context()
+        watcher = context.watcher
         if watcher is not None:
             ids_TK = self._shown(watcher, layer, ids_TK)
-        on_lost = watcher.lost if watcher is not None else None
-        y_TD = self._experts(layer, x_TD, ids_TK, weights_TK, on_lost=on_lost)
-        if getattr(self._thread, "wanted", False):
-            self._thread.call = (y_TD, ids_TK, weights_TK)
+        y_TD = self._remote(
+            layer,
+            x_TD,
+            ids_TK,
+            weights_TK,
+            weight_version=self.version,
+            on_lost=watcher.lost if watcher is not None else None,
+        )
+        if context.captured is not None:
+            context.captured.append(CapturedCall(y_TD=y_TD, ids_TK=ids_TK, weights_TK=weights_TK))
         return y_TD
-
-    @property
-    def weight_version(self) -> int:
-        """Of trunk and experts; 0: not known yet."""
-        return self._experts.version
 
     def watch(self, watcher: RowWatcher) -> None:
         """From now on the watcher sees the calls of this thread."""
-        self._thread.watcher = watcher
+        set_call_context(replace(call_context(), watcher=watcher))
+
+    @contextmanager
+    def capture(self) -> Iterator[list[CapturedCall]]:
+        """The calls of this thread inside, as they come."""
+        captured: list[CapturedCall] = []
+        with calls_in(replace(call_context(), captured=captured)):
+            yield captured
 
     @contextmanager
     def dry(self) -> Iterator[None]:
-        """Inside, no expert is asked: every answer is 0. For trying out a trunk that nothing else uses yet."""
+        """Inside, no expert is asked, whichever thread calls: every answer is 0. For trying out a trunk that nothing
+        else uses yet."""
         self._dry = True
         try:
             yield
@@ -88,17 +65,14 @@ class TrunkExperts:
 
     def run(self, block: nn.Module, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(y_TD, ids_TK, weights_TK): what the experts of a block were asked, and said, for these rows."""
-        self._thread.wanted, self._thread.call = True, None
-        try:
-            with torch.no_grad():
-                block(x_TD.unsqueeze(0))
-        except TypeError as exc:
-            raise UnsupportedModelError(f"a {type(block).__name__} takes more than hidden states: {exc}") from exc
-        finally:
-            self._thread.wanted = False
-        assert self._thread.call is not None, "an attached block calls its experts"
-        y_TD, ids_TK, weights_TK = self._thread.call
-        return y_TD.reshape(len(x_TD), -1), ids_TK, weights_TK
+        with self.capture() as calls:
+            try:
+                with torch.no_grad():
+                    block(x_TD.unsqueeze(0))
+            except TypeError as exc:
+                raise UnsupportedModelError(f"a {type(block).__name__} takes more than hidden states: {exc}") from exc
+        assert calls, "an attached block calls its experts"
+        return calls[-1].y_TD.reshape(len(x_TD), -1), calls[-1].ids_TK, calls[-1].weights_TK
 
     def _shown(self, watcher: RowWatcher, layer: int, ids_TK: torch.Tensor) -> torch.Tensor:
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)

@@ -26,7 +26,16 @@ from moecluster.moe.linear import plain
 from moecluster.rpc.expert.export import GrpcPeerExports
 from moecluster.rpc.expert.interface import MAX_SNAPSHOT_BYTES, ConnectPeer, ExportedTensor, Reply
 from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
-from moecluster.types import ComputeBatch, ExpertActorStatus, ExpertId, MessageKey, ReduceResult, StepTag
+from moecluster.types import (
+    NO_PLACEMENT,
+    ComputeBatch,
+    ExpertActorStatus,
+    ExpertId,
+    MessageKey,
+    PlacementNumber,
+    ReduceResult,
+    StepTag,
+)
 
 DRAIN_POLL_S = 0.005
 
@@ -69,7 +78,7 @@ class ExpertService:
             open_elsewhere=open_elsewhere,
             batch_invariant=batch_invariant,
         )
-        self._placement = (0, 0)
+        self._placement = NO_PLACEMENT
         self._checkpoint = ""  # as the last set_placement said
         self._snapshot = b""  # likewise
         self._computing = ExpertComputing(
@@ -156,7 +165,7 @@ class ExpertService:
             raise InvalidMessage("generation", f"{notice.generation}, at most {MAX_NUMBER}")
         for named in (version, *versions):
             self._hosted.check_version(named)
-        placement = (notice.term, notice.generation)
+        placement = PlacementNumber(notice.term, notice.generation)
         with self._orders.admitted(notice.term):
             if placement < self._placement:
                 return
@@ -168,8 +177,8 @@ class ExpertService:
         if surplus:
             self._drop_other_versions(placement, version, versions)
 
-    def _drop_other_versions(self, placement: tuple[int, int], version: int, versions: Sequence[int]) -> None:
-        with self._state_lock, self._orders.admitted(placement[0]):
+    def _drop_other_versions(self, placement: PlacementNumber, version: int, versions: Sequence[int]) -> None:
+        with self._state_lock, self._orders.admitted(placement.term):
             if self._placement != placement:
                 return  # something newer was said meanwhile
             for expert in self._hosted.keep_versions(version, versions):

@@ -9,7 +9,7 @@ from torch import nn
 from moecluster.errors import NotHosted, StaleRequest
 from moecluster.growing import check_ahead
 from moecluster.models.experts.source import Origin
-from moecluster.types import ExpertId
+from moecluster.types import ExpertId, PlacementNumber
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ExpertStore:
             check_ahead(version, max((*self._hosted, *self._cluster_state, self._served)), "weight_version")
 
     def layer(
-        self, layer: int, experts: Sequence[int], placement: tuple[int, int], version: int = 0
+        self, layer: int, experts: Sequence[int], placement: PlacementNumber, version: int = 0
     ) -> dict[int, nn.Module]:
         """The layer's experts by index, in a version or (0) in the one that is served.
 

@@ -13,7 +13,7 @@ from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
 from moecluster.metrics import Metrics
 from moecluster.rpc.expert.interface import Reply
-from moecluster.types import ActorWork, ComputeBatch, ComputeResult, Phase
+from moecluster.types import ActorWork, ComputeBatch, ComputeResult, Phase, PlacementNumber
 
 JOIN_TIMEOUT_S = 10.0
 MAX_ROWS_AT_ONCE = 256  # that a stream's own thread computes: beyond, another thread is woken and it reads on
@@ -32,7 +32,7 @@ class ExpertComputing:
         state_lock: threading.RLock,
         *,
         run: Callable[[], compute.RunExpert],
-        placement: Callable[[], tuple[int, int]],
+        placement: Callable[[], PlacementNumber],
         metrics: Metrics | None,
     ) -> None:
         """Begins to compute; ends with close(). state_lock: held while a batch is computed. run: how the experts are to

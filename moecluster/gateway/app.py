@@ -1,8 +1,9 @@
 """The gateway's routes."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -73,40 +74,46 @@ class Gateway:
         request.scope[SERVED] = model.name
         if len(job.requests) > self.settings.max_inflight:
             raise bad_request(f"n: {len(job.requests)} choices are more than this server generates at once", param="n")
-        formatter = formatter_of(job, model.name)
-        chunks = self._chunks(model, job)
+        formatter, translated = formatter_of(job, model.name), partial(_router_errors_translated, model, job)
+        chunks = stream_all(model, job.requests, self.admission)
         if job.stream:
-            first = await anext(chunks)  # an error here still gets its HTTP status
-            return EventStream(_events(formatter, first, chunks))
+            with translated():
+                first = await anext(chunks)  # an error here still gets its HTTP status
+            return EventStream(_events(formatter, first, chunks, translated))
         async with aclosing(chunks):
-            async for index, chunk in chunks:
-                formatter.add(index, chunk)
+            with translated():
+                async for index, chunk in chunks:
+                    formatter.add(index, chunk)
         return JSONResponse(formatter.whole())
 
-    async def _chunks(self, model: ServedModel, job: GenerationJob) -> AsyncGenerator[tuple[int, Any]]:
-        try:
-            with self.admission.generating(len(job.requests)):
-                async with aclosing(stream_all(model, job.requests)) as chunks:
-                    async for index, chunk in chunks:
-                        yield index, chunk
-        except MoeClusterError as exc:
-            prompt_param = "messages" if job.requests[0].messages_json else "prompt"
-            api_error = api_error_of(exc, model.name, prompt_param=prompt_param)
-            if api_error.status >= 500:
-                logger.warning("%s: a request failed: %s", model.name, exc)
-            raise api_error from exc
+
+@contextmanager
+def _router_errors_translated(model: ServedModel, job: GenerationJob) -> Iterator[None]:
+    """Context: errors of routers become ApiErrors."""
+    try:
+        yield
+    except MoeClusterError as exc:
+        prompt_param = "messages" if job.requests[0].messages_json else "prompt"
+        api_error = api_error_of(exc, model.name, prompt_param=prompt_param)
+        if api_error.status >= 500:
+            logger.warning("%s: a request failed: %s", model.name, exc)
+        raise api_error from exc
 
 
 async def _events(
-    formatter: ResponseFormatter, first: tuple[int, Any], chunks: AsyncGenerator[tuple[int, Any]]
+    formatter: ResponseFormatter,
+    first: tuple[int, Any],
+    chunks: AsyncGenerator[tuple[int, Any]],
+    translated: Callable[[], AbstractContextManager[None]],
 ) -> AsyncGenerator[bytes]:
     async with aclosing(chunks):
         try:
             for content in formatter.events(*first):
                 yield event(content)
-            async for index, chunk in chunks:
-                for content in formatter.events(index, chunk):
-                    yield event(content)
+            with translated():
+                async for index, chunk in chunks:
+                    for content in formatter.events(index, chunk):
+                        yield event(content)
         except ApiError as api_error:  # too late for an HTTP status
             yield event(api_error.body())
             return

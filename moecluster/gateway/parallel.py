@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from moecluster.errors import Exhausted
+from moecluster.gateway.admission import Admission
 from moecluster.gateway.served_model import ServedModel
 from moecluster.generation import GenerationChunk, GenerationRequest
 
@@ -14,23 +15,24 @@ _Item = tuple[int, GenerationChunk | Exception | None]  # None: this choice has 
 
 
 async def stream_all(
-    model: ServedModel, requests: Sequence[GenerationRequest]
+    model: ServedModel, requests: Sequence[GenerationRequest], admission: Admission
 ) -> AsyncGenerator[tuple[int, GenerationChunk]]:
-    """Yields (index of the choice, its next chunk). Raises what a choice raises.
+    """Yields (index of the choice, its next chunk). Raises what a choice raises, and ApiError if there is no room.
 
     On an error, or when the generator is closed early, all choices end.
     """
-    if len(requests) == 1:
-        async with aclosing(model.generate(requests[0])) as chunks:
-            async for chunk in chunks:
-                yield 0, chunk
-        return
-    together = _Together(model, requests)
-    try:
-        async for index, chunk in together.chunks():
-            yield index, chunk
-    finally:
-        await together.end()
+    with admission.generating(len(requests)):
+        if len(requests) == 1:
+            async with aclosing(model.generate(requests[0])) as chunks:
+                async for chunk in chunks:
+                    yield 0, chunk
+            return
+        together = _Together(model, requests)
+        try:
+            while (item := await together.next()) is not None:
+                yield item
+        finally:
+            await together.end()
 
 
 class _Together:
@@ -41,18 +43,19 @@ class _Together:
         self._queue: asyncio.Queue[_Item] = asyncio.Queue(QUEUED_CHUNKS)
         self._begun = asyncio.Event()  # at least one choice
         self._refused = 0  # choices that wait for that
+        self._running = len(requests)
         self._tasks = [asyncio.create_task(self._generate(i, request)) for i, request in enumerate(requests)]
 
-    async def chunks(self) -> AsyncGenerator[tuple[int, GenerationChunk]]:
-        running = len(self._tasks)
-        while running:
+    async def next(self) -> tuple[int, GenerationChunk] | None:
+        """The next chunk of any choice; None when all have ended. Raises what a choice raises."""
+        while self._running:
             index, item = await self._queue.get()  # every choice reports its end, within request_timeout_s
             if isinstance(item, Exception):
                 raise item
-            if item is None:
-                running -= 1
-            else:
-                yield index, item
+            if item is not None:
+                return index, item
+            self._running -= 1
+        return None
 
     async def end(self) -> None:
         for task in self._tasks:

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 
 from moecluster.config.sections import ServeConfig
 from moecluster.gateway.api_errors import model_not_found
-from moecluster.gateway.failover import FailoverStream, Patience
+from moecluster.gateway.failover import FailoverStream
 from moecluster.gateway.metrics import GatewayMetrics
 from moecluster.gateway.router_discovery import ClusterAddresses, RouterDiscovery
 from moecluster.generation import GenerationChunk, GenerationRequest
+from moecluster.rpc.router.failover import Patience
+
+MAX_FAILURES = 3  # of routers that are there and cannot write the text, without a token between them
 
 
 class ServedModel:
@@ -36,10 +38,13 @@ class ServedModel:
         )
         self._metrics = metrics
         self._patience = Patience(
-            request_timeout_s=settings.request_timeout_s, router_patience_s=settings.router_patience_s
+            request_timeout_s=settings.request_timeout_s,
+            router_patience_s=settings.router_patience_s,
+            max_failures=MAX_FAILURES,
+            awaits_lost=False,
         )
 
-    async def generate(
+    def generate(
         self, request: GenerationRequest, *, begun: Callable[[], bool] = lambda: False
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields FailoverStream.chunks, and measures them."""
@@ -49,15 +54,25 @@ class ServedModel:
             self._patience,
             begun=begun,
             on_failover=lambda: self._metrics.count_failover(self.name),
+            on_tokens=_TokenTimes(self._metrics, self.name).take,
         )
-        last_s, first = time.monotonic(), True
-        async with aclosing(stream.chunks()) as chunks:
-            async for chunk in chunks:
-                if chunk.ids:
-                    now_s = time.monotonic()
-                    self._metrics.observe_tokens(self.name, seconds=now_s - last_s, count=len(chunk.ids), first=first)
-                    last_s, first = now_s, False
-                yield chunk
+        return stream.chunks()
+
+
+class _TokenTimes:
+    """Measures the time between the tokens of one text, which starts now."""
+
+    def __init__(self, metrics: GatewayMetrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._last_s = time.monotonic()
+        self._first = True
+
+    def take(self, count: int) -> None:
+        """So many tokens came."""
+        now_s = time.monotonic()
+        self._metrics.observe_tokens(self._model, seconds=now_s - self._last_s, count=count, first=self._first)
+        self._last_s, self._first = now_s, False
 
 
 def find_model(models: Sequence[ServedModel], name: str) -> ServedModel:

@@ -64,14 +64,18 @@ class BatchHooks(Protocol):
         if it was raised elsewhere."""
 
 
+def silence_batch_log() -> None:
+    """For the start of a process: what the manager logs is a repetition, with a traceback, of errors that the hooks
+    get."""
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+
+
 class PagedBatches:
     """Sequences batched over a paged cache, computed in a thread of its own. close() ends it."""
 
     def __init__(self, model: PreTrainedModel, limits: PagedLimits, hooks: BatchHooks) -> None:
         """model: with its experts attached; nothing else may generate with it meanwhile. This may replace the model's
         attention implementation for good."""
-        # Errors reach the hooks; the log would only repeat them, with a traceback.
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=-(-limits.max_cached_tokens // PAGE_TOKENS),

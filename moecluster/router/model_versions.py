@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.dispatch.trunk_backend import VersionExperts
+from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.memory import return_freed_memory
-from moecluster.types import Placement
+from moecluster.types import Placement, PlacementNumber
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class VersionsInUse:
 class _Loaded(Generic[ModelT]):
     """A version with its trunk, and how many requests use it."""
 
-    def __init__(self, path: Path, backend: VersionExperts, model: ModelT) -> None:
+    def __init__(self, path: Path, backend: TrunkBackend, model: ModelT) -> None:
         self.path = path
         self.backend = backend
         self.model = model
@@ -96,7 +96,7 @@ class ModelVersions(Generic[ModelT]):
         path: str | Path,
         experts: RemoteExperts,
         *,
-        load: Callable[[Path, VersionExperts], ModelT],
+        load: Callable[[Path, TrunkBackend], ModelT],
         close: Callable[[ModelT], None] = lambda model: None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -184,12 +184,12 @@ class ModelVersions(Generic[ModelT]):
     # -- the thread --
 
     def _run(self) -> None:
-        number = (-1, -1)
+        number: PlacementNumber | None = None
         while not self._closed.is_set():
             try:
                 placement = self._experts.pool.placement(POLL_S)
                 if placement.number != number or self._failed:
-                    number = placement.number if self._follow(placement) else (-1, -1)
+                    number = placement.number if self._follow(placement) else None
                 self._experts.pool.wait_for_change(placement.number, POLL_S)
             except Unavailable:
                 self._closed.wait(POLL_S / 10)  # no placement yet, or the client is closed
@@ -264,7 +264,7 @@ class ModelVersions(Generic[ModelT]):
         raise StaleRequest(f"weight version {version} is not held here: {self._current.version} is served")
 
     def _loaded(self, path: Path, version: int) -> _Loaded[ModelT]:
-        backend = VersionExperts(self._experts, version)
+        backend = TrunkBackend(self._experts, version)
         return _Loaded(path, backend, self._load(path, backend))
 
     def _replace_current(self, loaded: _Loaded[ModelT]) -> _Loaded[ModelT]:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.dispatch.trunk_backend import TrunkExperts, VersionExperts
+from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError
 from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.hf.interface import moe_layers
@@ -25,7 +25,7 @@ from moecluster.moe.experts.finiteness import is_finite
 from moecluster.router.engine.engine import Engine, EngineLimits
 from moecluster.router.engine.factory import make_engine
 from moecluster.router.model_versions import ModelVersions
-from moecluster.types import RouterState, RouterStatus
+from moecluster.types import NO_PLACEMENT, RouterState, RouterStatus
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class ServedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    experts: TrunkExperts
+    experts: TrunkBackend
     engine: Engine
 
 
@@ -133,11 +133,11 @@ class Router:
             return served.experts.run(block, x_TD.to(self._device))
 
     def status(self) -> RouterStatus:
-        """Never waits; the placement is (0, 0) before the first one."""
+        """Never waits; the placement is NO_PLACEMENT before the first one."""
         try:
             placement = self.experts.pool.placement(0.0).number
         except MoeClusterError:
-            placement = (0, 0)
+            placement = NO_PLACEMENT
         path, served = self._models.current
         running, waiting = self._count_requests()
         return RouterStatus(
@@ -182,13 +182,12 @@ class Router:
         with self._lock:
             return list(self._engines)
 
-    def _load(self, path: Path, version: VersionExperts) -> ServedModel:
+    def _load(self, path: Path, experts: TrunkBackend) -> ServedModel:
         check_given(str(path), self._is_given)
-        experts = TrunkExperts(version)
         checkpoint = open_checkpoint(path, self._open_elsewhere)
         model = load_trunk(checkpoint, experts, self._dtype, self._device)
         model.train(False)
-        self._check_finite(model, path, refuse=bool(version.version))
+        self._check_finite(model, path, refuse=bool(experts.version))
         experts.layer_experts = {record.layer: record.num_experts for record in moe_layers(model)}
         tokenizer = load_tokenizer(checkpoint.files.metadata)
         engine = make_engine(model, tokenizer, experts, limits=self._limits, metrics=self._metrics)

@@ -26,6 +26,7 @@ from moecluster.errors import (
     UserError,
 )
 from moecluster.proto import expert_pb2
+from moecluster.types import PlacementNumber
 
 RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
 FAULT = "fault"  # metadata behind INTERNAL: what failed: the request itself, the batch that it was in, or experts
@@ -159,7 +160,7 @@ def error_of_reply(message: expert_pb2.BatchReply) -> MoeClusterError:
     for kind, code in _REPLY_CODES:
         if message.code == code:
             if kind is NotHosted:
-                return NotHosted(message.detail, placement=(message.placement_term, message.generation))
+                return NotHosted(message.detail, placement=PlacementNumber(message.placement_term, message.generation))
             if kind is InvalidMessage:
                 return InvalidMessage("", message.detail)
             return kind(message.detail)

@@ -37,7 +37,10 @@ def dtype_code(dtype: torch.dtype) -> tensor_pb2.DType:
 
 
 def expect_read_only_views() -> None:
-    """Uses up torch's one warning of read-only memory: what comes off the wire is looked at in place, never written."""
+    """Uses up torch's one warning of read-only memory: what comes off the wire is looked at in place, never written.
+
+    For the start of a process that takes tensors off the wire.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)

@@ -22,11 +22,6 @@ class DomainMap:
     def num_experts(self) -> int:
         return int(self.share_DLE.shape[2])
 
-    def favourite(self, layer: int, expert: int) -> str:
-        """Returns the domain of which the expert takes the largest share."""
-        shares_D = self.share_DLE[:, self.layers.index(layer), expert]
-        return self.domains[int(shares_D.argmax())]
-
     def specialisation(self) -> float:
         """Returns the total variation distance between two domains' shares, mean over pairs of domains and layers.
 

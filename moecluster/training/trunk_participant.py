@@ -10,7 +10,7 @@ from torch import nn
 from moecluster.models.checkpoint.training_progress import TrainingState
 from moecluster.models.trunk import trunk_parameters
 from moecluster.optim.step_state import StepState
-from moecluster.types import ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
+from moecluster.types import NO_PLACEMENT, ExpertActorStatus, MessageKey, OptimizerSettings, ReduceResult, StepTag
 
 MODULE = "trunk"
 NO_LAYER = -1  # layer in the message keys of trunk gradients
@@ -84,7 +84,7 @@ class TrunkParticipant:
         return ExpertActorStatus(
             actor=self.name,
             incarnation=self.incarnation,
-            placement=(0, 0),
+            placement=NO_PLACEMENT,
             experts=(),
             hosted_bytes=sum(p.numel() * p.element_size() for p in self._parameters.values()),
             weight_version=0,

@@ -125,7 +125,7 @@ def test_generation_goes_on_without_a_controller_and_a_new_one_takes_over(cluste
     os.kill(pid_of(cluster, "controller"), signal.SIGKILL)
     assert generate(cluster) == reference
     with Client(cluster.router_address(), credentials=CREDENTIALS) as client:
-        wait_until(lambda: client.status().placement[0] == term + 1)
+        wait_until(lambda: client.status().placement.term == term + 1)
     assert {a.restarts for a in controller_status(cluster.controller_address(), credentials=CREDENTIALS).actors} == {0}
     assert generate(cluster) == reference
 

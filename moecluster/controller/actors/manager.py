@@ -22,6 +22,7 @@ from moecluster.types import (
     ExpertActorStatus,
     ExpertId,
     OperationPhase,
+    PlacementNumber,
     ReplicaAside,
     WeightVersion,
 )
@@ -152,10 +153,10 @@ class ActorManager:
     def desired_state(self) -> DesiredState:
         """What stands now."""
         with self._cluster_state.unchanged():
-            (term, generation), versions = self._cluster_state.number, self._cluster_state.versions
+            number, versions = self._cluster_state.number, self._cluster_state.versions
         return DesiredState(
-            term=term,
-            generation=generation,
+            term=number.term,
+            generation=number.generation,
             versions=versions,
             dtype=self._settings.dtype,
             snapshot=self._snapshot(),
@@ -216,7 +217,7 @@ class ActorManager:
         with self._lock:
             return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """A router had NaN or infinity of a replica."""
         self._aside.report(actor, incarnation, expert, placement)
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
-from moecluster.types import ExpertId, OperationPhase, ReplicaAside
+from moecluster.types import NO_PLACEMENT, ExpertId, OperationPhase, PlacementNumber, ReplicaAside
 
 logger = logging.getLogger(__name__)
 
 RELOADING = "reloading"  # gets no rows if the expert has another replica
 RELOADED = "reloaded"  # is asked again
-NOT_YET = (sys.maxsize, 0)  # later than any placement
+NOT_YET = PlacementNumber(term=sys.maxsize, generation=0)  # later than any placement
 SICK = "sick"  # is loaded anew no more, and gets no rows if the expert has another replica
 
 
@@ -24,7 +24,7 @@ class _Entry:
     weight_version: int  # that is served: an update brings another replica
     shown: ReplicaAside
     operation_id: str = ""
-    placement: tuple[int, int] = (0, 0)  # that has the replica again; reports of older ones are of before
+    placement: PlacementNumber = NO_PLACEMENT  # that has the replica again; reports of older ones are of before
 
 
 class ReplicasAside:
@@ -38,7 +38,7 @@ class ReplicasAside:
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, ExpertId], _Entry] = {}
 
-    def report(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """A router had NaN or infinity of a replica for rows that are not to blame. placement: that it routed by."""
         up = self._cluster_state.up().get(actor)
         if up is None or up.address.incarnation != incarnation or expert not in self._cluster_state.assigned(actor):
@@ -113,7 +113,7 @@ class ReplicasAside:
         *,
         state: str,
         problem: str,
-        placement: tuple[int, int] = (0, 0),
+        placement: PlacementNumber = NO_PLACEMENT,
     ) -> list[str]:
         """Returns the operations of what was changed."""
         with self._lock:
@@ -124,7 +124,7 @@ class ReplicasAside:
                 self._entries[key] = replace(entry, shown=shown, placement=placement)
             return [self._entries[key].operation_id for key in changed]
 
-    def _publish(self) -> tuple[int, int]:
+    def _publish(self) -> PlacementNumber:
         with self._lock:
             aside = frozenset(key for key, entry in self._entries.items() if entry.shown.state != RELOADED)
         return self._cluster_state.set_aside(aside)

@@ -53,7 +53,7 @@ class ActorSession:
         """An actor takes no term that is far ahead of those it knows: it is brought there in steps."""
         if self._sent.term <= MAX_AHEAD:
             return
-        known = self._control.status().placement[0]
+        known = self._control.status().placement.term
         while self._sent.term > known + MAX_AHEAD:
             known += MAX_AHEAD
             self._control.unload(term=known, experts=())

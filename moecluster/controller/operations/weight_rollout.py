@@ -20,7 +20,7 @@ from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.router_leases import Lease, Leases
 from moecluster.errors import DeadlineExceeded, MoeClusterError, OperationFailed, UserError
-from moecluster.types import Operation, OperationPhase
+from moecluster.types import NO_PLACEMENT, Operation, OperationPhase, PlacementNumber
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class WeightUpdates:
         self._begun_s = clock()
         self._exists: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
         self._since_s = 0.0  # when this controller first saw it so
-        self._published_s = (0, 0)  # a placement that says so
+        self._published_s = NO_PLACEMENT  # a placement that says so
 
     def check(self) -> None:
         """Takes the update that is under way, or the first that waits, as far as it goes now."""
@@ -215,15 +215,17 @@ class WeightUpdates:
 
     def _may_miss_lost_routers(self) -> bool:
         """Whether routers may have been lost with their texts shortly before this controller succeeded another one."""
-        term, _ = self._cluster_state.number
-        return term > FIRST_TERM and self._clock() - self._begun_s < self._settings.router_grace_s
+        return (
+            self._cluster_state.number.term > FIRST_TERM
+            and self._clock() - self._begun_s < self._settings.router_grace_s
+        )
 
     def _routers(self) -> dict[str, Lease]:
         """Those that write texts, as they last were; others say of no version that they use it."""
         heard = self._leases.heard(self._settings.router_grace_s)
         return {name: lease for name, lease in sorted(heard.items()) if lease.state.weight_version}
 
-    def _seen(self, version: int, *, published: bool) -> tuple[float, tuple[int, int]]:
+    def _seen(self, version: int, *, published: bool) -> tuple[float, PlacementNumber]:
         """Since when the version stands so, and a placement that says so."""
         if self._exists != (version, published):
             self._exists = (version, published)

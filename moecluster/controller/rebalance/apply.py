@@ -195,7 +195,7 @@ class PlacementApplier:
     ) -> int:
         return control.load(
             LoadRequest(
-                term=self._cluster_state.number[0],
+                term=self._cluster_state.number.term,
                 experts=tuple(experts),
                 checkpoint=version.checkpoint,
                 weight_version=version.version,
@@ -214,7 +214,7 @@ class PlacementApplier:
             self._cluster_state.unloaded(actor, experts)
             try:
                 control(actor).unload(
-                    term=self._cluster_state.number[0],
+                    term=self._cluster_state.number.term,
                     experts=sorted(experts),
                     drain_timeout_s=self._settings.drain_timeout_s,
                 )

@@ -1,7 +1,6 @@
 """What the policy is shown: the load window, measured speeds, and the current placement, as numbers with names."""
 
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,19 +100,18 @@ class Observer:
             if index < self._cluster_state.layer_experts[layers[at]]
         )
 
-    def observe(self, now_s: float, *, without: Collection[str] = (), even: bool = False) -> Seen:
-        """The cluster now, of the actors that are up. without: actors that count as having no room. even: as if every
-        expert had the same load; so it is taken too as long as no token was counted."""
+    def observe(self, now_s: float) -> Seen:
+        """The cluster now, of the actors that are up. Until a token was counted, every expert has the same load."""
         up = self._cluster_state.up()
         names = Names(layer_experts=self._cluster_state.layer_experts, actors=tuple(up))
         load_LE = self.load_LE
-        counted = bool(load_LE.any()) and not even
+        counted = bool(load_LE.any())
         if not counted:
             load_LE = (np.arange(load_LE.shape[1]) < names.num_experts_L[:, None]).astype(np.float64)
         nodes = sorted({u.address.node for u in up.values()})
-        away = {*self._cluster_state.leaving, *without}
+        leaving = self._cluster_state.leaving
         fleet = Fleet(
-            slots_A=np.array([0 if a in away else self.settings.slots_per_layer for a in up], dtype=np.int64),
+            slots_A=np.array([0 if a in leaving else self.settings.slots_per_layer for a in up], dtype=np.int64),
             speed_A=self._meter.speed_A(names.actors),
             node_A=np.array([nodes.index(u.address.node) for u in up.values()], dtype=np.int64),
             expert_bytes_L=np.full(len(names.layers), self._reports.expert_bytes()),

@@ -9,8 +9,8 @@ from moecluster.controller.state.placement_state import PlacementState, UpActor
 from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts
-from moecluster.rpc.controller.latest_placement import NEVER, PlacementBoard
-from moecluster.types import ActorAddress, ExpertId, Replica, WeightVersion
+from moecluster.rpc.controller.latest_placement import PlacementBoard
+from moecluster.types import NO_PLACEMENT, ActorAddress, ExpertId, PlacementNumber, Replica, WeightVersion
 
 
 class ClusterState:
@@ -40,7 +40,7 @@ class ClusterState:
         return self._lock
 
     @property
-    def number(self) -> tuple[int, int]:
+    def number(self) -> PlacementNumber:
         with self._lock:
             return self._state.number
 
@@ -146,7 +146,7 @@ class ClusterState:
         and wait for the rest."""
         with self._lock:
             self._open = True
-            if self._board.number == NEVER:
+            if self._board.number == NO_PLACEMENT:
                 self._publish()
 
     def actor_up(
@@ -188,7 +188,7 @@ class ClusterState:
             if self._state.up.pop(actor, None) is not None:
                 self._publish()
 
-    def set_aside(self, replicas: frozenset[tuple[str, ExpertId]]) -> tuple[int, int]:
+    def set_aside(self, replicas: frozenset[tuple[str, ExpertId]]) -> PlacementNumber:
         """These replicas (actor, expert) get no rows where the expert has others. Returns the number of the placement
         that says so."""
         with self._lock:
@@ -215,7 +215,7 @@ class ClusterState:
             self._set_versions(self._state.versions.with_next(checkpoint))
             return self._state.versions.all[-1]
 
-    def publish_version(self) -> tuple[int, int] | None:
+    def publish_version(self) -> PlacementNumber | None:
         """New texts are written with the next version from now on: returns the number of the placement that says so.
         None if an actor does not hold all that it serves in that version."""
         with self._lock:
@@ -275,7 +275,7 @@ class ClusterState:
 
     def commit(
         self, changed: Mapping[int, tuple[Replica, ...]], loaded: Mapping[str, frozenset[ExpertId]]
-    ) -> tuple[int, int]:
+    ) -> PlacementNumber:
         """These layers' replicas shall stand from now on; loaded says what actors hold more. Returns the number that it
         was published by. An expert of the layers without a replica is cold from now on."""
         with self._lock:

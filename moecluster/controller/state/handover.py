@@ -13,7 +13,7 @@ from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.errors import InvalidMessage
 from moecluster.growing import MAX_NUMBER
 from moecluster.rpc.controller.snapshot import ControllerSnapshot, decode_snapshot, encode_snapshot
-from moecluster.types import ExpertActorStatus, WeightVersion
+from moecluster.types import NO_PLACEMENT, ExpertActorStatus, WeightVersion
 
 OPERATIONS_IN_SNAPSHOT = 64
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def read_actors(read: Callable[[str], ExpertActorStatus | None], actors: Sequenc
 def initial_state(seen: Sequence[ExpertActorStatus], *, first: ControllerSnapshot, checkpoint: str) -> InitialState:
     """What the actors keep of a predecessor; seen is sorted by placement numbers. first, and checkpoint, are what a
     cluster is started with."""
-    term, generation = seen[-1].placement if seen else (0, 0)
+    term, generation = seen[-1].placement if seen else NO_PLACEMENT
     found = _newest_snapshot(seen)
     return InitialState(
         term=term + 1,

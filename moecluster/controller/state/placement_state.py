@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.placement.names import with_whole_shares
-from moecluster.types import ActorAddress, ExpertId, Placement, Replica, WeightVersion
+from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber, Replica, WeightVersion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class PlacementState:
     problems: dict[str, str] = field(default_factory=dict)  # actor -> why it cannot load what it shall hold
 
     @property
-    def number(self) -> tuple[int, int]:
-        return (self.term, self.generation)
+    def number(self) -> PlacementNumber:
+        return PlacementNumber(self.term, self.generation)
 
     def all_replicas(self) -> tuple[Replica, ...]:
         """All that shall stand, by layer."""

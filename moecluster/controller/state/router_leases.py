@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moecluster.types import RouterState
+from moecluster.types import PlacementNumber, RouterState
 
 KEPT_S = 3600.0  # how long it is known of a router that it was there
 
@@ -15,7 +15,7 @@ class Lease:
     """A router that is there."""
 
     expires_s: float
-    applied: tuple[int, int]  # (term, generation) of the placement that it routes by
+    applied: PlacementNumber  # of the placement that it routes by
     state: RouterState  # as it last told
     hold: bool = False  # it trains: the placement must stay
 
@@ -35,7 +35,7 @@ class Leases:
         self._changed = threading.Condition()
 
     def renew(
-        self, router: str, applied: tuple[int, int], *, hold: bool = False, state: RouterState | None = None
+        self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None
     ) -> bool:
         """The router counts from now on, and stands as it says. True if it begins or ceases to hold the placement, or
         uses or can use other weight versions than before.
@@ -88,7 +88,7 @@ class Leases:
         """Whether a router holds the placement as it is."""
         return any(lease.hold for lease in self.current().values())
 
-    def wait_applied(self, number: tuple[int, int], timeout_s: float) -> bool:
+    def wait_applied(self, number: PlacementNumber, timeout_s: float) -> bool:
         """Waits until every router that has a lease routes by the placement. False after the timeout."""
         deadline_s = self._clock() + timeout_s
         with self._changed:

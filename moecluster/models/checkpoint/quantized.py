@@ -1,12 +1,13 @@
-"""Presents a checkpoint's quantized tensors as float tensors, which are dequantized while they are read.
+"""Quantized tensors of a checkpoint, seen as tensors of floats that are dequantised while they are read.
 
-FP8 (DeepSeek-V3 and its successors): `NAME` in float8_e4m3fn with `NAME_scale_inv`, a factor for every block of
-`weight_block_size` rows and columns; blocks at the edges may be smaller.
-MXFP4 (gpt-oss): `NAME_blocks` [E, O, I/32, 16] with two 4-bit floats per byte, the lower half first, and `NAME_scales`
+FP8 (DeepSeek-V3 and those that followed): `NAME` in float8_e4m3fn with `NAME_scale_inv`, a factor for every block of
+`weight_block_size` rows and columns; the blocks at the edges may be smaller.
+MXFP4 (gpt-oss): `NAME_blocks` [E, O, I/32, 16] with two 4-bit floats a byte, the lower half first, and `NAME_scales`
 [E, O, I/32] with the exponent of 32 values; the model's `NAME` is [E, I, O].
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,46 +21,61 @@ from moecluster.models.checkpoint.headers import STORED, TensorInfo
 FP8_SCALE = "_scale_inv"
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 MXFP4_BLOCK = 32  # values that share an exponent
-PIECE_VALUES = 2**18  # dequantized at once; small enough that input and output stay in the CPU cache
+PIECE_VALUES = 2**18  # dequantised at once: small enough to stay in the processor's cache, beside what it is made of
 
 _FP8_SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-ReadBytes = Callable[[TensorInfo, int, torch.Tensor], None]  # (tensor, offset within it, uint8 tensor to fill)
+ReadBytes = Callable[[TensorInfo, int, torch.Tensor], None]  # of a stored tensor, from a byte on, into uint8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Tensor:
-    """float8_e4m3fn [(E,) rows, columns], with a factor per block."""
+class Quantized(ABC):
+    """Two stored tensors that are one tensor of floats."""
 
     values: TensorInfo
     scales: TensorInfo
-    block: tuple[int, int]
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        """Of the floats."""
+
+    @abstractmethod
+    def dequantise(self, out: torch.Tensor, row: int | None, read: ReadBytes) -> None:
+        """Fills a contiguous tensor of any float dtype; row: only [row : row + 1] of the first dimension."""
+
+    @property
+    def dtype(self) -> str:
+        """What the values are stored as."""
+        return self.values.dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What it is dequantised to if nothing else is wanted."""
+        return torch.float32
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the checkpoint."""
+        """In the checkpoint."""
         return self.values.num_bytes + self.scales.num_bytes
 
     @property
     def file(self) -> Path:
         return self.values.file
 
-    @property
-    def dtype(self) -> str:
-        return self.values.dtype
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Tensor(Quantized):
+    """float8_e4m3fn [(E,) rows, columns], and a factor for each block."""
+
+    block: tuple[int, int]
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """The default dtype to dequantize to."""
-        return torch.float32
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
 
     def dequantise(self, out: torch.Tensor, row: int | None, read: ReadBytes) -> None:
-        """Fills a contiguous tensor of any float dtype; row: only [row : row + 1] of the first dimension."""
         scale_RC = _read_stored(self.scales, row, read).to(torch.float32)
         rows, columns = self.shape[-2:]
         (block_rows, block_columns), flat = self.block, out.view(-1, columns)
@@ -81,11 +97,8 @@ class Fp8Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mxfp4Tensor:
-    """4-bit floats [E, O, I], presented as [E, I, O], with an exponent for every 32 values along I."""
-
-    values: TensorInfo
-    scales: TensorInfo
+class Mxfp4Tensor(Quantized):
+    """4-bit floats [E, O, I], seen as [E, I, O], and an exponent for every 32 of them along I."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,32 +106,17 @@ class Mxfp4Tensor:
         return experts, blocks * half * 2, rows
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes in the checkpoint."""
-        return self.values.num_bytes + self.scales.num_bytes
-
-    @property
-    def file(self) -> Path:
-        return self.values.file
-
-    @property
     def dtype(self) -> str:
         return "MXFP4"
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The default dtype to dequantize to."""
-        return torch.float32
-
     def dequantise(self, out: torch.Tensor, row: int | None, read: ReadBytes) -> None:
-        """Fills a contiguous tensor of any float dtype; row: only [row : row + 1] of the first dimension."""
         experts, columns, rows = self.shape
         row_bytes = columns // 2
         piece_rows = max(PIECE_VALUES // columns, 1)
         stored = torch.empty(min(piece_rows, rows) * row_bytes, dtype=torch.uint8)
         positive = torch.tensor(_FP4_VALUES)
         values_16 = torch.cat([positive, -positive])
-        # A lookup table from byte to its two values.
+        # Both values of a byte at once: 256 pairs.
         pairs = torch.stack([values_16.repeat(16), values_16.repeat_interleave(16)], dim=1)
         for slot, expert in enumerate(range(experts) if row is None else (row,)):
             exponent = _read_stored(self.scales, expert, read).view(rows, -1).to(torch.int32) - 127
@@ -131,11 +129,8 @@ class Mxfp4Tensor:
                 out[slot, :, begin : begin + count].copy_(value.view(count, columns).t())
 
 
-Quantized = Fp8Tensor | Mxfp4Tensor
-
-
 def _read_stored(info: TensorInfo, row: int | None, read: ReadBytes) -> torch.Tensor:
-    """Returns a small stored tensor, or one row of it, in its stored dtype."""
+    """A small stored tensor, or its row, in its own dtype."""
     dtype = STORED[info.dtype]
     shape = info.shape if row is None else info.shape[1:]
     content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
@@ -146,9 +141,9 @@ def _read_stored(info: TensorInfo, row: int | None, read: ReadBytes) -> torch.Te
 def quantized_tensors(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo | Quantized]:
-    """Returns the checkpoint's tensors as the model has them: quantized values and their scales become one tensor.
+    """The checkpoint's tensors as the model has them: values and scales that belong together are one tensor.
 
-    Raises UnsupportedModelError for an unsupported quantization, CheckpointError for scales that do not fit.
+    Raises UnsupportedModelError for a quantization that is not read, CheckpointError for scales that do not fit.
     """
     settings = config.get("quantization_config") or {}
     method = quantization_method(directory, settings)
@@ -158,7 +153,7 @@ def quantized_tensors(
 
 
 def quantization_method(directory: str | Path, settings: Any) -> str | None:
-    """Returns the method of a quantization_config: fp8, mxfp4, or None. Raises UnsupportedModelError for others."""
+    """What a quantization_config says: fp8, mxfp4, or None for nothing. Raises UnsupportedModelError for the others."""
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -195,7 +190,7 @@ def _fp8_tensors(
 
 
 def _fp8_block(size: Any, info: TensorInfo) -> tuple[int, int]:
-    """Returns the block's rows and columns; the whole matrix if the settings name no block size."""
+    """Rows and columns that share a factor; all of them where the settings name no blocks."""
     if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
         return size[0], size[1]
     rows, columns = info.shape[-2:] if len(info.shape) >= 2 else (1, 1)

@@ -20,9 +20,8 @@ from transformers.utils.generic import can_return_tuple
 from moecluster.models.native.configuration import NativeConfig
 from moecluster.moe.experts.base import Expert
 from moecluster.moe.experts.registry import make_expert
-from moecluster.moe.gates.base import Gate
+from moecluster.moe.gates.base import Gate, Routing
 from moecluster.moe.gates.registry import make_gate
-from moecluster.types import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +301,5 @@ def _without_gradient(routing: Routing) -> Routing:
         ids_TK=routing.ids_TK,
         weights_TK=routing.weights_TK.detach(),
         aux_losses={name: loss.detach() for name, loss in routing.aux_losses.items()},
-        stats=routing.stats,
         pool={name: value.detach() for name, value in routing.pool.items()},
     )

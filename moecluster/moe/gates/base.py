@@ -15,7 +15,6 @@ from moecluster.config.fields import Section, setting
 from moecluster.errors import ConfigError
 from moecluster.moe.gates.capacity import drop_beyond_capacity, expert_capacity
 from moecluster.moe.gates.losses import entropy, z_loss
-from moecluster.types import Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,22 @@ class Tokens:
     x_TD: torch.Tensor  # float32
     sequence_ids_T: torch.Tensor  # int64, the sequence of the batch that each token belongs to
     input_ids_T: torch.Tensor | None  # int64 token ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What a gate decided for T tokens.
+
+    ids_TK: int64 in [0, E); an index >= E means that the assignment is skipped (dropped).
+    weights_TK: float, multiplies the expert's output.
+    aux_losses: name -> scalar tensor, already multiplied by its coefficient.
+    pool: name -> tensor with gradient, for losses that the gate takes over all layers together.
+    """
+
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    aux_losses: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pool: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +132,6 @@ class Gate(nn.Module):
             ids_TK=ids_TK,
             weights_TK=weights_TK,
             aux_losses=routing.aux_losses,
-            stats=routing.stats,
             pool=routing.pool,
         )
 
@@ -162,7 +176,6 @@ class Gate(nn.Module):
             ids_TK=ids_TK,
             weights_TK=choice.weights_TK.masked_fill(dropped, 0.0),
             aux_losses={**choice.aux_losses, **self._common_losses(choice)},
-            stats={"router_entropy": entropy(choice.probs_TE.detach()), "dropped_assignments": dropped.sum()},
             pool=choice.pool,
         )
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from moecluster.dispatch.trunk_backend import TrunkExperts
+from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.continuous_batching import BatchRows, PagedBatches, PagedLimits
 from moecluster.router.engine.batch_errors import batch_error, errors_by_sequence, sequence_error
@@ -24,7 +24,7 @@ class ContinuousBatchRunner:
     def __init__(
         self,
         model: PreTrainedModel,
-        experts: TrunkExperts,
+        experts: TrunkBackend,
         limits: EngineLimits,
         on_end: OnEnd,
         on_failure: OnFailure,

@@ -121,8 +121,8 @@ class Engine:
     ) -> Iterator[GenerationChunk]:
         """Admits a request and streams its chunks. on_over: called once, when nothing more is computed for it.
 
-        Raises Exhausted if the queue is full, ContextLengthExceeded if the request is too long, InvalidMessage if one of
-        its name already runs, RequestFailed if its generated_ids cannot be decoded; then on_over is not called.
+        Raises Exhausted if the queue is full, ContextLengthExceeded if the request is too long, InvalidMessage if one
+        of its name already runs, RequestFailed if its generated_ids cannot be decoded; then on_over is not called.
         """
         room = self.max_tokens - len(prompt_ids)
         if max(request.max_new_tokens, 1) > room:

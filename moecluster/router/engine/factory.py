@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moecluster.dispatch.trunk_backend import TrunkExperts
+from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.generation import GenerationRequest
 from moecluster.hf.continuous_batching import supports_paging
 from moecluster.metrics import Metrics
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def make_engine(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    experts: TrunkExperts,
+    experts: TrunkBackend,
     *,
     limits: EngineLimits,
     metrics: Metrics | None = None,
@@ -70,8 +70,6 @@ def _ids(named: int | Sequence[int] | None) -> Sequence[int]:
 
 
 def _make_sequence(
-    request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int, *, experts: TrunkExperts, **model: Any
+    request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int, *, experts: TrunkBackend, **model: Any
 ) -> TokenSequence:
-    return TokenSequence(
-        request, prompt_ids, max_new_tokens=max_new_tokens, weight_version=experts.weight_version, **model
-    )
+    return TokenSequence(request, prompt_ids, max_new_tokens=max_new_tokens, weight_version=experts.version, **model)

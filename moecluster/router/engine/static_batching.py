@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from moecluster.dispatch.trunk_backend import TrunkExperts
+from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.hf.chosen_logits import chosen_logits
 from moecluster.hf.padding import sees_padding
@@ -44,7 +44,7 @@ class StaticBatchRunner:
     def __init__(
         self,
         model: PreTrainedModel,
-        experts: TrunkExperts,
+        experts: TrunkBackend,
         limits: EngineLimits,
         on_end: OnEnd,
         on_failure: OnFailure,
@@ -132,7 +132,7 @@ class _Batch:
     def __init__(
         self,
         sequences: Sequence[TokenSequence],
-        experts: TrunkExperts,
+        experts: TrunkBackend,
         on_end: OnEnd,
         on_failure: OnFailure,
         *,

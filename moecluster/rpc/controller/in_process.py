@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from moecluster.types import ExpertId, Placement
+from moecluster.types import ExpertId, Placement, PlacementNumber
 
 
 class FixedPlacement:
@@ -16,14 +16,14 @@ class FixedPlacement:
     def current(self, timeout_s: float) -> Placement:
         return self._placement
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
         threading.Event().wait(min(timeout_s, 0.05))
         return None
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         self.failures.append((actor, incarnation, f"{expert} answers NaN or infinity"))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ from moecluster.types import (
     LoadSnapshot,
     Operation,
     Placement,
+    PlacementNumber,
     PlanPreview,
     RouterState,
 )
@@ -21,13 +22,13 @@ class PlacementSource(Protocol):
     def current(self, timeout_s: float) -> Placement:
         """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
-        """Waits for a placement with a higher (term, generation); None after the timeout."""
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
+        """Waits for a placement with a higher number; None after the timeout."""
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """Says that an actor did not answer. Never blocks, never raises."""
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """Says that an actor's replica of an expert answers NaN or infinity. Never blocks, never raises.
 
         placement: (term, generation) by which it was asked.
@@ -56,11 +57,11 @@ class ControllerHandler(PlacementSource, Protocol):
 
     lease_s: float
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
+    def renew_lease(self, router: str, applied: PlacementNumber, *, hold: bool, state: RouterState) -> None:
         """A router is there, and has applied this placement. hold: it trains, so the placement must stay. state: what
         it says of itself."""
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """A router had NaN or infinity of an actor's replica. placement: by which it asked."""
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:

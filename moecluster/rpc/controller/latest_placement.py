@@ -4,9 +4,7 @@ import threading
 import time
 
 from moecluster.errors import Unavailable
-from moecluster.types import Placement
-
-NEVER = (0, 0)  # older than every placement's number
+from moecluster.types import NO_PLACEMENT, Placement, PlacementNumber
 
 
 class PlacementBoard:
@@ -18,10 +16,10 @@ class PlacementBoard:
         self._changed = threading.Condition()
 
     @property
-    def number(self) -> tuple[int, int]:
-        """(term, generation) of the newest placement; (0, 0) before the first."""
+    def number(self) -> PlacementNumber:
+        """Of the newest placement; NO_PLACEMENT before the first."""
         placement = self._placement
-        return placement.number if placement is not None else NEVER
+        return placement.number if placement is not None else NO_PLACEMENT
 
     def publish(self, placement: Placement) -> bool:
         """The placement stands from now on. False if an equal or newer one does already."""
@@ -34,13 +32,13 @@ class PlacementBoard:
 
     def current(self, timeout_s: float) -> Placement:
         """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
-        placement = self._placement or self.newer_than(NEVER, timeout_s)
+        placement = self._placement or self.newer_than(NO_PLACEMENT, timeout_s)
         if placement is None:
             raise Unavailable(f"no placement came from the controller in {timeout_s:g} s")
         return placement
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
-        """Waits for a placement with a higher (term, generation); None after the timeout, or once closed."""
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
+        """Waits for a placement with a higher number; None after the timeout, or once closed."""
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             while self.number <= number and not self._closed:

@@ -10,7 +10,6 @@ import grpc
 from moecluster.errors import InvalidMessage, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
 from moecluster.rpc.controller.interface import ControllerHandler
-from moecluster.rpc.controller.latest_placement import NEVER
 from moecluster.rpc.controller.load_messages import decode_load, encode_cluster_loads
 from moecluster.rpc.controller.operation_messages import encode_operation, encode_operations, encode_plan
 from moecluster.rpc.controller.placement_messages import encode_placement
@@ -28,7 +27,7 @@ from moecluster.rpc.fields import (
 )
 from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
-from moecluster.types import RouterState
+from moecluster.types import NO_PLACEMENT, PlacementNumber, RouterState
 
 WAIT_S = 1.0  # between looks at whether a subscriber is still there
 READY_WAIT_S = 5.0  # of an order for a controller that is starting
@@ -52,7 +51,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> Iterator[controller_pb2.Placement]:
         subscription = _Subscription(self._handler, request_iterator)
         threading.Thread(target=subscription.read, name="watch-placement", daemon=True).start()
-        sent = NEVER
+        sent = NO_PLACEMENT
         while context.is_active() and not subscription.ended.is_set():
             placement = self._handler.newer_than(sent, WAIT_S)
             if placement is not None:
@@ -69,7 +68,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             actor = checked_name(request.actor, "actor")
             for expert in decode_experts(request.nonfinite, "nonfinite"):
                 self._handler.report_nonfinite(
-                    actor, request.incarnation, expert, (request.placement_term, request.generation)
+                    actor, request.incarnation, expert, PlacementNumber(request.placement_term, request.generation)
                 )
             if not request.nonfinite:
                 self._handler.report_failure(actor, request.incarnation, request.reason[:MAX_REASON_LENGTH])
@@ -176,7 +175,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
     def _answer_when_ready(self, context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
         def ready() -> AnswerT:
-            if self._handler.newer_than(NEVER, READY_WAIT_S) is None:
+            if self._handler.newer_than(NO_PLACEMENT, READY_WAIT_S) is None:
                 raise Unavailable("the controller is starting, and reads what its predecessor did; try again")
             return call()
 
@@ -196,7 +195,7 @@ class _Subscription:
         try:
             for request in self._requests:
                 router = checked_name(request.router, "router")
-                applied = (request.applied_term, request.applied_generation)
+                applied = PlacementNumber(request.applied_term, request.applied_generation)
                 self._handler.renew_lease(router, applied, hold=request.hold, state=_router_state(request, router))
         except InvalidMessage as exc:
             self.error = exc

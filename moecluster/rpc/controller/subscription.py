@@ -13,7 +13,7 @@ import grpc
 from moecluster.errors import DeadlineExceeded, MoeClusterError
 from moecluster.proto import controller_pb2
 from moecluster.proto.controller_pb2_grpc import ControllerServiceStub
-from moecluster.rpc.controller.latest_placement import NEVER, PlacementBoard
+from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.rpc.controller.load_messages import encode_load
 from moecluster.rpc.controller.placement_messages import decode_placement
 from moecluster.rpc.controller.status_messages import encode_router_state
@@ -21,7 +21,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import MAX_REASON_LENGTH, encode_expert
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
-from moecluster.types import ExpertId, LoadSnapshot, Placement, RouterState
+from moecluster.types import NO_PLACEMENT, ExpertId, LoadSnapshot, Placement, PlacementNumber, RouterState
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ class ControllerClient:
         """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
         return self._board.current(timeout_s)
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
-        """Waits for a placement with a higher (term, generation); None after the timeout."""
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
+        """Waits for a placement with a higher number; None after the timeout."""
         return self._board.newer_than(number, timeout_s)
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
@@ -92,7 +92,7 @@ class ControllerClient:
         )
         self._send_state("ReportFailure", report)
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """Says that a replica answers NaN or infinity. Without a controller nothing is said: the next placement that
         names the replica has it tried again."""
         report = controller_pb2.FailureReport(
@@ -100,8 +100,8 @@ class ControllerClient:
             actor=actor,
             incarnation=incarnation,
             nonfinite=[encode_expert(expert)],
-            placement_term=placement[0],
-            generation=placement[1],
+            placement_term=placement.term,
+            generation=placement.generation,
         )
         self._send_state("ReportFailure", report)
 
@@ -128,7 +128,7 @@ class ControllerClient:
         self._hold = True
         self._applied.put(None)
         deadline_s = time.monotonic() + timeout_s
-        placement = self._board.newer_than(NEVER, timeout_s)
+        placement = self._board.newer_than(NO_PLACEMENT, timeout_s)
         while placement is not None and not placement.held:
             placement = self._board.newer_than(placement.number, max(deadline_s - time.monotonic(), 0.0))
         if placement is None:
@@ -209,12 +209,11 @@ class ControllerClient:
         """Says what was applied and how the router stands: now, after every placement, when its state has changed, and
         often enough to keep the lease."""
         while not broken.is_set() and not self._closed.is_set():
-            term, generation = self._board.number
-            state = self._state()
+            number, state = self._board.number, self._state()
             yield controller_pb2.WatchRequest(
                 router=self.router,
-                applied_term=term,
-                applied_generation=generation,
+                applied_term=number.term,
+                applied_generation=number.generation,
                 hold=self._hold,
                 state=encode_router_state(state),
             )

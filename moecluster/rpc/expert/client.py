@@ -22,6 +22,7 @@ from moecluster.types import (
     ExpertActorStatus,
     ExpertId,
     MessageKey,
+    PlacementNumber,
     ReduceResult,
     StepTag,
 )
@@ -109,7 +110,7 @@ class GrpcExpertControl:
         return ExpertActorStatus(
             actor=reply.actor,
             incarnation=reply.incarnation,
-            placement=(reply.placement_term, reply.generation),
+            placement=PlacementNumber(reply.placement_term, reply.generation),
             experts=decode_experts(reply.experts, "experts"),
             hosted_bytes=reply.hosted_bytes,
             weight_version=reply.weight_version,

@@ -66,7 +66,6 @@ class GrpcExpertTransport:
         self._use_segment = False
         self._peer: PeerSegment | None = None
         self._nonce = b""  # of the actor's segment, sent back once
-        tensors.expect_read_only_views()
         self._channel = open_channel(address.address, credentials)
         greeted: Future[expert_pb2.HelloReply] = Future()
         hello = expert_pb2.Hello(router=router)

@@ -11,7 +11,7 @@ from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.rpc.fields import MAX_MESSAGE_BYTES, checked_count
 from moecluster.rpc.same_host.segment import PeerSegment, Segment
 from moecluster.rpc.tensors import ROW_DTYPES, decode_tensor, encode_tensor, region_of
-from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
+from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, PlacementNumber, StepTag
 
 MAX_CONTENT_BYTES = MAX_MESSAGE_BYTES - 2**20  # of a message's tensors; the rest is room for its other fields
 MAX_DEADLINE_S = 3600.0
@@ -36,8 +36,8 @@ def encode_batch(batch: ComputeBatch, segment: Segment | None = None) -> expert_
     _check_size("x", batch.x_ND, batch.grad_ND, batch.pair_rows_P, batch.pair_weights_P)
     message = expert_pb2.Batch(
         request_id=batch.request_id,
-        placement_term=batch.placement[0],
-        generation=batch.placement[1],
+        placement_term=batch.placement.term,
+        generation=batch.placement.generation,
         layer=batch.layer,
         phase=_PHASE_CODES[batch.phase],
         weight_version=batch.weight_version,
@@ -117,7 +117,7 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
         pair_rows_P=pair_rows_P,
         pair_weights_P=pair_weights_P,
         deadline_s=message.deadline_s,
-        placement=(message.placement_term, message.generation),
+        placement=PlacementNumber(message.placement_term, message.generation),
         weight_version=message.weight_version,
         train=train,
         incarnation=message.incarnation,

@@ -124,8 +124,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             reply = expert_pb2.StatusReply(
                 actor=found.actor,
                 incarnation=found.incarnation,
-                placement_term=found.placement[0],
-                generation=found.placement[1],
+                placement_term=found.placement.term,
+                generation=found.placement.generation,
                 experts=encode_experts(found.experts),
                 hosted_bytes=found.hosted_bytes,
                 weight_version=found.weight_version,

@@ -14,7 +14,7 @@ from moecluster.rpc.fields import (
     decode_experts,
     encode_expert,
 )
-from moecluster.types import RouterStatus
+from moecluster.types import PlacementNumber, RouterStatus
 
 MAX_PROMPT_CHARACTERS = 2**20
 MAX_PROMPT_IDS = 2**18
@@ -214,8 +214,8 @@ def encode_router_status(status: RouterStatus) -> router_pb2.RouterStatus:
     return router_pb2.RouterStatus(
         router=status.router,
         model=status.model,
-        placement_term=status.placement[0],
-        generation=status.placement[1],
+        placement_term=status.placement.term,
+        generation=status.placement.generation,
         running=status.running,
         rss_bytes=status.rss_bytes,
         waiting=status.waiting,
@@ -230,7 +230,7 @@ def decode_router_status(message: router_pb2.RouterStatus) -> RouterStatus:
     return RouterStatus(
         router=message.router,
         model=message.model,
-        placement=(message.placement_term, message.generation),
+        placement=PlacementNumber(message.placement_term, message.generation),
         running=message.running,
         rss_bytes=message.rss_bytes,
         waiting=message.waiting,

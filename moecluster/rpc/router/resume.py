@@ -7,8 +7,6 @@ from moecluster.generation import GenerationChunk, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_BROKEN_BATCHES = 2  # after which a request is resumed; one more, and it counts as their cause
-
 
 class ResumableRequest:
     """One request. Does no I/O: the caller sends next_request() to a router and passes the chunks to take()."""

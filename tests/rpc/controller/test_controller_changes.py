@@ -12,7 +12,7 @@ from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
 from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.errors import ConfigError, ResourceError
-from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase
+from moecluster.types import NO_PLACEMENT, ExpertId, LoadSnapshot, Operation, OperationPhase
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 
@@ -283,11 +283,11 @@ def test_lost_experts_are_loaded_elsewhere_at_once_where_slots_are_free(start) -
 
 def test_nothing_moves_while_a_router_holds_the_placement(start) -> None:
     cluster = start(2)
-    cluster.controller.renew_lease("trainer", (0, 0), hold=True)
+    cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
     wait_until(lambda: cluster.controller.current(0.0).held)
     with pytest.raises(ResourceError, match="a training run holds the placement"):
         cluster.controller.scale(3)
-    cluster.controller.renew_lease("trainer", (0, 0), hold=False)
+    cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=False)
     wait_until(lambda: not cluster.controller.current(0.0).held)
     done(cluster, cluster.controller.scale(3))
 
@@ -296,7 +296,7 @@ def test_training_finds_every_expert_once_and_none_cold(start) -> None:
     cluster = start(2, policy="static")
     done(cluster, cluster.controller.place(ExpertId(layer=0, index=0), ["expert-0", "expert-1"]))
     done(cluster, cluster.controller.place(ExpertId(layer=1, index=3), []))
-    cluster.controller.renew_lease("trainer", (0, 0), hold=True)
+    cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
     wait_until(lambda: cluster.controller.current(0.0).held)
     placement = cluster.controller.current(0.0)
     counts = {(r.expert.layer, r.expert.index): len(placement.replicas_of(r.expert)) for r in placement.replicas}

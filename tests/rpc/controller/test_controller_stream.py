@@ -15,7 +15,16 @@ from moecluster.rpc.controller.placement_messages import decode_placement, encod
 from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.controller.subscription import STATE_PERIOD_S, WANT_AGAIN_S, ControllerClient
 from moecluster.rpc.server import RunningServer, open_channel
-from moecluster.types import ActorAddress, ExpertId, LoadSnapshot, Placement, Replica, RouterState
+from moecluster.types import (
+    NO_PLACEMENT,
+    ActorAddress,
+    ExpertId,
+    LoadSnapshot,
+    Placement,
+    PlacementNumber,
+    Replica,
+    RouterState,
+)
 from tests.support.fakes.fake_controller import FakeController
 
 WAIT_S = 60.0
@@ -60,8 +69,8 @@ def test_placements_arrive_whole_and_in_order(board, client) -> None:
     board.publish(placement(1, 1))
     assert client.current(WAIT_S) == placement(1, 1)
     board.publish(placement(1, 2))
-    assert client.newer_than((1, 1), WAIT_S) == placement(1, 2)
-    assert client.newer_than((1, 2), 0.05) is None
+    assert client.newer_than(PlacementNumber(1, 1), WAIT_S) == placement(1, 2)
+    assert client.newer_than(PlacementNumber(1, 2), 0.05) is None
 
 
 def test_a_router_renews_its_lease_and_says_what_it_applied(board, client) -> None:
@@ -125,7 +134,7 @@ def test_nothing_waits_forever_without_a_controller() -> None:
     started_s = time.monotonic()
     with pytest.raises(Unavailable, match="no placement"):
         client.current(0.3)
-    assert client.newer_than((0, 0), 0.1) is None
+    assert client.newer_than(NO_PLACEMENT, 0.1) is None
     client.report_failure("expert-0", "a1", "silence")
     client.want_experts(3, [0])
     with pytest.raises(DeadlineExceeded):
@@ -148,7 +157,7 @@ def test_the_last_placement_stands_while_the_controller_is_away_and_a_new_one_is
     second = serve_controller(successor, credentials=None)
     address[0] = second.address
     successor.publish(placement(2, 1))
-    found = client.newer_than((1, 4), WAIT_S)
+    found = client.newer_than(PlacementNumber(1, 4), WAIT_S)
     assert found is not None and found.number == (2, 1)
     client.close()
     successor.close()
@@ -159,7 +168,7 @@ def test_a_placement_of_an_older_term_is_not_taken(board, client) -> None:
     board.publish(placement(3, 1))
     assert client.current(WAIT_S).number == (3, 1)
     assert not board.publish(placement(2, 9))
-    assert client.newer_than((3, 1), 0.2) is None
+    assert client.newer_than(PlacementNumber(3, 1), 0.2) is None
 
 
 def test_failures_and_loads_are_reported(board, client) -> None:

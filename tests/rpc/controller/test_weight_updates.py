@@ -22,7 +22,7 @@ from moecluster.models.update.compose import compose
 from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
 from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
 from moecluster.rpc.controller.client import ControllerCalls
-from moecluster.types import ExpertId, OperationPhase, RouterState
+from moecluster.types import NO_PLACEMENT, ExpertId, OperationPhase, PlacementNumber, RouterState
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.models.weight_versions import (
     PROMPTS,
@@ -308,7 +308,7 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
     cluster = start(lease_s=5.0, update=UpdateSettings(router_grace_s=60.0))  # long ones, for a busy machine
     operation = cluster.controller.update(versions[1])
     assert slow_loads.wait(60.0)
-    cluster.controller.renew_lease("trainer", (0, 0), hold=True)
+    cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
     assert "a training run was begun" in ended(cluster, operation).detail
     wait_until(lambda: cluster.controller.current(0.0).held)
     assert (published(cluster), len(cluster.controller._cluster_state.versions.all)) == (1, 1)
@@ -316,19 +316,19 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
         cluster.controller.update(versions[1])
     cluster.controller.set_checkpoint(versions[2])  # as training does when it moves on
     assert (cluster.controller.status().weight_version, cluster.controller.status().checkpoint) == (1, versions[2])
-    cluster.controller.renew_lease("trainer", (0, 0), hold=False)
+    cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=False)
     wait_until(lambda: not cluster.controller.current(0.0).held)
     with cluster.router._models.use():
         operation = cluster.controller.update(versions[1])
         wait_until(lambda: published(cluster) > 1)
         for _ in range(5):
-            cluster.controller.renew_lease("trainer", (0, 0), hold=True)
+            cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
             time.sleep(0.1)
         assert not cluster.controller.current(0.0).held, "texts of two versions are written"
     done(cluster, operation)
 
     def held() -> bool:
-        cluster.controller.renew_lease("trainer", (0, 0), hold=True)
+        cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
         return bool(cluster.controller.current(0.0).held)
 
     wait_until(held)
@@ -357,7 +357,7 @@ def test_an_expert_that_moves_while_its_new_version_is_loaded_ends_nothing(start
 def test_a_router_that_is_not_heard_is_waited_for_beyond_its_lease(start, versions) -> None:
     cluster = start(update=UpdateSettings(router_grace_s=SILENT_S))
     silent = RouterState(router="silent", weight_version=1, oldest_weight_version=1, ready_weight_version=2)
-    cluster.controller.renew_lease("silent", (1, 1000), state=silent)
+    cluster.controller.renew_lease("silent", PlacementNumber(1, 1000), state=silent)
     begun_s = time.monotonic()
     operation = cluster.controller.update(versions[1])
     wait_until(lambda: "written by silent" in cluster.controller.operation(operation.id).detail)

@@ -20,7 +20,7 @@ from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.server import RunningServer
-from moecluster.types import ActorAddress, ExpertId, Placement, Replica
+from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber, Replica
 from tests.support.clusters.expert_cluster import SHARED_MEMORY_BYTES, ExpertCluster, Transport
 from tests.support.clusters.given import any_directory
 from tests.support.expert.small_actor import TIMEOUT_S, Occupied
@@ -214,7 +214,7 @@ class ChangingPlacement:
         assert self._placement is not None
         return self._placement
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
         with self._changed:
             self._changed.wait_for(lambda: self.current(0.0).number > number, timeout_s)
             return self._placement if self.current(0.0).number > number else None
@@ -224,7 +224,7 @@ class ChangingPlacement:
             self.failed.append(actor)
             self._changed.notify_all()
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         raise AssertionError("every expert is sound")
 
     def wait_for_a_failure(self) -> None:

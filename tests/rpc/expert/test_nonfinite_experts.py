@@ -100,7 +100,7 @@ def test_without_another_replica_the_request_fails_in_plain_words_and_nothing_is
         fails()
         wait_until(lambda: {state for *_, state in states(cluster)} == {"reloaded"})
         number = cluster.controller.status().generation
-        wait_until(lambda: cluster.router.status().placement[1] >= number)
+        wait_until(lambda: cluster.router.status().placement.generation >= number)
         fails()
         wait_until(lambda: {state for *_, state in states(cluster)} == {"sick"})
         (replica,) = cluster.controller.status().replicas_aside

@@ -1,10 +1,9 @@
 """Texts go on when routers are lost: nothing lost, nothing repeated, and no request fails that can be served."""
 
-import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import openai
@@ -12,7 +11,6 @@ import pytest
 
 from moecluster.errors import (
     BatchBroken,
-    ClusterEnded,
     DeadlineExceeded,
     Exhausted,
     ExpertsLost,
@@ -20,61 +18,16 @@ from moecluster.errors import (
     RequestFailed,
     Unavailable,
 )
-from moecluster.gateway.router_discovery import ClusterAddresses
-from moecluster.gateway.server import ModelSource
 from moecluster.generation import GenerationRequest
-from moecluster.rpc.controller.server import serve_controller
-from moecluster.types import ActorState, ControllerStatus, RouterState
 from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
-from tests.support.fakes.fake_controller import FakeController
+from tests.support.clusters.streamed_texts import NOBODY, TEXT, ask, assert_whole, read
 from tests.support.fakes.fake_router import FakeRouter, FakeToken, word_ids, words
-
-NOBODY = "127.0.0.1:1"
-TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 30, "seed": 2, "logprobs": 1}
-
-
-@pytest.fixture
-def first() -> Iterator[FakeRouter]:
-    with FakeRouter("first") as serving:
-        yield serving
-
-
-@pytest.fixture
-def second() -> Iterator[FakeRouter]:
-    with FakeRouter("second") as serving:
-        yield serving
 
 
 @pytest.fixture
 def gateway(first: FakeRouter, second: FakeRouter) -> Iterator[RunningGateway]:
     with running_gateway([first.address, second.address], router_patience_s=8.0) as serving:
         yield serving
-
-
-def read(stream: Any) -> tuple[str, list[str], int]:
-    """(text, tokens, how many tokens in all) of a streamed completion."""
-    text, tokens, count = "", [], 0
-    for chunk in stream:
-        for choice in chunk.choices:
-            text += choice.text
-            tokens += choice.logprobs.tokens
-        if chunk.usage is not None:
-            count = chunk.usage.completion_tokens
-    return text, tokens, count
-
-
-def ask(gateway: RunningGateway, **changes: Any) -> tuple[str, list[str], int]:
-    with gateway.openai() as client:
-        return read(client.completions.create(
-            **{**TEXT, **changes}, stream=True, stream_options={"include_usage": True}
-        ))  # fmt: skip
-
-
-def assert_whole(read: tuple[str, list[str], int], *routers: FakeRouter) -> None:
-    request = next(router.requests[0] for router in routers if router.requests)
-    ids = word_ids(request)
-    text, tokens, count = read
-    assert text == words(ids) and "".join(tokens) == text and count == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -293,121 +246,3 @@ def test_a_request_that_cannot_go_on_ends_with_an_error_event(gateway, first, se
             for chunk in stream:
                 text += chunk.choices[0].text
     assert len(text.split()) == 2
-
-
-class Listing(FakeController):
-    """A controller that knows of routers."""
-
-    def __init__(self, *states: RouterState) -> None:
-        super().__init__()
-        self.listed = states
-        self.server = serve_controller(self, credentials=None)
-
-    def status(self) -> ControllerStatus:
-        return dataclasses.replace(super().status(), router_states=self.listed)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.stop(0.0)
-        self.close()
-
-
-def test_routers_are_found_through_the_controller(first, second) -> None:
-    states = [RouterState(router=router.name, address=router.address) for router in (first, second)]
-    with Listing(*states) as controller:
-        source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
-        with running_gateway(source) as gateway:
-            wait_for(lambda: gateway.routers.answering == 2)
-            assert_whole(ask(gateway), first, second)
-            controller.listed = (states[0], dataclasses.replace(states[1], leaving=True))
-            wait_for(lambda: [r.address for r in gateway.routers.candidates() if r.leaving] == [second.address])
-            before = len(second.requests)
-            for seed in range(4):
-                ask(gateway, seed=seed)
-            assert len(second.requests) == before
-
-
-class Ailing(Listing):
-    """Whose actors are as the test says."""
-
-    actors: tuple[ActorState, ...] = ()
-    lost_experts = 0
-
-    def status(self) -> ControllerStatus:
-        return dataclasses.replace(super().status(), actors=self.actors, lost_experts=self.lost_experts)
-
-
-def test_health_says_what_is_wrong_while_requests_are_still_written(first) -> None:
-    def health(gateway: RunningGateway) -> tuple[int, Any]:
-        answer = httpx.get(f"{gateway.url}/health")
-        return answer.status_code, answer.json()
-
-    with Ailing(RouterState(router="first", address=first.address)) as controller:
-        source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
-        with running_gateway(source) as gateway:
-            wait_for(lambda: health(gateway) == (200, {"status": "ready", "reasons": [], "routers": {"model": 1}}))
-            lost = ActorState(actor="expert-1", address="", incarnation="", phase="loading", experts=0, restarts=1)
-            controller.actors, controller.lost_experts = (lost,), 4
-            wait_for(lambda: health(gateway)[1]["status"] == "degraded")
-            reasons = ["model: expert-1 is loading", "model: 4 experts have no serving replica at the moment"]
-            assert health(gateway) == (200, {"status": "degraded", "reasons": reasons, "routers": {"model": 1}})
-            controller.actors = (dataclasses.replace(lost, problem="/private/model: no such directory"),)
-            wait_for(lambda: "checkpoint directory is gone" in str(health(gateway)))
-            assert "/private" not in str(health(gateway))
-            controller.actors, controller.lost_experts = (), 0
-            wait_for(lambda: health(gateway)[1]["status"] == "ready")
-            controller.server.stop(0.0)
-            wait_for(lambda: "no controller answers" in str(health(gateway)))
-            assert health(gateway)[0] == 200 and health(gateway)[1]["status"] == "degraded"
-
-
-def test_a_cluster_that_has_ended_is_not_waited_for_until_it_is_there_again(first) -> None:
-    ended = [True]
-
-    def rediscover() -> ClusterAddresses:
-        if ended[0]:
-            raise ClusterEnded("Ray's raylet has ended")
-        return ClusterAddresses(routers=(first.address,))
-
-    source = ModelSource(name="model", seeds=ClusterAddresses(routers=(NOBODY,)), rediscover=rediscover)
-    with running_gateway(source, router_patience_s=1000.0) as gateway:
-        with (
-            gateway.openai() as client,
-            pytest.raises(openai.InternalServerError, match="its cluster has ended") as output,
-        ):
-            client.completions.create(**TEXT)
-        assert output.value.status_code == 503
-        answer = httpx.get(f"{gateway.url}/health")
-        assert answer.status_code == 503 and answer.json() == {
-            "status": "not ready",
-            "reasons": ["model: Ray's raylet has ended"],
-            "routers": {"model": 0},
-        }
-        ended[0] = False
-        wait_for(lambda: gateway.routers.answering == 1)
-        assert_whole(ask(gateway), first)
-
-
-def test_a_controller_elsewhere_is_found_through_the_routers(first, second) -> None:
-    with Listing(RouterState(router="second", address=second.address)) as controller:
-        first.controller = controller.server.address
-        source = ModelSource(name="model", seeds=ClusterAddresses(routers=(first.address,), controller=NOBODY))
-        with running_gateway(source) as gateway:
-            wait_for(lambda: gateway.routers.answering == 2)
-
-
-def test_when_all_are_lost_others_are_asked_where_the_cluster_is(second) -> None:
-    asked: list[float] = []
-
-    def rediscover() -> ClusterAddresses:
-        asked.append(time.monotonic())
-        if len(asked) == 1:
-            raise Unavailable("nobody knows")
-        return ClusterAddresses(routers=(second.address,))
-
-    source = ModelSource(name="model", seeds=ClusterAddresses(routers=(NOBODY,)), rediscover=rediscover)
-    with running_gateway(source, router_patience_s=20.0) as gateway:
-        assert_whole(ask(gateway), second)
-    assert len(asked) == 2

@@ -105,7 +105,7 @@ def test_a_new_controller_elsewhere_disturbs_nobody(cluster, client, reference) 
     stream = client.generate(PROMPT, max_new_tokens=24)
     stream.text()
     assert stream.ids == reference
-    wait_until(lambda: client.status().placement[0] == before[0] + 1)
+    wait_until(lambda: client.status().placement.term == before[0] + 1)
 
 
 def test_cancel_ends_a_generation_and_frees_its_place(cluster, client) -> None:

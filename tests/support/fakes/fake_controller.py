@@ -16,6 +16,7 @@ from moecluster.types import (
     Operation,
     OperationPhase,
     Placement,
+    PlacementNumber,
     PlanPreview,
     Replica,
     RouterState,
@@ -80,7 +81,7 @@ class FakeController(PlacementBoard):
     def __init__(self, *, fails: str = "") -> None:
         """fails: why every requested operation fails in the end; empty: they succeed."""
         super().__init__()
-        self.renewals: list[tuple[str, tuple[int, int], bool]] = []
+        self.renewals: list[tuple[str, PlacementNumber, bool]] = []
         self.states: dict[str, RouterState] = {}  # last reported by each router
         self.failures: list[tuple[str, str, str]] = []
         self.reports: list[LoadSnapshot] = []
@@ -88,18 +89,18 @@ class FakeController(PlacementBoard):
         self.planned: list[str] = []
         self.checkpoint = "/first"
         self.counted = LOADS
-        self.nonfinite: list[tuple[str, str, ExpertId, tuple[int, int]]] = []
+        self.nonfinite: list[tuple[str, str, ExpertId, PlacementNumber]] = []
         self._fails = fails
         self._operations = {OLD_OPERATION.id: OLD_OPERATION}
 
-    def renew_lease(self, router: str, applied: tuple[int, int], *, hold: bool, state: RouterState) -> None:
+    def renew_lease(self, router: str, applied: PlacementNumber, *, hold: bool, state: RouterState) -> None:
         self.renewals.append((router, applied, hold))
         self.states[router] = state
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.failures.append((actor, incarnation, reason))
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         self.nonfinite.append((actor, incarnation, expert, placement))
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:

@@ -17,7 +17,7 @@ from moecluster.errors import ContextLengthExceeded, Exhausted, InvalidMessage, 
 from moecluster.generation import GenerationChunk, GenerationRequest, TokenLogprob
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router.server import serve_router
-from moecluster.types import RouterStatus
+from moecluster.types import PlacementNumber, RouterStatus
 
 WORDS = ("the", "red", "fox", "swam", "über", "grey", "ice", "and", "sang", "low", "notes", "till", "dawn")
 MAX_TOKENS = 4096
@@ -170,7 +170,7 @@ class FakeRouter:
 
     def status(self) -> RouterStatus:
         return RouterStatus(
-            router=self.name, model="words", placement=(1, 1), running=len(self.running), rss_bytes=1,
+            router=self.name, model="words", placement=PlacementNumber(1, 1), running=len(self.running), rss_bytes=1,
             max_tokens=MAX_TOKENS, controller=self.controller,
         )  # fmt: skip
 

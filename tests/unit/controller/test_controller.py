@@ -16,7 +16,7 @@ from moecluster.metrics import Metrics
 from moecluster.placement.initial import all_experts, contiguous_placement
 from moecluster.placement.policy.static import StaticPolicy
 from moecluster.rpc.expert.requests import LoadRequest
-from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, Replica
+from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, PlacementNumber, Replica
 from tests.support.clusters.fake_actors import FakeActors, save_tiny_model
 from tests.support.clusters.given import any_directory
 
@@ -236,7 +236,7 @@ def test_a_deposed_controller_is_refused_and_says_so(make, actors, tmp_path) -> 
     second.start(WAIT_S)
     first.set_checkpoint(save_tiny_model(tmp_path / "newer", seed=1))  # makes it give an order
     assert deposed.wait(WAIT_S)
-    wait_until(lambda: all(s.status().placement[0] == 2 for s in actors.services.values()))
+    wait_until(lambda: all(s.status().placement.term == 2 for s in actors.services.values()))
     assert {s.status().checkpoint for s in actors.services.values()} == {second.status().checkpoint}
     with pytest.raises(StaleRequest):
         actors.services["expert-0"].unload(term=1, experts=[ExpertId(layer=0, index=0)])
@@ -255,9 +255,9 @@ def test_an_actor_that_hangs_is_started_again(make, actors) -> None:
 def test_a_router_counts_while_its_lease_lasts(make) -> None:
     now_s = [100.0]
     controller = make(clock=lambda: now_s[0], lease_s=10.0)
-    controller.renew_lease("router-0", (1, 1))
+    controller.renew_lease("router-0", PlacementNumber(1, 1))
     now_s[0] += 6.0
-    controller.renew_lease("router-1", (1, 2))
+    controller.renew_lease("router-1", PlacementNumber(1, 2))
     assert set(controller.leases()) == {"router-0", "router-1"}
     now_s[0] += 5.0
     assert {router: lease.applied for router, lease in controller.leases().items()} == {"router-1": (1, 2)}

@@ -149,7 +149,7 @@ class Fenced:
 
     def set_placement(self, notice: PlacementNotice) -> None:
         self._service.set_placement(PlacementNotice(term=notice.term, generation=notice.generation))
-        assert self._service.status().placement[0] == notice.term == self._term
+        assert self._service.status().placement.term == notice.term == self._term
         raise Told
 
 

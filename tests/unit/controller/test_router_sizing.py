@@ -12,7 +12,7 @@ from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import ResourceError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.placement.scaling import RouterSizeSettings
-from moecluster.types import Operation, OperationPhase, RouterState
+from moecluster.types import Operation, OperationPhase, PlacementNumber, RouterState
 
 WAIT_S = 60.0
 LEASE_S = 10.0
@@ -47,7 +47,7 @@ class Routers:
     def tell(self, router: str, running: int = 0, waiting: int = 0) -> None:
         """The router serves, and has so many texts."""
         state = RouterState(router=router, address="127.0.0.1:5000", running=running, waiting=waiting)
-        self.leases.renew(router, (1, 1), state=state)
+        self.leases.renew(router, PlacementNumber(1, 1), state=state)
 
     def phase(self, operation: Operation) -> OperationPhase:
         return self.log.get(operation.id).phase
@@ -119,7 +119,7 @@ def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits
     wait_until(lambda: routers.detail(operation) == "waits: router-1 does not serve yet; router-3 does not serve yet")
     assert routers.phase(operation) is OperationPhase.PREPARING
     routers.tell("router-1")
-    routers.leases.renew("router-3", (1, 1))  # it has a lease before it listens
+    routers.leases.renew("router-3", PlacementNumber(1, 1))  # it has a lease before it listens
     assert stays(lambda: not routers.phase(operation).ended)
     routers.tell("router-3")
     wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)

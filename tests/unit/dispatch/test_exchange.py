@@ -22,7 +22,7 @@ from moecluster.rpc.controller.in_process import FixedPlacement
 from moecluster.rpc.expert.in_process import InProcessTransport
 from moecluster.rpc.expert.interface import ExpertTransport
 from moecluster.rpc.expert.requests import LoadRequest, PlacementNotice
-from moecluster.types import ActorAddress, ExpertId, Placement, Replica
+from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber, Replica
 from tests.support.clusters.expert_cluster import ExpertCluster, control_of
 from tests.support.expert.small_actor import (
     EXPERTS,
@@ -70,7 +70,7 @@ class Moving:
     def current(self, timeout_s: float) -> Placement:
         return self.placement
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
         with self.changed:
             self.changed.wait_for(lambda: self.placement.number > number, timeout_s)
             return self.placement if self.placement.number > number else None
@@ -78,7 +78,7 @@ class Moving:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         self.reports.append((actor, reason))
 
-    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: tuple[int, int]) -> None:
+    def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         self.nonfinite.append((actor, expert))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:

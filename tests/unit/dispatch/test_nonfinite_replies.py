@@ -166,16 +166,16 @@ def test_a_replica_that_was_wrong_once_answers_itself(
 ) -> None:
     """A flipped bit on the way: the same replica, asked again, says what is right."""
     exchange = fakes.remote._exchange
-    route = exchange.route
+    send = exchange.send_with_failover
 
     def flipped(*arguments: object, **named: object) -> object:
-        (part, result), *others = route(*arguments, **named)  # type: ignore[arg-type]
+        (part, result), *others = send(*arguments, **named)  # type: ignore[arg-type]
         field = "y_PD" if invariant else "y_ND"
         rows = getattr(result, field).clone()
         rows[0] = math.nan
         return [(part, replace(result, **{field: rows})), *others]
 
-    monkeypatch.setattr(exchange, "route", flipped)
+    monkeypatch.setattr(exchange, "send_with_failover", flipped)
     check_served(fakes.remote, modules)
     assert not fakes.placements.failures
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +182,28 @@ def test_without_gradients_a_call_inside_a_step_is_plain_serving(
 def test_training_on_actors_that_only_serve_says_that_the_state_is_lost(serving: ExpertCluster) -> None:
     with serving.remote.training(TAG), pytest.raises(StateLost, match="expert-0 trains nothing"):
         serving.remote(LAYER, *tokens())
+
+
+def test_another_thread_is_outside_of_the_step_unless_it_inherits_the_context(
+    training: ExpertCluster, modules: dict[int, nn.Module]
+) -> None:
+    """As autograd's threads of other devices are: a layer computed there is refused, and not left untrained."""
+    x_TD, ids_TK, weights_TK = tokens()
+
+    def train() -> None:
+        training.remote(LAYER, x_TD.clone().requires_grad_(), ids_TK, weights_TK).sum().backward()
+
+    with ThreadPoolExecutor(1) as other, training.remote.training(TAG):
+        with pytest.raises(UserError, match="outside of a training step"):
+            other.submit(train).result(TIMEOUT_S)
+        assert training.remote.sent(TAG) == {}
+        other.submit(copy_context().run, train).result(TIMEOUT_S)
+        train()
+    for keys in training.remote.sent(TAG).values():
+        assert sorted(key.pass_index for key in keys) == [0, 1], "both threads number the passes of one micro-batch"
+    for _ in range(2):
+        dense(modules, x_TD, ids_TK, weights_TK).sum().backward()
+    assert reduced_square_norm(training) == pytest.approx(square_norm(modules), rel=1e-5)
 
 
 # -- counts --

@@ -2,9 +2,8 @@
 
 import torch
 
-from moecluster.moe.gates.base import Gate
+from moecluster.moe.gates.base import Gate, Routing
 from moecluster.moe.gates.registry import make_gate
-from moecluster.types import Routing
 
 NUM_EXPERTS, HIDDEN = 8, 16
 TOP_K = {"switch": 1}

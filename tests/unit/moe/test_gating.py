@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moecluster.errors import ConfigError
+from moecluster.moe.gates.base import Routing
 from moecluster.moe.gates.registry import GATES, make_gate
-from moecluster.types import Routing
 from tests.unit.moe.gate_helpers import HIDDEN, NUM_EXPERTS, gate_of, losses_of, same
 
 NOISY = ("switch", "sparsely-gated")
@@ -136,10 +136,9 @@ def test_any_gate_takes_z_loss_entropy_and_capacity() -> None:
     torch.testing.assert_close(routing.aux_losses["router_z"], 0.5 * logits_TE.exp().sum(-1).log().square().mean())
     entropy = -(log_probs_TE.exp() * log_probs_TE).sum(-1).mean()
     torch.testing.assert_close(routing.aux_losses["router_entropy"], 0.25 * entropy)
-    torch.testing.assert_close(routing.stats["router_entropy"], entropy.detach())
     counts_E = torch.bincount(routing.ids_TK.flatten(), minlength=NUM_EXPERTS + 1)
     assert counts_E[:-1].max() == 4  # 32 tokens * 2 / 8 experts * 0.5
-    assert routing.stats["dropped_assignments"] == counts_E[-1] >= 32
+    assert counts_E[-1] >= 32
 
 
 @pytest.mark.parametrize(

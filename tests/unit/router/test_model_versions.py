@@ -11,11 +11,11 @@ from typing import Any, cast
 import pytest
 
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.dispatch.trunk_backend import VersionExperts
+from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.errors import CheckpointError, StaleRequest, Unavailable
 from moecluster.router.model_versions import POLL_S, ModelVersions
 from moecluster.rpc.controller.latest_placement import PlacementBoard
-from moecluster.types import Placement
+from moecluster.types import Placement, PlacementNumber
 
 WAIT_S = 60.0
 FIRST = Placement(term=1, generation=1, layer_experts={0: 1}, actors={}, replicas=(), weight_version=1, checkpoint="/1")
@@ -41,7 +41,7 @@ class Board(PlacementBoard):
     def placement(self, timeout_s: float) -> Placement:
         return self.current(timeout_s)
 
-    def wait_for_change(self, number: tuple[int, int], timeout_s: float) -> bool:
+    def wait_for_change(self, number: PlacementNumber, timeout_s: float) -> bool:
         return self.newer_than(number, timeout_s) is not None
 
 
@@ -55,7 +55,7 @@ class Loads:
         self.go = threading.Event()
         self.go.set()
 
-    def load(self, path: Path, backend: VersionExperts) -> str:
+    def load(self, path: Path, backend: TrunkBackend) -> str:
         self.go.wait(WAIT_S)
         if str(path) in self.torn:
             raise CheckpointError(f"{path} is torn")

@@ -31,7 +31,6 @@ from moecluster.rpc.same_host.segment import (
     Segment,
     SegmentUnavailable,
 )
-from moecluster.rpc.tensors import expect_read_only_views
 
 SEGMENT_BYTES = 4096
 ROOM_BYTES = SEGMENT_BYTES - ALIGNMENT_BYTES  # all but the nonce
@@ -39,7 +38,6 @@ ROOM_BYTES = SEGMENT_BYTES - ALIGNMENT_BYTES  # all but the nonce
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    expect_read_only_views()
     segment = Segment(SEGMENT_BYTES)
     yield segment
     segment.close()
@@ -66,7 +64,6 @@ class Allocator(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        expect_read_only_views()
         self.segment = Segment(SEGMENT_BYTES)
         self.peer = peer_of(self.segment)
         self.regions: dict[int, tuple[Region, torch.Tensor]] = {}
@@ -354,7 +351,6 @@ def holders_of(inode: int) -> set[str]:
 
 
 def test_a_killed_writer_leaves_a_readable_mapping_and_then_nothing() -> None:
-    expect_read_only_views()
     names_before = set(os.listdir("/dev/shm"))
     with subprocess.Popen(
         [sys.executable, "-c", OTHER_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -35,7 +35,16 @@ class Failed(grpc.RpcError):
     """The same at the caller's end."""
 
     def __init__(self, code: grpc.StatusCode, detail: str, metadata: Metadata | None) -> None:
-        self.code, self.details, self.trailing_metadata = lambda: code, lambda: detail, lambda: metadata
+        self._code, self._detail, self._metadata = code, detail, metadata
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._detail
+
+    def trailing_metadata(self) -> Any:
+        return self._metadata
 
 
 def over_the_wire(error: MoeClusterError) -> MoeClusterError:

@@ -22,7 +22,7 @@ from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.training.events import AttemptFailed, Event, StepDone, WentBack
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.setup import prepare_start, read_data, run_tokenizer
-from moecluster.types import ActorAddress, ComputeBatch, Phase, Placement
+from moecluster.types import ActorAddress, ComputeBatch, Phase, Placement, PlacementNumber
 from tests.support.clusters.expert_cluster import ExpertCluster
 from tests.support.clusters.given import any_directory
 from tests.support.training.training_runs import (
@@ -137,7 +137,7 @@ class ChangingPlacement(FixedPlacement):
     def publish(self, placement: Placement) -> None:
         self._placement = placement
 
-    def newer_than(self, number: tuple[int, int], timeout_s: float) -> Placement | None:
+    def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
         return self._placement if self._placement.number > number else super().newer_than(number, timeout_s)
 
 
