@@ -12,24 +12,20 @@ from collections.abc import Callable, Sequence
 
 from moecluster.controller.actors.interfaces import ActorSupervisor, Watch
 from moecluster.controller.actors.manager import ActorManager
+from moecluster.controller.context import new_context
 from moecluster.controller.load.direct import DirectLoadSource, LoadSource
-from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.operations.executor import KINDS
 from moecluster.controller.operations.expert_actors import Sizing
 from moecluster.controller.operations.requests import OperationRequests
-from moecluster.controller.operations.routers import KIND as ROUTERS
 from moecluster.controller.operations.routers import RouterSizing, RouterSupervisor
-from moecluster.controller.operations.weight_rollout import KIND as UPDATE
 from moecluster.controller.operations.weight_rollout import WeightUpdates
 from moecluster.controller.rebalance.apply import PlacementApplier
 from moecluster.controller.rebalance.decide import Planner
 from moecluster.controller.rebalance.observe import Observer
+from moecluster.controller.rebalance.recovery import Recovery
 from moecluster.controller.reconciler import Reconciler
 from moecluster.controller.settings import ControllerSettings
-from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.handover import KeptSnapshot, initial_state
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Lease, Leases
+from moecluster.controller.state.router_leases import Lease
 from moecluster.errors import ResourceError, UserError
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint.reader import OpenCheckpoint
@@ -81,91 +77,52 @@ class Controller:
         self._metrics = metrics
         self._clock = clock
         self._board = PlacementBoard()
-        self._leases = Leases(settings.lease_s, clock=clock)
-        self._log = OperationLog(metrics, on_change=self._changed)
-        self._cluster_state = ClusterState(
-            settings.layer_experts, board=self._board, metrics=metrics, on_change=self._changed
+        context = new_context(
+            settings.layer_experts, lease_s=settings.lease_s, board=self._board, metrics=metrics, clock=clock
         )
-        self._snapshot = KeptSnapshot(self._cluster_state, self._log)
-        self._reports = ActorReports()
+        context.signals.deposed.listen(on_deposed)
+        self._cluster_state, self._leases, self._log = context.state, context.leases, context.operations
+        self._reports, self._signals = context.reports, context.signals
         self._direct = DirectLoadSource(settings.layer_experts, clock=clock)
-        observing = settings.observing
-        self._observer = Observer(self._cluster_state, source or self._direct, self._reports, observing)
-        self._planner = Planner(settings.reconciler.policy, self._observer, clock=clock)
-        applier = PlacementApplier(
-            self._cluster_state,
-            self._leases,
-            self._log,
-            connect=connect,
-            settings=settings.applier,
-            give_way=lambda: self._reconciler.recovery_waits(),
-        )
         self._monitors = ActorManager(
+            context,
             settings.actor_manager,
-            cluster_state=self._cluster_state,
-            log=self._log,
-            reports=self._reports,
             direct=self._direct,
             supervisor=supervisor,
             connect=connect,
             watch=watch,
-            snapshot=self._snapshot.encoded,
-            on_news=lambda: self._reconciler.wake(),
-            on_deposed=on_deposed,
-            clock=clock,
+            snapshot=KeptSnapshot(context.state, context.operations, context.signals),
         )
+        slots_per_layer = settings.observing.slots_per_layer
+        self._observer = Observer(context, source or self._direct, settings.observing)
+        self._planner = Planner(context, settings.reconciler.policy, self._observer)
+        recovery = Recovery(context, slots_per_layer=slots_per_layer)
+        applier = PlacementApplier(context, settings.applier, connect=connect, recovery=recovery)
         self._sizing = Sizing(
-            self._cluster_state,
-            supervisor=supervisor,
-            keep=self._monitors.keep,
-            let_go=self._monitors.let_go,
-            slots_per_layer=observing.slots_per_layer,
+            context, supervisor=supervisor, actor_manager=self._monitors, slots_per_layer=slots_per_layer
         )
         self._reconciler = Reconciler(
+            context,
             settings.reconciler,
-            cluster_state=self._cluster_state,
-            leases=self._leases,
-            log=self._log,
             planner=self._planner,
+            recovery=recovery,
             applier=applier,
             sizing=self._sizing,
-            updates=WeightUpdates(
-                settings.update,
-                cluster_state=self._cluster_state,
-                leases=self._leases,
-                log=self._log,
-                reports=self._reports,
-                not_prepared=self._monitors.not_prepared,
-                settled=self._monitors.settled,
-                clock=clock,
-            ),
+            updates=WeightUpdates(context, settings.update),
             supervisor=supervisor,
-            reports=self._reports,
-            metrics=metrics,
-            clock=clock,
         )
         self._orders = OperationRequests(
+            context,
             min_actors=settings.min_actors,
             max_actors=settings.max_actors,
-            cluster_state=self._cluster_state,
-            leases=self._leases,
-            log=self._log,
             sizing=self._sizing,
-            on_order=self._reconciler.wake,
             is_given=is_given,
             announce=announce,
             open_elsewhere=open_elsewhere,
         )
         self._routers: RouterSizing | None = None
         if routers is not None:
-            self._routers = RouterSizing(
-                settings.routers,
-                supervisor=routers,
-                leases=self._leases,
-                log=self._log,
-                checkpoint=lambda: self._cluster_state.versions.checkpoint,
-                clock=clock,
-            )
+            self._routers = RouterSizing(context, settings.routers, supervisor=routers)
 
     def start(self, timeout_s: float) -> None:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.
@@ -183,7 +140,7 @@ class Controller:
             why = f"; {failures[0]}" if failures else ""
             raise ResourceError(f"no expert actor was ready within {timeout_s:g} s{why}")
         self._cluster_state.open()
-        self._monitors.opened()
+        self._leases.opened()
         self._reconciler.start()
         if self._routers is not None:
             self._routers.start()
@@ -195,6 +152,11 @@ class Controller:
         self._reconciler.close()
         self._monitors.close()
         self._board.close()
+
+    @property
+    def started_s(self) -> float:
+        """When it began to make changes, by its clock."""
+        return self._reconciler.started_s
 
     # -- what routers see --
 
@@ -220,7 +182,7 @@ class Controller:
     ) -> None:
         """The router counts for lease_s from now on, and stands as it says. hold: nothing may move while it trains."""
         if self._leases.renew(router, applied, hold=hold, state=state):
-            self._reconciler.wake()
+            self._signals.wake.emit()
 
     def leases(self) -> dict[str, Lease]:
         """Routers that hold a lease now."""
@@ -233,7 +195,7 @@ class Controller:
     def want_experts(self, router: str, experts: Sequence[ExpertId]) -> None:
         """Experts that stand nowhere on purpose are loaded again. Raises InvalidMessage for experts that there are
         not."""
-        self._orders.wake(router, experts)
+        self._orders.activate(router, experts)
 
     # -- what users and training order --
 
@@ -323,7 +285,7 @@ class Controller:
         seen = self._monitors.read(candidates)
         found = initial_state(seen, first=self._settings.first_snapshot, checkpoint=self._settings.checkpoint)
         snapshot = found.snapshot
-        self._log.take_over(snapshot.operations, resumable=KINDS | {UPDATE, ROUTERS})
+        self._log.take_over(snapshot.operations)
         self._cluster_state.begin(
             term=found.term,
             generation=found.generation,
@@ -339,7 +301,3 @@ class Controller:
             self._cluster_state.add_actor(actor)  # begun by an operation that goes on now
         answered = {status.actor for status in seen} if found.succeeds else set(self._cluster_state.actors)
         return found.succeeds, answered & set(self._cluster_state.actors)
-
-    def _changed(self) -> None:
-        self._snapshot.outdate()
-        self._monitors.check_all()

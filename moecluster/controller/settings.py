@@ -40,7 +40,6 @@ class ControllerSettings:
         """How actors are kept."""
         return ActorManagerSettings(
             dtype=self.dtype,
-            lease_s=self.lease_s,
             health_period_s=self.health_period_s,
             start_timeout_s=self.start_timeout_s,
             load_timeout_s=self.load_timeout_s,

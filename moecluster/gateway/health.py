@@ -6,6 +6,7 @@ from typing import Literal
 from moecluster.gateway.api_errors import LOST_EXPERTS
 from moecluster.gateway.schemas.responses import Health
 from moecluster.gateway.served_model import ServedModel
+from moecluster.types import ActorPhase
 
 
 def health_of(models: Sequence[ServedModel]) -> Health:
@@ -28,7 +29,7 @@ def _reasons(model: ServedModel) -> list[str]:
     if seen is None:
         silent = "no controller answers; what is lost does not come back before one does"
         return [f"{model.name}: {silent}"] if directory.has_controller else []
-    reasons = [f"{actor.actor} is {actor.phase}" for actor in seen.actors if actor.phase != "serving"]
+    reasons = [f"{actor.actor} is {actor.phase}" for actor in seen.actors if actor.phase is not ActorPhase.SERVING]
     if seen.lost_experts and any(actor.problem for actor in seen.actors):
         reasons.append(f"it {LOST_EXPERTS}")
     elif seen.lost_experts:

@@ -78,6 +78,11 @@ class Router:
         if metrics is not None:
             metrics.watch_requests(running=lambda: self._count_requests()[0], waiting=lambda: self._count_requests()[1])
 
+    @property
+    def models(self) -> ModelVersions[ServedModel]:
+        """The weight versions that requests are generated with, or can be."""
+        return self._models
+
     def reload(self, path: str | Path) -> None:
         """Loads trunk and tokenizer of another directory; running requests keep the old ones."""
         self._models.reload(path)

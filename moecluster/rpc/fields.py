@@ -3,10 +3,14 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import TypeVar
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import tensor_pb2
 from moecluster.types import ExpertId
+
+EnumT = TypeVar("EnumT", bound=Enum)
 
 MAX_NAME_LENGTH = 256
 MAX_PATH_LENGTH = 4096
@@ -36,6 +40,15 @@ def checked_names(names: Iterable[str], field: str) -> tuple[str, ...]:
         twice = next(name for name in checked if checked.count(name) > 1)
         raise InvalidMessage(field, f"{twice} is named twice")
     return checked
+
+
+def checked_choice(value: str, choices: type[EnumT], field: str) -> EnumT:
+    """The member of an enum that has this value."""
+    try:
+        return choices(value)
+    except ValueError:
+        known = ", ".join(str(member.value) for member in choices)
+        raise InvalidMessage(field, f"{value[:40]!r}, expected one of {known}") from None
 
 
 def checked_path(path: str, field: str) -> str:

@@ -22,6 +22,7 @@ from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.models.config import read_model_config
 from moecluster.rpc.controller.client import controller_status
+from moecluster.types import ActorPhase
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.ray_cluster import CREDENTIALS
 
@@ -112,7 +113,7 @@ def test_an_expert_actor_that_dies_or_hangs_while_generating_changes_nothing(clu
     assert stream.ids == reference
     wait_until(
         lambda: all(
-            a.phase == "serving"
+            a.phase is ActorPhase.SERVING
             for a in controller_status(cluster.controller_address(), credentials=CREDENTIALS).actors
         )
     )

@@ -11,7 +11,7 @@ from actors.names import is_router
 from moecluster.client import Client
 from moecluster.errors import MoeClusterError
 from moecluster.rpc.controller.client import ControllerCalls
-from moecluster.types import OperationPhase, RouterState
+from moecluster.types import OperationKind, OperationPhase, RouterState
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.support.clusters.ray_session import RaySession
 from tests.support.soak.generation_load import PROMPTS, save_decided_model
@@ -101,7 +101,7 @@ def test_under_load_a_second_router_starts_and_when_it_is_over_it_is_drained_and
     wait_for(lambda: set(routers(cluster)) == {"router"}, "it is forgotten")
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
         wait_for(lambda: all(o.phase.ended for o in calls.operations()), "the operations end")
-        changes = [o for o in calls.operations() if o.kind == "scale-routers"]
+        changes = [o for o in calls.operations() if o.kind is OperationKind.SCALE_ROUTERS]
     assert [(o.arguments, o.phase) for o in changes] == [(("1",), OperationPhase.DONE), (("2",), OperationPhase.DONE)]
     assert "a router has" in changes[0].reason and "a router has" in changes[1].reason
 

@@ -23,7 +23,7 @@ from moecluster.cli.common.tables import make_table, show_table
 from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.credentials import ClusterCredentials, read_secret
-from moecluster.types import ActorState, ControllerStatus, RouterState
+from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 
 STATUS_S = 3.5  # longest time of `status`, not counting the start of its process
 ACTOR_PATIENCE, CONTROLLER_PATIENCE = 0.4, 0.6  # fractions of that
@@ -170,7 +170,7 @@ def _phase(reached: Endpoints | None, actor: ActorState | None, router: RouterSt
         return actor.phase
     if router is not None and router.leaving:
         return "leaving"
-    return "serving" if reached is not None or router is not None else "restarting"
+    return ActorPhase.SERVING if reached is not None or router is not None else ActorPhase.RESTARTING
 
 
 def _address_shown(actor: ActorState | None, router: RouterState | None) -> str:

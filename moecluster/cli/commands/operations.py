@@ -21,7 +21,7 @@ from moecluster.cli.common.tables import make_table, show_table
 from moecluster.errors import ConfigError, InvalidMessage, OperationFailed
 from moecluster.placement.expert_ids import parse_expert
 from moecluster.rpc.controller.client import ControllerCalls
-from moecluster.types import Operation, OperationPhase
+from moecluster.types import Operation, OperationKind, OperationPhase
 
 POLL_S = 0.2
 
@@ -36,7 +36,7 @@ def scale(
         raise ConfigError(f"N: got {expert_actors}, expected at least 1 expert actor")
     if routers is not None and routers < 1:
         raise ConfigError(f"--routers: got {routers}, expected at least 1 router")
-    order = _with_id("scale" if routers is None else "scale-routers", operation_id)
+    order = _with_id(OperationKind.SCALE if routers is None else OperationKind.SCALE_ROUTERS, operation_id)
 
     def ask(calls: ControllerCalls) -> Operation:
         if routers is not None:
@@ -49,7 +49,7 @@ def scale(
 
 def drain(name: str, node: str, operation_id: str, wait: bool, console: Console) -> None:
     """Drains a node, or one expert actor."""
-    order = _with_id("drain", operation_id)
+    order = _with_id(OperationKind.DRAIN, operation_id)
     _carry_out(name, lambda calls: calls.drain(node, operation_id=order), wait, console)
 
 
@@ -60,13 +60,13 @@ def place(
     if nowhere == bool(actors):
         raise ConfigError("ACTOR: expected the names of one actor or more, or --nowhere instead of them")
     where = parse_expert(expert, "EXPERT")
-    order = _with_id("place", operation_id)
+    order = _with_id(OperationKind.PLACE, operation_id)
     _carry_out(name, lambda calls: calls.place(where, actors, operation_id=order), wait, console)
 
 
 def update(name: str, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
     """Replaces all weights by those of a directory; returns the operation in its latest state."""
-    order = _with_id("update", operation_id)
+    order = _with_id(OperationKind.UPDATE, operation_id)
     return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=order), wait, console)
 
 
@@ -126,9 +126,9 @@ def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: b
 
 
 def _outcome(operation: Operation) -> str:
-    if operation.kind == "update":
+    if operation.kind is OperationKind.UPDATE:
         return f"{operation.detail}; {shown_bytes(operation.moved_bytes)} of experts loaded"
-    if operation.kind == "scale-routers":
+    if operation.kind is OperationKind.SCALE_ROUTERS:
         return f"routers: {operation.arguments[0]}"
     return shown_moves(operation)
 
@@ -153,7 +153,7 @@ def _progress(operation: Operation) -> str:
     return escape(f"{operation.id} is {operation.phase.value}{detail}")
 
 
-def _with_id(kind: str, given: str) -> str:
+def _with_id(kind: OperationKind, given: str) -> str:
     """Returns an operation id chosen here, so that a retry after a lost answer starts nothing new."""
     return given or f"{kind}-{secrets.token_hex(4)}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from actors.local_ray import LocalRay, RayProcess
 from actors.names import Endpoints
-from moecluster.types import ControllerStatus
+from moecluster.types import ActorPhase, ControllerStatus
 
 MAX_NAMED = 3  # actors listed by name
 
@@ -55,7 +55,7 @@ def of_actors(
         problems += [
             f"{actor.actor} is {actor.phase}" + (f": {actor.problem}" if actor.problem else "")
             for actor in seen.actors
-            if actor.phase != "serving"
+            if actor.phase is not ActorPhase.SERVING
         ]
         problems += [f"{router.router}: {router.problem}" for router in seen.router_states if router.problem]
         if seen.lost_experts:

@@ -2,18 +2,15 @@
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from moecluster.controller.actors.interfaces import ActorSupervisor, DesiredState, Watch
 from moecluster.controller.actors.monitor import ActorMonitor
 from moecluster.controller.actors.replicas_aside import ReplicasAside
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.load.direct import DirectLoadSource
-from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.handover import READ_TIMEOUT_S, read_actors
-from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.handover import READ_TIMEOUT_S, KeptSnapshot, read_actors
 from moecluster.errors import MoeClusterError, StaleRequest, UserError
 from moecluster.rpc.expert.interface import Connect
 from moecluster.types import (
@@ -21,6 +18,7 @@ from moecluster.types import (
     ActorState,
     ExpertActorStatus,
     ExpertId,
+    OperationKind,
     OperationPhase,
     PlacementNumber,
     ReplicaAside,
@@ -35,7 +33,6 @@ class ActorManagerSettings:
     """How actors are kept."""
 
     dtype: str = ""  # of experts; empty: the checkpoint's
-    lease_s: float = 10.0
     health_period_s: float = 1.0
     start_timeout_s: float = 60.0  # for an actor to be started anew
     load_timeout_s: float = 60.0
@@ -46,43 +43,37 @@ class ActorManager:
 
     def __init__(
         self,
+        context: ControllerContext,
         settings: ActorManagerSettings,
         *,
-        cluster_state: ClusterState,
-        log: OperationLog,
-        reports: ActorReports,
         direct: DirectLoadSource,
         supervisor: ActorSupervisor,
         connect: Connect,
         watch: Watch,
-        snapshot: Callable[[], bytes],
-        on_news: Callable[[], None],
-        on_deposed: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        snapshot: KeptSnapshot,
     ) -> None:
-        """snapshot: what the controller leaves with its actors; on_news: an actor came or went."""
+        """direct: takes what actors have computed. snapshot: what the controller leaves with its actors."""
         self._settings = settings
-        self._cluster_state = cluster_state
-        self._log = log
-        self._reports = reports
+        self._cluster_state = context.state
+        self._leases = context.leases
+        self._log = context.operations
+        self._reports = context.reports
+        self._signals = context.signals
+        self._clock = context.clock
         self._direct = direct
         self._supervisor = supervisor
         self._connect = connect
         self._watch = watch
         self._snapshot = snapshot
-        self._on_news = on_news
-        self._on_deposed = on_deposed
-        self._clock = clock
-        self._aside = ReplicasAside(cluster_state, log, check=self.check)
+        self._aside = ReplicasAside(context, check=self.check)
         self._lock = threading.RLock()
         self._monitors: dict[str, ActorMonitor] = {}
         self._closed = False
         self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
         self._awaited: frozenset[str] = frozenset()  # of those: the ones that the first placement waits for
         self._all_tried = threading.Event()
-        self._opened_s: float | None = None  # when the first placement was published
         self._restores: dict[str, str] = {}  # actor that is lost -> operation
-        self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # version, and why it is not loaded there
+        self._signals.changed.listen(self._look_all)
 
     def read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
         """What those that answer say of themselves, before any order; by growing placement numbers."""
@@ -124,17 +115,6 @@ class ActorManager:
         if monitor is not None:
             monitor.check()
 
-    def check_all(self) -> None:
-        """There are new orders."""
-        with self._lock:
-            actor_manager = list(self._monitors.values())
-        for monitor in actor_manager:
-            monitor.check()
-
-    def opened(self) -> None:
-        """The first placement of this term is published now."""
-        self._opened_s = self._clock()
-
     def states(self) -> tuple[ActorState, ...]:
         """Every actor as it was last seen."""
         with self._lock:
@@ -159,7 +139,7 @@ class ActorManager:
             generation=number.generation,
             versions=versions,
             dtype=self._settings.dtype,
-            snapshot=self._snapshot(),
+            snapshot=self._snapshot.encoded(),
         )
 
     def assigned(self, actor: str) -> frozenset[ExpertId]:
@@ -175,8 +155,8 @@ class ActorManager:
         return self._cluster_state.lost()
 
     def settled(self) -> bool:
-        """Whether every router that holds a lease had the time to take a placement of this term."""
-        return self._opened_s is not None and self._clock() - self._opened_s >= self._settings.lease_s
+        """Whether every router that holds a lease had the time to take a placement of this controller."""
+        return self._leases.settled()
 
     def actor_up(
         self,
@@ -191,31 +171,24 @@ class ActorManager:
             self._end_restore(address.actor, OperationPhase.DONE)
             self._note_outcome(address.actor, None)
         self._cluster_state.actor_up(address, held, versions=versions)
-        self._on_news()
+        self._signals.wake.emit()
 
     def actor_prepared(
         self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
     ) -> None:
         """The actor holds these experts in the version that is next."""
-        with self._lock:
-            self._not_prepared.pop(address.actor, None)
+        self._reports.prepared(address.actor)
         if loaded_bytes:
-            operation = next((o for o in self._log.under_way() if o.kind == "update"), None)
+            operation = next((o for o in self._log.under_way() if o.kind is OperationKind.UPDATE), None)
             if operation is not None:
                 self._log.count_moved(operation.id, loaded_bytes=loaded_bytes, added=0, removed=0)
         if self._cluster_state.actor_prepared(address, version, experts):
-            self._on_news()
+            self._signals.wake.emit()
 
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
         """The actor cannot load the version that is next now."""
-        with self._lock:
-            self._not_prepared[actor] = (version, error)
-        self._on_news()
-
-    def not_prepared(self, version: int) -> dict[str, MoeClusterError]:
-        """Actors that could not load a version when they were last told to, and why."""
-        with self._lock:
-            return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
+        self._reports.preparing_failed(actor, version, error)
+        self._signals.wake.emit()
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """A router had NaN or infinity of a replica."""
@@ -246,19 +219,19 @@ class ActorManager:
     def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
         """The actor answered a look."""
         self._reports.add(status, self._clock())
-        self._direct.set_work(address.actor, address.incarnation, status.work)
+        self._direct.set_work(address.actor, status.work)
 
     def actor_down(self, actor: str) -> None:
         """The actor is lost: its experts' requests go to other replicas, or wait."""
         self._cluster_state.actor_down(actor)
         self._reports.forget(actor)
-        # Before the lock: a change of the standing calls check_all, which waits for it, with the standing's lock held.
+        # Before the lock: a change of the standing calls _look_all, which waits for it, with the standing's lock held.
         belongs, experts = actor in self._cluster_state.actors, len(self._cluster_state.assigned(actor))
         with self._lock:
             if actor not in self._restores and belongs:
                 reason = f"{actor} was lost with {experts} replicas"
-                self._restores[actor] = self._log.begin("restore", reason=reason, arguments=(actor,)).id
-        self._on_news()
+                self._restores[actor] = self._log.begin(OperationKind.RESTORE, reason=reason, arguments=(actor,)).id
+        self._signals.wake.emit()
 
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
         """The actor cannot be brought up now; its monitor goes on trying."""
@@ -272,9 +245,16 @@ class ActorManager:
     def deposed(self, error: StaleRequest) -> None:
         """Another controller has taken over: gives no more orders."""
         logger.warning("another controller has taken over: %s", error)
-        self._on_deposed()
+        self._signals.deposed.emit()
 
     # -- inside --
+
+    def _look_all(self) -> None:
+        """There is something new to tell the actors."""
+        with self._lock:
+            actor_manager = list(self._monitors.values())
+        for monitor in actor_manager:
+            monitor.check()
 
     def _new_monitor(self, actor: str) -> ActorMonitor:
         return ActorMonitor(

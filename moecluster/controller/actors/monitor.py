@@ -7,7 +7,7 @@ from moecluster.controller.actors.interfaces import ActorSupervisor, MonitorOwne
 from moecluster.controller.actors.session import ActorSession
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.expert.interface import Connect, ExpertControl
-from moecluster.types import ActorAddress, ActorState, ExpertActorStatus
+from moecluster.types import ActorAddress, ActorPhase, ActorState, ExpertActorStatus
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ActorMonitor:
         self._closed = threading.Event()
         self._wake = threading.Event()
         self._address: ActorAddress | None = None
-        self._phase = "restarting"
+        self._phase = ActorPhase.RESTARTING
         self._num_experts = 0
         self._incarnations = 0
         self._problem = ""  # why it does not serve
@@ -92,7 +92,7 @@ class ActorMonitor:
             address=address.address if address else "",
             incarnation=address.incarnation if address else "",
             phase=self._phase,
-            experts=self._num_experts if self._phase == "serving" else 0,
+            experts=self._num_experts if self._phase == ActorPhase.SERVING else 0,
             restarts=max(self._incarnations - 1, 0),
             problem=self._problem,
         )
@@ -116,7 +116,7 @@ class ActorMonitor:
 
     def _run_session(self) -> None:
         """From finding the actor to losing it. Raises a MoeClusterError if it could not be brought up."""
-        self._phase = "restarting"
+        self._phase = ActorPhase.RESTARTING
         if self._silent >= HANGS_AFTER:
             logger.warning("%s hangs: ending it, so that it starts again", self.actor)
             self._supervisor.restart(self.actor)
@@ -128,7 +128,7 @@ class ActorMonitor:
             return
         control = self._connect(address)
         try:
-            self._phase = "loading"
+            self._phase = ActorPhase.LOADING
             try:
                 session = ActorSession(address, control, owner=self._owner, load_timeout_s=self._load_timeout_s)
                 self._num_experts = session.load()
@@ -138,7 +138,7 @@ class ActorMonitor:
             if self._address is None or self._address.incarnation != address.incarnation:
                 self._incarnations += 1
             self._address = address
-            self._phase, self._problem = "serving", ""
+            self._phase, self._problem = ActorPhase.SERVING, ""
             watch = self._watch(address, self.check)
             try:
                 self._watch_actor(session, control)
@@ -147,7 +147,7 @@ class ActorMonitor:
         finally:
             control.close()
         if not self._closed.is_set():
-            self._phase = "restarting"
+            self._phase = ActorPhase.RESTARTING
             self._owner.actor_down(self.actor)
 
     def _watch_actor(self, session: ActorSession, control: ExpertControl) -> None:

@@ -6,9 +6,8 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.types import NO_PLACEMENT, ExpertId, OperationPhase, PlacementNumber, ReplicaAside
+from moecluster.controller.context import ControllerContext
+from moecluster.types import NO_PLACEMENT, ExpertId, OperationKind, OperationPhase, PlacementNumber, ReplicaAside
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +29,10 @@ class _Entry:
 class ReplicasAside:
     """Thread-safe. An actor's monitor carries out the loads."""
 
-    def __init__(self, cluster_state: ClusterState, log: OperationLog, *, check: Callable[[str], None]) -> None:
+    def __init__(self, context: ControllerContext, *, check: Callable[[str], None]) -> None:
         """look: wakes an actor's monitor."""
-        self._cluster_state = cluster_state
-        self._log = log
+        self._cluster_state = context.state
+        self._log = context.operations
         self._check = check
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, ExpertId], _Entry] = {}
@@ -53,7 +52,7 @@ class ReplicasAside:
                 self._entries[actor, expert] = replace(before, shown=shown)
                 return
         reason = f"expert {expert} of {actor} answers NaN or infinity"
-        operation = self._log.begin("restore", reason=reason, arguments=(actor, str(expert)))
+        operation = self._log.begin(OperationKind.RESTORE, reason=reason, arguments=(actor, str(expert)))
         shown = ReplicaAside(actor=actor, expert=expert, state=RELOADING, problem=reason, reports=1)
         entry = _Entry(
             incarnation=incarnation,

@@ -23,21 +23,12 @@ MAX_ASSIGNMENTS = 2**40  # of an expert in one report; sums of such reports stay
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkCounter:
-    """What one incarnation of an expert actor has computed since its start."""
-
-    incarnation: str  # another one after each start of the process: its counters begin at 0
-    computed_rows: float  # (row, expert) pairs
-    expert_runs: float  # times that an expert was computed
-    busy_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class SourceReading:
     """All counters at one moment."""
 
     counters: CounterReading
-    work: Mapping[str, WorkCounter]  # actor -> what it has computed; actors that have not computed yet may be missing
+    # Actor -> its computed_rows, expert_runs and busy_s; actors that have not computed yet may be missing.
+    work: Mapping[str, ActorWork]
 
 
 class LoadSource(Protocol):
@@ -59,7 +50,7 @@ class _Counted:
 
 @dataclass(frozen=True, kw_only=True)
 class _Worked:
-    counter: WorkCounter
+    work: ActorWork
     heard_s: float
 
 
@@ -105,16 +96,10 @@ class DirectLoadSource:
                     counted.tokens[expert.layer] = np.zeros(self._layer_experts[expert.layer], dtype=np.int64)
                 counted.tokens[expert.layer][expert.index] += assignments
 
-    def set_work(self, actor: str, incarnation: str, work: ActorWork) -> None:
+    def set_work(self, actor: str, work: ActorWork) -> None:
         """Takes what an actor says that this incarnation of it has computed."""
-        counter = WorkCounter(
-            incarnation=incarnation,
-            computed_rows=work.computed_rows,
-            expert_runs=work.expert_runs,
-            busy_s=work.busy_s,
-        )
         with self._lock:
-            self._work[actor] = _Worked(counter=counter, heard_s=self._clock())
+            self._work[actor] = _Worked(work=work, heard_s=self._clock())
 
     def read(self, now_s: float) -> SourceReading:
         """What was reported until now; never raises."""
@@ -126,7 +111,7 @@ class DirectLoadSource:
                 router: {layer: tokens_E.copy() for layer, tokens_E in counted.tokens.items()}
                 for router, counted in self._routers.items()
             }
-            work = {actor: worked.counter for actor, worked in self._work.items()}
+            work = {actor: worked.work for actor, worked in self._work.items()}
         return SourceReading(counters=CounterReading(now_s=now_s, tokens=tokens), work=work)
 
     def _check(self, router: str, expert: ExpertId, assignments: int) -> None:

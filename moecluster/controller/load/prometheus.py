@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from moecluster.controller.load.direct import SourceReading, WorkCounter
+from moecluster.controller.load.direct import SourceReading
 from moecluster.controller.load.prometheus_client import PrometheusServer, Sample, quoted
 from moecluster.errors import ConfigError, InvalidMessage, Unavailable
 from moecluster.metrics import COMMON_LABELS, QUANTILE_LABEL
 from moecluster.placement.load.window import CounterReading
+from moecluster.types import ActorWork
 
 STARTED = "moecluster_start_time_seconds"
 EXPERT_TOKENS = "moecluster_expert_tokens_total"
@@ -126,12 +127,11 @@ class PrometheusLoadSource:
         return layers
 
 
-def _work(series: Mapping[str, Series]) -> dict[str, WorkCounter]:
+def _work(series: Mapping[str, Series]) -> dict[str, ActorWork]:
     """Actor -> what its newest incarnation has computed: the one before may be shown until it is missed by a scrape."""
-    found: dict[str, tuple[float, WorkCounter]] = {}
+    found: dict[str, tuple[float, ActorWork]] = {}
     for process, samples in series[ACTOR_TOKENS].items():
         started_s = _count(series[STARTED][process][0])
-        incarnation = f"{_name(process)} since {started_s:.6f}"
         runs, busy_s = (
             {_text(sample, "actor"): _count(sample) for sample in series[name][process]}
             for name in (ACTOR_RUNS, ACTOR_BUSY)
@@ -140,12 +140,10 @@ def _work(series: Mapping[str, Series]) -> dict[str, WorkCounter]:
             actor = _text(sample, "actor")
             if actor not in busy_s or actor not in runs:
                 continue  # scraped while it computed its very first batch
-            counter = WorkCounter(
-                incarnation=incarnation, computed_rows=_count(sample), expert_runs=runs[actor], busy_s=busy_s[actor]
-            )
+            work = ActorWork(computed_rows=int(_count(sample)), expert_runs=int(runs[actor]), busy_s=busy_s[actor])
             if actor not in found or started_s > found[actor][0]:
-                found[actor] = (started_s, counter)
-    return {actor: counter for actor, (_, counter) in found.items()}
+                found[actor] = (started_s, work)
+    return {actor: work for actor, (_, work) in found.items()}
 
 
 def _process(sample: Sample) -> Process:

@@ -1,8 +1,9 @@
-"""What the expert actors last said of themselves: their work, and what an expert weighs."""
+"""What the expert actors last said of themselves: their work, what an expert weighs, what they could not load."""
 
 import threading
 from dataclasses import dataclass
 
+from moecluster.errors import MoeClusterError
 from moecluster.types import ActorWork, ExpertActorStatus
 
 
@@ -28,6 +29,7 @@ class ActorReports:
         self._last: dict[str, _Report] = {}
         self._before: dict[str, _Report] = {}  # as `pressure` saw them
         self._expert_bytes = 1.0
+        self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # weight version, and why it is not loaded
 
     def add(self, status: ExpertActorStatus, now_s: float) -> None:
         """An actor answered."""
@@ -42,6 +44,21 @@ class ActorReports:
         with self._lock:
             self._last.pop(actor, None)
             self._before.pop(actor, None)
+
+    def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
+        """The actor could not load a weight version that is being prepared."""
+        with self._lock:
+            self._not_prepared[actor] = (version, error)
+
+    def prepared(self, actor: str) -> None:
+        """The actor has loaded of a weight version that is being prepared."""
+        with self._lock:
+            self._not_prepared.pop(actor, None)
+
+    def not_prepared(self, version: int) -> dict[str, MoeClusterError]:
+        """Actors that could not load a weight version when they were last told to, and why."""
+        with self._lock:
+            return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
 
     def with_other_versions(self) -> list[str]:
         """Actors that held more weight versions than the one that they serve, when they last answered."""

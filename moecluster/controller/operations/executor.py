@@ -1,55 +1,54 @@
-"""Carries out what users order: a number of actors, a node to be emptied, where an expert stands; and wakes experts."""
+"""Carries out requested operations: a number of actors, a node to be emptied, actors of an expert, evicted experts."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.operations.expert_actors import Sizing, number_of
 from moecluster.controller.rebalance.apply import PlacementApplier
 from moecluster.controller.rebalance.decide import Planner
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
 from moecluster.errors import ResourceError
 from moecluster.placement.expert_ids import parse_expert
-from moecluster.types import ExpertId, Operation, Replica
-
-KINDS = frozenset({"scale", "drain", "place", "wake"})  # carried out here; a successor goes on with these
-SIZES = frozenset({"scale", "drain"})  # of these, those that wait for actors
+from moecluster.types import ExpertId, Operation, OperationKind, Replica
 
 
 class OperationExecutor:
     """Used by one thread at a time. Every order may be carried out again: what is done already is left alone."""
 
     def __init__(
-        self,
-        *,
-        cluster_state: ClusterState,
-        log: OperationLog,
-        planner: Planner,
-        applier: PlacementApplier,
-        sizing: Sizing,
+        self, context: ControllerContext, *, planner: Planner, applier: PlacementApplier, sizing: Sizing
     ) -> None:
-        self._cluster_state = cluster_state
-        self._log = log
+        self._cluster_state = context.state
+        self._log = context.operations
         self._planner = planner
         self._applier = applier
         self._sizing = sizing
+        self._steps: Mapping[OperationKind, Callable[[Operation], None]] = {
+            OperationKind.SCALE: self._scale,
+            OperationKind.DRAIN: self._drain,
+            OperationKind.PLACE: self._place,
+            OperationKind.ACTIVATE: self._activate,
+        }
+
+    @property
+    def kinds(self) -> frozenset[OperationKind]:
+        """Of the operations that are carried out here."""
+        return frozenset(self._steps)
 
     def carry_out(self, operation: Operation) -> None:
         """Raises Interrupted if it gave way to a recovery, Unavailable if an actor is not there (yet), another
         MoeClusterError if it failed."""
-        {"scale": self._scale, "drain": self._drain, "place": self._place, "wake": self._wake}[operation.kind](
-            operation
-        )
+        self._steps[operation.kind](operation)
 
     def take_back(self, operation: Operation) -> None:
         """The order has failed: actors that were to leave by it stay, and those that never came are not asked for."""
-        if operation.kind in SIZES:
+        if operation.kind.waits_for_actors:
             self._cluster_state.set_leaving(())
             self._sizing.give_up_missing()
 
     def _scale(self, operation: Operation) -> None:
         """To a number of actors: new ones are started and filled, or those of the highest numbers emptied and ended."""
         wanted = int(operation.arguments[0])
-        self._sizing.check_size(wanted, "scale")
+        self._sizing.check_size(wanted, OperationKind.SCALE)
         staying = self._sizing.staying()
         if wanted < len(staying):
             self._cluster_state.set_leaving({*self._cluster_state.leaving, *staying[wanted:]})
@@ -94,7 +93,7 @@ class OperationExecutor:
                     "name another actor, or raise controller.slots_per_layer"
                 )
 
-    def _wake(self, operation: Operation) -> None:
+    def _activate(self, operation: Operation) -> None:
         """Cold experts that a token wants are loaded where there is most room."""
         for expert in experts_of(operation):
             if expert not in self._cluster_state.cold:
@@ -127,7 +126,7 @@ class OperationExecutor:
         leaving = sorted(self._cluster_state.leaving)
         if not leaving:
             return
-        self._sizing.check_size(len(self._sizing.staying()), "drain")
+        self._sizing.check_size(len(self._sizing.staying()), OperationKind.DRAIN)
         self._log.update(operation_id, detail=f"emptying {', '.join(leaving)}")
         self._fill(operation_id)
         left = [

@@ -1,10 +1,11 @@
 """Changes of the cluster's size: actors are asked for and filled, or emptied and ended. Each step may be repeated."""
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 from moecluster.controller.actors.interfaces import ActorSupervisor
-from moecluster.controller.state.cluster_state import ClusterState
+from moecluster.controller.actors.manager import ActorManager
+from moecluster.controller.context import ControllerContext
 from moecluster.errors import ResourceError, Unavailable
 
 
@@ -13,18 +14,15 @@ class Sizing:
 
     def __init__(
         self,
-        cluster_state: ClusterState,
+        context: ControllerContext,
         *,
         supervisor: ActorSupervisor,
-        keep: Callable[[str], None],
-        let_go: Callable[[str], None],
+        actor_manager: ActorManager,
         slots_per_layer: int,
     ) -> None:
-        """keep begins to look after an actor, let_go ends that."""
-        self._cluster_state = cluster_state
+        self._cluster_state = context.state
         self._supervisor = supervisor
-        self._keep = keep
-        self._let_go = let_go
+        self._monitors = actor_manager
         self._slots_per_layer = slots_per_layer
 
     @property
@@ -53,7 +51,7 @@ class Sizing:
         for actor in actors:
             self._cluster_state.add_actor(actor)
             self._supervisor.create(actor, avoid_nodes=avoid_nodes)
-            self._keep(actor)
+            self._monitors.keep(actor)
 
     def new_names(self, count: int) -> list[str]:
         """Names of the lowest numbers that no actor has."""
@@ -76,7 +74,7 @@ class Sizing:
     def remove(self, actors: Iterable[str]) -> None:
         """Ends actors that hold nothing that is needed any more."""
         for actor in actors:
-            self._let_go(actor)
+            self._monitors.let_go(actor)
             self._cluster_state.remove_actor(actor)
             self._supervisor.remove(actor)
 

@@ -4,17 +4,14 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.operations.expert_actors import Sizing
-from moecluster.controller.operations.weight_rollout import KIND as UPDATE
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, ResourceError
 from moecluster.models.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from moecluster.models.experts.source import ExpertSource
 from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.models.update.compatibility import check_same_shape, sizes
-from moecluster.types import ExpertId, Operation
+from moecluster.types import ExpertId, Operation, OperationKind
 
 MIN_NODE_PREFIX = 4
 
@@ -27,28 +24,25 @@ class OperationRequests:
 
     def __init__(
         self,
+        context: ControllerContext,
         *,
         min_actors: int,
         max_actors: int,
-        cluster_state: ClusterState,
-        leases: Leases,
-        log: OperationLog,
         sizing: Sizing,
-        on_order: Callable[[], None],
         is_given: IsGiven,
         announce: Callable[[str], None] = lambda checkpoint: None,
         open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """max_actors: 0 for no limit. on_order is called when something was queued. is_given: whether weights may be
-        loaded out of a directory. announce: lets nodes that do not see a directory read it, if a node that can give it
-        does. open_elsewhere: opens checkpoints that this node does not see."""
+        """max_actors: 0 for no limit. is_given: whether weights may be loaded out of a directory. announce: lets nodes
+        that do not see a directory read it, if a node that can give it does. open_elsewhere: opens checkpoints that
+        this node does not see."""
         self._min_actors = min_actors
         self._max_actors = max_actors
-        self._cluster_state = cluster_state
-        self._leases = leases
-        self._log = log
+        self._cluster_state = context.state
+        self._leases = context.leases
+        self._log = context.operations
+        self._signals = context.signals
         self._sizing = sizing
-        self._on_order = on_order
         self._is_given = is_given
         self._announce = announce
         self._open_elsewhere = open_elsewhere
@@ -62,8 +56,8 @@ class OperationRequests:
                 f"scale: {expert_actors} expert actors are beyond the limits, which are {limit} "
                 "(controller.min_expert_actors, controller.max_expert_actors)"
             )
-        self._sizing.check_size(expert_actors, "scale")
-        return self._order("scale", (str(expert_actors),), operation_id)
+        self._sizing.check_size(expert_actors, OperationKind.SCALE)
+        return self._order(OperationKind.SCALE, (str(expert_actors),), operation_id)
 
     def drain(self, node: str, operation_id: str) -> Operation:
         """node: its id, or how it begins, or an expert actor. Raises ResourceError if there is none of that name."""
@@ -74,7 +68,7 @@ class OperationRequests:
             node = matching[0]
         elif node not in self._cluster_state.actors:
             self._refuse_unknown(operation_id, f'drain: no node or expert actor "{node}"', [*nodes, *up])
-        return self._order("drain", (node,), operation_id)
+        return self._order(OperationKind.DRAIN, (node,), operation_id)
 
     def place(self, expert: ExpertId, actors: Sequence[str], operation_id: str) -> Operation:
         """Raises ResourceError for an expert or actors that there are not."""
@@ -84,7 +78,7 @@ class OperationRequests:
             self._refuse_unknown(operation_id, f'place: no expert actor "{unknown[0]}"', self._cluster_state.actors)
         if len(set(actors)) < len(actors):
             raise ResourceError(f"place {expert}: an actor is named twice; it holds one replica of an expert")
-        return self._order("place", (str(expert), *actors), operation_id)
+        return self._order(OperationKind.PLACE, (str(expert), *actors), operation_id)
 
     def update(self, checkpoint: str, operation_id: str) -> Operation:
         """Raises NotGiven for a directory that the cluster was not given, CheckpointError for one that is not whole or
@@ -101,7 +95,7 @@ class OperationRequests:
             self._announce(checkpoint)
             served, wanted = (open_checkpoint(path, self._open_elsewhere) for path in (versions.checkpoint, checkpoint))
             check_same_shape(served, wanted)
-        return self._order(UPDATE, (checkpoint,), operation_id)
+        return self._order(OperationKind.UPDATE, (checkpoint,), operation_id)
 
     def set_checkpoint(self, checkpoint: str) -> None:
         """Where lost experts are loaded from, from now on. Raises, and leaves it as it is, CheckpointError for
@@ -117,23 +111,23 @@ class OperationRequests:
             )
         served.set_checkpoint(checkpoint)
 
-    def wake(self, router: str, experts: Sequence[ExpertId]) -> None:
+    def activate(self, router: str, experts: Sequence[ExpertId]) -> None:
         """A router has tokens for these: those that stand nowhere on purpose are loaded again. Raises InvalidMessage
         for experts that there are not."""
         for expert in experts:
             self._check_expert(expert, partial(InvalidMessage, "experts"))
         cold = sorted(set(experts) & self._cluster_state.cold)
-        asked = {name for o in self._log.under_way() if o.kind == "wake" for name in o.arguments}
+        asked = {name for o in self._log.under_way() if o.kind is OperationKind.ACTIVATE for name in o.arguments}
         names = tuple(str(expert) for expert in cold if str(expert) not in asked)
         if names:
-            self._log.order("wake", reason=f"{router} has tokens for them", arguments=names)
-            self._on_order()
+            self._log.order(OperationKind.ACTIVATE, reason=f"{router} has tokens for them", arguments=names)
+            self._signals.wake.emit()
 
-    def _order(self, kind: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
+    def _order(self, kind: OperationKind, arguments: tuple[str, ...], operation_id: str) -> Operation:
         if self._cluster_state.held or self._leases.any_hold():
             raise ResourceError(f"{kind}: a training run holds the placement; try again when the run has ended")
         operation = self._log.order(kind, reason="ordered", arguments=arguments, operation_id=operation_id)
-        self._on_order()
+        self._signals.wake.emit()
         return operation
 
     def _refuse_unknown(self, operation_id: str, what: str, known: Collection[str]) -> None:

@@ -7,22 +7,19 @@ routers of the highest numbers leave, so it also finds which. The first router, 
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.operations.expert_actors import number_of
 from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, PeriodicThread
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Leases
 from moecluster.errors import MoeClusterError, ResourceError
 from moecluster.placement.scaling import RouterObservation, RouterSizeSettings, SizeState, decide_routers
-from moecluster.types import Operation, OperationPhase, RouterState
+from moecluster.types import Operation, OperationKind, OperationPhase, RouterState
 
 logger = logging.getLogger(__name__)
 
-KIND = "scale-routers"
 ORDERED = "ordered"  # the reason of what a user asks for: no decision takes its place
 STEP_S = 0.2  # between looks while routers come or leave
 
@@ -81,23 +78,15 @@ class RouterSizing:
     """Begins with start, ends with close. Orders, and what is shown, from any thread."""
 
     def __init__(
-        self,
-        settings: RouterSizingSettings,
-        *,
-        supervisor: RouterSupervisor,
-        leases: Leases,
-        log: OperationLog,
-        checkpoint: Callable[[], str],
-        clock: Callable[[], float] = time.monotonic,
+        self, context: ControllerContext, settings: RouterSizingSettings, *, supervisor: RouterSupervisor
     ) -> None:
-        """checkpoint: the directory that is served now."""
         self._settings = settings
+        self._cluster_state = context.state
+        self._leases = context.leases
+        self._log = context.operations
+        self._clock = context.clock
         self._supervisor = supervisor
-        self._leases = leases
-        self._log = log
-        self._checkpoint = checkpoint
-        self._clock = clock
-        self._started_s = clock()
+        self._started_s = self._clock()
         self._size_state = SizeState()
         self._change: _Change | None = None
         self._leaving: dict[str, _Leaving] = {}  # replaced, never changed, as other threads read it
@@ -126,7 +115,9 @@ class RouterSizing:
                 f"scale: {routers} routers are beyond the limits, which are {limit} "
                 "(serve.min_routers, serve.max_routers)"
             )
-        operation = self._log.order(KIND, reason=ORDERED, arguments=(str(routers),), operation_id=operation_id)
+        operation = self._log.order(
+            OperationKind.SCALE_ROUTERS, reason=ORDERED, arguments=(str(routers),), operation_id=operation_id
+        )
         self._rounds.wake()
         return operation
 
@@ -142,7 +133,7 @@ class RouterSizing:
         known = sorted(self._supervisor.existing_routers(), key=number_of)
         self._leaving = {name: since for name, since in self._leaving.items() if name in known}
         self._decide([name for name in known if name not in self._leaving])
-        for operation in self._log.queued({KIND}):
+        for operation in self._log.queued({OperationKind.SCALE_ROUTERS}):
             self._end(OperationPhase.FAILED, f"{operation.id} has taken its place")
             self._change = _Change(operation=operation, since_s=self._clock())
             self._report(OperationPhase.PREPARING, "")
@@ -155,7 +146,9 @@ class RouterSizing:
         if size is None or not staying or now_s - self._started_s < self._settings.lease_s:
             return  # routers must be heard first
         under_way = [self._change.operation] if self._change is not None else []
-        if any(operation.reason == ORDERED for operation in (*under_way, *self._log.queued({KIND}))):
+        if any(
+            operation.reason == ORDERED for operation in (*under_way, *self._log.queued({OperationKind.SCALE_ROUTERS}))
+        ):
             return  # what a user asks for comes first
         states = self._leases.states()
         heard = [states[name] for name in staying if name in states]
@@ -167,7 +160,7 @@ class RouterSizing:
         )
         wanted, why, self._size_state = decide_routers(seen, self._size_state, size)
         if wanted != seen.routers:
-            self._log.order(KIND, reason=why, arguments=(str(wanted),))
+            self._log.order(OperationKind.SCALE_ROUTERS, reason=why, arguments=(str(wanted),))
 
     def _go_on(self, change: _Change, known: list[str]) -> None:
         """A step. Each may be repeated: what is done already is left alone."""
@@ -195,7 +188,7 @@ class RouterSizing:
             new = _new_names(known, missing - len(back))
             for name in new:
                 change.asked.add(name)
-                self._supervisor.create_router(name, self._checkpoint())
+                self._supervisor.create_router(name, self._cluster_state.versions.checkpoint)
             return [*staying, *back, *new]
         leaving = staying[max(change.wanted, 1) :]
         self._leaving = {**self._leaving, **{name: _Leaving(since_s=self._clock()) for name in leaving}}

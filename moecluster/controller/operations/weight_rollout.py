@@ -10,21 +10,16 @@ stands is seen from the versions that stand, so a successor goes on with it.
 """
 
 import logging
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moecluster.controller.load.reports import ActorReports
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.operations.periodic_thread import FAILED_INSIDE
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Lease, Leases
+from moecluster.controller.state.router_leases import Lease
 from moecluster.errors import DeadlineExceeded, MoeClusterError, OperationFailed, UserError
-from moecluster.types import NO_PLACEMENT, Operation, OperationPhase, PlacementNumber
+from moecluster.types import NO_PLACEMENT, Operation, OperationKind, OperationPhase, PlacementNumber
 
 logger = logging.getLogger(__name__)
 
-KIND = "update"  # of the operations that are carried out here
 FIRST_TERM = 1  # of a controller that succeeds nobody
 NAMED = 4  # actors or routers in a detail
 
@@ -44,29 +39,14 @@ class UpdateSettings:
 class WeightUpdates:
     """Used by one thread at a time."""
 
-    def __init__(
-        self,
-        settings: UpdateSettings,
-        *,
-        cluster_state: ClusterState,
-        leases: Leases,
-        log: OperationLog,
-        reports: ActorReports,
-        not_prepared: Callable[[int], Mapping[str, MoeClusterError]],
-        settled: Callable[[], bool],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """not_prepared: actors that could not load a version, and why. settled: whether every router had the time to
-        say that it is there."""
+    def __init__(self, context: ControllerContext, settings: UpdateSettings) -> None:
         self._settings = settings
-        self._cluster_state = cluster_state
-        self._leases = leases
-        self._log = log
-        self._reports = reports
-        self._not_prepared = not_prepared
-        self._settled = settled
-        self._clock = clock
-        self._begun_s = clock()
+        self._cluster_state = context.state
+        self._leases = context.leases
+        self._log = context.operations
+        self._reports = context.reports
+        self._clock = context.clock
+        self._begun_s = self._clock()
         self._exists: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
         self._since_s = 0.0  # when this controller first saw it so
         self._published_s = NO_PLACEMENT  # a placement that says so
@@ -108,7 +88,7 @@ class WeightUpdates:
         self._log.update(operation.id, phase=OperationPhase.FAILED, detail=why)
 
     def _under_way(self) -> Operation | None:
-        return next((o for o in self._log.under_way() if o.kind == KIND), None)
+        return next((o for o in self._log.under_way() if o.kind is OperationKind.UPDATE), None)
 
     def _go_on(self, operation: Operation) -> None:
         """Raises why the update fails, before it is published."""
@@ -130,7 +110,7 @@ class WeightUpdates:
         assert version is not None
         since_s, published = self._seen(version.version, published=False)
         actors = self._unprepared()
-        failures = self._not_prepared(version.version)
+        failures = self._reports.not_prepared(version.version)
         for actor, error in failures.items():
             if isinstance(error, UserError):  # no repetition mends it
                 raise OperationFailed(f"{actor} cannot load the new version: {error}")
@@ -140,7 +120,7 @@ class WeightUpdates:
                 routers.append(name)
             if lease.state.failed_weight_version == version.version:
                 raise OperationFailed(f"{name} cannot load the trunk of the new version: {lease.state.problem}")
-        all_ready = not actors and not routers and self._settled()
+        all_ready = not actors and not routers and self._leases.settled()
         if all_ready and self._cluster_state.publish_version() is not None:
             self._end_requests(operation)
             return
@@ -170,7 +150,7 @@ class WeightUpdates:
         """The new version is published: drops the old one when no text is written with it any more."""
         version = self._cluster_state.versions.weight_version
         since_s, published = self._seen(version, published=True)
-        if not self._settled() or self._may_miss_lost_routers():
+        if not self._leases.settled() or self._may_miss_lost_routers():
             return  # a successor does not know yet who writes
         leases = (*self._routers().values(), *self._leases.heard_before(self._settings.router_grace_s))
         writing = sorted(

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Leases
+from moecluster.controller.context import ControllerContext
+from moecluster.controller.rebalance.recovery import Recovery
 from moecluster.errors import MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.expert.interface import Connect, ControlConnection
 from moecluster.rpc.expert.requests import LoadRequest
@@ -42,22 +41,15 @@ class PlacementApplier:
     """Used by one thread at a time."""
 
     def __init__(
-        self,
-        cluster_state: ClusterState,
-        leases: Leases,
-        log: OperationLog,
-        *,
-        connect: Connect,
-        settings: ApplierSettings,
-        give_way: Callable[[], bool] = lambda: False,
+        self, context: ControllerContext, settings: ApplierSettings, *, connect: Connect, recovery: Recovery
     ) -> None:
-        """give_way is asked before each layer; if it says so, the change is interrupted there."""
-        self._cluster_state = cluster_state
-        self._leases = leases
-        self._log = log
-        self._connect = connect
+        """recovery: if it is due before a layer, the change is interrupted there."""
         self._settings = settings
-        self._give_way = give_way
+        self._cluster_state = context.state
+        self._leases = context.leases
+        self._log = context.operations
+        self._connect = connect
+        self._recovery = recovery
 
     def apply(
         self,
@@ -93,7 +85,7 @@ class PlacementApplier:
                 if {(r.expert, r.actor) for r in replicas} == {(r.expert, r.actor) for r in before}:
                     shares_only[layer] = replicas
                     continue
-                if not urgent and self._give_way():
+                if not urgent and self._recovery.is_due():
                     raise Interrupted("it gives way to the recovery of lost experts")
                 self._change_layer(operation_id, layer, replicas, control)
             if shares_only:

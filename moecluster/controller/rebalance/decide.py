@@ -1,11 +1,11 @@
 """Asks the policy: what is seen now, what it decides on that, and which replicas change by it."""
 
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.rebalance.observe import Observer, Seen, with_budget
 from moecluster.placement.layout import Layout, added_R
 from moecluster.placement.names import Names, to_replicas
@@ -29,11 +29,11 @@ class Change:
 class Planner:
     """Thread-safe; the policy's state is that of the one thread that calls decide."""
 
-    def __init__(self, policy: str, observer: Observer, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, context: ControllerContext, policy: str, observer: Observer) -> None:
         self.observer = observer
         self._policy: Policy[Any] = policy_named(policy)
         self._state = self._policy.first_state()
-        self._clock = clock
+        self._clock = context.clock
         self._looking = threading.Lock()  # held while the observer is used
 
     def read(self) -> None:

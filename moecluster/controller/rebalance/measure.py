@@ -1,33 +1,21 @@
 """Measures how even the actors' load is: for the metrics, and for what operations have gained."""
 
 import math
-import time
-from collections.abc import Callable
 
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.rebalance.decide import Planner
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.metrics import Metrics
 from moecluster.placement.names import balancedness_L, mean_balancedness
 
 
 class BalanceMeter:
     """Used by one thread at a time."""
 
-    def __init__(
-        self,
-        cluster_state: ClusterState,
-        planner: Planner,
-        log: OperationLog,
-        metrics: Metrics,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._cluster_state = cluster_state
+    def __init__(self, context: ControllerContext, planner: Planner) -> None:
+        self._cluster_state = context.state
+        self._log = context.operations
+        self._metrics = context.metrics
+        self._clock = context.clock
         self._planner = planner
-        self._log = log
-        self._metrics = metrics
-        self._clock = clock
         self._unmeasured: dict[str, float] = {}  # operation -> when it ended
 
     def ended(self, operation_id: str) -> None:

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moecluster.controller.context import ControllerContext
 from moecluster.controller.load.direct import LoadSource, SourceReading
-from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.errors import MoeClusterError
 from moecluster.placement.layout import Fleet, Floats
-from moecluster.placement.load.speed import ActorWork, SpeedMeter
+from moecluster.placement.load.speed import SpeedMeter
 from moecluster.placement.load.window import make_load_window
 from moecluster.placement.names import Names, to_layout
 from moecluster.placement.policy.interface import USUAL_BURST, Observation
@@ -41,14 +40,12 @@ class Seen:
 class Observer:
     """Used by one thread at a time."""
 
-    def __init__(
-        self, cluster_state: ClusterState, source: LoadSource, reports: ActorReports, settings: ObserverSettings
-    ) -> None:
+    def __init__(self, context: ControllerContext, source: LoadSource, settings: ObserverSettings) -> None:
         self.settings = settings
-        self._reports = reports
-        self._cluster_state = cluster_state
+        self._reports = context.reports
+        self._cluster_state = context.state
         self._source = source
-        self._window = make_load_window(settings.window, cluster_state.layer_experts, settings.window_s)
+        self._window = make_load_window(settings.window, context.state.layer_experts, settings.window_s)
         self._meter = SpeedMeter()
         self._last: SourceReading | None = None
         self._failure = ""  # why the last reading failed
@@ -60,12 +57,7 @@ class Observer:
             if reading is self._last:
                 return  # nothing new was scraped
             self._window.add(reading.counters)
-            self._meter.add(
-                {
-                    a: ActorWork(rows=w.computed_rows, runs=w.expert_runs, busy_s=w.busy_s)
-                    for a, w in reading.work.items()
-                }
-            )
+            self._meter.add(reading.work)
             self._last = reading
             self._failure = ""
         except MoeClusterError as exc:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from moecluster.controller.signals import Signals
 from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.weight_versions import WeightVersions
@@ -25,16 +26,13 @@ MAX_READS_AT_ONCE = 32
 class KeptSnapshot:
     """The snapshot as bytes, made anew when it is asked for after a change. Thread-safe."""
 
-    def __init__(self, cluster_state: ClusterState, log: OperationLog) -> None:
+    def __init__(self, cluster_state: ClusterState, log: OperationLog, signals: Signals) -> None:
         self._cluster_state = cluster_state
         self._log = log
         self._lock = threading.Lock()
         self._outdated = True
         self._encoded = b""
-
-    def outdate(self) -> None:
-        """Something has changed."""
-        self._outdated = True  # without the lock: whoever calls may hold the one that making a snapshot waits for
+        signals.changed.listen(self._outdate)
 
     def encoded(self) -> bytes:
         """The snapshot of what stands now."""
@@ -43,6 +41,9 @@ class KeptSnapshot:
                 self._outdated = False  # first: what changes while it is made makes it anew
                 self._encoded = encode_snapshot(self._now())
             return self._encoded
+
+    def _outdate(self) -> None:
+        self._outdated = True  # without the lock: whoever calls may hold the one that making a snapshot waits for
 
     def _now(self) -> ControllerSnapshot:
         actors, versions = self._cluster_state.actors, self._cluster_state.versions

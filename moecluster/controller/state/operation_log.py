@@ -9,7 +9,7 @@ from typing import Any
 
 from moecluster.errors import Exhausted, ResourceError
 from moecluster.metrics import Metrics
-from moecluster.types import Operation, OperationPhase
+from moecluster.types import Operation, OperationKind, OperationPhase
 
 MAX_KEPT = 256  # operations that have ended ...
 MAX_KEPT_RESHARES = 32  # ... and of changes of shares, which come with every drift
@@ -34,7 +34,7 @@ class OperationLog:
         self._operations: dict[str, Operation] = {}
         self._reached: dict[str, set[OperationPhase]] = {}  # operation -> phases that it was counted in
 
-    def take_over(self, operations: tuple[Operation, ...], *, resumable: frozenset[str]) -> None:
+    def take_over(self, operations: tuple[Operation, ...]) -> None:
         """What a predecessor left: what users ordered is queued again, other work of its has failed.
 
         The predecessor has counted the phases that an operation had reached by then.
@@ -43,7 +43,7 @@ class OperationLog:
         with self._lock:
             for operation in operations:
                 self._reached[operation.id] = _reached_by(operation.phase)
-                if not operation.phase.ended and operation.kind in resumable:
+                if not operation.phase.ended and operation.kind.resumable:
                     operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="restarted")
                 elif not operation.phase.ended:
                     operation = dataclasses.replace(
@@ -57,7 +57,9 @@ class OperationLog:
         for operation in failed:
             self._count(operation)
 
-    def order(self, kind: str, *, reason: str, arguments: tuple[str, ...], operation_id: str = "") -> Operation:
+    def order(
+        self, kind: OperationKind, *, reason: str, arguments: tuple[str, ...], operation_id: str = ""
+    ) -> Operation:
         """Queues what a user asks for. The same id again is the same operation.
 
         Raises ResourceError if the id stands for something else, Exhausted if too many wait.
@@ -76,7 +78,7 @@ class OperationLog:
         self._added(operation)
         return operation
 
-    def begin(self, kind: str, *, reason: str, arguments: tuple[str, ...] = (), **figures: Any) -> Operation:
+    def begin(self, kind: OperationKind, *, reason: str, arguments: tuple[str, ...] = (), **figures: Any) -> Operation:
         """An operation that begins at once. figures: other fields of it."""
         with self._lock:
             operation = self._add(kind, OperationPhase.PREPARING, reason, arguments, "", **figures)
@@ -124,7 +126,7 @@ class OperationLog:
         with self._lock:
             return operation_id in self._operations
 
-    def queued(self, kinds: Collection[str]) -> tuple[Operation, ...]:
+    def queued(self, kinds: Collection[OperationKind]) -> tuple[Operation, ...]:
         """Those of some kinds that wait, the oldest first."""
         with self._lock:
             return tuple(o for o in self._operations.values() if o.phase is OperationPhase.QUEUED and o.kind in kinds)
@@ -149,7 +151,7 @@ class OperationLog:
 
     def _add(
         self,
-        kind: str,
+        kind: OperationKind,
         phase: OperationPhase,
         reason: str,
         arguments: tuple[str, ...],
@@ -168,8 +170,8 @@ class OperationLog:
         )
         self._operations[operation.id] = operation
         ended = [o for o in self._operations.values() if o.phase.ended]
-        reshares = [o.id for o in ended if o.kind == "reshare"]
-        others = [o.id for o in ended if o.kind != "reshare"]
+        reshares = [o.id for o in ended if o.kind is OperationKind.RESHARE]
+        others = [o.id for o in ended if o.kind is not OperationKind.RESHARE]
         for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
             del self._operations[old]
             self._reached.pop(old, None)

@@ -33,6 +33,15 @@ class Leases:
         self._leases: dict[str, Lease] = {}
         self._former: tuple[Lease, ...] = ()  # of incarnations that ended before their leases did
         self._changed = threading.Condition()
+        self._opened_s: float | None = None  # when this controller published its first placement
+
+    def opened(self) -> None:
+        """The first placement of this controller is published now."""
+        self._opened_s = self._clock()
+
+    def settled(self) -> bool:
+        """Whether every router that holds a lease had the time to take a placement of this controller."""
+        return self._opened_s is not None and self._clock() - self._opened_s >= self._lease_s
 
     def renew(
         self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None

@@ -1,6 +1,6 @@
 """The native MoE language model: Mixtral's attention, norms and rotary embedding around moecluster's gates and experts.
 
-B sequences, S positions, T = B * S tokens; other shape letters as in types.py.
+B sequences, S positions, T = B * S tokens; other shape letters as in types/__init__.py.
 """
 
 from collections.abc import Mapping

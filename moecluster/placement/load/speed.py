@@ -13,15 +13,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from moecluster.placement.layout import Floats
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActorWork:
-    """Work done by one incarnation of an actor since its start."""
-
-    rows: float  # (row, expert) pairs
-    busy_s: float
-    runs: float = 0.0  # times that an expert was computed; 0: not counted
+from moecluster.types import ActorWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +78,17 @@ class SpeedMeter:
     def _summed(self, before: _Measured | None, done: ActorWork) -> _Measured:
         if before is None:
             return _Measured(last=done)
-        begun_anew = done.rows < before.last.rows or done.busy_s < before.last.busy_s
-        last = ActorWork(rows=0.0, busy_s=0.0) if begun_anew else before.last
-        self._costs.learn(done.rows - last.rows, done.runs - last.runs, done.busy_s - last.busy_s)
+        begun_anew = done.computed_rows < before.last.computed_rows or done.busy_s < before.last.busy_s
+        last = ActorWork() if begun_anew else before.last
+        rows, runs = done.computed_rows - last.computed_rows, done.expert_runs - last.expert_runs
+        busy_s = done.busy_s - last.busy_s
+        self._costs.learn(rows, runs, busy_s)
         keep = 0.5 ** (1.0 / self._settings.half_life_readings)
         return _Measured(
             last=done,
-            rows=before.rows * keep + done.rows - last.rows,
-            runs=before.runs * keep + done.runs - last.runs,
-            busy_s=before.busy_s * keep + done.busy_s - last.busy_s,
+            rows=before.rows * keep + rows,
+            runs=before.runs * keep + runs,
+            busy_s=before.busy_s * keep + busy_s,
             speed=before.speed,
             unmeasured=before.unmeasured,
         )

@@ -19,7 +19,6 @@ from moecluster.placement.layout import (
     with_layers,
     with_shares,
 )
-from moecluster.placement.plan.coactivation import gathered
 from moecluster.placement.plan.packing import exact_fill, packed
 from moecluster.placement.plan.replica_counts import least_worst_load_L
 from moecluster.placement.plan.restore import check_room
@@ -30,7 +29,7 @@ GOOD_ENOUGH = 0.002  # above the lower bound of the greatest load, relatively
 SPARE_ROUNDS = 8  # after which spare replicas stay, even if some are needed more elsewhere
 
 
-def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet, coactivation_LEE: Floats | None = None) -> Layout:
+def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet) -> Layout:
     """Returns a layout for this load on an empty fleet. Raises ResourceError for fewer slots than experts."""
     check_room(num_experts_L, fleet)
     layout = packed(load_LE, num_experts_L, fleet)
@@ -42,8 +41,6 @@ def cold_plan(load_LE: Floats, num_experts_L: Ints, fleet: Fleet, coactivation_L
         before, layout = layout, with_spares_moved(layout, load_LE, fleet, np.inf, most_a_layer=2)
         if layout is before:
             break
-    if coactivation_LEE is not None:
-        layout = gathered(layout, load_LE, fleet, coactivation_LEE)
     return layout
 
 

@@ -63,7 +63,6 @@ def with_moves(
     fleet: Fleet,
     budget_bytes: float,
     settings: MoveSettings,
-    coactivation_LEE: Floats | None = None,
 ) -> Layout:
     """Returns the layout after the moves that pay, within the budget; the layout itself if none does.
 
@@ -77,10 +76,9 @@ def with_moves(
     if len(layers) == 0 or (most_moves_L < 1).all():
         return layout
     part = of_layers(layout, layers)
-    width = part.max_experts
     stages = _stages(
         part,
-        load_LE[layers, :width],
+        load_LE[layers, : part.max_experts],
         _fleet_of(fleet, layers),
         Wanted(
             bound_L=bound_L,
@@ -90,7 +88,6 @@ def with_moves(
         ),
         settings,
         budget_bytes,
-        None if coactivation_LEE is None else coactivation_LEE[layers, :width, :width],
     )
     saved_s = settings.lifetime_s / worst_L.sum()  # per unit of a layer's greatest load
     price_s = settings.transfer_slowdown / settings.transfer_bytes_per_s  # per byte
@@ -128,7 +125,6 @@ def _stages(
     wanted: Wanted,
     settings: MoveSettings,
     budget_bytes: float,
-    coactivation_LEE: Floats | None,
 ) -> list[_Stage]:
     """Returns the current layout, and the layout after each round; a layer without progress is not pursued further."""
     nothing_L = np.zeros(layout.num_layers)
@@ -137,7 +133,7 @@ def _stages(
     for _ in range(settings.max_rounds):
         before = stages[-1]
         part = of_layers(before.layout, going)
-        width, load, of_part = part.max_experts, load_LE[going, : part.max_experts], _fleet_of(fleet, going)
+        load, of_part = load_LE[going, : part.max_experts], _fleet_of(fleet, going)
         left_L = wanted.most_moves_L[going] - (before.bytes_L[going] / of_part.expert_bytes_L).astype(np.int64)
         step = replace(
             wanted,
@@ -145,9 +141,8 @@ def _stages(
             most_moves_L=left_L,
             round_moves_L=wanted.round_moves_L[going],
         )
-        pairs = None if coactivation_LEE is None else coactivation_LEE[going, :width, :width]
         fair_bytes_L = budget_bytes / settings.rounds_a_budget / len(going)  # grows as other layers finish
-        moved = _moved_once(part, load, of_part, step, fair_bytes_L / of_part.expert_bytes_L, pairs)
+        moved = _moved_once(part, load, of_part, step, fair_bytes_L / of_part.expert_bytes_L)
         moved = with_shares(moved, least_max_shares(moved, load, of_part, even=True).share_R)
         worst_L = _worst_L(moved, load, of_part)
         better = np.flatnonzero(worst_L < before.worst_L[going] * (1 - LEAST_PROGRESS))
@@ -162,16 +157,14 @@ def _stages(
     return stages
 
 
-def _moved_once(
-    layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted, fair_moves_L: Floats, pairs_LEE: Floats | None
-) -> Layout:
+def _moved_once(layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted, fair_moves_L: Floats) -> Layout:
     """One round: replica counts follow the load where shares cannot help; in the other layers actors are relieved."""
     most_L = np.minimum(np.ceil(fair_moves_L), wanted.most_moves_L).astype(np.int64)
     moved = recounted(layout, load_LE, fleet, (1 + wanted.tolerance) * wanted.bound_L, most_L)
     if moved is not layout:
         done_L = np.bincount(moved.layer_R[added_R(layout, moved)], minlength=layout.num_layers) > 0
         wanted = replace(wanted, most_moves_L=np.where(done_L, 0, wanted.most_moves_L))
-    return relieved(moved, load_LE, fleet, wanted, pairs_LEE)
+    return relieved(moved, load_LE, fleet, wanted)
 
 
 def _worst_L(layout: Layout, load_LE: Floats, fleet: Fleet) -> Floats:

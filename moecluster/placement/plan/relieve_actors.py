@@ -13,7 +13,6 @@ LEAST_RELIEF = 0.02  # of the excess above the bound: the least that a move must
 PASSED_ON = 0.5  # of an actor's divided load: what it is assumed to pass to other replicas in exchange for more
 UNCOVERED = 0.05  # of an expert's load: the cost of leaving it with one replica
 NEW_NODE = 0.02  # relative preference for a node without the expert
-TOGETHER = 0.05  # relative preference for the actor with the most co-activated experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,7 @@ class Wanted:
     round_moves_L: Ints  # moves after which the round ends; the next round sees the re-solved shares
 
 
-def relieved(
-    layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted, coactivation_LEE: Floats | None = None
-) -> Layout:
+def relieved(layout: Layout, load_LE: Floats, fleet: Fleet, wanted: Wanted) -> Layout:
     """Returns the layout after one round; new replicas have share 0, and dropped replicas' shares are not reassigned.
 
     An actor above the bound (after shares have done what they can) gives the expert that relieves it most a replica on
@@ -48,7 +45,6 @@ def relieved(
             load_R[mine],
             load_LE[layer],
             wanted.bound_L[layer] * fleet.speed_A,
-            None if coactivation_LEE is None else coactivation_LEE[layer],
         )
         board.relieve(wanted.tolerance, int(wanted.most_moves_L[layer]), int(wanted.round_moves_L[layer]))
         dropped_R[mine] = board.dropped_R
@@ -70,13 +66,12 @@ class _Board:
         load_R: Floats,
         load_E: Floats,
         limit_A: Floats,
-        coactivation_EE: Floats | None,
     ) -> None:
         self.dropped_R: Bools = np.zeros(len(expert_R), dtype=np.bool_)
         self.added: list[tuple[int, int]] = []
         self._fleet, self._load_E = fleet, load_E
         self._expert_R, self._actor_R, self._load_R = expert_R, actor_R, load_R
-        self._limit_A, self._coactivation_EE = limit_A, coactivation_EE
+        self._limit_A = limit_A
         self._holds_EA = np.zeros((len(load_E), fleet.num_actors), dtype=np.bool_)
         self._holds_EA[expert_R, actor_R] = True
         self._over_A = np.bincount(actor_R, weights=load_R, minlength=fleet.num_actors) - limit_A
@@ -173,11 +168,7 @@ class _Board:
     def _taste_A(self, expert: int) -> Floats:
         """Returns factors near 1: an expert's preference among actors with similar room."""
         nodes = self._fleet.node_A[self._holds_EA[expert]]
-        taste_A = np.where(np.isin(self._fleet.node_A, nodes), 1.0, 1.0 + NEW_NODE)
-        if self._coactivation_EE is not None:
-            pairs_A = self._coactivation_EE[expert] @ self._holds_EA
-            taste_A += TOGETHER * pairs_A / max(float(pairs_A.max()), 1e-300)
-        return taste_A
+        return np.where(np.isin(self._fleet.node_A, nodes), 1.0, 1.0 + NEW_NODE)
 
     def _drop(self, replica: int) -> None:
         expert, actor = self._expert_R[replica], self._actor_R[replica]

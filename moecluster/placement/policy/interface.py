@@ -21,7 +21,6 @@ class Observation:
     budget_bytes: float  # bytes that a decision may load; replicas of lost experts are loaded regardless
     burst: float = 0.0  # budgets that may be borrowed from later decisions; 0: none
     cold_LE: Bools | None = None  # experts that stay without replicas until a token needs them; None: none
-    coactivation_LEE: Floats | None = None  # tokens per second that go to both experts; None: not known
     load_counted: bool = True  # False: no token was counted yet, and load_LE is a guess
 
 

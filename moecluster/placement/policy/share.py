@@ -70,7 +70,7 @@ class SharePolicy:
             return layout
         fleet, settings = seen.fleet, self.settings
         most_bytes = max(seen.budget_bytes * (1 + seen.burst) - debt_bytes, 0.0)
-        moved = with_moves(layout, load_LE, fleet, most_bytes, settings.moves, seen.coactivation_LEE)
+        moved = with_moves(layout, load_LE, fleet, most_bytes, settings.moves)
         left_bytes = seen.budget_bytes - debt_bytes - moved_bytes(layout, moved, fleet)  # spares never borrow
         return with_spares_moved(moved, load_LE, fleet, left_bytes, settings.spare_moves_a_layer)
 

@@ -5,8 +5,8 @@ import math
 from moecluster.errors import InvalidMessage
 from moecluster.proto import controller_pb2
 from moecluster.rpc.controller.placement_messages import decode_replica, encode_replica
-from moecluster.rpc.fields import checked_amount, checked_count, checked_name
-from moecluster.types import Operation, OperationPhase, PlanPreview
+from moecluster.rpc.fields import checked_amount, checked_choice, checked_count, checked_name
+from moecluster.types import Operation, OperationKind, OperationPhase, PlanPreview
 
 UNKNOWN_VALUE = -1.0  # a balancedness on the wire
 NOT_ENDED = 0.0
@@ -16,7 +16,7 @@ def encode_operation(operation: Operation) -> controller_pb2.Operation:
     """The message of an operation."""
     return controller_pb2.Operation(
         id=operation.id,
-        kind=operation.kind,
+        kind=operation.kind.value,
         phase=operation.phase.value,
         reason=operation.reason,
         detail=operation.detail,
@@ -34,13 +34,10 @@ def encode_operation(operation: Operation) -> controller_pb2.Operation:
 
 def decode_operation(message: controller_pb2.Operation) -> Operation:
     """The operation of a message. Raises InvalidMessage, naming the field."""
-    phases = {phase.value: phase for phase in OperationPhase}
-    if message.phase not in phases:
-        raise InvalidMessage("phase", f"{message.phase[:40]!r}, expected one of {', '.join(phases)}")
     return Operation(
         id=checked_name(message.id, "id"),
-        kind=checked_name(message.kind, "kind"),
-        phase=phases[message.phase],
+        kind=checked_choice(message.kind, OperationKind, "kind"),
+        phase=checked_choice(message.phase, OperationPhase, "phase"),
         reason=message.reason,
         detail=message.detail,
         arguments=tuple(message.arguments),

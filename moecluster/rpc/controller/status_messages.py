@@ -4,6 +4,7 @@ from moecluster.proto import controller_pb2
 from moecluster.rpc.controller.operation_messages import decode_operation, encode_operation
 from moecluster.rpc.fields import (
     MAX_REASON_LENGTH,
+    checked_choice,
     checked_count,
     checked_name,
     checked_optional_address,
@@ -11,7 +12,7 @@ from moecluster.rpc.fields import (
     decode_expert,
     encode_expert,
 )
-from moecluster.types import ActorState, ControllerStatus, ReplicaAside, RouterState
+from moecluster.types import ActorPhase, ActorState, ControllerStatus, ReplicaAside, RouterState
 
 
 def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
@@ -24,7 +25,7 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
                 actor=a.actor,
                 address=a.address,
                 incarnation=a.incarnation,
-                phase=a.phase,
+                phase=a.phase.value,
                 experts=a.experts,
                 restarts=a.restarts,
                 problem=a.problem[:MAX_REASON_LENGTH],
@@ -89,7 +90,7 @@ def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
         actor=checked_name(message.actor, "actors.actor"),
         address=checked_optional_address(message.address, "actors.address"),  # none: it is being started
         incarnation=checked_optional_name(message.incarnation, "actors.incarnation"),  # likewise
-        phase=checked_name(message.phase, "actors.phase"),
+        phase=checked_choice(message.phase, ActorPhase, "actors.phase"),
         experts=checked_count(message.experts, "actors.experts"),
         restarts=message.restarts,
         problem=message.problem[:MAX_REASON_LENGTH],

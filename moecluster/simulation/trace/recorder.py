@@ -7,11 +7,10 @@ import numpy as np
 from moecluster.errors import ResourceError
 from moecluster.placement.load.window import CounterGains, CounterReading
 from moecluster.simulation.trace.format import TraceActor, TraceEvent, TraceHeader, TraceLayer, TraceWindow
-from moecluster.types import ActorState, ClusterLoads
+from moecluster.types import ActorPhase, ActorState, ClusterLoads
 
 LENGTH_TOLERANCE = 0.5  # of a window: a reading that is earlier or later by more ends no window
 SPEED_DIGITS = 1  # measured speeds fluctuate, and a resumed recording must have the same header
-SERVING = "serving"  # ActorState.phase
 
 
 class TraceRecorder:
@@ -92,4 +91,4 @@ def _counters(loads: ClusterLoads) -> CounterReading:
 
 def _serving(actors: tuple[ActorState, ...]) -> dict[str, str]:
     """Returns actor -> incarnation of the serving actors."""
-    return {actor.actor: actor.incarnation for actor in actors if actor.phase == SERVING}
+    return {actor.actor: actor.incarnation for actor in actors if actor.phase is ActorPhase.SERVING}

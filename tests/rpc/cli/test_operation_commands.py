@@ -21,7 +21,7 @@ from moecluster.cli.commands import operations as operation_commands
 from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.server import RunningServer
 from moecluster.simulation.trace.reader import open_trace
-from moecluster.types import OperationPhase, Replica
+from moecluster.types import OperationKind, OperationPhase, Replica
 from tests.support.fakes.fake_controller import LOADS, NOW_S, OLD_OPERATION, PLACEMENT, PLAN, FakeController
 
 NOBODY = "127.0.0.1:1"
@@ -120,7 +120,7 @@ def test_the_same_id_asks_for_nothing_new(run, controller) -> None:
 def test_routers_are_ordered_by_the_same_command(run, controller) -> None:
     done = run("scale", "--routers", "2")
     begun = controller.operations(1)[0]
-    assert (begun.kind, begun.arguments) == ("scale-routers", ("2",))
+    assert (begun.kind, begun.arguments) == (OperationKind.SCALE_ROUTERS, ("2",))
     assert done.code == 0 and done.out == f"{begun.id} is done after 1.0 s: routers: 2\n"
     assert run("scale", "--routers", "9").err.startswith("moecluster: 9 routers: at most 4")
 

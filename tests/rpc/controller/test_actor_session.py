@@ -12,7 +12,8 @@ from moecluster.expert.loader import ExpertLoader
 from moecluster.types import ExpertId
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.models.weight_versions import done, save_version, wait_until
+from tests.support.models.weight_versions import done, save_version
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

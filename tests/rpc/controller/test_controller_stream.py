@@ -1,6 +1,6 @@
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,7 @@ from moecluster.types import (
     RouterState,
 )
 from tests.support.fakes.fake_controller import FakeController
-
-WAIT_S = 60.0
+from tests.support.waiting import WAIT_S, wait_until
 
 
 def placement(term: int, generation: int) -> Placement:
@@ -56,13 +55,6 @@ def client(server: RunningServer) -> Iterator[ControllerClient]:
     watching = ControllerClient(router="router-0", resolve=lambda: server.address)
     yield watching
     watching.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.01)
 
 
 def test_placements_arrive_whole_and_in_order(board, client) -> None:

@@ -1,8 +1,7 @@
 """Whoever may order still has no directory read that the cluster was not given; what he tries changes nothing."""
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from functools import partial
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from moecluster.controller.operations.weight_rollout import UpdateSettings
 from moecluster.errors import NotGiven
-from moecluster.models.given_directories import is_within
+from moecluster.models.given_directories import IsGiven, is_within
 from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc.controller.client import ControllerCalls
@@ -37,13 +36,41 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Guard:
+    """What each part of a cluster may load out of, and what the controller has announced."""
+
+    def __init__(self, given: Path) -> None:
+        self._given = [str(given)]
+        self._open: frozenset[str] = frozenset()
+        self.announced: list[str] = []
+
+    def is_given_to(self, part: str) -> IsGiven:
+        return lambda path: part in self._open or is_within(path, directories=self._given)
+
+    @contextmanager
+    def letting_through(self, *parts: str) -> Iterator[None]:
+        """These parts take every directory meanwhile."""
+        self._open = frozenset(parts)
+        try:
+            yield
+        finally:
+            self._open = frozenset()
+
+
 @pytest.fixture(scope="module")
-def cluster(root: Path) -> Iterator[LoopbackCluster]:
-    is_given = partial(is_within, directories=[str(root / "given")])
+def guard(root: Path) -> Guard:
+    return Guard(root / "given")
+
+
+@pytest.fixture(scope="module")
+def cluster(root: Path, guard: Guard) -> Iterator[LoopbackCluster]:
     with LoopbackCluster(
-        str(root / "given/first"), is_given=is_given, update=UpdateSettings(old_requests_timeout_s=0.3)
-    ) as c:
-        yield c
+        str(root / "given/first"),
+        is_given_to=guard.is_given_to,
+        announce=guard.announced.append,
+        update=UpdateSettings(old_requests_timeout_s=0.3),
+    ) as cluster:
+        yield cluster
 
 
 NAMES = ("secret", "given/../secret", "given/first/link", "given/first/../../secret", "nowhere")
@@ -106,10 +133,9 @@ def test_what_is_no_path_at_all_is_refused_alike(cluster: LoopbackCluster, path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_controller_takes_no_order_that_names_it(
-    cluster: LoopbackCluster, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    cluster: LoopbackCluster, guard: Guard, root: Path, name: str
 ) -> None:
-    announced: list[str] = []
-    monkeypatch.setattr(cluster.controller._orders, "_announce", announced.append)
+    announced = list(guard.announced)
     before = cluster.controller.status()
     with ControllerCalls(cluster.controller_server.address) as calls:
         with pytest.raises(NotGiven, match=f"{name}: {REFUSED}"):
@@ -119,7 +145,7 @@ def test_the_controller_takes_no_order_that_names_it(
         after = calls.status()
         assert calls.operations(0) == cluster.controller.operations(0) == ()
     assert (after.checkpoint, after.weight_version) == (before.checkpoint, before.weight_version)
-    assert not announced, "nor are other nodes told where it is"
+    assert guard.announced == announced, "nor are other nodes told where it is"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,23 +156,18 @@ def test_a_router_takes_no_trunk_out_of_it(cluster: LoopbackCluster, root: Path,
     assert cluster.router.status().model == before.model
 
 
-def test_each_part_asks_by_itself_and_what_was_given_is_taken(cluster: LoopbackCluster, root: Path) -> None:
+def test_each_part_asks_by_itself_and_what_was_given_is_taken(
+    cluster: LoopbackCluster, guard: Guard, root: Path
+) -> None:
     """A controller that lets everything through: the actors and the routers do not."""
     first, second, secret = (str(root / name) for name in ("given/first", "given/second", "secret"))
-    asks = cluster.controller._orders._is_given
-    cluster.controller._orders._is_given = lambda path: True
-    try:
+    with guard.letting_through("controller"):
         failed = ended(cluster, cluster.controller.update(secret))
         assert failed.phase is OperationPhase.FAILED and f"{secret}: {REFUSED}" in failed.detail
-        for service in cluster.services.values():  # now they let it through too: the router does not
-            service._is_given = lambda path: True
+    with guard.letting_through("controller", *cluster.names):  # the router does not
         failed = ended(cluster, cluster.controller.update(secret))
         assert failed.phase is OperationPhase.FAILED and f"{secret}: {REFUSED}" in failed.detail, failed
         assert "router" in failed.detail
-    finally:
-        cluster.controller._orders._is_given = asks
-        for service in cluster.services.values():
-            service._is_given = asks
     assert cluster.controller.status().checkpoint == cluster.router.status().model == first
     done(cluster, cluster.controller.update(second))
     assert cluster.router.status().model == second

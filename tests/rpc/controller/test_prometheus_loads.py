@@ -14,7 +14,6 @@ from moecluster.controller.load.prometheus_client import PrometheusServer
 from moecluster.errors import ConfigError, MoeClusterError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.placement.layout import Fleet, Ints, Layout, make_layout
-from moecluster.placement.load.speed import ActorWork as Computed
 from moecluster.placement.load.speed import SpeedMeter
 from moecluster.placement.load.window import ExponentialWindow, LoadWindow, SlidingWindow
 from moecluster.placement.policy.interface import Decision, Observation
@@ -105,7 +104,7 @@ class Cluster:
                 expert_runs=before.expert_runs + 1,
                 busy_s=before.busy_s + busy_s,
             )
-            self.direct.set_work(name, "incarnation", self._work[name])
+            self.direct.set_work(name, self._work[name])
 
     def is_told_by(self, reading: SourceReading) -> bool:
         """Whether a reading has all that the pages show now."""
@@ -124,9 +123,7 @@ class Planner:
     def decide(self, reading: SourceReading) -> Decision:
         """Of policy `share`, from the same current layout every time."""
         self.window.add(reading.counters)
-        self.meter.add(
-            {n: Computed(rows=w.computed_rows, runs=w.expert_runs, busy_s=w.busy_s) for n, w in reading.work.items()}
-        )
+        self.meter.add(reading.work)
         fleet = Fleet(
             slots_A=np.array([4, 4, 2]),
             speed_A=self.meter.speed_A(list(ACTORS)),
@@ -309,10 +306,8 @@ def test_of_an_actor_that_was_started_anew_elsewhere_the_new_incarnation_counts(
     read_until(source, lambda reading: server.query(both)[0].value == 2)
     found = source.read(0.0).work["expert-0"]
     assert (found.computed_rows, found.busy_s) == (7, 1.0)
-    assert new.address in found.incarnation
     new.metrics.close()
-    reading = read_until(source, lambda reading: reading.work["expert-0"].incarnation != found.incarnation)
-    back = reading.work["expert-0"]
+    back = read_until(source, lambda reading: reading.work["expert-0"] != found).work["expert-0"]
     assert (back.computed_rows, back.busy_s) == (100, 5.0)
 
 

@@ -24,16 +24,8 @@ from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import NO_PLACEMENT, ExpertId, OperationPhase, PlacementNumber, RouterState
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.models.weight_versions import (
-    PROMPTS,
-    Clients,
-    done,
-    ended,
-    requests_alone,
-    save_version,
-    wait_until,
-    write,
-)
+from tests.support.models.weight_versions import PROMPTS, Clients, done, ended, requests_alone, save_version, write
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 SILENT_S = 6.0  # how long a router that is not heard is waited for; the new version is loaded within
@@ -135,7 +127,7 @@ def test_requests_end_as_they_began_and_new_ones_take_the_new_weights(start, ver
 
 def test_the_old_version_stays_until_its_last_request_has_ended(start, versions, alone) -> None:
     cluster = start(3, slots=4)
-    with cluster.router._models.use() as old:  # a long text
+    with cluster.router.models.use() as old:  # a long text
         first = call_layer(cluster, 1)
         operation = cluster.controller.update(versions[1])
         wait_until(lambda: "still written by router" in cluster.controller.operation(operation.id).detail)
@@ -158,7 +150,7 @@ def test_the_old_version_stays_until_its_last_request_has_ended(start, versions,
 
 def test_no_request_is_waited_for_longer_than_the_longest_may_take(start, versions) -> None:
     cluster = start(update=UpdateSettings(old_requests_timeout_s=0.3, router_grace_s=0.0))
-    with cluster.router._models.use():
+    with cluster.router.models.use():
         done(cluster, cluster.controller.update(versions[1]))
         with pytest.raises(StaleRequest):
             call_layer(cluster, 1)
@@ -181,7 +173,7 @@ def test_an_actor_that_is_killed_amid_an_update_comes_back_and_takes_part(start,
 def test_a_successor_goes_on_with_an_update(start, versions, alone, slow_loads, when) -> None:
     cluster = start()
     with Clients(cluster, alone) as clients:
-        with cluster.router._models.use():
+        with cluster.router.models.use():
             operation = cluster.controller.update(versions[1])
             assert slow_loads.wait(10.0)
             if when == "ending texts":
@@ -311,14 +303,15 @@ def test_training_and_updates_exclude_each_other(start, versions, slow_loads) ->
     cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
     assert "a training run was begun" in ended(cluster, operation).detail
     wait_until(lambda: cluster.controller.current(0.0).held)
-    assert (published(cluster), len(cluster.controller._cluster_state.versions.all)) == (1, 1)
+    placement = cluster.controller.current(0.0)
+    assert (placement.weight_version, placement.next_weight_version, placement.old_weight_version) == (1, 0, 0)
     with pytest.raises(ResourceError, match="update: a training run holds the placement"):
         cluster.controller.update(versions[1])
     cluster.controller.set_checkpoint(versions[2])  # as training does when it moves on
     assert (cluster.controller.status().weight_version, cluster.controller.status().checkpoint) == (1, versions[2])
     cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=False)
     wait_until(lambda: not cluster.controller.current(0.0).held)
-    with cluster.router._models.use():
+    with cluster.router.models.use():
         operation = cluster.controller.update(versions[1])
         wait_until(lambda: published(cluster) > 1)
         for _ in range(5):

@@ -16,9 +16,10 @@ from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.errors import RequestFailed
 from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import all_experts
-from moecluster.types import ExpertId, OperationPhase, Replica
+from moecluster.types import ExpertId, OperationKind, OperationPhase, Replica
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.models.weight_versions import PROMPTS, done, ended, requests_alone, save_version, wait_until, write
+from tests.support.models.weight_versions import PROMPTS, done, ended, requests_alone, save_version, write
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -73,7 +74,7 @@ def test_texts_stay_right_beside_a_sick_replica_which_is_loaded_anew(sound, alon
         for prompt in PROMPTS:
             assert write(cluster, prompt).ids == alone[prompt]
         wait_until(lambda: states(cluster) == [("expert-0", SICK, "reloaded")], "the replica is loaded anew")
-        operation = next(o for o in cluster.controller.operations(0) if o.kind == "restore")
+        operation = next(o for o in cluster.controller.operations(0) if o.kind is OperationKind.RESTORE)
         wait_until(lambda: cluster.controller.operation(operation.id).phase is OperationPhase.DONE)
         assert operation.reason == f"expert {SICK} of expert-0 answers NaN or infinity"
         assert all(bool(torch.isfinite(p.to_dense()).all()) for p in hosted.get(SICK, 0).module.parameters())
@@ -105,10 +106,10 @@ def test_without_another_replica_the_request_fails_in_plain_words_and_nothing_is
         wait_until(lambda: {state for *_, state in states(cluster)} == {"sick"})
         (replica,) = cluster.controller.status().replicas_aside
         assert replica.problem.endswith(f"also after it was loaded anew from {directory}")
-        phases = [o.phase for o in cluster.controller.operations(0) if o.kind == "restore"]
+        phases = [o.phase for o in cluster.controller.operations(0) if o.kind is OperationKind.RESTORE]
         assert phases == [OperationPhase.FAILED, OperationPhase.DONE]
         fails()
-        assert len([o for o in cluster.controller.operations(0) if o.kind == "restore"]) == 2
+        assert len([o for o in cluster.controller.operations(0) if o.kind is OperationKind.RESTORE]) == 2
         with pytest.raises(RequestFailed, match="of layer 1 answered NaN or infinity"):
             client.moe(1, torch.randn(40, 32))
 

@@ -15,7 +15,7 @@ from moecluster.errors import (
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import ModelSource
 from moecluster.rpc.controller.server import serve_controller
-from moecluster.types import ActorState, ControllerStatus, RouterState
+from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
 from tests.support.clusters.streamed_texts import NOBODY, TEXT, ask, assert_whole
 from tests.support.fakes.fake_controller import FakeController
@@ -74,7 +74,9 @@ def test_health_says_what_is_wrong_while_requests_are_still_written(first) -> No
         source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
         with running_gateway(source) as gateway:
             wait_for(lambda: health(gateway) == (200, {"status": "ready", "reasons": [], "routers": {"model": 1}}))
-            lost = ActorState(actor="expert-1", address="", incarnation="", phase="loading", experts=0, restarts=1)
+            lost = ActorState(
+                actor="expert-1", address="", incarnation="", phase=ActorPhase.LOADING, experts=0, restarts=1
+            )
             controller.actors, controller.lost_experts = (lost,), 4
             wait_for(lambda: health(gateway)[1]["status"] == "degraded")
             reasons = ["model: expert-1 is loading", "model: 4 experts have no serving replica at the moment"]

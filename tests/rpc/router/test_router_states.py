@@ -12,7 +12,7 @@ from moecluster.errors import UserError
 from moecluster.placement.scaling import RouterSizeSettings
 from moecluster.rpc.controller.client import ControllerCalls, controller_status
 from moecluster.rpc.controller.subscription import ControllerClient
-from moecluster.types import OperationPhase, RouterState
+from moecluster.types import OperationKind, OperationPhase, RouterState
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 
@@ -135,7 +135,7 @@ def test_under_a_queue_routers_come_and_when_it_is_over_they_leave_and_end(clust
     wait_until(lambda: set(seen(cluster)) == {"router"} and set(fleet.existing_routers()) == {"router"})
     with ControllerCalls(cluster.controller_server.address) as calls:
         wait_until(lambda: all(o.phase.ended for o in calls.operations()))
-        down, *_, up = [o for o in calls.operations() if o.kind == "scale-routers"]
+        down, *_, up = [o for o in calls.operations() if o.kind is OperationKind.SCALE_ROUTERS]
     assert (up.arguments, down.arguments) == (("3",), ("1",)) and down.phase is OperationPhase.DONE
     assert "3.0 of which wait" in up.reason
 

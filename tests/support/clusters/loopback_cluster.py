@@ -44,17 +44,19 @@ class LoopbackCluster:
         device: str = "cpu",
         router_supervisor: RouterSupervisor | None = None,
         open_elsewhere: OpenCheckpoint | None = None,
-        is_given: IsGiven = any_directory,
+        is_given_to: Callable[[str], IsGiven] = lambda part: any_directory,
+        announce: Callable[[str], None] = lambda checkpoint: None,
         **controller: Any,
     ) -> None:
         """device: of trunks. router_supervisor: starts more routers. open_elsewhere: opens checkpoints of other hosts.
-        is_given: directories that weights may be loaded from. controller: ControllerSettings fields that differ from
-        start_controller's."""
+        is_given_to: a part, which is "controller" or the name of an actor or router -> the directories that it may load
+        weights from. announce: what the controller calls before it opens a checkpoint. controller: ControllerSettings
+        fields that differ from start_controller's."""
         self._router_supervisor = router_supervisor
         self.told: RouterState | None = None  # reported to the controller for the router; None: its own state
         self._controller_settings = controller
         self._batch_invariant, self._device = batch_invariant, device
-        self._open_elsewhere, self._is_given = open_elsewhere, is_given
+        self._open_elsewhere, self._is_given_to, self._announce = open_elsewhere, is_given_to, announce
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
@@ -78,7 +80,7 @@ class LoopbackCluster:
             batch_invariant=self._batch_invariant,
             device=self._device,
             open_elsewhere=self._open_elsewhere,
-            is_given=self._is_given,
+            is_given=self._is_given_to(name),
             told=told,
         )
 
@@ -96,12 +98,13 @@ class LoopbackCluster:
         }
         controller = Controller(
             ControllerSettings(**(settings | self._controller_settings)),
-            is_given=self._is_given,
+            is_given=self._is_given_to("controller"),
             supervisor=self,
             connect=_control,
             watch=_watch,
             metrics=Metrics(model="tiny"),
             routers=self._router_supervisor,
+            announce=self._announce,
             open_elsewhere=self._open_elsewhere,
         )
         controller.start(20.0)
@@ -119,7 +122,7 @@ class LoopbackCluster:
 
     def revive(self, actor: str) -> None:
         self.services[actor] = ExpertService(
-            is_given=self._is_given,
+            is_given=self._is_given_to(actor),
             name=actor,
             batch_invariant=self._batch_invariant,
             open_elsewhere=self._open_elsewhere,

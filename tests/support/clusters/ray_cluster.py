@@ -27,7 +27,7 @@ from moecluster.metrics import Metrics
 from moecluster.rpc.controller.client import controller_status
 from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.types import ControllerStatus
+from moecluster.types import ActorPhase, ControllerStatus
 
 FoundT = TypeVar("FoundT")
 
@@ -108,7 +108,7 @@ class RayCluster:
 
         def served() -> ControllerStatus | None:
             status = self.status()
-            return status if status and all(actor.phase == "serving" for actor in status.actors) else None
+            return status if status and all(actor.phase is ActorPhase.SERVING for actor in status.actors) else None
 
         return wait_for(served, "every expert actor serves")
 

@@ -8,12 +8,14 @@ from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import (
     ActorAddress,
     ActorLoads,
+    ActorPhase,
     ActorState,
     ClusterLoads,
     ControllerStatus,
     ExpertId,
     LoadSnapshot,
     Operation,
+    OperationKind,
     OperationPhase,
     Placement,
     PlacementNumber,
@@ -50,7 +52,7 @@ PLAN = PlanPreview(
 )
 OLD_OPERATION = Operation(
     id="rebalance-1",
-    kind="rebalance",
+    kind=OperationKind.REBALANCE,
     phase=OperationPhase.DONE,
     reason="expert 3/1 is hot",
     created_s=NOW_S,
@@ -120,7 +122,12 @@ class FakeController(PlacementBoard):
             generation=5,
             actors=tuple(
                 ActorState(
-                    actor=actor, address="127.0.0.1:5000", incarnation="a1", phase="serving", experts=3, restarts=0
+                    actor=actor,
+                    address="127.0.0.1:5000",
+                    incarnation="a1",
+                    phase=ActorPhase.SERVING,
+                    experts=3,
+                    restarts=0,
                 )
                 for actor in ACTORS
             ),
@@ -140,17 +147,17 @@ class FakeController(PlacementBoard):
     def scale(self, expert_actors: int, *, operation_id: str) -> Operation:
         if expert_actors > MAX_ACTORS:
             raise UserError(f"{expert_actors} expert actors: at most {MAX_ACTORS} (cluster.max_expert_actors)")
-        return self._begin("scale", (str(expert_actors),), operation_id)
+        return self._begin(OperationKind.SCALE, (str(expert_actors),), operation_id)
 
     def scale_routers(self, routers: int, *, operation_id: str) -> Operation:
         if routers > MAX_ROUTERS:
             raise UserError(f"{routers} routers: at most {MAX_ROUTERS} (serve.max_routers)")
-        return self._begin("scale-routers", (str(routers),), operation_id)
+        return self._begin(OperationKind.SCALE_ROUTERS, (str(routers),), operation_id)
 
     def drain(self, node: str, *, operation_id: str) -> Operation:
         if node not in ("node-a", *ACTORS):
             raise UserError(f"{node} is neither a node nor an expert actor; there are node-a, {', '.join(ACTORS)}")
-        return self._begin("drain", (node,), operation_id)
+        return self._begin(OperationKind.DRAIN, (node,), operation_id)
 
     def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str) -> Operation:
         if expert.index >= LAYER_EXPERTS.get(expert.layer, 0):
@@ -158,12 +165,12 @@ class FakeController(PlacementBoard):
         for actor in actors:
             if actor not in ACTORS:
                 raise UserError(f"{actor} is no expert actor; there are {', '.join(ACTORS)}")
-        return self._begin("place", (str(expert), *actors), operation_id)
+        return self._begin(OperationKind.PLACE, (str(expert), *actors), operation_id)
 
     def update(self, checkpoint: str, *, operation_id: str) -> Operation:
         if not checkpoint.startswith("/"):
             raise UserError(f"{checkpoint} is torn")
-        return self._begin("update", (checkpoint,), operation_id)
+        return self._begin(OperationKind.UPDATE, (checkpoint,), operation_id)
 
     def plan(self, policy: str) -> PlanPreview:
         self.planned.append(policy)
@@ -183,7 +190,7 @@ class FakeController(PlacementBoard):
         newest_first = tuple(reversed(self._operations.values()))
         return newest_first[:limit] if limit else newest_first
 
-    def _begin(self, kind: str, arguments: tuple[str, ...], operation_id: str) -> Operation:
+    def _begin(self, kind: OperationKind, arguments: tuple[str, ...], operation_id: str) -> Operation:
         operation_id = operation_id or f"{kind}-{len(self._operations) + 1}"
         known = self._operations.get(operation_id)
         if known is not None:

@@ -5,12 +5,14 @@ from hypothesis import strategies as st
 from moecluster.types import (
     ActorAddress,
     ActorLoads,
+    ActorPhase,
     ActorState,
     ClusterLoads,
     ControllerStatus,
     ExpertId,
     LoadSnapshot,
     Operation,
+    OperationKind,
     OperationPhase,
     Placement,
     PlanPreview,
@@ -35,7 +37,7 @@ replicas = st.builds(Replica, expert=experts, actor=names, share=st.floats(min_v
 operations = st.builds(
     Operation,
     id=names,
-    kind=names,
+    kind=st.sampled_from(OperationKind),
     phase=st.sampled_from(OperationPhase),
     reason=texts,
     detail=texts,
@@ -66,7 +68,7 @@ actor_states = st.builds(
     actor=names,
     address=addresses,
     incarnation=optional_names,
-    phase=names,
+    phase=st.sampled_from(ActorPhase),
     experts=int32s,
     restarts=uint64s,
 )

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +17,11 @@ from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
 from moecluster.types import Operation, OperationPhase
 from tests.support.clusters.fake_actors import TINY
 from tests.support.clusters.loopback_cluster import LoopbackCluster
+from tests.support.waiting import WAIT_S, wait_until
 
 PROMPTS = ("def add(a, b):", "import os", "class Cat")
 NEW_TOKENS = 60
 NUM_CLIENTS = 3
-WAIT_S = 60.0
 
 
 def save_version(directory: Path, seed: int, **model: Any) -> str:
@@ -100,13 +100,6 @@ class Clients:
         assert not self.failures, self.failures[:3]
         for text in self.texts:
             assert text.ids == self._alone[text.weight_version - 1][text.prompt], text
-
-
-def wait_until(condition: Callable[[], object], what: str = "it") -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not come true"
-        time.sleep(0.01)
 
 
 def ended(cluster: LoopbackCluster, operation: Operation) -> Operation:

@@ -19,7 +19,7 @@ from typing import TypeVar
 from actors.names import CONTROLLER, EXPERT_PREFIX
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unavailable, UserError
 from moecluster.rpc.controller.client import ControllerCalls
-from moecluster.types import ControllerStatus, ExpertId, Operation, OperationPhase
+from moecluster.types import ActorPhase, ControllerStatus, ExpertId, Operation, OperationPhase
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
 from tests.support.soak.cluster_events import ClusterEvent
 
@@ -254,7 +254,7 @@ class RandomChanges:
         return (
             pid != killed
             and status is not None
-            and all(a.phase == "serving" for a in status.actors if a.actor == actor)
+            and all(a.phase is ActorPhase.SERVING for a in status.actors if a.actor == actor)
         )
 
     # -- what was seen --

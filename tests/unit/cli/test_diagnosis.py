@@ -13,12 +13,12 @@ from moecluster.cli.commands.serve import ServedCluster
 from moecluster.cli.common.diagnosis import Diagnosis, of_actors, of_local_ray
 from moecluster.errors import ClusterEnded
 from moecluster.gateway.router_discovery import ClusterAddresses
-from moecluster.types import ActorState, ControllerStatus, RouterState
+from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 
 RAY = LocalRay(address="127.0.0.1:6379", mark="m", folder="/tmp/ray", auth="token")
 PARTS = ("gcs_server", "raylet", "ray::ExpertActor", "ray::RouterActor")
 WELL = [RayProcess(pid=100 + i, part=part, stopped=False) for i, part in enumerate(PARTS)]
-ACTOR = ActorState(actor="expert-0", address="a:1", incarnation="i", phase="serving", experts=8, restarts=0)
+ACTOR = ActorState(actor="expert-0", address="a:1", incarnation="i", phase=ActorPhase.SERVING, experts=8, restarts=0)
 SEEN = ControllerStatus(term=1, generation=2, actors=(ACTOR,), checkpoint="/m", routers=1)
 
 
@@ -48,7 +48,7 @@ def test_a_stopped_process_is_named_with_what_lets_it_go_on(part: str) -> None:
 
 
 def test_what_the_controller_says_is_wrong_is_said() -> None:
-    loading = replace(ACTOR, phase="loading", problem="/m: no such directory")
+    loading = replace(ACTOR, phase=ActorPhase.LOADING, problem="/m: no such directory")
     router = RouterState(router="router", problem="no trunk")
     found = of_actors({}, replace(SEEN, actors=(loading,), lost_experts=8, router_states=(router,)), "a:2")
     assert found.problems == (

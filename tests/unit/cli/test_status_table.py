@@ -2,7 +2,7 @@ from rich.console import Console
 
 from actors.names import Endpoints
 from moecluster.cli.commands.cluster import actors_table
-from moecluster.types import ActorState, ControllerStatus, RouterState
+from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 
 ENDPOINTS: dict[str, Endpoints | None] = {
     name: Endpoints(actor=name, pid=pid, address=f"127.0.0.1:{pid}", metrics_address=f"127.0.0.1:9{pid}")
@@ -11,7 +11,9 @@ ENDPOINTS: dict[str, Endpoints | None] = {
 SEEN = ControllerStatus(
     term=1,
     generation=2,
-    actors=(ActorState(actor="expert-0", address="a", incarnation="i", phase="serving", experts=8, restarts=3),),
+    actors=(
+        ActorState(actor="expert-0", address="a", incarnation="i", phase=ActorPhase.SERVING, experts=8, restarts=3),
+    ),
     checkpoint="/models/tiny",
     routers=2,
     router_states=(

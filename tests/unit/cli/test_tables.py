@@ -16,7 +16,7 @@ from moecluster.cli.common.formatting import operations_table
 from moecluster.cli.common.tables import make_table, show_table
 from moecluster.http_client.batch.tally import Tally
 from moecluster.models.description import ModelDescription
-from moecluster.types import ExpertId, Operation, OperationPhase, PlanPreview, Replica
+from moecluster.types import ExpertId, Operation, OperationKind, OperationPhase, PlanPreview, Replica
 
 ADDRESSES = [f"2001:db8:85a3:8d3:1319:8a2e:370:{number}" for number in range(7340, 7349)]
 REASON = "the load of layer 17 moved to experts that stand on one node alone, and a spare slot is free on another"
@@ -27,9 +27,9 @@ ENDPOINTS = {
     for number, address in enumerate(ADDRESSES)
 }
 OPERATION = Operation(
-    id="rebalance-of-a-long-name-5f0c11d2", kind="place", arguments=("3/17", *ENDPOINTS), phase=OperationPhase.DONE,
-    reason=REASON, detail="", created_s=1.7e9, ended_s=1.7e9 + 123.4, added_replicas=1, removed_replicas=1,
-    moved_bytes=123_456_789,
+    id="rebalance-of-a-long-name-5f0c11d2", kind=OperationKind.PLACE, arguments=("3/17", *ENDPOINTS),
+    phase=OperationPhase.DONE, reason=REASON, detail="", created_s=1.7e9, ended_s=1.7e9 + 123.4,
+    added_replicas=1, removed_replicas=1, moved_bytes=123_456_789,
 )  # fmt: skip
 
 

@@ -2,12 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 
 from moecluster.controller.actors.manager import ActorManager, ActorManagerSettings
+from moecluster.controller.context import new_context
 from moecluster.controller.load.direct import DirectLoadSource
 from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
+from moecluster.controller.state.handover import KeptSnapshot
 from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
@@ -23,18 +24,17 @@ def unused(*_: object) -> None:
 
 
 def test_an_actor_is_lost_while_another_change_is_published() -> None:
-    metrics = Metrics(model="tiny")
-    log = OperationLog(metrics)
+    context = new_context(LAYERS, lease_s=10.0, board=PlacementBoard(), metrics=Metrics(model="tiny"))
+    cluster_state = context.state
     publishing, lost_is_told = threading.Event(), threading.Event()
 
-    def check_all() -> None:  # called with the standing's lock held
+    def hold_up() -> None:  # called with the standing's lock held, before the actor monitors are
         if threading.current_thread() is changing:
             publishing.set()
             lost_is_told.wait(10.0)
             time.sleep(0.2)  # the other thread goes on, as far as it can
-        actor_manager.check_all()
 
-    cluster_state = ClusterState(LAYERS, board=PlacementBoard(), metrics=metrics, on_change=check_all)
+    context.signals.changed.listen(hold_up)
     changing = threading.Thread(target=cluster_state.set_held, args=(True,), daemon=True)
 
     class Reports(ActorReports):
@@ -46,17 +46,13 @@ def test_an_actor_is_lost_while_another_change_is_published() -> None:
             lost_is_told.set()
 
     actor_manager = ActorManager(
+        replace(context, reports=Reports()),
         ActorManagerSettings(),
-        cluster_state=cluster_state,
-        log=log,
-        reports=Reports(),
         direct=DirectLoadSource(LAYERS),
         supervisor=None,  # type: ignore[arg-type]
         connect=unused,  # type: ignore[arg-type]
         watch=unused,  # type: ignore[arg-type]
-        snapshot=bytes,
-        on_news=lambda: None,
-        on_deposed=lambda: None,
+        snapshot=KeptSnapshot(context.state, context.operations, context.signals),
     )
     cluster_state.begin(
         term=1,
@@ -71,4 +67,4 @@ def test_an_actor_is_lost_while_another_change_is_published() -> None:
     losing.join(10.0)
     changing.join(10.0)
     assert not losing.is_alive() and not changing.is_alive(), "they wait for each other"
-    assert [o.reason for o in log.under_way()] == ["expert-1 was lost with 2 replicas"]
+    assert [o.reason for o in context.operations.under_way()] == ["expert-1 was lost with 2 replicas"]

@@ -1,89 +1,17 @@
-import threading
-import time
-from collections.abc import Callable, Iterator
+"""A controller from its start on: what routers see of its actors, and what it does when one is lost."""
+
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moecluster.controller.controller import Controller
-from moecluster.controller.rebalance.decide import Change, Planner
-from moecluster.controller.rebalance.observe import ObserverSettings
 from moecluster.controller.reconciler import ReconcilerSettings
-from moecluster.controller.settings import ControllerSettings
-from moecluster.errors import CheckpointError, ResourceError, StaleRequest, UserError
+from moecluster.errors import CheckpointError, ResourceError, UserError
 from moecluster.metrics import Metrics
-from moecluster.placement.initial import all_experts, contiguous_placement
-from moecluster.placement.policy.static import StaticPolicy
-from moecluster.rpc.expert.requests import LoadRequest
-from moecluster.types import ExpertId, LoadSnapshot, Operation, OperationPhase, Placement, PlacementNumber, Replica
-from tests.support.clusters.fake_actors import FakeActors, save_tiny_model
-from tests.support.clusters.given import any_directory
-
-ACTORS = ("expert-0", "expert-1")
-LAYER_EXPERTS = {0: 4, 1: 4}
-WAIT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def actors() -> Iterator[FakeActors]:
-    with FakeActors(ACTORS) as fakes:
-        yield fakes
-
-
-@pytest.fixture
-def make(actors: FakeActors, checkpoint: str) -> Iterator[Callable[..., Controller]]:
-    """Makes controllers over the twins, and closes them."""
-    made: list[Controller] = []
-
-    def make_controller(**changes: Any) -> Controller:
-        settings: dict[str, Any] = {
-            "actors": ACTORS,
-            "replicas": contiguous_placement(LAYER_EXPERTS, ACTORS),
-            "layer_experts": LAYER_EXPERTS,
-            "checkpoint": checkpoint,
-            "health_period_s": 0.05,
-            "start_timeout_s": 0.5,
-        }
-        others: dict[str, Any] = {"metrics": Metrics(model="tiny")}
-        for key, value in changes.items():
-            (settings if key in ControllerSettings.__dataclass_fields__ else others)[key] = value
-        controller = Controller(
-            ControllerSettings(**settings),
-            is_given=any_directory,
-            supervisor=actors,
-            connect=actors.connect,
-            watch=actors.watch,
-            **others,
-        )
-        made.append(controller)
-        return controller
-
-    yield make_controller
-    for controller in made:
-        controller.close()
-
-
-def wait_for(controller: Controller, condition: Callable[[Placement], bool]) -> Placement:
-    deadline_s = time.monotonic() + WAIT_S
-    placement = controller.current(WAIT_S)
-    while not condition(placement):
-        newer = controller.newer_than(placement.number, deadline_s - time.monotonic())
-        assert newer is not None, f"the placement stayed {placement}"
-        placement = newer
-    return placement
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.01)
+from moecluster.placement.initial import contiguous_placement
+from moecluster.types import ActorPhase, ExpertId, LoadSnapshot, PlacementNumber, Replica
+from tests.support.clusters.controllers import ACTORS, LAYER_EXPERTS, wait_for
+from tests.support.clusters.fake_actors import save_tiny_model
+from tests.support.waiting import WAIT_S, wait_until
 
 
 def test_the_first_placement_is_whole_and_its_experts_are_loaded(make, actors) -> None:
@@ -97,7 +25,7 @@ def test_the_first_placement_is_whole_and_its_experts_are_loaded(make, actors) -
         assert service.incarnation == placement.actors[name].incarnation
     status = controller.status()
     assert {a.actor: (a.phase, a.experts, a.restarts) for a in status.actors} == dict.fromkeys(
-        ACTORS, ("serving", 4, 0)
+        ACTORS, (ActorPhase.SERVING, 4, 0)
     )
 
 
@@ -160,86 +88,6 @@ def test_what_lost_experts_could_not_be_loaded_from_is_refused(make, actors, tmp
         with pytest.raises(CheckpointError):
             controller.set_checkpoint(wrong)
     assert controller.status() == before
-
-
-def test_a_successor_keeps_what_is_loaded_and_reads_the_snapshot_back(make, actors, tmp_path) -> None:
-    newer = save_tiny_model(tmp_path / "newer", seed=1)
-    first = make()
-    first.start(WAIT_S)
-    first.set_checkpoint(newer)
-    number = first.current(0.0).number
-    wait_until(lambda: all(s.status().placement == number for s in actors.services.values()))
-    first.close()
-    loads = list(actors.loads)
-
-    second = make()
-    second.start(WAIT_S)
-    assert second.current(0.0).number == (2, number[1] + 1)
-    assert second.status().checkpoint == newer
-    assert actors.loads == loads
-
-
-def test_what_a_successor_does_not_know_of_serves_on_until_routers_know_better(make, actors, checkpoint) -> None:
-    """Its predecessor died between a move and the snapshot of it: routers go by the placement after the move."""
-    first = make()
-    first.start(WAIT_S)
-    number = first.current(0.0).number
-    wait_until(lambda: all(s.status().placement == number for s in actors.services.values()))
-    first.close()
-    moved = ExpertId(layer=0, index=0)
-    actors.services["expert-1"].load(LoadRequest(term=1, experts=(moved,), checkpoint=checkpoint))
-    actors.services["expert-0"].unload(term=1, experts=[moved])
-
-    second = make(lease_s=0.5)
-    second.start(WAIT_S)
-    assert moved in actors.services["expert-0"].status().experts, "the snapshot says so"
-    assert moved in actors.services["expert-1"].status().experts, "routers may not know yet"
-    wait_until(lambda: moved not in actors.services["expert-1"].status().experts)
-
-
-def test_a_successor_waits_for_no_actor_that_is_down(make, actors) -> None:
-    first = make()
-    first.start(WAIT_S)
-    number = first.current(0.0).number
-    wait_until(lambda: all(s.status().placement == number for s in actors.services.values()))
-    first.close()
-    actors.kill("expert-1")
-    second = make(start_timeout_s=WAIT_S)
-    began_s = time.monotonic()
-    second.start(WAIT_S)
-    assert set(second.current(0.0).actors) == {"expert-0"}
-    assert time.monotonic() - began_s < WAIT_S / 2
-    actors.revive("expert-1")
-    wait_for(second, lambda p: set(p.actors) == set(ACTORS))
-
-
-def test_a_successor_that_finds_every_actor_down_waits_for_them(make, actors) -> None:
-    first = make()
-    first.start(WAIT_S)
-    actors.kill("expert-0")
-    number = first.current(0.0).number
-    wait_until(lambda: actors.services["expert-1"].status().placement >= number)
-    first.close()
-    second = make()
-    threading.Timer(0.5, lambda: actors.kill("expert-1")).start()
-    second.start(WAIT_S)
-    actors.revive("expert-0")
-    actors.revive("expert-1")
-    assert set(wait_for(second, lambda p: set(p.actors) == set(ACTORS)).actors) == set(ACTORS)
-
-
-def test_a_deposed_controller_is_refused_and_says_so(make, actors, tmp_path) -> None:
-    deposed = threading.Event()
-    first = make(on_deposed=deposed.set)
-    first.start(WAIT_S)
-    second = make()
-    second.start(WAIT_S)
-    first.set_checkpoint(save_tiny_model(tmp_path / "newer", seed=1))  # makes it give an order
-    assert deposed.wait(WAIT_S)
-    wait_until(lambda: all(s.status().placement.term == 2 for s in actors.services.values()))
-    assert {s.status().checkpoint for s in actors.services.values()} == {second.status().checkpoint}
-    with pytest.raises(StaleRequest):
-        actors.services["expert-0"].unload(term=1, experts=[ExpertId(layer=0, index=0)])
 
 
 def test_an_actor_that_hangs_is_started_again(make, actors) -> None:
@@ -306,125 +154,6 @@ def test_reported_loads_show_as_balancedness(make) -> None:
         )
 
     wait_until(shown)
-
-
-def static(slots: int = 2) -> dict[str, Any]:
-    """Settings of a controller that changes what is ordered, and nothing else."""
-    return {
-        "observer": ObserverSettings(slots_per_layer=slots),
-        "changer": ReconcilerSettings(policy="static", period_s=0.02),
-    }
-
-
-def wait_ended(controller: Controller, operation: Operation) -> Operation:
-    wait_until(lambda: controller.operation(operation.id).phase.ended)
-    return controller.operation(operation.id)
-
-
-def test_a_change_of_a_layer_leaves_what_a_lost_actor_shall_hold_as_it_was(make, actors) -> None:
-    controller = make(**static())
-    controller.start(WAIT_S)
-    actors.kill("expert-1")
-    wait_for(controller, lambda p: "expert-1" not in p.actors)
-    cold, kept = ExpertId(layer=0, index=0), ExpertId(layer=0, index=2)
-    assert wait_ended(controller, controller.place(cold, [])).phase is OperationPhase.DONE
-    actors.revive("expert-1")
-    back = wait_for(controller, lambda p: "expert-1" in p.actors)
-    assert [r.actor for r in back.replicas_of(kept)] == ["expert-1"], "once"
-    assert back.replicas_of(cold) == ()
-
-
-def test_an_expert_that_is_placed_elsewhere_does_not_come_back_with_the_actor_that_had_it(make, actors) -> None:
-    controller = make(**static(slots=3))
-    controller.start(WAIT_S)
-    placed = ExpertId(layer=0, index=2)
-    assert wait_ended(controller, controller.place(placed, ["expert-0", "expert-1"])).phase is OperationPhase.DONE
-    actors.kill("expert-1")
-    wait_for(controller, lambda p: "expert-1" not in p.actors)
-    assert wait_ended(controller, controller.place(placed, ["expert-0"])).phase is OperationPhase.DONE
-    actors.revive("expert-1")
-    back = wait_for(controller, lambda p: "expert-1" in p.actors)
-    assert [r.actor for r in back.replicas_of(placed)] == ["expert-0"]
-
-
-def test_an_error_of_a_policy_ends_neither_the_operation_nor_the_thread_that_changes_things(make, monkeypatch) -> None:
-    controller = make(**static(slots=4))
-    controller.start(WAIT_S)
-
-    def broken(*_: Any) -> None:
-        raise ValueError("operands could not be broadcast")
-
-    monkeypatch.setattr(StaticPolicy, "decide", broken)
-    failed = wait_ended(controller, controller.scale(2))
-    assert failed.phase is OperationPhase.FAILED and "its log says how" in failed.detail
-    done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
-    assert done.phase is OperationPhase.DONE
-
-
-def test_an_order_that_failed_for_a_lost_actor_is_tried_again_though_it_is_back_by_then(
-    make, actors, monkeypatch
-) -> None:
-    controller = make(**static(slots=4), min_actors=1)
-    controller.start(WAIT_S)
-    actors.kill("expert-0")
-    wait_for(controller, lambda p: "expert-0" not in p.actors)
-    fill = Planner.fill
-
-    def fail_and_wait(self: Planner) -> Change:
-        try:
-            return fill(self)
-        except ResourceError:
-            actors.revive("expert-0")
-            wait_for(controller, lambda p: "expert-0" in p.actors)
-            raise
-
-    monkeypatch.setattr(Planner, "fill", fail_and_wait)
-    assert wait_ended(controller, controller.scale(1)).phase is OperationPhase.DONE
-
-
-def test_a_size_that_is_ordered_while_an_actor_is_lost_comes_when_it_is_back(make, actors) -> None:
-    controller = make(**static(slots=4), min_actors=1)
-    controller.start(WAIT_S)
-    actors.kill("expert-0")
-    wait_for(controller, lambda p: "expert-0" not in p.actors)
-    operation = controller.scale(1)
-    wait_until(lambda: "waits: " in controller.operation(operation.id).detail)
-    actors.revive("expert-0")
-    assert wait_ended(controller, operation).phase is OperationPhase.DONE
-    assert set(controller.current(0.0).actors) == {"expert-0"}
-    assert set(controller.current(0.0).experts_on("expert-0")) == set(all_experts(LAYER_EXPERTS))
-
-
-def test_a_size_that_cannot_be_leaves_the_actors_as_they_were(make, actors) -> None:
-    settings = static(slots=4)
-    settings["changer"] = ReconcilerSettings(policy="static", period_s=0.02, operation_timeout_s=0.3)
-    controller = make(**settings)
-    controller.start(WAIT_S)
-    actors.kill("expert-0")
-    wait_for(controller, lambda p: "expert-0" not in p.actors)
-    assert wait_ended(controller, controller.scale(1)).phase is OperationPhase.FAILED
-    actors.revive("expert-0")
-    back = wait_for(controller, lambda p: "expert-0" in p.actors)
-    assert set(back.actors) == set(ACTORS)
-    done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
-    assert done.phase is OperationPhase.DONE, "it takes replicas"
-
-
-def test_while_a_size_waits_for_an_actor_tokens_wake_experts_and_later_sizes_wait(make, actors, monkeypatch) -> None:
-    monkeypatch.setattr(actors, "create", lambda actor, avoid_nodes=(): None)  # Ray has no room for it
-    controller = make(**static(slots=4))
-    controller.start(WAIT_S)
-    cold = ExpertId(layer=1, index=3)
-    assert wait_ended(controller, controller.place(cold, [])).phase is OperationPhase.DONE
-    grow, shrink = controller.scale(3), controller.scale(1)
-    wait_until(lambda: "expert-2 does not serve yet" in controller.operation(grow.id).detail)
-    controller.want_experts("router", [cold])
-    wait_for(controller, lambda p: len(p.replicas_of(cold)) == 1)
-    assert not controller.operation(grow.id).phase.ended and not controller.operation(shrink.id).phase.ended
-    actors.revive("expert-2")
-    assert wait_ended(controller, grow).phase is OperationPhase.DONE
-    assert wait_ended(controller, shrink).phase is OperationPhase.DONE
-    assert set(controller.current(0.0).actors) == {"expert-0"}
 
 
 def test_a_lost_actor_whose_checkpoint_is_gone_says_so_until_the_checkpoint_is_back(make, actors, tmp_path) -> None:

@@ -3,9 +3,8 @@
 import threading
 import time
 
-from moecluster.controller.state.cluster_state import ClusterState
+from moecluster.controller.context import new_context
 from moecluster.controller.state.handover import KeptSnapshot
-from moecluster.controller.state.operation_log import OperationLog
 from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
@@ -21,11 +20,11 @@ class Kept:
     """A standing whose changes outdate the snapshot of it, and what else is to happen at each change."""
 
     def __init__(self) -> None:
-        metrics = Metrics(model="tiny")
-        log = OperationLog(metrics, on_change=self._changed)
+        context = new_context(LAYERS, lease_s=1.0, board=PlacementBoard(), metrics=Metrics(model="tiny"))
+        self.changed, self.cluster_state = context.signals.changed, context.state
         self.at_change = lambda: None
-        self.cluster_state = ClusterState(LAYERS, board=PlacementBoard(), metrics=metrics, on_change=self._changed)
-        self.snapshot = KeptSnapshot(self.cluster_state, log)
+        self.changed.listen(lambda: self.at_change())
+        self.snapshot = KeptSnapshot(context.state, context.operations, context.signals)
         self.cluster_state.begin(
             term=1,
             generation=0,
@@ -38,10 +37,6 @@ class Kept:
     def actors(self) -> tuple[str, ...]:
         """As the snapshot has them now."""
         return decode_snapshot(self.snapshot.encoded()).actors
-
-    def _changed(self) -> None:
-        self.at_change()
-        self.snapshot.outdate()
 
 
 def test_the_snapshot_is_made_anew_after_a_change_and_only_then() -> None:
@@ -59,7 +54,7 @@ def test_a_change_is_not_held_up_by_a_snapshot_that_is_being_made_and_waits_for_
 
     def read_amid_the_change() -> None:
         kept.at_change = lambda: None
-        kept.snapshot.outdate()
+        kept.changed.emit()
         reading.start()
         time.sleep(0.2)  # it has begun, and waits for the standing that is being changed
 

@@ -16,6 +16,18 @@ def test_a_router_counts_while_its_lease_lasts() -> None:
     assert {name: lease.applied for name, lease in leases.current().items()} == {"two": (1, 2)}
 
 
+def test_routers_are_settled_a_lease_after_the_first_placement() -> None:
+    now_s = [0.0]
+    leases = Leases(10.0, clock=lambda: now_s[0])
+    now_s[0] = 100.0
+    assert not leases.settled(), "no placement is published yet"
+    leases.opened()
+    now_s[0] = 109.0
+    assert not leases.settled()
+    now_s[0] = 110.0
+    assert leases.settled()
+
+
 def test_a_hold_begins_and_ends_once_and_with_the_lease() -> None:
     now_s = [0.0]
     leases = Leases(10.0, clock=lambda: now_s[0])

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from moecluster.controller.load.direct import MAX_ASSIGNMENTS, DirectLoadSource, WorkCounter
+from moecluster.controller.load.direct import MAX_ASSIGNMENTS, DirectLoadSource
 from moecluster.errors import InvalidMessage
 from moecluster.placement.load.window import SlidingWindow
 from moecluster.types import ActorWork, ExpertId, LoadSnapshot
@@ -73,10 +73,10 @@ def test_routers_and_actors_that_fell_silent_are_forgotten() -> None:
     clock = Clock()
     source = DirectLoadSource(LAYER_EXPERTS, forget_after_s=10.0, clock=clock)
     source.add("silent", report(l1e0=5))
-    source.set_work("gone", "1", ActorWork(computed_rows=1))
+    source.set_work("gone", ActorWork(computed_rows=1))
     clock.now_s += 8.0
     source.add("talking", report(l1e0=5))
-    source.set_work("here", "1", ActorWork(computed_rows=1))
+    source.set_work("here", ActorWork(computed_rows=1))
     assert counted(source).keys() == {"silent", "talking"}
     clock.now_s += 8.0
     reading = source.read(0.0)
@@ -92,11 +92,11 @@ def test_of_too_many_routers_the_one_that_was_silent_for_longest_is_forgotten() 
     assert counted(source) == {"a": {1: [2, 0, 0]}, "c": {1: [1, 0, 0]}}
 
 
-def test_work_is_told_with_the_incarnation_that_did_it() -> None:
+def test_the_work_of_an_actor_is_what_its_newest_incarnation_has_done() -> None:
     source = DirectLoadSource(LAYER_EXPERTS)
-    source.set_work("expert-0", "first", ActorWork(computed_rows=90, busy_s=3.0))
-    source.set_work("expert-0", "second", ActorWork(computed_rows=10, expert_runs=4, busy_s=0.5))
-    second = WorkCounter(incarnation="second", computed_rows=10, expert_runs=4, busy_s=0.5)
+    source.set_work("expert-0", ActorWork(computed_rows=90, busy_s=3.0))
+    second = ActorWork(computed_rows=10, expert_runs=4, busy_s=0.5)
+    source.set_work("expert-0", second)
     assert source.read(0.0).work == {"expert-0": second}
 
 

@@ -1,9 +1,8 @@
 """What the policy is shown of actors that are up and have not loaded all of theirs yet."""
 
+from moecluster.controller.context import new_context
 from moecluster.controller.load.direct import SourceReading
-from moecluster.controller.load.reports import ActorReports
 from moecluster.controller.rebalance.observe import Observer, ObserverSettings
-from moecluster.controller.state.cluster_state import ClusterState
 from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.metrics import Metrics
 from moecluster.placement.names import to_replicas
@@ -19,7 +18,8 @@ class NoLoads:
 
 
 def test_a_replica_that_is_still_loaded_keeps_its_place_unless_its_expert_is_lost() -> None:
-    cluster_state = ClusterState({0: 3}, board=PlacementBoard(), metrics=Metrics(model="tiny"))
+    context = new_context({0: 3}, lease_s=1.0, board=PlacementBoard(), metrics=Metrics(model="tiny"))
+    cluster_state = context.state
     both = {(EXPERTS[0], "expert-0"), (EXPERTS[1], "expert-0"), (EXPERTS[0], "expert-1"), (EXPERTS[2], "expert-1")}
     cluster_state.begin(
         term=1,
@@ -28,7 +28,7 @@ def test_a_replica_that_is_still_loaded_keeps_its_place_unless_its_expert_is_los
         actors=("expert-0", "expert-1"),
         replicas=[Replica(expert=expert, actor=actor) for expert, actor in sorted(both)],
     )
-    observer = Observer(cluster_state, NoLoads(), ActorReports(), ObserverSettings(slots_per_layer=3))
+    observer = Observer(context, NoLoads(), ObserverSettings(slots_per_layer=3))
 
     def placed(held_by_1: list[ExpertId]) -> set[tuple[ExpertId, str]]:
         cluster_state.actor_up(ActorAddress(actor="expert-0", address="127.0.0.1:1", incarnation="a"), EXPERTS[:2])

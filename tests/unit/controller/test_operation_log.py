@@ -3,7 +3,7 @@ import pytest
 from moecluster.controller.state.operation_log import MAX_KEPT, MAX_KEPT_RESHARES, MAX_QUEUED, OperationLog
 from moecluster.errors import Exhausted, ResourceError
 from moecluster.metrics import Metrics
-from moecluster.types import Operation, OperationPhase
+from moecluster.types import Operation, OperationKind, OperationPhase
 
 
 @pytest.fixture
@@ -17,28 +17,28 @@ def log(metrics: Metrics) -> OperationLog:
 
 
 def test_the_same_id_is_the_same_operation(log) -> None:
-    first = log.order("scale", reason="ordered", arguments=("3",), operation_id="grow")
-    assert log.order("scale", reason="ordered", arguments=("3",), operation_id="grow") == first
+    first = log.order(OperationKind.SCALE, reason="ordered", arguments=("3",), operation_id="grow")
+    assert log.order(OperationKind.SCALE, reason="ordered", arguments=("3",), operation_id="grow") == first
     with pytest.raises(ResourceError, match="grow is scale 3 already; give another id"):
-        log.order("scale", reason="ordered", arguments=("4",), operation_id="grow")
+        log.order(OperationKind.SCALE, reason="ordered", arguments=("4",), operation_id="grow")
     assert len(log.newest()) == 1
 
 
 def test_operations_wait_in_order_up_to_a_bound(log) -> None:
-    orders = [log.order("scale", reason="", arguments=(str(i),)) for i in range(MAX_QUEUED)]
+    orders = [log.order(OperationKind.SCALE, reason="", arguments=(str(i),)) for i in range(MAX_QUEUED)]
     with pytest.raises(Exhausted):
-        log.order("scale", reason="", arguments=("1",))
-    assert log.queued({"scale"})[0] == orders[0]
+        log.order(OperationKind.SCALE, reason="", arguments=("1",))
+    assert log.queued({OperationKind.SCALE})[0] == orders[0]
     log.update(orders[0].id, phase=OperationPhase.DONE)
-    assert log.queued({"scale"})[0] == orders[1]
-    assert log.queued({"drain"}) == ()
+    assert log.queued({OperationKind.SCALE})[0] == orders[1]
+    assert log.queued({OperationKind.DRAIN}) == ()
 
 
 def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:
-    waiting = log.order("drain", reason="", arguments=("node",))
+    waiting = log.order(OperationKind.DRAIN, reason="", arguments=("node",))
     for _ in range(MAX_KEPT + 20):
-        log.update(log.begin("rebalance", reason="").id, phase=OperationPhase.DONE)
-    last = log.begin("rebalance", reason="")
+        log.update(log.begin(OperationKind.REBALANCE, reason="").id, phase=OperationPhase.DONE)
+    last = log.begin(OperationKind.REBALANCE, reason="")
     kept = log.newest()
     assert kept[0] == last and waiting in kept
     assert len(kept) == MAX_KEPT + 2
@@ -46,20 +46,21 @@ def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:
 
 
 def test_changes_of_shares_push_nothing_else_out(log) -> None:
-    waiting = log.order("scale", reason="", arguments=("3",))
-    moved = log.begin("rebalance", reason="")
+    waiting = log.order(OperationKind.SCALE, reason="", arguments=("3",))
+    moved = log.begin(OperationKind.REBALANCE, reason="")
     log.update(moved.id, phase=OperationPhase.DONE)
     for _ in range(MAX_KEPT + 20):
-        log.update(log.begin("reshare", reason="").id, phase=OperationPhase.DONE)
-    log.begin("reshare", reason="")
+        log.update(log.begin(OperationKind.RESHARE, reason="").id, phase=OperationPhase.DONE)
+    log.begin(OperationKind.RESHARE, reason="")
     kinds = [o.kind for o in log.newest()]
-    assert kinds.count("reshare") == MAX_KEPT_RESHARES + 1 and kinds[-2:] == ["rebalance", "scale"]
+    assert kinds.count(OperationKind.RESHARE) == MAX_KEPT_RESHARES + 1
+    assert kinds[-2:] == [OperationKind.REBALANCE, OperationKind.SCALE]
     left = log.for_successor(4)
     assert left[0] == waiting and len(left) == 6, "what waits, four that ended, and the one that has begun"
 
 
 def test_ends_are_dated_and_counted(log, metrics) -> None:
-    operation = log.begin("rebalance", reason="hot", balancedness_before=0.5)
+    operation = log.begin(OperationKind.REBALANCE, reason="hot", balancedness_before=0.5)
     log.count_moved(operation.id, loaded_bytes=100, added=2, removed=1)
     log.count_moved(operation.id, loaded_bytes=50, added=1, removed=0)
     done = log.update(operation.id, phase=OperationPhase.DONE)
@@ -70,16 +71,15 @@ def test_ends_are_dated_and_counted(log, metrics) -> None:
 
 
 def test_a_successor_goes_on_with_what_was_ordered_and_fails_the_rest(log) -> None:
-    def left(kind: str, phase: OperationPhase) -> Operation:
+    def left(kind: OperationKind, phase: OperationPhase) -> Operation:
         return Operation(id=f"{kind}-{phase.value}", kind=kind, phase=phase, reason="", created_s=1.0)
 
     log.take_over(
         (
-            left("scale", OperationPhase.COMMITTING),
-            left("rebalance", OperationPhase.PREPARING),
-            left("place", OperationPhase.DONE),
+            left(OperationKind.SCALE, OperationPhase.COMMITTING),
+            left(OperationKind.REBALANCE, OperationPhase.PREPARING),
+            left(OperationKind.PLACE, OperationPhase.DONE),
         ),
-        resumable=frozenset({"scale"}),
     )
     assert {o.id: o.phase.value for o in log.newest()} == {
         "scale-committing": "queued",
@@ -92,7 +92,7 @@ def test_a_successor_goes_on_with_what_was_ordered_and_fails_the_rest(log) -> No
 def test_changes_are_told(metrics) -> None:
     told: list[int] = []
     log = OperationLog(metrics, on_change=lambda: told.append(1))
-    operation = log.order("scale", reason="", arguments=("2",))
+    operation = log.order(OperationKind.SCALE, reason="", arguments=("2",))
     log.update(operation.id, detail="waiting")
     assert len(told) == 2
 
@@ -108,24 +108,23 @@ def counted(metrics: Metrics) -> dict[str, float]:
 
 
 def test_an_operation_counts_once_in_each_phase_that_it_reaches(log, metrics) -> None:
-    operation = log.order("scale", reason="", arguments=("3",))
+    operation = log.order(OperationKind.SCALE, reason="", arguments=("3",))
     for _ in range(10):  # it waits, is tried, and waits again; and goes layer by layer
         log.update(operation.id, phase=OperationPhase.PREPARING)
         log.update(operation.id, phase=OperationPhase.COMMITTING)
         log.update(operation.id, phase=OperationPhase.QUEUED, detail="waits")
     log.update(operation.id, phase=OperationPhase.DONE)
     assert counted(metrics) == {"queued": 1, "preparing": 1, "committing": 1, "done": 1}
-    log.update(log.begin("rebalance", reason="").id, phase=OperationPhase.FAILED)
+    log.update(log.begin(OperationKind.REBALANCE, reason="").id, phase=OperationPhase.FAILED)
     assert sum(counted(metrics).values()) == 6
 
 
 def test_a_successor_counts_only_the_phases_that_its_predecessor_did_not_see(log, metrics) -> None:
-    def left(kind: str, phase: OperationPhase) -> Operation:
+    def left(kind: OperationKind, phase: OperationPhase) -> Operation:
         return Operation(id=kind, kind=kind, phase=phase, reason="", created_s=1.0)
 
     log.take_over(
-        (left("scale", OperationPhase.PREPARING), left("rebalance", OperationPhase.COMMITTING)),
-        resumable=frozenset({"scale"}),
+        (left(OperationKind.SCALE, OperationPhase.PREPARING), left(OperationKind.REBALANCE, OperationPhase.COMMITTING)),
     )
     assert counted(metrics) == {"failed": 1}, "the rebalance has failed just now"
     for phase in (OperationPhase.PREPARING, OperationPhase.COMMITTING, OperationPhase.DONE):
@@ -134,7 +133,7 @@ def test_a_successor_counts_only_the_phases_that_its_predecessor_did_not_see(log
 
 
 def test_bytes_that_a_failed_operation_has_moved_are_counted(log, metrics) -> None:
-    operation = log.begin("rebalance", reason="hot")
+    operation = log.begin(OperationKind.REBALANCE, reason="hot")
     log.count_moved(operation.id, loaded_bytes=100, added=1, removed=0)
     log.update(operation.id, phase=OperationPhase.FAILED)
     assert 'moved_bytes_total{cluster="",model="tiny"} 100.0' in metrics.render()

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from moecluster.controller.operations.routers import KIND, RouterSizing, RouterSizingSettings
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Leases
+from moecluster.controller.context import new_context
+from moecluster.controller.operations.routers import RouterSizing, RouterSizingSettings
+from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.errors import ResourceError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.placement.scaling import RouterSizeSettings
-from moecluster.types import Operation, OperationPhase, PlacementNumber, RouterState
+from moecluster.rpc.controller.latest_placement import PlacementBoard
+from moecluster.types import Operation, OperationKind, OperationPhase, PlacementNumber, RouterState, WeightVersion
+from tests.support.waiting import wait_until
 
-WAIT_S = 60.0
 LEASE_S = 10.0
 IDLE_S = 3.0
 
@@ -27,10 +28,18 @@ class Routers:
         self.there: dict[str, str] = dict.fromkeys(names, "/first")  # router -> checkpoint that it was started with
         self.ended: list[str] = []
         self.refusal: Exception | None = None
-        self.leases = Leases(1e6, clock=lambda: self.now_s)
-        self.log = OperationLog(Metrics(model="tiny"))
+        self.replace_controller()
         for name in names:
             self.tell(name)
+
+    def replace_controller(self) -> None:
+        """Another controller looks after them, which has heard nothing yet. It serves /newest."""
+        self.context = new_context(
+            {0: 2}, lease_s=1e6, board=PlacementBoard(), metrics=Metrics(model="tiny"), clock=lambda: self.now_s
+        )
+        self.leases, self.log = self.context.leases, self.context.operations
+        versions = WeightVersions.only(WeightVersion(version=1, checkpoint="/newest"))
+        self.context.state.begin(term=1, generation=0, versions=versions, actors=(), replicas=())
 
     def existing_routers(self) -> tuple[str, ...]:
         return tuple(self.there)
@@ -66,6 +75,7 @@ def make() -> Iterator[Make]:
 
     def start(routers: Routers, **settings: Any) -> RouterSizing:
         sizing = RouterSizing(
+            routers.context,
             RouterSizingSettings(
                 period_s=0.01,
                 lease_s=LEASE_S,
@@ -75,10 +85,6 @@ def make() -> Iterator[Make]:
                 **{"max_routers": 4, **settings},
             ),
             supervisor=routers,
-            leases=routers.leases,
-            log=routers.log,
-            checkpoint=lambda: "/newest",
-            clock=lambda: routers.now_s,
         )
         sizing.start()
         made.append(sizing)
@@ -87,13 +93,6 @@ def make() -> Iterator[Make]:
     yield start
     for sizing in made:
         sizing.close()
-
-
-def wait_until(condition: Callable[[], bool], what: str = "it") -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not come true"
-        time.sleep(0.005)
 
 
 def stays(condition: Callable[[], bool]) -> bool:
@@ -204,8 +203,8 @@ def test_a_successor_goes_on_and_ends_nobody_before_it_has_heard_of_them(make) -
     wait_until(lambda: leaving(sizing) == ["router-2"])
     sizing.close()
     left = routers.log.for_successor(10)
-    routers.leases, routers.log = Leases(1e6, clock=lambda: routers.now_s), OperationLog(Metrics(model="tiny"))
-    routers.log.take_over(left, resumable=frozenset({KIND}))
+    routers.replace_controller()
+    routers.log.take_over(left)
     second = make(routers)
     assert stays(lambda: not routers.ended)
     routers.now_s += LEASE_S / 2
@@ -288,7 +287,8 @@ def test_requests_bring_routers_and_their_end_ends_them_with_the_reason_in_the_l
     routers.now_s += 5.0
     wait_until(lambda: len(routers.there) == 3)
     operation = routers.log.newest(1)[0]
-    assert (operation.kind, operation.arguments) == (KIND, ("3",)) and "8.0 of which wait" in operation.reason
+    assert (operation.kind, operation.arguments) == (OperationKind.SCALE_ROUTERS, ("3",))
+    assert "8.0 of which wait" in operation.reason
     for name in routers.there:
         routers.tell(name)
     wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)

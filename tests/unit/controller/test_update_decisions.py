@@ -1,21 +1,18 @@
 """What an update decides from what stands: when a version is published, and which update it belongs to."""
 
-from collections.abc import Callable
-
 import pytest
 
-from moecluster.controller.load.reports import ActorReports
-from moecluster.controller.operations.weight_rollout import KIND, UpdateSettings, WeightUpdates
-from moecluster.controller.state.cluster_state import ClusterState
-from moecluster.controller.state.operation_log import OperationLog
-from moecluster.controller.state.router_leases import Leases
+from moecluster.controller.context import new_context
+from moecluster.controller.operations.weight_rollout import UpdateSettings, WeightUpdates
 from moecluster.controller.state.weight_versions import WeightVersions
+from moecluster.errors import CheckpointError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
 from moecluster.rpc.controller.latest_placement import PlacementBoard
-from moecluster.types import ActorAddress, Operation, OperationPhase, WeightVersion
+from moecluster.types import ActorAddress, Operation, OperationKind, OperationPhase, WeightVersion
 
 LAYER_EXPERTS = {0: 4}
+LEASE_S = 1.0
 ACTORS = ("expert-0", "expert-1")
 
 
@@ -23,9 +20,15 @@ class Updated:
     """A cluster as the controller sees it: both actors are up and hold two experts each."""
 
     def __init__(self) -> None:
-        metrics = Metrics(model="tiny")
         self.now_s = 0.0
-        self.cluster_state = ClusterState(LAYER_EXPERTS, board=PlacementBoard(), metrics=metrics)
+        self.context = new_context(
+            LAYER_EXPERTS,
+            lease_s=LEASE_S,
+            board=PlacementBoard(),
+            metrics=Metrics(model="tiny"),
+            clock=lambda: self.now_s,
+        )
+        self.cluster_state, self.log = self.context.state, self.context.operations
         self.cluster_state.begin(
             term=1,
             generation=0,
@@ -33,21 +36,12 @@ class Updated:
             actors=ACTORS,
             replicas=contiguous_placement(LAYER_EXPERTS, ACTORS),
         )
-        self.log = OperationLog(metrics)
-        self.is_settled: Callable[[], bool] = lambda: True
-        self.updates = WeightUpdates(
-            UpdateSettings(prepare_timeout_s=10.0),
-            cluster_state=self.cluster_state,
-            leases=Leases(1.0, clock=lambda: self.now_s),
-            log=self.log,
-            reports=ActorReports(),
-            not_prepared=lambda version: {},
-            settled=lambda: self.is_settled(),
-            clock=lambda: self.now_s,
-        )
+        self.updates = WeightUpdates(self.context, UpdateSettings(prepare_timeout_s=10.0))
         for actor in ACTORS:
             self.bring_up(actor)
         self.cluster_state.open()
+        self.context.leases.opened()
+        self.now_s = LEASE_S  # routers had their time to be heard
 
     def bring_up(self, actor: str) -> None:
         self.cluster_state.actor_up(_address(actor), self.cluster_state.assigned(actor))
@@ -56,7 +50,7 @@ class Updated:
         self.cluster_state.actor_prepared(_address(actor), version, self.cluster_state.assigned(actor))
 
     def order(self, directory: str) -> Operation:
-        return self.log.order(KIND, reason="ordered", arguments=(directory,))
+        return self.log.order(OperationKind.UPDATE, reason="ordered", arguments=(directory,))
 
     def check(self, times: int = 4) -> None:
         for _ in range(times):
@@ -94,11 +88,33 @@ def test_an_update_that_kills_an_actor_again_and_again_fails_in_time(cluster: Up
     cluster.check()
     cluster.prepare("expert-0", 2)
     cluster.cluster_state.actor_down("expert-1")
-    cluster.now_s = 11.0
+    cluster.now_s += 10.0
     cluster.check()
     failed = cluster.log.get(operation.id)
     assert failed.phase is OperationPhase.FAILED and "expert-1 did not load the new version" in failed.detail
     assert [v.checkpoint for v in cluster.cluster_state.versions.all] == ["/old"]
+
+
+def test_an_actor_that_refuses_the_new_version_ends_the_update_and_one_that_fails_for_now_does_not(
+    cluster: Updated,
+) -> None:
+    operation = cluster.order("/new")
+    cluster.check()
+    cluster.context.reports.preparing_failed("expert-0", 2, Unavailable("the disk is away"))
+    cluster.check()
+    assert cluster.log.get(operation.id).phase is OperationPhase.PREPARING
+    cluster.context.reports.preparing_failed("expert-0", 1, CheckpointError("/old is torn"))
+    cluster.check()
+    assert cluster.log.get(operation.id).phase is OperationPhase.PREPARING, "of another version"
+    cluster.context.reports.preparing_failed("expert-0", 2, CheckpointError("/new is torn"))
+    cluster.context.reports.prepared("expert-0")
+    cluster.check()
+    assert cluster.log.get(operation.id).phase is OperationPhase.PREPARING, "it was loaded after all"
+    cluster.context.reports.preparing_failed("expert-0", 2, CheckpointError("/new is torn"))
+    cluster.check()
+    failed = cluster.log.get(operation.id)
+    assert failed.phase is OperationPhase.FAILED
+    assert failed.detail == "expert-0 cannot load the new version: /new is torn"
 
 
 def test_a_lost_actor_whose_experts_others_serve_does_not_delay_an_update(cluster: Updated) -> None:
@@ -140,14 +156,14 @@ def test_an_update_begins_when_another_one_that_is_published_has_ended(cluster: 
     assert cluster.log.get(operation.id).detail == "version 3: /new"
 
 
-def test_a_mistake_of_ours_ends_the_update_and_nothing_else(cluster: Updated) -> None:
+def test_a_mistake_of_ours_ends_the_update_and_nothing_else(cluster: Updated, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = cluster.order("/new")
     cluster.check()
 
-    def mistake() -> bool:
+    def mistake(version: int) -> None:
         raise RuntimeError("a bug")
 
-    cluster.is_settled = mistake
+    monkeypatch.setattr(cluster.context.reports, "not_prepared", mistake)
     for actor in ACTORS:
         cluster.prepare(actor, 2)
     with pytest.raises(RuntimeError):

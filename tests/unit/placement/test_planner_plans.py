@@ -1,4 +1,4 @@
-"""Cold plans, EPLB's plan, single moves, survival of nodes, and experts that go together."""
+"""Cold plans, EPLB's plan, single moves, and survival of nodes."""
 
 from dataclasses import replace
 
@@ -19,7 +19,6 @@ from moecluster.placement.layout import (
     without,
 )
 from moecluster.placement.names import balancedness_L
-from moecluster.placement.plan.coactivation import gathered, pairs_together_L
 from moecluster.placement.plan.cold import cold_plan
 from moecluster.placement.plan.follow_load import recounted
 from moecluster.placement.plan.incremental import MoveSettings, with_moves
@@ -31,7 +30,7 @@ from moecluster.placement.policy.eplb import eplb_plan
 from moecluster.placement.policy.interface import Observation
 from moecluster.placement.policy.registry import policy_named
 from tests.support.known import known
-from tests.unit.placement.planner_cases import Case, cases, random_fleet, random_load
+from tests.unit.placement.planner_cases import Case, random_fleet, random_load
 from tests.unit.placement.test_planner_properties import assert_valid
 
 
@@ -200,30 +199,6 @@ def test_shares_alone_follow_a_small_drift():
     after = with_shares(layout, least_max_shares(layout, drifted_LE, fleet).share_R)
     assert not added_R(layout, after).any()
     assert balancedness_L(after, drifted_LE, fleet)[0] > 0.99
-
-
-def test_experts_that_tokens_visit_together_stand_together():
-    """Experts 0 and 1, 2 and 3, ... share their tokens: messages fall at no loss of balance."""
-    num_experts = 32
-    load_LE = np.full((1, num_experts), 10.0) + np.random.default_rng(3).random((1, num_experts)) * 0.1
-    pairs_EE = (np.kron(np.eye(num_experts // 2), 1 - np.eye(2)) * 10).astype(np.float64)
-    fleet = fleet_of(9, 4)
-    apart = cold_plan(load_LE, np.array([num_experts]), fleet)
-    together = gathered(apart, load_LE, fleet, pairs_EE[None])
-    assert_valid(together, fleet)
-    assert pairs_together_L(together, pairs_EE[None])[0] > 2 * pairs_together_L(apart, pairs_EE[None])[0]
-    before, after = balancedness_L(apart, load_LE, fleet)[0], balancedness_L(together, load_LE, fleet)[0]
-    assert after >= 0.998 * before
-
-
-@given(case=cases(), seed=st.integers(0, 2**32 - 1))
-def test_gathering_keeps_layouts_valid(case: Case, seed: int):
-    rng = np.random.default_rng(seed)
-    width = case.layout.max_experts
-    pairs_LEE = rng.random((case.layout.num_layers, width, width))
-    pairs_LEE += pairs_LEE.transpose(0, 2, 1)
-    after = gathered(case.layout, case.load_LE, case.fleet, pairs_LEE)
-    assert_valid(after, case.fleet)
 
 
 def through_a_drift(name: str, fleet: Fleet, num_experts: int, budget_bytes: float, seed: int) -> tuple[float, float]:

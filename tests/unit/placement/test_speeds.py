@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecluster.placement.load.speed import ActorWork, SpeedMeter, SpeedSettings
+from moecluster.placement.load.speed import SpeedMeter, SpeedSettings
+from moecluster.types import ActorWork
 
 ACTORS = ("a", "b", "c", "d", "e")
 
@@ -15,13 +16,13 @@ class Cluster:
 
     def __init__(self, meter: SpeedMeter) -> None:
         self.meter = meter
-        self.done = dict.fromkeys(ACTORS, ActorWork(rows=0.0, busy_s=0.0))
+        self.done = dict.fromkeys(ACTORS, ActorWork())
 
-    def read(self, *, rows: float = 1000.0, speeds: dict[str, float] | None = None, times: int = 1) -> np.ndarray:
+    def read(self, *, rows: int = 1000, speeds: dict[str, float] | None = None, times: int = 1) -> np.ndarray:
         for _ in range(times):
             for actor, before in self.done.items():
                 busy_s = rows / (100.0 * (speeds or {}).get(actor, 1.0))
-                self.done[actor] = ActorWork(rows=before.rows + rows, busy_s=before.busy_s + busy_s)
+                self.done[actor] = ActorWork(computed_rows=before.computed_rows + rows, busy_s=before.busy_s + busy_s)
             self.meter.add(self.done)
         return self.meter.speed_A(ACTORS)
 
@@ -68,7 +69,7 @@ def test_uneven_machines_are_told_apart() -> None:
 def test_an_actor_that_was_started_anew_and_one_never_heard_of() -> None:
     cluster = Cluster(SpeedMeter())
     cluster.read(speeds={"b": 0.5}, times=6)
-    cluster.done["b"] = ActorWork(rows=0.0, busy_s=0.0)
+    cluster.done["b"] = ActorWork()
     told = cluster.read(times=4)
     assert told.tolist() == [1.0] * 5
     assert cluster.meter.speed_A(["nobody"]).tolist() == [1.0]
@@ -98,17 +99,19 @@ class CostlyRuns:
 
     def __init__(self, meter: SpeedMeter) -> None:
         self.meter = meter
-        self.done = dict.fromkeys(ACTORS, ActorWork(rows=0.0, busy_s=0.0))
+        self.done = dict.fromkeys(ACTORS, ActorWork())
         self._drawn = np.random.default_rng(0)
 
     def read(self, *, speeds: dict[str, float] | None = None, times: int = 1) -> np.ndarray:
         for _ in range(times):
             for actor, before in self.done.items():
-                rows = (20_000.0 if actor == "a" else 1_000.0) * self._drawn.uniform(0.8, 1.2)
-                runs = 400.0 * self._drawn.uniform(0.8, 1.2)
+                rows = round((20_000 if actor == "a" else 1_000) * self._drawn.uniform(0.8, 1.2))
+                runs = round(400 * self._drawn.uniform(0.8, 1.2))
                 busy_s = (rows + 50.0 * runs) / 1e4 / (speeds or {}).get(actor, 1.0)
                 self.done[actor] = ActorWork(
-                    rows=before.rows + rows, runs=before.runs + runs, busy_s=before.busy_s + busy_s
+                    computed_rows=before.computed_rows + rows,
+                    expert_runs=before.expert_runs + runs,
+                    busy_s=before.busy_s + busy_s,
                 )
             self.meter.add(self.done)
         return self.meter.speed_A(ACTORS)

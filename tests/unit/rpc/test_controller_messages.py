@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -272,7 +273,7 @@ def test_a_report_that_names_an_expert_twice_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"actor": ""}, "actors.actor"), ({"experts": -1}, "actors.experts"), ({"phase": ""}, "phase")],
+    [({"actor": ""}, "actors.actor"), ({"experts": -1}, "actors.experts")],
 )
 def test_a_malformed_status_is_refused_by_name(change: dict[str, Any], field: str) -> None:
     status = FakeController().status()
@@ -281,8 +282,18 @@ def test_a_malformed_status_is_refused_by_name(change: dict[str, Any], field: st
         decode_status(encode_status(dataclasses.replace(status, actors=(broken,))))
 
 
-def test_a_status_with_a_malformed_operation_is_refused() -> None:
+@pytest.mark.parametrize("phase", ["", "asleep"])
+def test_an_unknown_phase_of_an_actor_is_refused_with_those_that_there_are(phase: str) -> None:
     message = encode_status(FakeController().status())
-    message.operations.add(id="x", kind="scale", phase="nowhere")
-    with pytest.raises(InvalidMessage, match=r"^phase: "):
+    message.actors[0].phase = phase
+    expected = f"actors.phase: {phase!r}, expected one of restarting, loading, serving"
+    with pytest.raises(InvalidMessage, match=f"^{re.escape(expected)}$"):
+        decode_status(message)
+
+
+@pytest.mark.parametrize(("change", "field"), [({"phase": "nowhere"}, "phase"), ({"kind": "wake"}, "kind")])
+def test_an_unknown_kind_or_phase_of_an_operation_is_refused(change: dict[str, str], field: str) -> None:
+    message = encode_status(FakeController().status())
+    message.operations.add(**{"id": "x", "kind": "activate", "phase": "queued"} | change)
+    with pytest.raises(InvalidMessage, match=rf"^{field}: '{change[field]}', expected one of .*, "):
         decode_status(message)

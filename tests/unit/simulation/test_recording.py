@@ -12,7 +12,7 @@ from moecluster.simulation.trace.format import TraceEvent
 from moecluster.simulation.trace.reader import open_trace
 from moecluster.simulation.trace.recorder import TraceRecorder
 from moecluster.simulation.trace.writer import TraceWriter
-from moecluster.types import ActorState, ClusterLoads
+from moecluster.types import ActorPhase, ActorState, ClusterLoads
 from tests.support.fakes.fake_controller import LOADS, NOW_S
 
 WINDOW_S = 10.0
@@ -31,7 +31,7 @@ def actors(first: str = "a1", second: str = "b1") -> tuple[ActorState, ...]:
             actor=name,
             address="127.0.0.1:5000",
             incarnation=incarnation,
-            phase="serving" if incarnation else "restarting",
+            phase=ActorPhase.SERVING if incarnation else ActorPhase.RESTARTING,
             experts=3,
             restarts=0,
         )

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
+
+from moecluster.types.operations import Operation as Operation
+from moecluster.types.operations import OperationKind as OperationKind
+from moecluster.types.operations import OperationPhase as OperationPhase
 
 if TYPE_CHECKING:  # what only passes texts on, as the HTTP gateway does, starts without torch
     import torch
@@ -207,7 +211,7 @@ class ReduceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ActorWork:
-    """What an expert actor has done since the start of this incarnation."""
+    """What one incarnation of an expert actor has done since its start; a new incarnation counts from 0."""
 
     computed_rows: int = 0  # (row, expert) pairs
     expert_runs: int = 0  # times that an expert was computed, for however many rows
@@ -241,6 +245,14 @@ class ExpertActorStatus:
         return self.experts if version == self.weight_version else self.other_versions.get(version, ())
 
 
+class ActorPhase(StrEnum):
+    """How far an expert actor is on its way to serving."""
+
+    RESTARTING = "restarting"  # its process is being started, or started again
+    LOADING = "loading"  # it loads its experts
+    SERVING = "serving"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActorState:
     """What the controller knows of one expert actor."""
@@ -248,7 +260,7 @@ class ActorState:
     actor: str
     address: str  # host:port; empty while it has none
     incarnation: str
-    phase: str  # serving | restarting | loading
+    phase: ActorPhase
     experts: int
     restarts: int
     problem: str = ""  # why it does not serve; empty while that is not known
@@ -274,40 +286,6 @@ class RouterState(RouterReport):
     ready_weight_version: int = 0  # the newest whose trunk is loaded
     failed_weight_version: int = 0  # whose trunk could not be loaded; 0: none
     problem: str = ""  # why
-
-
-class OperationPhase(Enum):
-    """How far an operation is."""
-
-    QUEUED = "queued"
-    PREPARING = "preparing"
-    COMMITTING = "committing"
-    DONE = "done"
-    FAILED = "failed"
-
-    @property
-    def ended(self) -> bool:
-        return self in (OperationPhase.DONE, OperationPhase.FAILED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One change of placement or size."""
-
-    id: str
-    kind: str  # reshare | rebalance | restore | scale | scale-routers | drain | place | update | wake | cool
-    phase: OperationPhase = OperationPhase.QUEUED
-    reason: str
-    detail: str = ""  # what is being done, or why it failed
-    arguments: tuple[str, ...] = ()  # of what was asked: a number of actors, a node, an expert and its actors
-    created_s: float  # Unix time, as ended_s
-    ended_s: float | None = None
-    balancedness_before: float | None = None
-    balancedness_predicted: float | None = None
-    balancedness_measured: float | None = None  # over the window that followed
-    moved_bytes: int = 0
-    added_replicas: int = 0
-    removed_replicas: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,43 @@
+"""Whether lost experts can be loaded on other actors now, which comes before every other change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moecluster.controller.context import ControllerContext
+from moecluster.types import ExpertId
+
+
+class Recovery:
+    """Attempts are made by one thread at a time; whether one is due may be asked from any."""
+
+    def __init__(self, context: ControllerContext, *, slots_per_layer: int) -> None:
+        self._state = context.state
+        self._slots_per_layer = slots_per_layer
+        self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
+
+    def is_possible(self) -> bool:
+        """Whether experts are lost, and a layer of one has a free slot on an actor that is up."""
+        return bool(self._state.lost()) and self._has_free_slots()
+
+    def is_due(self) -> bool:
+        """Whether it is possible, and was not tried in vain with the same experts and actors."""
+        return self.is_possible() and self._situation() != self._tried_in_vain
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """While lost experts are loaded: one that leaves some lost makes no other change give way any more."""
+        before = self._situation()
+        yield
+        self._tried_in_vain = before if self._state.lost() else None
+
+    def _situation(self) -> tuple[frozenset[ExpertId], frozenset[str]]:
+        return self._state.lost(), frozenset(self._state.up())
+
+    def _has_free_slots(self) -> bool:
+        up = [a for a in self._state.up() if a not in self._state.leaving]
+        replicas = self._state.replicas()
+        for layer in {expert.layer for expert in self._state.lost()}:
+            cluster_state = sum(r.expert.layer == layer and r.actor in up for r in replicas)
+            if cluster_state < len(up) * self._slots_per_layer:
+                return True
+        return False

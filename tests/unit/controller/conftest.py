@@ -1,0 +1,26 @@
+"""What the tests of whole controllers start from: a tiny checkpoint, two actors of this process, and controllers."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.clusters.controllers import ACTORS, MakeController, controllers_over
+from tests.support.clusters.fake_actors import FakeActors, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def actors() -> Iterator[FakeActors]:
+    with FakeActors(ACTORS) as fakes:
+        yield fakes
+
+
+@pytest.fixture
+def make(actors: FakeActors, checkpoint: str) -> Iterator[MakeController]:
+    """Makes controllers over the actors, and closes them."""
+    with controllers_over(actors, checkpoint) as make_controller:
+        yield make_controller
