@@ -19,7 +19,8 @@ BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test system-deps check lint sizes types imports stale-protos bench protos models-page soak clean
+.PHONY: help demo test system-deps check lint sizes types imports stale-protos stale-pages links bench protos docs \
+	models-page soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +37,7 @@ test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, clus
 system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
 	@tools/install_system_deps.sh
 
-check: lint sizes types imports stale-protos  ## style, sizes, types, import layers, generated code
+check: lint sizes types imports stale-protos stale-pages links  ## style, sizes, types, import layers, generated code and pages, links
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -54,11 +55,20 @@ imports: $(VENV)/.dev
 stale-protos: $(PROTOS_VENV)/.installed
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py --check
 
+stale-pages: $(VENV)/.dev
+	$(BIN)/python -m tools.generate_reference_pages --check
+
+links: $(VENV)/.dev
+	$(BIN)/python tools/check_links.py
+
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
+
+docs: $(VENV)/.dev  ## write docs/configuration.md and docs/metrics.md out of the code
+	$(BIN)/python -m tools.generate_reference_pages
 
 models-page: $(VENV)/.dev  ## try every family of the installed transformers, and write docs/models.md; minutes
 	$(BIN)/python -m tools.generate_models_page

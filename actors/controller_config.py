@@ -91,7 +91,7 @@ def size_limits(config: Config) -> SizeSettings | None:
         min_actors=lowest,
         max_actors=highest,
         target_queue_s=controller.target_queue_s,
-        target_utilisation=controller.target_utilisation,
+        target_utilization=controller.target_utilization,
         upscale_delay_s=controller.upscale_delay_s,
         downscale_delay_s=controller.downscale_delay_s,
     )
@@ -111,7 +111,7 @@ def router_limits(config: Config) -> RouterSizeSettings | None:
     return RouterSizeSettings(
         min_routers=lowest,
         max_routers=highest,
-        target_texts=serve.target_texts,
+        target_requests=serve.target_requests,
         target_waiting=serve.target_waiting,
         upscale_delay_s=serve.upscale_delay_s,
         downscale_delay_s=serve.downscale_delay_s,

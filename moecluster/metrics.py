@@ -63,87 +63,95 @@ class Metrics:
         self._clock = clock
         self.registry = CollectorRegistry()
         self._server: _Server | None = None
-        self._started = self._gauge("start_time_seconds", "Unix time at which the process began to count")
+        self._started = self._gauge("start_time_seconds", "Unix time at which the process started counting")
         self._started.labels(*self._common).set(time.time())
         self._expert_tokens = _ExpertSeries(
-            "expert_tokens", "Top-k assignments (token, expert) routed", "counter", self._common, max_expert_series
+            "expert_tokens", "Assignments (token, expert) made by the gate", "counter", self._common, max_expert_series
         )
         self._expert_replicas = _ExpertSeries(
-            "expert_replicas", "Replicas that serve an expert", "gauge", self._common, max_expert_series
+            "expert_replicas", "Replicas of an expert in the placement", "gauge", self._common, max_expert_series
         )
         self.registry.register(self._expert_tokens)
         self.registry.register(self._expert_replicas)
 
         self._layer_balancedness = self._gauge(
-            "layer_balancedness", "Mean actor load / max actor load, load by speed; 1 is perfect, no load: no series",
+            "layer_balancedness",
+            "Mean / maximum actor load, each divided by the actor's speed; 1 is perfect; absent without load",
             "layer",
-        )  # fmt: skip
+        )
         self._balanced_layers: set[int] = set()
         self._router_entropy = self._gauge(
             "router_entropy",
-            "Entropy, nats, of a token's routing weights over the experts that it is sent to (top-k, weights scaled to "
-            f"sum to 1: at most ln k); mean over the tokens of the last {ENTROPY_WINDOW_S:.0f} to "
-            f"{2 * ENTROPY_WINDOW_S:.0f} s with any; no series where a token has one expert",
+            "Entropy in nats of a token's top-k routing weights, scaled to sum to 1 (at most ln k); mean over the last "
+            f"{ENTROPY_WINDOW_S:.0f} to {2 * ENTROPY_WINDOW_S:.0f} s in which there were tokens; absent for top-1",
             "layer",
         )
         self._entropies: dict[int, _WindowMean] = {}
         self._entropy_lock = threading.Lock()
-        self._dropped = self._counter("dropped_assignments", "Assignments skipped for want of capacity", "layer")
+        self._dropped = self._counter(
+            "dropped_assignments", "Assignments skipped because the expert was at capacity", "layer"
+        )
 
-        self._actor_tokens = self._counter("actor_tokens", "(row, expert) pairs computed by an actor", "actor")
-        self._actor_runs = self._counter("actor_expert_runs", "Times that an actor computed an expert", "actor")
-        self._actor_queue_rows = self._gauge("actor_queue_rows", "Rows that wait in an actor", "actor")
-        self._actor_busy = self._counter("actor_busy_seconds", "Time that an actor spent computing", "actor")
-        self._actor_speed = self._gauge("actor_speed", "Speed that is planned with; 1 is usual", "actor")
+        self._actor_tokens = self._counter("actor_tokens", "Pairs (row, expert) computed by an expert actor", "actor")
+        self._actor_runs = self._counter(
+            "actor_expert_runs", "Expert computations, one per expert and merged batch", "actor"
+        )
+        self._actor_queue_rows = self._gauge("actor_queue_rows", "Rows waiting in an expert actor's queue", "actor")
+        self._actor_busy = self._counter("actor_busy_seconds", "Time an expert actor spent computing", "actor")
+        self._actor_speed = self._gauge("actor_speed", "Relative speed that the planner assumes; 1 is typical", "actor")
         self._measured_actors: set[str] = set()
 
         self._dispatch = self._histogram(
-            "dispatch_seconds", "From sending rows to an actor to its answer", DISPATCH_BUCKETS_S, "transport"
+            "dispatch_seconds",
+            "From sending a message to an expert actor to its reply",
+            DISPATCH_BUCKETS_S,
+            "transport",
         )
         self._dispatch_bytes = self._counter(
             "dispatch_bytes", "Tensor bytes exchanged with expert actors", "transport", "direction"
         )
-        self._dispatch_retries = self._counter("dispatch_retries", "Messages sent again", "reason")
+        self._dispatch_retries = self._counter("dispatch_retries", "Messages to expert actors sent again", "reason")
 
         self._nonfinite = self._counter(
-            "nonfinite_replies", "Batches that a replica answered with NaN or infinity", "layer", "expert", "actor"
+            "nonfinite_replies", "Replies of a replica with NaN or infinity", "layer", "expert", "actor"
         )
         self._nonfinite_seen: set[tuple[ExpertId, str]] = set()
 
-        self._generation = self._gauge("placement_generation", "Generation of the placement in use")
+        self._generation = self._gauge("placement_generation", "Generation of the current placement")
         self._operations = self._counter(
             "operations",
-            "Operations (changes of placement or size) that have reached a phase: each counts once in every phase",
+            "Operations (changes of placement or size) that reached a phase; each counts once per phase",
             "kind",
             "phase",
         )
         self._moved_bytes = self._counter(
-            "moved_bytes", "Bytes of experts loaded by operations, also by ones that fail"
+            "moved_bytes", "Bytes of expert weights loaded by operations, failed ones included"
         )
         self._operation_seconds = self._histogram(
-            "operation_seconds", "Duration of operations that ended well", STEP_BUCKETS_S, "kind"
+            "operation_seconds", "Duration of successful operations", STEP_BUCKETS_S, "kind"
         )
 
-        self._requests = self._counter("requests", "Generations by how they ended", "status")
+        self._requests = self._counter("requests", "Generation requests by final status", "status")
         self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From the request to its first token", TOKEN_BUCKETS_S
+            "time_to_first_token_seconds", "Time from a request's arrival to its first token", TOKEN_BUCKETS_S
         )
-        self._inter_token = self._histogram("inter_token_seconds", "From one token to the next", TOKEN_BUCKETS_S)
-        self._running_requests = self._gauge("router_running_texts", "Texts that a router is writing")
-        self._waiting_requests = self._gauge("router_waiting_texts", "Texts that wait in a router to be begun")
+        self._inter_token = self._histogram(
+            "inter_token_seconds", "Time between consecutive tokens of a request", TOKEN_BUCKETS_S
+        )
+        self._running_requests = self._gauge("router_running_requests", "Requests that the router is generating")
+        self._waiting_requests = self._gauge("router_waiting_requests", "Requests waiting in the router")
 
         self._train_loss = self._gauge(
-            "train_loss", "Cross-entropy of the last committed step, nats per token, without auxiliary losses"
+            "train_loss", "Cross-entropy of the last committed step in nats per token, without auxiliary losses"
         )
         self._train_aux_loss = self._gauge(
             "train_aux_loss",
-            "An auxiliary loss of the last committed step, times its coefficient, summed over layers: part of what is "
-            "trained on, not of train_loss",
+            "Auxiliary loss of the last committed step, times its coefficient, over all layers; not part of train_loss",
             "kind",
         )
         self._aux_kinds: set[str] = set()
         self._train_step = self._histogram("train_step_seconds", "Duration of a committed step", STEP_BUCKETS_S)
-        self._train_replays = self._counter("train_step_replays", "Attempts of steps that were run again")
+        self._train_replays = self._counter("train_step_replays", "Attempts of training steps that were run again")
 
     def serve(self, *, host: str, port: int) -> int:
         """Serves /metrics until `close`. port 0: any free one. Returns the port; ResourceError if it is in use."""

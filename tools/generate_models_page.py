@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moecluster.hf.modelling import text_config
 from moecluster.models.native.build import register_native_family
 from tools.family_trials import LOGIT_TOLERANCE, LOSS_TOLERANCE, STEPS, Trial, try_family
+from tools.markdown import table
 from tools.moe_families import families_with_interface, families_without_interface
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +84,7 @@ def page(trials: Sequence[Trial], version: str) -> str:
             "  text behind padding were those of the text alone. `padded, equal lengths` batches only prompts of one",
             "  length, as padding changes what the family computes.",
             "",
-            *_table(
+            *table(
                 ("Family", "Experts", "Training", "Texts", "Remarks"),
                 ((f"`{t.family}`", t.experts, t.training, t.batching, _remarks(t)) for t in opened),
             ),
@@ -93,7 +94,7 @@ def page(trials: Sequence[Trial], version: str) -> str:
             "A checkpoint that is made of several models (it also sees, hears or speaks) is opened where transformers'",
             "`AutoModelForCausalLM` opens it, as the language model alone, and refused elsewhere.",
             "",
-            *_table(("Family", "Why"), ((f"`{t.family}`", t.reason) for t in refused)),
+            *table(("Family", "Why"), ((f"`{t.family}`", t.reason) for t in refused)),
             "",
         ]
     )
@@ -106,14 +107,6 @@ def _remarks(trial: Trial) -> str:
     if text_config(config_class()).model_type == trial.family:
         return "The whole model is opened; it takes text"
     return "The language model alone is opened; a trained checkpoint is that of a language model"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _replace(path: Path, content: str) -> None:

@@ -91,7 +91,9 @@ def down(name: Name = "moecluster") -> None:
 def generate(
     target: Target,
     prompt: Annotated[str, typer.Argument(help="text to continue; with --chat, a user's message")],
-    max_new_tokens: Annotated[int, typer.Option(help="most tokens to generate", min=1)] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="most tokens to generate (default: serve.max_new_tokens)", min=1)
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="sampling temperature, 0: greedy (default: serve.temperature)")
     ] = None,

@@ -60,7 +60,7 @@ class Route:
     def __init__(self, routers: Routers, *, patience_s: float, timeout_s: float, discovers: bool) -> None:
         """timeout_s: of the whole text, from now. discovers: somebody can be asked where the routers are now."""
         self._routers = routers
-        self._failover = RequestFailover(Patience(request_timeout_s=timeout_s, router_patience_s=patience_s))
+        self._failover = RequestFailover(Patience(request_timeout_s=timeout_s, router_wait_timeout_s=patience_s))
         self._discovers = discovers
         self._begin_round()
         self._asked = ""  # the router that was asked last

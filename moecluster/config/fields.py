@@ -1,4 +1,4 @@
-"""How one section of settings is declared, read and checked. Knows no section: those stand in sections.py.
+"""How one section of settings is declared, read and checked. Knows no section: those stand in sections/.
 
 A section is a frozen keyword-only dataclass that derives from `Section`; each field is one line made by `setting`.
 Every complaint is a ConfigError in one line: section.key, what was given, what would be right.
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moecluster.errors import ConfigError
+
+MIB = 1024 * 1024
 
 SectionT = TypeVar("SectionT", bound="Section")
 
@@ -99,6 +101,11 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def bounds(limits: Mapping[str, Any]) -> str:
+    """The range that a field's metadata names, in words; empty if it names none."""
+    return " and ".join(f"{words} {limits[key]}" for key, words, _ in _BOUNDS if limits[key] is not None)
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """The value as the type that the field declares: lists become tuples, integers numbers; nothing else changes."""
     if hint is Any:
@@ -140,19 +147,20 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A field's type in words, as a user would write its values in TOML."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in arguments)
+        return " or ".join(type_name(option) for option in arguments)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"a list, each item {_type_name(arguments[0])}"
-        return f"a list of {len(arguments)} items, each {_type_name(arguments[0])}"
+            return f"a list, each item {type_name(arguments[0])}"
+        return f"a list of {len(arguments)} items, each {type_name(arguments[0])}"
     return "a table" if origin is not None else _TYPE_NAMES[hint]
 
 
 def _wrong_type(value: Any, hint: Any, name: str) -> ConfigError:
-    return ConfigError(f"{name}: got {show(value)}, expected {_type_name(hint)}")
+    return ConfigError(f"{name}: got {show(value)}, expected {type_name(hint)}")
 
 
 def _check_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
@@ -163,8 +171,7 @@ def _check_range(value: Any, limits: Mapping[str, Any], name: str) -> None:
         choices = limits["choices"]
         if choices is not None and value not in choices:
             raise ConfigError(f"{name}: got {show(value)}, expected one of {', '.join(choices)}")
-    elif isinstance(value, int | float):
-        given = [(words, limits[key], holds) for key, words, holds in _BOUNDS if limits[key] is not None]
-        if not all(holds(value, bound) for _, bound, holds in given):
-            requirement = " and ".join(f"{words} {bound}" for words, bound, _ in given)
-            raise ConfigError(f"{name}: got {show(value)}, expected {requirement}")
+    elif isinstance(value, int | float) and not all(
+        holds(value, limits[key]) for key, _, holds in _BOUNDS if limits[key] is not None
+    ):
+        raise ConfigError(f"{name}: got {show(value)}, expected {bounds(limits)}")

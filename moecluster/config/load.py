@@ -1,4 +1,4 @@
-"""All settings: one TOML file, read strictly into frozen records. The sections stand in sections.py."""
+"""All settings: one TOML file, read strictly into frozen records. The sections stand in sections/."""
 
 import dataclasses
 import tomllib
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moecluster.config.fields import Section, read_section, suggest
+from moecluster.config.retired import refuse_retired
 from moecluster.config.sections import (
     ClusterConfig,
     ControllerConfig,
@@ -72,6 +73,7 @@ def load_config(path_or_preset: str, overrides: Mapping[str, Any] | None = None)
 def read_config(tables: Mapping[str, Any], *, source: str = "settings") -> Config:
     """Make a Config from tables as TOML gives them; `source` begins every complaint."""
     try:
+        refuse_retired(tables)
         for name, table in tables.items():
             if name not in SECTIONS:
                 raise ConfigError(f"[{name}]: unknown section; {suggest(name, SECTIONS)}")

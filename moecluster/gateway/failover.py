@@ -94,7 +94,7 @@ class FailoverStream:
         if self._directory.ended:
             raise ClusterEnded(self._directory.ended)
         if self._failover.is_over():
-            raise Unavailable(f"no router was found within {self._patience.router_patience_s:g} s")
+            raise Unavailable(f"no router was found within {self._patience.router_wait_timeout_s:g} s")
         await self._directory.wait_for_news(POLL_AGAIN_S)
 
     def _left_s(self) -> float:

@@ -39,7 +39,7 @@ class ServedModel:
         self._metrics = metrics
         self._patience = Patience(
             request_timeout_s=settings.request_timeout_s,
-            router_patience_s=settings.router_patience_s,
+            router_wait_timeout_s=settings.router_wait_timeout_s,
             max_failures=MAX_FAILURES,
             awaits_lost=False,
         )

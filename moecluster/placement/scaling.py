@@ -81,7 +81,7 @@ class RouterSizeSettings:
 
     min_routers: int
     max_routers: int
-    target_texts: float = 8.0  # running and waiting at one router
+    target_requests: float = 8.0  # running and waiting at one router
     target_waiting: float = 1.0  # highest acceptable number of requests that wait, mean over the routers
     upscale_delay_s: float = 10.0
     downscale_delay_s: float = 300.0
@@ -113,7 +113,7 @@ def decide_routers(
     wish = Wish(
         now_s=seen.now_s,
         size=seen.routers,
-        work=(seen.running + seen.waiting) / settings.target_texts,
+        work=(seen.running + seen.waiting) / settings.target_requests,
         lowest=lowest,
         highest=highest,
         queues=waiting > settings.target_waiting,
@@ -126,7 +126,7 @@ def decide_routers(
         return wanted, "", state
     requests = (seen.running + seen.waiting) / seen.routers
     why = (
-        f"a router has {requests:.1f} requests (aim {settings.target_texts:g}), {waiting:.1f} of which wait "
+        f"a router has {requests:.1f} requests (aim {settings.target_requests:g}), {waiting:.1f} of which wait "
         f"(aim {settings.target_waiting:g}); more or fewer were needed for {seconds:.0f} s"
     )
     return wanted, why, state
@@ -139,7 +139,7 @@ class SizeSettings:
     min_actors: int
     max_actors: int
     target_queue_s: float = 0.05  # highest acceptable mean wait of a message at an actor
-    target_utilisation: float = 0.7  # target of the busy share of an actor's time
+    target_utilization: float = 0.7  # target of the busy share of an actor's time
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
 
@@ -168,7 +168,7 @@ def decide_size(seen: SizeObservation, state: SizeState, settings: SizeSettings)
     wish = Wish(
         now_s=seen.now_s,
         size=seen.actors,
-        work=seen.busy_share * seen.actors / settings.target_utilisation,
+        work=seen.busy_share * seen.actors / settings.target_utilization,
         lowest=lowest,
         highest=settings.max_actors,
         queues=seen.queue_s > settings.target_queue_s,
@@ -182,6 +182,6 @@ def decide_size(seen: SizeObservation, state: SizeState, settings: SizeSettings)
 
 def _why(seen: SizeObservation, settings: SizeSettings, seconds: float) -> str:
     return (
-        f"actors are busy {seen.busy_share:.0%} of the time (aim {settings.target_utilisation:.0%}) and messages wait "
+        f"actors are busy {seen.busy_share:.0%} of the time (aim {settings.target_utilization:.0%}) and messages wait "
         f"{seen.queue_s * 1e3:.1f} ms (aim {settings.target_queue_s * 1e3:g} ms), for {seconds:.0f} s"
     )

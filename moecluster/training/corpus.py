@@ -15,7 +15,7 @@ from moecluster.training.text_files import EMPTY, Document, read_directory, read
 
 STDLIB = "stdlib"
 STDLIB_DOMAIN_BYTES = 2 * 2**20  # per source code domain of `stdlib`; files are added whole until this is reached
-MAX_LEFT_OUT_SHARE = 0.1  # of a directory's bytes
+MAX_SKIPPED_SHARE = 0.1  # of a directory's bytes
 VALIDATION_SHARE = 0.1
 MAX_DOCUMENT_SHARE = 0.25  # of the validation text, so that one long table does not dominate the evaluation
 
@@ -30,10 +30,10 @@ class Domain:
     left_out: str = ""  # the files that were skipped, and why, in one line
 
 
-def read_domains(data: str, *, max_left_out_share: float = MAX_LEFT_OUT_SHARE) -> tuple[Domain, ...]:
+def read_domains(data: str, *, max_skipped_share: float = MAX_SKIPPED_SHARE) -> tuple[Domain, ...]:
     """Returns the domains of a text file (one), a directory (one), or `stdlib` (three).
 
-    max_left_out_share: the part of a directory's bytes that may be skipped as not UTF-8 text. Raises DataError.
+    max_skipped_share: the part of a directory's bytes that may be skipped as not UTF-8 text. Raises DataError.
     """
     if data == STDLIB:
         return tuple(_split(name, list(documents)) for name, documents in _stdlib_documents())
@@ -47,10 +47,10 @@ def read_domains(data: str, *, max_left_out_share: float = MAX_LEFT_OUT_SHARE) -
     if not os.path.isdir(path):
         raise DataError(f'no such text: "{data}"; give a text file, a directory of text files, or {STDLIB}')
     documents, left_out = read_directory(path)
-    if left_out.share > max_left_out_share:
+    if left_out.share > max_skipped_share:
         raise DataError(
             f"{path}: left out would be {left_out}; give UTF-8 text (iconv converts it), or allow more by "
-            "train.max_left_out_share"
+            "train.max_skipped_share"
         )
     if not documents:
         also = f"; left out are {left_out}" if left_out.names else ""

@@ -66,7 +66,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> TextData:
             'model.dtype: got "float16", whose gradients vanish; expected float32 or bfloat16 to train in'
         )
     return TextData(
-        read_domains(config.train.data, max_left_out_share=config.train.max_left_out_share),
+        read_domains(config.train.data, max_skipped_share=config.train.max_skipped_share),
         tokenizer,
         sequence_length=config.train.sequence_length,
         seed=config.train.seed,

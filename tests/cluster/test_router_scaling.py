@@ -26,7 +26,7 @@ def cluster(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -
     tables = {
         "cluster": {"num_expert_actors": 1},
         "controller": {"period_s": 0.2, "lease_s": 2.0},
-        "serve": {"max_routers": 2, "target_texts": 1.0, "upscale_delay_s": 0.5, "downscale_delay_s": 2.0},
+        "serve": {"max_routers": 2, "target_requests": 1.0, "upscale_delay_s": 0.5, "downscale_delay_s": 2.0},
     }
     with RayCluster(save_decided_model(directory), tables) as running:
         yield running

@@ -127,7 +127,7 @@ def undisturbed(cluster: RayCluster, text: Path, tmp_path_factory: pytest.TempPa
     return losses(run_on(cluster, make_config(text, tmp_path_factory.mktemp("undisturbed"), **SHORT)))
 
 
-SHORT: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 3, "participant_timeout_s": 1.0, "deterministic": True}
+SHORT: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 3, "participant_timeout_s": 1.0}
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -143,7 +143,7 @@ def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
     events = run_on(cluster, make_config(text, tmp_path, **SHORT), killer.arm)
     assert killer.struck
     assert [event for event in events if isinstance(event, WentBack)], "no state was lost"
-    assert losses(events) == undisturbed  # bit for bit: deterministic, on equal hardware
+    assert losses(events) == undisturbed  # bit for bit: gradients are summed in one order
     taken = [event for event in events if isinstance(event, StepDone)]
     assert len(taken) > len(undisturbed) and all(step.total_loss == undisturbed[step.step] for step in taken)
 

@@ -25,7 +25,6 @@ def test_the_curve_is_the_same_whoever_is_killed_and_when(ray_session: RaySessio
         "steps": STEPS,
         "checkpoint_every_steps": CHECKPOINT_EVERY_STEPS,
         "participant_timeout_s": 1.0,
-        "deterministic": True,
     }
     start = prepare_start(make_config(text, tmp_path / "first", **settings))
     choose, over, kills = random.Random(0), threading.Event(), 0

@@ -104,8 +104,8 @@ def test_texts_are_counted_when_they_are_shown() -> None:
     for running, waiting in ((1, 0), (4, 7)):
         texts.update(running=running, waiting=waiting)
         found = samples(metrics)
-        assert found["moecluster_router_running_texts", ()] == running
-        assert found["moecluster_router_waiting_texts", ()] == waiting
+        assert found["moecluster_router_running_requests", ()] == running
+        assert found["moecluster_router_waiting_requests", ()] == waiting
 
 
 def test_a_layer_without_load_shows_no_balancedness() -> None:

@@ -12,6 +12,7 @@ from moecluster.cli.common.model_weights import refuse_another_model, trained_mo
 from moecluster.cli.common.progress import loading_bar
 from moecluster.cli.common.routers import find_routers
 from moecluster.client import Client, GenerationOptions
+from moecluster.config.sections import ServeConfig
 from moecluster.errors import ConfigError, InvalidMessage
 
 
@@ -20,14 +21,13 @@ def generate(
 ) -> None:
     """Writes the prompt's continuation to standard output; everything else goes to the console (standard error).
 
-    chat: the prompt is a user's message, to be answered. options: those given by the user; temperature, top_p and seed
-    default to the configuration's.
+    chat: the prompt is a user's message, to be answered. options: those given by the user; max_new_tokens, temperature,
+    top_p and seed default to the configuration's.
     """
     if not prompt:
         raise ConfigError('PROMPT: got an empty prompt, expected text to continue, for example "def main("')
     config = read_target(target, settings)
-    serve = config.serve
-    asked: GenerationOptions = {"temperature": serve.temperature, "top_p": serve.top_p, "seed": serve.seed, **options}
+    asked = with_defaults(options, config.serve)
     if cluster_file.load(config.cluster.name) is not None:
         cluster = found(config.cluster.name)
         refuse_another_model(cluster, config, target)
@@ -55,8 +55,19 @@ def generate(
         take_down(cluster)
 
 
+def with_defaults(options: GenerationOptions, serve: ServeConfig) -> GenerationOptions:
+    """The options, with those of the configuration where none was given."""
+    return {
+        "max_new_tokens": serve.max_new_tokens,
+        "temperature": serve.temperature,
+        "top_p": serve.top_p,
+        "seed": serve.seed,
+        **options,
+    }
+
+
 def given_options(
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -64,7 +75,9 @@ def given_options(
     stop: Sequence[str] | None,
 ) -> GenerationOptions:
     """Returns the options given on the command line; None: not given."""
-    options: GenerationOptions = {"max_new_tokens": max_new_tokens}
+    options: GenerationOptions = {}
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
     if temperature is not None:
         options["temperature"] = temperature
     if top_p is not None:

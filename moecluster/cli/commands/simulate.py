@@ -49,7 +49,7 @@ class SimulationChoice:
     slots: int | None = None
     actors_per_node: int = 8
     zipf: float = 1.0
-    utilisation: float = 0.6
+    utilization: float = 0.6
     mtbf_hours: float = Scenario.actor_mtbf_hours
     decide_every: int = Scenario.decide_every
     budget_gb: float | None = None
@@ -85,7 +85,7 @@ def simulate(choice: SimulationChoice, console: Console) -> None:
         num_layers=choice.num_layers,
         num_experts=choice.num_experts,
         top_k=choice.top_k,
-        tokens_per_s=choice.utilisation * most_per_s,
+        tokens_per_s=choice.utilization * most_per_s,
         zipf=choice.zipf,
     )
     num_windows = max(round(choice.hours * 3600 / scenario.window_s), 2)
@@ -147,7 +147,7 @@ def _write_trace(path: Path, loads: SyntheticLoads, fleet: Fleet) -> None:
 def _check(choice: SimulationChoice) -> None:
     for name, value in (
         ("--hours", choice.hours),
-        ("--utilisation", choice.utilisation),
+        ("--utilization", choice.utilization),
         ("--mtbf-hours", choice.mtbf_hours),
         ("--budget-gb", choice.budget_gb),
     ):

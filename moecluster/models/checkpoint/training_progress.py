@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moecluster.config.retired import current_names
 from moecluster.errors import CheckpointError
 from moecluster.models.checkpoint.checksums import json_crc
 
@@ -35,7 +36,10 @@ def write_training_state(checkpoint: str | Path, state: TrainingState) -> None:
 
 
 def read_training_state(checkpoint: str | Path) -> TrainingState | None:
-    """Returns the state; None if training did not write the directory. Raises CheckpointError if it is damaged."""
+    """Returns the state, with retired settings under their new names; None if training did not write the directory.
+
+    Raises CheckpointError if it is damaged.
+    """
     path = Path(checkpoint) / FOLDER / STATE_FILE
     if not path.is_file():
         return None
@@ -54,7 +58,7 @@ def read_training_state(checkpoint: str | Path) -> TrainingState | None:
         raise CheckpointError(
             f"{path} cannot be read as a training state: step, data_position and term must be counts, settings a table"
         )
-    return state
+    return dataclasses.replace(state, settings=current_names(state.settings))
 
 
 def read_step(checkpoint: str | Path) -> int | None:

@@ -16,11 +16,11 @@ from moecluster.moe.gates.losses import load_balance_loss
 class BalancedOptions(GateOptions):
     """Options of gates with the load balance loss."""
 
-    router_aux_loss_coef: float = setting(0.0, "α, the weight of the load balance loss", minimum=0)
-    pool_layers: bool = setting(False, "average f and P over all layers before the product, as transformers does")
+    router_aux_loss_coef: float = setting(0.0, "α, the coefficient of the load balance loss.", minimum=0)
+    pool_layers: bool = setting(False, "Average f and P over all layers before the product, as transformers does.")
     load_scope: str = setting(
         "micro_batch",
-        "what f is counted over while training: the micro-batch, or all of the step's micro-batches so far",
+        "What f counts in training: the micro-batch, or all micro-batches of the step so far.",
         choices=("micro_batch", "global_batch"),
     )
 

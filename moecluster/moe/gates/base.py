@@ -23,12 +23,21 @@ class GateOptions(Section):
 
     section: ClassVar[str] = "model.gate_options"
 
-    jitter: float = setting(0.0, "while training, the gate's input is times U(1 - jitter, 1 + jitter)", minimum=0)
-    capacity_factor: float = setting(0.0, "while training, room of an expert; 0: nothing is dropped", minimum=0)
-    eval_capacity_factor: float = setting(0.0, "the same outside training", minimum=0)
-    drop_policy: str = setting("position", "who goes first when room is short", choices=("position", "probability"))
-    router_z_loss_coef: float = setting(0.0, "weight of the z-loss", minimum=0)
-    router_entropy_coef: float = setting(0.0, "weight of the entropy of the routing probabilities", minimum=0)
+    jitter: float = setting(
+        0.0, "In training, the gate's input is multiplied by U(1 - jitter, 1 + jitter). 0: none.", minimum=0
+    )
+    capacity_factor: float = setting(
+        0.0, "Capacity of an expert in training, as a multiple of its even share. 0: no limit.", minimum=0
+    )
+    eval_capacity_factor: float = setting(
+        0.0, "Capacity of an expert outside training, likewise. 0: no limit.", minimum=0
+    )
+    drop_policy: str = setting(
+        "position", "Tokens that keep their expert at capacity: the first, or the most probable ones.",
+        choices=("position", "probability"),
+    )  # fmt: skip
+    router_z_loss_coef: float = setting(0.0, "Coefficient of the router z-loss.", minimum=0)
+    router_entropy_coef: float = setting(0.0, "Coefficient of the entropy of the routing probabilities.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

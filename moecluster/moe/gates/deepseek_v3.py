@@ -15,12 +15,12 @@ from moecluster.moe.gates.losses import sequence_balance_loss
 class DeepseekV3Options(GateOptions):
     """Options of the `deepseek-v3` gate."""
 
-    n_group: int = setting(8, "groups that the experts are divided into", minimum=1)
-    topk_group: int = setting(4, "groups that a token may choose from", minimum=1)
-    norm_topk_prob: bool = setting(True, "divide the chosen affinities by their sum")
-    routed_scaling_factor: float = setting(2.5, "factor on all weights", above=0)
-    bias_update_speed: float = setting(1e-3, "γ, by how much the bias moves after a step", minimum=0)
-    sequence_aux_loss_coef: float = setting(1e-4, "weight of the balance loss within sequences", minimum=0)
+    n_group: int = setting(8, "Groups that the experts are divided into.", minimum=1)
+    topk_group: int = setting(4, "Groups that a token may choose experts from.", minimum=1)
+    norm_topk_prob: bool = setting(True, "Divide the chosen affinities by their sum.")
+    routed_scaling_factor: float = setting(2.5, "Factor of all routing weights.", above=0)
+    bias_update_speed: float = setting(1e-3, "γ, the change of the bias after each step.", minimum=0)
+    sequence_aux_loss_coef: float = setting(1e-4, "Coefficient of the balance loss within sequences.", minimum=0)
 
 
 class DeepseekV3Gate(Gate):

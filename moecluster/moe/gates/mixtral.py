@@ -12,8 +12,10 @@ from moecluster.moe.gates.base import Choice, GateOptions, Tokens
 class MixtralOptions(BalancedOptions):
     """Options of the `mixtral` gate."""
 
-    router_aux_loss_coef: float = setting(0.02, "α, the weight of the load balance loss; 0.02 as released", minimum=0)
-    pool_layers: bool = setting(True, "average f and P over all layers before the product, as transformers does")
+    router_aux_loss_coef: float = setting(
+        0.02, "α, the coefficient of the load balance loss; 0.02 as released.", minimum=0
+    )
+    pool_layers: bool = setting(True, "Average f and P over all layers before the product, as transformers does.")
 
 
 class MixtralGate(BalancedGate):

@@ -15,12 +15,12 @@ from moecluster.moe.gates.base import Choice, GateOptions, Tokens
 class Qwen3MoeOptions(BalancedOptions):
     """Options of the `qwen3-moe` gate."""
 
-    norm_topk_prob: bool = setting(True, "divide the chosen probabilities by their sum")
-    router_aux_loss_coef: float = setting(1e-3, "α, the weight of the load balance loss", minimum=0)
-    pool_layers: bool = setting(True, "average f and P over all layers before the product, as transformers does")
+    norm_topk_prob: bool = setting(True, "Divide the chosen probabilities by their sum.")
+    router_aux_loss_coef: float = setting(1e-3, "α, the coefficient of the load balance loss.", minimum=0)
+    pool_layers: bool = setting(True, "Average f and P over all layers before the product, as transformers does.")
     load_scope: str = setting(
         "global_batch",
-        "what f is counted over while training: the micro-batch, or all of the step's micro-batches so far",
+        "What f counts in training: the micro-batch, or all micro-batches of the step so far.",
         choices=("micro_batch", "global_batch"),
     )
 

@@ -16,8 +16,8 @@ from moecluster.moe.gates.losses import cv_squared, smooth_load
 class SparselyGatedOptions(GateOptions):
     """Options of the `sparsely-gated` gate."""
 
-    w_importance: float = setting(0.1, "weight of the importance loss", minimum=0)
-    w_load: float = setting(0.1, "weight of the load loss", minimum=0)
+    w_importance: float = setting(0.1, "Coefficient of the importance loss.", minimum=0)
+    w_load: float = setting(0.1, "Coefficient of the load loss.", minimum=0)
 
 
 class SparselyGatedGate(Gate):

@@ -16,9 +16,13 @@ class SwitchOptions(BalancedOptions):
     By default no token is dropped outside training, so that a sequence does not depend on the others in its batch.
     """
 
-    jitter: float = setting(1e-2, "while training, the gate's input is times U(1 - jitter, 1 + jitter)", minimum=0)
-    capacity_factor: float = setting(1.25, "while training, room of an expert; 0: nothing is dropped", minimum=0)
-    router_aux_loss_coef: float = setting(1e-2, "α, the weight of the load balance loss", minimum=0)
+    jitter: float = setting(
+        1e-2, "In training, the gate's input is multiplied by U(1 - jitter, 1 + jitter). 0: none.", minimum=0
+    )
+    capacity_factor: float = setting(
+        1.25, "Capacity of an expert in training, as a multiple of its even share. 0: no limit.", minimum=0
+    )
+    router_aux_loss_coef: float = setting(1e-2, "α, the coefficient of the load balance loss.", minimum=0)
 
 
 class SwitchGate(BalancedGate):

@@ -28,7 +28,7 @@ class Patience:
     """For how long a request is taken from router to router."""
 
     request_timeout_s: float  # from its start to its end
-    router_patience_s: float  # without a router that adds to it
+    router_wait_timeout_s: float  # without a router that adds to it
     max_failures: int = 1  # unexplained errors, without a token between them; the last one is raised
     awaits_lost: bool = True  # a router that does not answer may come back with the weights of a started request
 
@@ -87,7 +87,7 @@ class RequestFailover:
 
     def is_over(self, wait_s: float = 0.0) -> bool:
         """Whether patience is over, or will be after a wait."""
-        return time.monotonic() - self._fruitless_since_s + wait_s > self._patience.router_patience_s
+        return time.monotonic() - self._fruitless_since_s + wait_s > self._patience.router_wait_timeout_s
 
     def gives_up_version(self, *, is_over: bool) -> bool:
         """Whether the request is to go on with whatever weights are served. is_over: there will be no other round."""

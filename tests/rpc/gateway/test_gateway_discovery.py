@@ -100,7 +100,7 @@ def test_a_cluster_that_has_ended_is_not_waited_for_until_it_is_there_again(firs
         return ClusterAddresses(routers=(first.address,))
 
     source = ModelSource(name="model", seeds=ClusterAddresses(routers=(NOBODY,)), rediscover=rediscover)
-    with running_gateway(source, router_patience_s=1000.0) as gateway:
+    with running_gateway(source, router_wait_timeout_s=1000.0) as gateway:
         with (
             gateway.openai() as client,
             pytest.raises(openai.InternalServerError, match="its cluster has ended") as output,
@@ -136,6 +136,6 @@ def test_when_all_are_lost_others_are_asked_where_the_cluster_is(second) -> None
         return ClusterAddresses(routers=(second.address,))
 
     source = ModelSource(name="model", seeds=ClusterAddresses(routers=(NOBODY,)), rediscover=rediscover)
-    with running_gateway(source, router_patience_s=20.0) as gateway:
+    with running_gateway(source, router_wait_timeout_s=20.0) as gateway:
         assert_whole(ask(gateway), second)
     assert len(asked) == 2

@@ -26,7 +26,7 @@ from tests.support.fakes.fake_router import FakeRouter, FakeToken, word_ids, wor
 
 @pytest.fixture
 def gateway(first: FakeRouter, second: FakeRouter) -> Iterator[RunningGateway]:
-    with running_gateway([first.address, second.address], router_patience_s=8.0) as serving:
+    with running_gateway([first.address, second.address], router_wait_timeout_s=8.0) as serving:
         yield serving
 
 
@@ -82,7 +82,7 @@ def test_a_killed_router_amid_streams(gateway, first, second) -> None:
 
 def test_the_only_router_is_waited_for(first) -> None:
     first.pace_s = 0.02
-    with running_gateway([first.address], router_patience_s=15.0) as gateway:
+    with running_gateway([first.address], router_wait_timeout_s=15.0) as gateway:
         texts: list[Any] = []
         thread = threading.Thread(target=lambda: texts.append(ask(gateway)))
         thread.start()
@@ -172,7 +172,7 @@ def test_choices_of_one_request_wait_for_each_other_where_there_is_little_room(g
 
 
 def test_without_any_router_it_is_said_in_time() -> None:
-    with running_gateway([NOBODY], router_patience_s=1.0) as gateway, gateway.openai() as client:
+    with running_gateway([NOBODY], router_wait_timeout_s=1.0) as gateway, gateway.openai() as client:
         begun_s = time.monotonic()
         with pytest.raises(openai.InternalServerError) as refused:
             client.completions.create(**TEXT)

@@ -19,7 +19,9 @@ from tests.support.clusters.loopback_cluster import LoopbackCluster
 WAIT_S = 60.0
 SETTINGS = RouterSizingSettings(
     max_routers=3,
-    size=RouterSizeSettings(min_routers=1, max_routers=3, target_texts=2.0, upscale_delay_s=0.2, downscale_delay_s=0.5),
+    size=RouterSizeSettings(
+        min_routers=1, max_routers=3, target_requests=2.0, upscale_delay_s=0.2, downscale_delay_s=0.5
+    ),
     period_s=0.05,
     lease_s=0.6,
     idle_s=0.3,

@@ -194,7 +194,7 @@ def test_replay_names_a_wrong_trace(trace, tmp_path) -> None:
         (("--hours", "-1"), "--hours: got -1, expected more than 0"),
         (("--hours", "inf"), "--hours: got inf, expected an end"),
         (("--mtbf-hours", "0"), "--mtbf-hours: got 0, expected more than 0"),
-        (("--utilisation", "nan"), "--utilisation: got nan, expected more than 0"),
+        (("--utilization", "nan"), "--utilization: got nan, expected more than 0"),
         (("--top-k", "13"), "--top-k: got 13, expected at most the 12 experts"),
         (("--cost", "row=1"), '--cost: got "row=1", expected NAME=NUMBER'),
         (("--cost", "row_s=fast"), '--cost: got "row_s=fast", expected a number'),

@@ -53,7 +53,7 @@ def test_values_arrive_as_declared() -> None:
         ({"train": {"betas": [0.9]}}, ["train.betas", "a list of 2 items, each a number"]),
         ({"train": {"betas": [0.9, 1.0]}}, ["train.betas[1]", "less than 1"]),
         ({"train": {"betas": [0.9, "x"]}}, ["train.betas[1]", "a number"]),
-        ({"train": {"deterministic": 1}}, ["train.deterministic", "true or false"]),
+        ({"train": {"resume": 1}}, ["train.resume", "true or false"]),
         ({"train": {"durability": "chekpoint"}}, ["train.durability", "checkpoint, none"]),
         ({"train": {"batch_size": 8, "micro_batches": 3}}, ["train.micro_batches", "divisor of batch_size = 8"]),
         ({"train": {"sequence_length": 2048}}, ["train.sequence_length", "model.max_positions = 1024"]),

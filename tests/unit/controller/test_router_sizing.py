@@ -272,7 +272,9 @@ def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
         sizing.order(wanted)
 
 
-SIZE = RouterSizeSettings(min_routers=1, max_routers=3, target_texts=4.0, upscale_delay_s=5.0, downscale_delay_s=50.0)
+SIZE = RouterSizeSettings(
+    min_routers=1, max_routers=3, target_requests=4.0, upscale_delay_s=5.0, downscale_delay_s=50.0
+)
 
 
 def test_requests_bring_routers_and_their_end_ends_them_with_the_reason_in_the_log(make) -> None:

@@ -13,7 +13,7 @@ from moecluster.placement.scaling import (
 )
 
 SETTINGS = RouterSizeSettings(
-    min_routers=1, max_routers=6, target_texts=8.0, target_waiting=1.0, upscale_delay_s=10.0, downscale_delay_s=300.0
+    min_routers=1, max_routers=6, target_requests=8.0, target_waiting=1.0, upscale_delay_s=10.0, downscale_delay_s=300.0
 )
 
 

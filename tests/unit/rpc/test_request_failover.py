@@ -43,7 +43,7 @@ def way(
     return RequestFailover(
         Patience(
             request_timeout_s=timeout_s,
-            router_patience_s=patience_s,
+            router_wait_timeout_s=patience_s,
             max_failures=max_failures,
             awaits_lost=awaits_lost,
         )

@@ -86,9 +86,9 @@ def test_what_is_left_out_of_a_directory_is_said_with_the_reason(tmp_path):
     assert "0.2% of the bytes" in found.left_out and "\n" not in found.left_out
     assert make_data((found,)).left_out == (found.left_out,)
     write_files(tmp_path, {"b.txt": b"\xe4" * 2000})
-    with pytest.raises(DataError, match=r"16\.\d% of the bytes: .*2 not UTF-8 \(b\.txt, l\.txt\).*max_left_out_share"):
+    with pytest.raises(DataError, match=r"16\.\d% of the bytes: .*2 not UTF-8 \(b\.txt, l\.txt\).*max_skipped_share"):
         read_domains(str(tmp_path))
-    (allowed,) = read_domains(str(tmp_path), max_left_out_share=0.5)
+    (allowed,) = read_domains(str(tmp_path), max_skipped_share=0.5)
     assert (allowed.train, allowed.validation) == (found.train, found.validation)
 
 

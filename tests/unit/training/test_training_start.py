@@ -1,6 +1,7 @@
 """What a run begins with: the first checkpoint, and settings that do not fit together."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from moecluster.config import Config, read_config
 from moecluster.errors import CheckpointError, ConfigError, DataError
-from moecluster.models.checkpoint.training_progress import read_training_state
+from moecluster.models.checkpoint.training_progress import TrainingState, read_training_state, write_training_state
 from moecluster.models.native.build import build_model
 from moecluster.training.checkpoint_store import CheckpointStore
 from moecluster.training.events import Evaluated, Started, StepDone, WentBack
@@ -66,6 +67,23 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, changed, message):
     with pytest.raises(ConfigError, match=message):
         prepare_start(make_config(tmp_path, resume=True, **changed))
     assert prepare_start(make_config(tmp_path, resume=True, steps=7, lr=1e-4))  # those may change
+
+
+def test_a_checkpoint_with_a_setting_that_is_gone_resumes(tmp_path):
+    start = prepare_start(make_config(tmp_path))
+    state = read_training_state(start)
+    assert state is not None
+    gone = {"train.deterministic": True, "cluster.max_message_bytes": 2**28, "router.max_inflight_bytes": 2**28}
+    write_training_state(start, replace(state, step=3, settings={**state.settings, **gone}))
+    assert prepare_start(make_config(tmp_path, resume=True)) == start
+
+
+def test_settings_of_an_earlier_checkpoint_have_their_names_of_today(tmp_path):
+    start = prepare_start(make_config(tmp_path))
+    earlier = {"train.max_left_out_share": 0.2, "train.deterministic": True, "train.seed": 5}
+    write_training_state(start, TrainingState(step=3, data_position=0, term=1, settings=earlier))
+    state = read_training_state(start)
+    assert state is not None and state.settings == {"train.max_skipped_share": 0.2, "train.seed": 5}
 
 
 def test_a_checkpoint_that_training_did_not_write(tmp_path):
