@@ -1,11 +1,11 @@
-"""Every metric, declared once, in a registry of its own. Names and units as Prometheus wants them.
+"""Declares every metric once, in a separate registry. Names and units follow the Prometheus conventions.
 
-Each process makes one `Metrics` and calls its small methods; a series appears when its first value does, so a router
-shows no training loss and an expert actor no requests. All series, of whatever process, carry the labels `model`, the
-name under which the model is served, and `cluster`, the cluster's name; so series of different processes can be joined.
+Each process makes one `Metrics` and calls its small methods. A series appears with its first value, so a router shows
+no training loss and an expert actor no requests. All series of all processes carry the labels `model`, the name under
+which the model is served, and `cluster`, the cluster's name, so that series of different processes can be joined.
 
-`moecluster_start_time_seconds` is there from the start: it tells one incarnation of a process from the next, where all
-counters begin at 0.
+`moecluster_start_time_seconds` exists from the start: it distinguishes the incarnations of a process, each of which
+starts all counters at 0.
 """
 
 import threading
@@ -33,7 +33,7 @@ MAX_NONFINITE_SERIES = 256
 
 
 class _Server(Protocol):
-    """What is used of the HTTP server that prometheus_client starts."""
+    """The part of prometheus_client's HTTP server that is used here."""
 
     server_port: int
 
@@ -154,7 +154,8 @@ class Metrics:
         self._train_replays = self._counter("train_step_replays", "Attempts of training steps that were run again")
 
     def serve(self, *, host: str, port: int) -> int:
-        """Serves /metrics until `close`. port 0: any free one. Returns the port; ResourceError if it is in use."""
+        """Serves /metrics until `close`. port 0: any free one. Returns the port. Raises ResourceError if it is in
+        use."""
         assert self._server is None, "served already"
         try:
             server, _ = start_http_server(port, addr=host, registry=self.registry)
@@ -167,14 +168,14 @@ class Metrics:
         return server.server_port
 
     def close(self) -> None:
-        """Ends serving. Repeated is fine."""
+        """Stops serving /metrics. Idempotent."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
 
     def render(self) -> str:
-        """The text that /metrics shows."""
+        """The content of /metrics."""
         return generate_latest(self.registry).decode()
 
     # -- experts and layers --
@@ -198,7 +199,7 @@ class Metrics:
             self._expert_replicas.set(layer, values_E)
 
     def set_layer_balancedness(self, layer: int, balancedness: float | None) -> None:
-        """1 is perfect; None: the layer has no load, and is not shown."""
+        """Sets a layer's balancedness; 1 is perfect. None removes the series: the layer has no load."""
         if balancedness is not None:
             self._layer_balancedness.labels(*self._common, layer).set(balancedness)
             self._balanced_layers.add(layer)
@@ -207,7 +208,7 @@ class Metrics:
             self._balanced_layers.discard(layer)
 
     def add_router_entropy(self, layer: int, *, total: float, tokens: int) -> None:
-        """Adds tokens whose routing weights have an entropy of so many nats in total. tokens: at least 1."""
+        """Adds tokens. total: the sum of the entropies of their routing weights, in nats. tokens: at least 1."""
         with self._entropy_lock:
             window = self._entropies.setdefault(layer, _WindowMean(ENTROPY_WINDOW_S, self._clock))
             mean = window.add(total, tokens)
@@ -216,17 +217,18 @@ class Metrics:
     # -- expert actors --
 
     def count_computed(self, actor: str, *, pairs: int, runs: int, busy_s: float) -> None:
-        """Adds a computed batch: (row, expert) pairs, and experts that were computed for them."""
+        """Adds a computed batch: its (row, expert) pairs, and the expert runs that they needed."""
         self._actor_tokens.labels(*self._common, actor).inc(pairs)
         self._actor_runs.labels(*self._common, actor).inc(runs)
         self._actor_busy.labels(*self._common, actor).inc(busy_s)
 
     def set_queue_rows(self, actor: str, rows: int) -> None:
-        """Rows that wait right now."""
+        """Sets the rows that wait now."""
         self._actor_queue_rows.labels(*self._common, actor).set(rows)
 
     def set_actor_speeds(self, speeds: Mapping[str, float]) -> None:
-        """What the planner counts on, of every actor that is there; 1 is the usual speed."""
+        """Sets the speeds that the planner assumes, for all current actors; 1 is typical. Removes other actors'
+        series."""
         for actor, speed in speeds.items():
             self._actor_speed.labels(*self._common, actor).set(speed)
         for gone in self._measured_actors - speeds.keys():
@@ -236,7 +238,7 @@ class Metrics:
     # -- dispatch --
 
     def count_dispatch(self, *, transport: str, seconds: float, sent_bytes: int, received_bytes: int) -> None:
-        """Adds one answered message to an expert actor."""
+        """Adds one message to an expert actor that got a reply."""
         self._dispatch.labels(*self._common, transport).observe(seconds)
         self._dispatch_bytes.labels(*self._common, transport, "sent").inc(sent_bytes)
         self._dispatch_bytes.labels(*self._common, transport, "received").inc(received_bytes)
@@ -246,8 +248,8 @@ class Metrics:
         self._dispatch_retries.labels(*self._common, reason).inc()
 
     def count_nonfinite_reply(self, expert: ExpertId, actor: str) -> None:
-        """Adds a batch that a replica answered with NaN or infinity. Beyond MAX_NONFINITE_SERIES replicas their names
-        are left out."""
+        """Adds a batch for which a replica returned NaN or infinity. Beyond MAX_NONFINITE_SERIES replicas the labels
+        are "other"."""
         if len(self._nonfinite_seen) < MAX_NONFINITE_SERIES:
             self._nonfinite_seen.add((expert, actor))
         known = (expert, actor) in self._nonfinite_seen
@@ -257,37 +259,38 @@ class Metrics:
     # -- placement --
 
     def set_generation(self, generation: int) -> None:
-        """Generation of the placement in use."""
+        """Sets the generation of the current placement."""
         self._generation.labels(*self._common).set(generation)
 
     def count_operation(self, kind: str, phase: str) -> None:
-        """Adds an operation that reached a phase for the first time; words as in Operation and OperationPhase."""
+        """Adds an operation that reached a phase for the first time. kind and phase as in Operation and
+        OperationPhase."""
         self._operations.labels(*self._common, kind, phase).inc()
 
     def observe_operation(self, kind: str, *, seconds: float) -> None:
-        """Adds an operation that ended well."""
+        """Adds a successful operation."""
         self._operation_seconds.labels(*self._common, kind).observe(seconds)
 
     def count_moved_bytes(self, moved_bytes: int) -> None:
-        """Adds bytes of experts that an operation has loaded."""
+        """Adds bytes of expert weights loaded by an operation."""
         self._moved_bytes.labels(*self._common).inc(moved_bytes)
 
     # -- requests --
 
     def count_request(self, status: str) -> None:
-        """Adds a generation that ended. status: stop, length, cancelled, refused or failed."""
+        """Adds a finished request. status: stop, length, cancelled, refused or failed."""
         self._requests.labels(*self._common, status).inc()
 
     def observe_first_token(self, seconds: float) -> None:
-        """From the request to its first token."""
+        """Adds the time from a request's arrival to its first token."""
         self._first_token.labels(*self._common).observe(seconds)
 
     def observe_next_token(self, seconds: float) -> None:
-        """From one token to the next."""
+        """Adds the time between two consecutive tokens."""
         self._inter_token.labels(*self._common).observe(seconds)
 
     def watch_requests(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """Shows how many texts a router writes, and how many wait there; both are asked when /metrics is read."""
+        """Shows a router's running and waiting requests; both functions are called when /metrics is read."""
         self._running_requests.labels(*self._common).set_function(running)
         self._waiting_requests.labels(*self._common).set_function(waiting)
 
@@ -304,7 +307,7 @@ class Metrics:
         self._train_step.labels(*self._common).observe(seconds)
 
     def count_replay(self) -> None:
-        """Adds an attempt of a step that is run again."""
+        """Adds an attempt that repeats a training step."""
         self._train_replays.labels(*self._common).inc()
 
     # -- declaring --
@@ -321,7 +324,7 @@ class Metrics:
 
 
 class _ExpertSeries(Collector):
-    """One value per logical expert, of which at most `limit` are shown, the highest."""
+    """One value per logical expert; shows only the `limit` highest."""
 
     def __init__(
         self, name: str, doc: str, kind: Literal["counter", "gauge"], common: tuple[str, str], limit: int
@@ -340,7 +343,7 @@ class _ExpertSeries(Collector):
             self._layers[layer] = values_E
 
     def describe(self) -> list[Metric]:
-        """Nothing: the registry must not collect in order to learn the names."""
+        """Returns nothing, so that the registry does not collect to learn the names."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -368,7 +371,7 @@ class _ExpertSeries(Collector):
 
 
 class _WindowMean:
-    """Mean over a window that has passed and the one that goes on; an idle time in between does not empty it."""
+    """Mean over the last full window and the current one; idle time between values does not clear it."""
 
     def __init__(self, window_s: float, clock: Callable[[], float]) -> None:
         self._window_s, self._clock = window_s, clock
@@ -377,7 +380,7 @@ class _WindowMean:
         self._now = (0.0, 0)
 
     def add(self, total: float, count: int) -> float:
-        """The mean with these values; count is at least 1."""
+        """Adds values and returns the mean. count: at least 1."""
         now_s = self._clock()
         if now_s - self._began_s >= self._window_s:
             self._before, self._now, self._began_s = self._now, (0.0, 0), now_s

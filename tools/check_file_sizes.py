@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("moecluster", "actors", "benchmarks", "tools")
+FOLDERS = ("moecluster", "actors", "benchmarks", "tools", "tests")
 GENERATED = ROOT / "moecluster" / "proto"
 MAX_LINES = 400
 

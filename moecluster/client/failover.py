@@ -1,4 +1,4 @@
-"""Which of a cluster's routers to ask: those that a client knows, and the way of one text from router to router."""
+"""The routers that a client knows, and the failover of one request between them."""
 
 import threading
 import time
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from moecluster.errors import MoeClusterError
 from moecluster.rpc.router.failover import Patience, RequestFailover, is_loss
 
-AVOID_S = 10.0  # a router that was lost is asked after the others for so long
-PAUSE_S = 0.2  # between two rounds in which no router took the text
+AVOID_S = 10.0  # how long a lost router is asked after the others
+PAUSE_S = 0.2  # between two rounds in which no router took the request
 
 
 class Routers:
-    """The routers of one cluster, as far as a client knows them. Texts begin with each in turn. Thread-safe."""
+    """The routers of one cluster that a client knows. Requests start round-robin. Thread-safe."""
 
     def __init__(self, addresses: Iterable[str]) -> None:
         """addresses: host:port of each."""
@@ -26,7 +26,7 @@ class Routers:
         return self._addresses
 
     def in_turn(self) -> list[str]:
-        """All of them, the next one's turn first; those that were lost a short time ago come last."""
+        """All routers, starting with the next in turn; recently lost ones come last."""
         with self._lock:
             if not self._addresses:
                 return []
@@ -37,50 +37,51 @@ class Routers:
             return sorted(ordered, key=lambda address: self._lost_s.get(address, since_s) > since_s)
 
     def lost(self, address: str) -> None:
-        """It did not answer, or broke off."""
+        """Records that a router did not answer, or broke off."""
         with self._lock:
             self._lost_s[address] = time.monotonic()
 
     def replace(self, addresses: Iterable[str]) -> None:
-        """Where they are now."""
+        """Replaces the addresses, keeping the loss times of those that remain."""
         with self._lock:
             self._addresses = tuple(dict.fromkeys(addresses))
             self._lost_s = {a: lost_s for a, lost_s in self._lost_s.items() if a in self._addresses}
 
 
 class Route:
-    """The way of one text: the next router to ask whenever one is lost or full, and when to give up. Does no I/O.
+    """The failover of one request: the next router to ask when one is lost or full, and when to give up. Does no I/O.
 
-    In a round every known router is asked once, then those that are found by asking where they are now. A round in
-    which none took the text is followed by another until patience_s is over. Once a router has written anything, a loss
-    begins a new round with new patience. The weights that the text was begun with are given up only when some router is
-    there without them, and none that may hold them is full or away; or when patience is over.
+    In a round every known router is asked once, then the routers found by discovery. If none took the request, another
+    round follows until patience_s is over. If a router generated tokens before it was lost, a new round begins with new
+    patience. The request gives up the weight version that it started with only if some router does not have it, and
+    either patience is over or no router that may have it is full or lost.
     """
 
     def __init__(self, routers: Routers, *, patience_s: float, timeout_s: float, discovers: bool) -> None:
-        """timeout_s: of the whole text, from now. discovers: somebody can be asked where the routers are now."""
+        """timeout_s: of the whole request, from now. discovers: the caller can look up the routers' current
+        addresses."""
         self._routers = routers
         self._failover = RequestFailover(Patience(request_timeout_s=timeout_s, router_wait_timeout_s=patience_s))
         self._discovers = discovers
         self._begin_round()
         self._asked = ""  # the router that was asked last
-        self.any_version = False  # the text is to go on with whatever weights are served
+        self.any_version = False  # the request may continue with any served weights
 
     @property
     def left_s(self) -> float:
-        """Until the text's deadline."""
+        """Seconds until the request's deadline."""
         return self._failover.left_s
 
     def next(self) -> str | None:
-        """The address to ask; None when this round is through those that are known."""
+        """The next address to ask; None when this round has asked all known routers."""
         self._asked = self._left.pop(0) if self._left else ""
         return self._asked or None
 
     def failed(self, error: MoeClusterError, *, wrote: bool) -> None:
-        """The router that was asked last is lost, full or without the text's weights, or its batch broke. Raises any
-        error that another router would not mend, and BatchBroken once it was one batch too many.
+        """Records that the router asked last is lost, full or without the request's weights, or that its batch broke.
+        Raises errors that another router would not fix, and BatchBroken once too many batches broke.
 
-        wrote: it had added to the text.
+        wrote: the router had generated tokens.
         """
         self._failover.failed(error)
         if is_loss(error):
@@ -91,20 +92,20 @@ class Route:
             self._begin_round()
 
     def wants_discovery(self) -> bool:
-        """Whether to ask now where the routers are; then `discovered` is to be called."""
+        """Whether the caller should discover the routers now and then call `discovered`."""
         return self._to_discover
 
     def discovered(self, addresses: Iterable[str]) -> None:
-        """Where the routers are now: they are asked next."""
+        """Sets the routers' current addresses, which are asked next."""
         self._to_discover = False
         self._routers.replace(addresses)
         self._left = self._routers.in_turn()
 
     def pause_s(self) -> float:
-        """How long to wait before the next round, which begins with this call.
+        """Begins the next round; returns how long to wait before it.
 
-        Raises the last error when patience is over, or would be: Exhausted if a router was there, StaleRequest if it
-        has not the weights that are served either, else Unavailable.
+        Raises when patience is over, or would be after the wait: Exhausted if a router was full, else StaleRequest if a
+        router lacked the weights, else the error of the last lost router.
         """
         failover = self._failover
         wait_s = PAUSE_S if failover.full is None else max(failover.full.retry_after_s or 0.0, PAUSE_S)

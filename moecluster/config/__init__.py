@@ -1,4 +1,4 @@
-"""All settings: declared in sections, read from TOML."""
+"""The settings: declared in sections/, read from TOML."""
 
 from moecluster.config.load import Config, load_config, read_config
 

@@ -1,7 +1,7 @@
-"""How one section of settings is declared, read and checked. Knows no section: those stand in sections/.
+"""Declares, reads and checks a section of settings. The sections themselves are in sections/.
 
 A section is a frozen keyword-only dataclass that derives from `Section`; each field is one line made by `setting`.
-Every complaint is a ConfigError in one line: section.key, what was given, what would be right.
+Every error is a ConfigError of one line: section.key, the value given, the value expected.
 """
 
 import difflib
@@ -37,10 +37,10 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """Declare a field of a section.
+    """Declares a field of a section.
 
-    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; in a list they hold for every item.
-    `choices` holds for strings only, so a field that also takes a table can name its words.
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; for a list they apply to every item. `choices`
+    applies to strings only, so a field that also takes a table can list its allowed strings.
     """
     metadata = {
         "doc": doc,
@@ -57,7 +57,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of all sections: checks ranges and choices however it was made."""
+    """Base of all sections: checks ranges and choices at construction."""
 
     section: ClassVar[str]
 
@@ -67,15 +67,15 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Rules over several fields; raises ConfigError."""
+        """Checks rules over several fields. Raises ConfigError."""
 
     def complain(self, key: str, requirement: str) -> ConfigError:
-        """A ConfigError about one key of this section, for `check` to raise."""
+        """Returns a ConfigError about one key of this section, for `check` to raise."""
         return ConfigError(f"{self.section}.{key}: got {show(getattr(self, key))}, {requirement}")
 
 
 def read_section(cls: type[SectionT], table: Mapping[str, Any]) -> SectionT:
-    """Make a section from a TOML table, strictly. Keys left out take their defaults."""
+    """Makes a section from a TOML table, strictly: unknown keys raise ConfigError, missing keys take their defaults."""
     hints = get_type_hints(cls)
     keys = [declared.name for declared in fields(cls)]
     for key in table:
@@ -85,7 +85,7 @@ def read_section(cls: type[SectionT], table: Mapping[str, Any]) -> SectionT:
 
 
 def suggest(given: str, known: Iterable[str]) -> str:
-    """'did you mean a or b?' if something known is close to what was given, else all that is known."""
+    """'did you mean a or b?' if known names are close to the given one, else a list of all known names."""
     known = list(known)
     close = difflib.get_close_matches(given, known, n=2, cutoff=0.6)
     if close:
@@ -94,7 +94,7 @@ def suggest(given: str, known: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a user wrote it in TOML, shortened."""
+    """A value in TOML notation, shortened."""
     if isinstance(value, bool):
         return str(value).lower()
     text = f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
@@ -102,12 +102,12 @@ def show(value: Any) -> str:
 
 
 def bounds(limits: Mapping[str, Any]) -> str:
-    """The range that a field's metadata names, in words; empty if it names none."""
+    """The range in a field's metadata, in words; empty if there is none."""
     return " and ".join(f"{words} {limits[key]}" for key, words, _ in _BOUNDS if limits[key] is not None)
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """The value as the type that the field declares: lists become tuples, integers numbers; nothing else changes."""
+    """Converts a value to the field's declared type: lists become tuples, integers floats; nothing else changes."""
     if hint is Any:
         return value
     origin, arguments = get_origin(hint), get_args(hint)
@@ -134,7 +134,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether the outermost type is right; items are looked at when they are converted."""
+    """Whether the outermost type is right; items are checked when they are converted."""
     origin = get_origin(hint)
     if origin is tuple:
         return isinstance(value, list | tuple)
@@ -148,7 +148,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
-    """A field's type in words, as a user would write its values in TOML."""
+    """A field's type in words, for TOML values."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(option) for option in arguments)

@@ -1,4 +1,4 @@
-"""All settings: one TOML file, read strictly into frozen records. The sections stand in sections/."""
+"""Loads all settings from one TOML file, strictly, into frozen records. The sections are in sections/."""
 
 import dataclasses
 import tomllib
@@ -43,7 +43,7 @@ class Config:
             )
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
-        """Plain tables, that `read_config` takes and that JSON and TOML can hold."""
+        """Plain tables that `read_config` accepts and that JSON and TOML can represent."""
         return dataclasses.asdict(self)
 
 
@@ -57,10 +57,10 @@ SECTIONS: Mapping[str, type[Section]] = {
 
 
 def load_config(path_or_preset: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a TOML file, or a preset by its name, and lay overrides on it.
+    """Reads a TOML file, or a preset by its name, and applies overrides.
 
     overrides: "section.key" (or "section.table.key") -> value; None means not given.
-    Raises ConfigError: no such file or preset, not TOML, or a wrong key, type or value.
+    Raises ConfigError for an unknown file or preset, for invalid TOML, and for a wrong key, type or value.
     """
     source, text = _read_source(path_or_preset)
     try:
@@ -71,7 +71,7 @@ def load_config(path_or_preset: str, overrides: Mapping[str, Any] | None = None)
 
 
 def read_config(tables: Mapping[str, Any], *, source: str = "settings") -> Config:
-    """Make a Config from tables as TOML gives them; `source` begins every complaint."""
+    """Makes a Config from tables as parsed from TOML; `source` is the prefix of every error."""
     try:
         refuse_retired(tables)
         for name, table in tables.items():
@@ -85,7 +85,7 @@ def read_config(tables: Mapping[str, Any], *, source: str = "settings") -> Confi
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """'train.steps=100' -> ("train.steps", 100). The value is read as TOML; what is not TOML is a string."""
+    """'train.steps=100' -> ("train.steps", 100). The value is parsed as TOML; if it is not TOML, it is a string."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f'override: got "{text}", expected section.key=value, for example train.steps=100')
@@ -102,7 +102,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def _read_source(path_or_preset: str) -> tuple[str, str]:
-    """(what to call it in complaints, its text)."""
+    """(name of the source for error messages, its text)."""
     if path_or_preset in preset_names():
         file = resources.files("moecluster.config") / "presets" / f"{path_or_preset}.toml"
         return f"preset {path_or_preset}", file.read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def _read_source(path_or_preset: str) -> tuple[str, str]:
 
 
 def override(tables: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the tables with dotted keys ("section.key" -> value) laid on it; None means not given."""
+    """A copy of the tables with the overrides ("section.key" -> value) applied; None means not given."""
     merged = dict(tables)
     for dotted, value in overrides.items():
         if value is None:

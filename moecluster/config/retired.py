@@ -1,6 +1,6 @@
-"""Settings of earlier versions: those that have a new name, and those that are gone.
+"""Settings of earlier versions that were renamed or removed.
 
-Whoever still gives one is told the new name. To rename or remove a setting, add a line here.
+The error for a renamed setting tells the new name. To rename or remove a setting, add a line here.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from moecluster.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Renamed:
-    """The setting has another name; its values mean the same."""
+    """The setting has a new name; its values have the same meaning."""
 
     to: str  # "section.key"
 
@@ -44,14 +44,14 @@ RETIRED: Mapping[str, Renamed | Removed] = {
 
 
 def refuse_retired(tables: Mapping[str, Any]) -> None:
-    """Raises ConfigError, in one line for all, if tables of settings use names of earlier versions."""
+    """Raises one ConfigError for all settings in the tables that were renamed or removed."""
     given = [f"{section}.{key}" for section, table in tables.items() if isinstance(table, Mapping) for key in table]
     if found := [f"{name} {RETIRED[name]}" for name in given if name in RETIRED]:
         raise ConfigError("; ".join(found))
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """ "section.key" -> value, as an earlier version noted it: under today's names, without what is gone."""
+    """Translates settings ("section.key" -> value) that an earlier version saved: renames them, drops removed ones."""
     current: dict[str, Any] = {}
     for name, value in settings.items():
         match RETIRED.get(name):

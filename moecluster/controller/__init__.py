@@ -1,1 +1,1 @@
-"""The controller: decides where experts stand, and brings the cluster there; without Ray."""
+"""The controller: decides which actors hold which experts, and applies it to the cluster. Imports no Ray."""

@@ -1,4 +1,4 @@
-"""What all parts of a controller share."""
+"""State and services that all parts of a controller share."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -34,9 +34,9 @@ def new_context(
     metrics: Metrics,
     clock: Callable[[], float] = time.monotonic,
 ) -> ControllerContext:
-    """The context of a controller that has just started.
+    """Returns the context of a new controller.
 
-    layer_experts: MoE layer -> its number of experts. lease_s: of routers. board: where placements are published.
+    layer_experts: MoE layer -> its number of experts. lease_s: of each router. board: where placements are published.
     """
     signals = Signals()
     return ControllerContext(

@@ -1,9 +1,9 @@
-"""The controller: which experts stand where, published to the routers; lost actors are filled again, load is followed.
+"""The controller: publishes to the routers which actors hold which experts, restores lost experts, follows the load.
 
-It keeps no state that it cannot read back from the actors. A new one takes a higher term, tells it to the actors (which
-then refuse older orders), and goes on with the snapshot that they keep: what stands, what is leaving, what was ordered.
-Here is the outside: what routers, users, actor monitors and a successor see. Changes are made by the reconciler's
-thread.
+It keeps no state that it cannot read back from the actors. A new controller takes a higher term, sends it to the actors
+(which then refuse requests of older terms), and continues from the snapshot that they keep: the placement, the actors
+that are leaving, the operations. This module is the interface to routers, users and a successor; the reconciler's
+thread makes the changes.
 """
 
 import logging
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class Controller:
-    """Looks after the expert actors, and is the source of placements. Thread-safe."""
+    """Manages the expert actors, and is the source of placements. Thread-safe."""
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class Controller:
         open_elsewhere: OpenCheckpoint | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """is_given: whether weights may be loaded out of a directory. source: where loads come from; by default the
-        routers' reports. routers: None: they are not started or ended from here. on_deposed is called when another
-        controller has taken over. announce: lets nodes that do not see a directory read it, if a node that can give it
-        does. open_elsewhere: opens checkpoints that this node does not see. clock: seconds, for leases and
-        durations."""
+        """is_given: whether weights may be loaded from a directory. source: where loads come from; by default the
+        routers' reports. routers: None if this controller does not start and end routers. on_deposed is called when
+        another controller has taken over. announce: makes a directory readable on nodes that do not see it, if a node
+        that sees it can serve it. open_elsewhere: opens checkpoints that this node does not see. clock: seconds, for
+        leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
@@ -127,9 +127,9 @@ class Controller:
     def start(self, timeout_s: float) -> None:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.
 
-        An actor that does not come up is tried on and on, without being waited for. Raises UserError if an actor
-        refuses its experts for something that the user can mend, ResourceError if none came up within the timeout;
-        a successor raises neither, as it has a cluster to look after.
+        An actor that does not come up is retried in the background. Raises UserError if an actor refuses its experts
+        for a reason that the user can fix, ResourceError if no actor came up within the timeout; a successor raises
+        neither, since it has a running cluster to manage.
         """
         succeeds, awaited = self._take_over()
         self._monitors.start(self._cluster_state.actors, awaited=awaited)
@@ -146,7 +146,7 @@ class Controller:
             self._routers.start()
 
     def close(self) -> None:
-        """Leaves the actors as they are: a successor finds them."""
+        """Stops the controller and leaves the actors running, for a successor."""
         if self._routers is not None:
             self._routers.close()
         self._reconciler.close()
@@ -155,13 +155,13 @@ class Controller:
 
     @property
     def started_s(self) -> float:
-        """When it began to make changes, by its clock."""
+        """When the reconciler started, by the controller's clock."""
         return self._reconciler.started_s
 
-    # -- what routers see --
+    # -- for routers --
 
     def current(self, timeout_s: float) -> Placement:
-        """The current placement; waits for a first one. Raises Unavailable after the timeout."""
+        """Returns the current placement, waiting for the first one. Raises Unavailable after the timeout."""
         return self._board.current(timeout_s)
 
     def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
@@ -169,80 +169,80 @@ class Controller:
         return self._board.newer_than(number, timeout_s)
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
-        """A router got no answer. The actor's own answer, or silence, to the controller decides."""
-        logger.info("%s (%s) is reported: %s", actor, incarnation, reason)
+        """A router got no answer from an actor. The controller checks the actor itself before it counts as lost."""
+        logger.info("%s (%s) was reported as failed: %s", actor, incarnation, reason)
         self._monitors.check(actor)
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
-        """A router had NaN or infinity of a replica: it is set aside, and loaded anew once."""
+        """A router received NaN or infinity from a replica: sets it aside, and reloads it once."""
         self._monitors.report_nonfinite(actor, incarnation, expert, placement)
 
     def renew_lease(
         self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None
     ) -> None:
-        """The router counts for lease_s from now on, and stands as it says. hold: nothing may move while it trains."""
+        """Renews a router's lease for lease_s, with its reported state. hold: it trains, so no expert may move."""
         if self._leases.renew(router, applied, hold=hold, state=state):
             self._signals.wake.emit()
 
     def leases(self) -> dict[str, Lease]:
-        """Routers that hold a lease now."""
+        """Returns the routers whose leases have not expired."""
         return self._leases.current()
 
     def report_load(self, router: str, load: LoadSnapshot) -> None:
-        """What a router counted in its last window. Raises InvalidMessage for experts that there are not."""
+        """Adds what a router counted in its last window. Raises InvalidMessage for unknown experts."""
         self._direct.add(router, load)
 
     def want_experts(self, router: str, experts: Sequence[ExpertId]) -> None:
-        """Experts that stand nowhere on purpose are loaded again. Raises InvalidMessage for experts that there are
-        not."""
+        """Requests that the cold ones among these experts be loaded. Raises InvalidMessage for unknown experts."""
         self._orders.activate(router, experts)
 
-    # -- what users and training order --
+    # -- for users and training --
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Lost experts are loaded from this directory from now on. Raises NotGiven, and CheckpointError for one
-        that cannot be."""
+        """Sets the directory that lost experts are loaded from. Raises NotGiven, or CheckpointError if it is not
+        usable."""
         self._orders.set_checkpoint(checkpoint)
 
     def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:
-        """Begins to make it so many actors. Raises ResourceError beyond the limits, or while training holds them."""
+        """Requests a number of expert actors. Raises ResourceError beyond the limits, or while training holds the
+        placement."""
         return self._orders.scale(expert_actors, operation_id)
 
     def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
-        """Begins to make it so many routers; goes on while training holds the placement. Raises ResourceError beyond
-        the limits."""
+        """Requests a number of routers, even while training holds the placement. Raises ResourceError beyond the
+        limits, or if this controller does not start and end routers."""
         if self._routers is None:
             raise ResourceError("scale: the routers of this cluster are started and ended by other means")
         return self._routers.order(routers, operation_id=operation_id)
 
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
-        """Begins to empty a node (its id, or how it begins), or one expert actor. Raises ResourceError if there is
-        none of that name."""
+        """Requests that a node (its id or a prefix of it) or one expert actor be drained. Raises ResourceError if there
+        is none of that name, or while training holds the placement."""
         return self._orders.drain(node, operation_id)
 
     def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str = "") -> Operation:
-        """Begins to let an expert stand on exactly these actors; none: nowhere, until a token wants it."""
+        """Requests replicas of an expert on exactly these actors; none: the expert is cold until a token needs it."""
         return self._orders.place(expert, actors, operation_id)
 
     def update(self, checkpoint: str, *, operation_id: str = "") -> Operation:
-        """Begins to replace all weights by those of a directory, while they serve. Raises CheckpointError for one that
-        is not whole or of another shape than what is served, ResourceError while training holds the placement."""
+        """Requests that all weights be replaced by those of a directory, while serving. Raises CheckpointError if it is
+        incomplete or its shape differs from the served model, ResourceError while training holds the placement."""
         return self._orders.update(checkpoint, operation_id)
 
     def plan(self, policy: str) -> PlanPreview:
-        """What a policy would do now; empty: the cluster's own. Does nothing."""
+        """Returns what a policy (empty: the cluster's own) would do now, without doing it."""
         return self._planner.preview(policy)
 
     def operation(self, operation_id: str) -> Operation:
-        """How an operation stands. Raises ResourceError if it is not known."""
+        """Returns an operation in its current state. Raises ResourceError for an unknown id."""
         return self._log.get(operation_id)
 
     def operations(self, limit: int) -> tuple[Operation, ...]:
-        """The newest operations first; 0: all that are kept."""
+        """Returns at most limit operations, newest first; 0: all that are kept."""
         return self._log.newest(limit)
 
     def status(self) -> ControllerStatus:
-        """The cluster as it was last seen."""
+        """Returns the last known state of the cluster."""
         number = self._cluster_state.number
         routers = self._routers.states() if self._routers is not None else tuple(self._leases.states().values())
         return ControllerStatus(
@@ -263,7 +263,7 @@ class Controller:
         )
 
     def loads(self) -> ClusterLoads:
-        """What was counted since the controller began."""
+        """Returns what was counted since the controller started."""
         return ClusterLoads(
             time_s=time.time(),
             model=self._metrics.model,
@@ -276,11 +276,11 @@ class Controller:
             expert_bytes=dict.fromkeys(self._settings.layer_experts, self._reports.expert_bytes()),
         )
 
-    # -- inside --
+    # -- internal --
 
     def _take_over(self) -> tuple[bool, set[str]]:
-        """Takes a higher term than every actor has seen, and the newest snapshot they keep. Returns whether there is
-        one (not when the cluster is started), and the actors that the first placement waits for."""
+        """Takes a higher term than every actor has seen, and the newest snapshot that they keep. Returns whether there
+        is one (not in a new cluster), and the actors that the first placement waits for."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
         seen = self._monitors.read(candidates)
         found = initial_state(seen, first=self._settings.first_snapshot, checkpoint=self._settings.checkpoint)
@@ -298,6 +298,6 @@ class Controller:
         known = set(self._supervisor.known())
         self._sizing.add(actor for actor in snapshot.actors if known and actor not in known)
         for actor in sorted(known - set(snapshot.actors)):
-            self._cluster_state.add_actor(actor)  # begun by an operation that goes on now
+            self._cluster_state.add_actor(actor)  # created by an operation that continues now
         answered = {status.actor for status in seen} if found.succeeds else set(self._cluster_state.actors)
         return found.succeeds, answered & set(self._cluster_state.actors)

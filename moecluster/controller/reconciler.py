@@ -1,7 +1,8 @@
-"""The one thread that changes a cluster: what is lost first, then what users ordered, then what the policy decides.
+"""The thread that changes placement, size and weights: it restores lost experts, then carries out requested operations,
+then applies the policy's decisions.
 
-One change at a time; an optional one gives way to lost experts between two layers. While a training run holds the
-placement, every expert stands once, and nothing moves.
+It makes one change at a time; an optional change gives way to lost experts between two layers. While a training run
+holds the placement, every expert has one replica, and nothing moves.
 """
 
 import logging
@@ -26,25 +27,25 @@ from moecluster.types import ExpertId, Operation, OperationKind, OperationPhase,
 
 logger = logging.getLogger(__name__)
 
-MIN_COVERED_S = 1.0  # a shorter look at the load decides nothing
-# Kinds of operations that others end, whatever happens here.
+MIN_COVERED_S = 1.0  # the policy decides nothing on a shorter load window
+# Kinds of operations that other parts of the controller end, so a bug in this thread does not fail them.
 ENDED_BY_OTHERS = frozenset({OperationKind.RESTORE, OperationKind.SCALE_ROUTERS, OperationKind.UPDATE})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconcilerSettings:
-    """When changes are made."""
+    """When the reconciler makes changes."""
 
     policy: str = "share"
     period_s: float = 2.0
-    quiet_s: float = 0.0  # after the start nothing is decided: routers that hold the placement must be heard first
+    quiet_s: float = 0.0  # no decisions for so long after the start: routers that hold the placement must report first
     operation_timeout_s: float = 600.0
     scale_to_zero_after_s: float = 0.0  # 0: never
-    size: SizeSettings | None = None  # None: the size is changed by orders alone
+    size: SizeSettings | None = None  # None: only requested operations change the size
 
 
 class Reconciler:
-    """Begins with start, ends with close."""
+    """Its thread runs from start to close."""
 
     def __init__(
         self,
@@ -72,8 +73,8 @@ class Reconciler:
         self._supervisor = supervisor
         self._started_s = self._clock()
         self._size_state = SizeState()
-        self._first_tried_s: dict[str, float] = {}  # by operation that is not ended
-        self._drained_last: dict[str, frozenset[str]] = {}  # node -> actors that were to stay when Ray named it
+        self._first_tried_s: dict[str, float] = {}  # operation id -> time, until the operation ends
+        self._drained_last: dict[str, frozenset[str]] = {}  # node -> actors up and not leaving at its last drain
         self._activated_s: dict[ExpertId, float] = {}  # when experts were activated
         self._balance = BalanceMeter(context, planner)
         self._ordered = OperationExecutor(context, planner=planner, applier=applier, sizing=sizing)
@@ -88,7 +89,7 @@ class Reconciler:
 
     @property
     def started_s(self) -> float:
-        """When it began to look, by the controller's clock."""
+        """When the thread started, by the controller's clock."""
         return self._started_s
 
     def start(self) -> None:
@@ -96,13 +97,13 @@ class Reconciler:
         self._rounds.start()
 
     def close(self) -> None:
-        """What is under way ends as an operation that a successor finds unfinished."""
+        """Stops the thread. A successor finds the current operation unfinished."""
         self._rounds.close()
 
     # -- the thread --
 
     def _run_once(self) -> None:
-        """One round: recover, read, carry out what was ordered, then what the policy decides."""
+        """One round: recovers, reads the load, carries out requested operations, then applies the policy."""
         held = self._leases.any_hold() and (self._cluster_state.held or self._updates.make_room())
         if held and not self._cluster_state.held:
             self._ensure_one_replica_each()
@@ -124,14 +125,16 @@ class Reconciler:
             self._decide()
 
     def _fail_all(self) -> None:
-        """A bug must not leave an operation under way for ever."""
+        """Fails the operations in progress: a bug must not leave them unfinished forever."""
         for operation in self._log.under_way():
             if operation.phase is not OperationPhase.QUEUED and operation.kind not in ENDED_BY_OTHERS:
                 self._log.update(operation.id, phase=OperationPhase.FAILED, detail=FAILED_INSIDE)
 
     def _carry_out_all(self) -> bool:
-        """What is queued; False if a recovery comes first. A node that goes is emptied first. Numbers of actors are
-        reached in their order, and while one waits for actors all else goes on."""
+        """Carries out the queued operations, drains first. Returns False if one gave way to a recovery, or on close.
+
+        While an operation waits for actors, later scale operations wait too, and all others continue.
+        """
         waiting = False
         for operation in sorted(self._log.queued(self._ordered.kinds), key=lambda o: o.kind is not OperationKind.DRAIN):
             if self._rounds.closed:
@@ -148,10 +151,11 @@ class Reconciler:
         return True
 
     def _carry_out(self, operation: Operation) -> bool:
-        """False if it waits for actors: it is queued again. Raises Interrupted if it gave way to a recovery."""
+        """Returns False if the operation waits for actors and is queued again. Raises Interrupted if it gave way to a
+        recovery."""
         self._first_tried_s.setdefault(operation.id, self._clock())
         self._log.update(operation.id, phase=OperationPhase.PREPARING, detail="")
-        missing = self._missing()  # it may fail for one that is back by then
+        missing = self._missing()  # the operation may fail because of one that is back afterwards
         try:
             self._ordered.carry_out(operation)
         except Interrupted:
@@ -171,18 +175,18 @@ class Reconciler:
         return True
 
     def _missing(self) -> set[str]:
-        """Actors that are to stay and do not serve now."""
+        """Returns the actors that are not leaving and do not serve now."""
         return set(self._sizing.staying()) - self._cluster_state.up().keys()
 
     def _is_worth_another_try(self, operation: Operation, error: MoeClusterError, missing: Collection[str]) -> bool:
-        """A size that is ordered waits for actors that are asked for or lost, within limits; a placement does not."""
+        """Whether to retry: scale and drain wait for actors that are starting or lost, up to operation_timeout_s."""
         if not operation.kind.waits_for_actors or self._rounds.closed:
             return False
         tried_s = self._clock() - self._first_tried_s[operation.id]
         return tried_s < self._settings.operation_timeout_s and (isinstance(error, Unavailable) or bool(missing))
 
     def _apply(self, operation_id: str, target: LayerReplicas, *, urgent: bool = False) -> None:
-        """Carries out what was decided here; it ends, well or not."""
+        """Applies a target, and ends the operation as done or failed."""
         try:
             self._applier.apply(operation_id, target, urgent=urgent)
         except MoeClusterError as exc:
@@ -194,7 +198,7 @@ class Reconciler:
         self._log.update(operation_id, phase=OperationPhase.DONE, detail="")
         self._balance.ended(operation_id)
 
-    # -- what must be --
+    # -- required changes --
 
     def _restore_elsewhere(self) -> None:
         """Loads lost experts into free slots at once, instead of waiting until their actor is back."""
@@ -205,7 +209,7 @@ class Reconciler:
             self._apply_decision(OperationKind.RESTORE, seen, f"{len(lost)} experts were lost ({names})", urgent=True)
 
     def _ensure_one_replica_each(self) -> None:
-        """Training takes one replica of each expert, and every expert."""
+        """Gives every expert exactly one replica, as training needs."""
         target: dict[int, tuple[Replica, ...]] = {}
         up = sorted(set(self._cluster_state.up()) - self._cluster_state.leaving)
         for expert in all_experts(self._cluster_state.layer_experts):
@@ -218,28 +222,28 @@ class Reconciler:
         if any(
             target.get(layer) != self._cluster_state.replicas_of(layer) for layer in self._cluster_state.layer_experts
         ):
-            operation = self._log.begin(OperationKind.HOLD, reason="a training run takes one replica of every expert")
+            operation = self._log.begin(OperationKind.HOLD, reason="a training run needs one replica of every expert")
             self._apply(operation.id, target, urgent=True)
 
     def _drain_leaving_nodes(self) -> None:
-        """Ray's own notices of nodes that will go."""
+        """Queues a drain of each node that Ray is about to remove."""
         going = self._supervisor.draining_nodes()
         staying = {
             actor: u for actor, u in self._cluster_state.up().items() if actor not in self._cluster_state.leaving
         }
         waiting = {operation.arguments for operation in self._log.under_way() if operation.kind is OperationKind.DRAIN}
         for node in sorted({u.address.node for u in staying.values()} & going):
-            # One that failed fails again, as long as there are the same actors.
+            # A failed drain would fail again with the same actors.
             if (node,) in waiting or self._drained_last.get(node) == frozenset(staying):
                 continue
             try:
-                self._log.order(OperationKind.DRAIN, reason="Ray says that the node will go", arguments=(node,))
+                self._log.order(OperationKind.DRAIN, reason="Ray is about to remove the node", arguments=(node,))
             except Exhausted as exc:
                 logger.warning("node %s is not drained yet: %s", node, exc)
                 return
             self._drained_last[node] = frozenset(staying)
 
-    # -- what is decided --
+    # -- decisions --
 
     def _resize(self) -> None:
         settings = self._settings.size
@@ -259,7 +263,7 @@ class Reconciler:
             self._rounds.wake()
 
     def _evict(self) -> None:
-        """Unloads experts that nobody has wanted for long."""
+        """Unloads experts that no token was routed to for scale_to_zero_after_s."""
         after_s = self._settings.scale_to_zero_after_s
         if not after_s:
             return
@@ -274,7 +278,7 @@ class Reconciler:
             for layer in {expert.layer for expert in idle}
         }
         operation = self._log.begin(
-            OperationKind.EVICT, reason=f"no token wanted {len(idle)} experts for {after_s:g} s"
+            OperationKind.EVICT, reason=f"no token was routed to {len(idle)} experts for {after_s:g} s"
         )
         self._apply(operation.id, target)
 
@@ -284,14 +288,14 @@ class Reconciler:
             return
         seen = self._planner.seen()
         if not seen.names.actors or self._cluster_state.lost():
-            return  # what is lost comes first, and changes the snapshot when it is back
+            return  # lost experts come first, and their return changes the observation
         self._apply_decision(OperationKind.REBALANCE, seen, "")
 
     def _apply_decision(self, kind: OperationKind, seen: Seen, reason: str, *, urgent: bool = False) -> None:
         try:
             change = self._planner.decide(seen)
         except UserError as exc:
-            logger.info("the policy has no answer: %s", exc)
+            logger.info("the policy has no decision: %s", exc)
             return
         if not change.target:
             return

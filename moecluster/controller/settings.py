@@ -1,4 +1,4 @@
-"""What a controller starts with, and what its parts start with by that."""
+"""Settings of a controller, and those of its parts that follow from them."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,20 +16,20 @@ from moecluster.types import Replica
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerSettings:
-    """What a controller starts with."""
+    """Settings of a controller."""
 
     actors: tuple[str, ...]
     replicas: tuple[Replica, ...]
     layer_experts: Mapping[int, int]  # MoE layer -> its number of experts
-    checkpoint: str  # a directory that the expert actors see
+    checkpoint: str  # a directory visible to the expert actors
     dtype: str = ""  # empty: the checkpoint's
     lease_s: float = 10.0
     health_period_s: float = 1.0
-    start_timeout_s: float = 60.0  # for Ray to start an actor anew
+    start_timeout_s: float = 60.0  # for Ray to restart an actor
     load_timeout_s: float = 60.0
-    max_actors: int = 0  # most that may be ordered; 0: no limit
+    max_actors: int = 0  # upper limit of scale requests; 0: no limit
     min_actors: int = 1
-    observer: ObserverSettings | None = None  # None: room for just what the replicas take
+    observer: ObserverSettings | None = None  # None: as many slots as the replicas take
     reconciler: ReconcilerSettings = field(default_factory=lambda: ReconcilerSettings(policy="static"))
     applier: ApplierSettings = field(default_factory=ApplierSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
@@ -37,7 +37,7 @@ class ControllerSettings:
 
     @property
     def actor_manager(self) -> ActorManagerSettings:
-        """How actors are kept."""
+        """Settings of the actor manager."""
         return ActorManagerSettings(
             dtype=self.dtype,
             health_period_s=self.health_period_s,
@@ -47,7 +47,7 @@ class ControllerSettings:
 
     @property
     def observing(self) -> ObserverSettings:
-        """How the load is looked at, and what room there is."""
+        """Settings of the observer: the load window, and the slots per actor."""
         if self.observer is not None:
             return self.observer
         taken = Counter((r.actor, r.expert.layer) for r in self.replicas)
@@ -55,5 +55,5 @@ class ControllerSettings:
 
     @property
     def first_snapshot(self) -> ControllerSnapshot:
-        """What stands when a cluster is started."""
+        """The state of a new cluster."""
         return ControllerSnapshot(actors=self.actors, leaving=(), replicas=self.replicas, operations=(), cold=())

@@ -1,21 +1,21 @@
-"""What the parts of a controller tell each other: who emits a signal need not know who listens."""
+"""Signals between the parts of a controller: an emitter need not know its listeners."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
 class Signal:
-    """Something that happens again and again. Listeners are added while the controller is built, and by one thread."""
+    """A recurring event. One thread adds the listeners, while the controller is being built."""
 
     def __init__(self) -> None:
         self._listeners: tuple[Callable[[], None], ...] = ()
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Calls it at every emit, after those that listen already. It must not wait: the emitter may hold locks."""
+        """Calls the listener at every emit, after the earlier ones. It must not block: the emitter may hold locks."""
         self._listeners = (*self._listeners, listener)
 
     def emit(self) -> None:
-        """Calls everybody who listens, in this thread. From any thread."""
+        """Calls all listeners in the calling thread, which may be any."""
         for listener in self._listeners:
             listener()
 
@@ -24,6 +24,6 @@ class Signal:
 class Signals:
     """All signals of one controller."""
 
-    changed: Signal = field(default_factory=Signal)  # something that actors, or a successor, are told of has changed
-    wake: Signal = field(default_factory=Signal)  # there is something for the reconciler to do
+    changed: Signal = field(default_factory=Signal)  # state that is sent to actors, or kept for a successor, changed
+    wake: Signal = field(default_factory=Signal)  # the reconciler has something to do
     deposed: Signal = field(default_factory=Signal)  # another controller has taken over

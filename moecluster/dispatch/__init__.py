@@ -1,1 +1,1 @@
-"""Which token goes to which expert actor, and how what comes back becomes the layer's output."""
+"""Dispatches a layer's tokens to expert actors and combines their replies into the layer's output."""

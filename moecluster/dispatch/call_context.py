@@ -1,7 +1,7 @@
-"""What holds for calls of MoE layers beside their rows: one frozen record, in one context variable.
+"""Settings of MoE layer calls that do not travel as arguments: one frozen record in one context variable.
 
 A new thread starts with the default record, and so do the threads in which autograd runs the backward pass of tensors
-that are not on the CPU. Whoever wants another thread to inherit the record runs it in `contextvars.copy_context()`.
+that are not on the CPU. To pass the record on to another thread, run that thread in `contextvars.copy_context()`.
 """
 
 import math
@@ -20,17 +20,18 @@ from moecluster.types import MicroBatchTag
 
 
 class RowWatcher(Protocol):
-    """What an engine wants to know of its batches."""
+    """Lets an engine observe the MoE layer calls of its batches."""
 
     def see(self, layer: int, ids_TK: npt.NDArray[np.int64], num_experts: int) -> npt.NDArray[np.bool_] | None:
-        """A layer is about to send its rows. Returns which rows are to be computed; None: all."""
+        """Called before a layer sends its rows. Returns the mask of rows to compute; None: all."""
 
     def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
-        """No replica answered these of a layer's rows with finite numbers, and why: they go on as zeros."""
+        """Called with the rows (and the reason for each) for which no replica returned finite numbers; they become
+        zeros."""
 
 
 class TrainingCalls:
-    """Numbers the forward calls of each layer in one micro-batch: gradient checkpointing repeats them."""
+    """Numbers each layer's forward calls within one micro-batch, since gradient checkpointing repeats them."""
 
     def __init__(self, tag: MicroBatchTag) -> None:
         self._tag = tag
@@ -44,7 +45,7 @@ class TrainingCalls:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedCall:
-    """What a layer's experts were asked, and what they answered."""
+    """The inputs and the output of one call of a layer's experts."""
 
     y_TD: torch.Tensor
     ids_TK: torch.Tensor
@@ -53,13 +54,13 @@ class CapturedCall:
 
 @dataclass(frozen=True, kw_only=True)
 class CallContext:
-    """Replaced as a whole, by `calls_in`."""
+    """Never changed in place: `calls_in` and `set_call_context` replace it."""
 
     training: TrainingCalls | None = None  # None: outside of a training step
-    counts: tuple[LoadCounts, ...] = ()  # that count these calls beside the router's own
+    counts: tuple[LoadCounts, ...] = ()  # these count the calls in addition to the router's own counts
     deadline_s: float = math.inf  # time.monotonic(); not for training, whose deadline is the step's
     watcher: RowWatcher | None = None
-    captured: list[CapturedCall] | None = None  # takes the calls; None: they are not kept
+    captured: list[CapturedCall] | None = None  # calls are appended here; None: not captured
 
 
 _OUTSIDE = CallContext()
@@ -67,18 +68,18 @@ _CONTEXT: ContextVar[CallContext] = ContextVar("moecluster.dispatch.call_context
 
 
 def call_context() -> CallContext:
-    """The record of this thread, or of the context that it runs in."""
+    """The record of the current context: a thread's own unless it runs in a copied one."""
     return _CONTEXT.get()
 
 
 def set_call_context(context: CallContext) -> None:
-    """From now on it holds for this thread."""
+    """Sets this thread's record from now on."""
     _CONTEXT.set(context)
 
 
 @contextmanager
 def calls_in(context: CallContext) -> Iterator[None]:
-    """Inside, it holds for this thread."""
+    """Sets this thread's record inside the with block."""
     token = _CONTEXT.set(context)
     try:
         yield

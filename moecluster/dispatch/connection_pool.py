@@ -10,12 +10,12 @@ from moecluster.rpc.controller.interface import ControllerLink
 from moecluster.rpc.expert.interface import ControlConnection, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber
 
-LEFT_S = 120.0  # how long the way to an actor without a place is kept; one that has ended has freed its memory
-SUSPECT_S = 1.0  # how long an actor that did not answer is asked last
+LEFT_S = 120.0  # how long a transport to an actor outside the placement stays open; a broken one closes itself
+SUSPECT_S = 1.0  # how long an actor that did not answer is avoided
 
 
 class ExpertPool:
-    """Opens transports when they are first needed, and anew when an actor has moved or come back. Thread-safe."""
+    """Opens transports on first use, and reopens them when an actor has moved or restarted. Thread-safe."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class ExpertPool:
         connect: Callable[[ActorAddress], ExpertTransport],
         control: Callable[[ActorAddress], ControlConnection],
     ) -> None:
-        """connect and control raise MoeClusterErrors when the actor does not answer."""
+        """connect and control raise a MoeClusterError if the actor does not answer."""
         self._placements = placements
         self._connect = connect
         self._control = control
@@ -34,17 +34,17 @@ class ExpertPool:
         self._controls: dict[str, tuple[ActorAddress, ControlConnection]] = {}
         self._tables: dict[int, LayerTable] = {}
         self._tables_of: PlacementNumber | None = None
-        self._aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answered NaN or infinity,
-        self._aside_of: PlacementNumber | None = None  # in this placement: the next one has them again
+        self._aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that returned NaN or infinity,
+        self._aside_of: PlacementNumber | None = None  # excluded for this placement only
         self._suspects: dict[ActorAddress, tuple[float, MoeClusterError]] = {}  # until when, and why
-        self._left_s: dict[str, float] = {}  # actors without a place, whose transport is open: since when
+        self._left_s: dict[str, float] = {}  # actors outside the placement with an open transport: since when
 
     def placement(self, timeout_s: float = 60.0) -> Placement:
         """The newest placement."""
         return self._placements.current(timeout_s)
 
     def wait_for_change(self, number: PlacementNumber, timeout_s: float) -> bool:
-        """Waits for a newer placement; False if none came."""
+        """Waits for a newer placement; returns False if none came."""
         return self._placements.newer_than(number, timeout_s) is not None
 
     def table(self, placement: Placement, layer: int, avoid: Collection[str] = ()) -> LayerTable:
@@ -68,8 +68,8 @@ class ExpertPool:
             return table
 
     def set_aside(self, placement: Placement, actor: str, expert: ExpertId) -> bool:
-        """A replica answers NaN or infinity: it is asked no more by this placement if there is another one of the
-        expert, and the controller is told. False if that is known."""
+        """Excludes a replica that returns NaN or infinity from this placement, unless it is the expert's only one, and
+        reports it to the controller. Returns False if it was already excluded."""
         with self._lock:
             if self._aside_of != placement.number:
                 self._aside, self._aside_of = frozenset(), placement.number
@@ -81,7 +81,7 @@ class ExpertPool:
         return True
 
     def transport(self, address: ActorAddress) -> ExpertTransport:
-        """The open way to an actor. Raises what connecting raises."""
+        """Returns the transport to an actor, connecting if necessary. Raises what connecting raises."""
         found = self._open.get(address.actor)
         if found is not None and found[0] == address:
             return found[1]
@@ -92,7 +92,7 @@ class ExpertPool:
             if found is not None and found[0] == address:
                 return found[1]
             if found is not None:
-                self._open.pop(address.actor, None)  # drop() may have been faster
+                self._open.pop(address.actor, None)  # drop() may have removed it already
                 found[1].close()
             try:
                 transport = self._connect(address)
@@ -103,7 +103,8 @@ class ExpertPool:
             return transport
 
     def _close_left(self, placement: Placement) -> None:
-        """Closes the ways to actors that have left, once no request of an older placement can still be on them."""
+        """Closes transports to actors that left the placement, once no request of an older placement can still use
+        them."""
         now_s = time.monotonic()
         with self._lock:
             without_place = [actor for actor in list(self._open) if actor not in placement.actors]
@@ -114,7 +115,7 @@ class ExpertPool:
             transport.close()
 
     def drop(self, address: ActorAddress, transport: ExpertTransport | None, reason: MoeClusterError) -> None:
-        """An actor did not answer: closes the way to it, if it is still that one, and tells the controller."""
+        """Closes the transport to an actor that did not answer, and reports the actor to the controller."""
         with self._lock:
             found = self._open.get(address.actor)
             if found is not None and found[1] is transport:
@@ -125,8 +126,8 @@ class ExpertPool:
         self.report(address, reason)
 
     def suspects(self, placement: Placement) -> dict[str, MoeClusterError]:
-        """Actors that did not answer lately, in the incarnation that the placement names, and why. Other replicas go
-        first, so that one request at most finds out that an actor is dead before the controller has said so."""
+        """Incarnations in the placement that recently failed to answer, by actor, and why. Other replicas are
+        preferred, so that at most one request hits a dead actor before the controller notices."""
         if not self._suspects:
             return {}
         now_s = time.monotonic()
@@ -139,17 +140,17 @@ class ExpertPool:
             self._suspects[address] = (time.monotonic() + SUSPECT_S, reason)
 
     def report(self, address: ActorAddress, reason: MoeClusterError) -> None:
-        """Tells the controller that an actor does not serve what it should."""
+        """Reports to the controller that an actor fails to serve its experts."""
         self._placements.report_failure(address.actor, address.incarnation, str(reason))
 
     def want(self, layer: int, experts: Sequence[int]) -> None:
-        """Tells the controller that tokens wait for experts that stand nowhere."""
+        """Reports to the controller that tokens wait for experts without any replica."""
         self._placements.want_experts(layer, experts)
 
     def controls(self) -> dict[str, ExpertControl]:
-        """The orders' side of every actor of the current placement, by name.
+        """The control connection to every actor of the current placement, by name.
 
-        Each goes on until a later call finds that its actor has moved, come back or gone.
+        A connection stays open until a later call finds that its actor has moved, restarted or left.
         """
         actors = self.placement().actors
         with self._lock:
@@ -163,7 +164,7 @@ class ExpertPool:
             return {name: control for name, (_, control) in self._controls.items()}
 
     def close(self) -> None:
-        """Closes every way to an actor."""
+        """Closes all connections."""
         with self._lock:
             transports, self._open = self._open, {}
             controls, self._controls = self._controls, {}

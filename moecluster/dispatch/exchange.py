@@ -1,4 +1,4 @@
-"""One layer's exchange with the expert actors: send, wait, and send again what failed, until the deadline."""
+"""One layer's exchange with the expert actors: sends, waits, and resends what failed until the deadline."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ from moecluster.metrics import Metrics
 from moecluster.rpc.expert.interface import ExpertTransport
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, Placement
 
-POLL_AGAIN_S = 0.5  # how long a wait for a newer placement lasts before an actor that failed is tried once more
+POLL_AGAIN_S = 0.5  # wait for a newer placement before retrying a failed actor
 BACKOFF_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 MakeBatch = Callable[[DispatchPart, Placement, float], ComputeBatch]
@@ -38,11 +38,11 @@ Answers = list[tuple[DispatchPart, ComputeResult]]
 
 
 class _Failure(Enum):
-    """Why a message has no answer, if repeating it may help. The values are the metric's reasons."""
+    """Why a message failed, for failures that a retry may fix. The values are the metric's reasons."""
 
-    BUSY = "exhausted"  # backpressure: the same actor takes it a little later
-    NOT_HOSTED = "not_hosted"  # the actor answers, without the expert
-    STALE = "stale"  # the weight version is gone, or another incarnation of the actor listens there
+    BUSY = "exhausted"  # backpressure: retry the same actor a little later
+    NOT_HOSTED = "not_hosted"  # the actor answers, but does not have the expert
+    STALE = "stale"  # the weight version is gone, or another incarnation of the actor is at the address
     UNREACHABLE = "unavailable"
     TOO_LATE = "deadline"
 
@@ -57,13 +57,13 @@ _FAILURES: dict[type[MoeClusterError], _Failure] = {
 
 
 def _classify(error: MoeClusterError) -> _Failure | None:
-    """None: no repetition helps."""
+    """The kind of failure; None if a retry cannot help."""
     return next((failure for kind, failure in _FAILURES.items() if isinstance(error, kind)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A message under way, or one that could not even be sent."""
+    """A message in flight, or one that could not be sent."""
 
     part: DispatchPart
     address: ActorAddress
@@ -74,7 +74,7 @@ class Sent:
 
 
 class Exchange:
-    """Sends parts to actors and gathers their answers."""
+    """Sends parts to actors and gathers their replies."""
 
     def __init__(self, pool: ExpertPool, *, timeout_s: float, metrics: Metrics | None = None) -> None:
         self.pool = pool
@@ -90,11 +90,11 @@ class Exchange:
         make_batch: MakeBatch,
         timeout_s: float = math.inf,
     ) -> Answers:
-        """Answers that cover every kept assignment, in the order of the actors.
+        """Returns replies that cover every kept assignment, sorted by actor.
 
-        Pure forward only: what fails goes to another replica, or waits until the experts are served again. Raises
-        DeadlineExceeded when nothing helped within the shorter timeout, and at once what no repetition can mend:
-        StaleRequest if the weight version is gone, ExpertsLost if experts are, and the controller cannot load them.
+        Forward only: failed assignments go to another replica, or wait until the experts are served again. Raises
+        DeadlineExceeded after the shorter timeout. Raises at once what no retry can fix: StaleRequest if the weight
+        version is gone, ExpertsLost if experts are lost and the controller cannot reload them.
         """
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         failover = _Failover(self.pool, layer, deadline_s, self.pool.suspects(self.pool.placement(self._timeout_s)))
@@ -110,7 +110,7 @@ class Exchange:
                 except MoeClusterError as exc:
                     failure = _classify(exc)
                     if failure is None or (failure is _Failure.STALE and message.transport is not None):
-                        raise  # the weight version is gone; without a way there, it is the actor's incarnation that is
+                        raise  # the weight version is gone; without a transport, only that incarnation of the actor is
                     self._count_retry(failure)
                     failed.append(message.part.pair_slots_P.numpy())
                     failover.note(message, placement, failure, exc, attempt)
@@ -122,9 +122,9 @@ class Exchange:
         return answers
 
     def send_pinned(self, planned: Sequence[tuple[DispatchPart, Placement]], make_batch: MakeBatch) -> Answers:
-        """Answers of exactly the actors' incarnations that are named by the placements; for training.
+        """Returns replies from exactly the incarnations named by the placements; for training.
 
-        A message is repeated only to the same incarnation of the same actor, which knows it by its key. Raises
+        Retries only with the same incarnation of the same actor, which recognizes a repeated message by its key. Raises
         AttemptAborted if that incarnation is gone or does not answer.
         """
         deadline_s = time.monotonic() + self._timeout_s
@@ -159,7 +159,7 @@ class Exchange:
     def ask(
         self, parts: Sequence[DispatchPart], placement: Placement, make_batch: MakeBatch, timeout_s: float
     ) -> list[ComputeResult | MoeClusterError]:
-        """What exactly these actors answer, each asked once, or why one did not."""
+        """Asks each part's actor once; returns its reply or its error."""
         deadline_s = time.monotonic() + min(timeout_s, self._timeout_s)
         outcomes: list[ComputeResult | MoeClusterError] = []
         for message in [self._send(part, placement, make_batch, deadline_s) for part in parts]:
@@ -205,10 +205,10 @@ class Exchange:
 
 
 class _Failover:
-    """Where the assignments of one exchange go next: which actors it avoids, and how long it waits."""
+    """The retry state of one exchange: which actors to avoid, and how long to wait."""
 
     def __init__(self, pool: ExpertPool, layer: int, deadline_s: float, failing: dict[str, MoeClusterError]) -> None:
-        """failing: actors to avoid, until there is nobody else to ask, and why."""
+        """failing: actors to avoid while other replicas are left, and why."""
         self._pool = pool
         self._layer = layer
         self._deadline_s = deadline_s
@@ -218,13 +218,13 @@ class _Failover:
     def plan(
         self, split: Callable[[LayerTable], tuple[DispatchPart, ...]]
     ) -> tuple[Placement, tuple[DispatchPart, ...]]:
-        """What goes to whom by the newest placement; waits while some expert has nobody who could be asked."""
+        """Splits the assignments by the newest placement; waits while some expert has no replica to ask."""
         while True:
             placement = self._pool.placement(_left(self._deadline_s, self._last))
             try:
                 return placement, split(self._pool.table(placement, self._layer, self._failing.keys()))
             except NotHosted as exc:
-                if not self._failing:  # they stand nowhere, not even on an actor that does not answer
+                if not self._failing:  # no actor has them, not even one that fails
                     if placement.problem:
                         raise ExpertsLost(placement.problem) from exc
                     self._pool.want(self._layer, exc.experts)
@@ -235,7 +235,7 @@ class _Failover:
     def note(
         self, message: Sent, placement: Placement, failure: _Failure, error: MoeClusterError, attempt: int
     ) -> None:
-        """A message of the plan failed; waits where the same actor is to be asked again."""
+        """Records that a message failed; waits if the same actor is to be asked again."""
         self._last = error
         if failure is _Failure.BUSY:
             _back_off(attempt, self._deadline_s, error)
@@ -264,7 +264,7 @@ def plan_all(
     weights_TK: torch.Tensor,
     timeout_s: float,
 ) -> list[tuple[DispatchPart, Placement]]:
-    """Where every kept assignment goes by the current placement. Raises AttemptAborted if an expert has no replica."""
+    """Splits all kept assignments by the current placement. Raises AttemptAborted if an expert has no replica."""
     placement = pool.placement(timeout_s)
     try:
         parts = dispatch(pool.table(placement, layer), x_TD, ids_TK, weights_TK)
@@ -274,7 +274,7 @@ def plan_all(
 
 
 def _left(deadline_s: float, last: MoeClusterError | None) -> float:
-    """Seconds left. Raises DeadlineExceeded, saying what failed last."""
+    """Seconds left. Raises DeadlineExceeded, naming the last failure."""
     left_s = deadline_s - time.monotonic()
     if left_s <= 0:
         raise DeadlineExceeded(f"the experts did not answer in time{f': {last}' if last else ''}")

@@ -1,4 +1,4 @@
-"""How many tokens each expert got from this router: counted, and told to the controller once a window."""
+"""Counts the tokens that this router sends to each expert, and reports them to the controller once per window."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ Counts = Mapping[int, npt.NDArray[np.int64]]  # layer -> assignments per expert 
 
 
 class LoadReporter:
-    """A thread that reports what was counted since the last report; a window without tokens is not reported."""
+    """A thread that reports the counts since the last report; a window without tokens is not reported."""
 
     def __init__(self, loads: LoadCounts, report: Callable[[LoadSnapshot], None], *, window_s: float = 1.0) -> None:
         self._loads = loads
@@ -42,7 +42,7 @@ class LoadReporter:
         self._thread.start()
 
     def close(self) -> None:
-        """Reports no more."""
+        """Stops reporting."""
         self._closed.set()
         self._thread.join(timeout=5.0)
 

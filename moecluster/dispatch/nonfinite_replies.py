@@ -1,4 +1,4 @@
-"""Rows that experts answered with NaN or infinity: which replica is to blame, and what another one answers instead."""
+"""Handles rows for which experts returned NaN or infinity: finds the faulty replica, and asks another one."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRows:
-    """What a layer's experts were asked. All on the CPU."""
+    """The inputs of a layer's experts. All on the CPU."""
 
     layer: int
     x_TD: torch.Tensor
@@ -31,17 +31,17 @@ class LayerRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Mended:
-    """Answers with every non-finite row replaced, and the rows that no replica answered with finite numbers: zeros."""
+    """Replies with non-finite rows replaced, by zeros where no replica returned finite numbers (lost rows)."""
 
     answers: Answers
     lost: Mapping[int, str]  # row -> why
 
 
-MakeBatchOf = Callable[[torch.Tensor], MakeBatch]  # of the rows x_TD that a part goes by; replies are unsummed
+MakeBatchOf = Callable[[torch.Tensor], MakeBatch]  # takes the rows x_TD that a part indexes; replies are unsummed
 
 
 class NonFiniteReplies:
-    """The slow path, taken only for a sum that is not finite. Thread-safe."""
+    """The slow path, taken only if a layer's output is not finite. Thread-safe."""
 
     def __init__(self, exchange: Exchange, metrics: Metrics | None = None) -> None:
         self._exchange = exchange
@@ -49,9 +49,9 @@ class NonFiniteReplies:
         self._metrics = metrics
 
     def mend(self, asked: LayerRows, answers: Answers, make_batch: MakeBatchOf, timeout_s: float) -> Mended:
-        """Asks for what is not finite again, pair by pair: the same replica, then the others of the expert.
+        """Asks again for each non-finite pair: first the same replica, then the expert's other replicas.
 
-        A row that came in with NaN or infinity, or with such gate weights, is left as it is: no expert is to blame.
+        Leaves rows alone whose input or gate weights contain NaN or infinity: the experts are not at fault.
         """
         sound_T = _finite_rows(asked.x_TD) & _finite_rows(asked.weights_TK)
         lost: dict[int, str] = {}
@@ -81,7 +81,7 @@ class NonFiniteReplies:
 
 
 class _Search:
-    """Finite values for some pairs of one part, one candidate after the other."""
+    """Searches finite values for some pairs of one part, asking one candidate replica after the other."""
 
     def __init__(
         self, exchange: Exchange, asked: LayerRows, part: DispatchPart, make_batch: MakeBatchOf, timeout_s: float
@@ -101,7 +101,7 @@ class _Search:
         asked = self._asked
         experts_S = asked.ids_TK.numpy().reshape(-1)[slots_S]
         candidates = {int(expert): self._candidates(int(expert)) for expert in np.unique(experts_S)}
-        suspects: dict[tuple[str, int], set[int]] = {}  # (actor, expert) -> slots that it answered with no number
+        suspects: dict[tuple[str, int], set[int]] = {}  # (actor, expert) -> slots with a non-finite reply
         left_S = slots_S
         while len(left_S) and any(candidates.values()):
             turn = {expert: actors.pop(0) for expert, actors in candidates.items() if actors}
@@ -109,7 +109,8 @@ class _Search:
             suspects |= self._ask(turn, asked.x_TD, asked.ids_TK, asked.weights_TK, np.sort(asked_S))
             left_S = np.array([slot for slot in left_S if int(slot) not in self.found], dtype=np.int64)
         for (actor, expert), bad in suspects.items():
-            # Where another replica answers the same rows well, or moderate rows are too much, the replica is sick.
+            # The replica is faulty if another one returns finite values for the same rows, or if it fails on moderate
+            # rows.
             if bad & self.found.keys() or not self._bears_probe(actor, expert):
                 self.sick.add((actor, expert))
         for slot in left_S:
@@ -123,7 +124,7 @@ class _Search:
         return f"expert {expert} of layer {self._asked.layer} answered NaN or infinity{rows}{message}"
 
     def _candidates(self, expert: int) -> list[str]:
-        """The actor that answered first, then the others that hold the expert."""
+        """The actor that replied first, then the other actors that hold the expert."""
         wanted = ExpertId(layer=self._asked.layer, index=expert)
         others = {r.actor for r in self.placement.replicas if r.expert == wanted and r.actor in self.placement.actors}
         return [*([self._first] if self._first in self.placement.actors else []), *sorted(others - {self._first})]
@@ -136,7 +137,7 @@ class _Search:
         weights_TK: torch.Tensor,
         slots_S: npt.NDArray[np.int64],
     ) -> dict[tuple[str, int], set[int]]:
-        """Asks one actor for each expert, keeps what is finite. Returns the slots of the rest, by (actor, expert)."""
+        """Asks one actor per expert and keeps finite values. Returns the other replies' slots, by (actor, expert)."""
         table = _table_of(self.placement, self._asked.layer, turn)
         parts = dispatch(table, x_TD, ids_TK, weights_TK, slots_P=slots_S)
         bad: dict[tuple[str, int], set[int]] = {}
@@ -158,7 +159,7 @@ class _Search:
         return bad
 
     def _bears_probe(self, actor: str, expert: int) -> bool:
-        """Whether the replica answers moderate rows with finite numbers: then it was too much for these rows alone."""
+        """Whether the replica returns finite values for moderate rows: then only these rows overflow."""
         x_ND = probe_rows(self._asked.x_TD.shape[1], self._asked.x_TD.dtype)
         ids_N1 = torch.full((len(x_ND), 1), expert)
         kept, self.found = self.found, {}
@@ -171,7 +172,8 @@ class _Search:
 def without_lost_rows(
     y_TD: torch.Tensor, asked: LayerRows, lost: Mapping[int, str]
 ) -> tuple[torch.Tensor, dict[int, str]]:
-    """The layer's answer with zeros for the rows that are lost, and all of them: also those whose sum overflows."""
+    """Returns the layer's output with lost rows set to zeros, and all lost rows, including those whose sum
+    overflows."""
     overflown_T = ~_finite_rows(y_TD) & _finite_rows(asked.x_TD) & _finite_rows(asked.weights_TK)
     overflows = (
         f"the sum of the experts of layer {asked.layer} is too large for {str(y_TD.dtype).removeprefix('torch.')}"
@@ -184,7 +186,7 @@ def without_lost_rows(
 
 
 def _table_of(placement: Placement, layer: int, turn: Mapping[int, str]) -> LayerTable:
-    """A table by which each expert stands on one actor."""
+    """A table that places each expert on one actor."""
     actors = tuple(sorted(placement.actors))
     num_experts = placement.layer_experts[layer]
     actor_of_ER = np.full((num_experts, 1), NO_ACTOR, dtype=np.int64)
@@ -205,7 +207,7 @@ def _tokens(part: DispatchPart, asked: LayerRows) -> npt.NDArray[np.int64]:
 
 
 def _bad_pairs(part: DispatchPart, y_ND: torch.Tensor | None, y_PD: torch.Tensor | None) -> npt.NDArray[np.bool_]:
-    """Pairs that are not finite, or are part of a sum that is not."""
+    """Mask of the pairs that are not finite, or belong to a sum that is not."""
     if y_PD is not None:
         return ~_finite_rows(y_PD)
     assert y_ND is not None
@@ -216,7 +218,7 @@ def _bad_pairs(part: DispatchPart, y_ND: torch.Tensor | None, y_PD: torch.Tensor
 def _replaced_pairs(
     part: DispatchPart, y_PD: torch.Tensor, bad_P: npt.NDArray[np.bool_], found: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
-    """The pairs, with what was found in the place of bad ones, or zeros."""
+    """The pairs with bad ones replaced by the values found, or zeros."""
     y_PD, slots = y_PD.clone(), part.pair_slots_P.tolist()
     for pair in np.flatnonzero(bad_P).tolist():
         y_PD[pair] = found.get(slots[pair], 0.0)
@@ -226,7 +228,7 @@ def _replaced_pairs(
 def _replaced_rows(
     part: DispatchPart, y_ND: torch.Tensor, bad_P: npt.NDArray[np.bool_], found: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
-    """The weighted sums, with the sums of what was found in the place of bad ones; of nothing: zeros."""
+    """The weighted sums with bad ones recomputed from the values found; pairs without a value count as zeros."""
     y_ND, slots, rows_P = y_ND.clone(), part.pair_slots_P.tolist(), part.pair_rows_P.tolist()
     sums: dict[int, torch.Tensor] = {}
     for pair in np.flatnonzero(bad_P).tolist():

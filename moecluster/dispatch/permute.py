@@ -1,7 +1,7 @@
-"""Dispatch and combine: an inverse pair.
+"""Dispatch and combine, inverses of each other.
 
-dispatch() says which rows and pairs go to which actor; a token goes once to an actor, however many of its experts live
-there. combine() adds what came back in the tokens' order. The frozen DispatchPart is all that they share.
+dispatch() splits rows and pairs by actor; a token goes to an actor once, however many of its experts live there.
+combine() adds the replies in the tokens' order. They share only the frozen DispatchPart.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ ROW_WORDS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchPart:
-    """What of a batch goes to one actor.
+    """The part of a batch that goes to one actor.
 
     A pair's slot is its place t * K + k in the flattened [T, K] routing.
     """
 
     actor: str
-    rows_N: torch.Tensor  # int64: the tokens that go, ascending
+    rows_N: torch.Tensor  # int64: the tokens sent, ascending
     every_row: bool  # rows_N is 0..T-1
     experts: tuple[int, ...]
     pair_counts: tuple[int, ...]
@@ -47,10 +47,10 @@ def dispatch(
     *,
     slots_P: npt.NDArray[np.int64] | None = None,
 ) -> tuple[DispatchPart, ...]:
-    """Splits a routing over the actors of a layer.
+    """Splits a routing by the actors of a layer.
 
-    ids_TK is int64 and weights_TK float32, all on the CPU; x_TD is read only where an expert has several replicas, to
-    tell tokens apart. slots_P restricts it to some assignments (those of an actor that failed). Raises NotHosted if an
+    ids_TK is int64 and weights_TK float32, all on the CPU; x_TD is read only if an expert has several replicas, to tell
+    tokens apart. slots_P restricts the split to some assignments (those of a failed actor). Raises NotHosted if an
     expert has no replica.
     """
     top_k = ids_TK.shape[1]
@@ -66,7 +66,7 @@ def dispatch(
     place_P = actor_P * table.num_experts + experts_P
     order_P = np.argsort(place_P, kind="stable")
     place_P, tokens_P, slots_P, weights_P = place_P[order_P], tokens_P[order_P], slots_P[order_P], weights_P[order_P]
-    # Where an expert's pairs begin, by actor. Lists, and few NumPy calls: with few tokens each call counts.
+    # Where each expert's pairs begin, by actor. Lists and few NumPy calls, because with few tokens each call counts.
     begins = [0, *(np.flatnonzero(place_P[1:] != place_P[:-1]) + 1).tolist()] if len(place_P) else []
     by_actor: dict[int, list[tuple[int, int, int]]] = {}  # actor -> (expert, begin, end)
     for place, begin, end in zip(place_P[begins].tolist(), begins, [*begins[1:], len(place_P)], strict=False):
@@ -94,7 +94,8 @@ def dispatch(
 def _rows_and_places(
     tokens_P: npt.NDArray[np.int64], num_tokens: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """The tokens that occur, ascending, and where each pair's token stands among them: np.unique without a sort."""
+    """The distinct tokens, ascending, and each pair's index into them: np.unique(return_inverse=True) without a
+    sort."""
     place_T = np.zeros(num_tokens, dtype=np.int32)
     place_T[tokens_P] = 1
     rows_N = np.flatnonzero(place_T)
@@ -103,19 +104,19 @@ def _rows_and_places(
 
 
 def _row_words(x_TD: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Some numbers of every row, spread evenly over its width: enough to tell rows apart, too few to cost anything."""
+    """A few values of every row, spread evenly over its width: enough to tell rows apart at almost no cost."""
     step = max(x_TD.shape[1] // ROW_WORDS, 1)
     words_TW: npt.NDArray[np.float32] = x_TD.detach()[:, : ROW_WORDS * step : step].float().numpy()
     return words_TW
 
 
 def rows_of(part: DispatchPart, x_TD: torch.Tensor) -> torch.Tensor:
-    """x_ND: the rows that go to the part's actor."""
+    """x_ND: the rows sent to the part's actor."""
     return x_TD if part.every_row else x_TD.index_select(0, part.rows_N)
 
 
 def combine(answers: Sequence[tuple[DispatchPart, ComputeResult]], like_TD: torch.Tensor) -> torch.Tensor:
-    """y_TD in the dtype of like_TD: the weighted partial sums, added in float32. Tokens with no answer get zeros."""
+    """y_TD in the dtype of like_TD: the weighted partial sums, added in float32. Tokens without a reply get zeros."""
     if len(answers) == 1 and answers[0][0].every_row:
         only = answers[0][1].y_ND
         assert only is not None
@@ -126,7 +127,8 @@ def combine(answers: Sequence[tuple[DispatchPart, ComputeResult]], like_TD: torc
 def combine_pairs(
     answers: Sequence[tuple[DispatchPart, ComputeResult]], weights_TK: torch.Tensor, like_TD: torch.Tensor
 ) -> torch.Tensor:
-    """y_TD from unweighted, unsummed pairs, added in float32 in the order of k whatever the parts (batch-invariant)."""
+    """y_TD from unweighted, unsummed pairs, added in float32 in the order of k, independent of the split
+    (batch-invariant)."""
     num_tokens, top_k = weights_TK.shape
     pairs_SD = torch.zeros(num_tokens * top_k, like_TD.shape[1], dtype=torch.float32)
     for part, result in answers:

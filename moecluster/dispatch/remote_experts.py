@@ -1,4 +1,4 @@
-"""The experts of a trunk, reached over their actors: forward, and the autograd Function that trains them."""
+"""Runs a trunk's experts on their actors: the forward pass, and the autograd Function for training."""
 
 import threading
 import time
@@ -23,12 +23,12 @@ from moecluster.metrics import Metrics
 from moecluster.moe.experts.finiteness import is_finite
 from moecluster.types import ComputeBatch, MessageKey, MicroBatchTag, Phase, Placement, StepTag
 
-OnLost = Callable[[int, int, Mapping[int, str]], None]  # of a layer, its number of rows, and why some are lost
+OnLost = Callable[[int, int, Mapping[int, str]], None]  # layer, its number of rows, lost row -> reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LayerCall:
-    """One training call of one layer, as its backward needs it."""
+    """One training call of one layer, kept for its backward."""
 
     layer: int
     tag: MicroBatchTag
@@ -46,7 +46,7 @@ class RemoteExperts:
         batch_invariant: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
-        """timeout_s: deadline of one layer's exchange, retries included."""
+        """timeout_s: limit for one layer's exchange, retries included."""
         self.pool = pool
         self.loads = LoadCounts()
         self._timeout_s = timeout_s
@@ -54,7 +54,7 @@ class RemoteExperts:
         self._metrics = metrics
         self._exchange = Exchange(pool, timeout_s=timeout_s, metrics=metrics)
         self._nonfinite = NonFiniteReplies(self._exchange, metrics)
-        # Without a leaf that requires grad a frozen trunk records no graph, and experts would get no gradient.
+        # Without a leaf that requires grad, a frozen trunk records no graph and experts get no gradient.
         self._anchor = torch.zeros((), requires_grad=True)
         self._lock = threading.Lock()
         self._sent: dict[StepTag, dict[str, list[MessageKey]]] = {}
@@ -71,10 +71,10 @@ class RemoteExperts:
     ) -> torch.Tensor:
         """y_TD in x_TD's dtype. Assignments with an index >= E are skipped.
 
-        weight_version: of the experts, outside of training; 0: the one that is served. on_lost: outside of training it
-        is told of rows that every replica of an expert answers with NaN or infinity, which are zeros then; without it
-        they raise RequestFailed. Raises DeadlineExceeded, StaleRequest if the version is gone for good, or inside
-        training() AttemptAborted.
+        weight_version: of the experts, outside of training; 0: the served one. on_lost: outside of training, called
+        with the rows for which every replica of an expert returns NaN or infinity, and these become zeros; without
+        on_lost they raise RequestFailed. Raises DeadlineExceeded, StaleRequest if the version is gone for good, or
+        inside training() AttemptAborted.
         """
         ids_TK = ids_TK.detach().to(device="cpu", dtype=torch.int64)
         context = call_context()
@@ -94,31 +94,32 @@ class RemoteExperts:
 
     @contextmanager
     def training(self, tag: StepTag, *, rank: int = 0, micro_batch: int = 0) -> Iterator[None]:
-        """Calls of this thread inside are recorded for backward, under the attempt's tag."""
+        """Records this thread's calls inside the with block for backward, under the attempt's tag."""
         calls = TrainingCalls(MicroBatchTag(step=tag, rank=rank, micro_batch=micro_batch))
         with calls_in(replace(call_context(), training=calls)):
             yield
 
     @contextmanager
     def counting(self) -> Iterator[LoadCounts]:
-        """Assignments of this thread's calls inside are also counted by themselves."""
+        """Also counts the assignments of this thread's calls inside the with block separately."""
         counts, context = LoadCounts(), call_context()
         with calls_in(replace(context, counts=(*context.counts, counts))):
             yield counts
 
     @contextmanager
     def within(self, timeout_s: float) -> Iterator[None]:
-        """Calls of this thread inside, other than training's, raise DeadlineExceeded once the time is over."""
+        """This thread's calls inside the with block, except training calls, raise DeadlineExceeded after the
+        timeout."""
         with calls_in(replace(call_context(), deadline_s=time.monotonic() + timeout_s)):
             yield
 
     def sent(self, tag: StepTag) -> dict[str, list[MessageKey]]:
-        """The backward messages of an attempt, by actor: what Reduce has to expect."""
+        """The backward messages of an attempt, by actor, that Reduce must expect."""
         with self._lock:
             return {actor: list(keys) for actor, keys in self._sent.get(tag, {}).items()}
 
     def forget(self, tag: StepTag) -> None:
-        """Drops the record of an attempt that has ended, and of older ones."""
+        """Drops the records of an ended attempt and of older ones."""
         with self._lock:
             for old in [t for t in self._sent if t <= tag]:
                 del self._sent[old]
@@ -245,7 +246,7 @@ def _batch(
         deadline_s=deadline_s,
         placement=placement.number,
         train=tag,
-        # Training goes to one incarnation of an actor only: another one lacks the gradients so far.
+        # Training is pinned to one incarnation of an actor: another one lacks the gradients accumulated so far.
         incarnation=placement.actors[part.actor].incarnation if tag is not None else "",
         grad_ND=rows_of(part, grad_TD) if grad_TD is not None else None,
         unsummed=unsummed,
@@ -253,7 +254,7 @@ def _batch(
 
 
 class _RemoteMoe(torch.autograd.Function):
-    """An MoE layer whose experts are elsewhere. The anchor only makes sure that a graph is recorded."""
+    """An MoE layer with remote experts. The anchor only ensures that a graph is recorded."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""Splitting each expert's tokens over its replicas by share.
+"""Splits each expert's tokens over its replicas by share.
 
-A hash of (token, layer, expert) is laid on the expert's cumulative shares, so that the same token takes the same
-replica whatever the batch, the router and the order of the tokens. A token is named by a few numbers of its row and by
-its gate weights at the layer: that needs no sequence ids from anyone, and holds for rows that belong to no sequence.
-Gate weights alone would not do: those of a hash gate, or of a renormalised top-1, are the same for every token.
+A hash of (token, layer, expert) selects a replica by the expert's cumulative shares, so that the same token takes the
+same replica whatever the batch, the router and the order of the tokens. A token is identified by a few values of its
+row and by its gate weights at the layer: that needs no sequence ids, and works for rows without a sequence. Gate
+weights alone are not enough: those of a hash gate, or of a renormalized top-1, are the same for every token.
 """
 
 from collections.abc import Collection
@@ -23,10 +23,10 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of split
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTable:
-    """Where the experts of one layer are, in the order of the placement's actors.
+    """The actors and shares of one layer's experts.
 
     actor_of_ER: index into actors of each expert's r-th replica, NO_ACTOR beyond its last.
-    bound_ER: cumulative shares; 1 from the last replica on that has any.
+    bound_ER: cumulative shares; 1 from the last replica with a positive share on.
     """
 
     layer: int
@@ -46,9 +46,9 @@ class LayerTable:
 def layer_table(
     placement: Placement, layer: int, avoid: Collection[str] = (), aside: Collection[tuple[str, ExpertId]] = ()
 ) -> LayerTable:
-    """The layer's part of a placement, without the actors to avoid; the shares of those left are scaled to sum to 1.
+    """The layer's part of a placement without the actors to avoid; the remaining shares are scaled to sum to 1.
 
-    aside: replicas (actor, expert) that are left out as well, but where an expert has no other one.
+    aside: replicas (actor, expert) to leave out as well, unless the expert has no other replica.
     """
     num_experts = placement.layer_experts[layer]
     actors = tuple(sorted(placement.actors))
@@ -66,7 +66,7 @@ def layer_table(
     bound_ER = np.ones((num_experts, most), dtype=np.float64)
     for places in replicas:
         places.sort()
-    # Replicas of an expert that all have share 0 take equal parts: better served than refused.
+    # If all replicas of an expert have share 0, they get equal shares, so that requests are served rather than refused.
     share_R = scaled_shares(
         np.array([share for places in replicas for _, share in places], dtype=np.float64),
         np.repeat(np.arange(num_experts), [len(places) for places in replicas]),
@@ -77,22 +77,22 @@ def layer_table(
         last = max((r for r, share in enumerate(own) if share > 0), default=0)
         for r, ((actor, _), reached) in enumerate(zip(places, accumulate(own), strict=True)):
             actor_of_ER[expert, r] = actor
-            bound_ER[expert, r] = reached if r < last else 1.0  # exactly, whatever the sum before it rounded to
+            bound_ER[expert, r] = reached if r < last else 1.0  # exactly, despite rounding of the sum
     return LayerTable(layer=layer, actors=actors, actor_of_ER=actor_of_ER, bound_ER=bound_ER)
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64: spreads every input bit over the whole word."""
+    """The finalizer of splitmix64: every input bit affects the whole word."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def content_keys(row_words_TW: npt.NDArray[np.float32], weights_TK: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
-    """One key a token, from the bits of some numbers of its row and of its gate weights.
+    """One key per token, hashed from the bits of a few values of its row and of its gate weights.
 
-    Tokens that are equal in these have equal keys in any batch and any router; -0 counts as 0. The words are summed
-    with odd multipliers (multilinear hashing, Carter and Wegman 1979), and the sum is mixed.
+    Tokens that agree in these values have equal keys in any batch and on any router; -0 counts as 0. The words are
+    summed with odd multipliers (multilinear hashing, Carter and Wegman 1979), and the sum is mixed.
     """
     words_TV = np.concatenate([row_words_TW, weights_TK], axis=1) + np.float32(0)  # which turns -0 into 0
     multipliers_V = _mix(GOLDEN * np.arange(1, words_TV.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
@@ -102,7 +102,7 @@ def content_keys(row_words_TW: npt.NDArray[np.float32], weights_TK: npt.NDArray[
 def choose_actors(
     table: LayerTable, experts_P: npt.NDArray[np.int64], keys_P: npt.NDArray[np.uint64] | None
 ) -> npt.NDArray[np.int64]:
-    """The index of the actor that takes each (token, expert) pair; keys_P only where experts are replicated.
+    """The index of the actor for each (token, expert) pair; keys_P is needed only if experts are replicated.
 
     Raises NotHosted if an expert of a pair has no replica in the table.
     """

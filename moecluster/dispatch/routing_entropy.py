@@ -1,13 +1,13 @@
-"""How decided the gates are: the entropy of the routing weights that a router sees, for any model family."""
+"""The entropy of the gates' routing weights that a router sees, for any model family."""
 
 import numpy as np
 import numpy.typing as npt
 
 
 def routing_entropy(weights_TK: npt.NDArray[np.float32]) -> tuple[float, int]:
-    """(sum of the tokens' entropies in nats, tokens) of weights scaled to sum to 1; weights <= 0 are no part of it.
+    """(sum of the tokens' entropies in nats, tokens) of weights scaled to sum to 1; weights <= 0 are ignored.
 
-    A token without any positive weight (all its assignments were dropped), or with one that is not finite, is left out.
+    Leaves out tokens without a positive weight (all assignments dropped) or with a non-finite one.
     """
     positive_TK = np.where(weights_TK > 0, weights_TK, 0.0).astype(np.float64)
     total_T = positive_TK.sum(axis=1)

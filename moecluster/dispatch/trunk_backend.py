@@ -1,4 +1,4 @@
-"""The backend of one trunk: passes its layers' calls on to the experts of its weights, and lets others see them."""
+"""The experts backend of one trunk: forwards its layers' calls to the experts, and lets watchers observe them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ from moecluster.errors import UnsupportedModelError
 
 
 class TrunkBackend:
-    """The experts in one weight version. Thread-safe: every thread has its own watcher, or none."""
+    """The experts in one weight version. Thread-safe: each thread has its own watcher, or none."""
 
     def __init__(self, remote: RemoteExperts, version: int) -> None:
-        """version: 0 for the one that is served."""
-        self.version = version  # of trunk and experts; 0: not known yet
+        """version: 0 for the served one."""
+        self.version = version  # of trunk and experts; 0: unknown yet
         self.layer_experts: Mapping[int, int] = {}  # MoE layer -> its number of experts, once the trunk is loaded
         self._remote = remote
         self._dry = False
 
     def __call__(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """As moecluster.hf.interface.Backend says. Raises what RemoteExperts.__call__ raises."""
+        """Implements moecluster.hf.interface.Backend. Raises what RemoteExperts.__call__ raises."""
         if self._dry:
             return torch.zeros_like(x_TD)
         context = call_context()
@@ -43,20 +43,20 @@ class TrunkBackend:
         return y_TD
 
     def watch(self, watcher: RowWatcher) -> None:
-        """From now on the watcher sees the calls of this thread."""
+        """Attaches a watcher to this thread's calls from now on."""
         set_call_context(replace(call_context(), watcher=watcher))
 
     @contextmanager
     def capture(self) -> Iterator[list[CapturedCall]]:
-        """The calls of this thread inside, as they come."""
+        """Yields a list that collects this thread's calls inside the with block."""
         captured: list[CapturedCall] = []
         with calls_in(replace(call_context(), captured=captured)):
             yield captured
 
     @contextmanager
     def dry(self) -> Iterator[None]:
-        """Inside, no expert is asked, whichever thread calls: every answer is 0. For trying out a trunk that nothing
-        else uses yet."""
+        """Inside the with block, calls of any thread return zeros and ask no expert. For trying out a trunk that
+        nothing else uses yet."""
         self._dry = True
         try:
             yield
@@ -64,7 +64,7 @@ class TrunkBackend:
             self._dry = False
 
     def run(self, block: nn.Module, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(y_TD, ids_TK, weights_TK): what the experts of a block were asked, and said, for these rows."""
+        """Runs a block on these rows; returns the (y_TD, ids_TK, weights_TK) of its experts' call."""
         with self.capture() as calls:
             try:
                 with torch.no_grad():
@@ -80,5 +80,5 @@ class TrunkBackend:
         computed_T = watcher.see(layer, ids_TK.numpy(), num_experts)
         if computed_T is None:
             return ids_TK
-        # One beyond what stands for a dropped assignment: nothing was dropped.
+        # num_experts marks a dropped assignment; these are not counted as dropped, so they get the next index.
         return ids_TK.masked_fill(torch.from_numpy(~computed_T).unsqueeze(1), num_experts + 1)

@@ -1,1 +1,1 @@
-"""The expert actor's inside: loads, computes and trains experts; without Ray."""
+"""The expert actor without its Ray shell: loads, computes and trains experts."""

@@ -1,7 +1,7 @@
-"""Rows in blocks of fixed sizes: the batch-invariant mode, and which sizes hold for every expert of an actor.
+"""The batch-invariant mode: computes rows in blocks of fixed sizes that agree for every expert of an actor.
 
-A matrix product's rounding may depend on how many rows it has. Cut into padded blocks whose sizes were proven to agree
-bit for bit, a row's result depends on that row only.
+A matrix product's rounding may depend on its number of rows. In padded blocks whose sizes were tested to agree bit for
+bit, a row's result depends on that row only.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class BlockRunner:
         self.sizes = sizes
 
     def __call__(self, expert: RowFunction, x_nD: torch.Tensor) -> torch.Tensor:
-        """expert(x_nD), with every row's result the same in any company."""
+        """expert(x_nD), each row's result independent of the other rows."""
         outputs = []
         begin, num_rows = 0, len(x_nD)
         while begin < num_rows:
@@ -39,7 +39,7 @@ class BlockRunner:
 
 @torch.no_grad()
 def prove(expert: RowFunction, width: int, dtype: torch.dtype, sizes: tuple[int, ...] = BLOCK_ROWS) -> tuple[int, ...]:
-    """The block sizes that give bit for bit the same rows as the smallest, on this device and for this shape."""
+    """The block sizes that give the same rows as the smallest size, bit for bit, on this device and for this shape."""
     generator = torch.Generator().manual_seed(PROOF_SEED)
     largest = max(sizes)
     x_nD = torch.randn(largest, width, generator=generator, dtype=torch.float32).to(dtype)
@@ -49,10 +49,10 @@ def prove(expert: RowFunction, width: int, dtype: torch.dtype, sizes: tuple[int,
 
 
 class BlockProofs:
-    """Proves each form of expert once: sizes that agree for one shape or layout may not agree for another.
+    """Tests each form of expert once: sizes that agree for one shape or layout may not agree for another.
 
-    Only sizes that hold for all are used. Fewer of them later change no bit of what the others gave before: all agree
-    with the smallest.
+    Only sizes that agree for all forms are used. Dropping a size later changes no results: every size used agrees with
+    the smallest.
     """
 
     def __init__(self) -> None:
@@ -60,10 +60,11 @@ class BlockProofs:
         self._sizes: tuple[int, ...] = BLOCK_ROWS
 
     def add(self, module: nn.Module, width: int, dtype: torch.dtype) -> BlockRunner:
-        """Proves an expert that takes rows [n, width] of the dtype; returns what runs it and all before it."""
+        """Tests an expert that takes rows [n, width] of the dtype; returns a runner for it and all experts added
+        before."""
         form = _form(module, width, dtype)
         if form not in self._proven:
-            # On its own sizes, not on those left: the smallest is the one that all actors have in common.
+            # Against all sizes, not only those left: the smallest is the one that all actors have in common.
             agreed = prove(module, width, dtype)
             self._sizes = tuple(size for size in self._sizes if size in agreed)
             self._proven.add(form)

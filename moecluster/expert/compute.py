@@ -1,4 +1,4 @@
-"""What an expert actor does with batches: forward, merged over what waits; training passes, one by one."""
+"""How an expert actor computes batches: forward passes merged over batches, training passes one batch at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ RunExpert = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 def run_plainly(expert: nn.Module, x_nD: torch.Tensor) -> torch.Tensor:
-    """All rows in one call."""
+    """Runs all rows in one call."""
     y_nD: torch.Tensor = expert(x_nD)
     return y_nD
 
@@ -32,7 +32,7 @@ class _Piece:
 
 
 def _is_every_row(rows_n: npt.NDArray[np.int32], num_rows: int) -> bool:
-    """Whether an expert gets 0..N-1. Its rows ascend; one comes twice if a token chose the expert twice."""
+    """Whether rows_n is 0..N-1. Rows ascend, with a duplicate if a token chose the expert twice."""
     return len(rows_n) == num_rows and (num_rows == 1 or bool((rows_n[1:] > rows_n[:-1]).all()))
 
 
@@ -54,7 +54,7 @@ def _pieces(batches: Sequence[ComputeBatch]) -> dict[int, list[_Piece]]:
 def forward(
     experts: Mapping[int, nn.Module], batches: Sequence[ComputeBatch], run: RunExpert = run_plainly
 ) -> list[ComputeResult]:
-    """Results of batches of one layer, one dtype and one kind of reply, each expert run once over all their rows.
+    """Computes batches of one layer, dtype and kind of reply; each expert runs once over the rows of all batches.
 
     Sums are kept in float32 and returned in the rows' dtype.
     """
@@ -105,17 +105,17 @@ class Activations:
     x_ND: torch.Tensor
     weights_P: torch.Tensor
     y_ND: torch.Tensor
-    size_bytes: int  # of the tensors that the graph holds, parameters left out
+    size_bytes: int  # of the tensors that the graph holds, without parameters
 
 
 def train_forward(
     experts: Mapping[int, nn.Module], batch: ComputeBatch, run: RunExpert = run_plainly
 ) -> tuple[ComputeResult, Activations]:
     """The result of one batch, and the graph that its backward needs."""
-    # The rows may lie in the sender's memory, which is used again after the reply: the graph needs its own.
+    # The rows may lie in the sender's shared memory, which is reused after the reply: the graph needs a copy.
     x_ND = batch.x_ND.detach().clone().requires_grad_()
     weights_P = batch.pair_weights_P.detach().clone().requires_grad_()
-    # Parameters are saved as views (a transposed weight), so they are known by their memory.
+    # Autograd may save a parameter as a view (a transposed weight), so parameters are recognized by their storage.
     seen = {p.untyped_storage().data_ptr() for expert in batch.experts for p in experts[expert].parameters()}
     size_bytes = 0
 
@@ -172,7 +172,7 @@ def backward(
         if grad is not None:
             by_expert.setdefault(expert, {})[name] = grad
     grad_x_ND, grad_w_P = grads[0], grads[1]
-    if grad_x_ND is None:  # experts that pass no gradient on
+    if grad_x_ND is None:  # the experts do not propagate gradients to their input
         grad_x_ND = torch.zeros_like(activations.x_ND)
     result = ComputeResult(request_id=batch.request_id, grad_x_ND=grad_x_ND, grad_w_P=grad_w_P)
     return result, by_expert

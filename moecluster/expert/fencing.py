@@ -1,7 +1,7 @@
-"""Whose orders an expert actor takes, and what a newer order ends of an older one that is still carried out.
+"""Fences controller requests by term, and lets a newer load or unload cancel the overlapping part of an older one.
 
-A controller's term fences: orders of lower terms are refused, and one that is under way stops. Within a term the newer
-order counts: an unload takes its experts out of loads that are under way, a load takes its own out of unloads.
+Requests of lower terms are refused, and a running load of a lower term stops. Within a term the newer request wins: an
+unload removes its experts from running loads, and a load removes its experts from running unloads.
 """
 
 import threading
@@ -15,19 +15,19 @@ from moecluster.types import ExpertId
 
 
 class ControllerFence:
-    """Thread-safe; nothing here waits but loads for their turn."""
+    """Thread-safe. Only loads wait, for their turn."""
 
     def __init__(self) -> None:
         self._term = 0
         self._lock = threading.RLock()
-        self._turn = threading.Lock()  # held by the load that is carried out
+        self._turn = threading.Lock()  # held by the running load
         self._loads: list[AdmittedLoad] = []
         self._unloads: list[AdmittedUnload] = []
 
     @contextmanager
     def admitted(self, term: int) -> Iterator[None]:
-        """Fences with the term; no other order comes in between. Raises StaleRequest for a lower one, InvalidMessage
-        for one that is too far ahead."""
+        """Fences with the term and admits no other request inside. Raises StaleRequest for a lower term, InvalidMessage
+        for one too far ahead."""
         with self._lock:
             self.check(term)
             check_ahead(term, self._term, "term")
@@ -44,7 +44,7 @@ class ControllerFence:
 
     @contextmanager
     def loading(self, term: int, experts: Sequence[ExpertId], timeout_s: float) -> Iterator["AdmittedLoad"]:
-        """A load, once those before it have ended. Raises StaleRequest, DeadlineExceeded."""
+        """Admits a load and waits until earlier loads have ended. Raises StaleRequest, DeadlineExceeded."""
         admitted = AdmittedLoad(self, term, timeout_s)
         with self.admitted(term):
             for unload in self._unloads:
@@ -64,7 +64,7 @@ class ControllerFence:
 
     @contextmanager
     def unloading(self, term: int, experts: Sequence[ExpertId]) -> Iterator["AdmittedUnload"]:
-        """An unload, from its order to its end. Raises StaleRequest."""
+        """Admits an unload for as long as it runs. Raises StaleRequest."""
         admitted = AdmittedUnload(experts)
         with self.admitted(term):
             for load in self._loads:
@@ -78,18 +78,18 @@ class ControllerFence:
 
 
 class AdmittedUnload:
-    """experts: those that it still is to drop; read it under ControllerFence.admitted."""
+    """experts: those still to drop; read them under ControllerFence.admitted."""
 
     def __init__(self, experts: Sequence[ExpertId]) -> None:
         self.experts = set(experts)
 
 
 class AdmittedLoad:
-    """A load that waits for its turn or is carried out."""
+    """A load that waits for its turn or runs."""
 
     def __init__(self, orders: ControllerFence, term: int, timeout_s: float) -> None:
-        self.dropped: set[ExpertId] = set()  # unloaded since
-        self.interrupt: Callable[[], None] = lambda: None  # called once a higher term supersedes it; must not block
+        self.dropped: set[ExpertId] = set()  # unloaded since the load was requested
+        self.interrupt: Callable[[], None] = lambda: None  # called when a higher term supersedes it; must not block
         self._orders = orders
         self._term = term
         self._timeout_s = timeout_s
@@ -100,14 +100,14 @@ class AdmittedLoad:
         return self._deadline_s - time.monotonic()
 
     def check(self, expert: ExpertId) -> None:
-        """Raises StaleRequest if a higher term has superseded this one, DeadlineExceeded if there is no time for the
-        expert."""
+        """Raises StaleRequest if a higher term has superseded this one, DeadlineExceeded if the time for the load is
+        over."""
         self._orders.check(self._term)
         if self.left_s < 0:
             raise DeadlineExceeded(f"{expert}: not loaded within {self._timeout_s:g} s")
 
     def finish(self, experts: Sequence[ExpertId]) -> None:
-        """Raises StaleRequest if some of the experts were unloaded since the order."""
+        """Raises StaleRequest if some of the experts were unloaded since the load was requested."""
         dropped = [str(expert) for expert in experts if expert in self.dropped]
         if dropped:
             raise StaleRequest(f"unloaded while they were loaded: {', '.join(dropped[:5])} (layer/index)")

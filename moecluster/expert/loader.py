@@ -1,4 +1,4 @@
-"""Brings experts into an actor's slots, while others of it compute."""
+"""Loads experts into an actor's slots while its other experts compute."""
 
 import os
 import threading
@@ -30,11 +30,11 @@ from moecluster.rpc.expert.interface import ConnectPeer
 from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId
 
-MAX_SOURCES = 2  # directories that are kept open: as many as there are weight versions at once
+MAX_SOURCES = 2  # directories kept open: one for each of the at most two weight versions
 
 
 class ExpertLoader:
-    """One load at a time: whoever calls has the order's turn."""
+    """Runs one load at a time: the caller holds the load's turn (ControllerFence.loading)."""
 
     def __init__(
         self,
@@ -47,8 +47,9 @@ class ExpertLoader:
         open_elsewhere: OpenCheckpoint | None,
         batch_invariant: bool,
     ) -> None:
-        """state_lock: held while slots and training change. open_elsewhere: for checkpoints not on this node."""
-        self.run: compute.RunExpert = compute.run_plainly  # how the experts in the slots are to be run
+        """state_lock: held while slots and training change. open_elsewhere: opens checkpoints that are not on this
+        node."""
+        self.run: compute.RunExpert = compute.run_plainly  # how to run the loaded experts
         self._actor = actor
         self._hosted = hosted
         self._training = training
@@ -60,7 +61,7 @@ class ExpertLoader:
         self._sources: dict[tuple[str, int], ExpertSource] = {}  # by directory and weight version
 
     def load(self, admitted: AdmittedLoad, request: LoadRequest) -> int:
-        """Returns the bytes loaded. Raises as ExpertService.load says."""
+        """Returns the bytes loaded. Raises what ExpertService.load raises."""
         is_trained = request.optimizer is not None
         version = request.weight_version or self._hosted.weight_version
         source = self._source(request.checkpoint, version, here=is_trained)
@@ -69,7 +70,7 @@ class ExpertLoader:
             step = read_step(request.checkpoint)
             with self._state_lock:
                 self._training.begin(request.optimizer, request.training_term, step)
-            hosted = {expert for expert in hosted if self._training.holds(expert)}  # what was only served comes anew
+            hosted = {expert for expert in hosted if self._training.holds(expert)}  # reload served-only ones
         wanted = [e for e in dict.fromkeys(request.experts) if request.replace or e not in hosted]
         self._hosted.widths |= {layer.layer: layer.hidden_size for layer in source.layers}
         wanted_dtype(source, wanted, request.dtype)
@@ -105,8 +106,8 @@ class ExpertLoader:
         request: LoadRequest,
         admitted: AdmittedLoad,
     ) -> set[ExpertId]:
-        """Takes what is here in another version and comes from the same bytes: in a checkpoint of which only some
-        experts are new, all the others."""
+        """Reuses experts that another version has loaded from the same bytes: in a checkpoint with only some new
+        experts, all the others."""
         shared = set()
         for expert in wanted:
             origin = origins.get(expert)
@@ -124,12 +125,12 @@ class ExpertLoader:
         return shared
 
     def _on_trial(self, version: int) -> bool:
-        """Whether the version is to replace the one that is served: what that one may do, it is refused for."""
+        """Whether the version is an update that is not served yet: then a non-finite output fails the load."""
         return version > self._hosted.weight_version > 0
 
     @torch.no_grad()
     def _check_finite(self, expert: ExpertId, module: nn.Module, version: int, request: LoadRequest) -> None:
-        """Raises CheckpointError if the expert answers a few moderate rows with NaN or infinity."""
+        """Raises CheckpointError if the expert returns NaN or infinity for a few moderate rows."""
         x_ND = probe_rows(self._hosted.widths[expert.layer], DTYPES[request.dtype or "float32"])
         if not bool(torch.isfinite(self.run(module, x_ND)).all()):
             raise CheckpointError(
@@ -138,9 +139,9 @@ class ExpertLoader:
             )
 
     def _source(self, checkpoint: str, version: int, *, here: bool) -> ExpertSource:
-        """A directory may be written anew for another version: it is opened anew for each.
+        """Opens the directory once per version, since it may be overwritten between versions.
 
-        here: the directory must be on this node, as training reads more of it than weights.
+        here: the directory must be on this node, since training reads more than weights from it.
         """
         elsewhere = None if here else self._open_elsewhere
         if elsewhere is None and not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
@@ -161,9 +162,9 @@ class ExpertLoader:
 
 
 def _agreed_version(arrived: ReadExpert, wanted: int) -> int:
-    """The weight version of an arrived expert. wanted: 0 where neither the order nor this actor names one.
+    """The weight version of a loaded expert. wanted: 0 if neither the request nor this actor names one.
 
-    Raises StaleRequest if a peer gave another.
+    Raises StaleRequest if the peer has another version than wanted.
     """
     given = arrived.weight_version
     if given is None or given == wanted:
@@ -174,5 +175,5 @@ def _agreed_version(arrived: ReadExpert, wanted: int) -> int:
 
 
 def _is_of(module: nn.Module, dtype: str) -> bool:
-    """Whether an expert that is here has the dtype that is wanted."""
+    """Whether a loaded expert has this dtype."""
     return next((p.dtype for p in module.parameters()), None) == DTYPES.get(dtype or "float32")

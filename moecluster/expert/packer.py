@@ -1,8 +1,8 @@
-"""Brings the weights of experts into the CPU's own layout, large ones while they serve already.
+"""Packs expert weights into the CPU's preferred layout; large experts serve unpacked until that is done.
 
-Packing takes longer than reading a checkpoint does, and a plain weight gives the same answers: in bfloat16 bit for bit,
-in float32 within rounding. So a load does not wait for it, but it for the load. In batch-invariant mode not even
-rounding may change while an expert serves: there each is packed before.
+Packing takes longer than reading a checkpoint, and a plain weight gives the same results: in bfloat16 bit for bit, in
+float32 within rounding. So packing waits for the load to end, not the other way round. In batch-invariant mode not even
+rounding may change while an expert serves: there each expert is packed before it is served.
 """
 
 import os
@@ -21,8 +21,8 @@ from moecluster.memory import RETURN_EVERY_BYTES, return_freed_memory
 from moecluster.moe.experts.base import Expert
 from moecluster.moe.linear import pack
 
-AT_ONCE_BYTES = 2 * 2**20  # experts up to this size are packed in no time
-NICENESS = 10  # whoever computes or reads goes first
+AT_ONCE_BYTES = 2 * 2**20  # packing experts up to this size takes no noticeable time
+NICENESS = 10  # computing and reading go first
 JOIN_TIMEOUT_S = 10.0
 POLL_S = 0.01
 
@@ -30,14 +30,15 @@ Packable = Expert | ExpertShard
 
 
 class Packer:
-    """One thread, started with the first large expert. It keeps no expert alive that was unloaded."""
+    """Packs in one thread, started with the first large expert. Holds only weak references: unloaded experts are
+    freed."""
 
     def __init__(self, name: str, *, always_at_once: bool) -> None:
         self._name = name
         self._always_at_once = always_at_once
         self._waiting: queue.SimpleQueue[weakref.ref[Packable] | None] = queue.SimpleQueue()
-        self._left = 0  # experts that wait or are being packed
-        self._loads = 0  # under way: they are to have the cores and the memory's bandwidth
+        self._left = 0  # experts queued or being packed
+        self._loads = 0  # running loads, which get the cores and the memory bandwidth
         self._may_pack = threading.Event()
         self._may_pack.set()
         self._lock = threading.Lock()
@@ -45,9 +46,10 @@ class Packer:
         self._thread: threading.Thread | None = None
 
     def take(self, module: nn.Module) -> None:
-        """Packs an expert that is served and not trained: now, or soon while it is computed with."""
+        """Packs an expert that is served and not trained: now if it is small, else in the background while it
+        serves."""
         if not isinstance(module, Expert | ExpertShard):
-            return  # a kind that a user has registered
+            return  # an expert kind registered by a user
         if self._always_at_once or sum(p.nbytes for p in module.parameters()) <= AT_ONCE_BYTES:
             module.pack()
             return
@@ -62,10 +64,10 @@ class Packer:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nothing is packed behind a load before it has ended."""
+        """Pauses background packing during a load."""
         with self._lock:
             self._loads += 1
-            if not self._closed:  # else the thread, which ends, would wait for this load
+            if not self._closed:  # else the ending thread would wait for this load
                 self._may_pack.clear()
         try:
             yield
@@ -76,14 +78,14 @@ class Packer:
                     self._may_pack.set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether all that was taken is packed, within the timeout."""
+        """Waits until all experts taken are packed; returns whether that is so within the timeout."""
         deadline_s = time.monotonic() + timeout_s
         while self._left and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
         return not self._left
 
     def close(self) -> None:
-        """Leaves plain what is plain yet."""
+        """Stops packing; weights not packed yet stay plain."""
         with self._lock:
             self._closed = True
             self._may_pack.set()
@@ -93,11 +95,11 @@ class Packer:
             thread.join(JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
+        if sys.platform == "linux":  # where threads have priorities of their own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         freed_bytes = 0  # since freed memory was returned
         while (waiting := self._waiting.get()) is not None:  # close() ends it
-            self._may_pack.wait()  # until the last load has ended, or close()
+            self._may_pack.wait()  # until no load runs, or close()
             module = waiting()
             if module is not None:
                 freed_bytes += self._pack(module)
@@ -109,8 +111,8 @@ class Packer:
                 self._left -= 1
 
     def _pack(self, module: Packable) -> int:
-        """One weight after another, so that only one exists twice. Who computes meanwhile holds the plain or the packed
-        one. Returns the bytes of the plain ones."""
+        """Packs one weight after another, so that only one exists twice. A running computation uses either the plain or
+        the packed one. Returns the bytes of the plain weights that were replaced."""
         freed_bytes = 0
         for owner, name in module.packable():
             self._may_pack.wait()  # as in _run

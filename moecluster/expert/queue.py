@@ -1,4 +1,4 @@
-"""What waits to be computed in an expert actor: bounded in bytes, merged over routers."""
+"""The queue of batches in an expert actor: bounded in bytes, merged across routers."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ def _size_bytes(batch: ComputeBatch) -> int:
 
 
 def _mergeable(head: ComputeBatch, other: ComputeBatch) -> bool:
-    """Only pure forward batches of one layer and form; training batches keep their own graphs and order."""
+    """Only forward batches of one layer, version, dtype, width and reply kind; training keeps its graphs and order."""
     return (
         other.phase is Phase.FORWARD
         and other.layer == head.layer
@@ -44,24 +44,24 @@ def _mergeable(head: ComputeBatch, other: ComputeBatch) -> bool:
 
 
 class ComputeQueue:
-    """First in, first out; a forward batch takes along all that wait for the same layer. Thread-safe."""
+    """FIFO, except that a forward batch takes along mergeable batches of the same layer. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._waiting: deque[Waiting] = deque()
-        self._taken: list[Waiting] = []  # last, and still in work
+        self._taken: list[Waiting] = []  # taken last, not answered yet
         self._bytes = 0
         self._closed = False
         self._changed = threading.Condition()
 
     @property
     def rows(self) -> int:
-        """Rows that wait."""
+        """Rows of the queued batches."""
         with self._changed:
             return sum(len(w.batch.x_ND) for w in self._waiting)
 
     def wants(self, experts: Set[ExpertId]) -> bool:
-        """Whether what waits, or what was taken and is in work, asks for one of the experts."""
+        """Whether a batch that is queued or being computed needs one of the experts."""
         with self._changed:
             return any(
                 ExpertId(layer=waiting.batch.layer, index=index) in experts
@@ -70,7 +70,7 @@ class ComputeQueue:
             )
 
     def put(self, waiting: Waiting, *, wake: bool = True) -> None:
-        """Adds a batch; an empty queue takes any size. Raises Exhausted beyond its bytes, Unavailable once closed."""
+        """Adds a batch; an empty queue takes any size. Raises Exhausted beyond max_bytes, Unavailable once closed."""
         size_bytes = _size_bytes(waiting.batch)
         with self._changed:
             if self._closed:
@@ -83,20 +83,20 @@ class ComputeQueue:
                 self._changed.notify()
 
     def wait(self) -> bool:
-        """Until something waits; False once the queue is closed and empty."""
+        """Blocks until a batch is queued; returns False once the queue is closed and empty."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait(1.0)
             return bool(self._waiting)
 
     def wake(self) -> None:
-        """Tells who is in wait() about what was put without."""
+        """Wakes a thread in wait() for batches that were put with wake=False."""
         with self._changed:
             if self._waiting:
                 self._changed.notify()
 
     def take(self) -> list[Waiting]:
-        """The next batch and what can be computed with it; empty if nothing waits."""
+        """The next batch and the batches that can be computed with it; empty if the queue is."""
         with self._changed:
             if not self._waiting:
                 return []
@@ -109,7 +109,7 @@ class ComputeQueue:
             return taken
 
     def done(self) -> None:
-        """What was taken last has been answered."""
+        """Reports that the batches taken last have been answered."""
         with self._changed:
             self._taken = []
 
@@ -126,7 +126,7 @@ class ComputeQueue:
         self._waiting = left
 
     def close(self) -> None:
-        """Ends wait(), once what still waits is taken."""
+        """Ends wait() once the batches still queued are taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

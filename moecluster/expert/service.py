@@ -1,4 +1,4 @@
-"""The expert actor's role: holds experts, computes what waits, and takes the orders of controller and coordinator."""
+"""The expert actor's service: holds experts, computes queued batches, and serves controller and step coordinator."""
 
 import secrets
 import threading
@@ -41,7 +41,7 @@ DRAIN_POLL_S = 0.005
 
 
 class ExpertService:
-    """Satisfies ComputeHandler and ExpertControl of rpc/interfaces.py."""
+    """Implements ComputeHandler and ExpertControl of rpc/expert/interface.py."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class ExpertService:
         connect_peer: ConnectPeer = GrpcPeerExports,
         open_elsewhere: OpenCheckpoint | None = None,
     ) -> None:
-        """Begins to compute; ends with close(). is_given: whether experts may be loaded out of a directory.
+        """Starts the compute thread; close() ends it. is_given: whether experts may be loaded from a directory.
 
-        connect_peer: the way to an actor that experts are copied from.
-        open_elsewhere: opens checkpoints that this node does not see.
+        connect_peer: opens a connection to an actor from which experts are copied.
+        open_elsewhere: opens checkpoints that are not on this node.
         """
         self.name = name
         self._is_given = is_given
@@ -79,7 +79,7 @@ class ExpertService:
             batch_invariant=batch_invariant,
         )
         self._placement = NO_PLACEMENT
-        self._checkpoint = ""  # as the last set_placement said
+        self._checkpoint = ""  # from the last set_placement
         self._snapshot = b""  # likewise
         self._computing = ExpertComputing(
             name,
@@ -96,33 +96,35 @@ class ExpertService:
     # -- computing --
 
     def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
-        """Queues a batch; a full queue answers Exhausted at once. wake=False: compute_waiting() is called next."""
+        """Queues a batch; a full queue replies Exhausted at once. wake=False: the caller calls compute_waiting()
+        next."""
         self._computing.submit(batch, reply, wake=wake)
 
     def compute_waiting(self) -> None:
-        """Computes in the calling thread what waits, if that is little and nobody computes; else another one does."""
+        """Computes queued batches in the calling thread if there are few rows and no thread computes; else wakes
+        one."""
         self._computing.compute_waiting()
 
     def close(self) -> None:
-        """Computes what waits, then ends."""
+        """Computes the queued batches, then stops."""
         self._computing.close()
         self._loader.packer.close()
 
     def wait_packed(self, timeout_s: float) -> bool:
-        """Whether every expert that is served has the layout that is computed fastest with, within the timeout."""
+        """Waits until every served expert is packed (the fastest layout); returns whether that is so in time."""
         return self._loader.packer.wait(timeout_s)
 
-    # -- orders of the controller --
+    # -- requests of the controller --
 
     def load(self, request: LoadRequest) -> int:
-        """Loads experts out of a checkpoint directory, or out of a peer; what is hosted already stays unless replaced.
+        """Loads experts from a checkpoint directory or a peer; experts already loaded stay unless `replace` is set.
 
-        They come beside what is here of other weight versions. With an optimizer they are trained from the
-        checkpoint's step on. Returns the bytes loaded. Loads wait for each other, and no other order or batch for
-        them; what came before an error stays. Raises NotGiven for a directory that the
-        cluster was not given, before anything is read or changed; CheckpointError, InvalidMessage,
-        DeadlineExceeded; StaleRequest for an older term, experts that were unloaded since, or a peer with
-        another weight version; Unavailable if the peer does not give what it should.
+        Experts of other weight versions stay loaded. With an optimizer, the experts are trained from the checkpoint's
+        step on. Returns the bytes loaded. Loads wait for each other; other requests and batches do not wait for loads.
+        Experts loaded before an error stay. Raises NotGiven for a directory that the cluster was not given, before
+        anything is read or changed; CheckpointError, InvalidMessage, DeadlineExceeded; StaleRequest for an older term,
+        for experts unloaded meanwhile, or if the peer has another weight version; Unavailable if the peer fails to
+        deliver the experts.
         """
         check_given(request.checkpoint, self._is_given)
         if request.peer is not None and request.optimizer is not None:
@@ -133,9 +135,10 @@ class ExpertService:
             return self._loader.load(admitted, request)
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
-        """Drops experts in all versions; unknown ones are fine. A load that is ordered meanwhile keeps its own.
+        """Drops experts in all weight versions; unknown experts are ignored. A load requested meanwhile keeps its
+        experts.
 
-        Waits first until no batch in the queue wants them, drain_timeout_s at most. Raises StaleRequest.
+        First waits up to drain_timeout_s until no queued or running batch needs them. Raises StaleRequest.
         """
         with self._orders.unloading(term, experts) as admitted:
             deadline_s = time.monotonic() + drain_timeout_s
@@ -149,10 +152,10 @@ class ExpertService:
         return_freed_memory()
 
     def set_placement(self, notice: PlacementNotice) -> None:
-        """The placement that now stands, what lost experts are loaded from, and the controller's snapshot.
+        """Sets the current placement, the checkpoint for reloading lost experts, and the controller's snapshot.
 
-        status returns them; an empty snapshot leaves the last one. Experts of versions that do not stand any more are
-        dropped. Raises StaleRequest, InvalidMessage.
+        status returns them; an empty snapshot keeps the last one. Drops experts of weight versions no longer in use.
+        Raises StaleRequest, InvalidMessage.
         """
         version, versions = notice.weight_version, notice.weight_versions
         if len(notice.snapshot) > MAX_SNAPSHOT_BYTES:
@@ -180,7 +183,7 @@ class ExpertService:
     def _drop_other_versions(self, placement: PlacementNumber, version: int, versions: Sequence[int]) -> None:
         with self._state_lock, self._orders.admitted(placement.term):
             if self._placement != placement:
-                return  # something newer was said meanwhile
+                return  # a newer placement was set meanwhile
             for expert in self._hosted.keep_versions(version, versions):
                 self._training.remove(expert)
         return_freed_memory()
@@ -194,7 +197,7 @@ class ExpertService:
         incarnation: str = "",
         weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
-        """Copies of the experts' tensors. Computing goes on meanwhile; experts in training stand still for their copy.
+        """Yields copies of the experts' tensors. Computing goes on; experts in training pause while they are copied.
 
         Raises NotHosted, StaleRequest for another step or incarnation.
         """
@@ -223,7 +226,7 @@ class ExpertService:
             tensors += [(f"optimizer/{name}", v) for name, v in self._training.state_tensors(expert).items()]
         return tensors
 
-    # -- orders of the step coordinator --
+    # -- requests of the step coordinator --
 
     def reduce(self, tag: StepTag, expected: Sequence[MessageKey]) -> ReduceResult:
         with self._state_lock:
@@ -247,7 +250,7 @@ class ExpertService:
     def status(self, training_term: int = 0, *, with_snapshot: bool = False) -> ExpertActorStatus:
         with self._state_lock:
             training = self._training.state if self._training.has_begun else None
-            # Read before the experts: a version that is named meanwhile is another one, and not one without experts.
+            # Read before the experts: if the version changes meanwhile, the experts still match the version reported.
             weight_version = self._hosted.weight_version
             if training_term and training is not None:
                 training.fence(training_term)

@@ -15,7 +15,7 @@ from moecluster.types import ComputeBatch, ComputeResult, ExpertId, MessageKey, 
 
 
 class ExpertTraining:
-    """Trains nothing until it begins. Calls that change it are made under the lock of whoever has it."""
+    """Trains nothing before begin(). The owner calls methods that change state under its own lock."""
 
     def __init__(self, actor: str, activation_budget_bytes: int) -> None:
         self._actor = actor
@@ -39,12 +39,13 @@ class ExpertTraining:
         return self._state
 
     def check_term(self, term: int) -> None:
-        """Raises InvalidMessage for one that is too far ahead."""
+        """Raises InvalidMessage for a training term too far ahead."""
         known = self._state.term if self._state is not None else 0
         check_ahead(term, known, "training_term", most=MAX_AHEAD_AT_START)
 
     def begin(self, optimizer: OptimizerSettings, term: int, step: int | None) -> None:
-        """From a committed step on (None: the first order tells); a newer term begins afresh. Raises StaleRequest."""
+        """Begins after a committed step (None: the first request says which); a newer term resets. Raises
+        StaleRequest."""
         if self._state is not None and self._state.term == term:
             return
         self.check_term(term)
@@ -59,22 +60,22 @@ class ExpertTraining:
         return self._state is not None and str(expert) in self._state.modules
 
     def add(self, expert: ExpertId, module: nn.Module, optimizer_state: Mapping[str, torch.Tensor] | None) -> None:
-        """Puts an expert under training; without a state its optimizer starts anew. Raises CheckpointError."""
+        """Adds an expert to training; without optimizer_state its optimizer starts fresh. Raises CheckpointError."""
         self.state.add(
             str(expert),
             dict(module.named_parameters()),
             optimizer_state,
-            # Where a family fuses a layer's experts in one parameter, one without tokens gets a gradient of zeros.
+            # Where a family fuses a layer's experts into one parameter, an expert without tokens gets a zero gradient.
             zero_when_absent=isinstance(module, ExpertShard),
         )
 
     def remove(self, expert: ExpertId) -> None:
-        """Takes an expert out of training; an unknown one is fine."""
+        """Removes an expert from training; ignores an unknown one."""
         if self._state is not None:
             self._state.remove(str(expert))
 
     def compute(self, experts: Mapping[int, nn.Module], batch: ComputeBatch, run: compute.RunExpert) -> ComputeResult:
-        """One training forward or backward over the layer's experts by index."""
+        """Runs one training forward or backward over the layer's experts by index."""
         tag = batch.train
         assert tag is not None, "decode_batch gives every training message a tag"
         self.state.admit(tag.step)
@@ -103,7 +104,7 @@ class ExpertTraining:
         self._kept.forget(tag)
 
     def abort(self, tag: StepTag) -> None:
-        """Forgets an attempt; where nothing is trained there is none."""
+        """Drops an attempt's gradients and activations; does nothing if training has not begun."""
         if self._state is not None:
             self._state.abort(tag)
         self._kept.forget(tag)

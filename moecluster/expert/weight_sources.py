@@ -1,6 +1,6 @@
-"""Where the weights of an expert come from: a checkpoint, or another actor.
+"""The sources of an expert's weights: a checkpoint, or another actor.
 
-What is copied from another actor is asked for expert by expert, checked against the model, and no faster than allowed.
+Copies from another actor go expert by expert, are checked against the model, and respect the rate limit.
 """
 
 import math
@@ -23,20 +23,20 @@ from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ActorAddress, ExpertId
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-POLL_EVERY_S = 0.1  # whether the order still stands, while nothing is taken
+POLL_EVERY_S = 0.1  # while a copy pauses for its rate limit: checks whether the load is still valid
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadExpert:
-    """An expert that is ready for a slot."""
+    """An expert ready for its slot."""
 
     expert: ExpertId
     module: nn.Module
-    weight_version: int | None = None  # None: nobody said
+    weight_version: int | None = None  # None: unknown
 
 
 def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) -> torch.dtype:
-    """The dtype of an order. Raises InvalidMessage for an unknown one, and for experts that the model does not have."""
+    """The requested dtype. Raises InvalidMessage for an unknown dtype, and for experts that the model does not have."""
     sizes = {layer.layer: layer.num_experts for layer in source.layers}
     unknown = [str(e) for e in experts if not 0 <= e.index < sizes.get(e.layer, 0)]
     if unknown:
@@ -49,9 +49,9 @@ def wanted_dtype(source: ExpertSource, experts: Sequence[ExpertId], dtype: str) 
 def read_experts(
     source: ExpertSource, experts: Sequence[ExpertId], dtype: str, admitted: AdmittedLoad, packer: Packer | None
 ) -> Iterator[ReadExpert]:
-    """Experts out of a checkpoint, in order. packer: None for experts that are trained.
+    """Yields experts from a checkpoint, in order. packer: None for experts that are trained.
 
-    Raises InvalidMessage, before any is read; CheckpointError; StaleRequest and DeadlineExceeded of the order.
+    Raises InvalidMessage, before any is read; CheckpointError; StaleRequest and DeadlineExceeded of the load.
     """
     checked_dtype = wanted_dtype(source, experts, dtype)
 
@@ -61,11 +61,11 @@ def read_experts(
 
 
 def finish(arrived: Iterable[ReadExpert], packer: Packer | None) -> Iterator[ReadExpert]:
-    """Makes experts ready for their slots: all have the same form, wherever they come from.
+    """Prepares experts for their slots, the same way for every source: sets requires_grad, and packs served experts.
 
     packer: None for experts that are trained.
     """
-    brought_bytes = 0  # since freed memory was returned
+    brought_bytes = 0  # since freed memory was last returned
     with packer.held() if packer is not None else nullcontext():
         for expert in arrived:
             module = expert.module.requires_grad_(packer is None)
@@ -80,22 +80,22 @@ def finish(arrived: Iterable[ReadExpert], packer: Packer | None) -> Iterator[Rea
 
 
 class BytePace:
-    """Bytes per second, kept by waiting after what came: a token bucket that starts empty and saves nothing up."""
+    """Limits bytes per second by waiting after each chunk: a token bucket that starts empty and saves nothing up."""
 
     def __init__(self, max_bytes_per_s: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_bytes_per_s: 0 for as fast as it goes."""
+        """max_bytes_per_s: 0 for no limit."""
         self._max_bytes_per_s = max_bytes_per_s
         self._clock = clock
         self._paid_until_s = -math.inf
 
     def count(self, num_bytes: int) -> None:
-        """Bytes that came now."""
+        """Counts bytes that have just arrived."""
         if self._max_bytes_per_s:
             self._paid_until_s = max(self._paid_until_s, self._clock()) + num_bytes / self._max_bytes_per_s
 
     @property
     def wait_s(self) -> float:
-        """How long to wait before more may come; not positive: go on."""
+        """How long to wait before taking more; not positive: no wait."""
         return self._paid_until_s - self._clock()
 
 
@@ -108,15 +108,16 @@ def copy_experts(
     admitted: AdmittedLoad,
     packer: Packer,
 ) -> Iterator[ReadExpert]:
-    """Experts of a peer that holds them in the wanted dtype, ready as those out of a checkpoint; one at a time.
+    """Copies experts one at a time from a peer that holds them in the requested dtype, prepared like those of a
+    checkpoint.
 
     Raises InvalidMessage for an expert that the model does not have or an unknown dtype, before any is copied;
-    Unavailable for whatever the peer does not give as it should; StaleRequest and DeadlineExceeded of the order.
+    Unavailable if the peer fails to deliver an expert; StaleRequest and DeadlineExceeded of the load.
     """
     dtype = wanted_dtype(source, experts, request.dtype)
     pace = BytePace(request.max_bytes_per_s)
     exports = connect(peer)
-    admitted.interrupt = exports.close  # a peer that hangs holds up no newer order
+    admitted.interrupt = exports.close  # so that a hung peer delays no request of a newer term
     try:
         wanted = (expert for expert in experts if expert not in admitted.dropped)
         copied = (
@@ -149,7 +150,7 @@ def _copy(
     try:
         version = _fill(module, expert, dtype, exports, admitted.left_s, keep_pace, weight_version)
     except MoeClusterError as exc:
-        admitted.check(expert)  # our own order has ended, and the copy with it
+        admitted.check(expert)  # the load itself ended, and so ended the copy
         raise Unavailable(f"expert {expert} cannot be copied from {peer.actor}: {exc}") from exc
     return ReadExpert(expert=expert, module=module, weight_version=version)
 
@@ -163,8 +164,8 @@ def _fill(
     keep_pace: Callable[[int], None],
     weight_version: int,
 ) -> int | None:
-    """Puts what the peer sends in the place of the module's parameters; returns its weight version. weight_version: 0
-    for whatever the peer serves."""
+    """Replaces the module's parameters with the tensors that the peer sends; returns their weight version.
+    weight_version: 0 for the version that the peer serves."""
     missing = {name: tuple(value.shape) for name, value in module.named_parameters()}
     if not missing:
         return None

@@ -1,4 +1,4 @@
-"""Computes what waits for an actor's experts: batches that go together at once, each answered to whoever waits."""
+"""Computes the batches queued for an actor's experts, merged where possible, and replies to each."""
 
 import threading
 import time
@@ -16,11 +16,11 @@ from moecluster.rpc.expert.interface import Reply
 from moecluster.types import ActorWork, ComputeBatch, ComputeResult, Phase, PlacementNumber
 
 JOIN_TIMEOUT_S = 10.0
-MAX_ROWS_AT_ONCE = 256  # that a stream's own thread computes: beyond, another thread is woken and it reads on
+MAX_ROWS_AT_ONCE = 256  # computed by a stream's own thread; for more it wakes the compute thread and reads on
 
 
 class ExpertComputing:
-    """One thread at a time computes: an own one, or that of a stream."""
+    """One thread at a time computes: its own, or that of a stream."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class ExpertComputing:
         placement: Callable[[], PlacementNumber],
         metrics: Metrics | None,
     ) -> None:
-        """Begins to compute; ends with close(). state_lock: held while a batch is computed. run: how the experts are to
-        be run now. placement: the number of the one that stands, as far as the actor was told."""
+        """Starts the compute thread; close() ends it. state_lock: held while a batch is computed. run: returns the
+        function that runs an expert. placement: returns the number of the newest placement that this actor received."""
         self._actor = actor
         self._incarnation = incarnation
         self._queue = queue
@@ -47,36 +47,38 @@ class ExpertComputing:
         self._placement = placement
         self._metrics = metrics
         self._turn = threading.Lock()  # held from taking out of the queue to the reply
-        self._work = ActorWork()  # replaced whole by who computes
+        self._work = ActorWork()  # replaced whole by the computing thread
         self._thread = threading.Thread(target=self._compute_forever, name=f"compute-{actor}", daemon=True)
         self._thread.start()
 
     @property
     def work(self) -> ActorWork:
-        """What was computed so far."""
+        """Totals since the start."""
         return self._work
 
     def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
-        """Queues a batch; a full queue answers Exhausted at once. wake=False: compute_waiting() is called next."""
+        """Queues a batch; a full queue replies Exhausted at once. wake=False: the caller calls compute_waiting()
+        next."""
         try:
             self._queue.put(Waiting(batch=batch, reply=reply, arrived_s=time.monotonic()), wake=wake)
         except MoeClusterError as exc:
             reply(exc)
 
     def compute_waiting(self) -> None:
-        """Computes in the calling thread what waits, if that is little and nobody computes; else wakes the own thread.
+        """Computes queued batches in the calling thread if there are few rows and no thread computes; else wakes its
+        own.
 
-        Saves small batches the way to another thread, which on an idle core takes as long as they do.
+        Saves small batches the hand-off to another thread, which on an idle core takes as long as computing them.
         """
         if self._queue.rows <= MAX_ROWS_AT_ONCE and self._turn.acquire(blocking=False):
             try:
                 self._compute_next()
             finally:
                 self._turn.release()
-        self._queue.wake()  # what came meanwhile from others, who found somebody computing
+        self._queue.wake()  # for batches of other callers, which found this thread computing
 
     def close(self) -> None:
-        """Computes what waits, then ends."""
+        """Computes the queued batches, then stops."""
         self._queue.close()
         self._thread.join(JOIN_TIMEOUT_S)
 
@@ -106,12 +108,12 @@ class ExpertComputing:
             outcomes: Sequence[ComputeResult | MoeClusterError] = self._compute(fresh)
         except MoeClusterError as exc:
             outcomes = [exc] * len(fresh)
-        except Exception as exc:  # whatever torch or a user's own expert raises ends these batches, not the actor
+        except Exception as exc:  # an error of torch or a user's own expert fails these batches, not the actor
             outcomes = [MoeClusterError(f"the computation failed: {exc}")] * len(fresh)
         for waiting, outcome in zip(fresh, outcomes, strict=True):
             waiting.reply(outcome)
         pairs, busy_s = sum(len(w.batch.pair_rows_P) for w in fresh), time.perf_counter() - started_s
-        runs = len(set().union(*(w.batch.experts for w in fresh)))  # what waited for one expert was merged
+        runs = len(set().union(*(w.batch.experts for w in fresh)))  # an expert runs once for all merged batches
         self._count(taken, waited_s=waited_s, pairs=pairs, runs=runs, busy_s=busy_s)
         if self._metrics is not None:
             self._metrics.count_computed(self._actor, pairs=pairs, runs=runs, busy_s=busy_s)

@@ -1,4 +1,4 @@
-"""What is refused, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+"""Error responses in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 import json
 import math
@@ -26,22 +26,22 @@ INVALID_REQUEST = "invalid_request_error"
 RATE_LIMIT = "rate_limit_error"
 SERVER = "server_error"
 
-RETRY_S = 1  # where a router does not say when a try is likely to be worth it
-# Where its checkpoint is, and what else is wrong with it, the router logs and `moecluster status` says.
+RETRY_S = 1  # if the router gives no retry time
+# The checkpoint's path and the details are in the router's log and in `moecluster status`.
 LOST_EXPERTS = "has lost experts that cannot be loaded again: its checkpoint directory is gone or cannot be read"
 MAX_MESSAGE_CHARACTERS = 500
 
-_PROMPT_FIELDS = ("prompt", "prompt_ids", "messages_json")  # of a router's request
+_PROMPT_FIELDS = ("prompt", "prompt_ids", "messages_json")  # fields of a router's request
 _UNIONS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": "a text or a list of texts",
 }
-# Of a pydantic location: what names a part of the body, and not a branch of a union.
+# Parts of a pydantic location that name a field of the body, not a branch of a union.
 _INNER_FIELDS = frozenset({"role", "content", "name", "type", "text", "include_usage"})
 
 
 class ApiError(MoeClusterError):
-    """An answer other than what was asked for."""
+    """An HTTP error response."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ApiError(MoeClusterError):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """status: of HTTP. kind: `type` in the body. param: the field of the request that is to blame."""
+        """status: HTTP status. kind: `type` in the body. param: the field of the request at fault."""
         super().__init__(message)
         self.status = status
         self.message = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
@@ -63,48 +63,48 @@ class ApiError(MoeClusterError):
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
-        """As it is sent."""
+        """The JSON body."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> Response:
-        """The whole answer."""
-        # ASCII: what a client sent may be quoted, and need not be encodable.
+        """The whole HTTP response."""
+        # ASCII, because the message may quote client input that cannot be encoded as UTF-8.
         content = json.dumps(self.body()).encode("ascii")
         return Response(content, self.status, dict(self.headers or {}), "application/json")
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request itself is wrong, and would be refused again."""
+    """400: the request is wrong; a retry would fail again."""
     return ApiError(400, message, param=param, code=code)
 
 
 def model_not_found(name: str) -> ApiError:
-    """404 for a model's name."""
+    """404: unknown model name."""
     return ApiError(404, f"The model `{name}` does not exist", param="model", code="model_not_found")
 
 
 def too_many(message: str, retry_after_s: float | None = None) -> ApiError:
-    """429: the same request may be taken later."""
+    """429: the same request may succeed later."""
     after_s = max(math.ceil(RETRY_S if retry_after_s is None else retry_after_s), 1)
     headers = {"Retry-After": str(after_s)}
     return ApiError(429, message, kind=RATE_LIMIT, code="rate_limit_exceeded", headers=headers)
 
 
 def unavailable(message: str) -> ApiError:
-    """503: nobody is to blame who asked."""
+    """503: not the client's fault."""
     return ApiError(503, message, kind=SERVER, code="unavailable", headers={"Retry-After": str(RETRY_S)})
 
 
 def failed(message: str) -> ApiError:
-    """500: this request cannot be computed; the same one would fail again."""
+    """500: this request cannot be computed; a retry would fail again."""
     return ApiError(500, message, kind=SERVER, code="request_failed")
 
 
 def api_error_of(error: MoeClusterError, model: str, *, prompt_param: str = "prompt") -> ApiError:
-    """How an error of a model's routers is told. Where they are is nobody's business outside.
+    """Translates an error of a model's routers. Must not expose their addresses.
 
-    prompt_param: the field of the body that the prompt was made of.
+    prompt_param: the body field that the prompt came from.
     """
     if isinstance(error, ApiError):
         return error
@@ -124,9 +124,9 @@ def api_error_of(error: MoeClusterError, model: str, *, prompt_param: str = "pro
 
 
 def api_error_of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 for a body that is not what its schema says. errors: as pydantic lists them."""
+    """400 for a body that violates its schema. errors: pydantic's list."""
     refused_field = next((error for error in errors if error["type"] == UNSUPPORTED), None)
-    if refused_field is not None:  # whatever else is wrong with the other forms that a field may have
+    if refused_field is not None:  # takes precedence over errors of other union branches
         param = _param(refused_field)
         return bad_request(f"{param}: {refused_field['msg']}", param=param, code="unsupported_parameter")
     param = _param(errors[0])
@@ -138,7 +138,7 @@ def api_error_of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _param(error: Mapping[str, Any]) -> str:
-    """Such as messages[0].content."""
+    """The field's path, such as messages[0].content."""
     names = [name for name in error["loc"] if name != "body"]
     param = str(names[0]) if names else ""
     for name in names[1:] if param not in _UNIONS else ():
@@ -146,12 +146,12 @@ def _param(error: Mapping[str, Any]) -> str:
             param += f"[{name}]"
         elif name in _INNER_FIELDS:
             param += f".{name}"
-    field = error.get("ctx", {}).get("name", "")  # of an object as a whole: which of its fields it is
+    field = error.get("ctx", {}).get("name", "")  # for an error of a whole object: the field at fault
     return f"{param}.{field}" if param and field else param or field
 
 
 def _wrong_request(error: InvalidMessage | UserError, prompt_param: str) -> ApiError:
-    """Names a router's fields as the body does, in the text as well."""
+    """Replaces the names of a router's fields by those of the body, in the message too."""
     params = {"max_new_tokens": "max_tokens", **dict.fromkeys(_PROMPT_FIELDS, prompt_param)}
     message = re.sub(rf"\b({'|'.join(params)})\b", lambda found: params[found[1]], str(error))
     field = error.field.partition(".")[0] if isinstance(error, InvalidMessage) else ""

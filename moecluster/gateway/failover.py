@@ -1,4 +1,4 @@
-"""One text, whatever becomes of the routers that write it: what one of them loses, another goes on with."""
+"""Streams one request across router failures: when a router is lost, another one continues."""
 
 import logging
 from collections.abc import AsyncGenerator, Callable
@@ -17,7 +17,7 @@ POLL_AGAIN_S = 0.5
 
 
 class FailoverStream:
-    """A text that is written once, from its first to its last token."""
+    """One request's stream of chunks, each token exactly once."""
 
     def __init__(
         self,
@@ -29,8 +29,8 @@ class FailoverStream:
         on_failover: Callable[[], None] = lambda: None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """begun: whether its client was already told something, so that it waits where it would be refused. on_tokens:
-        told of each chunk's tokens, as they come."""
+        """begun: whether the client already received data, so that full routers are waited for instead of refusing.
+        on_tokens: called with each chunk's number of tokens."""
         self._text = ResumableRequest(request)
         self._directory = directory
         self._patience = patience
@@ -40,12 +40,12 @@ class FailoverStream:
         self._failover = RequestFailover(patience)
 
     async def chunks(self) -> AsyncGenerator[GenerationChunk]:
-        """Every token once; the last chunk has a finish_reason, stop or length.
+        """Yields every token once; the last chunk has a finish_reason, stop or length.
 
         Raises InvalidMessage or another UserError for a wrong request, RequestFailed for one that cannot be computed,
-        Exhausted when all routers refuse a text that is not begun, DeadlineExceeded, BatchBroken when one batch after
-        the other broke that it was in, ExpertsLost where what it needs cannot be loaded, and Unavailable when no router
-        was found in time: ClusterEnded as soon as none can be.
+        Exhausted if routers are full and the request has not started, DeadlineExceeded, BatchBroken if too many of its
+        batches broke, ExpertsLost if experts cannot be reloaded, and Unavailable if no router was found in time:
+        ClusterEnded as soon as the cluster is down.
         """
         while True:
             self._failover.begin_round()
@@ -67,7 +67,7 @@ class FailoverStream:
                     self._failover.failed(exc, pinned=pinned)
                 if self._text.grew:
                     self._failover.begin_round()
-                    break  # time has passed: another one may be the best now
+                    break  # time has passed: the best candidate may be another one now
             await self._wait_for_round()
 
     def _note(self, chunk: GenerationChunk) -> None:
@@ -83,7 +83,7 @@ class FailoverStream:
             self._on_failover()
 
     async def _wait_for_round(self) -> None:
-        """Returns when routers are to be asked again. Raises why they are not."""
+        """Waits until the next round. Raises if there will be none."""
         full = self._failover.full
         if full is not None and not self._text.ids and not self._client_begun():
             raise full
@@ -105,6 +105,6 @@ class FailoverStream:
 
 
 def _refuse_cancelled(chunk: GenerationChunk) -> None:
-    """A router that ends cancels what it writes. Nothing of such a chunk is taken: the next router writes it."""
+    """A router that shuts down cancels its requests. Drops such a chunk: the next router generates its tokens."""
     if chunk.finish_reason == "cancelled":
         raise Unavailable("the router gave the request up")

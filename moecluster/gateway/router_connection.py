@@ -46,7 +46,7 @@ class RouterConnection:
         return max(reported + len(self._calls) - self._own_at_status, len(self._calls))
 
     @property
-    def cluster_state(self) -> tuple[bool, bool, int]:
+    def preference(self) -> tuple[bool, bool, int]:
         """Sort key: (failed, leaving, load); the lowest router is asked first."""
         failed = self.status is None or time.monotonic() - self._failed_s < AVOID_S
         return failed, self.leaving, self.load

@@ -84,7 +84,7 @@ class RouterDiscovery:
 
     def candidates(self) -> list[RouterConnection]:
         """Returns the routers, best first. Those that have just failed come last."""
-        return sorted(self._routers.values(), key=lambda router: router.cluster_state)
+        return sorted(self._routers.values(), key=lambda router: router.preference)
 
     def failed(self, router: RouterConnection) -> None:
         """Notes that a router has just failed a request, and polls soon."""

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CheckpointServiceStub(object):
-    """The files of checkpoint directories that were announced, for nodes that do not see them. Read only.
+    """Serves the files of announced checkpoint directories to nodes that cannot read them. Read only.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class CheckpointServiceStub(object):
 
 
 class CheckpointServiceServicer(object):
-    """The files of checkpoint directories that were announced, for nodes that do not see them. Read only.
+    """Serves the files of announced checkpoint directories to nodes that cannot read them. Read only.
     """
 
     def Files(self, request, context):
@@ -58,7 +58,7 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
-        """A range of a file's bytes, in order, one chunk a message.
+        """A byte range of a file, in order, one chunk per message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,7 +86,7 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CheckpointService(object):
-    """The files of checkpoint directories that were announced, for nodes that do not see them. Read only.
+    """Serves the files of announced checkpoint directories to nodes that cannot read them. Read only.
     """
 
     @staticmethod

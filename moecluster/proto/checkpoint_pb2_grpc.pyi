@@ -18,7 +18,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class CheckpointServiceStub:
-    """The files of checkpoint directories that were announced, for nodes that do not see them. Read only."""
+    """Serves the files of announced checkpoint directories to nodes that cannot read them. Read only."""
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     Files: grpc.UnaryUnaryMultiCallable[
@@ -30,10 +30,10 @@ class CheckpointServiceStub:
         moecluster.proto.checkpoint_pb2.CheckpointReadRequest,
         moecluster.proto.checkpoint_pb2.CheckpointChunk,
     ]
-    """A range of a file's bytes, in order, one chunk a message."""
+    """A byte range of a file, in order, one chunk per message."""
 
 class CheckpointServiceAsyncStub:
-    """The files of checkpoint directories that were announced, for nodes that do not see them. Read only."""
+    """Serves the files of announced checkpoint directories to nodes that cannot read them. Read only."""
 
     Files: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.checkpoint_pb2.CheckpointFilesRequest,
@@ -44,10 +44,10 @@ class CheckpointServiceAsyncStub:
         moecluster.proto.checkpoint_pb2.CheckpointReadRequest,
         moecluster.proto.checkpoint_pb2.CheckpointChunk,
     ]
-    """A range of a file's bytes, in order, one chunk a message."""
+    """A byte range of a file, in order, one chunk per message."""
 
 class CheckpointServiceServicer(metaclass=abc.ABCMeta):
-    """The files of checkpoint directories that were announced, for nodes that do not see them. Read only."""
+    """Serves the files of announced checkpoint directories to nodes that cannot read them. Read only."""
 
     @abc.abstractmethod
     def Files(
@@ -62,6 +62,6 @@ class CheckpointServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.checkpoint_pb2.CheckpointReadRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[moecluster.proto.checkpoint_pb2.CheckpointChunk], collections.abc.AsyncIterator[moecluster.proto.checkpoint_pb2.CheckpointChunk]]:
-        """A range of a file's bytes, in order, one chunk a message."""
+        """A byte range of a file, in order, one chunk per message."""
 
 def add_CheckpointServiceServicer_to_server(servicer: CheckpointServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -117,7 +117,7 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportFailure(self, request, context):
-        """A peer saw an expert actor fail.
+        """A router got no answer, or NaN or infinity, from an expert actor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,7 +130,7 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetCheckpoint(self, request, context):
-        """Training moved on: lost experts are loaded from this directory from now on.
+        """Sets the directory that lost experts are loaded from; sent as training proceeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,21 +143,21 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WantExperts(self, request, context):
-        """A router met tokens for unloaded experts: they are loaded again.
+        """A router has tokens for cold experts: they are loaded again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Loads(self, request, context):
-        """What was counted since the controller began, for recording.
+        """Returns what was counted since the controller started, for recording.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Scale(self, request, context):
-        """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new.
+        """Changes of placement, weights or size. Each is an operation with an id: repeating an id requests nothing new.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,14 +176,14 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Update(self, request, context):
-        """New weights for experts and trunk, loaded beside the old ones and taken by every new text.
+        """New weights for experts and trunk, loaded beside the old ones and used by every new request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Plan(self, request, context):
-        """What the policy would do now; nothing is done.
+        """Returns what a policy would do now, without doing it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

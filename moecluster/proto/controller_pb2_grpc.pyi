@@ -29,7 +29,7 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.FailureReport,
         moecluster.proto.controller_pb2.FailureReply,
     ]
-    """A peer saw an expert actor fail."""
+    """A router got no answer, or NaN or infinity, from an expert actor."""
 
     ReportLoad: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.LoadReport,
@@ -40,7 +40,7 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.SetCheckpointRequest,
         moecluster.proto.controller_pb2.SetCheckpointReply,
     ]
-    """Training moved on: lost experts are loaded from this directory from now on."""
+    """Sets the directory that lost experts are loaded from; sent as training proceeds."""
 
     Status: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ControllerStatusRequest,
@@ -51,19 +51,19 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.WantRequest,
         moecluster.proto.controller_pb2.WantReply,
     ]
-    """A router met tokens for unloaded experts: they are loaded again."""
+    """A router has tokens for cold experts: they are loaded again."""
 
     Loads: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.LoadsRequest,
         moecluster.proto.controller_pb2.LoadsReply,
     ]
-    """What was counted since the controller began, for recording."""
+    """Returns what was counted since the controller started, for recording."""
 
     Scale: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ScaleRequest,
         moecluster.proto.controller_pb2.Operation,
     ]
-    """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new."""
+    """Changes of placement, weights or size. Each is an operation with an id: repeating an id requests nothing new."""
 
     Drain: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.DrainRequest,
@@ -79,13 +79,13 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.UpdateRequest,
         moecluster.proto.controller_pb2.Operation,
     ]
-    """New weights for experts and trunk, loaded beside the old ones and taken by every new text."""
+    """New weights for experts and trunk, loaded beside the old ones and used by every new request."""
 
     Plan: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.PlanRequest,
         moecluster.proto.controller_pb2.PlanReply,
     ]
-    """What the policy would do now; nothing is done."""
+    """Returns what a policy would do now, without doing it."""
 
     GetOperation: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.GetOperationRequest,
@@ -108,7 +108,7 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.FailureReport,
         moecluster.proto.controller_pb2.FailureReply,
     ]
-    """A peer saw an expert actor fail."""
+    """A router got no answer, or NaN or infinity, from an expert actor."""
 
     ReportLoad: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.LoadReport,
@@ -119,7 +119,7 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.SetCheckpointRequest,
         moecluster.proto.controller_pb2.SetCheckpointReply,
     ]
-    """Training moved on: lost experts are loaded from this directory from now on."""
+    """Sets the directory that lost experts are loaded from; sent as training proceeds."""
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ControllerStatusRequest,
@@ -130,19 +130,19 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.WantRequest,
         moecluster.proto.controller_pb2.WantReply,
     ]
-    """A router met tokens for unloaded experts: they are loaded again."""
+    """A router has tokens for cold experts: they are loaded again."""
 
     Loads: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.LoadsRequest,
         moecluster.proto.controller_pb2.LoadsReply,
     ]
-    """What was counted since the controller began, for recording."""
+    """Returns what was counted since the controller started, for recording."""
 
     Scale: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.ScaleRequest,
         moecluster.proto.controller_pb2.Operation,
     ]
-    """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new."""
+    """Changes of placement, weights or size. Each is an operation with an id: repeating an id requests nothing new."""
 
     Drain: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.DrainRequest,
@@ -158,13 +158,13 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.UpdateRequest,
         moecluster.proto.controller_pb2.Operation,
     ]
-    """New weights for experts and trunk, loaded beside the old ones and taken by every new text."""
+    """New weights for experts and trunk, loaded beside the old ones and used by every new request."""
 
     Plan: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.PlanRequest,
         moecluster.proto.controller_pb2.PlanReply,
     ]
-    """What the policy would do now; nothing is done."""
+    """Returns what a policy would do now, without doing it."""
 
     GetOperation: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.controller_pb2.GetOperationRequest,
@@ -191,7 +191,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.FailureReport,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.FailureReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.FailureReply]]:
-        """A peer saw an expert actor fail."""
+        """A router got no answer, or NaN or infinity, from an expert actor."""
 
     @abc.abstractmethod
     def ReportLoad(
@@ -206,7 +206,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.SetCheckpointRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.SetCheckpointReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.SetCheckpointReply]]:
-        """Training moved on: lost experts are loaded from this directory from now on."""
+        """Sets the directory that lost experts are loaded from; sent as training proceeds."""
 
     @abc.abstractmethod
     def Status(
@@ -221,7 +221,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.WantRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.WantReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.WantReply]]:
-        """A router met tokens for unloaded experts: they are loaded again."""
+        """A router has tokens for cold experts: they are loaded again."""
 
     @abc.abstractmethod
     def Loads(
@@ -229,7 +229,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.LoadsRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.LoadsReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.LoadsReply]]:
-        """What was counted since the controller began, for recording."""
+        """Returns what was counted since the controller started, for recording."""
 
     @abc.abstractmethod
     def Scale(
@@ -237,7 +237,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.ScaleRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]:
-        """Changes of placement or size. Each is an operation with an id: asking again with the same id asks for nothing new."""
+        """Changes of placement, weights or size. Each is an operation with an id: repeating an id requests nothing new."""
 
     @abc.abstractmethod
     def Drain(
@@ -259,7 +259,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.UpdateRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.Operation, collections.abc.Awaitable[moecluster.proto.controller_pb2.Operation]]:
-        """New weights for experts and trunk, loaded beside the old ones and taken by every new text."""
+        """New weights for experts and trunk, loaded beside the old ones and used by every new request."""
 
     @abc.abstractmethod
     def Plan(
@@ -267,7 +267,7 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.PlanRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.PlanReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.PlanReply]]:
-        """What the policy would do now; nothing is done."""
+        """Returns what a policy would do now, without doing it."""
 
     @abc.abstractmethod
     def GetOperation(

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ExpertServiceStub(object):
-    """Experts as a service: one server per expert actor.
+    """Experts as a service: each expert actor runs one server.
     """
 
     def __init__(self, channel):
@@ -88,18 +88,18 @@ class ExpertServiceStub(object):
 
 
 class ExpertServiceServicer(object):
-    """Experts as a service: one server per expert actor.
+    """Experts as a service: each expert actor runs one server.
     """
 
     def Compute(self, request_iterator, context):
-        """One long-lived stream per router. The first request is a Hello, every later one a Batch.
+        """One long-lived stream per router. The first request is a Hello, all later ones are Batches.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Orders of the controller, fenced by its term.
+        """Requests of the controller, fenced by its term.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,14 +118,14 @@ class ExpertServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Export(self, request, context):
-        """Weights, and optimizer state if asked for, one tensor chunk a message.
+        """Weights, and optimizer state on request, one tensor chunk per message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Reduce(self, request, context):
-        """Orders of the step coordinator, fenced by its term.
+        """Requests of the step coordinator, fenced by its term.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,7 +150,7 @@ class ExpertServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """With a term: fences first, then reports.
+        """With a training_term: fences first, then reports.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,7 +218,7 @@ def add_ExpertServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExpertService(object):
-    """Experts as a service: one server per expert actor.
+    """Experts as a service: each expert actor runs one server.
     """
 
     @staticmethod

@@ -18,20 +18,20 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ExpertServiceStub:
-    """Experts as a service: one server per expert actor."""
+    """Experts as a service: each expert actor runs one server."""
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     Compute: grpc.StreamStreamMultiCallable[
         moecluster.proto.expert_pb2.ComputeRequest,
         moecluster.proto.expert_pb2.ComputeReply,
     ]
-    """One long-lived stream per router. The first request is a Hello, every later one a Batch."""
+    """One long-lived stream per router. The first request is a Hello, all later ones are Batches."""
 
     Load: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.LoadRequest,
         moecluster.proto.expert_pb2.LoadReply,
     ]
-    """Orders of the controller, fenced by its term."""
+    """Requests of the controller, fenced by its term."""
 
     Unload: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.UnloadRequest,
@@ -47,13 +47,13 @@ class ExpertServiceStub:
         moecluster.proto.expert_pb2.ExportRequest,
         moecluster.proto.expert_pb2.ExportChunk,
     ]
-    """Weights, and optimizer state if asked for, one tensor chunk a message."""
+    """Weights, and optimizer state on request, one tensor chunk per message."""
 
     Reduce: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.ReduceRequest,
         moecluster.proto.expert_pb2.ReduceReply,
     ]
-    """Orders of the step coordinator, fenced by its term."""
+    """Requests of the step coordinator, fenced by its term."""
 
     Prepare: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.PrepareRequest,
@@ -74,22 +74,22 @@ class ExpertServiceStub:
         moecluster.proto.expert_pb2.StatusRequest,
         moecluster.proto.expert_pb2.StatusReply,
     ]
-    """With a term: fences first, then reports."""
+    """With a training_term: fences first, then reports."""
 
 class ExpertServiceAsyncStub:
-    """Experts as a service: one server per expert actor."""
+    """Experts as a service: each expert actor runs one server."""
 
     Compute: grpc.aio.StreamStreamMultiCallable[
         moecluster.proto.expert_pb2.ComputeRequest,
         moecluster.proto.expert_pb2.ComputeReply,
     ]
-    """One long-lived stream per router. The first request is a Hello, every later one a Batch."""
+    """One long-lived stream per router. The first request is a Hello, all later ones are Batches."""
 
     Load: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.LoadRequest,
         moecluster.proto.expert_pb2.LoadReply,
     ]
-    """Orders of the controller, fenced by its term."""
+    """Requests of the controller, fenced by its term."""
 
     Unload: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.UnloadRequest,
@@ -105,13 +105,13 @@ class ExpertServiceAsyncStub:
         moecluster.proto.expert_pb2.ExportRequest,
         moecluster.proto.expert_pb2.ExportChunk,
     ]
-    """Weights, and optimizer state if asked for, one tensor chunk a message."""
+    """Weights, and optimizer state on request, one tensor chunk per message."""
 
     Reduce: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.ReduceRequest,
         moecluster.proto.expert_pb2.ReduceReply,
     ]
-    """Orders of the step coordinator, fenced by its term."""
+    """Requests of the step coordinator, fenced by its term."""
 
     Prepare: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.expert_pb2.PrepareRequest,
@@ -132,10 +132,10 @@ class ExpertServiceAsyncStub:
         moecluster.proto.expert_pb2.StatusRequest,
         moecluster.proto.expert_pb2.StatusReply,
     ]
-    """With a term: fences first, then reports."""
+    """With a training_term: fences first, then reports."""
 
 class ExpertServiceServicer(metaclass=abc.ABCMeta):
-    """Experts as a service: one server per expert actor."""
+    """Experts as a service: each expert actor runs one server."""
 
     @abc.abstractmethod
     def Compute(
@@ -143,7 +143,7 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[moecluster.proto.expert_pb2.ComputeRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[moecluster.proto.expert_pb2.ComputeReply], collections.abc.AsyncIterator[moecluster.proto.expert_pb2.ComputeReply]]:
-        """One long-lived stream per router. The first request is a Hello, every later one a Batch."""
+        """One long-lived stream per router. The first request is a Hello, all later ones are Batches."""
 
     @abc.abstractmethod
     def Load(
@@ -151,7 +151,7 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.expert_pb2.LoadRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.expert_pb2.LoadReply, collections.abc.Awaitable[moecluster.proto.expert_pb2.LoadReply]]:
-        """Orders of the controller, fenced by its term."""
+        """Requests of the controller, fenced by its term."""
 
     @abc.abstractmethod
     def Unload(
@@ -173,7 +173,7 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.expert_pb2.ExportRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[moecluster.proto.expert_pb2.ExportChunk], collections.abc.AsyncIterator[moecluster.proto.expert_pb2.ExportChunk]]:
-        """Weights, and optimizer state if asked for, one tensor chunk a message."""
+        """Weights, and optimizer state on request, one tensor chunk per message."""
 
     @abc.abstractmethod
     def Reduce(
@@ -181,7 +181,7 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.expert_pb2.ReduceRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.expert_pb2.ReduceReply, collections.abc.Awaitable[moecluster.proto.expert_pb2.ReduceReply]]:
-        """Orders of the step coordinator, fenced by its term."""
+        """Requests of the step coordinator, fenced by its term."""
 
     @abc.abstractmethod
     def Prepare(
@@ -210,6 +210,6 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.expert_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.expert_pb2.StatusReply, collections.abc.Awaitable[moecluster.proto.expert_pb2.StatusReply]]:
-        """With a term: fences first, then reports."""
+        """With a training_term: fences first, then reports."""
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -60,7 +60,7 @@ class RouterServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Tokens as they come. A client that goes away ends its generation.
+        """Streams tokens as they are generated. The request is cancelled if its client disconnects.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,7 +73,7 @@ class RouterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Moe(self, request, context):
-        """Gate and dispatch raw hidden states of one layer.
+        """Runs one MoE layer (gate and experts) on raw hidden states.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,7 +23,7 @@ class RouterServiceStub:
         moecluster.proto.router_pb2.GenerateRequest,
         moecluster.proto.router_pb2.GenerateReply,
     ]
-    """Tokens as they come. A client that goes away ends its generation."""
+    """Streams tokens as they are generated. The request is cancelled if its client disconnects."""
 
     Cancel: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.router_pb2.CancelRequest,
@@ -34,7 +34,7 @@ class RouterServiceStub:
         moecluster.proto.router_pb2.MoeRequest,
         moecluster.proto.router_pb2.MoeReply,
     ]
-    """Gate and dispatch raw hidden states of one layer."""
+    """Runs one MoE layer (gate and experts) on raw hidden states."""
 
     Status: grpc.UnaryUnaryMultiCallable[
         moecluster.proto.router_pb2.RouterStatusRequest,
@@ -46,7 +46,7 @@ class RouterServiceAsyncStub:
         moecluster.proto.router_pb2.GenerateRequest,
         moecluster.proto.router_pb2.GenerateReply,
     ]
-    """Tokens as they come. A client that goes away ends its generation."""
+    """Streams tokens as they are generated. The request is cancelled if its client disconnects."""
 
     Cancel: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.router_pb2.CancelRequest,
@@ -57,7 +57,7 @@ class RouterServiceAsyncStub:
         moecluster.proto.router_pb2.MoeRequest,
         moecluster.proto.router_pb2.MoeReply,
     ]
-    """Gate and dispatch raw hidden states of one layer."""
+    """Runs one MoE layer (gate and experts) on raw hidden states."""
 
     Status: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.router_pb2.RouterStatusRequest,
@@ -71,7 +71,7 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.router_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[moecluster.proto.router_pb2.GenerateReply], collections.abc.AsyncIterator[moecluster.proto.router_pb2.GenerateReply]]:
-        """Tokens as they come. A client that goes away ends its generation."""
+        """Streams tokens as they are generated. The request is cancelled if its client disconnects."""
 
     @abc.abstractmethod
     def Cancel(
@@ -86,7 +86,7 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.router_pb2.MoeRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.router_pb2.MoeReply, collections.abc.Awaitable[moecluster.proto.router_pb2.MoeReply]]:
-        """Gate and dispatch raw hidden states of one layer."""
+        """Runs one MoE layer (gate and experts) on raw hidden states."""
 
     @abc.abstractmethod
     def Status(

@@ -1,1 +1,1 @@
-"""The wire: codec, shared memory, streams, servicers and clients."""
+"""The wire protocol: messages, shared memory, streams, servers and clients."""

@@ -1,4 +1,4 @@
-"""The cluster secret on the wire: added to every call by a channel, asked for by a server before anything else."""
+"""The cluster secret on the wire: channels add it to every call, servers check it before anything else."""
 
 import hmac
 import threading
@@ -12,7 +12,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 AUTHORIZATION = "authorization"
-MAX_ANONYMOUS_CALLS = 16  # of the health service at once, so that who has no secret cannot take all threads
+MAX_ANONYMOUS_CALLS = 16  # concurrent health calls without the secret, so that these cannot occupy all threads
 WANTED = (
     'send the metadata "authorization: Bearer SECRET" with the secret of this cluster, which moecluster up wrote to '
     "NAME.secret in its state folder (a client takes secret_file=, or $MOECLUSTER_SECRET_FILE)"
@@ -22,7 +22,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in its stub al
 
 
 class RequireSecret(grpc.ServerInterceptor):
-    """Refuses every call without the secret before a byte of its body is read. Health may be asked by anybody."""
+    """Refuses calls without the secret before reading a byte of the body. Health calls need no secret."""
 
     def __init__(self, credentials: ClusterCredentials) -> None:
         self._wanted = credentials.metadata[0][1].encode()
@@ -40,8 +40,8 @@ class RequireSecret(grpc.ServerInterceptor):
         return None if found is None else _bounded(found, self._anonymous)
 
     def _problem(self, details: Details) -> str:
-        """What is wrong with the call's metadata; empty if it has the secret."""
-        metadata: Any = details.invocation_metadata or ()  # pairs, whatever their stub says
+        """The problem with the call's metadata; empty if it has the secret."""
+        metadata: Any = details.invocation_metadata or ()  # pairs, despite the type stub
         given = [value for key, value in metadata if key == AUTHORIZATION]
         if not given:
             return "authorization: missing"
@@ -58,12 +58,12 @@ def _refusal(message: str) -> Handler:
         context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
         raise AssertionError("abort raises")
 
-    # Of a stream of requests nobody waits for the first one; to the caller all kinds of call are the same.
+    # A streaming handler does not wait for the first request; the caller cannot tell the kinds of call apart.
     return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 def _bounded(handler: Handler, room: threading.BoundedSemaphore) -> Handler:
-    """The handler of one request, with a bound on how many callers at once may keep a thread of the server busy."""
+    """Wraps a handler of a single request, limiting how many concurrent callers may occupy a server thread."""
 
     def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         if not room.acquire(blocking=False):
@@ -83,7 +83,7 @@ def _bounded(handler: Handler, room: threading.BoundedSemaphore) -> Handler:
 
 
 class _WithSecret:
-    """The four kinds of call of a channel, each with the secret. Not an interceptor of gRPC: its calls would be other
+    """Adds the secret to a channel's four kinds of call. Not a gRPC interceptor, because that returns other call
     objects, which raise and end at other times."""
 
     def __init__(self, channel: Any, credentials: ClusterCredentials) -> None:
@@ -104,7 +104,7 @@ class _WithSecret:
 
 
 class AuthenticatedChannel(_WithSecret, grpc.Channel):
-    """A channel that sends the secret with every call, and is otherwise the one that it wraps."""
+    """Wraps a channel, sending the secret with every call."""
 
     def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
         self._channel.subscribe(callback, try_to_connect)
@@ -146,7 +146,7 @@ class AuthenticatedAsyncChannel(_WithSecret, grpc.aio.Channel):
 
 
 class _WithMetadata:
-    """One method of a channel, called as gRPC's own: at once, with_call, or as a future."""
+    """One method of a channel, with gRPC's interface: direct call, with_call, or future."""
 
     def __init__(self, method: Any, metadata: tuple[tuple[str, str], ...]) -> None:
         self._method = method

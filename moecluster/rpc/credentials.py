@@ -1,4 +1,4 @@
-"""The cluster secret: who knows it may call the cluster's servers. How it is made, kept in a file, and read."""
+"""The cluster secret, which allows calling the cluster's servers: creates it, and writes and reads its file."""
 
 import os
 import re
@@ -18,7 +18,7 @@ SECRET_FILE_VARIABLE = "MOECLUSTER_SECRET_FILE"
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterCredentials:
-    """What servers ask for and clients send. It never shows the secret: neither repr, str nor an error has it."""
+    """The credentials that servers check and clients send. The secret never appears in repr, str or an error."""
 
     secret: str = field(repr=False)
 
@@ -31,12 +31,12 @@ class ClusterCredentials:
 
     @classmethod
     def make(cls) -> Self:
-        """A new secret."""
+        """Makes a new secret."""
         return cls(secret=secrets.token_urlsafe(SECRET_BYTES))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a client sends with every call."""
+        """The metadata that a client sends with every call."""
         return (("authorization", f"Bearer {self.secret}"),)
 
 
@@ -55,24 +55,24 @@ def state_folder() -> Path:
 
 
 def secret_path(cluster: str) -> Path:
-    """Where the secret of a cluster lies that this user has brought up on this host."""
+    """The secret file of a cluster that this user started on this host."""
     return state_folder() / f"{cluster}.secret"
 
 
 def local_credentials(cluster: str = "moecluster") -> ClusterCredentials:
-    """Of a cluster that this user has brought up on this host, by its name. Raises ConfigError if there is no file."""
+    """Credentials of a cluster that this user started on this host, by its name. Raises ConfigError without a file."""
     return read_secret(secret_path(cluster))
 
 
 def given_credentials() -> ClusterCredentials | None:
-    """Of the file that $MOECLUSTER_SECRET_FILE names; None if it names none. Raises ConfigError."""
+    """Credentials from the file that $MOECLUSTER_SECRET_FILE names; None if it is unset. Raises ConfigError."""
     path = os.environ.get(SECRET_FILE_VARIABLE)
     return read_secret(path) if path else None
 
 
 def private_folder(folder: Path) -> None:
-    """Makes a folder, if need be, that its owner alone may enter. Raises OSError; ResourceError if it is another
-    user's."""
+    """Creates the folder if necessary and makes it accessible to its owner only. Raises OSError; ResourceError if it
+    belongs to another user."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = folder.stat()
     if found.st_uid != os.geteuid():
@@ -84,10 +84,10 @@ def private_folder(folder: Path) -> None:
 
 
 def write_secret(path: Path, credentials: ClusterCredentials) -> None:
-    """A file that its owner alone may read, from its first moment on. Raises ResourceError."""
+    """Writes the secret to a file that only its owner can read from its creation on. Raises ResourceError."""
     try:
         private_folder(path.parent)
-        path.unlink(missing_ok=True)  # of a cluster that ended without being taken down
+        path.unlink(missing_ok=True)  # left by a cluster that ended without `moecluster down`
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
             file.write(credentials.secret)
@@ -96,7 +96,7 @@ def write_secret(path: Path, credentials: ClusterCredentials) -> None:
 
 
 def read_secret(path: str | Path) -> ClusterCredentials:
-    """The secret in a file. Raises ConfigError, which names the file, never what is in it."""
+    """Reads the secret from a file. Raises ConfigError, which names the file but never its content."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:

@@ -1,4 +1,4 @@
-"""Fields that many messages have: names, paths, addresses, experts and numbers, checked before they are used."""
+"""Checks of common message fields: names, paths, addresses, experts and numbers. Raise InvalidMessage."""
 
 import math
 import re
@@ -17,7 +17,7 @@ MAX_PATH_LENGTH = 4096
 MAX_REASON_LENGTH = 1000
 SHARE_TOLERANCE = 1e-6
 MAX_MESSAGE_BYTES = 256 * 2**20
-MAX_EXPERTS = 2**18  # named in one message
+MAX_EXPERTS = 2**18  # in one message
 HOST = re.compile(r"[A-Za-z0-9._:%\[\]-]+")
 
 
@@ -29,12 +29,12 @@ def checked_name(name: str, field: str) -> str:
 
 
 def checked_optional_name(name: str, field: str) -> str:
-    """The same, or nothing."""
+    """A checked name, or an empty string."""
     return checked_name(name, field) if name else ""
 
 
 def checked_names(names: Iterable[str], field: str) -> tuple[str, ...]:
-    """Names that differ."""
+    """Distinct names."""
     checked = tuple(checked_name(name, field) for name in names)
     if len(set(checked)) != len(checked):
         twice = next(name for name in checked if checked.count(name) > 1)
@@ -43,7 +43,7 @@ def checked_names(names: Iterable[str], field: str) -> tuple[str, ...]:
 
 
 def checked_choice(value: str, choices: type[EnumT], field: str) -> EnumT:
-    """The member of an enum that has this value."""
+    """The enum member with this value."""
     try:
         return choices(value)
     except ValueError:
@@ -68,7 +68,7 @@ def checked_address(address: str, field: str) -> str:
 
 
 def checked_optional_address(address: str, field: str) -> str:
-    """The same, or nothing."""
+    """A checked address, or an empty string."""
     return checked_address(address, field) if address else ""
 
 
@@ -80,45 +80,45 @@ def checked_amount(value: float, field: str) -> float:
 
 
 def checked_count(value: int, field: str, *, least: int = 0) -> int:
-    """A whole number of at least `least`."""
+    """An integer of at least `least`."""
     if value < least:
         raise InvalidMessage(field, f"{value}, expected at least {least}")
     return value
 
 
 def checked_within(value: float, lowest: float, highest: float, field: str) -> float:
-    """A number between two others, or one of them."""
+    """A number within [lowest, highest]."""
     if not lowest <= value <= highest:  # true for NaN too
         raise InvalidMessage(field, f"{value}, not within {lowest:g} and {highest:g}")
     return value
 
 
 def checked_share(share: float, field: str) -> float:
-    """A part of an expert's tokens: within 0 and 1."""
+    """A share of an expert's tokens, within 0 and 1."""
     if not 0 <= share <= 1 + SHARE_TOLERANCE:  # false for NaN too
         raise InvalidMessage(field, f"{share}, not within 0 and 1")
     return share
 
 
 def encode_expert(expert: ExpertId) -> tensor_pb2.ExpertRef:
-    """The message of an expert's name."""
+    """Encodes an expert id."""
     return tensor_pb2.ExpertRef(layer=expert.layer, index=expert.index)
 
 
 def encode_experts(experts: Iterable[ExpertId]) -> list[tensor_pb2.ExpertRef]:
-    """The messages of experts' names, in order."""
+    """Encodes expert ids, in order."""
     return [encode_expert(expert) for expert in experts]
 
 
 def decode_expert(message: tensor_pb2.ExpertRef, field: str) -> ExpertId:
-    """An expert's name; whether the model has it, the receiver knows."""
+    """Decodes an expert id; the receiver must check whether the model has the expert."""
     if message.layer < 0 or message.index < 0:
         raise InvalidMessage(field, f"{message.layer}/{message.index}, a negative layer or index")
     return ExpertId(layer=message.layer, index=message.index)
 
 
 def decode_experts(messages: Sequence[tensor_pb2.ExpertRef], field: str) -> tuple[ExpertId, ...]:
-    """Experts that differ, at most MAX_EXPERTS of them."""
+    """Decodes distinct expert ids, at most MAX_EXPERTS."""
     if len(messages) > MAX_EXPERTS:
         raise InvalidMessage(field, f"{len(messages)}, at most {MAX_EXPERTS}")
     experts = tuple(decode_expert(message, field) for message in messages)

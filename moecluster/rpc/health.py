@@ -1,4 +1,4 @@
-"""Learns at once that a server is gone: holds the standard health service's Watch stream open to it."""
+"""Detects at once that a server is gone, by a Watch stream to its standard health service."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from moecluster.rpc.server import open_channel
 
 
 class HealthWatch:
-    """Calls on_lost once, from its own thread, when the stream breaks or the server says that it no longer serves."""
+    """Calls on_lost once, from its own thread, when the stream breaks or the server stops serving."""
 
     def __init__(
         self, address: str, on_lost: Callable[[], None], *, credentials: ClusterCredentials | None = None
@@ -20,7 +20,7 @@ class HealthWatch:
         self._on_lost = on_lost
         self._closed = threading.Event()
         self._channel = open_channel(address, credentials)
-        self._stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its stubs know Check only
+        self._stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its type stubs lack Watch
         threading.Thread(target=self._watch, name="health-watch", daemon=True).start()
 
     def close(self) -> None:

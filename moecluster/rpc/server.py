@@ -1,4 +1,4 @@
-"""A gRPC server with the standard health and reflection services, and the channel options of both ends."""
+"""Starts gRPC servers with the standard health and reflection services, and opens channels with matching options."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,36 +23,36 @@ _COMMON_OPTIONS = [
     ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
-    # On both ends: a server that does not permit them ends a connection without calls after three pings.
+    # On both sides: a server that does not permit them closes a connection without calls after three pings.
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 CHANNEL_OPTIONS = [
     *_COMMON_OPTIONS,
-    # A channel of our own: a shared subchannel would keep the backoff of a peer that has come back since.
+    # A shared subchannel would keep the reconnect backoff of a peer that has restarted since.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # which is also how long one attempt may take on a busy host
+    ("grpc.min_reconnect_backoff_ms", 1000),  # also the time that one attempt may take on a busy host
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
-    # Callers try again themselves. With gRPC's own retries (1.85.1), a streamed call that begins while the peer says
-    # goodbye may never end, its deadline notwithstanding.
+    # Callers retry themselves. With gRPC's own retries (1.85.1), a streamed call that begins while the peer sends
+    # GOAWAY may never end, despite its deadline.
     ("grpc.enable_retries", 0),
 ]
 SERVER_OPTIONS = [
     *_COMMON_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its calls
+    ("grpc.so_reuseport", 0),  # binding a port in use fails instead of sharing its calls
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
 
 
 def open_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.Channel:
-    """A channel to host:port with our limits and keepalive. credentials: sent with every call."""
+    """Opens a channel to host:port with the project's limits and keepalive. credentials: sent with every call."""
     channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
     return channel if credentials is None else AuthenticatedChannel(channel, credentials)
 
 
 def open_async_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.aio.Channel:
-    """The same for an event loop, which must be the one that runs."""
+    """Opens an asyncio channel on the running event loop; otherwise like open_channel."""
     channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
     return channel if credentials is None else AuthenticatedAsyncChannel(channel, credentials)
 
@@ -66,7 +66,7 @@ class RunningServer:
         self.address = address
 
     def stop(self, grace_s: float = 1.0) -> None:
-        """Turns health to NOT_SERVING, lets running calls end within grace_s, then ends the rest."""
+        """Sets health to NOT_SERVING, gives running calls grace_s to end, then cancels the rest."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 5.0)
 
@@ -80,11 +80,10 @@ def start_server(
     port: int = 0,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Starts a server of one service, beside health and reflection; port 0 takes a free one.
+    """Starts a server of one service plus health and reflection; port 0 takes a free one.
 
-    name: the service's full name. add_servicer: registers what answers its calls. credentials: asked for by every
-    method of every service but health; None, in tests alone: anybody may call. Raises ResourceError if the port is in
-    use.
+    name: the service's full name. add_servicer: registers the servicer. credentials: required by every method of every
+    service except health; None, in tests only: calls need no secret. Raises ResourceError if the port is in use.
     """
     pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
     interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireSecret(credentials)]

@@ -1,4 +1,4 @@
-"""Our errors as gRPC status codes and back: mapped once, at the edge."""
+"""Maps MoeClusterErrors to gRPC status codes and reply codes, and back."""
 
 import math
 import re
@@ -28,16 +28,16 @@ from moecluster.errors import (
 from moecluster.proto import expert_pb2
 from moecluster.types import PlacementNumber
 
-RETRY_AFTER = "retry-after-s"  # metadata behind RESOURCE_EXHAUSTED: seconds until a try is likely to be worth it
-FAULT = "fault"  # metadata behind INTERNAL: what failed: the request itself, the batch that it was in, or experts
-FIELD = "invalid-field"  # metadata behind INVALID_ARGUMENT: the field that is wrong; the detail begins with it
-CONTEXT_LENGTH = "context-length"  # the one FAULT behind INVALID_ARGUMENT
-LATE = "Deadline Exceeded"  # what gRPC itself says of a call that took too long
+RETRY_AFTER = "retry-after-s"  # metadata of RESOURCE_EXHAUSTED: seconds until a retry is likely to succeed
+FAULT = "fault"  # metadata of INTERNAL: what failed: the request, its batch, or experts
+FIELD = "invalid-field"  # metadata of INVALID_ARGUMENT: the wrong field; the detail begins with it
+CONTEXT_LENGTH = "context-length"  # the only FAULT of INVALID_ARGUMENT
+LATE = "Deadline Exceeded"  # gRPC's own detail when a call times out
 AnswerT = TypeVar("AnswerT")
 
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
-# The first class that an error is an instance of decides.
+# The first matching class decides.
 _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (InvalidMessage, grpc.StatusCode.INVALID_ARGUMENT),
     (NotGiven, grpc.StatusCode.PERMISSION_DENIED),
@@ -69,7 +69,7 @@ _REPLY_CODES: tuple[tuple[type[MoeClusterError], "expert_pb2.ReplyCode"], ...] =
 
 
 def status_of(error: MoeClusterError) -> grpc.StatusCode:
-    """The status that a caller sees for an error."""
+    """The status code for an error."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
@@ -81,7 +81,7 @@ def abort_with(context: grpc.ServicerContext, error: MoeClusterError) -> NoRetur
 
 
 def _metadata_of(error: MoeClusterError) -> tuple[tuple[str, str], ...]:
-    """What a caller is told beside the status and the detail."""
+    """The trailing metadata for an error, beside its status and detail."""
     found = [(FAULT, fault) for kind, fault in _FAULTS if isinstance(error, kind)]
     if isinstance(error, ContextLengthExceeded):
         found.append((FAULT, CONTEXT_LENGTH))
@@ -93,7 +93,7 @@ def _metadata_of(error: MoeClusterError) -> tuple[tuple[str, str], ...]:
 
 
 def answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
-    """The call's answer, or its error as the RPC's status."""
+    """Returns the call's result, or aborts the RPC with the status of its error."""
     try:
         return call()
     except MoeClusterError as exc:
@@ -101,8 +101,8 @@ def answer(context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> Answer
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
-    """The error of ours that a failed RPC stands for."""
-    code = error.code()  # at the caller's end every RpcError is a grpc.Call
+    """The MoeClusterError for a failed RPC."""
+    code = error.code()  # on the client side every RpcError is a grpc.Call
     detail = error.details() or code.name
     if detail == LATE:
         detail = f"{peer}: no answer within the deadline"
@@ -122,13 +122,13 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
         return UserError(detail)
     if code == grpc.StatusCode.CANCELLED:
         return Unavailable(f"{peer}: the call was cancelled")
-    if code == grpc.StatusCode.UNIMPLEMENTED:  # a port is given to another process when its owner is gone
+    if code == grpc.StatusCode.UNIMPLEMENTED:  # the port of an ended process may now belong to another
         return Unavailable(f"{peer}: what listens there now is no such service")
     return MoeClusterError(f"{peer}: {code.name}: {detail}")
 
 
 def _invalid_message(error: grpc.RpcError, detail: str) -> InvalidMessage:
-    """With its field, if the metadata name one and the detail begins with it."""
+    """The error with its field, if the metadata name one and the detail begins with it."""
     kind = ContextLengthExceeded if CONTEXT_LENGTH in _metadata(error, FAULT) else InvalidMessage
     field = next(iter(_metadata(error, FIELD)), "")
     if _FIELD_NAME.fullmatch(field) and detail.startswith(f"{field}: "):
@@ -146,17 +146,17 @@ def _retry_after_s(error: grpc.RpcError) -> float | None:
 
 
 def _metadata(error: grpc.RpcError, name: str) -> list[str]:
-    metadata: Any = error.trailing_metadata() or ()  # pairs, whatever their stub says
+    metadata: Any = error.trailing_metadata() or ()  # pairs, despite the type stub
     return [value for key, value in metadata if key == name]
 
 
 def reply_code_of(error: MoeClusterError) -> "expert_pb2.ReplyCode":
-    """The code in a stream's reply for an error of one batch."""
+    """The reply code for an error of one batch of a Compute stream."""
     return next((code for kind, code in _REPLY_CODES if isinstance(error, kind)), expert_pb2.INTERNAL)
 
 
 def error_of_reply(message: expert_pb2.BatchReply) -> MoeClusterError:
-    """The error that a stream's reply stands for."""
+    """The error for a failed reply of a Compute stream."""
     for kind, code in _REPLY_CODES:
         if message.code == code:
             if kind is NotHosted:

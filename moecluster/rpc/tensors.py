@@ -1,4 +1,4 @@
-"""Tensors in messages: their bytes inline, or a region of shared memory."""
+"""Encodes and decodes tensors: bytes inline, or a region of shared memory."""
 
 import math
 import warnings
@@ -32,14 +32,14 @@ ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_code(dtype: torch.dtype) -> tensor_pb2.DType:
-    """The wire's code of a dtype that it can carry."""
+    """The wire code of a supported dtype."""
     return _CODES[dtype]
 
 
 def expect_read_only_views() -> None:
-    """Uses up torch's one warning of read-only memory: what comes off the wire is looked at in place, never written.
+    """Consumes torch's one-time warning about read-only memory: received tensors are read in place, never written.
 
-    For the start of a process that takes tensors off the wire.
+    Call it at the start of a process that receives tensors.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -47,7 +47,7 @@ def expect_read_only_views() -> None:
 
 
 def dtype_of(code: tensor_pb2.DType) -> torch.dtype:
-    """The dtype of a wire's code. Raises InvalidMessage for an unknown one."""
+    """The dtype of a wire code. Raises InvalidMessage for an unknown one."""
     dtype = _DTYPES.get(code)
     if dtype is None:
         raise InvalidMessage("dtype", f"{code} is unknown")
@@ -62,7 +62,7 @@ def tensor_bytes(value: torch.Tensor) -> bytes:
 
 
 def encode_tensor(value: torch.Tensor, segment: Segment | None = None) -> tensor_pb2.Tensor:
-    """A message of the tensor: through the segment if there is one and it has room, inline otherwise."""
+    """Encodes a tensor: through the segment if given and it has room, inline otherwise."""
     value = value.detach()
     region = segment.write(value) if segment is not None else None
     if region is None:
@@ -75,7 +75,7 @@ def encode_tensor(value: torch.Tensor, segment: Segment | None = None) -> tensor
 
 
 def region_of(message: tensor_pb2.Tensor) -> Region | None:
-    """Where in the sender's segment the tensor lies; None if it is inline."""
+    """The tensor's region in the sender's segment; None if it is inline."""
     if message.WhichOneof("content") != "region":
         return None
     region = message.region
@@ -90,9 +90,9 @@ def decode_tensor(
     shape: tuple[int | None, ...],
     peer: PeerSegment | None = None,
 ) -> torch.Tensor:
-    """The message's tensor, in place where it lies: do not write to it, and do not keep it once its region is released.
+    """Decodes a tensor as a view: do not write to it, and do not use it after its region is released.
 
-    shape says what each dimension must be; None allows any. Raises InvalidMessage, naming the field.
+    shape: the required size of each dimension; None allows any. Raises InvalidMessage, naming the field.
     """
     dtype = _DTYPES.get(message.dtype)
     if dtype not in dtypes:

@@ -32,13 +32,13 @@ def schedule(before: Layout, after: Layout, fleet: Fleet, now_s: float, bytes_pe
     end_N = np.searchsorted(before.expert_key_R, key_N, side="right")
     order = np.lexsort((layer_N, end_N > first_N)).tolist()
     key, first, end, layer, target = (column.tolist() for column in (key_N, first_N, end_N, layer_N, target_N))
-    cluster_state = before.actor_R.tolist()
+    actor_of_replica = before.actor_R.tolist()
     seconds_L = (fleet.expert_bytes_L / bytes_per_s).tolist()
     out_free_s, in_free_s = [now_s] * fleet.num_actors, [now_s] * fleet.num_actors
     holders: dict[int, dict[int, float]] = {}  # expert -> actor -> since when it has a copy
     transfers = []
     for n in order:
-        held = holders.setdefault(key[n], dict.fromkeys(cluster_state[first[n] : end[n]], now_s))
+        held = holders.setdefault(key[n], dict.fromkeys(actor_of_replica[first[n] : end[n]], now_s))
         source, begins_s = STORE, in_free_s[target[n]]
         if end[n] > first[n]:
             ready_s, source = min((max(since_s, out_free_s[actor]), actor) for actor, since_s in held.items())

@@ -1,4 +1,4 @@
-"""Frozen records shared by every room.
+"""Frozen records shared by all packages.
 
 Shape letters, used as name suffixes everywhere: T tokens, D model width, F expert inner width, E experts of a layer,
 K experts per token, L layers, R replicas, A expert actors, N unique rows in one message, P (row, expert) pairs.
@@ -15,7 +15,7 @@ from moecluster.types.operations import Operation as Operation
 from moecluster.types.operations import OperationKind as OperationKind
 from moecluster.types.operations import OperationPhase as OperationPhase
 
-if TYPE_CHECKING:  # what only passes texts on, as the HTTP gateway does, starts without torch
+if TYPE_CHECKING:  # the HTTP gateway, which only passes text on, starts without torch
     import torch
 
 
@@ -59,7 +59,7 @@ class Replica:
 
 @dataclass(frozen=True, kw_only=True)
 class ActorAddress:
-    """Where an expert actor listens, and which incarnation of it this is."""
+    """The address of an expert actor, and its incarnation."""
 
     actor: str
     address: str  # host:port
@@ -68,7 +68,7 @@ class ActorAddress:
 
 
 class PlacementNumber(NamedTuple):
-    """Orders placements: by the term of the controller, then by how many it has published."""
+    """Orders placements: by the controller's term, then by the number of placements it has published."""
 
     term: int
     generation: int
@@ -79,20 +79,20 @@ NO_PLACEMENT = PlacementNumber(term=0, generation=0)  # older than every placeme
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which replicas stand where."""
+    """Which replicas are on which actors, and which weight versions requests use."""
 
     term: int
     generation: int
     layer_experts: Mapping[int, int]  # MoE layer -> its number of experts E, replicas or not
     actors: Mapping[str, ActorAddress]
     replicas: tuple[Replica, ...]
-    held: bool = False  # nothing moves until the training runs that asked for it have ended
-    weight_version: int = 0  # that new texts shall be written with
+    held: bool = False  # nothing moves until the training runs that hold it have ended
+    weight_version: int = 0  # for new requests
     checkpoint: str = ""  # the directory of that version
-    next_weight_version: int = 0  # being prepared: its trunk is to be loaded beside the other; 0: none
+    next_weight_version: int = 0  # being prepared: routers load its trunk beside the current one; 0: none
     next_checkpoint: str = ""  # the directory of that version
-    old_weight_version: int = 0  # that texts may still be written with: its trunk is to be kept; 0: none
-    problem: str = ""  # why experts that nobody serves cannot be loaded; empty: they are being loaded
+    old_weight_version: int = 0  # that running requests may still use: routers keep its trunk; 0: none
+    problem: str = ""  # why lost experts cannot be loaded; empty: they are being loaded, or none are lost
 
     @property
     def number(self) -> PlacementNumber:
@@ -107,7 +107,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightVersion:
-    """One state of all weights. Numbers grow from 1 on, and none is given twice."""
+    """One version of all weights. Numbers grow from 1, and none is assigned twice."""
 
     version: int
     checkpoint: str  # a directory that holds all of it
@@ -115,7 +115,7 @@ class WeightVersion:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class StepTag:
-    """Names one attempt at one optimizer step; compared as (term, step, attempt)."""
+    """Identifies one attempt at one optimizer step; compared as (term, step, attempt)."""
 
     term: int
     step: int
@@ -124,7 +124,7 @@ class StepTag:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchTag:
-    """Names the place of a training message inside an attempt."""
+    """Identifies the position of a training message inside an attempt."""
 
     step: StepTag
     rank: int = 0
@@ -148,10 +148,10 @@ class ComputeBatch:
     pair_rows_P: torch.Tensor  # int32 in [0, N)
     pair_weights_P: torch.Tensor  # float32
     deadline_s: float  # seconds from now
-    placement: PlacementNumber = NO_PLACEMENT  # that the sender split by
+    placement: PlacementNumber = NO_PLACEMENT  # by which the sender split the rows
     weight_version: int = 0
     train: MicroBatchTag | None = None  # of TRAIN_FORWARD and BACKWARD
-    incarnation: str = ""  # if given, only this incarnation of the actor may answer
+    incarnation: str = ""  # if set, only this incarnation of the actor may answer
     grad_ND: torch.Tensor | None = None  # of BACKWARD
     unsummed: bool = False  # reply with every pair by itself (batch-invariant mode)
 
@@ -192,7 +192,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class MessageKey:
-    """Names one backward message to one actor inside an attempt."""
+    """Identifies one backward message to one actor inside an attempt."""
 
     rank: int
     micro_batch: int
@@ -214,42 +214,42 @@ class ActorWork:
     """What one incarnation of an expert actor has done since its start; a new incarnation counts from 0."""
 
     computed_rows: int = 0  # (row, expert) pairs
-    expert_runs: int = 0  # times that an expert was computed, for however many rows
+    expert_runs: int = 0  # executions of an expert, of any number of rows
     busy_s: float = 0.0  # computing
     batches: int = 0  # messages taken off the queue
-    queue_wait_s: float = 0.0  # the sum of what those waited
+    queue_wait_s: float = 0.0  # total wait of those
     queue_rows: int = 0  # waiting now
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertActorStatus:
-    """What an expert actor says of itself."""
+    """The status that an expert actor reports."""
 
     actor: str
     incarnation: str
     placement: PlacementNumber
-    experts: tuple[ExpertId, ...]  # in the version that is served
+    experts: tuple[ExpertId, ...]  # in the served version
     hosted_bytes: int  # of all versions
-    weight_version: int  # that is served
+    weight_version: int  # the served version
     training_term: int
     committed: StepTag | None
     prepared: StepTag | None
     rss_bytes: int
-    checkpoint: str = ""  # as the last set_placement said
-    snapshot: bytes = b""  # likewise, if it was asked for
+    checkpoint: str = ""  # from the last set_placement
+    snapshot: bytes = b""  # from the last set_placement, if requested
     work: ActorWork = field(default_factory=ActorWork)
-    other_versions: Mapping[int, tuple[ExpertId, ...]] = field(default_factory=dict)  # beside the one that is served
+    other_versions: Mapping[int, tuple[ExpertId, ...]] = field(default_factory=dict)  # beside the served one
 
     def held(self, version: int) -> tuple[ExpertId, ...]:
-        """The experts that it holds in a weight version."""
+        """Returns the experts that the actor holds in a weight version."""
         return self.experts if version == self.weight_version else self.other_versions.get(version, ())
 
 
 class ActorPhase(StrEnum):
-    """How far an expert actor is on its way to serving."""
+    """An expert actor's progress towards serving."""
 
-    RESTARTING = "restarting"  # its process is being started, or started again
-    LOADING = "loading"  # it loads its experts
+    RESTARTING = "restarting"  # its process is starting or restarting
+    LOADING = "loading"  # it is loading its experts
     SERVING = "serving"
 
 
@@ -263,17 +263,17 @@ class ActorState:
     phase: ActorPhase
     experts: int
     restarts: int
-    problem: str = ""  # why it does not serve; empty while that is not known
+    problem: str = ""  # why it does not serve; empty if unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterReport:
-    """What a router says of itself to everybody."""
+    """What a router reports to the controller and to its clients."""
 
     router: str
-    running: int = 0  # texts that are being written
-    waiting: int = 0  # texts that wait to be begun
-    weight_version: int = 0  # that new texts are written with; 0: not known yet
+    running: int = 0  # running requests
+    waiting: int = 0  # waiting requests
+    weight_version: int = 0  # of new requests; 0: not known yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,16 +281,16 @@ class RouterState(RouterReport):
     """What the controller knows of one router."""
 
     address: str = ""  # host:port of its RouterService; empty: it has none
-    oldest_weight_version: int = 0  # that a text is still being written with
-    leaving: bool = False  # it shall get no new texts
-    ready_weight_version: int = 0  # the newest whose trunk is loaded
-    failed_weight_version: int = 0  # whose trunk could not be loaded; 0: none
-    problem: str = ""  # why
+    oldest_weight_version: int = 0  # that a running request still uses
+    leaving: bool = False  # it should get no new requests
+    ready_weight_version: int = 0  # the newest version whose trunk is loaded
+    failed_weight_version: int = 0  # the version whose trunk could not be loaded; 0: none
+    problem: str = ""  # why it could not
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaAside:
-    """A replica that routers had NaN or infinity of."""
+    """A replica that returned NaN or infinity to routers."""
 
     actor: str
     expert: ExpertId
@@ -301,7 +301,7 @@ class ReplicaAside:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerStatus:
-    """What the controller says of the cluster."""
+    """The cluster as the controller reports it."""
 
     term: int
     generation: int
@@ -312,11 +312,11 @@ class ControllerStatus:
     held: bool = False
     replicas: int = 0
     cold_experts: int = 0  # without a replica on purpose
-    operations: tuple[Operation, ...] = ()  # under way
+    operations: tuple[Operation, ...] = ()  # that have not ended
     router_states: tuple[RouterState, ...] = ()  # of those with a lease
     weight_version: int = 0
     replicas_aside: tuple[ReplicaAside, ...] = ()
-    lost_experts: int = 0  # that nobody serves, and that should be served
+    lost_experts: int = 0  # that no actor serves, except cold ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +330,7 @@ class PlanPreview:
     moved_bytes: float
     added: tuple[Replica, ...]
     removed: tuple[Replica, ...]
-    changed_shares: int  # replicas that stay, with another share
+    changed_shares: int  # replicas that stay where they are with another share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,13 +341,13 @@ class ActorLoads:
     node: str
     computed_rows: int
     busy_s: float
-    speed: float  # 1 is the usual one
+    speed: float  # relative to the usual speed, 1
     slots: int  # of each layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterLoads:
-    """What was counted since the controller began."""
+    """What was counted since the controller started."""
 
     time_s: float  # Unix time
     model: str
@@ -364,5 +364,5 @@ class RouterStatus(RouterReport):
     model: str
     placement: PlacementNumber
     rss_bytes: int
-    max_tokens: int = 0  # prompt and continuation together
-    controller: str = ""  # host:port where the router reaches the controller; empty: it does not now
+    max_tokens: int = 0  # of prompt and completion together
+    controller: str = ""  # host:port of the controller that the router is connected to; empty: none now

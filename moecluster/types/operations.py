@@ -1,4 +1,4 @@
-"""Operations: each change of placement, weights or size that the controller makes."""
+"""Operations: the controller's changes of placement, weights or size."""
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
@@ -12,18 +12,18 @@ class OperationKind(StrEnum):
     DRAIN = "drain"  # a node, or one expert actor, is emptied
     PLACE = "place"  # an expert is put on exactly the named actors, or on none
     UPDATE = "update"  # all weights are replaced
-    ACTIVATE = "activate"  # experts without a replica, which tokens want now, are loaded
-    EVICT = "evict"  # experts that no token wanted for long are unloaded
+    ACTIVATE = "activate"  # cold experts that tokens need are loaded
+    EVICT = "evict"  # experts that no token was routed to for long are unloaded
     HOLD = "hold"  # every expert gets one replica, for a training run
-    RESTORE = "restore"  # experts that were lost, or answer NaN or infinity, are loaded again
+    RESTORE = "restore"  # experts that were lost, or returned NaN or infinity, are reloaded
     REBALANCE = "rebalance"  # replicas are added, moved or dropped to follow the load
     RESHARE = "reshare"  # shares alone follow the load
 
     @property
     def resumable(self) -> bool:
-        """Whether it waits in the queue: a controller that succeeds another one carries it out from the beginning.
+        """Whether a succeeding controller queues it again and carries it out from the beginning.
 
-        Of the other kinds, what was under way has failed with its controller.
+        Unfinished operations of the other kinds fail with their controller.
         """
         return self in _RESUMABLE
 
@@ -46,7 +46,7 @@ _RESUMABLE = frozenset(
 
 
 class OperationPhase(Enum):
-    """How far an operation is."""
+    """The progress of an operation."""
 
     QUEUED = "queued"
     PREPARING = "preparing"
@@ -61,19 +61,19 @@ class OperationPhase(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One change of placement or size."""
+    """One change of placement, weights or size."""
 
     id: str
     kind: OperationKind
     phase: OperationPhase = OperationPhase.QUEUED
     reason: str
     detail: str = ""  # what is being done, or why it failed
-    arguments: tuple[str, ...] = ()  # of what was asked: a number of actors, a node, an expert and its actors
+    arguments: tuple[str, ...] = ()  # of the request: a number of actors, a node, an expert and its actors
     created_s: float  # Unix time, as ended_s
     ended_s: float | None = None
     balancedness_before: float | None = None
     balancedness_predicted: float | None = None
-    balancedness_measured: float | None = None  # over the window that followed
+    balancedness_measured: float | None = None  # over the load window that followed
     moved_bytes: int = 0
     added_replicas: int = 0
     removed_replicas: int = 0

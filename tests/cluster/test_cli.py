@@ -1,4 +1,4 @@
-"""The command line against a Ray of its own: what `up` starts, `down` ends, and nothing else."""
+"""The command line with its own Ray: `down` ends everything that `up` started, and nothing else."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TIMEOUT_S = 180.0
 SETTINGS = ("cluster.num_expert_actors=2", "controller.max_expert_actors=3", "controller.num_redundant_experts=4")
 LIVE = tuple(word for setting in SETTINGS for word in ("--set", setting))
 
-pytestmark = pytest.mark.timeout(400)  # every command is a process that imports and starts much
+pytestmark = pytest.mark.timeout(400)  # every command is a process with slow imports
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -55,13 +55,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def local_rays() -> set[str]:
-    """Marks of the local Rays that these tests started and that have a living process."""
+    """Marks of the local Rays started by these tests that still have a process."""
     return {process.environ()[MARK] for process in processes_of_this_session() if MARK in process.environ()}
 
 
 @pytest.fixture(scope="module")
 def live(run: Run, model: str) -> Iterator[None]:
-    """A cluster that is up, for the last tests; then it is ended."""
+    """A running cluster for the last tests, ended after them."""
     started = run("up", model, *LIVE)
     assert started.returncode == 0, started.stderr
     try:
@@ -129,8 +129,8 @@ def test_what_is_not_up_cannot_be_ended(run: Run) -> None:
 
 
 def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, tmp_path: Path) -> None:
-    """Also by a controller that was started anew, and listens elsewhere than `up` noted. Before any text: its load
-    could move experts, too."""
+    """Also by a restarted controller, whose address differs from the one that `up` noted. Runs before any request,
+    whose load could move experts too."""
     placed = run("place", "0/0", "expert-0", "expert-1", "--id", "both")
     assert placed.returncode == 0 and placed.stdout.startswith("both is done"), placed.stderr
     shown = run("status").stdout
@@ -174,7 +174,7 @@ def test_status_and_outputs_of_what_is_up(live: None, run: Run, model: str, tmp_
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_host_is_refused_everything(live: None, run: Run, state_home: Path) -> None:
-    """Ports x attempts: every method of every service of ours and of Ray's, at every port of the processes."""
+    """Ports x attempts: every method of every service of the cluster and of Ray, at every port of the processes."""
     shown = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     up = state_home / "moecluster" / "moecluster.json"
     noted = json.loads(up.read_text())
@@ -197,10 +197,10 @@ def test_another_user_of_the_host_is_refused_everything(live: None, run: Run, st
             method = attempt.rpartition(" ")[2]
             if int(port) in own:
                 expected = {"UNAUTHENTICATED"} if method not in health else {"OK", "UNIMPLEMENTED"}
-            else:  # Ray's: what it has asks for Ray's token, but for its health and the names of its methods
+            else:  # Ray's: every method requires Ray's token, except health and reflection
                 expected = {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}
                 if method in health or method.startswith("/grpc.reflection."):
                     expected.add("OK")
             assert status in expected, (port, ports[int(port)], attempt, status)
         assert int(port) not in own or len(calls) >= len(SECRETS) * len(ours)
-    assert run("status").returncode == 0  # and the cluster serves on
+    assert run("status").returncode == 0  # and the cluster still serves

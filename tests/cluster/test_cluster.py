@@ -1,4 +1,4 @@
-"""A real cluster: what it generates, and what it does when its processes are killed."""
+"""A real cluster: its generated tokens, and its recovery when processes are killed."""
 
 import os
 import signal
@@ -53,8 +53,8 @@ def cluster(ray_session: object, model: str) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def reference(model: str) -> list[int]:
-    """What the whole model in one process goes on with, greedily."""
-    read_model_config(model)  # makes the native family known
+    """The greedy continuation by the whole model in one process."""
+    read_model_config(model)  # registers the native family
     whole: Any = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.tensor([list(PROMPT.encode())])
     out = whole.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))

@@ -1,4 +1,4 @@
-"""What a checkpoint of 1 GB in experts costs: the router its trunk, each actor its own experts.
+"""Memory for a checkpoint with 1 GB of experts: a router needs its trunk, an actor its own experts.
 
 Actors read theirs at the same time, each with several threads, and pack them while they serve.
 
@@ -26,8 +26,8 @@ from tests.support.clusters.ray_session import RaySession
 from tests.support.models.families import save
 
 MB = 10**6
-ROUTER_BYTES = 450 * MB  # beside the trunk, the configured attention cache and the configured shared memory
-EXPERT_ACTOR_BYTES = 400 * MB  # beside the actor's experts, the code that all processes share included
+ROUTER_BYTES = 450 * MB  # besides the trunk, the configured KV cache and the configured shared memory
+EXPERT_ACTOR_BYTES = 400 * MB  # besides the actor's experts; includes the code that all processes share
 NUM_ACTORS = 4
 PACKING_S = 3.0
 # Mixtral's proportions.
@@ -38,7 +38,7 @@ EXPERTS_BYTES = LAYERS * EXPERTS * 3 * WIDTH * INNER * 4  # float32
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A checkpoint on the disk."""
+    """A checkpoint on disk."""
 
     directory: Path
     trunk_bytes: int
@@ -46,7 +46,7 @@ class Stored:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
-    """A shard for the trunk and one for each expert, written one after the other. Gone after the test."""
+    """Writes a shard for the trunk and one for each expert, one at a time. Deleted after the test."""
     directory = tmp_path_factory.mktemp("large")
     trunk = write_trunk(directory)
     weight_map = dict.fromkeys(trunk, "trunk.safetensors")
@@ -60,7 +60,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
 
 
 def write_trunk(directory: Path) -> dict[str, torch.Tensor]:
-    """Everything but the experts, out of a model whose experts are tiny; with the configuration of the large ones."""
+    """Writes everything but the experts, from a model with tiny experts but the configuration of the large ones."""
     config = MixtralConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=WIDTH,
@@ -83,7 +83,7 @@ def write_trunk(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def write_expert(shard: Path, layer: int, index: int) -> list[str]:
-    """One expert under the keys that Mixtral was released with."""
+    """Writes one expert under the keys of the released Mixtral."""
     shapes = {"w1": (INNER, WIDTH), "w2": (WIDTH, INNER), "w3": (INNER, WIDTH)}
     prefix = f"model.layers.{layer}.block_sparse_moe.experts.{index}"
     tensors = {f"{prefix}.{name}.weight": torch.randn(shape) * 0.02 for name, shape in shapes.items()}
@@ -111,7 +111,7 @@ class Memory:
 
 
 def cache_bytes(serve: ServeConfig) -> int:
-    """Keys and values of all tokens that there is room for, and the mask of a batch over them; float32."""
+    """Bytes of the full KV cache and of a batch's attention mask over it; float32."""
     keys_and_values = serve.max_cached_tokens * LAYERS * 2 * KV_HEADS * (WIDTH // HEADS)
     mask = serve.max_batch_tokens * (serve.max_cached_tokens + serve.max_batch_tokens)
     return 4 * (keys_and_values + mask)

@@ -1,4 +1,4 @@
-"""A model whose experts are Ray actors equals the whole model in one process: two families, one of each layout."""
+"""A model with its experts in Ray actors equals the whole model in one process, for one family of each layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ CHECKPOINTS: list[tuple[str, Layout]] = [("mixtral", "per-expert"), ("gpt_oss", 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One family, whole in this process and its experts in a cluster."""
+    """One family: the whole model in this process, and its experts in a cluster."""
 
     family: str
     layout: Layout
@@ -70,7 +70,7 @@ def case(
 
 
 def train_with_sgd(case: Case, directory: Path, term: int) -> dict[str, ExpertControl]:
-    """Loads the experts anew, to be trained by plain gradient descent; returns the controls of their actors."""
+    """Reloads the experts for training by plain gradient descent; returns their actors' controls."""
     case.cluster.driver.give_directory(str(directory))
     placement, controls = case.remote.pool.placement(), case.remote.pool.controls()
     for actor, control in controls.items():
@@ -88,7 +88,7 @@ def train_with_sgd(case: Case, directory: Path, term: int) -> dict[str, ExpertCo
 
 
 def exported(case: Case, controls: dict[str, ExpertControl]) -> Weights:
-    """Every expert's parameters, as its actor sends them."""
+    """Every expert's parameters, as its actor exports them."""
     placement, weights = case.remote.pool.placement(), Weights()
     for actor, control in controls.items():
         for tensor in control.export(experts=placement.experts_on(actor), with_optimizer=False):
@@ -97,7 +97,7 @@ def exported(case: Case, controls: dict[str, ExpertControl]) -> Weights:
 
 
 def commit(remote: RemoteExperts, controls: dict[str, ExpertControl], tag: StepTag) -> None:
-    """A step of gradient descent with learning rate 1: parameters fall by their gradients."""
+    """A step of gradient descent with learning rate 1: subtracts the gradients from the parameters."""
     sent = remote.sent(tag)
     for actor, control in controls.items():
         control.reduce(tag, sent.get(actor, []))
@@ -119,7 +119,7 @@ def test_the_router_actor_writes_what_the_whole_model_writes(case: Case) -> None
 
 
 def test_logits_gradients_and_greedy_tokens_equal_one_process(case: Case) -> None:
-    """From here on the actors hold trained experts."""
+    """After this test the actors hold trained experts."""
     controls = train_with_sgd(case, case.directory, term=1)
     before = exported(case, controls)
     tag = StepTag(term=1, step=1, attempt=0)
@@ -142,7 +142,7 @@ def test_logits_gradients_and_greedy_tokens_equal_one_process(case: Case) -> Non
 
 
 def test_one_expert_perturbed_by_a_hundredth_is_noticed(case: Case, tmp_path: Path) -> None:
-    """The falsifying twin: the actors load an expert that is slightly wrong."""
+    """Negative control: the actors load a slightly wrong expert."""
     layer = ExpertSource(case.directory).layers[0]
     used = [sum(g.abs().sum() for g in expert_gradients(case.model, layer.name, i).values()) for i in range(4)]
     perturbed = make_model(case.family)

@@ -1,4 +1,4 @@
-"""A checkpoint under a name that exists on no node of the actors: they read it from the source that announced it."""
+"""Actors on nodes without the checkpoint directory read it from the source that announced it."""
 
 import signal
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
     expected = text(cluster)
     assert not Path(NAME).exists()
     name = cluster.config.cluster.name
-    announce(name, directory)  # there is no source yet, and nothing to do
+    announce(name, directory)  # a no-op: there is no source yet
     node = ray.get_runtime_context().get_node_id()
     spawn(CheckpointSource, "source", cluster.config, SOURCE, directory, CREDENTIALS, "127.0.0.1", node=node)
     source = find_actor(SOURCE, name)

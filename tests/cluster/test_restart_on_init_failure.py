@@ -1,4 +1,4 @@
-"""An actor that cannot begin after its death, as what it needs is away, and begins once that is back."""
+"""An actor whose restart fails because a dependency is missing, and succeeds once it is back."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Routers that come under load and leave when it is over, in a real cluster: no text fails, and none is another."""
+"""Routers are added under load and removed afterwards, in a real cluster: no request fails or changes its output."""
 
 import threading
 import time
@@ -33,19 +33,19 @@ def cluster(ray_session: RaySession, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def routers(cluster: RayCluster) -> dict[str, RouterState]:
-    """Those that the controller knows to serve."""
+    """The serving routers that the controller knows."""
     status = cluster.status()
     return {s.router: s for s in status.router_states if s.address} if status is not None else {}
 
 
 class Gateway:
-    """NUM_CLIENTS threads that write one text after another, each at the router with the fewest that does not leave."""
+    """NUM_CLIENTS threads that send one request after another, each to the staying router with the fewest requests."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self.texts: list[tuple[str, str, str]] = []  # router, prompt, text
         self.failures: list[str] = []
         self._cluster = cluster
-        self._sent: dict[str, int] = {}  # router -> texts under way
+        self._sent: dict[str, int] = {}  # router -> running requests
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._states: dict[str, RouterState] = {}
@@ -107,7 +107,7 @@ def test_under_load_a_second_router_starts_and_when_it_is_over_it_is_drained_and
 
 
 def test_a_controller_that_is_started_again_finds_the_routers_and_goes_on(cluster: RayCluster) -> None:
-    """The text that is being written at the router that leaves comes whole."""
+    """The request running on the leaving router completes."""
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
         calls.scale_routers(2, operation_id="grow")
         wait_for(lambda: calls.operation("grow").phase is OperationPhase.DONE, "the second router serves")

@@ -1,4 +1,4 @@
-"""Several routers of one cluster: the same texts from all, and from those that are left when one is lost."""
+"""Several routers of one cluster generate the same tokens, also after one of them is lost."""
 
 import threading
 import urllib.request
@@ -36,13 +36,13 @@ def cluster(ray_session: RaySession, directory: str) -> Iterator[RayCluster]:
 
 
 def addresses(cluster: RayCluster) -> dict[str, str]:
-    """Router -> where it listens now."""
+    """Router -> its current address."""
     found = cluster.driver.endpoints()
     return {name: reached.address for name, reached in found.items() if is_router(name) and reached is not None}
 
 
 def texts(address: str) -> dict[str, str]:
-    """Every prompt's text from one router, one after the other."""
+    """Each prompt's output from one router, one after the other."""
     with Client(address, credentials=CREDENTIALS) as client:
         return {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS).text() for prompt in PROMPTS}
 
@@ -84,7 +84,7 @@ def test_each_has_a_lease_a_name_and_metrics_of_its_own(cluster: RayCluster) -> 
 
 @pytest.mark.parametrize("victim", ROUTERS)
 def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCluster, victim: str) -> None:
-    """Its text goes on at the other one; the one that Ray starts again is found anew, and writes the same."""
+    """Its request continues on the other router; the router that Ray restarts is found again and generates the same."""
     before, pid = addresses(cluster), cluster.pids()[victim]
     other = next(name for name in ROUTERS if name != victim)
     whole = texts(before[other])
@@ -107,7 +107,7 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
 
 
 def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster: RayCluster, tmp_path: Path) -> None:
-    """Not the model that the cluster was started with: the experts are of the newest checkpoint by then."""
+    """Not the cluster's initial model, since the experts are from the newest checkpoint by then."""
     newest = save_decided_model(tmp_path)
     cluster.driver.give_directory(newest)
     set_checkpoint(cluster.driver.controller_address(), newest, credentials=CREDENTIALS)
@@ -130,7 +130,7 @@ def test_a_training_run_holds_the_placement_and_ends_with_the_first_router(
         except RunGone:
             return True
         except Unavailable:
-            return False  # it is being started again
+            return False  # it is restarting
 
     assert not held()
     endless: dict[str, Any] = {"steps": 10**6, "checkpoint_every_steps": 0, "participant_timeout_s": 2.0}

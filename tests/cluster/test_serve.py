@@ -1,4 +1,4 @@
-"""`moecluster serve` with a Ray of its own: asked over HTTP, joined by a second gateway, its router killed, ended."""
+"""`moecluster serve` with its own Ray: HTTP requests, a second gateway, a killed router, and the shutdown."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 class Served:
-    """A command that serves HTTP until it is interrupted."""
+    """A command that serves HTTP until interrupted."""
 
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -33,7 +33,7 @@ class Served:
         self.output: list[str] = []
 
     def wait_started(self) -> str:
-        """Its address."""
+        """Waits until it serves; returns its address."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.output.append(line)
@@ -75,7 +75,7 @@ def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environme
         finally:
             assert second.interrupt() == 0
         os.kill(_router_pid(), signal.SIGKILL)
-        # Ray starts it again, at another address, which only Ray knows: the gateway asks.
+        # Ray restarts it at another address, which the gateway asks Ray for.
         assert client.completions.create(**text).choices[0].text == reference
     assert len(local_rays()) == 1
     assert served.interrupt() == 0

@@ -1,4 +1,4 @@
-"""Weights of a real cluster, replaced by the command line while it serves, and kept by processes that start again."""
+"""Replaces the weights of a serving cluster by the command line; restarted processes keep the new ones."""
 
 import signal
 import subprocess
@@ -37,7 +37,7 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
     tables = {"cluster": {"num_expert_actors": 2}, "controller": {"lease_s": 2.0, "period_s": 0.2}}
     with RayCluster(first, tables) as cluster:
         name = cluster.config.cluster.name
-        # As `up` does, on a Ray that is not ours to end.
+        # As `up` does, on a Ray that this test does not own.
         noted = UpCluster(
             name=name,
             ray_address=ray_session.address,
@@ -74,7 +74,7 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
         assert not failures and {tuple(text) for text in texts} == {tuple(before), tuple(after)}
         assert texts[-1] == after
         assert f"weight version 2: {second}" in run("status", "--name", name).stdout
-        # Whatever is started again comes up with what is served now.
+        # A restarted process starts with the weights served now.
         for actor in ("controller", "router", "expert-0"):
             pid = cluster.kill(actor, signal.SIGKILL)
             wait_for(partial(is_started_again, cluster, actor, pid), f"{actor} is started again")

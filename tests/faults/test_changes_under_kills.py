@@ -1,4 +1,4 @@
-"""The cluster is changed in every way, and its parts are killed, while texts are written: they are what they are."""
+"""All kinds of operations and kills of processes while requests run: the outputs do not change."""
 
 from pathlib import Path
 

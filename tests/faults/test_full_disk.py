@@ -1,4 +1,4 @@
-"""A disk that is full, for real: a file system of 1 MiB in a mount namespace of its own."""
+"""A really full disk: a file system of 1 MiB in its own mount namespace."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Texts are what they are, whoever is killed while they are written."""
+"""Killing processes does not change the output of running requests."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A local Ray whose start is broken off or ended: found, said, and brought up again by the next command."""
+"""A local Ray whose start was interrupted or killed: the next command detects it, reports it and starts a new one."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ from tests.conftest import processes_of_this_session
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.ray_cluster import wait_for
 
-LONG_S = 400.0  # a start on a machine that is busy with others
+LONG_S = 400.0  # a start on a busy machine
 
 pytestmark = pytest.mark.timeout(1500)
 
 
 class Commands:
-    """The command line, with a state directory of its own."""
+    """The command line, with its own state directory."""
 
     def __init__(self, state: Path) -> None:
         self._environment = {**os.environ, "XDG_STATE_HOME": str(state), "COLUMNS": "200"}
@@ -37,7 +37,7 @@ class Commands:
         )
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, and what it says on standard output and on standard error."""
+        """Returns exit code, standard output and standard error."""
         with self.begin(*arguments) as process:
             out, err = process.communicate(timeout=LONG_S)
         return process.returncode, out, err
@@ -62,7 +62,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 def test_a_start_that_is_ended_by_sigterm_says_one_line_and_leaves_nothing(commands: Commands, model: str) -> None:
-    """Also once the command has joined Ray, which would answer the signal with a stack of C++."""
+    """Also after the command has connected to Ray, which by itself prints a C++ stack trace on the signal."""
     with commands.begin("up", model, "--set", "cluster.num_expert_actors=2") as starting:
         wait_for(lambda: parts("ray::ControllerActor"), "actors are being started", LONG_S)
         starting.terminate()

@@ -1,4 +1,4 @@
-"""Begun streams go on, whoever is killed: an expert actor, a router, the controller."""
+"""Running streams continue when an expert actor, a router or the controller is killed."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Training over four Ray expert actors: equal to one process, and the same curve when an actor is killed at any phase.
+"""Training over four Ray expert actors equals one process, with the same curve if an actor is killed in any phase.
 
-The rank runs in the test's process, so that a message of the wanted phase can be the moment of the SIGKILL.
+The rank runs in the test's process, so that a message of the chosen phase can trigger the SIGKILL.
 """
 
 import os
@@ -53,7 +53,7 @@ def cluster(ray_session: RaySession, text: Path, tmp_path_factory: pytest.TempPa
 
 
 class Killer:
-    """Ends the victim's process at its call number `at` of a phase: before it is sent, or once it is answered."""
+    """Kills the victim's process at its call number `at` of a phase: before the call is sent, or after its reply."""
 
     def __init__(self, pid: int, phase: str, *, at: int, after: bool) -> None:
         self._pid, self._phase, self._at, self._after = pid, phase, at, after
@@ -75,7 +75,7 @@ class Killer:
         return call()
 
     def arm(self, remote: RemoteExperts) -> None:
-        """Watches the messages and orders that go to the victim."""
+        """Intercepts the messages and requests sent to the victim."""
         pool = remote.pool
         connect, control = pool._connect, pool._control
 
@@ -151,7 +151,8 @@ def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
 def test_a_run_whose_router_is_killed_begins_again_by_itself(
     cluster: RayCluster, text: Path, tmp_path: Path, undisturbed: dict[int, float]
 ) -> None:
-    """As `moecluster train` runs it: in the router's process, which is ended by SIGKILL behind its first checkpoint."""
+    """As with `moecluster train`: it runs in the router's process, which is killed by SIGKILL after the first
+    checkpoint."""
     cluster.wait_served()
     config = make_config(text, tmp_path, **SHORT)
     start = prepare_start(config)

@@ -1,4 +1,4 @@
-"""One expert actor behind loopback gRPC, and ways to it."""
+"""One expert actor behind loopback gRPC, and connections to it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -55,7 +55,7 @@ def connect(server: RunningServer) -> Iterator[Connect]:
 
 @pytest.fixture
 def channel(server: RunningServer) -> Iterator[grpc.Channel]:
-    """Without our limits and keepalive."""
+    """A channel without the project's limits and keepalive."""
     with grpc.insecure_channel(server.address, options=[("grpc.max_send_message_length", -1)]) as channel:
         yield channel
 

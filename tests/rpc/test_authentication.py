@@ -1,4 +1,4 @@
-"""Nobody without the cluster's secret may call a method of a server; with it everything goes on as before."""
+"""Calls without the cluster's secret are refused; with it everything works as before."""
 
 import asyncio
 import threading
@@ -48,7 +48,7 @@ WITHOUT: dict[str, Metadata] = {
 
 
 class Untouched:
-    """A handler that nothing may reach."""
+    """A handler that no call may reach."""
 
     lease_s = 1.0
     incarnation = "incarnation"
@@ -59,7 +59,7 @@ class Untouched:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[dict[str, RunningServer]]:
-    """A server of each kind, in front of what must not be called."""
+    """A server of each kind, with a handler that must not be called."""
     nothing: Any = Untouched()
     servers = {
         "expert": serve_expert(nothing, credentials=CREDENTIALS),
@@ -75,7 +75,7 @@ def guarded() -> Iterator[dict[str, RunningServer]]:
 @pytest.mark.parametrize("attempt", WITHOUT)
 @pytest.mark.parametrize("server", SERVERS)
 def test_every_method_of_every_server_is_refused(guarded, server: str, attempt: str) -> None:
-    """Also methods of services that it has not: who has no secret does not learn which it has."""
+    """Also methods that do not exist: callers without the secret cannot learn which methods exist."""
     with open_channel(guarded[server].address) as channel:
         for method in [*guarded_methods(), Method(path="/no.such.Service/Method", requests_streamed=False)]:
             code, detail = code_of(channel, method, WITHOUT[attempt])
@@ -85,7 +85,7 @@ def test_every_method_of_every_server_is_refused(guarded, server: str, attempt: 
 
 
 def test_the_table_has_every_method_of_every_proto() -> None:
-    """A proto file, a service or a method more is in the table by itself, or fails here."""
+    """A new proto file, service or method is either in the table automatically, or fails here."""
     protos = Path(moecluster.proto.__file__).parents[2] / "protos"
     declared = {
         line.split()[1].partition("(")[0]
@@ -122,7 +122,7 @@ def test_reflection_answers_with_the_secret(guarded) -> None:
 
 
 def test_a_call_is_refused_before_its_body_has_come(guarded) -> None:
-    """Who sends headers alone holds no thread of the server."""
+    """A caller that sends only headers occupies no server thread."""
     with open_channel(guarded["expert"].address) as channel:
         never = threading.Event()
 
@@ -141,7 +141,7 @@ def test_a_call_is_refused_before_its_body_has_come(guarded) -> None:
 
 
 def test_health_calls_without_the_secret_leave_room_for_those_with_it() -> None:
-    """128 calls run at once in a server; who has no secret gets a few of them, and no more by never ending them."""
+    """A server runs 128 calls at once; callers without the secret get only a few of them, even if they never end."""
     with closing(_Serving(FakeController())) as serving, open_channel(serving.address) as anonymous:
         stub: Any = health_pb2_grpc.HealthStub(anonymous)
         watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(200)]
@@ -230,7 +230,7 @@ def test_a_client_takes_the_secret_from_a_file_or_the_environment(tmp_path: Path
 
 
 def test_a_future_and_an_event_loop_send_it_too(guarded) -> None:
-    """Of a method that the handler refuses by itself: it was reached."""
+    """Calls a method that the handler itself refuses, which shows that it was reached."""
     request = expert_pb2.LoadRequest(timeout_s=-1.0)
     with open_channel(guarded["expert"].address, CREDENTIALS) as channel:
         call = expert_pb2_grpc.ExpertServiceStub(channel).Load.future(request)

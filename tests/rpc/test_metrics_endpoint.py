@@ -13,10 +13,10 @@ from tests.support.clusters.running_gateway import wait_for
 
 
 def requests_of(port: int) -> dict[str, float]:
-    """running and waiting, as a router's /metrics shows them."""
+    """(running, waiting) from a router's /metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         shown = answer.read().decode()
-    found = re.findall(r'^moecluster_router_(\w+)_texts\{cluster="",model="tiny"\} (\S+)$', shown, re.MULTILINE)
+    found = re.findall(r'^moecluster_router_(\w+)_requests\{cluster="",model="tiny"\} (\S+)$', shown, re.MULTILINE)
     return {state: float(count) for state, count in found}
 
 
@@ -42,13 +42,13 @@ def test_a_port_in_use_is_a_users_error_that_names_it() -> None:
         first.close()
 
 
-def test_a_router_shows_how_many_texts_it_writes_and_how_many_wait(tmp_path: Path) -> None:
+def test_a_router_shows_how_many_requests_run_and_wait(tmp_path: Path) -> None:
     with LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster:
         port = cluster.metrics.serve(host="127.0.0.1", port=0)
         try:
             assert requests_of(port) == {"running": 0, "waiting": 0}
             for actor in cluster.names:
-                cluster.kill(actor)  # so that no text ends by itself
+                cluster.kill(actor)  # so that no request finishes
             with Client(cluster.router_server.address) as client:
                 texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
                 wait_for(lambda: requests_of(port) == {"running": 2, "waiting": 3})

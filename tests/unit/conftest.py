@@ -1,7 +1,7 @@
-"""Unit tests run in one process: what would start Ray, listen, or reach another process fails the test that tries.
+"""Unit tests run in one process: a test that starts Ray, listens, or connects to another process fails.
 
-Unix sockets stay allowed, because event loops make themselves a pair. gRPC is forbidden by its own entry points,
-because its core opens sockets without Python's socket module.
+Unix sockets stay allowed, because event loops create a pair. gRPC is blocked at its entry points, because its core
+opens sockets without Python's socket module.
 """
 
 import socket

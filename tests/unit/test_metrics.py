@@ -7,7 +7,7 @@ from moecluster.types import ExpertId
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """(name, labels but model and cluster) -> value; asserts that every series says both."""
+    """(name, labels except model and cluster) -> value; asserts that every series has both."""
     found = {}
     for family in text_string_to_metric_families(metrics.render()):
         for sample in family.samples:

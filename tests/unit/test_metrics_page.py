@@ -1,4 +1,4 @@
-"""The page that Prometheus scrapes, every metric set, at the size of a large model: it and promtool accept it."""
+"""The scraped page with every metric set, at the size of a large model: Prometheus and promtool accept it."""
 
 import inspect
 import re
@@ -18,7 +18,7 @@ from tests.support.every_metric import set_all, set_all_of_a_gateway
 __all__ = ["promtool"]
 
 LAYERS, EXPERTS = 58, 256
-RESERVED = {"histogram": {"le"}, "summary": {"quantile"}}  # labels that belong to one kind of metric alone
+RESERVED = {"histogram": {"le"}, "summary": {"quantile"}}  # labels reserved for one kind of metric
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def pages() -> dict[str, str]:
 
 @pytest.mark.parametrize(("kind", "set_up"), [(Metrics, set_all), (GatewayMetrics, set_all_of_a_gateway)])
 def test_every_metric_is_on_the_pages_below(kind: type, set_up: Callable[[Any], None]) -> None:
-    """A metric that is declared later is set here, too."""
+    """Fails if a newly declared metric is not set here."""
     words = {"add", "begin", "count", "end", "observe", "set", "watch"}
     setters = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name.split("_")[0] in words]
     assert len(setters) > 4

@@ -1,4 +1,4 @@
-"""What is no JSON, though Python's parser takes it."""
+"""Input that is not JSON although Python's parser accepts it."""
 
 import json
 

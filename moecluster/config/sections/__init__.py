@@ -1,6 +1,6 @@
-"""The sections of the settings, a file each. Every default works on a laptop.
+"""The sections of the settings, one file each. Every default works on a laptop.
 
-To add a setting, add one line to its section. Names carry their units; documentation stands in the line.
+To add a setting, add one line to its section. Names carry their units; the line includes the documentation.
 """
 
 from moecluster.config.sections.cluster import ClusterConfig

@@ -1,1 +1,1 @@
-"""Each expert actor of the cluster, looked after: started, loaded, watched, begun again."""
+"""Management of the expert actors: started, loaded, watched, restarted."""

@@ -1,4 +1,4 @@
-"""How expert actors are started and watched, and what the actor monitors share with the rest of the controller."""
+"""Interfaces of the actor monitors: to what starts and watches expert actors, and to the rest of the controller."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVe
 
 
 class ActorSupervisor(Protocol):
-    """What starts expert actors, and starts them again when they die."""
+    """Starts expert actors, and restarts them when they die."""
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
-        """Where the actor listens now; waits while it is started again. None after the timeout."""
+        """Returns the actor's current address, waiting while it restarts. None after the timeout."""
 
     def restart(self, actor: str) -> None:
-        """Ends a process that hangs, so that a new one takes its place. Never raises."""
+        """Ends a hung process, so that a new one replaces it. Never raises."""
 
     def known(self) -> tuple[str, ...]:
-        """The expert actors that are there, or are being started."""
+        """The expert actors that exist or are being started."""
 
     def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
-        """Asks for a new actor; it comes when there is room for it. Fine if it is there already."""
+        """Requests a new actor, which starts once the cluster has room for it. Does nothing if it exists."""
 
     def remove(self, actor: str) -> None:
-        """Ends an actor for good. Fine if it is gone already."""
+        """Ends an actor for good. Does nothing if it is gone."""
 
     def draining_nodes(self) -> frozenset[str]:
-        """Nodes that will be taken away soon."""
+        """Nodes that are about to be removed."""
 
 
 class IncarnationWatch(Protocol):
-    """Looks out for the end of one incarnation of an actor."""
+    """Watches for the end of one incarnation of an actor."""
 
     def close(self) -> None:
         """Ends the watch."""
@@ -43,32 +43,32 @@ Watch = Callable[[ActorAddress, Callable[[], None]], IncarnationWatch]
 
 @dataclass(frozen=True, kw_only=True)
 class DesiredState:
-    """What stands now, as actors are told it."""
+    """The current state, as it is sent to actors."""
 
     term: int
     generation: int
     versions: WeightVersions
     dtype: str  # empty: the checkpoint's
-    snapshot: bytes = b""  # what the controller leaves with its actors for its successor
+    snapshot: bytes = b""  # the controller's snapshot, which actors keep for its successor
 
 
 class MonitorOwner(Protocol):
-    """The controller, as a monitor sees it."""
+    """Interface between an actor monitor and the controller: desired state in, events out."""
 
     def desired_state(self) -> DesiredState:
-        """What stands now."""
+        """Returns the state to send to actors."""
 
     def assigned(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor shall hold."""
+        """The experts that the actor should hold."""
 
     def kept(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor may hold: what it shall, and what is being loaded there to stand later."""
+        """The experts that the actor may hold: those assigned to it, and those that it is about to load."""
 
     def lost(self) -> frozenset[ExpertId]:
-        """Experts that nobody serves: they are loaded first."""
+        """Experts that no actor serves: they are loaded first."""
 
     def settled(self) -> bool:
-        """Whether routers had the time to take a placement of this controller: what it leaves out may be unloaded."""
+        """Whether routers had the time to apply a placement of this controller, so that surplus may be unloaded."""
 
     def actor_up(
         self,
@@ -78,36 +78,36 @@ class MonitorOwner(Protocol):
         versions: tuple[WeightVersion, ...],
         complete: bool,
     ) -> None:
-        """The actor serves these experts in these versions; complete: all that it shall hold."""
+        """The actor serves these experts in these versions; complete: all that it should hold."""
 
     def actor_prepared(
         self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
     ) -> None:
-        """The actor holds these experts in the version that is next; loaded_bytes: since the last time."""
+        """The actor holds these experts in the next version; loaded_bytes: since the last call."""
 
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
-        """The actor cannot load the version that is next now; the monitor goes on trying."""
+        """The actor cannot load the next version now; the monitor keeps trying."""
 
     def to_reload(self, actor: str) -> frozenset[ExpertId]:
-        """What is to be loaded anew while the actor serves: it answers NaN or infinity."""
+        """The experts to reload while the actor serves, since they returned NaN or infinity."""
 
     def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
-        """That was done."""
+        """The actor has reloaded these experts."""
 
     def reload_failed(self, actor: str, experts: Collection[ExpertId], error: MoeClusterError) -> None:
-        """It cannot be done."""
+        """The actor cannot reload these experts."""
 
     def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
         """The actor has loaded experts after its start."""
 
     def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
-        """The actor answered a look."""
+        """The actor answered a health check."""
 
     def actor_down(self, actor: str) -> None:
-        """The actor that was up is lost."""
+        """The actor is lost, or failed while loading."""
 
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
-        """The actor cannot be brought up now; the monitor goes on trying."""
+        """The actor cannot be brought up now; the monitor keeps trying."""
 
     def deposed(self, error: StaleRequest) -> None:
         """An actor has seen a higher term: another controller has taken over."""

@@ -1,4 +1,4 @@
-"""All actor monitors of a controller: what they are told of the cluster, and what becomes of what they say."""
+"""Owns the actor monitors of a controller: gives them the desired state, and handles their events."""
 
 import logging
 import threading
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ActorManagerSettings:
-    """How actors are kept."""
+    """How actors are started, checked and loaded."""
 
     dtype: str = ""  # of experts; empty: the checkpoint's
     health_period_s: float = 1.0
-    start_timeout_s: float = 60.0  # for an actor to be started anew
+    start_timeout_s: float = 60.0  # for an actor to restart
     load_timeout_s: float = 60.0
 
 
 class ActorManager:
-    """Satisfies MonitorOwner of interfaces.py. Thread-safe."""
+    """Implements MonitorOwner of interfaces.py. Thread-safe."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ActorManager:
         watch: Watch,
         snapshot: KeptSnapshot,
     ) -> None:
-        """direct: takes what actors have computed. snapshot: what the controller leaves with its actors."""
+        """direct: receives the work of actors. snapshot: the controller's snapshot, which actors keep."""
         self._settings = settings
         self._cluster_state = context.state
         self._leases = context.leases
@@ -69,18 +69,18 @@ class ActorManager:
         self._lock = threading.RLock()
         self._monitors: dict[str, ActorMonitor] = {}
         self._closed = False
-        self._first_outcomes: dict[str, MoeClusterError | None] = {}  # of the actors of the start, once they have one
-        self._awaited: frozenset[str] = frozenset()  # of those: the ones that the first placement waits for
+        self._first_outcomes: dict[str, MoeClusterError | None] = {}  # by actor; None: it came up
+        self._awaited: frozenset[str] = frozenset()  # actors that the first placement waits for
         self._all_tried = threading.Event()
-        self._restores: dict[str, str] = {}  # actor that is lost -> operation
+        self._restores: dict[str, str] = {}  # lost actor -> operation id
         self._signals.changed.listen(self._look_all)
 
     def read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
-        """What those that answer say of themselves, before any order; by growing placement numbers."""
+        """Returns the status of every actor that answers, sorted by placement number. Call before any request."""
         return read_actors(lambda actor: self._new_monitor(actor).read(READ_TIMEOUT_S), actors)
 
     def start(self, actors: Collection[str], *, awaited: Collection[str]) -> None:
-        """Begins to look after the actors of the start; awaited: those that the first placement waits for."""
+        """Starts monitoring the initial actors; awaited: those that the first placement waits for."""
         self._awaited = frozenset(awaited)
         for actor in actors:
             self.keep(actor)
@@ -93,7 +93,7 @@ class ActorManager:
         return sorted(failures, key=lambda error: not isinstance(error, UserError))
 
     def keep(self, actor: str) -> None:
-        """Begins to look after an actor. Fine if it is kept already."""
+        """Starts monitoring an actor. Does nothing if it is monitored already."""
         with self._lock:
             if actor in self._monitors or self._closed:
                 return
@@ -101,37 +101,37 @@ class ActorManager:
         monitor.start()
 
     def let_go(self, actor: str) -> None:
-        """Looks after the actor no more: it leaves the cluster."""
+        """Stops monitoring an actor that leaves the cluster."""
         with self._lock:
             monitor = self._monitors.pop(actor, None)
         if monitor is not None:
-            monitor.let_go()  # the changer, which asks, has more to do than to wait for an actor that is lost
+            monitor.let_go()  # not close: the reconciler must not wait for a lost actor
         self._reports.forget(actor)
-        self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was taken out of the cluster")
+        self._end_restore(actor, OperationPhase.FAILED, detail=f"{actor} was removed from the cluster")
 
     def check(self, actor: str) -> None:
-        """The actor may be lost: asks it at once."""
+        """Checks the actor's health now: it may be lost."""
         monitor = self._monitors.get(actor)
         if monitor is not None:
             monitor.check()
 
     def states(self) -> tuple[ActorState, ...]:
-        """Every actor as it was last seen."""
+        """Returns the last known state of every actor."""
         with self._lock:
             return tuple(monitor.state() for _, monitor in sorted(self._monitors.items()))
 
     def close(self) -> None:
-        """Leaves the actors as they are."""
+        """Stops all monitors, and leaves the actors as they are."""
         with self._lock:
             self._closed = True
             actor_manager = list(self._monitors.values())
         for monitor in actor_manager:
             monitor.close()
 
-    # -- what actor monitors ask and say --
+    # -- for actor monitors --
 
     def desired_state(self) -> DesiredState:
-        """What stands now."""
+        """Returns the state to send to actors."""
         with self._cluster_state.unchanged():
             number, versions = self._cluster_state.number, self._cluster_state.versions
         return DesiredState(
@@ -143,19 +143,19 @@ class ActorManager:
         )
 
     def assigned(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor shall hold."""
+        """The experts that the actor should hold."""
         return self._cluster_state.assigned(actor)
 
     def kept(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor may hold."""
+        """The experts that the actor may hold."""
         return self._cluster_state.kept(actor)
 
     def lost(self) -> frozenset[ExpertId]:
-        """Experts that nobody serves."""
+        """Experts that no actor serves."""
         return self._cluster_state.lost()
 
     def settled(self) -> bool:
-        """Whether every router that holds a lease had the time to take a placement of this controller."""
+        """Whether every router with a lease had the time to apply a placement of this controller."""
         return self._leases.settled()
 
     def actor_up(
@@ -176,7 +176,7 @@ class ActorManager:
     def actor_prepared(
         self, address: ActorAddress, version: int, experts: Collection[ExpertId], *, loaded_bytes: int
     ) -> None:
-        """The actor holds these experts in the version that is next."""
+        """The actor holds these experts in the next version."""
         self._reports.prepared(address.actor)
         if loaded_bytes:
             operation = next((o for o in self._log.under_way() if o.kind is OperationKind.UPDATE), None)
@@ -186,28 +186,28 @@ class ActorManager:
             self._signals.wake.emit()
 
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
-        """The actor cannot load the version that is next now."""
+        """The actor cannot load the next version now."""
         self._reports.preparing_failed(actor, version, error)
         self._signals.wake.emit()
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
-        """A router had NaN or infinity of a replica."""
+        """A router received NaN or infinity from a replica."""
         self._aside.report(actor, incarnation, expert, placement)
 
     def replicas_aside(self) -> tuple[ReplicaAside, ...]:
-        """Replicas that routers had NaN or infinity of."""
+        """Replicas that returned NaN or infinity to routers."""
         return self._aside.states()
 
     def to_reload(self, actor: str) -> frozenset[ExpertId]:
-        """What is to be loaded anew."""
+        """The experts to reload."""
         return self._aside.to_reload(actor)
 
     def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
-        """It was."""
+        """The actor has reloaded these experts."""
         self._aside.reloaded(actor, experts, loaded_bytes)
 
     def reload_failed(self, actor: str, experts: Collection[ExpertId], error: MoeClusterError) -> None:
-        """It was not."""
+        """The actor cannot reload these experts."""
         self._aside.reload_failed(actor, experts, str(error))
 
     def actor_loaded(self, actor: str, loaded_bytes: int) -> None:
@@ -217,7 +217,7 @@ class ActorManager:
             self._log.count_moved(operation_id, loaded_bytes=loaded_bytes, added=0, removed=0)
 
     def actor_reports(self, address: ActorAddress, status: ExpertActorStatus) -> None:
-        """The actor answered a look."""
+        """The actor answered a health check."""
         self._reports.add(status, self._clock())
         self._direct.set_work(address.actor, status.work)
 
@@ -225,7 +225,7 @@ class ActorManager:
         """The actor is lost: its experts' requests go to other replicas, or wait."""
         self._cluster_state.actor_down(actor)
         self._reports.forget(actor)
-        # Before the lock: a change of the standing calls _look_all, which waits for it, with the standing's lock held.
+        # Before taking the lock: a change of the state calls _look_all, which takes it, with the state's lock held.
         belongs, experts = actor in self._cluster_state.actors, len(self._cluster_state.assigned(actor))
         with self._lock:
             if actor not in self._restores and belongs:
@@ -234,23 +234,23 @@ class ActorManager:
         self._signals.wake.emit()
 
     def actor_failed(self, actor: str, error: MoeClusterError) -> None:
-        """The actor cannot be brought up now; its monitor goes on trying."""
+        """The actor cannot be brought up now; its monitor keeps trying."""
         self._note_outcome(actor, error)
-        if isinstance(error, UserError):  # no waiting mends it: its checkpoint is gone, or does not fit
+        if isinstance(error, UserError):  # waiting does not help: its checkpoint is gone, or does not fit
             self._cluster_state.set_problem(actor, str(error))
         operation_id = self._restores.get(actor)
         if operation_id is not None:
-            self._log.update(operation_id, detail=f"tried in vain: {error}")
+            self._log.update(operation_id, detail=f"the last attempt failed: {error}")
 
     def deposed(self, error: StaleRequest) -> None:
-        """Another controller has taken over: gives no more orders."""
+        """Another controller has taken over."""
         logger.warning("another controller has taken over: %s", error)
         self._signals.deposed.emit()
 
-    # -- inside --
+    # -- internal --
 
     def _look_all(self) -> None:
-        """There is something new to tell the actors."""
+        """Wakes all monitors: there is something new to send to the actors."""
         with self._lock:
             actor_manager = list(self._monitors.values())
         for monitor in actor_manager:

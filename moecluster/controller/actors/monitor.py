@@ -1,4 +1,4 @@
-"""Keeps one expert actor served: finds it, loads its experts, looks after it, and begins again when it is lost."""
+"""Monitors one expert actor: finds it, loads its experts, checks its health, and starts over when it is lost."""
 
 import logging
 import threading
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
-HANGS_AFTER = 2  # looks without an answer
+HANGS_AFTER = 2  # health checks without an answer
 
 
 class ActorMonitor:
-    """One thread that keeps one actor. Orders to the actor are given by this thread alone, so they arrive in order."""
+    """One thread that monitors one actor. It sends all requests of the monitor, so they arrive in order."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class ActorMonitor:
         self._num_experts = 0
         self._incarnations = 0
         self._problem = ""  # why it does not serve
-        self._silent = 0  # looks in a row that met with silence
+        self._silent = 0  # health checks in a row without an answer
         self._thread = threading.Thread(target=self._run, name=f"monitor-{actor}", daemon=True)
 
     def read(self, timeout_s: float) -> ExpertActorStatus | None:
-        """What the actor says of itself, before any order; None if it does not answer. For a new controller."""
+        """Returns the actor's status with its snapshot, or None if it does not answer. For a new controller."""
         address = self._supervisor.address_of(self.actor, timeout_s)
         if address is None:
             return None
@@ -66,26 +66,26 @@ class ActorMonitor:
             control.close()
 
     def start(self) -> None:
-        """Begins to keep the actor."""
+        """Starts monitoring the actor."""
         self._thread.start()
 
     def check(self) -> None:
-        """Look after the actor now: it may be gone, or there is something new to tell it."""
+        """Requests a health check now: the actor may be gone, or there is something new to send to it."""
         self._wake.set()
 
     def let_go(self) -> None:
-        """As close, without waiting for the thread, which may be waiting for the actor."""
+        """Like close, without waiting for the thread, which may be waiting for the actor."""
         self._closed.set()
         self._wake.set()
 
     def close(self) -> None:
-        """Leaves the actor alone, as it is."""
+        """Stops monitoring, and leaves the actor as it is."""
         self.let_go()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=self._health_period_s + 10.0)
 
     def state(self) -> ActorState:
-        """The actor as it was last seen."""
+        """Returns the actor's last known state."""
         address = self._address
         return ActorState(
             actor=self.actor,
@@ -109,16 +109,16 @@ class ActorMonitor:
             except MoeClusterError as exc:
                 self._silent += isinstance(exc, DeadlineExceeded)
                 self._problem = str(exc)
-                logger.info("%s is not served: %s", self.actor, exc)
+                logger.info("%s does not serve: %s", self.actor, exc)
                 self._owner.actor_failed(self.actor, exc)
                 self._closed.wait(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _run_session(self) -> None:
-        """From finding the actor to losing it. Raises a MoeClusterError if it could not be brought up."""
+        """Runs from finding the actor to losing it. Raises a MoeClusterError if it cannot be brought up."""
         self._phase = ActorPhase.RESTARTING
         if self._silent >= HANGS_AFTER:
-            logger.warning("%s hangs: ending it, so that it starts again", self.actor)
+            logger.warning("%s hangs: restarting it", self.actor)
             self._supervisor.restart(self.actor)
             self._silent = 0
         address = self._supervisor.address_of(self.actor, self._start_timeout_s)
@@ -133,7 +133,7 @@ class ActorMonitor:
                 session = ActorSession(address, control, owner=self._owner, load_timeout_s=self._load_timeout_s)
                 self._num_experts = session.load()
             except MoeClusterError:
-                self._owner.actor_down(self.actor)  # it may serve a part by now
+                self._owner.actor_down(self.actor)  # it may serve some experts by now
                 raise
             if self._address is None or self._address.incarnation != address.incarnation:
                 self._incarnations += 1
@@ -151,7 +151,7 @@ class ActorMonitor:
             self._owner.actor_down(self.actor)
 
     def _watch_actor(self, session: ActorSession, control: ExpertControl) -> None:
-        """Asks for the actor's status over and over, and tells it what is new, until it is lost, hangs or is closed."""
+        """Polls the actor's status, and sends it what is new, until it is lost or hangs or the monitor is closed."""
         while True:
             self._wake.wait(self._health_period_s)
             self._wake.clear()
@@ -181,7 +181,7 @@ class ActorMonitor:
             except MoeClusterError as exc:
                 logger.info("%s is lost: %s", self.actor, exc)
                 return
-            # Only what was assigned before and after the answer: experts move meanwhile.
+            # Only experts assigned both before and after the answer count: others moved meanwhile.
             missing = (assigned & self._owner.assigned(self.actor)) - session.held_of(status.experts, status)
             if status.incarnation != session.address.incarnation or missing:
                 logger.info("%s has lost its experts", self.actor)

@@ -1,4 +1,5 @@
-"""Replicas that answer NaN or infinity, as routers report: loaded anew once, and set aside while that does not help."""
+"""Replicas that routers report for NaN or infinity: each is set aside and reloaded once, and stays aside if that does
+not help."""
 
 import logging
 import sys
@@ -12,25 +13,25 @@ from moecluster.types import NO_PLACEMENT, ExpertId, OperationKind, OperationPha
 logger = logging.getLogger(__name__)
 
 RELOADING = "reloading"  # gets no rows if the expert has another replica
-RELOADED = "reloaded"  # is asked again
+RELOADED = "reloaded"  # serves again
 NOT_YET = PlacementNumber(term=sys.maxsize, generation=0)  # later than any placement
-SICK = "sick"  # is loaded anew no more, and gets no rows if the expert has another replica
+SICK = "sick"  # is not reloaded again, and gets no rows if the expert has another replica
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    incarnation: str  # of the actor: another incarnation of it has loaded everything anew
-    weight_version: int  # that is served: an update brings another replica
+    incarnation: str  # of the actor: a new incarnation has reloaded everything
+    weight_version: int  # that was served: an update replaces the replica
     shown: ReplicaAside
     operation_id: str = ""
-    placement: PlacementNumber = NO_PLACEMENT  # that has the replica again; reports of older ones are of before
+    placement: PlacementNumber = NO_PLACEMENT  # with the replica again; reports by older ones predate the reload
 
 
 class ReplicasAside:
-    """Thread-safe. An actor's monitor carries out the loads."""
+    """Thread-safe. An actor's monitor carries out the reloads."""
 
     def __init__(self, context: ControllerContext, *, check: Callable[[str], None]) -> None:
-        """look: wakes an actor's monitor."""
+        """check: wakes an actor's monitor."""
         self._cluster_state = context.state
         self._log = context.operations
         self._check = check
@@ -38,7 +39,7 @@ class ReplicasAside:
         self._entries: dict[tuple[str, ExpertId], _Entry] = {}
 
     def report(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
-        """A router had NaN or infinity of a replica for rows that are not to blame. placement: that it routed by."""
+        """A router received NaN or infinity from a replica, not due to its rows. placement: that it routed by."""
         up = self._cluster_state.up().get(actor)
         if up is None or up.address.incarnation != incarnation or expert not in self._cluster_state.assigned(actor):
             return  # another incarnation of the actor, or the expert was moved
@@ -62,15 +63,15 @@ class ReplicasAside:
         )
         with self._lock:
             self._entries[actor, expert] = entry
-        logger.error("%s; it is set aside%s", reason, "" if before is not None else ", and loaded anew")
+        logger.error("%s; it is set aside%s", reason, "" if before is not None else ", and reloaded")
         if before is not None:
-            why = f"also after it was loaded anew from {self._cluster_state.versions.checkpoint}"
+            why = f"even after a reload from {self._cluster_state.versions.checkpoint}"
             self._give_up(actor, [expert], f"{reason}, {why}")
         self._publish()
         self._check(actor)
 
     def to_reload(self, actor: str) -> frozenset[ExpertId]:
-        """What is to be loaded anew; nothing while training runs hold the experts as they are."""
+        """Returns the experts to reload; none while training runs hold the placement."""
         if not self._entries or self._cluster_state.held:
             return frozenset()
         with self._lock:
@@ -78,7 +79,7 @@ class ReplicasAside:
             return frozenset(e for (of, e), entry in self._entries.items() if of == actor and _reloads(entry))
 
     def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
-        """They were: routers may ask for them again."""
+        """The experts were reloaded: routers may use them again."""
         self._change(actor, experts, state=RELOADED, problem="", placement=NOT_YET)
         number = self._publish()
         with self._lock:
@@ -86,19 +87,19 @@ class ReplicasAside:
             self._entries |= {key: replace(entry, placement=number) for key, entry in ended}
         for _, entry in ended:
             self._log.count_moved(entry.operation_id, loaded_bytes=loaded_bytes // len(ended), added=0, removed=0)
-            self._log.update(entry.operation_id, phase=OperationPhase.DONE, detail="loaded anew")
+            self._log.update(entry.operation_id, phase=OperationPhase.DONE, detail="reloaded")
 
     def reload_failed(self, actor: str, experts: Collection[ExpertId], why: str) -> None:
-        """They were not, and are not tried again."""
-        self._give_up(actor, experts, f"it cannot be loaded anew: {why}")
+        """The experts cannot be reloaded, and are not tried again."""
+        self._give_up(actor, experts, f"it cannot be reloaded: {why}")
 
     def states(self) -> tuple[ReplicaAside, ...]:
-        """What is known, by actor and expert."""
+        """Returns all reported replicas, sorted by actor and expert."""
         with self._lock:
             self._drop_old()
             return tuple(entry.shown for _, entry in sorted(self._entries.items()))
 
-    # -- inside --
+    # -- internal --
 
     def _give_up(self, actor: str, experts: Collection[ExpertId], problem: str) -> None:
         for operation_id in self._change(actor, experts, state=SICK, problem=problem):
@@ -114,7 +115,7 @@ class ReplicasAside:
         problem: str,
         placement: PlacementNumber = NO_PLACEMENT,
     ) -> list[str]:
-        """Returns the operations of what was changed."""
+        """Changes these entries; returns their operations' ids."""
         with self._lock:
             changed = [(actor, expert) for expert in experts if (actor, expert) in self._entries]
             for key in changed:
@@ -129,8 +130,8 @@ class ReplicasAside:
         return self._cluster_state.set_aside(aside)
 
     def _drop_old(self) -> None:
-        """Forgets replicas of another incarnation of an actor, or of weights that are not served any more. Under the
-        lock."""
+        """Forgets replicas of an older incarnation or of weights no longer served, and experts that were moved. Under
+        the lock."""
         up, version = self._cluster_state.up(), self._cluster_state.versions.weight_version
         incarnations = {actor: found.address.incarnation for actor, found in up.items()}
         self._entries = {

@@ -1,5 +1,5 @@
-"""One incarnation of an expert actor: it is told what stands, and made to hold what it shall in the versions that
-stand."""
+"""One incarnation of an expert actor: sends it the desired state, and makes it hold its assigned experts in all weight
+versions."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -13,12 +13,12 @@ from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVe
 
 logger = logging.getLogger(__name__)
 
-MAX_PREPARED_AT_ONCE = 32  # experts of a weight version, between two looks
-MAX_LOADS = 8  # of what an actor shall hold, in one incarnation, if experts are moved away amid each
+MAX_PREPARED_AT_ONCE = 32  # experts of the next weight version, between two health checks
+MAX_LOADS = 8  # attempts to load the assigned experts, if experts are moved away during each
 
 
 class ActorSession:
-    """Used by one thread, so that orders arrive in order. Begins with load. Every call raises what an order raised."""
+    """Used by one thread, so requests arrive in order. Call load first. Every call raises what a request raised."""
 
     def __init__(
         self, address: ActorAddress, control: ExpertControl, *, owner: MonitorOwner, load_timeout_s: float
@@ -28,12 +28,11 @@ class ActorSession:
         self._control = control
         self._owner = owner
         self._load_timeout_s = load_timeout_s
-        self._sent = owner.desired_state()  # what it was told last; the first of it by load
-        self._surplus: frozenset[ExpertId] = frozenset()  # what the actor held too much when this incarnation was begun
+        self._sent = owner.desired_state()  # what was sent last; load sends the first
+        self._surplus: frozenset[ExpertId] = frozenset()  # experts that it should not have held at load
 
     def load(self) -> int:
-        """Fences the actor and makes it hold what it shall, what nobody serves first. Returns how many experts it
-        holds."""
+        """Fences the actor, and loads its assigned experts, lost ones first. Returns how many of them it holds."""
         self._catch_up()
         self._send(self._sent)
         status = self._control.status()
@@ -43,14 +42,14 @@ class ActorSession:
             try:
                 return self._load_assigned(status)
             except StaleRequest as exc:
-                logger.info("%s loads anew: %s", self._actor, exc)
-                # Another controller's actor refuses this; else experts were moved away meanwhile.
+                logger.info("%s starts loading again: %s", self._actor, exc)
+                # If another controller took over, the actor refuses this; else experts were moved away meanwhile.
                 self._send(self._owner.desired_state())
                 status = self._control.status()
-        raise Unavailable(f"experts of {self._actor} were moved away amid each of {MAX_LOADS} loads")
+        raise Unavailable(f"experts of {self._actor} were moved away during each of {MAX_LOADS} attempts to load them")
 
     def _catch_up(self) -> None:
-        """An actor takes no term that is far ahead of those it knows: it is brought there in steps."""
+        """Raises the actor's term in steps: an actor refuses a term more than MAX_AHEAD above the one it knows."""
         if self._sent.term <= MAX_AHEAD:
             return
         known = self._control.status().placement.term
@@ -59,7 +58,8 @@ class ActorSession:
             self._control.unload(term=known, experts=())
 
     def _load_assigned(self, status: ExpertActorStatus) -> int:
-        """Raises StaleRequest if some were unloaded meanwhile, or another controller took over."""
+        """Loads missing experts. Raises StaleRequest if some were unloaded meanwhile, or another controller took
+        over."""
         assigned = self._owner.assigned(self._actor)
         held = self.held_of(assigned, status)
         lost = self._owner.lost()
@@ -74,17 +74,17 @@ class ActorSession:
         return len(held)
 
     def send_news(self) -> None:
-        """Tells it what has changed since it was told last."""
+        """Sends the desired state, if it has changed since it was last sent."""
         desired_state = self._owner.desired_state()
         if desired_state != self._sent:
             self._send(desired_state)
 
     def held_of(self, experts: Iterable[ExpertId], status: ExpertActorStatus) -> set[ExpertId]:
-        """Those of some experts that it holds in every version that texts are written with."""
+        """Returns those of the experts that the actor holds in every weight version in use."""
         return set(experts).intersection(*(status.held(v.version) for v in self._sent.versions.written_with))
 
     def unload_surplus(self) -> None:
-        """Not at once: a predecessor's placement, by which routers still went, may have named it."""
+        """Unloads surplus once settled: before, routers may follow a predecessor's placement that names it."""
         if not self._surplus or not self._owner.settled():
             return
         surplus, self._surplus = self._surplus - self._owner.kept(self._actor), frozenset()
@@ -92,28 +92,28 @@ class ActorSession:
             self._control.unload(term=self._sent.term, experts=sorted(surplus))
 
     def reload(self, experts: frozenset[ExpertId]) -> None:
-        """Loads experts anew that it serves, in every version that texts are written with. Raises Unavailable,
-        StaleRequest."""
+        """Reloads experts that the actor serves, in every weight version in use. Raises Unavailable, StaleRequest."""
         if not experts:
             return
         try:
             versions = self._sent.versions.written_with
             loaded_bytes = sum(self._load_version(version, sorted(experts), replace=True) for version in versions)
         except StaleRequest as exc:
-            logger.info("%s loads nothing anew: %s", self._actor, exc)
-            # An actor of another controller refuses this; otherwise the experts were moved away.
+            logger.info("%s reloads nothing: %s", self._actor, exc)
+            # If another controller took over, the actor refuses this; otherwise the experts were moved away.
             self._send(self._owner.desired_state())
         except MoeClusterError as exc:
             if isinstance(exc, Unavailable):
-                self._control.status()  # raises it again if the actor is away, not what it reads from
+                self._control.status()  # raises if the actor itself is unreachable, not its source
             self._owner.reload_failed(self._actor, experts, exc)
         else:
             self._owner.reloaded(self._actor, experts, loaded_bytes)
 
     def prepare(self, assigned: frozenset[ExpertId], status: ExpertActorStatus) -> bool:
-        """Loads a part of what the actor lacks of the next version, beside what it serves. True if there is more.
+        """Loads a part of what the actor lacks of the next version, beside what it serves. Returns True if more is
+        missing.
 
-        In parts, so that the actor is looked after meanwhile. Raises Unavailable, StaleRequest.
+        In parts, so that health checks continue meanwhile. Raises Unavailable, StaleRequest.
         """
         version = self._sent.versions.next
         if version is None:
@@ -127,12 +127,12 @@ class ActorSession:
                 loaded_bytes = self._load_version(version, part, replace=False)
         except StaleRequest as exc:
             logger.info("%s did not load weight version %d: %s", self._actor, version.version, exc)
-            # Another controller's actor refuses this; else experts were moved meanwhile.
+            # If another controller took over, the actor refuses this; else experts were moved meanwhile.
             self._send(self._sent)
             return True
         except MoeClusterError as exc:
             if isinstance(exc, Unavailable):
-                self._control.status()  # raises it again if the actor is away, not what it reads from
+                self._control.status()  # raises if the actor itself is unreachable, not its source
             logger.info("%s does not load weight version %d: %s", self._actor, version.version, exc)
             self._owner.preparing_failed(self._actor, version.version, exc)
             return False
@@ -147,7 +147,7 @@ class ActorSession:
             desired_state = self._owner.desired_state()
             if set(desired_state.versions.written_with) <= set(self._sent.versions.written_with):
                 return
-            self._send(desired_state)  # the checkpoint moved on while loading: load the new one
+            self._send(desired_state)  # the versions changed while loading: load the new ones
 
     def _load_version(self, version: WeightVersion, experts: Sequence[ExpertId], *, replace: bool) -> int:
         return self._control.load(

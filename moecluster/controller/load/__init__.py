@@ -1,1 +1,1 @@
-"""What is known of the load: from reports and Prometheus, and of each actor."""
+"""Load sources (routers' reports, or Prometheus) and the last status report of each actor."""

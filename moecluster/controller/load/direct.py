@@ -1,7 +1,7 @@
-"""Where the controller learns the load from: what routers and expert actors have counted so far.
+"""Load sources: the cumulative counters of routers and expert actors.
 
-A source tells counters, and nothing of windows (placement/load/window.py) or speeds (speed.py). Straight from the
-reports of the routers here; from a Prometheus server in prometheus.py. Both lead to the same decisions.
+A source returns counters only; windows (placement/load/window.py) and speeds (speed.py) are computed from them. The
+source here takes them from reports; prometheus.py takes them from a Prometheus server. Both lead to the same decisions.
 """
 
 import threading
@@ -32,13 +32,13 @@ class SourceReading:
 
 
 class LoadSource(Protocol):
-    """Tells what was counted. Reading loses nothing: counters only grow."""
+    """Returns counters. Reading loses nothing: counters only grow."""
 
     def read(self, now_s: float) -> SourceReading:
-        """The newest counters, dated by the caller's clock, which says now_s: they may be older than that.
+        """Returns the newest counters and their time by the caller's clock, which reads now_s: they may be older.
 
-        Returns the same record again if nothing new was heard since. Raises a MoeClusterError, one line, if there is
-        nothing to rely on; the next reading then tells what this one did not.
+        Returns the same object again if there is nothing new. Raises a MoeClusterError with a one-line message if there
+        are no reliable counters; the next reading then includes what this one missed.
         """
 
 
@@ -57,8 +57,8 @@ class _Worked:
 class DirectLoadSource:
     """A LoadSource fed by the routers' reports and the actors' answers. Thread-safe.
 
-    Routers and actors that were silent for forget_after_s are forgotten, and of more than max_routers the one that was
-    silent for longest: a router that comes back counts from 0, like one that was started anew.
+    Routers and actors silent for forget_after_s are forgotten; so is, beyond max_routers, the router silent for
+    longest. A router that comes back counts from 0, like a restarted one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DirectLoadSource:
         max_routers: int = MAX_ROUTERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """layer_experts: MoE layer -> its number of experts. clock: seconds, for silence only."""
+        """layer_experts: MoE layer -> its number of experts. clock: seconds, to measure silence only."""
         self._layer_experts = dict(layer_experts)
         self._forget_after_s = forget_after_s
         self._max_routers = max_routers
@@ -97,12 +97,12 @@ class DirectLoadSource:
                 counted.tokens[expert.layer][expert.index] += assignments
 
     def set_work(self, actor: str, work: ActorWork) -> None:
-        """Takes what an actor says that this incarnation of it has computed."""
+        """Stores the work that an actor reports of its current incarnation."""
         with self._lock:
             self._work[actor] = _Worked(work=work, heard_s=self._clock())
 
     def read(self, now_s: float) -> SourceReading:
-        """What was reported until now; never raises."""
+        """Returns what was reported until now; never raises."""
         with self._lock:
             oldest_s = self._clock() - self._forget_after_s
             self._routers = {router: c for router, c in self._routers.items() if c.heard_s >= oldest_s}

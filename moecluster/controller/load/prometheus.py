@@ -1,7 +1,7 @@
-"""Loads by way of a Prometheus server that scrapes the /metrics of routers and expert actors.
+"""A load source that queries a Prometheus server, which scrapes the /metrics of routers and expert actors.
 
-Counters are taken per scraped process, where a restart shows as counters that fall, and not summed over processes.
-A reading is dated by the newest scrape, so what was counted between two scrapes is spread over the time between them.
+Counters are read per scraped process, where a restart shows as falling counters, and not summed over processes. A
+reading is dated by the newest scrape, so what was counted between two scrapes is spread over the time between them.
 """
 
 import math
@@ -20,17 +20,17 @@ from moecluster.types import ActorWork
 
 STARTED = "moecluster_start_time_seconds"
 EXPERT_TOKENS = "moecluster_expert_tokens_total"
-EXPERT_QUANTILES = "moecluster_expert_tokens_quantile"  # shown only by a process that leaves experts out
+EXPERT_QUANTILES = "moecluster_expert_tokens_quantile"  # exported only by a process that omits experts
 ACTOR_TOKENS = "moecluster_actor_tokens_total"
 ACTOR_RUNS = "moecluster_actor_expert_runs_total"
 ACTOR_BUSY = "moecluster_actor_busy_seconds_total"
 COUNTERS = (STARTED, EXPERT_TOKENS, EXPERT_QUANTILES, ACTOR_TOKENS, ACTOR_RUNS, ACTOR_BUSY)
-# What tells series of one process apart; the labels that are left (instance, job, ...) name the process.
+# Labels that tell the series of one process apart; the other labels (instance, job, ...) identify the process.
 OWN_LABELS = frozenset({"__name__", *COMMON_LABELS, "layer", "expert", QUANTILE_LABEL, "actor"})
-MAX_COUNT = 2**53  # up to which a float holds every whole number
+MAX_COUNT = 2**53  # a float64 represents every integer up to here
 
 TIMEOUT_S = 5.0
-MAX_AGE_S = 90.0  # of the newest scrape: a server with the usual interval of a minute is let miss none
+MAX_AGE_S = 90.0  # of the newest scrape: enough for the usual interval of a minute, but not for a missed scrape
 
 Process = tuple[tuple[str, str], ...]  # labels, sorted
 Series = dict[Process, list[Sample]]  # of one metric
@@ -48,19 +48,20 @@ class PrometheusLoadSource:
         timeout_s: float = TIMEOUT_S,
         max_age_s: float = MAX_AGE_S,
     ) -> None:
-        """address: http://host:port; ConfigError if it is something else. cluster: its name, a label of all its series.
-        layer_experts: MoE layer -> its number of experts. max_age_s: processes scraped longer ago are gone."""
+        """address: http://host:port; raises ConfigError for anything else. cluster: its name, a label of all its
+        series. layer_experts: MoE layer -> its number of experts. max_age_s: processes scraped longer ago are
+        ignored."""
         self._server = PrometheusServer(address, timeout_s=timeout_s)
         self._cluster = cluster
         self._layer_experts = dict(layer_experts)
         self._max_age_s = max_age_s
-        self._last: tuple[Mapping[Process, float], SourceReading] | None = None  # with the scrapes that it comes from
+        self._last: tuple[Mapping[Process, float], SourceReading] | None = None  # scrape times, and their reading
 
     def read(self, now_s: float) -> SourceReading:
-        """The counters as they were last scraped; the same record again while nothing was scraped since.
+        """Returns the counters of the last scrapes; the same object again until the next scrape.
 
-        Raises Unavailable if the server is away, or has nothing or nothing new of the cluster; DeadlineExceeded;
-        ConfigError if a router leaves out experts; InvalidMessage for series that do not fit the model.
+        Raises Unavailable if the server is unreachable, or has no or no recent series of the cluster; DeadlineExceeded;
+        ConfigError if a router omits experts; InvalidMessage for series that do not fit the model.
         """
         scrapes = self._server.query(f"timestamp({STARTED}{{cluster={quoted(self._cluster)}}})")
         if not scrapes:
@@ -74,7 +75,7 @@ class PrometheusLoadSource:
         if age_s > self._max_age_s:
             raise Unavailable(
                 f"Prometheus at {self._server.address} last scraped cluster {self._cluster!r} {age_s:.0f} s ago, "
-                f"and what is older than {self._max_age_s:g} s is not planned by"
+                f"and data older than {self._max_age_s:g} s is not used"
             )
         if self._last is None or self._last[0] != scraped_s:
             counters = self._counters(scraped_s, asked_s=asked_s, dated_s=now_s - age_s)
@@ -82,7 +83,7 @@ class PrometheusLoadSource:
         return self._last[1]
 
     def _counters(self, scraped_s: Mapping[Process, float], *, asked_s: float, dated_s: float) -> SourceReading:
-        """What these processes showed at a Unix time of the server, but for those that it scrapes no more."""
+        """Returns the counters of these processes at a Unix time of the server, without those no longer scraped."""
         names, cluster = quoted("|".join(COUNTERS)), quoted(self._cluster)
         series: dict[str, Series] = {name: defaultdict(list) for name in COUNTERS}
         for sample in self._server.query(f"{{__name__=~{names},cluster={cluster}}}", at_s=asked_s):
@@ -112,7 +113,7 @@ class PrometheusLoadSource:
         )
 
     def _tokens(self, process: Process, samples: Iterable[Sample]) -> dict[int, npt.NDArray[np.int64]]:
-        """Layer -> assignments per expert, int64 [E], that one router counted."""
+        """Returns layer -> assignments per expert, int64 [E], that one router counted."""
         layers: dict[int, npt.NDArray[np.int64]] = {}
         for sample in samples:
             layer, expert = _index(sample, "layer"), _index(sample, "expert")
@@ -128,7 +129,7 @@ class PrometheusLoadSource:
 
 
 def _work(series: Mapping[str, Series]) -> dict[str, ActorWork]:
-    """Actor -> what its newest incarnation has computed: the one before may be shown until it is missed by a scrape."""
+    """Returns actor -> work of its newest incarnation: the previous one may be shown until a scrape misses it."""
     found: dict[str, tuple[float, ActorWork]] = {}
     for process, samples in series[ACTOR_TOKENS].items():
         started_s = _count(series[STARTED][process][0])

@@ -1,6 +1,6 @@
-"""Instant queries to a Prometheus server by its HTTP API (v1), whose answers are read strictly.
+"""Instant queries to a Prometheus server by its HTTP API (v1), with strict checks of the replies.
 
-By urllib: one GET with a deadline needs no more, and neither requests nor httpx is a dependency of ours.
+Uses urllib: one GET with a deadline needs no more, and neither requests nor httpx is a dependency of ours.
 """
 
 import http.client
@@ -18,20 +18,20 @@ from moecluster.errors import ConfigError, DeadlineExceeded, InvalidMessage, Una
 
 MAX_ANSWER_BYTES = 128 * 2**20  # some 700,000 series
 CHUNK_BYTES = 2**16
-MAX_QUOTED = 200  # characters of the server's words in an error
+MAX_QUOTED = 200  # characters of the server's message in an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One series of an answer."""
+    """One series of a reply."""
 
-    labels: Mapping[str, str]  # __name__ among them, where the query keeps it
-    time_s: float  # Unix time that the query was evaluated at
+    labels: Mapping[str, str]  # including __name__, if the query keeps it
+    time_s: float  # Unix time at which the query was evaluated
     value: float
 
 
 class PrometheusServer:
-    """Where queries are sent. Thread-safe."""
+    """Sends queries to one server. Thread-safe."""
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
         """address: http://host:port, a path prefix may follow. Raises ConfigError if it is something else."""
@@ -41,10 +41,10 @@ class PrometheusServer:
         self._timeout_s = timeout_s
 
     def query(self, promql: str, *, at_s: float | None = None) -> tuple[Sample, ...]:
-        """The instant vector of an expression, at a Unix time or now.
+        """Returns the instant vector of an expression, at a Unix time or now.
 
-        Raises Unavailable if the server is away or refuses, DeadlineExceeded, or InvalidMessage for an answer that is
-        not Prometheus'.
+        Raises Unavailable if the server is unreachable or returns an error, DeadlineExceeded, or InvalidMessage for a
+        reply that is not of Prometheus.
         """
         parameters = {"query": promql} if at_s is None else {"query": promql, "time": repr(at_s)}
         body = self._get(f"{self.address}/api/v1/query?{urllib.parse.urlencode(parameters)}")
@@ -71,7 +71,7 @@ class PrometheusServer:
             raise Unavailable(f"Prometheus at {self.address} broke off: {exc!r}") from exc
 
     def _read(self, response: http.client.HTTPResponse, deadline_s: float) -> bytes:
-        """The whole body; the socket's timeout alone would let it come byte by byte for ever."""
+        """Reads the whole body by the deadline; the socket's timeout alone would let it trickle in forever."""
         chunks: list[bytes] = []
         size = 0
         while chunk := response.read1(CHUNK_BYTES):
@@ -88,7 +88,7 @@ class PrometheusServer:
 
 
 def quoted(text: str) -> str:
-    """A PromQL string literal. JSON's are a part of Go's, which PromQL uses, when all of Unicode stands for itself."""
+    """Returns a PromQL string literal. PromQL uses Go's, which include JSON's if Unicode is not escaped."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -97,14 +97,14 @@ def _is_address(address: str) -> bool:
         url = urllib.parse.urlsplit(address)
         host = (url.hostname or "").encode("idna")
         known = url.scheme in ("http", "https") and host and url.port != 0
-    except ValueError:  # a port that is no number, a torn IPv6 address, a host that no name server takes
+    except ValueError:  # a port that is not a number, a malformed IPv6 address, a host that is not a valid name
         return False
     plain = address.isascii() and address.isprintable() and " " not in address
     return bool(known and plain and url.username is None and not url.query and not url.fragment)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """The server's own words, if they are as the API has them."""
+    """Returns the server's error message, if the body has the form that the API documents."""
     try:
         return str(json.loads(error.read(CHUNK_BYTES))["error"])[:MAX_QUOTED]
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
@@ -129,7 +129,7 @@ def _sample(entry: Mapping[str, Any]) -> Sample:
     if not all(isinstance(value, str) for value in labels.values()):
         raise InvalidMessage("metric", "a label that is no text")
     pair = _field(entry, "value", list)
-    # The value comes as text, since JSON has no NaN and no infinity.
+    # The value comes as a string, since JSON has no NaN and no infinity.
     if len(pair) != 2 or type(pair[0]) not in (int, float) or type(pair[1]) is not str:
         raise InvalidMessage("value", f"{str(pair)[:40]}, expected [time, text]")
     try:

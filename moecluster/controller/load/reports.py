@@ -1,4 +1,4 @@
-"""What the expert actors last said of themselves: their work, what an expert weighs, what they could not load."""
+"""The expert actors' last status reports: their work, the bytes of an expert, and what they could not load."""
 
 import threading
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class _Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Pressure:
-    """How hard the actors work."""
+    """Utilization of the actors."""
 
     busy_share: float  # mean over the actors, 0 to 1
-    queue_s: float  # mean wait of a message; 0 without messages
+    queue_s: float  # mean wait of a message in the queue; 0 without messages
 
 
 class ActorReports:
@@ -27,12 +27,12 @@ class ActorReports:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last: dict[str, _Report] = {}
-        self._before: dict[str, _Report] = {}  # as `pressure` saw them
+        self._before: dict[str, _Report] = {}  # at the last call of `pressure`
         self._expert_bytes = 1.0
-        self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # weight version, and why it is not loaded
+        self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # actor -> (weight version, why not)
 
     def add(self, status: ExpertActorStatus, now_s: float) -> None:
-        """An actor answered."""
+        """Stores an actor's status."""
         with self._lock:
             self._last[status.actor] = _Report(now_s=now_s, status=status)
             held = len(status.experts) + sum(map(len, status.other_versions.values()))
@@ -40,7 +40,7 @@ class ActorReports:
                 self._expert_bytes = status.hosted_bytes / held
 
     def forget(self, actor: str) -> None:
-        """The actor is lost, or gone."""
+        """Forgets an actor that is lost or removed."""
         with self._lock:
             self._last.pop(actor, None)
             self._before.pop(actor, None)
@@ -51,31 +51,31 @@ class ActorReports:
             self._not_prepared[actor] = (version, error)
 
     def prepared(self, actor: str) -> None:
-        """The actor has loaded of a weight version that is being prepared."""
+        """The actor has loaded experts of a weight version that is being prepared."""
         with self._lock:
             self._not_prepared.pop(actor, None)
 
     def not_prepared(self, version: int) -> dict[str, MoeClusterError]:
-        """Actors that could not load a weight version when they were last told to, and why."""
+        """Returns the actors whose last attempt to load this weight version failed, and why."""
         with self._lock:
             return {actor: error for actor, (of, error) in sorted(self._not_prepared.items()) if of == version}
 
     def with_other_versions(self) -> list[str]:
-        """Actors that held more weight versions than the one that they serve, when they last answered."""
+        """Returns the actors that hold other weight versions beside the served one, by their last reports."""
         with self._lock:
             return sorted(actor for actor, report in self._last.items() if report.status.other_versions)
 
     def expert_bytes(self) -> float:
-        """Of one expert, as an actor last had them on the average; 1 before any is known."""
+        """Bytes of one expert: the average on the actor that reported last; 1 before any report."""
         return self._expert_bytes
 
     def work(self) -> dict[str, ActorWork]:
-        """Since the start of each actor's incarnation."""
+        """Returns the work of each actor since its incarnation started."""
         with self._lock:
             return {actor: report.status.work for actor, report in self._last.items()}
 
     def pressure(self) -> Pressure:
-        """Since the last call, over the actors that have answered since then."""
+        """Returns the utilization since the last call, over the actors that have reported since then."""
         with self._lock:
             before, last = self._before, dict(self._last)
             self._before = last

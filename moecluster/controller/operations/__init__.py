@@ -1,1 +1,1 @@
-"""What users order and how it is carried out: scaling, draining, placing, new weights."""
+"""Requested operations and how they are carried out: scale, drain, place, update."""

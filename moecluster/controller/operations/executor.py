@@ -1,4 +1,4 @@
-"""Carries out requested operations: a number of actors, a node to be emptied, actors of an expert, evicted experts."""
+"""Carries out queued operations: scale, drain, place and activate."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -12,7 +12,7 @@ from moecluster.types import ExpertId, Operation, OperationKind, Replica
 
 
 class OperationExecutor:
-    """Used by one thread at a time. Every order may be carried out again: what is done already is left alone."""
+    """Used by one thread at a time. Every operation may be repeated: what is done already is left alone."""
 
     def __init__(
         self, context: ControllerContext, *, planner: Planner, applier: PlacementApplier, sizing: Sizing
@@ -31,22 +31,23 @@ class OperationExecutor:
 
     @property
     def kinds(self) -> frozenset[OperationKind]:
-        """Of the operations that are carried out here."""
+        """The kinds of operations that are carried out here."""
         return frozenset(self._steps)
 
     def carry_out(self, operation: Operation) -> None:
-        """Raises Interrupted if it gave way to a recovery, Unavailable if an actor is not there (yet), another
+        """Raises Interrupted if it gave way to a recovery, Unavailable if an actor is not up (yet), another
         MoeClusterError if it failed."""
         self._steps[operation.kind](operation)
 
     def take_back(self, operation: Operation) -> None:
-        """The order has failed: actors that were to leave by it stay, and those that never came are not asked for."""
+        """Undoes what a failed operation began: leaving actors stay, and actors that never came up are removed."""
         if operation.kind.waits_for_actors:
             self._cluster_state.set_leaving(())
             self._sizing.give_up_missing()
 
     def _scale(self, operation: Operation) -> None:
-        """To a number of actors: new ones are started and filled, or those of the highest numbers emptied and ended."""
+        """Scales to a number of actors: starts and fills new ones, or empties and removes those of the highest
+        numbers."""
         wanted = int(operation.arguments[0])
         self._sizing.check_size(wanted, OperationKind.SCALE)
         staying = self._sizing.staying()
@@ -60,7 +61,7 @@ class OperationExecutor:
         self._empty_leaving(operation.id)
 
     def _drain(self, operation: Operation) -> None:
-        """Empties the actors of a node, after starting others elsewhere if the slots would not do."""
+        """Empties and removes the actors of a node, or one actor; first starts others elsewhere if slots are short."""
         target = operation.arguments[0]
         up = self._cluster_state.up()
         leaving = [a for a in self._cluster_state.actors if a == target or (a in up and up[a].address.node == target)]
@@ -73,7 +74,7 @@ class OperationExecutor:
         self._empty_leaving(operation.id)
 
     def _place(self, operation: Operation) -> None:
-        """An expert onto exactly these actors, with equal shares; onto none: cold until a token wants it."""
+        """Puts an expert on exactly these actors, with equal shares; none: it is cold until a token needs it."""
         expert, actors = parse_expert(operation.arguments[0], operation.kind), operation.arguments[1:]
         others = [r for r in self._cluster_state.replicas_of(expert.layer) if r.expert != expert]
         self._check_room(expert, actors, others)
@@ -94,7 +95,7 @@ class OperationExecutor:
                 )
 
     def _activate(self, operation: Operation) -> None:
-        """Cold experts that a token wants are loaded where there is most room."""
+        """Loads cold experts that tokens need, each on the actor with the fewest replicas of its layer."""
         for expert in experts_of(operation):
             if expert not in self._cluster_state.cold:
                 continue
@@ -122,7 +123,7 @@ class OperationExecutor:
         self._applier.apply(operation_id, change.target)
 
     def _empty_leaving(self, operation_id: str) -> None:
-        """Moves everything off the actors that leave, then ends them."""
+        """Moves everything off the leaving actors, then removes them."""
         leaving = sorted(self._cluster_state.leaving)
         if not leaving:
             return
@@ -140,5 +141,5 @@ class OperationExecutor:
 
 
 def experts_of(operation: Operation) -> tuple[ExpertId, ...]:
-    """The experts that the arguments of an operation name, all of them."""
+    """Returns the experts of an operation whose arguments are all experts."""
     return tuple(parse_expert(argument, operation.kind) for argument in operation.arguments)

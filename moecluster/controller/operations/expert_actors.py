@@ -1,4 +1,4 @@
-"""Changes of the cluster's size: actors are asked for and filled, or emptied and ended. Each step may be repeated."""
+"""Changes the number of expert actors: requests actors, and removes empty ones. Each step may be repeated."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -10,7 +10,7 @@ from moecluster.errors import ResourceError, Unavailable
 
 
 class Sizing:
-    """Used by one thread at a time. Filling and emptying themselves are the policy's and the mover's work."""
+    """Used by one thread at a time. Filling and emptying actors is the work of the policy and the PlacementApplier."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Sizing:
         return -(-max(self._cluster_state.layer_experts.values()) // self._slots_per_layer)
 
     def check_size(self, actors: int, what: str) -> None:
-        """Raises ResourceError if so many actors have too few slots for the experts."""
+        """Raises ResourceError if this number of actors has too few slots for the experts."""
         most = max(self._cluster_state.layer_experts.values())
         missing = most - actors * self._slots_per_layer
         if missing > 0:
@@ -41,25 +41,25 @@ class Sizing:
             )
 
     def staying(self) -> tuple[str, ...]:
-        """The actors that are not leaving, in the order of their numbers."""
+        """The actors that are not leaving, sorted by number."""
         return tuple(
             sorted((a for a in self._cluster_state.actors if a not in self._cluster_state.leaving), key=number_of)
         )
 
     def add(self, actors: Iterable[str], *, avoid_nodes: Collection[str] = ()) -> None:
-        """Asks for actors, and begins to look after them."""
+        """Requests actors, and starts monitoring them."""
         for actor in actors:
             self._cluster_state.add_actor(actor)
             self._supervisor.create(actor, avoid_nodes=avoid_nodes)
             self._monitors.keep(actor)
 
     def new_names(self, count: int) -> list[str]:
-        """Names of the lowest numbers that no actor has."""
+        """Returns names with the lowest free numbers."""
         taken = set(self._cluster_state.actors)
         return [name for n in range(len(taken) + count) if (name := f"expert-{n}") not in taken][:count]
 
     def check_up(self, actors: Collection[str]) -> None:
-        """Raises Unavailable, naming those that do not serve yet."""
+        """Raises Unavailable, naming the actors that do not serve yet, if there are any."""
         if missing := sorted(set(actors) - self._cluster_state.up().keys(), key=number_of):
             raise Unavailable(
                 f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not serve yet; "
@@ -67,12 +67,12 @@ class Sizing:
             )
 
     def give_up_missing(self) -> None:
-        """Actors that were asked for and hold nothing are not waited for any more."""
+        """Removes the actors that are not up and have no experts assigned."""
         up = self._cluster_state.up()
         self.remove([a for a in self._cluster_state.actors if a not in up and not self._cluster_state.assigned(a)])
 
     def remove(self, actors: Iterable[str]) -> None:
-        """Ends actors that hold nothing that is needed any more."""
+        """Removes actors that hold nothing needed any longer."""
         for actor in actors:
             self._monitors.let_go(actor)
             self._cluster_state.remove_actor(actor)
@@ -80,6 +80,6 @@ class Sizing:
 
 
 def number_of(actor: str) -> tuple[int, str]:
-    """Orders actors by the number in their names."""
+    """Sorts actors by the number in their names."""
     digits = re.search(r"(\d+)$", actor)
     return (int(digits.group()) if digits else 0, actor)

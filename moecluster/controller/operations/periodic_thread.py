@@ -1,4 +1,4 @@
-"""A thread that does one thing over and over: after every period, and at once when there is something to do."""
+"""A thread that calls a function periodically, and at once when it is woken."""
 
 import logging
 import threading
@@ -9,11 +9,11 @@ from moecluster.errors import MoeClusterError
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-FAILED_INSIDE = "the controller failed inside; its log says how"  # of an operation that a bug has ended
+FAILED_INSIDE = "internal error in the controller; see its log"  # detail of an operation that a bug has ended
 
 
 class PeriodicThread:
-    """Begins with start, ends with close."""
+    """Runs from start to close."""
 
     def __init__(
         self,
@@ -24,8 +24,8 @@ class PeriodicThread:
         without_result: str,
         on_bug: Callable[[], None],
     ) -> None:
-        """period_s is asked before every round. without_result: what is logged of a round that raised; on_bug is
-        called if that was no MoeClusterError."""
+        """period_s is called before every round. without_result: what is logged if a round raises. on_bug is called if
+        it raises anything but a MoeClusterError."""
         self._do_round = do_round
         self._period_s = period_s
         self._without_result = without_result
@@ -36,18 +36,18 @@ class PeriodicThread:
 
     @property
     def closed(self) -> bool:
-        """Whether a round that is under way shall end soon."""
+        """Whether the current round should end soon."""
         return self._closed.is_set()
 
     def start(self) -> None:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something to do."""
+        """Starts a round at once, or after the current one."""
         self._wake.set()
 
     def close(self) -> None:
-        """Waits for the round that is under way."""
+        """Stops the thread; waits up to CLOSE_TIMEOUT_S for the current round."""
         self._closed.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -64,5 +64,5 @@ class PeriodicThread:
             except MoeClusterError as exc:
                 logger.warning("%s: %s", self._without_result, exc)
             except Exception:
-                logger.exception("%s", self._without_result)  # a bug, which must not end the later rounds
+                logger.exception("%s", self._without_result)  # a bug, which must not prevent later rounds
                 self._on_bug()

@@ -1,9 +1,9 @@
-"""Which routers there are: more are started under a queue or by order, those that are too many leave and are ended.
+"""Scales the routers, by request or with the load.
 
-A router that leaves is shown as such with its state, so that gateways send it no new texts. It takes those that come
-all the same, and is ended when it has none any more, or after a timeout: then its texts go on at another router, as
-they do when a router is lost. The supervisor's list says which routers are there, so a successor finds them; the
-routers of the highest numbers leave, so it also finds which. The first router, where training runs, stays.
+The state of a leaving router shows that it leaves, so that gateways send it no new requests. It accepts those that
+arrive all the same, and is ended when it has none left, or after a timeout: its requests then continue at another
+router, as when a router is lost. A successor finds the routers in the supervisor's list, and finds which ones leave,
+since those of the highest numbers do. The first router, where training runs, stays.
 """
 
 import logging
@@ -20,42 +20,40 @@ from moecluster.types import Operation, OperationKind, OperationPhase, RouterSta
 
 logger = logging.getLogger(__name__)
 
-ORDERED = "ordered"  # the reason of what a user asks for: no decision takes its place
-STEP_S = 0.2  # between looks while routers come or leave
+ORDERED = "requested"  # reason of a user's request, which no automatic decision replaces
+STEP_S = 0.2  # between checks while routers start or leave
 
 
 class RouterSupervisor(Protocol):
-    """What starts routers, and starts them again when they die."""
+    """Starts routers, and restarts them when they die."""
 
     def existing_routers(self) -> tuple[str, ...]:
-        """The routers that are there, or are being started."""
+        """The routers that exist or are being started."""
 
     def create_router(self, router: str, checkpoint: str) -> None:
-        """Asks for a router that serves the trunk of a checkpoint. Fine if it is there already."""
+        """Requests a router that serves the trunk of a checkpoint. Does nothing if it exists."""
 
     def remove_router(self, router: str) -> None:
-        """Ends a router for good. Fine if it is gone already."""
+        """Ends a router for good. Does nothing if it is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSizingSettings:
-    """How many routers there may be, and how they come and leave."""
+    """How many routers there may be, and how they start and leave."""
 
-    min_routers: int = 1  # by order
-    max_routers: int = 0  # by order; 0: no limit
-    size: RouterSizeSettings | None = None  # None: the number is changed by orders alone
+    min_routers: int = 1  # lower limit of scale requests
+    max_routers: int = 0  # upper limit of scale requests; 0: no limit
+    size: RouterSizeSettings | None = None  # None: only scale requests change the number
     period_s: float = 2.0
-    lease_s: float = 10.0  # so long a router that is not heard of may still be there
+    lease_s: float = 10.0  # a silent router may still exist for so long
     start_timeout_s: float = 600.0
     drain_timeout_s: float = 300.0
-    idle_s: float = (
-        3.0  # without a text before a router that leaves is ended: gateways have seen by then that it leaves
-    )
+    idle_s: float = 3.0  # without requests until a leaving router is ended: by then gateways have seen that it leaves
 
 
 @dataclass(kw_only=True)
 class _Change:
-    """The operation that is under way."""
+    """The current operation."""
 
     operation: Operation
     since_s: float
@@ -68,14 +66,14 @@ class _Change:
 
 @dataclass(kw_only=True)
 class _Leaving:
-    """A router that leaves."""
+    """A leaving router."""
 
     since_s: float
     idle_since_s: float | None = None
 
 
 class RouterSizing:
-    """Begins with start, ends with close. Orders, and what is shown, from any thread."""
+    """Its thread runs from start to close. Any thread may call order and states."""
 
     def __init__(
         self, context: ControllerContext, settings: RouterSizingSettings, *, supervisor: RouterSupervisor
@@ -89,7 +87,7 @@ class RouterSizing:
         self._started_s = self._clock()
         self._size_state = SizeState()
         self._change: _Change | None = None
-        self._leaving: dict[str, _Leaving] = {}  # replaced, never changed, as other threads read it
+        self._leaving: dict[str, _Leaving] = {}  # replaced, never mutated, as other threads read it
         self._rounds = PeriodicThread(
             "router-sizing",
             self._run_once,
@@ -103,11 +101,11 @@ class RouterSizing:
         self._rounds.start()
 
     def close(self) -> None:
-        """What is under way ends as an operation that a successor finds unfinished."""
+        """Stops the thread. A successor finds the current operation unfinished."""
         self._rounds.close()
 
     def order(self, routers: int, *, operation_id: str = "") -> Operation:
-        """Begins to make it so many routers. Raises ResourceError beyond the limits."""
+        """Requests a number of routers. Raises ResourceError beyond the limits."""
         lowest, highest = self._settings.min_routers, self._settings.max_routers
         if routers < lowest or (highest and routers > highest):
             limit = f"{lowest} to {highest}" if highest else f"{lowest} or more"
@@ -122,34 +120,34 @@ class RouterSizing:
         return operation
 
     def states(self) -> tuple[RouterState, ...]:
-        """What the routers that hold a lease say of themselves, and which of them leave."""
+        """Returns the reported state of every router with a lease, and whether it leaves."""
         leaving = self._leaving
         return tuple(replace(s, leaving=name in leaving) for name, s in self._leases.states().items())
 
     # -- the thread --
 
     def _run_once(self) -> None:
-        """One round: what is ordered or decided anew takes the place of what is under way; that goes a step further."""
+        """One round: the newest operation replaces the current one, which then goes a step further."""
         known = sorted(self._supervisor.existing_routers(), key=number_of)
         self._leaving = {name: since for name, since in self._leaving.items() if name in known}
         self._decide([name for name in known if name not in self._leaving])
         for operation in self._log.queued({OperationKind.SCALE_ROUTERS}):
-            self._end(OperationPhase.FAILED, f"{operation.id} has taken its place")
+            self._end(OperationPhase.FAILED, f"superseded by {operation.id}")
             self._change = _Change(operation=operation, since_s=self._clock())
             self._report(OperationPhase.PREPARING, "")
         if self._change is not None:
             self._go_on(self._change, known)
 
     def _decide(self, staying: list[str]) -> None:
-        """Orders another number of routers if the texts ask for it."""
+        """Queues another number of routers if the load asks for it."""
         size, now_s = self._settings.size, self._clock()
         if size is None or not staying or now_s - self._started_s < self._settings.lease_s:
-            return  # routers must be heard first
+            return  # routers must report first
         under_way = [self._change.operation] if self._change is not None else []
         if any(
             operation.reason == ORDERED for operation in (*under_way, *self._log.queued({OperationKind.SCALE_ROUTERS}))
         ):
-            return  # what a user asks for comes first
+            return  # a user's request comes first
         states = self._leases.states()
         heard = [states[name] for name in staying if name in states]
         seen = RouterObservation(
@@ -163,7 +161,7 @@ class RouterSizing:
             self._log.order(OperationKind.SCALE_ROUTERS, reason=why, arguments=(str(wanted),))
 
     def _go_on(self, change: _Change, known: list[str]) -> None:
-        """A step. Each may be repeated: what is done already is left alone."""
+        """Goes a step further. Each step may be repeated: what is done already is left alone."""
         coming: list[str] = []
         try:
             coming = [name for name in self._aim(change, known) if not self._serves(name)]
@@ -179,7 +177,7 @@ class RouterSizing:
             self._end(OperationPhase.DONE, "")
 
     def _aim(self, change: _Change, known: list[str]) -> list[str]:
-        """Takes back, asks for, or lets leave as many as it takes; returns those that stay."""
+        """Takes back leaving routers, requests new ones, or lets some leave, as needed; returns those that stay."""
         staying = [name for name in known if name not in self._leaving]
         missing = change.wanted - len(staying)
         if missing > 0:
@@ -195,7 +193,7 @@ class RouterSizing:
         return staying[: max(change.wanted, 1)]
 
     def _let_leave(self) -> list[str]:
-        """Ends the routers that have no text any more, or had time enough; returns what is waited for."""
+        """Ends the leaving routers that are idle or past drain_timeout_s; returns why each is still waited for."""
         now_s, states = self._clock(), self._leases.states()
         for name, leaving in self._leaving.items():
             state = states.get(name)
@@ -206,7 +204,7 @@ class RouterSizing:
             idle = leaving.idle_since_s is not None and now_s - leaving.idle_since_s >= self._settings.idle_s
             if idle or now_s - leaving.since_s >= self._settings.drain_timeout_s:
                 logger.info("%s is ended: %s", name, _still_has(name, state))
-                self._supervisor.remove_router(name)  # again at the next look, until it is not known any more
+                self._supervisor.remove_router(name)  # again at the next check, until it no longer exists
                 self._leases.drop(name)
         return [_still_has(name, states.get(name)) for name in self._leaving]
 
@@ -220,17 +218,17 @@ class RouterSizing:
         return state is not None and bool(state.address)
 
     def _give_up(self, change: _Change, coming: Iterable[str], why: str) -> None:
-        """Routers that were asked for and never came are not waited for any more."""
+        """Removes the routers that were requested and never came up, and fails the operation."""
         for name in change.asked.intersection(coming):
             self._supervisor.remove_router(name)
         self._fail(f"{why}, after {self._settings.start_timeout_s:g} s; is the Ray cluster short of CPUs or memory?")
 
     def _fail(self, detail: str) -> None:
-        """The routers that were to leave by the operation stay."""
+        """Fails the operation; its leaving routers stay."""
         self._leaving = {}
         self._end(OperationPhase.FAILED, detail)
 
-    # -- what is shown --
+    # -- reports --
 
     def _report(self, phase: OperationPhase, detail: str) -> None:
         assert self._change is not None
@@ -245,17 +243,19 @@ class RouterSizing:
 
 
 def _new_names(known: Iterable[str], count: int) -> list[str]:
-    """Names of the lowest numbers that no router has; the first one has none."""
+    """Returns names with the lowest free numbers; the first router's name has none."""
     taken = set(known)
     names = ("router", *(f"router-{n}" for n in range(1, len(taken) + count)))
     return [name for name in names if name not in taken][:count]
 
 
 def _still_has(router: str, state: RouterState | None) -> str:
-    """What a router that leaves is waited for."""
+    """Returns why a leaving router is waited for."""
     if state is None:
-        return f"{router} is not heard of"
+        return f"{router} does not report"
     texts = state.running + state.waiting
     return (
-        f"{router} leaves" if not texts else f"{router} leaves with {texts} {'text' if texts == 1 else 'texts'} to end"
+        f"{router} leaves"
+        if not texts
+        else f"{router} leaves with {texts} {'request' if texts == 1 else 'requests'} to finish"
     )

@@ -1,12 +1,12 @@
-"""Replaces weights while they serve: a new version is prepared beside the old one, published, and the old one dropped.
+"""Replaces weights while serving: a new version is prepared beside the old one, published, and the old one dropped.
 
-1. Every actor loads the new version of what it holds (its monitor does), and every router its trunk.
-2. The version is published: routers begin new texts with it, and end those that run with the old one.
-3. When no text is written with the old version any more it is dropped. The texts of a router that was lost count for a
-   while: another router, which may hold the old version as long as it stands, takes them up.
+1. Every actor loads the new version of the experts that it holds (by its monitor), and every router its trunk.
+2. The version is published: routers begin new requests with it, and finish those that run with the old one.
+3. The old version is dropped when no request uses it any longer. The requests of a lost router count for a while:
+   another router, which may keep the old version as long as it is in use, continues them.
 
-Nothing here waits: each look goes as far as it can, and the cluster is looked after between two looks. Where an update
-stands is seen from the versions that stand, so a successor goes on with it.
+Nothing here waits: each check goes as far as it can, and other work is done between two checks. The weight versions
+show how far an update is, so a successor continues it.
 """
 
 import logging
@@ -20,19 +20,17 @@ from moecluster.types import NO_PLACEMENT, Operation, OperationKind, OperationPh
 
 logger = logging.getLogger(__name__)
 
-FIRST_TERM = 1  # of a controller that succeeds nobody
-NAMED = 4  # actors or routers in a detail
+FIRST_TERM = 1  # of a controller without a predecessor
+NAMED = 4  # actors or routers that a detail names
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
     """How long an update may take."""
 
-    prepare_timeout_s: float = 600.0  # until everybody has loaded the new version
-    old_requests_timeout_s: float = (
-        3600.0  # for texts that were begun with the old version; as long as the longest text
-    )
-    # How long a router counts whose lease ran out: loading a trunk is hard work, and its texts go on elsewhere.
+    prepare_timeout_s: float = 600.0  # until all actors and routers have loaded the new version
+    old_requests_timeout_s: float = 3600.0  # for requests begun with the old version; as long as the longest one
+    # How long a router with an expired lease counts: loading may delay renewals, and its requests continue elsewhere.
     router_grace_s: float = 30.0
 
 
@@ -47,12 +45,12 @@ class WeightUpdates:
         self._reports = context.reports
         self._clock = context.clock
         self._begun_s = self._clock()
-        self._exists: tuple[int, int] | None = None  # (version, published or not) that _since_s and _told are of
-        self._since_s = 0.0  # when this controller first saw it so
-        self._published_s = NO_PLACEMENT  # a placement that says so
+        self._observed: tuple[int, int] | None = None  # (version, published) of _since_s and _published
+        self._since_s = 0.0  # when this controller first saw that
+        self._published = NO_PLACEMENT  # number of the placement at that time
 
     def check(self) -> None:
-        """Takes the update that is under way, or the first that waits, as far as it goes now."""
+        """Takes the current update, or the first that is queued, as far as it goes now."""
         operation = self._under_way()
         try:
             if operation is not None:
@@ -64,25 +62,25 @@ class WeightUpdates:
             logger.warning("%s failed: %s", operation.id, exc)
             self._give_up(operation, str(exc))
         except Exception:
-            if operation is not None:  # a bug must not leave it under way for ever
+            if operation is not None:  # a bug must not leave it unfinished forever
                 self._give_up(operation, FAILED_INSIDE)
             raise
 
     def make_room(self) -> bool:
-        """A training run wants to hold the placement: it may once this says that one version stands.
+        """Prepares for a training run that wants to hold the placement. Returns True once only one version is left.
 
-        An update that is not published is given up; one that is, ends first.
+        An update that is not published is given up; a published one ends first.
         """
         operation = self._under_way()
         if self._cluster_state.versions.next is not None:
             self._cluster_state.drop_other_versions()
             if operation is not None:
-                detail = "a training run was begun before the new version was loaded everywhere; update after it"
+                detail = "a training run started before the new version was loaded everywhere; update again after it"
                 self._log.update(operation.id, phase=OperationPhase.FAILED, detail=detail)
         return len(self._cluster_state.versions.all) == 1
 
     def _give_up(self, operation: Operation, why: str) -> None:
-        """A version that is published stays, and the old one as long as it is written with."""
+        """Fails the operation. A published version stays, and the old one as long as it is in use."""
         if self._cluster_state.versions.next is not None:
             self._cluster_state.drop_other_versions()
         self._log.update(operation.id, phase=OperationPhase.FAILED, detail=why)
@@ -91,7 +89,7 @@ class WeightUpdates:
         return next((o for o in self._log.under_way() if o.kind is OperationKind.UPDATE), None)
 
     def _go_on(self, operation: Operation) -> None:
-        """Raises why the update fails, before it is published."""
+        """Takes the update further. Raises if it fails before it is published."""
         directory, following = operation.arguments[0], self._cluster_state.versions.next
         if following is not None and following.checkpoint != directory:  # another update left it
             self._cluster_state.drop_other_versions()
@@ -112,7 +110,7 @@ class WeightUpdates:
         actors = self._unprepared()
         failures = self._reports.not_prepared(version.version)
         for actor, error in failures.items():
-            if isinstance(error, UserError):  # no repetition mends it
+            if isinstance(error, UserError):  # a retry does not help
                 raise OperationFailed(f"{actor} cannot load the new version: {error}")
         routers = []
         for name, lease in self._routers().items():
@@ -135,8 +133,8 @@ class WeightUpdates:
         )
 
     def _unprepared(self) -> list[str]:
-        """Actors that keep the new version from being served: those that are up without it, and those that are lost
-        with experts that nobody else has: maybe the new version is too much for them."""
+        """Returns the actors that block publishing: those that are up without the new version, and lost ones with
+        experts that no other actor serves: the new version may have been too large for them."""
         lost = self._cluster_state.lost()
         away = set(self._cluster_state.actors) - self._cluster_state.up().keys()
         return sorted(
@@ -147,11 +145,11 @@ class WeightUpdates:
         )
 
     def _end_requests(self, operation: Operation | None) -> None:
-        """The new version is published: drops the old one when no text is written with it any more."""
+        """The new version is published: drops the old one when no request uses it any longer."""
         version = self._cluster_state.versions.weight_version
         since_s, published = self._seen(version, published=True)
         if not self._leases.settled() or self._may_miss_lost_routers():
-            return  # a successor does not know yet who writes
+            return  # a successor does not know yet which requests run
         leases = (*self._routers().values(), *self._leases.heard_before(self._settings.router_grace_s))
         writing = sorted(
             {
@@ -172,7 +170,7 @@ class WeightUpdates:
             self._end(operation)
 
     def _end(self, operation: Operation) -> None:
-        """Only the new version stands: the update is done when no actor holds another one."""
+        """Only the new version is left: the update is done when no actor that is up holds another one."""
         version = self._cluster_state.versions.weight_version
         holding = [a for a in self._reports.with_other_versions() if a in self._cluster_state.up()]
         if holding:
@@ -187,33 +185,33 @@ class WeightUpdates:
         self._log.update(operation.id, phase=OperationPhase.DONE, detail=detail)
 
     def _clean_up(self) -> None:
-        """What an operation left that is not known any more."""
+        """Drops the versions of an update that is no longer in the log."""
         if self._cluster_state.versions.next is not None:
             self._cluster_state.drop_other_versions()
         elif len(self._cluster_state.versions.all) > 1:
             self._end_requests(None)
 
     def _may_miss_lost_routers(self) -> bool:
-        """Whether routers may have been lost with their texts shortly before this controller succeeded another one."""
+        """Whether routers may have been lost with their requests shortly before this controller took over."""
         return (
             self._cluster_state.number.term > FIRST_TERM
             and self._clock() - self._begun_s < self._settings.router_grace_s
         )
 
     def _routers(self) -> dict[str, Lease]:
-        """Those that write texts, as they last were; others say of no version that they use it."""
+        """The last leases of routers that serve requests; other routers report no weight version."""
         heard = self._leases.heard(self._settings.router_grace_s)
         return {name: lease for name, lease in sorted(heard.items()) if lease.state.weight_version}
 
     def _seen(self, version: int, *, published: bool) -> tuple[float, PlacementNumber]:
-        """Since when the version stands so, and a placement that says so."""
-        if self._exists != (version, published):
-            self._exists = (version, published)
-            self._since_s, self._published_s = self._clock(), self._cluster_state.number
-        return self._since_s, self._published_s
+        """Returns when this controller first saw the version in that state, and the placement number of that time."""
+        if self._observed != (version, published):
+            self._observed = (version, published)
+            self._since_s, self._published = self._clock(), self._cluster_state.number
+        return self._since_s, self._published
 
     def _report(self, operation: Operation, phase: OperationPhase, what: str, *names: list[str]) -> None:
-        everybody = [name for group in names for name in group] or ["whoever has not been heard from yet"]
+        everybody = [name for group in names for name in group] or ["those that have not reported yet"]
         detail = what + _names(everybody)
         if (operation.phase, operation.detail) != (phase, detail):
             self._log.update(operation.id, phase=phase, detail=detail)

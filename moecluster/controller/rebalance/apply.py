@@ -1,8 +1,8 @@
-"""Carries a change of placement out, make before break, layer by layer, without the data path waiting for anything.
+"""Applies a change of placement layer by layer, make-before-break, without blocking the data path.
 
-New replicas are loaded beside what stands (from a peer that serves the expert, else from the checkpoint), then the
-layer's new replicas are published, and what they replace is unloaded once every router with a lease has taken the new
-placement. Until a layer is published, what stood stands.
+New replicas are loaded beside the current ones (from a peer that serves the expert, else from the checkpoint), then the
+layer is published, and the replicas that it drops are unloaded once every router with a lease has applied the new
+placement, or after a timeout. Until a layer is published, its current replicas serve.
 """
 
 import logging
@@ -30,11 +30,11 @@ class ApplierSettings:
     dtype: str = ""  # empty: the checkpoint's
     load_timeout_s: float = 60.0
     drain_timeout_s: float = 10.0
-    max_bytes_per_s: int = 0  # of each copy from a peer; 0: as fast as it goes
+    max_bytes_per_s: int = 0  # of each copy from a peer; 0: unlimited
 
 
 class Interrupted(MoeClusterError):
-    """The change gives way to something more urgent. What was published by then stands."""
+    """The change gave way to something more urgent. Layers published by then remain."""
 
 
 class PlacementApplier:
@@ -59,11 +59,11 @@ class PlacementApplier:
         exactly: Collection[ExpertId] = (),
         urgent: bool = False,
     ) -> None:
-        """Makes the target stand: layer -> all its replicas. Layers that are as wanted already are left alone.
+        """Applies a target: layer -> all its replicas. Layers that match already are left alone.
 
-        Replicas on actors that are lost for the moment stay theirs, but for those of the experts in exactly. urgent:
-        never gives way. Raises Interrupted, or what loading raised; layers published by then stand, the others are as
-        they were.
+        Replicas on lost actors stay assigned to them, except those of the experts in exactly. urgent: never gives way
+        to a recovery. Raises Interrupted, or what loading raised; layers published by then remain, the others are
+        unchanged.
         """
         with ExitStack() as stack:
             controls: dict[str, ControlConnection] = {}
@@ -86,7 +86,7 @@ class PlacementApplier:
                     shares_only[layer] = replicas
                     continue
                 if not urgent and self._recovery.is_due():
-                    raise Interrupted("it gives way to the recovery of lost experts")
+                    raise Interrupted("interrupted by the recovery of lost experts")
                 self._change_layer(operation_id, layer, replicas, control)
             if shares_only:
                 self._log.update(operation_id, phase=OperationPhase.COMMITTING)
@@ -95,7 +95,8 @@ class PlacementApplier:
     def _with_lost_actors(
         self, layer: int, wanted: tuple[Replica, ...], exactly: Collection[ExpertId]
     ) -> tuple[Replica, ...]:
-        """The wanted replicas and those on actors that will come back, which serve nothing until shares say so."""
+        """Returns the wanted replicas and those on lost actors that should come back: with share 0, if the expert has
+        wanted replicas."""
         up, placed = self._cluster_state.up(), {r.expert for r in wanted}
         named = {(r.expert, r.actor) for r in wanted}
         waiting = [
@@ -139,7 +140,7 @@ class PlacementApplier:
             self._unload_all(removing, control)
 
     def _load_all(self, adding: Mapping[str, frozenset[ExpertId]], control: Callable[[str], ControlConnection]) -> int:
-        """Loads on all actors at once. If one fails, the others drop again what they loaded."""
+        """Loads on all actors in parallel, and returns the bytes. If one fails, all unload again."""
         if not adding:
             return 0
         controls = {actor: control(actor) for actor in adding}
@@ -158,8 +159,8 @@ class PlacementApplier:
             raise
 
     def _load(self, control: ControlConnection, experts: Iterable[ExpertId]) -> int:
-        """In every version that texts are written with: from peers where there are any, else, or if a peer fails, from
-        the checkpoint. Returns the bytes."""
+        """Loads experts in every weight version in use: from a peer if one serves the expert; otherwise, or if the peer
+        fails, from the checkpoint. Returns the bytes."""
         by_peer: dict[ActorAddress | None, list[ExpertId]] = {}
         for expert in sorted(experts):
             by_peer.setdefault(next(iter(self._cluster_state.holders(expert)), None), []).append(expert)
@@ -176,7 +177,7 @@ class PlacementApplier:
             try:
                 return self._load_group(control, experts, peer, version)
             except MoeClusterError as exc:
-                # Stale: another controller, or other weights than those that are served. No checkpoint mends that.
+                # Stale: another controller, or other weights than those served. A checkpoint does not help there.
                 if isinstance(exc, StaleRequest):
                     raise
                 logger.info("%s gave no copy (%s): loading from the checkpoint", peer.actor, exc)
@@ -201,7 +202,7 @@ class PlacementApplier:
     def _unload_all(
         self, removing: Mapping[str, frozenset[ExpertId]], control: Callable[[str], ControlConnection]
     ) -> None:
-        """What cannot be unloaded now is surplus, which the actor's monitor unloads when it begins anew."""
+        """Unloads experts. What cannot be unloaded now is surplus, which the actor's next session unloads."""
         for actor, experts in removing.items():
             self._cluster_state.unloaded(actor, experts)
             try:

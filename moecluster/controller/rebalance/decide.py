@@ -1,4 +1,4 @@
-"""Asks the policy: what is seen now, what it decides on that, and which replicas change by it."""
+"""Runs the policy on the current observation, and finds which replicas its decision changes."""
 
 import threading
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ LayerReplicas = Mapping[int, tuple[Replica, ...]]  # layer -> all its replicas
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A decision on what was seen."""
+    """What a decision changes."""
 
     decision: Decision
     target: LayerReplicas  # the layers that change
-    moves: bool  # replicas come or go; else only shares change
+    moves: bool  # replicas are added or removed; otherwise only shares change
 
 
 class Planner:
-    """Thread-safe; the policy's state is that of the one thread that calls decide."""
+    """Thread-safe, except that only one thread may call decide and fill, which change the policy's state."""
 
     def __init__(self, context: ControllerContext, policy: str, observer: Observer) -> None:
         self.observer = observer
@@ -37,31 +37,31 @@ class Planner:
         self._looking = threading.Lock()  # held while the observer is used
 
     def read(self) -> None:
-        """Takes a reading of the load."""
+        """Reads the load source."""
         with self._looking:
             self.observer.read(self._clock())
 
     def seen(self) -> Seen:
-        """The cluster now."""
+        """Returns the current observation."""
         with self._looking:
             return self.observer.observe(self._clock())
 
     def idle_experts(self, idle_s: float) -> frozenset[ExpertId]:
-        """Experts that no token wanted for so long."""
+        """Returns the experts that no token was routed to for idle_s."""
         with self._looking:
             return self.observer.idle_experts(idle_s)
 
     def decide(self, seen: Seen) -> Change:
-        """What the cluster's policy wants. Raises UserError if it has no answer: fewer slots than experts."""
+        """Returns what the cluster's policy decides. Raises UserError if there are fewer slots than experts."""
         decision, self._state = self._policy.decide(seen.observation, self._state)
         return _change(seen, decision)
 
     def fill(self) -> Change:
-        """The same, whatever it costs in bytes."""
+        """Decides on the current observation without a byte budget."""
         return self.decide(with_budget(self.seen(), WHATEVER_BYTES))
 
     def preview(self, policy: str) -> PlanPreview:
-        """What a policy, or the cluster's own, would do now. Raises ConfigError for a policy that there is not."""
+        """Returns what a policy (empty: the cluster's own) would do now. Raises ConfigError for an unknown policy."""
         asked = policy_named(policy) if policy else self._policy
         seen = self.seen()
         state = self._state if asked is self._policy else asked.first_state()

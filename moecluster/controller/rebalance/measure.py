@@ -1,4 +1,4 @@
-"""Measures how even the actors' load is: for the metrics, and for what operations have gained."""
+"""Measures balancedness, for the metrics and for the gain of operations."""
 
 import math
 
@@ -19,11 +19,11 @@ class BalanceMeter:
         self._unmeasured: dict[str, float] = {}  # operation -> when it ended
 
     def ended(self, operation_id: str) -> None:
-        """The operation is done: what it has gained can be measured once a window has passed over it."""
+        """The operation is done: its gain can be measured once a load window has passed."""
         self._unmeasured[operation_id] = self._clock()
 
     def measure_gains(self) -> None:
-        """Fills in what operations have gained, of those that a window has passed over, and a token since."""
+        """Fills in the measured balancedness of operations that ended a load window ago and saw tokens since."""
         self._unmeasured = {o: ended_s for o, ended_s in self._unmeasured.items() if self._log.keeps(o)}
         observer = self._planner.observer
         until_s = min(self._clock() - observer.settings.window_s, observer.last_token_s)
@@ -40,7 +40,7 @@ class BalanceMeter:
             self._log.update(operation, balancedness_measured=measured)
 
     def show(self) -> None:
-        """Tells the metrics the actors' speeds, and how even the load of each layer is."""
+        """Sets the metrics of the actors' speeds and of each layer's balancedness."""
         if not self._planner.observer.load_LE.any() or not self._cluster_state.up():
             return
         seen = self._planner.seen()

@@ -1,4 +1,4 @@
-"""What the policy is shown: the load window, measured speeds, and the current placement, as numbers with names."""
+"""The policy's input: the load window, measured speeds and the current placement, as arrays with names."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ObserverSettings:
-    """How the load is looked at, and what room there is."""
+    """The load window, the slots per actor, and the budget of a change."""
 
     window: str = "exponential"
     window_s: float = 30.0
@@ -31,7 +31,7 @@ class ObserverSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """An observation, and the names of its positions."""
+    """An observation, and the names of its array positions."""
 
     observation: Observation
     names: Names
@@ -51,7 +51,7 @@ class Observer:
         self._failure = ""  # why the last reading failed
 
     def read(self, now_s: float) -> None:
-        """Takes a reading. One that fails is noted, and the load stays as it was seen last."""
+        """Reads the source. If that fails, logs why and keeps the last load."""
         try:
             reading = self._source.read(now_s)
             if reading is self._last:
@@ -72,16 +72,16 @@ class Observer:
 
     @property
     def covered_s(self) -> float:
-        """Time that the window has seen."""
+        """How long the window has observed the load."""
         return self._window.covered_s
 
     @property
     def last_token_s(self) -> float:
-        """When the reading was taken that last showed a token."""
+        """Time of the last reading that showed a token."""
         return self._window.last_token_s
 
     def idle_experts(self, idle_s: float) -> frozenset[ExpertId]:
-        """Experts that no token wanted for so long."""
+        """Returns the experts that no token was routed to for idle_s; none if the window covers less."""
         if self.covered_s < idle_s:
             return frozenset()
         layers = sorted(self._cluster_state.layer_experts)
@@ -93,7 +93,8 @@ class Observer:
         )
 
     def observe(self, now_s: float) -> Seen:
-        """The cluster now, of the actors that are up. Until a token was counted, every expert has the same load."""
+        """Returns the cluster now, with the actors that are up. Until a token is counted, all experts have equal
+        load."""
         up = self._cluster_state.up()
         names = Names(layer_experts=self._cluster_state.layer_experts, actors=tuple(up))
         load_LE = self.load_LE
@@ -111,7 +112,7 @@ class Observer:
         cold_LE = np.zeros(load_LE.shape, dtype=np.bool_)
         for expert in self._cluster_state.cold:
             cold_LE[names.layers.index(expert.layer), expert.index] = True
-        # A replica that its actor is still loading keeps its place, unless its expert is needed at once.
+        # A replica that is still being loaded keeps its slot, unless its expert is lost and so needed at once.
         lost = self._cluster_state.lost()
         placed = [
             r
@@ -131,7 +132,7 @@ class Observer:
         return Seen(observation=observation, names=names)
 
     def actor_loads(self) -> tuple[ActorLoads, ...]:
-        """Every actor that is up, as the planner sees it."""
+        """Returns every actor that is up, as the planner sees it."""
         up = self._cluster_state.up()
         speeds = dict(zip(up, self._meter.speed_A(tuple(up)).tolist(), strict=True))
         work = self._reports.work()
@@ -149,5 +150,5 @@ class Observer:
 
 
 def with_budget(seen: Seen, budget_bytes: float) -> Seen:
-    """The same observation with another budget."""
+    """Returns the observation with another budget."""
     return replace(seen, observation=replace(seen.observation, budget_bytes=budget_bytes))

@@ -8,24 +8,24 @@ from moecluster.types import ExpertId
 
 
 class Recovery:
-    """Attempts are made by one thread at a time; whether one is due may be asked from any."""
+    """One thread at a time makes attempts; any thread may ask whether one is due."""
 
     def __init__(self, context: ControllerContext, *, slots_per_layer: int) -> None:
         self._state = context.state
         self._slots_per_layer = slots_per_layer
-        self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # what was lost, who was up
+        self._tried_in_vain: tuple[frozenset[ExpertId], frozenset[str]] | None = None  # (lost experts, actors up)
 
     def is_possible(self) -> bool:
-        """Whether experts are lost, and a layer of one has a free slot on an actor that is up."""
+        """Whether experts are lost, and the layer of one has a free slot on an actor that is up and not leaving."""
         return bool(self._state.lost()) and self._has_free_slots()
 
     def is_due(self) -> bool:
-        """Whether it is possible, and was not tried in vain with the same experts and actors."""
+        """Whether recovery is possible, and has not failed with the same lost experts and actors."""
         return self.is_possible() and self._situation() != self._tried_in_vain
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """While lost experts are loaded: one that leaves some lost makes no other change give way any more."""
+        """Encloses an attempt. If it leaves experts lost, other changes no longer give way to the same recovery."""
         before = self._situation()
         yield
         self._tried_in_vain = before if self._state.lost() else None

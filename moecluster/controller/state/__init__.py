@@ -1,1 +1,1 @@
-"""What stands: actors, placement, leases, weight versions, operations; and what a successor inherits."""
+"""Cluster state: actors, placement, leases, weight versions, operations; and the snapshot for a successor."""

@@ -1,4 +1,4 @@
-"""What stands: the replicas and their shares, the actors that are up, and the placement that routers see of it."""
+"""The current state: the replicas and their shares, the actors that are up, and the placement published from it."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,7 @@ class ClusterState:
         metrics: Metrics,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """on_change is called after every change that actors are told of."""
+        """on_change is called after every change that is sent to actors."""
         self.layer_experts = dict(layer_experts)
         self._board = board
         self._metrics = metrics
@@ -33,10 +33,10 @@ class ClusterState:
         self._lock = threading.RLock()
         self._state = PlacementState()
 
-    # -- what stands --
+    # -- current state --
 
     def unchanged(self) -> AbstractContextManager[bool]:
-        """Nothing changes inside: several things are read that belong together."""
+        """A context in which nothing changes, to read several values consistently."""
         return self._lock
 
     @property
@@ -46,27 +46,27 @@ class ClusterState:
 
     @property
     def versions(self) -> WeightVersions:
-        """The weight versions that stand."""
+        """The weight versions in use or being prepared."""
         return self._state.versions
 
     def unprepared(self) -> list[str]:
-        """Actors that are up and do not hold all that they serve in the next version yet."""
+        """Returns the actors that are up and do not hold all that they serve in the next version yet."""
         with self._lock:
             return sorted(a for a, up in self._state.up.items() if (up.held & self.assigned(a)) - up.prepared)
 
     @property
     def held(self) -> bool:
-        """Whether training runs keep the placement as it is."""
+        """Whether training runs hold the placement."""
         return self._state.held
 
     @property
     def actors(self) -> tuple[str, ...]:
-        """In being: up, or on their way."""
+        """All actors of the cluster: up, starting or lost."""
         return self._state.actors
 
     @property
     def leaving(self) -> frozenset[str]:
-        """Actors that take no replicas any more."""
+        """Actors that get no more replicas."""
         return self._state.leaving
 
     @property
@@ -80,34 +80,34 @@ class ClusterState:
             return dict(sorted(self._state.up.items()))
 
     def replicas(self) -> tuple[Replica, ...]:
-        """All that shall stand, also on actors that are lost for the moment."""
+        """All assigned replicas, including those on lost actors."""
         with self._lock:
             return self._state.all_replicas()
 
     def replicas_of(self, layer: int) -> tuple[Replica, ...]:
-        """Those of one layer."""
+        """The assigned replicas of one layer."""
         with self._lock:
             return self._state.replicas.get(layer, ())
 
     def assigned(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor shall hold."""
+        """The experts that the actor should hold."""
         with self._lock:
             return frozenset(r.expert for rs in self._state.replicas.values() for r in rs if r.actor == actor)
 
     def kept(self, actor: str) -> frozenset[ExpertId]:
-        """What the actor may hold: what it shall, and what is being prepared."""
+        """The experts that the actor may hold: those assigned to it, and those that it is about to load."""
         with self._lock:
             return self.assigned(actor) | self._state.preparing.get(actor, frozenset())
 
     def holders(self, expert: ExpertId) -> list[ActorAddress]:
-        """The actors that serve the expert now, in every version that texts are written with, and well."""
+        """The actors that serve the expert in every weight version in use, without replicas that are set aside."""
         with self._lock:
             replicas = self._state.replicas.get(expert.layer, ())
             serving = [r for r in replicas if r.expert == expert and self._state.serves(r)]
             return [self._state.up[r.actor].address for r in serving if (r.actor, expert) not in self._state.aside]
 
     def lost(self) -> frozenset[ExpertId]:
-        """Experts that should be served and have no replica on an actor that is up."""
+        """Experts that no actor serves, except cold ones."""
         with self._lock:
             served = {r.expert for r in self._state.all_replicas() if self._state.serves(r)}
             return frozenset(all_experts(self.layer_experts)) - served - self._state.cold
@@ -125,7 +125,7 @@ class ClusterState:
         replicas: Iterable[Replica],
         cold: Iterable[ExpertId] = (),
     ) -> None:
-        """What a controller begins with; nothing is published before `open`."""
+        """Sets the state that a controller starts with; nothing is published before `open`."""
         with self._lock:
             by_layer: dict[int, list[Replica]] = {layer: [] for layer in sorted(self.layer_experts)}
             for replica in replicas:
@@ -142,8 +142,8 @@ class ClusterState:
             )
 
     def open(self) -> None:
-        """From now on changes are published. Before every actor was tried, routers would see a part of the placement
-        and wait for the rest."""
+        """Starts publishing. Before every actor was tried, routers would see a part of the placement and wait for the
+        rest."""
         with self._lock:
             self._open = True
             if self._board.number == NO_PLACEMENT:
@@ -152,21 +152,21 @@ class ClusterState:
     def actor_up(
         self, address: ActorAddress, held: Iterable[ExpertId], *, versions: tuple[WeightVersion, ...] = ()
     ) -> None:
-        """The actor serves these experts; in one incarnation of it, also what it was given before.
+        """The actor serves these experts, and what the same incarnation held before.
 
-        versions: those that it holds them in, if its loading took long enough for them to change: it serves nothing
-        before it holds all that texts are written with.
+        versions: the weight versions that it holds them in; empty: not checked. They may have changed while it loaded:
+        it serves nothing before it holds all versions in use.
         """
         with self._lock:
             if address.actor not in self._state.actors:
-                return  # it was taken out of the cluster meanwhile
+                return  # removed from the cluster meanwhile
             if versions and not {v.version for v in self.versions.written_with} <= {v.version for v in versions}:
                 held = ()
             before = self._state.up.get(address.actor)
             same_incarnation = before is not None and before.address == address
             more = before.held & self.kept(address.actor) if before is not None and same_incarnation else frozenset()
             prepared = before.prepared if before is not None and same_incarnation else frozenset()
-            if not same_incarnation:  # everything is loaded anew
+            if not same_incarnation:  # a new incarnation has reloaded everything
                 self._state.aside = frozenset(key for key in self._state.aside if key[0] != address.actor)
             self._state.up[address.actor] = UpActor(address=address, held=frozenset(held) | more, prepared=prepared)
             if self.assigned(address.actor) <= self._state.up[address.actor].held:
@@ -174,7 +174,7 @@ class ClusterState:
             self._publish()
 
     def actor_prepared(self, address: ActorAddress, version: int, experts: Iterable[ExpertId]) -> bool:
-        """The actor holds these experts in the version that is next. False if that is not new."""
+        """The actor holds these experts in the next version. Returns False if that is outdated or known already."""
         with self._lock:
             up, following = self._state.up.get(address.actor), self.versions.next
             if up is None or up.address != address or following is None or following.version != version:
@@ -183,41 +183,41 @@ class ClusterState:
             return up.prepared != frozenset(experts)
 
     def actor_down(self, actor: str) -> None:
-        """The actor is lost. Fine if it was not up."""
+        """The actor is lost. Does nothing if it was not up."""
         with self._lock:
             if self._state.up.pop(actor, None) is not None:
                 self._publish()
 
     def set_aside(self, replicas: frozenset[tuple[str, ExpertId]]) -> PlacementNumber:
-        """These replicas (actor, expert) get no rows where the expert has others. Returns the number of the placement
-        that says so."""
+        """Sets aside exactly these replicas (actor, expert): they get no rows if the expert has others. Returns the
+        number of the placement published with that."""
         with self._lock:
             self._state.aside = replicas
             self._publish()
             return self.number
 
     def set_problem(self, actor: str, problem: str) -> None:
-        """Why the actor cannot load what it shall hold; until it does, requests need not wait for it."""
+        """Records why the actor cannot load its experts; until it can, requests need not wait for it."""
         with self._lock:
             if actor in self._state.actors and self._state.problems.get(actor) != problem:
                 self._state.problems[actor] = problem
                 self._publish()
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Lost experts are loaded from this directory from now on, in the version that new texts are written with."""
+        """Sets the directory of the weight version of new requests, which lost experts are loaded from."""
         with self._lock:
             self._state.versions = self._state.versions.with_checkpoint(checkpoint)
             self._publish()
 
     def begin_version(self, checkpoint: str) -> WeightVersion:
-        """A new version that is prepared from now on, beside the one that stands."""
+        """Starts preparing a new weight version beside the current one, and returns it."""
         with self._lock:
             self._set_versions(self._state.versions.with_next(checkpoint))
             return self._state.versions.all[-1]
 
     def publish_version(self) -> PlacementNumber | None:
-        """New texts are written with the next version from now on: returns the number of the placement that says so.
-        None if an actor does not hold all that it serves in that version."""
+        """Publishes the next version for new requests. Returns the number of that placement, or None if an actor does
+        not hold all that it serves in that version."""
         with self._lock:
             published = self._state.versions.with_next_published()
             if self.unprepared():
@@ -226,32 +226,32 @@ class ClusterState:
             return self.number
 
     def drop_other_versions(self) -> None:
-        """Only the version that new texts are written with stands from now on."""
+        """Drops all weight versions but that of new requests."""
         with self._lock:
             self._set_versions(self._state.versions.without_others())
 
     def set_held(self, held: bool) -> None:
-        """Whether the placement stays as it is from now on."""
+        """Sets whether training runs hold the placement."""
         with self._lock:
             if self._state.held != held:
                 self._state.held = held
                 self._publish()
 
     def add_actor(self, actor: str) -> None:
-        """An actor that is being started."""
+        """Adds an actor that is being started."""
         with self._lock:
             if actor not in self._state.actors:
                 self._state.actors = (*self._state.actors, actor)
         self._on_change()
 
     def set_leaving(self, actors: Iterable[str]) -> None:
-        """These actors take no replicas any more; all others do."""
+        """Sets which actors get no more replicas; all others may."""
         with self._lock:
             self._state.leaving = frozenset(actors) & set(self._state.actors)
         self._on_change()
 
     def remove_actor(self, actor: str) -> None:
-        """The actor is gone for good."""
+        """Removes an actor for good, with its replicas."""
         with self._lock:
             self._state.actors = tuple(a for a in self._state.actors if a != actor)
             self._state.leaving -= {actor}
@@ -263,12 +263,12 @@ class ClusterState:
             self._publish()
 
     def prepare(self, actor: str, experts: Iterable[ExpertId]) -> None:
-        """The actor is about to load experts that do not stand yet."""
+        """The actor is about to load experts that are not assigned to it yet."""
         with self._lock:
             self._state.preparing[actor] = self._state.preparing.get(actor, frozenset()) | frozenset(experts)
 
     def prepared(self, actor: str, experts: Iterable[ExpertId]) -> None:
-        """The end of `prepare`, well or not."""
+        """Ends `prepare`, whether loading succeeded or not."""
         with self._lock:
             left = self._state.preparing.get(actor, frozenset()) - frozenset(experts)
             self._state.preparing = {**self._state.preparing, actor: left}
@@ -276,8 +276,8 @@ class ClusterState:
     def commit(
         self, changed: Mapping[int, tuple[Replica, ...]], loaded: Mapping[str, frozenset[ExpertId]]
     ) -> PlacementNumber:
-        """These layers' replicas shall stand from now on; loaded says what actors hold more. Returns the number that it
-        was published by. An expert of the layers without a replica is cold from now on."""
+        """Assigns the replicas of these layers. loaded: actor -> experts that it holds in addition. Returns the number
+        of the placement published with that. An expert of these layers without a replica becomes cold."""
         with self._lock:
             for layer, replicas in changed.items():
                 self._state.replicas[layer] = replicas
@@ -292,7 +292,7 @@ class ClusterState:
             return self.number
 
     def unloaded(self, actor: str, experts: Iterable[ExpertId]) -> None:
-        """The actor does not hold these any more."""
+        """The actor no longer holds these experts."""
         with self._lock:
             up = self._state.up.get(actor)
             if up is not None:

@@ -1,4 +1,4 @@
-"""What a controller leaves with its actors, and what its successor learns from them before it gives any order."""
+"""The snapshot that a controller leaves with its actors, and what its successor reads from them before any request."""
 
 import logging
 import threading
@@ -19,12 +19,12 @@ from moecluster.types import NO_PLACEMENT, ExpertActorStatus, WeightVersion
 OPERATIONS_IN_SNAPSHOT = 64
 logger = logging.getLogger(__name__)
 READ_TIMEOUT_S = 10.0  # for an actor's answer
-READ_GRACE_S = 2.0  # for the others once one has answered: an actor that is being started has nothing to tell
+READ_GRACE_S = 2.0  # for the others once one has answered: a starting actor has no state to report
 MAX_READS_AT_ONCE = 32
 
 
 class KeptSnapshot:
-    """The snapshot as bytes, made anew when it is asked for after a change. Thread-safe."""
+    """The encoded snapshot, encoded again on demand after a change. Thread-safe."""
 
     def __init__(self, cluster_state: ClusterState, log: OperationLog, signals: Signals) -> None:
         self._cluster_state = cluster_state
@@ -35,15 +35,15 @@ class KeptSnapshot:
         signals.changed.listen(self._outdate)
 
     def encoded(self) -> bytes:
-        """The snapshot of what stands now."""
+        """Returns the encoded snapshot of the current state."""
         with self._lock:
             if self._outdated:
-                self._outdated = False  # first: what changes while it is made makes it anew
+                self._outdated = False  # before encoding, so that a change meanwhile outdates it again
                 self._encoded = encode_snapshot(self._now())
             return self._encoded
 
     def _outdate(self) -> None:
-        self._outdated = True  # without the lock: whoever calls may hold the one that making a snapshot waits for
+        self._outdated = True  # without the lock: the caller may hold a lock that encoding waits for
 
     def _now(self) -> ControllerSnapshot:
         actors, versions = self._cluster_state.actors, self._cluster_state.versions
@@ -61,18 +61,18 @@ class KeptSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialState:
-    """What a controller begins with."""
+    """The state that a controller starts with."""
 
     term: int  # higher than every actor has seen
     generation: int
     versions: WeightVersions
     snapshot: ControllerSnapshot
-    succeeds: bool  # the snapshot is a predecessor's: the cluster is not being started
+    succeeds: bool  # the snapshot is a predecessor's, not that of a new cluster
 
 
 def read_actors(read: Callable[[str], ExpertActorStatus | None], actors: Sequence[str]) -> list[ExpertActorStatus]:
-    """What the actors say of themselves, by their placement numbers. read returns within READ_TIMEOUT_S; None: no
-    answer."""
+    """Returns the status of every actor that answers, sorted by placement number. read returns within READ_TIMEOUT_S;
+    None: no answer."""
     pool = ThreadPoolExecutor(max_workers=min(len(actors), MAX_READS_AT_ONCE))
     waiting = {pool.submit(read, actor) for actor in actors}
     seen: list[ExpertActorStatus] = []
@@ -87,13 +87,13 @@ def read_actors(read: Callable[[str], ExpertActorStatus | None], actors: Sequenc
 
 
 def initial_state(seen: Sequence[ExpertActorStatus], *, first: ControllerSnapshot, checkpoint: str) -> InitialState:
-    """What the actors keep of a predecessor; seen is sorted by placement numbers. first, and checkpoint, are what a
-    cluster is started with."""
+    """Returns the predecessor's state, as far as the actors keep it. seen is sorted by placement number. first and
+    checkpoint are those of a new cluster."""
     term, generation = seen[-1].placement if seen else NO_PLACEMENT
     found = _newest_snapshot(seen)
     return InitialState(
         term=term + 1,
-        generation=generation if generation < MAX_NUMBER // 2 else 0,  # a higher term may count anew
+        generation=generation if generation < MAX_NUMBER // 2 else 0,  # a higher term may start again from 0
         versions=_versions_of(found) or _served_version(seen, checkpoint),
         snapshot=found or first,
         succeeds=found is not None,
@@ -109,14 +109,14 @@ def _versions_of(snapshot: ControllerSnapshot | None) -> WeightVersions | None:
 
 
 def _served_version(seen: Sequence[ExpertActorStatus], checkpoint: str) -> WeightVersions:
-    """Where no snapshot says which version stands: what the actors serve, or the first."""
+    """The version if no snapshot names one: the newest that an actor serves, or the first."""
     version = max((status.weight_version for status in seen), default=0) or 1
     checkpoint_of_actor = seen[-1].checkpoint if seen else ""
     return WeightVersions.only(WeightVersion(version=version, checkpoint=checkpoint_of_actor or checkpoint))
 
 
 def _newest_snapshot(seen: Sequence[ExpertActorStatus]) -> ControllerSnapshot | None:
-    """The snapshot of the highest placement number that can be read; seen is sorted by that."""
+    """Returns the readable snapshot with the highest placement number; seen is sorted by that."""
     for status in reversed(seen):
         if status.snapshot:
             try:

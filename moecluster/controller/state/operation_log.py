@@ -1,4 +1,4 @@
-"""What the controller does and has done: operations by id, bounded, each change told to whoever keeps the snapshot."""
+"""The log of operations, current and ended: by id, bounded, with a callback at each change."""
 
 import dataclasses
 import secrets
@@ -11,13 +11,13 @@ from moecluster.errors import Exhausted, ResourceError
 from moecluster.metrics import Metrics
 from moecluster.types import Operation, OperationKind, OperationPhase
 
-MAX_KEPT = 256  # operations that have ended ...
-MAX_KEPT_RESHARES = 32  # ... and of changes of shares, which come with every drift
-MAX_QUEUED = 64  # operations that wait
+MAX_KEPT = 256  # ended operations other than reshares
+MAX_KEPT_RESHARES = 32  # ended reshares, of which every drift of the load brings one
+MAX_QUEUED = 64  # operations that have not ended
 
 
 class OperationLog:
-    """Operations in the order in which they began. Thread-safe."""
+    """Operations in order of creation. Thread-safe."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class OperationLog:
         self._unix_clock = unix_clock
         self._lock = threading.Lock()
         self._operations: dict[str, Operation] = {}
-        self._reached: dict[str, set[OperationPhase]] = {}  # operation -> phases that it was counted in
+        self._reached: dict[str, set[OperationPhase]] = {}  # operation id -> phases that the metrics have counted
 
     def take_over(self, operations: tuple[Operation, ...]) -> None:
-        """What a predecessor left: what users ordered is queued again, other work of its has failed.
+        """Takes over a predecessor's operations: queues resumable ones again, and fails the others that have not ended.
 
         The predecessor has counted the phases that an operation had reached by then.
         """
@@ -50,7 +50,7 @@ class OperationLog:
                         operation,
                         phase=OperationPhase.FAILED,
                         ended_s=self._unix_clock(),
-                        detail="the controller was started anew; what was committed by then remains",
+                        detail="the controller was restarted; what it had committed remains",
                     )
                     failed.append(operation)
                 self._operations[operation.id] = operation
@@ -60,9 +60,9 @@ class OperationLog:
     def order(
         self, kind: OperationKind, *, reason: str, arguments: tuple[str, ...], operation_id: str = ""
     ) -> Operation:
-        """Queues what a user asks for. The same id again is the same operation.
+        """Queues a requested operation. A known id returns the known operation.
 
-        Raises ResourceError if the id stands for something else, Exhausted if too many wait.
+        Raises ResourceError if the id belongs to a different request, Exhausted if too many have not ended.
         """
         with self._lock:
             known = self._operations.get(operation_id)
@@ -73,20 +73,20 @@ class OperationLog:
                     )
                 return known
             if sum(not o.phase.ended for o in self._operations.values()) >= MAX_QUEUED:
-                raise Exhausted(f"{MAX_QUEUED} operations wait already; try again when some have ended")
+                raise Exhausted(f"{MAX_QUEUED} operations have not ended yet; try again when some have")
             operation = self._add(kind, OperationPhase.QUEUED, reason, arguments, operation_id)
         self._added(operation)
         return operation
 
     def begin(self, kind: OperationKind, *, reason: str, arguments: tuple[str, ...] = (), **figures: Any) -> Operation:
-        """An operation that begins at once. figures: other fields of it."""
+        """Adds an operation that starts at once. figures: other fields of it."""
         with self._lock:
             operation = self._add(kind, OperationPhase.PREPARING, reason, arguments, "", **figures)
         self._added(operation)
         return operation
 
     def update(self, operation_id: str, **changes: Any) -> Operation:
-        """Changes fields of an operation; one that ends is counted."""
+        """Changes fields of an operation, and counts a phase that it reaches."""
         with self._lock:
             before = self._operations[operation_id]
             operation = dataclasses.replace(before, **changes)
@@ -102,7 +102,7 @@ class OperationLog:
         return operation
 
     def count_moved(self, operation_id: str, *, loaded_bytes: int, added: int, removed: int) -> None:
-        """Adds to what an operation has moved."""
+        """Adds to an operation's moved bytes and replicas."""
         with self._lock:
             before = self._operations[operation_id]
             self._operations[operation_id] = dataclasses.replace(
@@ -114,7 +114,7 @@ class OperationLog:
         self._metrics.count_moved_bytes(loaded_bytes)
 
     def get(self, operation_id: str) -> Operation:
-        """Raises ResourceError if there is none of that id."""
+        """Returns an operation. Raises ResourceError for an unknown id."""
         with self._lock:
             operation = self._operations.get(operation_id)
         if operation is None:
@@ -122,30 +122,30 @@ class OperationLog:
         return operation
 
     def keeps(self, operation_id: str) -> bool:
-        """Whether the operation is known, or known still."""
+        """Whether the operation is still in the log."""
         with self._lock:
             return operation_id in self._operations
 
     def queued(self, kinds: Collection[OperationKind]) -> tuple[Operation, ...]:
-        """Those of some kinds that wait, the oldest first."""
+        """Returns the queued operations of these kinds, oldest first."""
         with self._lock:
             return tuple(o for o in self._operations.values() if o.phase is OperationPhase.QUEUED and o.kind in kinds)
 
     def newest(self, limit: int = 0) -> tuple[Operation, ...]:
-        """The newest first; 0: all that are kept."""
+        """Returns at most limit operations, newest first; 0: all that are kept."""
         with self._lock:
             found = tuple(reversed(self._operations.values()))
         return found[:limit] if limit else found
 
     def for_successor(self, limit: int) -> tuple[Operation, ...]:
-        """All that have not ended, and the newest of the others, in the order in which they began."""
+        """Returns all that have not ended, and at most limit of the newest others, in order of creation."""
         with self._lock:
             ended = [o.id for o in self._operations.values() if o.phase.ended]
             left_out = set(ended[:-limit])
             return tuple(o for o in self._operations.values() if o.id not in left_out)
 
     def under_way(self) -> tuple[Operation, ...]:
-        """Those that have not ended, the oldest first."""
+        """Returns the operations that have not ended, oldest first."""
         with self._lock:
             return tuple(o for o in self._operations.values() if not o.phase.ended)
 
@@ -183,7 +183,7 @@ class OperationLog:
         self._on_change()
 
     def _count(self, operation: Operation) -> None:
-        """Counts an operation in a phase that it has reached for the first time. Without the lock."""
+        """Counts a phase that the operation reaches for the first time. Without the lock."""
         with self._lock:
             reached = self._reached.setdefault(operation.id, set())
             if operation.phase in reached:
@@ -193,6 +193,6 @@ class OperationLog:
 
 
 def _reached_by(phase: OperationPhase) -> set[OperationPhase]:
-    """The phases up to one, in the order in which operations go through them."""
+    """Returns the phases that an operation in this phase has gone through, this one included."""
     phases = list(OperationPhase)
     return {phase, *phases[: min(phases.index(phase), phases.index(OperationPhase.DONE))]}

@@ -1,4 +1,4 @@
-"""What stands, as data, and the placement that routers see of it."""
+"""The current state as data, and the placement published from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ class UpActor:
     """An actor that serves."""
 
     address: ActorAddress
-    held: frozenset[ExpertId]  # in every version that texts are written with
-    prepared: frozenset[ExpertId] = frozenset()  # in the version that is next
+    held: frozenset[ExpertId]  # in every weight version in use
+    prepared: frozenset[ExpertId] = frozenset()  # in the next version
 
 
 @dataclass(kw_only=True)
@@ -29,23 +29,24 @@ class PlacementState:
     held: bool = False
     actors: tuple[str, ...] = ()
     leaving: frozenset[str] = frozenset()
-    replicas: dict[int, tuple[Replica, ...]] = field(default_factory=dict)  # layer -> those that shall stand
+    replicas: dict[int, tuple[Replica, ...]] = field(default_factory=dict)  # layer -> assigned replicas
     cold: frozenset[ExpertId] = frozenset()  # without a replica on purpose
-    preparing: dict[str, frozenset[ExpertId]] = field(default_factory=dict)  # being loaded, not standing yet
+    preparing: dict[str, frozenset[ExpertId]] = field(default_factory=dict)  # being loaded, not assigned yet
     up: dict[str, UpActor] = field(default_factory=dict)
-    aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that answer NaN or infinity
-    problems: dict[str, str] = field(default_factory=dict)  # actor -> why it cannot load what it shall hold
+    aside: frozenset[tuple[str, ExpertId]] = frozenset()  # replicas that returned NaN or infinity
+    problems: dict[str, str] = field(default_factory=dict)  # actor -> why it cannot load its experts
 
     @property
     def number(self) -> PlacementNumber:
         return PlacementNumber(self.term, self.generation)
 
     def all_replicas(self) -> tuple[Replica, ...]:
-        """All that shall stand, by layer."""
+        """All assigned replicas, by layer."""
         return tuple(r for layer in sorted(self.replicas) for r in self.replicas[layer])
 
     def serves(self, replica: Replica) -> bool:
-        """Whether its actor is up and holds the expert. One that is set aside serves if there is no other one."""
+        """Whether its actor is up and holds the expert. A replica that is set aside serves only if there is no other
+        one of its expert."""
         if not self._is_held(replica):
             return False
         return (replica.actor, replica.expert) not in self.aside or not any(
@@ -59,7 +60,7 @@ class PlacementState:
         return up is not None and replica.expert in up.held
 
     def placement(self, layer_experts: Mapping[int, int]) -> Placement:
-        """What routers see: the replicas that serve, and the versions that texts are written with."""
+        """Returns the placement for routers: the replicas that serve, and the weight versions."""
         following = self.versions.next
         return Placement(
             term=self.term,
@@ -77,7 +78,7 @@ class PlacementState:
         )
 
     def _problem_of_lost(self) -> str:
-        """Why no expert that nobody serves can be loaded; empty if one of them can, or there is none."""
+        """Returns why lost experts cannot be loaded; empty if there are none, or an actor may still load some."""
         replicas = self.all_replicas()
         served = {r.expert for r in replicas if self.serves(r)}
         awaited = {r.actor for r in replicas if r.expert not in served}

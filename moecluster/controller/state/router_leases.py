@@ -1,4 +1,4 @@
-"""Which routers are there, what they have applied, what they say of themselves, and whether one holds the placement."""
+"""Router leases: which routers are alive, the placement that each has applied, its reported state, and its hold."""
 
 import threading
 import time
@@ -7,47 +7,46 @@ from dataclasses import dataclass
 
 from moecluster.types import PlacementNumber, RouterState
 
-KEPT_S = 3600.0  # how long it is known of a router that it was there
+KEPT_S = 3600.0  # how long an expired lease is remembered
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """A router that is there."""
+    """A router's lease, as of its last renewal."""
 
     expires_s: float
-    applied: PlacementNumber  # of the placement that it routes by
-    state: RouterState  # as it last told
-    hold: bool = False  # it trains: the placement must stay
+    applied: PlacementNumber  # number of the placement that it routes by
+    state: RouterState  # as last reported
+    hold: bool = False  # it trains: the placement must not change
 
 
 class Leases:
-    """A router counts for lease_s after each renewal. Thread-safe.
+    """The leases of all routers, each valid for lease_s after a renewal. Thread-safe.
 
-    A new incarnation of a router takes the place of the old one at once; what the old one did is remembered as if its
-    lease had run out.
+    A new incarnation of a router replaces the old one at once; the old one's lease is remembered apart.
     """
 
     def __init__(self, lease_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._lease_s = lease_s
         self._clock = clock
         self._leases: dict[str, Lease] = {}
-        self._former: tuple[Lease, ...] = ()  # of incarnations that ended before their leases did
+        self._former: tuple[Lease, ...] = ()  # of incarnations that were replaced or ended before their leases expired
         self._changed = threading.Condition()
         self._opened_s: float | None = None  # when this controller published its first placement
 
     def opened(self) -> None:
-        """The first placement of this controller is published now."""
+        """Notes that this controller has published its first placement."""
         self._opened_s = self._clock()
 
     def settled(self) -> bool:
-        """Whether every router that holds a lease had the time to take a placement of this controller."""
+        """Whether every router with a lease had the time (lease_s) to apply a placement of this controller."""
         return self._opened_s is not None and self._clock() - self._opened_s >= self._lease_s
 
     def renew(
         self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None
     ) -> bool:
-        """The router counts from now on, and stands as it says. True if it begins or ceases to hold the placement, or
-        uses or can use other weight versions than before.
+        """Renews a router's lease with its reported state. Returns True if it starts or stops holding the placement, or
+        reports other weight versions than before.
         """
         with self._changed:
             before = self._unexpired().get(router)
@@ -65,40 +64,41 @@ class Leases:
             return hold != (before is not None and before.hold) or _weights(lease) != _weights(before)
 
     def current(self) -> dict[str, Lease]:
-        """Routers that hold a lease now."""
+        """Returns the leases that have not expired, by router."""
         with self._changed:
             return dict(self._unexpired())
 
     def heard(self, grace_s: float) -> dict[str, Lease]:
-        """Routers that hold a lease, or did not longer ago than that."""
+        """Returns the leases that have not expired, or expired within the last grace_s (at most KEPT_S), by router."""
         with self._changed:
             since_s = self._clock() - min(grace_s, KEPT_S)
             return {router: lease for router, lease in self._leases.items() if lease.expires_s > since_s}
 
     def heard_before(self, grace_s: float) -> tuple[Lease, ...]:
-        """As `heard`: the last leases of incarnations that others have followed, or that were ended."""
+        """Like `heard`, for incarnations that were replaced or ended: their last leases."""
         with self._changed:
             now_s = self._clock()
             self._former = tuple(lease for lease in self._former if lease.expires_s > now_s - KEPT_S)
             return tuple(lease for lease in self._former if lease.expires_s > now_s - min(grace_s, KEPT_S))
 
     def states(self) -> dict[str, RouterState]:
-        """What the routers that hold a lease now say of themselves, by their names, which are sorted."""
+        """Returns the reported state of every router with a lease, sorted by name."""
         return {router: lease.state for router, lease in sorted(self.current().items())}
 
     def drop(self, router: str) -> None:
-        """The router was ended: it is waited for no more."""
+        """The router was ended: nothing waits for it any longer."""
         with self._changed:
             last = self._leases.pop(router, None)
             self._former += (last,) if last is not None and last.state.weight_version else ()
             self._changed.notify_all()
 
     def any_hold(self) -> bool:
-        """Whether a router holds the placement as it is."""
+        """Whether a router with a lease holds the placement."""
         return any(lease.hold for lease in self.current().values())
 
     def wait_applied(self, number: PlacementNumber, timeout_s: float) -> bool:
-        """Waits until every router that has a lease routes by the placement. False after the timeout."""
+        """Waits until every router with a lease has applied this placement or a newer one. Returns False after the
+        timeout."""
         deadline_s = self._clock() + timeout_s
         with self._changed:
             while behind := [lease for lease in self._unexpired().values() if lease.applied < number]:
@@ -115,13 +115,13 @@ class Leases:
 
 
 def _is_other_incarnation(before: RouterState, now: RouterState) -> bool:
-    """A router that has just started knows of no version, and listens elsewhere."""
+    """A restarted router reports another address, or no weight version yet."""
     moved = before.address and now.address and before.address != now.address
     return bool(before.weight_version and (moved or not now.weight_version))
 
 
 def _weights(lease: Lease | None) -> tuple[int, ...]:
-    """What a router says of weight versions."""
+    """The weight versions that a router reports."""
     if lease is None:
         return (0, 0, 0, 0)
     state = lease.state

@@ -51,18 +51,18 @@ class SharePolicy:
     def decide(self, seen: Observation, state: ShareState) -> tuple[Decision, ShareState]:
         check_observation(seen)
         load_LE, trend = forecast(seen.load_LE, state.trend)
-        cluster_state = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
-        shared = least_max_shares(cluster_state, load_LE, seen.fleet, even=True)
-        reshared = with_shares(cluster_state, shared.share_R)
+        complete = restored(seen.layout, load_LE, seen.fleet, seen.cold_LE)
+        shared = least_max_shares(complete, load_LE, seen.fleet, even=True)
+        reshared = with_shares(complete, shared.share_R)
         after = self._with_optional_moves(reshared, seen, load_LE, state.debt_bytes)
         spent_bytes = moved_bytes(reshared, after, seen.fleet)
         debt_bytes = max(state.debt_bytes + spent_bytes - seen.budget_bytes, 0.0)
-        reason = _reason(seen.layout, cluster_state, reshared, after)
+        reason = _reason(seen.layout, complete, reshared, after)
         if after is reshared:  # the replicas stay: are the new shares worth publishing?
-            gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(cluster_state, load_LE, seen.fleet)
+            gain = balancedness_L(reshared, load_LE, seen.fleet) - balancedness_L(complete, load_LE, seen.fleet)
             if np.nansum(gain) < self.settings.min_share_gain * max(len(gain), 1):
-                after = cluster_state
-                reason = "as even as it gets" if cluster_state is seen.layout else reason
+                after = complete
+                reason = "as even as it gets" if complete is seen.layout else reason
         return decision_of(seen, after, reason), ShareState(trend=trend, debt_bytes=debt_bytes)
 
     def _with_optional_moves(self, layout: Layout, seen: Observation, load_LE: Floats, debt_bytes: float) -> Layout:
@@ -75,10 +75,10 @@ class SharePolicy:
         return with_spares_moved(moved, load_LE, fleet, left_bytes, settings.spare_moves_a_layer)
 
 
-def _reason(seen: Layout, cluster_state: Layout, reshared: Layout, after: Layout) -> str:
+def _reason(seen: Layout, complete: Layout, reshared: Layout, after: Layout) -> str:
     """Returns one line on what was done, in the order of urgency."""
     parts = []
-    if cluster_state is not seen:
+    if complete is not seen:
         parts.append("experts restored, or moved off drained actors")
     if after is not reshared:
         parts.append("replicas added or moved where shares alone do not suffice")

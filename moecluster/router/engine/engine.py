@@ -194,10 +194,10 @@ class Engine:
             return
         if len(self._waiting) >= limits.max_waiting:
             raise self._exhausted(
-                f"{len(self._running)} sequences run and {len(self._waiting)} wait already: try again later"
+                f"{len(self._running)} requests run and {len(self._waiting)} wait already: try again later"
             )
         if self._waiting and self._waiting_tokens + len(sequence.ids) > limits.max_waiting_tokens:
-            raise self._exhausted(f"sequences with {self._waiting_tokens} tokens wait already: try again later")
+            raise self._exhausted(f"requests with {self._waiting_tokens} tokens wait already: try again later")
 
     def _exhausted(self, message: str) -> Exhausted:
         turns = (len(self._waiting) + 1) / self._limits.max_running

@@ -1,1 +1,1 @@
-"""The controller service: placements, loads, orders."""
+"""The controller service: placements, loads, operations."""

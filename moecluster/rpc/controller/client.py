@@ -1,4 +1,4 @@
-"""What users and training ask of the controller: each a call with an answer."""
+"""The controller's unary calls, for users and training."""
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -19,17 +19,17 @@ from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ClusterLoads, ControllerStatus, ExpertId, Operation, PlanPreview
 
 TIMEOUT_S = 10.0
-CHECK_TIMEOUT_S = 60.0  # of orders before which a checkpoint is looked at
+CHECK_TIMEOUT_S = 60.0  # of update, which checks the checkpoint first
 
 AnswerT = TypeVar("AnswerT")
 
 
 class ControllerCalls:
     """A connection to the controller at host:port. Every call ends within timeout_s; failures are MoeClusterErrors:
-    UserError for what a user can mend, Unavailable if nobody answers.
+    UserError for what a user can fix, Unavailable if the controller does not answer.
 
-    Changes are operations: the answer says how one stands, `operation` asks again. Whoever gives an operation_id of
-    its own may repeat the call without asking for the change twice.
+    Changes are operations: a call returns the operation in its current state, and `operation` polls it. A caller that
+    passes its own operation_id may repeat the call without requesting the change twice.
     """
 
     def __init__(
@@ -50,59 +50,60 @@ class ControllerCalls:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection; calls raise Unavailable from now on."""
+        """Closes the connection; later calls raise Unavailable."""
         self._channel.close()
 
     def status(self) -> ControllerStatus:
-        """The cluster as its controller sees it."""
+        """Returns the cluster as its controller sees it."""
         return self._call(self._stub.Status, controller_pb2.ControllerStatusRequest(), decode_status)
 
     def set_checkpoint(self, checkpoint: str) -> None:
-        """Lost experts are loaded from this directory from now on."""
+        """Sets the directory that lost experts are loaded from."""
         request = controller_pb2.SetCheckpointRequest(checkpoint=checkpoint)
         self._call(self._stub.SetCheckpoint, request, _nothing)
 
     def loads(self) -> ClusterLoads:
-        """What was counted since the controller began."""
+        """Returns what was counted since the controller started."""
         return self._call(self._stub.Loads, controller_pb2.LoadsRequest(), decode_cluster_loads)
 
     def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:
-        """Lets the cluster have so many expert actors."""
+        """Requests a number of expert actors."""
         request = controller_pb2.ScaleRequest(operation_id=operation_id, expert_actors=expert_actors)
         return self._call(self._stub.Scale, request, decode_operation)
 
     def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
-        """Lets the cluster have so many routers."""
+        """Requests a number of routers."""
         request = controller_pb2.ScaleRequest(operation_id=operation_id, routers=routers)
         return self._call(self._stub.Scale, request, decode_operation)
 
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
-        """Empties a node, or the expert actor of that name: its experts move elsewhere, then it ends."""
+        """Requests that a node, or the expert actor of that name, be drained: its experts move elsewhere, then it
+        ends."""
         request = controller_pb2.DrainRequest(operation_id=operation_id, node=node)
         return self._call(self._stub.Drain, request, decode_operation)
 
     def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str = "") -> Operation:
-        """Lets an expert stand on exactly these actors; none: nowhere, until a token wants it."""
+        """Requests replicas of an expert on exactly these actors; none: the expert is cold until a token needs it."""
         request = controller_pb2.PlaceRequest(operation_id=operation_id, expert=encode_expert(expert), actors=actors)
         return self._call(self._stub.Place, request, decode_operation)
 
     def update(self, checkpoint: str, *, operation_id: str = "") -> Operation:
-        """Replaces all weights by those of a directory, while they serve."""
+        """Requests that all weights be replaced by those of a directory, while serving."""
         request = controller_pb2.UpdateRequest(operation_id=operation_id, checkpoint=checkpoint)
         return self._call(self._stub.Update, request, decode_operation, max(self._timeout_s, CHECK_TIMEOUT_S))
 
     def plan(self, policy: str = "") -> PlanPreview:
-        """What a policy, by default the cluster's, would do now. Nothing is done."""
+        """Returns what a policy, by default the cluster's, would do now, without doing it."""
         return self._call(self._stub.Plan, controller_pb2.PlanRequest(policy=policy), decode_plan)
 
     def operation(self, operation_id: str) -> Operation:
-        """How an operation stands."""
+        """Returns an operation in its current state."""
         return self._call(
             self._stub.GetOperation, controller_pb2.GetOperationRequest(id=operation_id), decode_operation
         )
 
     def operations(self, limit: int = 0) -> tuple[Operation, ...]:
-        """The newest operations first, at most limit; 0: all that are kept."""
+        """Returns at most limit operations, newest first; 0: all that are kept."""
         request = controller_pb2.ListOperationsRequest(limit=limit)
         return self._call(self._stub.ListOperations, request, decode_operations)
 
@@ -125,7 +126,7 @@ class ControllerCalls:
 def controller_status(
     address: str, *, timeout_s: float = 5.0, credentials: ClusterCredentials | None = None
 ) -> ControllerStatus:
-    """The cluster as its controller sees it. Raises a MoeClusterError, Unavailable if nobody answers."""
+    """Returns the cluster as its controller sees it. Raises a MoeClusterError, Unavailable if there is no answer."""
     with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as controller:
         return controller.status()
 
@@ -133,10 +134,10 @@ def controller_status(
 def set_checkpoint(
     address: str, checkpoint: str, *, timeout_s: float = TIMEOUT_S, credentials: ClusterCredentials | None = None
 ) -> None:
-    """Tells the controller what lost experts are loaded from, from now on. Raises a MoeClusterError."""
+    """Sets the directory that the controller loads lost experts from. Raises a MoeClusterError."""
     with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as controller:
         controller.set_checkpoint(checkpoint)
 
 
 def _nothing(reply: object) -> None:
-    """Of an answer that says no more than that it was done."""
+    """Decodes an empty reply."""

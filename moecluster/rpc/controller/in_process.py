@@ -7,7 +7,7 @@ from moecluster.types import ExpertId, Placement, PlacementNumber
 
 
 class FixedPlacement:
-    """A placement that never changes: tests and single hosts."""
+    """A placement that never changes, for tests and single hosts."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
@@ -27,10 +27,10 @@ class FixedPlacement:
         self.failures.append((actor, incarnation, f"{expert} answers NaN or infinity"))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
-        """Nobody is there who could load them."""
+        """Does nothing: without a controller, nothing is loaded."""
 
     def hold(self, timeout_s: float) -> None:
-        """It is held anyway."""
+        """Does nothing: the placement never changes."""
 
     def release(self) -> None:
-        """It goes on to stay as it is."""
+        """Does nothing: the placement never changes."""

@@ -1,4 +1,4 @@
-"""The newest placement, and those who wait for it."""
+"""Holds the newest placement, and lets threads wait for a newer one."""
 
 import threading
 import time
@@ -17,12 +17,12 @@ class PlacementBoard:
 
     @property
     def number(self) -> PlacementNumber:
-        """Of the newest placement; NO_PLACEMENT before the first."""
+        """Number of the newest placement; NO_PLACEMENT before the first."""
         placement = self._placement
         return placement.number if placement is not None else NO_PLACEMENT
 
     def publish(self, placement: Placement) -> bool:
-        """The placement stands from now on. False if an equal or newer one does already."""
+        """Sets the newest placement. Returns False, without a change, if the held one is as new or newer."""
         with self._changed:
             if placement.number <= self.number:
                 return False
@@ -31,7 +31,7 @@ class PlacementBoard:
             return True
 
     def current(self, timeout_s: float) -> Placement:
-        """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
+        """Returns the newest placement, waiting for the first one. Raises Unavailable after the timeout."""
         placement = self._placement or self.newer_than(NO_PLACEMENT, timeout_s)
         if placement is None:
             raise Unavailable(f"no placement came from the controller in {timeout_s:g} s")

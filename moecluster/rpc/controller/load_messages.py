@@ -1,4 +1,4 @@
-"""What was counted, to messages and back: a router's report, and the sums of a cluster. Checked before it is used."""
+"""Converts load counts (a router's report, a cluster's sums) to messages and back, with checks of what is received."""
 
 from moecluster.errors import InvalidMessage
 from moecluster.proto import controller_pb2
@@ -16,7 +16,7 @@ from moecluster.types import ActorLoads, ClusterLoads, LoadSnapshot
 
 
 def encode_load(router: str, load: LoadSnapshot) -> controller_pb2.LoadReport:
-    """The message of what a router counted in a window."""
+    """Returns the message of what a router counted in a window."""
     return controller_pb2.LoadReport(
         router=router,
         loads=[
@@ -27,14 +27,14 @@ def encode_load(router: str, load: LoadSnapshot) -> controller_pb2.LoadReport:
 
 
 def decode_load(message: controller_pb2.LoadReport) -> LoadSnapshot:
-    """The load that a router counted. Raises InvalidMessage, naming the field."""
+    """Returns the load that a router counted. Raises InvalidMessage, naming the field."""
     experts = decode_experts([entry.expert for entry in message.loads], "loads.expert")
     counts = (entry.assignments for entry in message.loads)
     return LoadSnapshot(tokens=dict(zip(experts, counts, strict=True)))
 
 
 def encode_cluster_loads(loads: ClusterLoads) -> controller_pb2.LoadsReply:
-    """The message of what was counted since the controller began."""
+    """Returns the message of what was counted since the controller started."""
     return controller_pb2.LoadsReply(
         time_s=loads.time_s,
         routers=[
@@ -62,7 +62,7 @@ def encode_cluster_loads(loads: ClusterLoads) -> controller_pb2.LoadsReply:
 
 
 def decode_cluster_loads(message: controller_pb2.LoadsReply) -> ClusterLoads:
-    """What was counted since the controller began. Raises InvalidMessage, naming the field."""
+    """Returns what was counted since the controller started. Raises InvalidMessage, naming the field."""
     layer_experts = checked_layer_experts(dict(message.layer_experts))
     if message.expert_bytes.keys() != layer_experts.keys():
         raise InvalidMessage("expert_bytes", "its layers are not those of layer_experts")

@@ -1,4 +1,4 @@
-"""Operations and plans to messages and back. What comes off the wire is checked here before it is used."""
+"""Converts operations and plans to messages and back, with checks of what is received."""
 
 import math
 
@@ -8,12 +8,12 @@ from moecluster.rpc.controller.placement_messages import decode_replica, encode_
 from moecluster.rpc.fields import checked_amount, checked_choice, checked_count, checked_name
 from moecluster.types import Operation, OperationKind, OperationPhase, PlanPreview
 
-UNKNOWN_VALUE = -1.0  # a balancedness on the wire
+UNKNOWN_VALUE = -1.0  # of a balancedness on the wire
 NOT_ENDED = 0.0
 
 
 def encode_operation(operation: Operation) -> controller_pb2.Operation:
-    """The message of an operation."""
+    """Returns the message of an operation."""
     return controller_pb2.Operation(
         id=operation.id,
         kind=operation.kind.value,
@@ -33,7 +33,7 @@ def encode_operation(operation: Operation) -> controller_pb2.Operation:
 
 
 def decode_operation(message: controller_pb2.Operation) -> Operation:
-    """The operation of a message. Raises InvalidMessage, naming the field."""
+    """Returns the operation of a message. Raises InvalidMessage, naming the field."""
     return Operation(
         id=checked_name(message.id, "id"),
         kind=checked_choice(message.kind, OperationKind, "kind"),
@@ -53,17 +53,17 @@ def decode_operation(message: controller_pb2.Operation) -> Operation:
 
 
 def encode_operations(operations: tuple[Operation, ...]) -> controller_pb2.OperationList:
-    """The message of several operations, in their order."""
+    """Returns the message of several operations, in their order."""
     return controller_pb2.OperationList(operations=[encode_operation(operation) for operation in operations])
 
 
 def decode_operations(message: controller_pb2.OperationList) -> tuple[Operation, ...]:
-    """The operations of a message, in their order. Raises InvalidMessage, naming the field."""
+    """Returns the operations of a message, in their order. Raises InvalidMessage, naming the field."""
     return tuple(decode_operation(operation) for operation in message.operations)
 
 
 def encode_plan(plan: PlanPreview) -> controller_pb2.PlanReply:
-    """The message of what a policy would do."""
+    """Returns the message of what a policy would do."""
     return controller_pb2.PlanReply(
         policy=plan.policy,
         reason=plan.reason,
@@ -77,7 +77,7 @@ def encode_plan(plan: PlanPreview) -> controller_pb2.PlanReply:
 
 
 def decode_plan(message: controller_pb2.PlanReply) -> PlanPreview:
-    """What a policy would do. Raises InvalidMessage, naming the field."""
+    """Returns what a policy would do. Raises InvalidMessage, naming the field."""
     return PlanPreview(
         policy=checked_name(message.policy, "policy"),
         reason=message.reason,

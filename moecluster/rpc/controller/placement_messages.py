@@ -1,4 +1,4 @@
-"""Placements to messages and back. What comes off the wire is checked here before it is used."""
+"""Converts placements to messages and back, with checks of what is received."""
 
 from collections import defaultdict
 
@@ -21,7 +21,7 @@ MAX_LEASE_S = 3600.0
 
 
 def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Placement:
-    """The message of a placement, with the lease that its receiver holds."""
+    """Returns the message of a placement, with the duration of its receiver's lease."""
     return controller_pb2.Placement(
         term=placement.term,
         generation=placement.generation,
@@ -43,7 +43,7 @@ def encode_placement(placement: Placement, lease_s: float) -> controller_pb2.Pla
 
 
 def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, float]:
-    """(the placement, the lease in seconds) of a message. Raises InvalidMessage, naming the field."""
+    """Returns (placement, lease in seconds) of a message. Raises InvalidMessage, naming the field."""
     if not message.term:
         raise InvalidMessage("term", "0, terms begin at 1")
     if not 0 < message.lease_s <= MAX_LEASE_S:  # false for NaN too
@@ -88,12 +88,12 @@ def decode_placement(message: controller_pb2.Placement) -> tuple[Placement, floa
 
 
 def encode_replica(replica: Replica) -> controller_pb2.Replica:
-    """The message of a replica."""
+    """Returns the message of a replica."""
     return controller_pb2.Replica(expert=encode_expert(replica.expert), actor=replica.actor, share=replica.share)
 
 
 def decode_replica(message: controller_pb2.Replica, field: str) -> Replica:
-    """A replica; whether its actor is there, the receiver knows."""
+    """Returns the replica of a message. Whether its actor exists is for the caller to check."""
     return Replica(
         expert=decode_expert(message.expert, f"{field}.expert"),
         actor=checked_name(message.actor, f"{field}.actor"),
@@ -102,7 +102,7 @@ def decode_replica(message: controller_pb2.Replica, field: str) -> Replica:
 
 
 def checked_layer_experts(layer_experts: dict[int, int]) -> dict[int, int]:
-    """MoE layer -> its number of experts."""
+    """Returns MoE layer -> its number of experts. Raises InvalidMessage for a negative layer or one without experts."""
     if any(layer < 0 or count < 1 for layer, count in layer_experts.items()):
         raise InvalidMessage("layer_experts", "a negative layer, or one without experts")
     return layer_experts

@@ -1,4 +1,4 @@
-"""ControllerService at the server's edge: placements out; leases, reports and orders in."""
+"""The gRPC server of ControllerService: placements out; leases, reports and operation requests in."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 from moecluster.types import NO_PLACEMENT, PlacementNumber, RouterState
 
-WAIT_S = 1.0  # between looks at whether a subscriber is still there
-READY_WAIT_S = 5.0  # of an order for a controller that is starting
+WAIT_S = 1.0  # between checks that a subscriber is still connected
+READY_WAIT_S = 5.0  # of a request for a controller that is starting
 
 AnswerT = TypeVar("AnswerT")
 SERVICE = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name
@@ -39,8 +39,8 @@ SERVICE = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_n
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     """Translates messages to calls of the handler, and its errors to status codes.
 
-    Before a controller publishes its first placement it does not know what its predecessor did: what asks for loads,
-    plans and operations waits for that a little, and is UNAVAILABLE then.
+    Before a controller publishes its first placement it does not know what its predecessor did: calls about loads,
+    plans and operations wait READY_WAIT_S for that, then fail with UNAVAILABLE.
     """
 
     def __init__(self, handler: ControllerHandler) -> None:
@@ -200,7 +200,7 @@ class _Subscription:
         except InvalidMessage as exc:
             self.error = exc
         except grpc.RpcError:
-            pass  # the router is gone; its lease runs out by itself
+            pass  # the router is gone; its lease expires by itself
         finally:
             self.ended.set()
 
@@ -222,7 +222,7 @@ def serve_controller(
 
 
 def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:
-    """What the router says of itself; nothing but its name if it says nothing."""
+    """Returns the router's reported state; only its name if it reports none."""
     if not request.HasField("state"):
         return RouterState(router=router)
     state = decode_router_state(request.state)

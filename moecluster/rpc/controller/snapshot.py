@@ -1,4 +1,4 @@
-"""What a controller leaves with the actors for its successor, as bytes. Checked when it is read."""
+"""The snapshot that a controller leaves with the actors for its successor, as bytes that are checked on decoding."""
 
 from dataclasses import dataclass
 
@@ -12,25 +12,25 @@ from moecluster.rpc.controller.placement_messages import check_distinct
 from moecluster.rpc.fields import checked_names, checked_path, checked_share, decode_experts, encode_expert
 from moecluster.types import ExpertId, Operation, Replica, WeightVersion
 
-MAX_VERSIONS = 2  # that stand at once
+MAX_VERSIONS = 2  # at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerSnapshot:
-    """What stands, and what is under way."""
+    """The current state, and the operations."""
 
-    actors: tuple[str, ...]  # in being
+    actors: tuple[str, ...]  # of the cluster
     leaving: tuple[str, ...]  # of those: being drained
     replicas: tuple[Replica, ...]  # on those actors
     operations: tuple[Operation, ...]  # the newest
     cold: tuple[ExpertId, ...]  # without a replica on purpose
-    versions: tuple[WeightVersion, ...] = ()  # that stand, the newest last; none: of a controller that knew of none
-    weight_version: int = 0  # of those: that new texts are written with
-    last_weight_version: int = 0  # the highest number that was ever given
+    versions: tuple[WeightVersion, ...] = ()  # newest last; empty: from a controller without versions
+    weight_version: int = 0  # of those: the published one, which new requests use
+    last_weight_version: int = 0  # the highest number ever assigned
 
 
 def encode_snapshot(snapshot: ControllerSnapshot) -> bytes:
-    """The snapshot as bytes; 58 layers of 320 replicas take about 400 KB."""
+    """Returns the snapshot as bytes; 58 layers of 320 replicas take about 400 KB."""
     position = {actor: place for place, actor in enumerate(snapshot.actors)}
     message = controller_pb2.ControllerSnapshot(
         actors=snapshot.actors,
@@ -49,7 +49,7 @@ def encode_snapshot(snapshot: ControllerSnapshot) -> bytes:
 
 
 def decode_snapshot(content: bytes) -> ControllerSnapshot:
-    """The snapshot of such bytes. Raises InvalidMessage, naming the field."""
+    """Returns the snapshot of such bytes. Raises InvalidMessage, naming the field."""
     try:
         message = controller_pb2.ControllerSnapshot.FromString(content)
     except DecodeError as exc:

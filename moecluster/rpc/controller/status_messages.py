@@ -1,4 +1,4 @@
-"""The controller's status to a message and back. What comes off the wire is checked here before it is used."""
+"""Converts the controller's status to a message and back, with checks of what is received."""
 
 from moecluster.proto import controller_pb2
 from moecluster.rpc.controller.operation_messages import decode_operation, encode_operation
@@ -16,7 +16,7 @@ from moecluster.types import ActorPhase, ActorState, ControllerStatus, ReplicaAs
 
 
 def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
-    """The message of the controller's status."""
+    """Returns the message of the controller's status."""
     return controller_pb2.ControllerStatus(
         term=status.term,
         generation=status.generation,
@@ -56,7 +56,7 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
 
 
 def decode_status(message: controller_pb2.ControllerStatus) -> ControllerStatus:
-    """The controller's status of a message. Raises InvalidMessage, naming the field."""
+    """Returns the controller's status of a message. Raises InvalidMessage, naming the field."""
     return ControllerStatus(
         term=message.term,
         generation=message.generation,
@@ -98,7 +98,7 @@ def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
 
 
 def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
-    """The message of what is known of a router."""
+    """Returns the message of a router's state."""
     return controller_pb2.RouterState(
         router=state.router,
         address=state.address,
@@ -114,7 +114,7 @@ def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
 
 
 def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
-    """What a router says of itself, or the controller of it. Raises InvalidMessage, naming the field."""
+    """Returns a router's state, as the router or the controller reports it. Raises InvalidMessage, naming the field."""
     return RouterState(
         router=checked_name(message.router, "state.router"),
         address=checked_optional_address(message.address, "state.address"),

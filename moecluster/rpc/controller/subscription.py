@@ -1,5 +1,5 @@
-"""A router's view of the controller: placements as they come; leases renewed, with what the router says of itself;
-failures and wants reported."""
+"""A router's link to the controller: receives placements, renews the lease with the router's state, and reports
+failures, loads and wanted experts."""
 
 import logging
 import queue
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
 FIRST_RENEWAL_S = 1.0  # before the lease is known
-STATE_PERIOD_S = 0.25  # between looks at the router's own state; one that has changed renews the lease at once
+STATE_PERIOD_S = 0.25  # between checks of the router's own state; a change renews the lease at once
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
 REPORT_TIMEOUT_S = 2.0
-MAX_REPORTS = 64  # under way at once; beyond it they are dropped
-WANT_AGAIN_S = 0.2  # before the same expert is asked for again
+MAX_REPORTS = 64  # in flight at once; more are dropped
+WANT_AGAIN_S = 0.2  # before the same expert is requested again
 
 Report = controller_pb2.FailureReport | controller_pb2.LoadReport | controller_pb2.WantRequest
 
@@ -40,7 +40,7 @@ Report = controller_pb2.FailureReport | controller_pb2.LoadReport | controller_p
 class ControllerClient:
     """A ControllerLink and a PlacementHold over the controller's WatchPlacement stream.
 
-    Opens the stream anew when it breaks; meanwhile the last placement goes on to stand.
+    Reopens the stream when it breaks; the last placement stays in use meanwhile.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class ControllerClient:
         state: Callable[[], RouterState] | None = None,
         credentials: ClusterCredentials | None = None,
     ) -> None:
-        """resolve returns the controller's host:port, which may change, within seconds; or raises Unavailable.
+        """resolve returns within seconds the controller's host:port, which may change, or raises Unavailable.
 
-        state returns at once what the router, of this name, says of itself with every renewal; by default its name.
+        state returns at once what this router reports with every renewal; by default only its name.
         """
         self.router = router
         self._state = state or (lambda: RouterState(router=router))
@@ -67,18 +67,18 @@ class ControllerClient:
         self._channel: grpc.Channel | None = None
         self._saying: set[grpc.Future[Any]] = set()
         self._hold = False
-        self._wanted_s: dict[ExpertId, float] = {}  # when each was last asked for
-        self._applied: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry: tell the controller at once
+        self._wanted_s: dict[ExpertId, float] = {}  # when each was last requested
+        self._applied: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry: renew at once
         self._thread = threading.Thread(target=self._run, name="controller-client", daemon=True)
         self._thread.start()
 
     @property
     def controller(self) -> str:
-        """host:port where the controller's placements come from now; empty while none do."""
+        """host:port of the controller that placements come from now; empty while none do."""
         return self._reached
 
     def current(self, timeout_s: float) -> Placement:
-        """The newest placement; waits for a first one. Raises Unavailable after the timeout."""
+        """Returns the newest placement, waiting for the first one. Raises Unavailable after the timeout."""
         return self._board.current(timeout_s)
 
     def newer_than(self, number: PlacementNumber, timeout_s: float) -> Placement | None:
@@ -86,15 +86,16 @@ class ControllerClient:
         return self._board.newer_than(number, timeout_s)
 
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
-        """Says that an actor did not answer. Without a controller nothing is said: it looks at its actors itself."""
+        """Reports that an actor did not answer. Drops the report without a controller, which checks its actors
+        itself."""
         report = controller_pb2.FailureReport(
             reporter=self.router, actor=actor, incarnation=incarnation, reason=reason[:MAX_REASON_LENGTH]
         )
         self._send_state("ReportFailure", report)
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
-        """Says that a replica answers NaN or infinity. Without a controller nothing is said: the next placement that
-        names the replica has it tried again."""
+        """Reports that a replica returned NaN or infinity. Drops the report without a controller: the next placement
+        that names the replica has it tried again."""
         report = controller_pb2.FailureReport(
             reporter=self.router,
             actor=actor,
@@ -106,11 +107,11 @@ class ControllerClient:
         self._send_state("ReportFailure", report)
 
     def report_load(self, load: LoadSnapshot) -> None:
-        """Says what was counted in a window. Without a controller nothing is said."""
+        """Reports what was counted in a window. Drops the report without a controller."""
         self._send_state("ReportLoad", encode_load(self.router, load))
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
-        """Says that tokens wait for experts that stand nowhere. Without a controller nothing is said: ask again."""
+        """Reports that tokens wait for experts without a replica. Drops the report without a controller: call again."""
         with self._lock:
             now_s = time.monotonic()
             wanted = [ExpertId(layer=layer, index=index) for index in experts]
@@ -121,9 +122,9 @@ class ControllerClient:
                 self._wanted_s.update(dict.fromkeys(wanted, now_s))
 
     def hold(self, timeout_s: float) -> None:
-        """From now on every renewal asks for a placement that stays as it is; returns when one stands.
+        """Asks with every renewal that the placement be held; returns once a held placement has come.
 
-        Raises DeadlineExceeded if none came in time, and lets go.
+        Raises DeadlineExceeded if none comes in time, and releases the hold.
         """
         self._hold = True
         self._applied.put(None)
@@ -138,12 +139,12 @@ class ControllerClient:
             )
 
     def release(self) -> None:
-        """The placement may change again, as far as this router is concerned. Fine if it held nothing."""
+        """Ends this router's hold of the placement. Does nothing if it held none."""
         self._hold = False
         self._applied.put(None)
 
     def renew(self) -> None:
-        """Tells the controller at once how the router is."""
+        """Renews the lease at once, with the router's current state."""
         self._applied.put(None)
 
     def close(self) -> None:
@@ -158,7 +159,8 @@ class ControllerClient:
         self._thread.join(timeout=5.0)
 
     def _send_state(self, method: str, message: Report) -> bool:
-        """Sends without waiting; False if it cannot. The call is kept until it ends, else it would be cancelled."""
+        """Sends without waiting; returns False if it cannot. Keeps the call until it ends, else it would be
+        cancelled."""
         with self._lock:
             if self._channel is None or len(self._saying) >= MAX_REPORTS:
                 return False
@@ -180,7 +182,7 @@ class ControllerClient:
             self._closed.wait(backoff_s)
 
     def _watch(self, address: str) -> None:
-        """Takes placements until the stream breaks, which raises a MoeClusterError."""
+        """Receives placements until the stream breaks, which raises a MoeClusterError."""
         channel = open_channel(address, self._credentials)
         broken = threading.Event()
         with self._lock:
@@ -206,8 +208,8 @@ class ControllerClient:
             channel.close()
 
     def _renewals(self, broken: threading.Event) -> Iterator[controller_pb2.WatchRequest]:
-        """Says what was applied and how the router stands: now, after every placement, when its state has changed, and
-        often enough to keep the lease."""
+        """Yields the applied placement and the router's state: now, after every placement, when the state has changed,
+        and often enough to keep the lease."""
         while not broken.is_set() and not self._closed.is_set():
             number, state = self._board.number, self._state()
             yield controller_pb2.WatchRequest(
@@ -220,7 +222,7 @@ class ControllerClient:
             self._wait_for_news(state)
 
     def _wait_for_news(self, sent: RouterState) -> None:
-        """Returns when there is something to say, or the lease is to be renewed."""
+        """Returns when there is something to send, or the lease must be renewed."""
         until_s = time.monotonic() + self._renew_s
         while (left_s := until_s - time.monotonic()) > 0:
             try:

@@ -1,4 +1,4 @@
-"""Orders to an expert actor over gRPC: the client of all unary calls of ExpertService."""
+"""The gRPC client of ExpertService except for the Compute stream."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +31,8 @@ EXPORT_TIMEOUT_S = 600.0
 
 
 class GrpcExpertControl:
-    """An ExpertControl at host:port. Every call ends within timeout_s; failures are MoeClusterErrors."""
+    """The ExpertControl at host:port. Calls raise MoeClusterError; each has a timeout, timeout_s unless it has its
+    own."""
 
     def __init__(
         self, name: str, address: str, *, timeout_s: float = 30.0, credentials: ClusterCredentials | None = None

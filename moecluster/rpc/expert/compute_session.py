@@ -1,4 +1,4 @@
-"""The Compute stream at the server's edge: one session for each router that opens one."""
+"""The server side of the Compute stream: one session for each stream that a router opens."""
 
 import queue
 import threading
@@ -21,7 +21,7 @@ MAX_SEGMENT_BYTES = 2**32
 
 
 class ComputeSession:
-    """One router's stream: decodes batches, submits them, and sends replies as they are ready."""
+    """One router's stream: decodes batches, submits them, and sends replies as they get ready."""
 
     def __init__(self, handler: ComputeHandler, requests: Iterator[expert_pb2.ComputeRequest]) -> None:
         self._handler = handler
@@ -34,7 +34,7 @@ class ComputeSession:
         self._peer_mailbox: PeerMailbox | None = None
 
     def replies(self, context: grpc.ServicerContext) -> Iterator[expert_pb2.ComputeReply]:
-        """The stream's replies, beginning with the answer to Hello."""
+        """Yields the stream's replies, beginning with the reply to Hello."""
         first = next(self._requests, None)
         if first is None:
             return
@@ -44,17 +44,17 @@ class ComputeSession:
             threading.Thread(target=self._read, name="compute-stream", daemon=True).start()
             if self._mailbox is not None:
                 threading.Thread(target=self._read_mailbox, name="compute-mailbox", daemon=True).start()
-            while (reply := self._outbox.get()) is not None:  # end() comes with the stream's end, whoever ends it
+            while (reply := self._outbox.get()) is not None:  # end() is called when either side ends the stream
                 yield reply
-        except InvalidMessage as exc:  # of the greeting
+        except InvalidMessage as exc:  # from _greet
             abort_with(context, exc)
-        finally:  # also where gRPC gives the stream up half-way
+        finally:  # also if gRPC abandons the stream half-way
             for held in (self._segment, self._peer, self._mailbox, self._peer_mailbox):
                 if held is not None:
                     held.close()
 
     def end(self) -> None:
-        """Ends the stream of replies; what is still computed is thrown away."""
+        """Ends the stream of replies; batches still being computed get none."""
         self._outbox.put(None)
 
     def _greet(self, first: expert_pb2.ComputeRequest) -> expert_pb2.HelloReply:
@@ -95,7 +95,7 @@ class ComputeSession:
                     raise InvalidMessage("batch", "a second hello")
                 self._take(request.batch)
         except (grpc.RpcError, InvalidMessage):
-            pass  # the router is gone, or does not keep to the protocol: either way the stream ends
+            pass  # the router is gone or violates the protocol: either way the stream ends
         finally:
             self.end()
 
@@ -105,7 +105,7 @@ class ComputeSession:
             while not self._mailbox.closed:
                 message = self._mailbox.receive()
                 waits = message is not None
-                while message is not None:  # all that lie there, so that they are computed together
+                while message is not None:  # all pending messages, so that they are computed together
                     self._take(expert_pb2.Batch.FromString(message), wake=False)
                     message = self._mailbox.receive(0.0)
                 if waits:
@@ -134,7 +134,7 @@ class ComputeSession:
             try:
                 if self._peer is not None:
                     for region in regions:
-                        self._peer.check(region)  # read whole before anyone wrote over it
+                        self._peer.check(region)  # was not overwritten while it was read
                 if isinstance(outcome, MoeClusterError):
                     self._send_error(message.request_id, outcome)
                 else:

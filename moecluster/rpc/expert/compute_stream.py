@@ -1,4 +1,4 @@
-"""The router's end of the Compute stream to one expert actor."""
+"""The router's side of the Compute stream to one expert actor."""
 
 import itertools
 import queue
@@ -27,14 +27,14 @@ from moecluster.types import ActorAddress, ComputeBatch, ComputeResult
 @dataclass(frozen=True, kw_only=True)
 class _Pending:
     batch: ComputeBatch
-    regions: tuple[int, ...]  # sequences in our segment, released by the reply
+    regions: tuple[int, ...]  # sequence numbers in our segment, released by the reply
     answer: Answer
 
 
 class GrpcExpertTransport:
     """One long-lived stream; messages are matched by request id. Thread-safe.
 
-    On one host short messages go through mailboxes beside it.
+    Between processes of one host, short messages go through shared-memory mailboxes instead.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class GrpcExpertTransport:
         connect_timeout_s: float = 10.0,
         credentials: ClusterCredentials | None = None,
     ) -> None:
-        """Opens the stream and shakes hands. shared_memory_bytes 0: inline only.
+        """Opens the stream and does the handshake. shared_memory_bytes 0: inline only.
 
-        Raises Unavailable if the actor does not answer in time, StaleRequest if another incarnation of it does.
+        Raises Unavailable if the actor does not answer in time, StaleRequest if another incarnation of it answers.
         """
         self.actor = address.actor
         self.name = "inline"
@@ -61,11 +61,11 @@ class GrpcExpertTransport:
         self._segment = self._make_segment(shared_memory_bytes)
         self._mailbox = self._make_mailbox(self._segment)
         self._peer_mailbox: PeerMailbox | None = None
-        self._has_mail = False  # a message has come, so the actor knows whose mailbox is whose, and ours reach it
+        self._has_mail = False  # a message came through the mailbox, so the actor reads ours too
         self._readers = ReplyReaders(self._mailbox, self._take_message) if self._mailbox is not None else None
         self._use_segment = False
         self._peer: PeerSegment | None = None
-        self._nonce = b""  # of the actor's segment, sent back once
+        self._nonce = b""  # of the actor's segment, echoed once
         self._channel = open_channel(address.address, credentials)
         greeted: Future[expert_pb2.HelloReply] = Future()
         hello = expert_pb2.Hello(router=router)
@@ -82,7 +82,7 @@ class GrpcExpertTransport:
         except MoeClusterError:
             self.close()
             raise
-        if self._closed is not None:  # the stream broke while both agreed: what was opened since goes too
+        if self._closed is not None:  # the stream broke during the handshake: close what was opened since
             self.close()
         if address.incarnation and address.incarnation != self.incarnation:
             self.close()
@@ -109,7 +109,7 @@ class GrpcExpertTransport:
         return mailbox
 
     def _agree(self, reply: expert_pb2.HelloReply) -> None:
-        """Uses shared memory where each side has read the other's nonce, inline where not."""
+        """Uses shared memory for requests if the actor has read our segment's nonce; otherwise inline bytes."""
         self.incarnation = reply.incarnation
         if self._segment is None or reply.nonce != self._segment.nonce:
             return
@@ -121,12 +121,12 @@ class GrpcExpertTransport:
             if self._peer.mailbox_fd:
                 self._peer_mailbox = PeerMailbox(reply.segment.pid, self._peer.mailbox_fd)
         except (SegmentUnavailable, MailboxUnavailable):
-            pass  # replies travel inline or on the stream, requests need not
+            pass  # then replies travel inline or on the stream, while requests use the segment
 
     def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
         """Sends a batch. The future holds the result or a MoeClusterError.
 
-        The caller bounds its wait; after a timeout it closes the transport, whose segment must not be used again.
+        The caller must bound its wait, and close the transport after a timeout: its segment must not be reused.
         """
         answer = Answer(self._readers)
         message = messages.encode_batch(batch, self._segment if self._use_segment else None)
@@ -155,7 +155,7 @@ class GrpcExpertTransport:
         self._finish(message)
 
     def close(self) -> None:
-        """Ends the stream; what is in flight fails with Unavailable."""
+        """Ends the stream; batches in flight fail with Unavailable."""
         self._fail(Unavailable(f"the stream to {self.actor} was closed"))
         self._outbox.put(None)
         self._channel.close()
@@ -173,18 +173,18 @@ class GrpcExpertTransport:
                     self._finish(reply.batch)
         except grpc.RpcError as exc:
             error = from_rpc_error(exc, self.actor)
-        if greeted.done():  # whatever ended the stream, nothing comes through it any more
+        if greeted.done():  # whatever the error was, the stream is unusable
             error = Unavailable(f"the stream to {self.actor} broke: {error}")
         else:
             greeted.set_exception(error)
         self._fail(error)
-        self.close()  # now, not when somebody asks this actor again: one that has left is never asked
+        self.close()  # now, not at the next submit: an actor that left gets none
 
     def _finish(self, message: expert_pb2.BatchReply) -> None:
         with self._lock:
             pending = self._pending.pop(message.request_id, None)
         if pending is None:
-            return  # a late answer to a request that was given up
+            return  # a late reply to an abandoned request
         if self._segment is not None:
             for sequence in pending.regions:
                 self._segment.release(sequence)

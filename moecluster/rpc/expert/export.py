@@ -1,4 +1,4 @@
-"""Tensors from one expert actor to another: cut into chunks with checksums, sent over gRPC, put together again."""
+"""Copies tensors from one expert actor to another over gRPC, in chunks with checksums."""
 
 import math
 import zlib
@@ -18,19 +18,19 @@ from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import from_rpc_error
 from moecluster.types import ActorAddress, ExpertId
 
-# Taking a message apart holds Python's lock for as long as copying it takes: a millisecond for a chunk of this size.
+# Decoding a message holds the GIL while its bytes are copied: a millisecond for a chunk of this size.
 CHUNK_BYTES = 2**20
 MAX_TENSOR_BYTES = 16 * 2**30
 DTYPES = (*tensors.ROW_DTYPES, torch.int64)
-CONNECT_TIMEOUT_S = 2.0  # a single attempt gives up after 0.1 s, which a busy host may need
+CONNECT_TIMEOUT_S = 2.0  # a single attempt gives up after 0.1 s, too little on a busy host
 
 
 def go_on(num_bytes: int) -> None:
-    """The pace of who takes chunks as they come."""
+    """The Pace without a limit."""
 
 
 def cut(tensor: ExportedTensor) -> Iterator[expert_pb2.ExportChunk]:
-    """The tensor's chunks in order, at least one. Copies a chunk's bytes at a time."""
+    """Yields the tensor's chunks in order, at least one. Copies one chunk's bytes at a time."""
     content = tensor.value.detach().contiguous().view(-1).view(torch.uint8).numpy().data
     for offset in range(0, max(len(content), 1), CHUNK_BYTES):
         chunk = bytes(content[offset : offset + CHUNK_BYTES])
@@ -49,7 +49,7 @@ def cut(tensor: ExportedTensor) -> Iterator[expert_pb2.ExportChunk]:
 def assemble(
     chunks: Iterable[expert_pb2.ExportChunk], *, max_tensor_bytes: int = MAX_TENSOR_BYTES, pace: Pace = go_on
 ) -> Iterator[ExportedTensor]:
-    """Tensors out of their chunks, which come in order. pace is told every chunk's bytes before the next is taken.
+    """Assembles tensors from their chunks, which arrive in order. Calls pace with each chunk's size before the next.
 
     Raises InvalidMessage for a wrong checksum, a gap, another dtype or a size beyond max_tensor_bytes.
     """
@@ -68,7 +68,7 @@ def assemble(
 
 
 class _Whole:
-    """One tensor that grows chunk by chunk."""
+    """One tensor being assembled chunk by chunk."""
 
     def __init__(self, first: expert_pb2.ExportChunk, max_bytes: int) -> None:
         where, self._shape = _where(first), tuple(first.shape)
@@ -81,7 +81,7 @@ class _Whole:
             raise InvalidMessage("shape", f"{list(self._shape)} of {where} is too large, at most {max_bytes} bytes")
         self._first = first
         size_bytes = math.prod(self._shape) * self._dtype.itemsize
-        self._content = torch.empty(size_bytes, dtype=torch.uint8)  # memory comes with the first write
+        self._content = torch.empty(size_bytes, dtype=torch.uint8)  # pages are allocated at the first write
         self._length_bytes = 0
 
     @property
@@ -114,10 +114,10 @@ def _where(chunk: expert_pb2.ExportChunk) -> str:
 
 
 class GrpcPeerExports:
-    """PeerExports of one incarnation of an actor."""
+    """PeerExports from one incarnation of an actor."""
 
     def __init__(self, peer: ActorAddress, *, credentials: ClusterCredentials | None = None) -> None:
-        """Connects when it is first asked."""
+        """Connects at the first call of tensors()."""
         self._peer = peer
         self._channel = open_channel(peer.address, credentials)
         self._stub = ExpertServiceStub(self._channel)
@@ -145,7 +145,7 @@ class GrpcPeerExports:
         except grpc.RpcError as exc:
             raise from_rpc_error(exc, self._peer.actor) from exc
         finally:
-            call.cancel()  # whoever takes no more must not keep the peer sending
+            call.cancel()  # a caller that stops early must not leave the peer sending
 
     def close(self) -> None:
         self._channel.close()

@@ -1,4 +1,4 @@
-"""The in-process twins of the Compute stream and of copies from a peer: the same interfaces, no sockets."""
+"""In-process implementations of ExpertTransport and PeerExports, without sockets."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -9,7 +9,7 @@ from moecluster.types import ComputeBatch, ComputeResult, ExpertId
 
 
 class InProcessTransport:
-    """Hands batches straight to an expert service of this process."""
+    """Passes batches directly to an expert service of this process."""
 
     name = "in-process"
 
@@ -34,7 +34,7 @@ class InProcessTransport:
 
 
 class InProcessPeerExports:
-    """PeerExports of one incarnation of an expert service of this process."""
+    """PeerExports from one incarnation of an expert service of this process."""
 
     def __init__(self, peer: ExpertControl, incarnation: str) -> None:
         self._peer = peer

@@ -1,4 +1,4 @@
-"""Interfaces of the expert actor, each with an implementation over gRPC and an in-process twin."""
+"""Interfaces of the expert actor, each implemented over gRPC and in process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,7 +18,7 @@ Reply = Callable[[ComputeResult | MoeClusterError], None]
 
 
 class ComputeHandler(Protocol):
-    """What computes batches: the expert service behind a servicer or an in-process transport."""
+    """Computes batches: the expert service behind a servicer or an in-process transport."""
 
     incarnation: str
 
@@ -29,25 +29,26 @@ class ComputeHandler(Protocol):
         """
 
     def compute_waiting(self) -> None:
-        """Computes what waits in the calling thread, if that is little and nobody computes; else wakes another."""
+        """Computes queued batches in the calling thread if there are few rows and no thread computes; else wakes
+        one."""
 
 
 class ExpertTransport(Protocol):
-    """A way to one expert actor."""
+    """A connection to one expert actor for batches."""
 
     name: str  # inline | shm | in-process: the `transport` label of the metrics
-    incarnation: str  # of the peer, learned when the transport was opened
+    incarnation: str  # of the actor, learned when the transport was opened
 
     def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
         """Sends a batch. The future holds the result or a MoeClusterError; it ends by the batch's deadline."""
 
     def close(self) -> None:
-        """Ends the stream; what is in flight fails with Unavailable."""
+        """Ends the stream; batches in flight fail with Unavailable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedTensor:
-    """One tensor of an expert's state, as it leaves the actor."""
+    """One tensor of an expert's state, as an actor exports it."""
 
     expert: ExpertId
     name: str  # a parameter's name, or optimizer/NAME/PARAMETER
@@ -56,25 +57,24 @@ class ExportedTensor:
 
 
 class ExpertControl(Participant, Protocol):
-    """All orders that an expert actor takes."""
+    """All requests that an expert actor serves besides batches."""
 
     def load(self, request: LoadRequest) -> int:
-        """Loads experts, and their optimizer state where the checkpoint has it. Returns the bytes loaded.
+        """Loads experts, and their optimizer state if the checkpoint has it. Returns the bytes loaded.
 
-        They are loaded beside those of other weight versions. What a peer cannot give raises Unavailable, and what
-        came before stays.
+        Experts of other weight versions stay loaded. Raises Unavailable if a peer cannot deliver an expert; experts
+        loaded before it stay.
         """
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
-        """Drops experts in all versions, once nothing that waits wants them or the time is over; unknown ones are
-        fine."""
+        """Drops experts in all weight versions, once no queued batch needs them or the drain timeout is over. Ignores
+        unknown experts."""
 
     def set_placement(self, notice: PlacementNotice) -> None:
-        """Tells the actor the current placement; status returns it, the checkpoint, and the snapshot if asked for
-        it."""
+        """Sets the current placement; status returns it, the checkpoint, and on request the snapshot."""
 
     def status(self, training_term: int = 0, *, with_snapshot: bool = False) -> ExpertActorStatus:
-        """Fences with the term if it is not 0, then reports."""
+        """Fences with the term unless it is 0, then reports."""
 
     def export(
         self,
@@ -85,22 +85,22 @@ class ExpertControl(Participant, Protocol):
         incarnation: str = "",
         weight_version: int = 0,
     ) -> Iterator[ExportedTensor]:
-        """Streams the experts' tensors; with an incarnation, only that incarnation of the actor does. weight_version: 0
-        for the one that is served."""
+        """Streams the experts' tensors. incarnation: if given, any other incarnation of the actor refuses.
+        weight_version: 0 for the served one."""
 
 
-Pace = Callable[[int], None]  # told of bytes that came, before more are taken; it may wait, and raise to end
+Pace = Callable[[int], None]  # gets the size of each received chunk; may wait, or raise to stop
 
 
 class PeerExports(Protocol):
-    """What one incarnation of another actor holds, as experts are copied from there."""
+    """The tensors of one incarnation of another actor, for copying experts from it."""
 
     def tensors(
         self, expert: ExpertId, *, weight_version: int = 0, max_tensor_bytes: int, timeout_s: float, pace: Pace
     ) -> Iterator[ExportedTensor]:
-        """The expert's parameters in a version; 0: in the one that the peer serves.
+        """Yields the expert's parameters in a version; 0: the one that the peer serves.
 
-        Raises what the peer raises, InvalidMessage for content that is not as announced.
+        Raises what the peer raises, and InvalidMessage for content that does not match its description.
         """
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ ConnectPeer = Callable[[ActorAddress], PeerExports]
 
 
 class ControlConnection(ExpertControl, Protocol):
-    """Orders to one incarnation of an expert actor, over a connection. Every order ends within a finite time."""
+    """A connection for requests to one incarnation of an expert actor. Every request ends within a finite time."""
 
     def close(self) -> None:
         """Ends the connection."""
@@ -121,4 +121,4 @@ Connect = Callable[[ActorAddress], ControlConnection]
 
 
 class ExpertHandler(ComputeHandler, ExpertControl, Protocol):
-    """What stands behind the service."""
+    """The implementation behind ExpertService."""

@@ -1,4 +1,4 @@
-"""Tensors and batches to messages and back. What comes off the wire is checked here before it is used."""
+"""Encodes and decodes batches and results. Every received field is checked here before it is used."""
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -13,7 +13,7 @@ from moecluster.rpc.same_host.segment import PeerSegment, Segment
 from moecluster.rpc.tensors import ROW_DTYPES, decode_tensor, encode_tensor, region_of
 from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, PlacementNumber, StepTag
 
-MAX_CONTENT_BYTES = MAX_MESSAGE_BYTES - 2**20  # of a message's tensors; the rest is room for its other fields
+MAX_CONTENT_BYTES = MAX_MESSAGE_BYTES - 2**20  # of a message's tensors; leaves room for its other fields
 MAX_DEADLINE_S = 3600.0
 
 _PHASES = {
@@ -25,14 +25,14 @@ _PHASE_CODES = {phase: code for code, phase in _PHASES.items()}
 
 
 def _check_size(field: str, *tensors: torch.Tensor | None) -> None:
-    """Raises InvalidMessage where gRPC would end the whole stream."""
+    """Raises InvalidMessage for a size at which gRPC would end the whole stream."""
     size_bytes = sum(t.nbytes for t in tensors if t is not None)
     if size_bytes > MAX_CONTENT_BYTES:
         raise InvalidMessage(field, f"{size_bytes} bytes in one message, at most {MAX_CONTENT_BYTES}")
 
 
 def encode_batch(batch: ComputeBatch, segment: Segment | None = None) -> expert_pb2.Batch:
-    """The message of a batch. Raises InvalidMessage for one that is too large."""
+    """Encodes a batch. Raises InvalidMessage if it is too large."""
     _check_size("x", batch.x_ND, batch.grad_ND, batch.pair_rows_P, batch.pair_weights_P)
     message = expert_pb2.Batch(
         request_id=batch.request_id,
@@ -68,7 +68,8 @@ def decode_step(message: expert_pb2.StepTag) -> StepTag:
 
 
 def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> ComputeBatch:
-    """The batch of a message, its tensors in place. Raises InvalidMessage, naming the field."""
+    """Decodes a batch; its tensors are views of the message or of the segment. Raises InvalidMessage, naming the
+    field."""
     phase = _PHASES.get(message.phase)
     if phase is None:
         raise InvalidMessage("phase", f"{message.phase} is none of FORWARD, TRAIN_FORWARD, BACKWARD")
@@ -100,7 +101,7 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
     rows = pair_rows_P.numpy()
     if rows.min() < 0 or rows.max() >= len(x_ND):
         raise InvalidMessage("pair_rows", f"an index outside the {len(x_ND)} rows of x")
-    if num_pairs > len(experts):  # else each expert has one
+    if num_pairs > len(experts):  # else each expert has one pair
         descents = np.flatnonzero(rows[1:] < rows[:-1]) + 1
         if not set(descents.tolist()) <= set(accumulate(counts)):
             raise InvalidMessage("pair_rows", "not ascending within an expert")
@@ -127,7 +128,7 @@ def decode_batch(message: expert_pb2.Batch, peer: PeerSegment | None = None) -> 
 
 
 def encode_result(result: ComputeResult, segment: Segment | None = None) -> expert_pb2.BatchReply:
-    """The message of a result. Raises InvalidMessage for one that is too large."""
+    """Encodes a result. Raises InvalidMessage if it is too large."""
     message = expert_pb2.BatchReply(request_id=result.request_id, code=expert_pb2.OK)
     y = result.y_ND if result.y_ND is not None else result.y_PD
     _check_size("y", y, result.grad_x_ND, result.grad_w_P)
@@ -145,7 +146,7 @@ def decode_result(
     peer: PeerSegment | None = None,
     release: Callable[[int], None] = lambda sequence: None,
 ) -> ComputeResult:
-    """The result that answers a batch, copied out of the peer's segment, whose regions are then released."""
+    """Decodes the result of a batch. Copies it out of the peer's segment and releases the regions there."""
 
     def take(tensor: tensor_pb2.Tensor, field: str, rows: int) -> torch.Tensor:
         value = decode_tensor(tensor, field, dtypes=(batch.x_ND.dtype,), shape=(rows, batch.x_ND.shape[1]), peer=peer)

@@ -1,4 +1,4 @@
-"""Load requests and placement notices to messages and back. What comes off the wire is checked before it is used."""
+"""Encodes and decodes load requests and placement notices. Every received field is checked before it is used."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 def encode_load_request(request: LoadRequest) -> expert_pb2.LoadRequest:
-    """The message of a load."""
+    """Encodes a load request."""
     peer = request.peer
     message = expert_pb2.LoadRequest(
         term=request.term,
@@ -34,7 +34,7 @@ def encode_load_request(request: LoadRequest) -> expert_pb2.LoadRequest:
 
 
 def decode_load_request(message: expert_pb2.LoadRequest) -> LoadRequest:
-    """The load of a message. Raises InvalidMessage, naming the field."""
+    """Decodes a load request. Raises InvalidMessage, naming the field."""
     if not 0 < message.timeout_s <= MAX_TIMEOUT_S:  # false for NaN too
         raise InvalidMessage("timeout_s", f"{message.timeout_s}, not within 0 and {MAX_TIMEOUT_S:g}")
     return LoadRequest(
@@ -79,12 +79,12 @@ def _decode_peer(message: expert_pb2.LoadRequest) -> ActorAddress | None:
     if not message.peer_incarnation:
         raise InvalidMessage("peer_incarnation", "missing")
     incarnation = checked_name(message.peer_incarnation, "peer_incarnation")
-    # The message does not name the peer, and nothing here asks for its name but errors.
+    # The message does not name the peer; the name is only used in errors.
     return ActorAddress(actor=address, address=address, incarnation=incarnation)
 
 
 def encode_placement_notice(notice: PlacementNotice) -> expert_pb2.SetPlacementRequest:
-    """The message of a notice."""
+    """Encodes a placement notice."""
     return expert_pb2.SetPlacementRequest(
         term=notice.term,
         generation=notice.generation,
@@ -96,7 +96,7 @@ def encode_placement_notice(notice: PlacementNotice) -> expert_pb2.SetPlacementR
 
 
 def decode_placement_notice(message: expert_pb2.SetPlacementRequest) -> PlacementNotice:
-    """The notice of a message. Its numbers are compared with what the actor knows, by the actor."""
+    """Decodes a placement notice. The actor itself checks the numbers against its state."""
     return PlacementNotice(
         term=message.term,
         generation=message.generation,

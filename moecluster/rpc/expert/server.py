@@ -1,4 +1,4 @@
-"""ExpertService at the server's edge: unary orders here, the Compute stream in compute_session.py."""
+"""The gRPC server of ExpertService; its Compute stream is in compute_session.py."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +28,7 @@ def _step(message: StepRequest) -> StepTag:
 
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
-    """Translates messages to calls of the handler, and its errors to status codes."""
+    """Translates messages to calls of the handler, and the handler's errors to status codes."""
 
     def __init__(self, handler: ExpertHandler) -> None:
         self._handler = handler
@@ -40,7 +40,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 
     def Load(self, request: expert_pb2.LoadRequest, context: grpc.ServicerContext) -> expert_pb2.LoadReply:
         def load() -> expert_pb2.LoadReply:
-            return expert_pb2.LoadReply(loaded_bytes=self._handler.load(decode_load_request(request)))
+            wanted = decode_load_request(request)
+            return expert_pb2.LoadReply(loaded_bytes=self._handler.load(wanted))
 
         return answer(context, load)
 
@@ -59,7 +60,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self, request: expert_pb2.SetPlacementRequest, context: grpc.ServicerContext
     ) -> expert_pb2.SetPlacementReply:
         def set_placement() -> expert_pb2.SetPlacementReply:
-            self._handler.set_placement(decode_placement_notice(request))
+            notice = decode_placement_notice(request)
+            self._handler.set_placement(notice)
             return expert_pb2.SetPlacementReply()
 
         return answer(context, set_placement)

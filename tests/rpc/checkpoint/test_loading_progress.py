@@ -1,4 +1,4 @@
-"""What expert actors hold while a cluster starts, asked over gRPC."""
+"""The loading progress of expert actors, read over gRPC while a cluster starts."""
 
 from pathlib import Path
 

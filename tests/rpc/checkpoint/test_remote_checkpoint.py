@@ -1,4 +1,4 @@
-"""A checkpoint that only another host sees: read over loopback, under a name that does not exist here."""
+"""Reads a checkpoint of another host over loopback, under a path that does not exist locally."""
 
 import gc
 import zlib
@@ -64,7 +64,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small chunks and ranges, so that there are many; short pauses."""
+    """Uses small chunks and ranges, to have many, and short pauses."""
     monkeypatch.setattr(checkpoint_server, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(client, "RANGE_BYTES", 2500)
     monkeypatch.setattr(client, "PAUSE_S", 0.01)
@@ -81,7 +81,7 @@ def announced(directory: Path) -> Iterator[tuple[RunningServer, SourceAddress]]:
 
 
 class Counted(RemoteFiles):
-    """Counts the bytes of weights that are read."""
+    """Counts the bytes of weights read."""
 
     read_bytes = 0
 
@@ -247,7 +247,7 @@ def test_too_much_beside_the_weights_is_not_fetched() -> None:
 
 
 def test_reading_goes_on_at_a_source_that_was_started_again(small: Path) -> None:
-    """Another port, and another id."""
+    """The restarted source has another port and another id."""
     sources: list[SourceAddress] = []
     with announced(small) as (server, first):
         sources.append(first)

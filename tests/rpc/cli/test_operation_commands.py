@@ -1,4 +1,4 @@
-"""The commands that ask a controller, against one of the tests' own over loopback: what they say, and how they fail."""
+"""Output and failures of the commands that call a controller, against a test controller over loopback."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def server(controller: FakeController) -> Iterator[RunningServer]:
 
 
 def note_cluster(controller_address: str) -> None:
-    """As `up` does, on a Ray that is not ours to end."""
+    """As `up` does, on a Ray that this test does not own."""
     cluster_file.save(
         UpCluster(
             name="moecluster",
@@ -73,7 +73,7 @@ def note_cluster(controller_address: str) -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line, and returns its exit code and what it said."""
+    """Runs the command line; returns its exit code and output."""
 
     def run_command(*arguments: str) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
@@ -221,7 +221,7 @@ def test_without_a_controller_ray_is_asked_and_says_what_is_wrong(run) -> None:
 
 
 class Counting(threading.Thread):
-    """Lets a controller's counts and clock go on as if tokens came."""
+    """Advances a controller's counters and clock as if tokens arrived."""
 
     def __init__(self, controller: FakeController) -> None:
         super().__init__(daemon=True)
@@ -281,7 +281,7 @@ def test_a_recording_that_is_interrupted_is_whole(controller, tmp_path, number) 
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell starts what it puts in the background with interrupts ignored, and so may these tests be started.
+            # A shell starts background jobs with SIGINT ignored, and these tests may be such a job.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         deadline_s = time.monotonic() + WAIT_S

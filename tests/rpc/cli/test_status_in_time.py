@@ -1,4 +1,4 @@
-"""`status` ends in time whatever hangs, and says what does not answer."""
+"""`status` ends in time whatever hangs, and reports what does not answer."""
 
 import socket
 import sys
@@ -16,7 +16,7 @@ from tests.support.fakes.fake_controller import FakeController
 
 HANGS = (sys.executable, "-c", "import time; time.sleep(1000)")
 BREAKS = (sys.executable, "-c", "raise SystemExit(1)")
-MUCH_LESS_S = 30.0  # than anything that hangs here takes
+MUCH_LESS_S = 30.0  # than anything here hangs
 
 
 def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, controller: str) -> str:

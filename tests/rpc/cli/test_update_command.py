@@ -1,4 +1,4 @@
-"""moecluster update against a cluster over loopback: whole directories, and experts that are taken out of one."""
+"""moecluster update against a cluster over loopback: whole directories, and some experts of a directory."""
 
 import signal
 import sys
@@ -33,7 +33,7 @@ def cluster(versions: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("COLUMNS", "400")
     with LoopbackCluster(versions[0]) as running:
-        # As `up` does, on a Ray that is not ours to end.
+        # As `up` does, on a Ray that this test does not own.
         cluster_file.save(
             UpCluster(
                 name="moecluster",
@@ -50,7 +50,7 @@ def cluster(versions: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 @pytest.fixture(autouse=True)
 def given(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the cluster was given; there is no Ray to tell it over."""
+    """The directories given to the cluster; there is no Ray to send them through."""
     told: list[str] = []
     monkeypatch.setattr(update, "give_directory", lambda up, directory: told.append(directory))
     return told
@@ -58,11 +58,11 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line, and returns its exit code and what it said."""
+    """Runs the command line; returns its exit code and output."""
 
     def run_command(*arguments: str) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
-        capsys.readouterr()  # what the cluster's own start said
+        capsys.readouterr()  # output of the cluster's own start
         code = 0
         try:
             main()

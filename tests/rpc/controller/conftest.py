@@ -1,4 +1,4 @@
-"""What several tests of controllers over gRPC start from."""
+"""Fixtures for tests of controllers over gRPC."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What comes between an expert actor and the load that it was ordered: over real gRPC."""
+"""Events between a load request and its execution by an expert actor, over real gRPC."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def checkpoint(tmp_path: Path) -> str:
 
 
 def before_each_load(monkeypatch: pytest.MonkeyPatch, happens: Callable[[Any], None]) -> None:
-    """Calls happens with the settings of a load whose turn has come, before any expert is read."""
+    """Calls `happens` with the load request whose turn has come, before any expert is read."""
     load = ExpertLoader.load
 
     def load_later(self: ExpertLoader, order: Any, settings: Any) -> int:

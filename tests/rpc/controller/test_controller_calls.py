@@ -1,4 +1,4 @@
-"""Every call of users and routers to a controller over loopback, and every way in which one is refused."""
+"""Every call of users and routers to a controller over loopback, and every reason for which one is refused."""
 
 import dataclasses
 import threading

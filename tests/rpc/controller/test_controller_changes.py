@@ -1,4 +1,4 @@
-"""What users request of a controller while its cluster serves: over real gRPC, with a router that must not notice."""
+"""User operations while a cluster serves, over real gRPC: the router must not notice."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a controller changes by itself while its cluster serves: over real gRPC, with a router that must not notice."""
+"""A controller's own decisions while its cluster serves, over real gRPC: the router must not notice."""
 
 import time
 
@@ -20,7 +20,7 @@ def test_a_node_that_ray_takes_away_is_drained_by_itself(start) -> None:
 
 def test_a_node_that_goes_does_not_wait_behind_a_scale_that_waits(start, monkeypatch) -> None:
     cluster = start(3)
-    monkeypatch.setattr(cluster, "create", lambda actor, *, avoid_nodes=(): None)  # as a Ray cluster without room
+    monkeypatch.setattr(cluster, "create", lambda actor, *, avoid_nodes=(): None)  # like a full Ray cluster
     with Traffic(cluster):
         scale = cluster.controller.scale(4)
         wait_until(lambda: "expert-3 does not serve yet" in cluster.controller.operation(scale.id).detail)
@@ -63,7 +63,7 @@ def test_experts_that_nobody_wants_are_unloaded_and_come_back(start) -> None:
         report(0, 1)
         return not actors_of(cluster, 0, 2) and not actors_of(cluster, 0, 3)
 
-    # A cluster that takes long to start has unloaded these, too, before anybody reports.
+    # If the cluster starts slowly, these are unloaded too, before anyone reports.
     cluster.controller.want_experts("router", [ExpertId(layer=0, index=index) for index in (0, 1)])
     wait_until(only_two_are_left)
     wait_until(lambda: bool(actors_of(cluster, 0, 0)) and bool(actors_of(cluster, 0, 1)))

@@ -134,7 +134,7 @@ def test_nothing_waits_forever_without_a_controller() -> None:
     client.close()
     assert time.monotonic() - started_s < WAIT_S
     with pytest.raises(Unavailable):
-        client.current(60.0)  # closed: no wait any more
+        client.current(60.0)  # closed: does not wait
 
 
 def test_the_last_placement_stands_while_the_controller_is_away_and_a_new_one_is_found_elsewhere(board) -> None:
@@ -186,7 +186,7 @@ def test_an_expert_is_asked_for_again_only_after_a_while(board, client) -> None:
         client.want_experts(3, [0, 1])
     client.want_experts(3, [])
     most = 1 + int((time.monotonic() - started_s) / WANT_AGAIN_S)
-    client.want_experts(0, [1])  # another expert need not wait
+    client.want_experts(0, [1])  # a request for another expert need not wait
     wait_until(lambda: times_asked(ExpertId(layer=0, index=1)) == 1)
     wait_until(lambda: times_asked(experts[0]) >= 1)
     assert ("router-0", experts) in board.wanted and all(wanted for _, wanted in board.wanted)
@@ -204,7 +204,7 @@ def test_a_hold_lasts_from_the_word_of_the_controller_until_it_is_released(board
 
     def grant() -> None:
         wait_until(lambda: any(hold for _, _, hold in board.renewals))
-        board.publish(placement(1, 2))  # on the way before the controller knew
+        board.publish(placement(1, 2))  # sent before the controller knew
         board.publish(replace(placement(1, 3), held=True))
 
     controller = threading.Thread(target=grant)

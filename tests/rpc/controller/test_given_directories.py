@@ -1,4 +1,4 @@
-"""Whoever may order still has no directory read that the cluster was not given; what he tries changes nothing."""
+"""Even authorized callers cannot make a cluster read a directory that it was not given; attempts change nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Guard:
-    """What each part of a cluster may load out of, and what the controller has announced."""
+    """The directories that each part of a cluster may load, and those that the controller has announced."""
 
     def __init__(self, given: Path) -> None:
         self._given = [str(given)]
@@ -49,7 +49,7 @@ class Guard:
 
     @contextmanager
     def letting_through(self, *parts: str) -> Iterator[None]:
-        """These parts take every directory meanwhile."""
+        """Inside the with block, these parts accept every directory."""
         self._open = frozenset(parts)
         try:
             yield
@@ -108,7 +108,7 @@ def test_an_expert_actor_loads_nothing_out_of_it(cluster: LoopbackCluster, root:
     with closing(GrpcExpertControl("expert-0", cluster.servers["expert-0"].address)) as control:
         with pytest.raises(NotGiven, match=f"{name}: {REFUSED}"):
             LOADS[order](control, f"{root}/{name}")
-        # The controller's own term, far below the refused request's, still counts.
+        # The controller's own term, far below the refused request's, is still accepted.
         term = cluster.controller.status().term
         control.load(LoadRequest(term=term, experts=(EXPERT,), checkpoint=str(root / "given/first")))
     after = service.status()
@@ -159,12 +159,12 @@ def test_a_router_takes_no_trunk_out_of_it(cluster: LoopbackCluster, root: Path,
 def test_each_part_asks_by_itself_and_what_was_given_is_taken(
     cluster: LoopbackCluster, guard: Guard, root: Path
 ) -> None:
-    """A controller that lets everything through: the actors and the routers do not."""
+    """If the controller accepts everything, the actors and the routers still refuse."""
     first, second, secret = (str(root / name) for name in ("given/first", "given/second", "secret"))
     with guard.letting_through("controller"):
         failed = ended(cluster, cluster.controller.update(secret))
         assert failed.phase is OperationPhase.FAILED and f"{secret}: {REFUSED}" in failed.detail
-    with guard.letting_through("controller", *cluster.names):  # the router does not
+    with guard.letting_through("controller", *cluster.names):  # the router still refuses
         failed = ended(cluster, cluster.controller.update(secret))
         assert failed.phase is OperationPhase.FAILED and f"{secret}: {REFUSED}" in failed.detail, failed
         assert "router" in failed.detail

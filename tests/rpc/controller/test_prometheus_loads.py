@@ -1,4 +1,4 @@
-"""Loads by way of a real Prometheus that scrapes real metrics endpoints: the same decisions as by direct reports."""
+"""Loads from a real Prometheus that scrapes real endpoints lead to the same decisions as direct reports."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +35,7 @@ EXAMPLE = Path(__file__).parents[3] / "clusters" / "prometheus.yml"
 
 
 class Process:
-    """What a router or an expert actor shows, on a port of its own."""
+    """The metrics endpoint of a router or an expert actor, on its own port."""
 
     def __init__(self, *, cluster: str = CLUSTER, port: int = 0, max_expert_series: int = 1000) -> None:
         self.metrics = Metrics(model="served", cluster=cluster, max_expert_series=max_expert_series)
@@ -57,7 +57,7 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts processes that are ended after the test."""
+    """Starts processes and ends them after the test."""
     with ExitStack() as started:
 
         def start(*, cluster: str = CLUSTER, port: int = 0, max_expert_series: int = 1000) -> Process:
@@ -69,8 +69,8 @@ def start() -> Iterator[Start]:
 
 
 class Cluster:
-    """Two routers under drifting Zipf traffic and three actors, of which one is slow: all that they count goes to their
-    pages and to a direct source."""
+    """Two routers under drifting Zipf traffic and three actors, one of them slow. All counts go to their pages and to a
+    direct source."""
 
     def __init__(self, start: Start) -> None:
         self.direct = DirectLoadSource(LAYER_EXPERTS)
@@ -85,12 +85,12 @@ class Cluster:
         return [process.address for process in (*self.routers.values(), *self.actors.values())]
 
     def restart_router(self, name: str) -> None:
-        """Its counters begin at 0 again, where it listened before."""
+        """Restarts a router at the same address: its counters begin at 0 again."""
         self.routers[name].metrics.close()
         self.routers[name] = self._start(port=self.routers[name].port)
 
     def pass_period(self, period: int) -> None:
-        """The tokens and the work of one period."""
+        """Adds the tokens and the work of one period."""
         for name, router in self.routers.items():
             counts = zipf_counts(3000 + 1000 * period, hottest=2 - period // 3, rng=self._rng)
             for layer, counts_E in counts.items():
@@ -107,21 +107,21 @@ class Cluster:
             self.direct.set_work(name, self._work[name])
 
     def is_told_by(self, reading: SourceReading) -> bool:
-        """Whether a reading has all that the pages show now."""
+        """Whether a reading includes everything that the pages show now."""
         tokens = sum(router.shown_tokens for router in self.routers.values())
         rows = {name: work.computed_rows for name, work in self._work.items()}
         return total(reading) == tokens and {n: w.computed_rows for n, w in reading.work.items()} == rows
 
 
 class Planner:
-    """Decides by what one source says."""
+    """Decides by the readings of one source."""
 
     def __init__(self, window: LoadWindow) -> None:
         self.window = window
         self.meter = SpeedMeter()
 
     def decide(self, reading: SourceReading) -> Decision:
-        """Of policy `share`, from the same current layout every time."""
+        """A decision of policy `share`, always from the same current layout."""
         self.window.add(reading.counters)
         self.meter.add(reading.work)
         fleet = Fleet(
@@ -142,7 +142,7 @@ class Planner:
 
 
 def standing_layout(fleet: Fleet) -> Layout:
-    """Experts in a row, and a second and third replica of expert 0 of each layer in slots to spare."""
+    """Experts in order, plus a second and a third replica of expert 0 of each layer in spare slots."""
     row = contiguous_layout(np.array(list(LAYER_EXPERTS.values())), fleet)
     layout = make_layout(
         row.num_experts_L,
@@ -179,7 +179,7 @@ def source_of(prometheus: RunningPrometheus, cluster: str = CLUSTER) -> Promethe
 
 
 def read_until(source: LoadSource, seen: Callable[[SourceReading], bool], now_s: float = 0.0) -> SourceReading:
-    """The first reading for which `seen` is true."""
+    """Reads until `seen` is true; returns that reading."""
     deadline_s = time.monotonic() + WAIT_S
     last: SourceReading | MoeClusterError | None = None
     while time.monotonic() < deadline_s:
@@ -194,7 +194,7 @@ def read_until(source: LoadSource, seen: Callable[[SourceReading], bool], now_s:
 
 
 def error_until(source: LoadSource, error: type[MoeClusterError], words: str) -> None:
-    """Reads until that error comes, with these words in it."""
+    """Reads until this error is raised with these words in it."""
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
         try:
@@ -233,7 +233,7 @@ def test_both_sources_lead_to_the_same_decisions(
         np.testing.assert_array_equal(scraped.layout.expert_key_R, direct.layout.expert_key_R)
         np.testing.assert_array_equal(scraped.layout.actor_R, direct.layout.actor_R)
         np.testing.assert_allclose(scraped.layout.share_R, direct.layout.share_R, atol=LOAD_TOLERANCE)
-    assert one.meter.speed_A(["expert-2"])[0] == pytest.approx(0.5)  # they agree on something
+    assert one.meter.speed_A(["expert-2"])[0] == pytest.approx(0.5)  # what they agree on is not trivial
     assert known(direct.balancedness_after) > known(direct.balancedness_before) + 0.05
 
 
@@ -295,7 +295,7 @@ def test_a_router_that_ends_is_gone_from_the_next_readings(prometheus: RunningPr
 def test_of_an_actor_that_was_started_anew_elsewhere_the_new_incarnation_counts(
     prometheus: RunningPrometheus, start: Start
 ) -> None:
-    """The page of the old incarnation is known until a scrape misses it."""
+    """Prometheus keeps the old incarnation's page until a scrape fails."""
     old = start()
     old.metrics.count_computed("expert-0", pairs=100, runs=3, busy_s=5.0)
     new = start()

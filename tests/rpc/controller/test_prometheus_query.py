@@ -1,4 +1,4 @@
-"""The client against real HTTP servers that are away, slow, or not Prometheus."""
+"""The Prometheus client against real HTTP servers that are down, slow, or not Prometheus."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ from moecluster.controller.load.prometheus_client import PrometheusServer, Sampl
 from moecluster.errors import ConfigError, DeadlineExceeded, InvalidMessage, MoeClusterError, Unavailable
 
 TIMEOUT_S = 0.5
-POLL_S = 0.01  # of a server that is asked to end
+POLL_S = 0.01  # of a server that is told to stop
 NOW_S = 1_700_000_000.0
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -32,7 +32,7 @@ def serve() -> Iterator[Serve]:
                 answer(self)
 
             def log_message(self, *args: object) -> None:
-                """Says nothing."""
+                """Logs nothing."""
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(POLL_S,), daemon=True).start()
@@ -169,7 +169,7 @@ SCRAPED = {"metric": {"instance": "h:1", "model": "served", "cluster": "m"}, "va
 
 
 def cluster(scraped: object, *counters: object) -> Answer:
-    """As Prometheus answers the questions of a load source."""
+    """Prometheus' answers to the queries of a load source."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         answering(vector(scraped) if "timestamp" in handler.path else vector(*counters))(handler)

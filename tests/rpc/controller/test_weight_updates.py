@@ -1,4 +1,4 @@
-"""Weights that are replaced while they serve: over real gRPC, with texts that must not notice."""
+"""Weight updates while serving, over real gRPC: running requests must not notice."""
 
 import shutil
 import threading
@@ -28,12 +28,12 @@ from tests.support.models.weight_versions import PROMPTS, Clients, done, ended, 
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
-SILENT_S = 6.0  # how long a router that is not heard is waited for; the new version is loaded within
+SILENT_S = 6.0  # how long a silent router is waited for; the new version loads within it
 
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Directories of the versions 1, 2 and 3."""
+    """Checkpoint directories of the weight versions 1, 2 and 3."""
     root = tmp_path_factory.mktemp("models")
     return [save_version(root / name, seed) for seed, name in enumerate(("first", "second", "third"))]
 
@@ -67,7 +67,7 @@ def start(versions: list[str]) -> Iterator[Callable[..., LoopbackCluster]]:
 
 @pytest.fixture
 def slow_loads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Versions after the first are loaded one expert at a time, slowly; the event is set once one has begun."""
+    """Loads versions after the first slowly, one expert at a time; sets the event once a load has begun."""
     begun = threading.Event()
     load = ExpertLoader.load
 
@@ -87,7 +87,7 @@ def published(cluster: LoopbackCluster) -> int:
 
 
 def held_versions(cluster: LoopbackCluster) -> set[int]:
-    """Of all actors and the router."""
+    """The versions held by all actors and the router."""
     statuses = [service.status() for service in cluster.services.values()]
     in_use = cluster.router.state()
     return {version for status in statuses for version in (status.weight_version, *status.other_versions)} | {
@@ -127,10 +127,10 @@ def test_requests_end_as_they_began_and_new_ones_take_the_new_weights(start, ver
 
 def test_the_old_version_stays_until_its_last_request_has_ended(start, versions, alone) -> None:
     cluster = start(3, slots=4)
-    with cluster.router.models.use() as old:  # a long text
+    with cluster.router.models.use() as old:  # a long request
         first = call_layer(cluster, 1)
         operation = cluster.controller.update(versions[1])
-        wait_until(lambda: "still written by router" in cluster.controller.operation(operation.id).detail)
+        wait_until(lambda: "still run on router" in cluster.controller.operation(operation.id).detail)
         assert cluster.controller.operation(operation.id).phase is OperationPhase.COMMITTING
         wait_until(lambda: cluster.router.state().weight_version == 2)
         assert write(cluster, PROMPTS[0]).ids == alone[1][PROMPTS[0]]
@@ -177,7 +177,7 @@ def test_a_successor_goes_on_with_an_update(start, versions, alone, slow_loads, 
             operation = cluster.controller.update(versions[1])
             assert slow_loads.wait(10.0)
             if when == "ending texts":
-                wait_until(lambda: "still written by" in cluster.controller.operation(operation.id).detail)
+                wait_until(lambda: "still run on" in cluster.controller.operation(operation.id).detail)
             cluster.replace_controller()
             wait_until(lambda: published(cluster) == 2, "version 2")
             assert cluster.controller.status().term == 2
@@ -297,17 +297,17 @@ def test_what_only_another_host_sees_is_read_from_there(start, versions, alone, 
 
 
 def test_training_and_updates_exclude_each_other(start, versions, slow_loads) -> None:
-    cluster = start(lease_s=5.0, update=UpdateSettings(router_grace_s=60.0))  # long ones, for a busy machine
+    cluster = start(lease_s=5.0, update=UpdateSettings(router_grace_s=60.0))  # generous, for a busy machine
     operation = cluster.controller.update(versions[1])
     assert slow_loads.wait(60.0)
     cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=True)
-    assert "a training run was begun" in ended(cluster, operation).detail
+    assert "a training run started" in ended(cluster, operation).detail
     wait_until(lambda: cluster.controller.current(0.0).held)
     placement = cluster.controller.current(0.0)
     assert (placement.weight_version, placement.next_weight_version, placement.old_weight_version) == (1, 0, 0)
     with pytest.raises(ResourceError, match="update: a training run holds the placement"):
         cluster.controller.update(versions[1])
-    cluster.controller.set_checkpoint(versions[2])  # as training does when it moves on
+    cluster.controller.set_checkpoint(versions[2])  # as training does after a checkpoint
     assert (cluster.controller.status().weight_version, cluster.controller.status().checkpoint) == (1, versions[2])
     cluster.controller.renew_lease("trainer", NO_PLACEMENT, hold=False)
     wait_until(lambda: not cluster.controller.current(0.0).held)
@@ -353,7 +353,7 @@ def test_a_router_that_is_not_heard_is_waited_for_beyond_its_lease(start, versio
     cluster.controller.renew_lease("silent", PlacementNumber(1, 1000), state=silent)
     begun_s = time.monotonic()
     operation = cluster.controller.update(versions[1])
-    wait_until(lambda: "written by silent" in cluster.controller.operation(operation.id).detail)
+    wait_until(lambda: "run on silent" in cluster.controller.operation(operation.id).detail)
     wait_until(lambda: "silent" not in cluster.controller.leases())
     assert not cluster.controller.operation(operation.id).phase.ended
     done(cluster, operation)

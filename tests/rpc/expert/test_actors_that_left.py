@@ -1,4 +1,4 @@
-"""Actors that join and leave: a router keeps no memory, descriptor or thread of one that is gone."""
+"""Actors that join and leave: a router keeps no memory, descriptor or thread of an actor that is gone."""
 
 import gc
 import os
@@ -22,12 +22,12 @@ from moecluster.types import ActorAddress, Placement, Replica
 from tests.support.expert.small_actor import EXPERTS, SEGMENT_BYTES, TIMEOUT_S, batch_of, check_rows, served, serving
 
 ACTORS = 20
-STREAMS = ("stream-", "compute-stream", "compute-mailbox")  # threads of either end
+STREAMS = ("stream-", "compute-stream", "compute-mailbox")  # threads of either side
 
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
-    """What a router holds may not wait for the collector of cycles, which sees no memory but Python's."""
+    """Disables the cyclic garbage collector: releasing must not depend on it, since it ignores non-Python memory."""
     gc.collect()
     gc.disable()
     yield
@@ -39,7 +39,7 @@ def connect(address: ActorAddress) -> GrpcExpertTransport:
 
 
 def placement_of(*addresses: ActorAddress, generation: int = 1) -> Placement:
-    """All experts on the first."""
+    """A placement with all experts on the first actor."""
     return Placement(
         term=1, generation=generation, layer_experts={1: 4}, actors={a.actor: a for a in addresses},
         replicas=tuple(Replica(expert=expert, actor=addresses[0].actor, share=1.0) for expert in EXPERTS),
@@ -75,7 +75,7 @@ def stream_threads() -> list[str]:
 
 
 def wait_for_nothing_held(descriptors: int) -> None:
-    """descriptors: those of segments that were held before the test."""
+    """descriptors: of segments held before the test."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while (found := (mapped_segments(), held_segments(), stream_threads())) != (0, descriptors, []):
         assert time.monotonic() < deadline_s, found
@@ -102,7 +102,7 @@ def test_twenty_actors_that_joined_and_left_leave_nothing_behind(
                 batch = batch_of(40)
                 check_rows(modules, batch, transport.submit(batch).result(TIMEOUT_S))
             assert mapped_segments() == 4 * ACTORS, "in one process: the segment of each end, mapped by both"
-            actors.close()  # they leave; nobody asks for them any more
+            actors.close()  # they leave; nothing uses them any more
             wait_for_nothing_held(before)
             with pytest.raises(Unavailable):
                 transports[0].submit(batch_of()).result(TIMEOUT_S)
@@ -125,7 +125,7 @@ def test_the_way_to_an_actor_without_a_place_is_closed_though_it_still_listens(
             after = placement_of(stays, generation=2)
             pool.table(after, 1)
             batch = batch_of()
-            check_rows(modules, batch, left.submit(batch).result(TIMEOUT_S))  # of a request that planned before
+            check_rows(modules, batch, left.submit(batch).result(TIMEOUT_S))  # of a request planned before
             monkeypatch.setattr(connection_pool, "LEFT_S", 0.0)
             pool.table(replace(after, generation=3), 1)
             with pytest.raises(Unavailable, match="was closed"):

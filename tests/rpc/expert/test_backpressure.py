@@ -1,4 +1,4 @@
-"""Full queues, hanging actors and broken streams, as a router meets them."""
+"""Full queues, hung actors and broken streams, as a router experiences them."""
 
 import time
 from collections.abc import Iterator
@@ -131,5 +131,5 @@ def test_a_stream_that_breaks_is_opened_anew_and_the_batch_is_sent_again(
             outcome = caller.submit(call)
             wait_for_rows(service, 1)
             remote.pool.transport(remote.pool.placement().actors["expert-0"]).close()
-            wait_for_rows(service, 2)  # asked again; nobody waits for the first answer any more
+            wait_for_rows(service, 2)  # a retry; nothing waits for the first reply any more
         torch.testing.assert_close(outcome.result(TIMEOUT_S), expected_token(modules, 1), atol=5e-6, rtol=0)

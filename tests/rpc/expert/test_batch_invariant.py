@@ -1,4 +1,4 @@
-"""Batch-invariant mode: a token's output is the same bit for bit, whatever surrounds it on its way."""
+"""Batch-invariant mode: a token's output is the same bit for bit, whatever else is in its batches."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ WIDTH, INNER, EXPERTS, TOP_K, PROBES = 128, 192, 8, 3, 6  # three: sums of two h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Shares = Mapping[str, float]
 
-# Expert -> the actors that hold it, with their shares.
+# Expert -> its actors and their shares.
 PLACEMENTS: Mapping[str, list[Shares]] = {
     "two actors": [*[{"expert-0": 1.0}] * 4, *[{"expert-1": 1.0}] * 4],
     "three actors, dealt out": [{f"expert-{index % 3}": 1.0} for index in range(EXPERTS)],
@@ -56,7 +56,7 @@ def replicas_of(shares: list[Shares]) -> tuple[Replica, ...]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One MoE layer, wide enough for several kernels to be chosen from by the number of rows."""
+    """One MoE layer, wide enough that the kernel depends on the number of rows."""
     register_native_family()
     config = NativeConfig(
         vocab_size=32,
@@ -107,7 +107,7 @@ class Tokens:
         return tokens
 
 
-# What surrounds the probes. Each returns the probes' outputs, in their order.
+# Ways to surround the probes with other tokens. Each returns the probes' outputs, in order.
 Composition = Callable[[RemoteExperts, Tokens, str], torch.Tensor]
 
 
@@ -131,7 +131,7 @@ def among_many_others(remote: RemoteExperts, probes: Tokens, dtype: str) -> torc
 
 
 def while_other_routers_send(remote: RemoteExperts, probes: Tokens, dtype: str) -> torch.Tensor:
-    """Actors merge what waits, so a batch's company in a matrix product differs from call to call."""
+    """Actors merge queued batches, so the other rows of a matrix product differ from call to call."""
     done = threading.Event()
 
     def keep_sending(seed: int) -> None:
@@ -232,7 +232,7 @@ class ChangingPlacement:
             assert self._changed.wait_for(lambda: self.failed, TIMEOUT_S)
 
     def want_experts(self, layer: int, experts: Sequence[int]) -> None:
-        """The test itself says what stands where."""
+        """Does nothing: the test sets the placement."""
 
 
 class Actors:
@@ -245,7 +245,7 @@ class Actors:
         self._servers: dict[str, RunningServer] = {}
 
     def start(self, name: str) -> None:
-        """With all experts: which of them it is asked for, the placement says."""
+        """Starts an actor with all experts; the placement decides which of them are used."""
         service = self.services[name] = ExpertService(is_given=any_directory, name=name, batch_invariant=True)
         experts = tuple(ExpertId(layer=0, index=index) for index in range(EXPERTS))
         service.load(LoadRequest(term=1, experts=experts, checkpoint=str(self._checkpoint), dtype=self._dtype))
@@ -255,7 +255,7 @@ class Actors:
         self._servers.pop(name).stop(0.0)
 
     def placement(self, generation: int, shares: list[Shares]) -> Placement:
-        """Of the living actors."""
+        """A placement over the living actors."""
         return Placement(
             term=1,
             generation=generation,
@@ -296,7 +296,7 @@ def routed(placements: ChangingPlacement, transport: Transport) -> Iterator[Remo
 def test_a_kill_and_retry_in_another_placement_changes_no_bit(
     checkpoint: Path, dtype: str, probes: Tokens, expected: torch.Tensor, transport: Transport, moved_to: str
 ) -> None:
-    """An actor dies with the layer's rows in its queue; the other one has answered already."""
+    """An actor dies with the layer's rows in its queue, after the other one has replied."""
     placements = ChangingPlacement()
     with closing(Actors(checkpoint, dtype)) as actors, routed(placements, transport) as remote:
         actors.start("expert-0")

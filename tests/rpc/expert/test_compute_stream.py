@@ -1,4 +1,4 @@
-"""The Compute stream over loopback gRPC: merging of routers, and ends of all kinds."""
+"""The Compute stream over loopback gRPC: merging across routers, and all ways in which a stream ends."""
 
 import gc
 import os
@@ -52,7 +52,7 @@ from tests.support.expert.small_actor import (
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
-    """What must be given back at once may not wait for the collector of cycles, which sees no memory but Python's."""
+    """Disables the cyclic garbage collector: releasing must not depend on it, since it ignores non-Python memory."""
     gc.collect()
     gc.disable()
     yield
@@ -74,10 +74,10 @@ def wait_for_held(expected: tuple[int, int]) -> None:
 
 @pytest.mark.usefixtures("without_collector")
 def test_nothing_is_held_for_a_router_that_is_gone(server: RunningServer, modules: dict[int, nn.Module]) -> None:
-    with closing(open_stream(server.address)):  # gRPC keeps descriptors of its own from its first connection on
+    with closing(open_stream(server.address)):  # gRPC keeps its own descriptors from its first connection on
         before = held_by_streams()
         transport = open_stream(server.address)
-        assert held_by_streams()[0] == before[0] + 4  # in one process: the segment of each end, mapped by both
+        assert held_by_streams()[0] == before[0] + 4  # in one process: each side's segment, mapped by both
         for rows in (2, 200):
             check_rows(modules, batch_of(rows), result_of(transport, batch_of(rows)))
         transport.close()
@@ -120,7 +120,7 @@ def test_batches_of_several_routers_are_computed_at_once(
         wait_for_rows(service, 10)
     for batch, future in zip(batches, futures, strict=True):
         check_rows(modules, batch, future.result(TIMEOUT_S))
-    assert merged == [2, 10]  # what occupied it, and then all routers' rows in one go
+    assert merged == [2, 10]  # the batch that occupied it, then all routers' rows at once
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)

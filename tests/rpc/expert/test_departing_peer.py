@@ -1,4 +1,4 @@
-"""Calls that begin while their server stops: each ends, also streams."""
+"""Calls that begin while their server stops: each of them ends, streams too."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import grpc
 from moecluster.rpc.server import open_channel, start_server
 
 NAME, METHOD = "test.Streams", "Numbers"
-ROUNDS = 1000  # with retries of gRPC's own, one of their calls never ended, each time that this was tried
+ROUNDS = 1000  # with gRPC's own retries enabled, one of the calls never ended, in every trial
 CALL_TIMEOUT_S = 30.0
 
 

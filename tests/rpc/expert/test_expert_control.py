@@ -1,4 +1,4 @@
-"""Orders to an expert actor over loopback gRPC, and the server's standard services."""
+"""Requests to an expert actor over loopback gRPC, and the server's standard services."""
 
 import threading
 import time
@@ -82,7 +82,7 @@ def backward(service: ExpertService, tag: StepTag = TAG) -> MessageKey:
     return MessageKey(rank=0, micro_batch=0, layer=LAYER, pass_index=0, rows=3)
 
 
-# -- orders --
+# -- requests --
 
 
 def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: ExpertService) -> None:
@@ -95,7 +95,7 @@ def test_status_says_what_the_actor_says(control: GrpcExpertControl, trainer: Ex
     control.prepare(TAG, clip_scale=1.0, learning_rate=0.1)
     prepared = control.status(training_term=5)
     assert (prepared.prepared, prepared.training_term) == (TAG, 5)
-    control.commit(replace(TAG, term=5))  # a successor commits what its predecessor had everybody prepare
+    control.commit(replace(TAG, term=5))  # a successor commits what its predecessor prepared
     for status in (first, prepared, control.status()):
         assert status.rss_bytes > 2**20
     assert_same_fields(replace(control.status(), rss_bytes=0), replace(trainer.status(), rss_bytes=0))
@@ -123,7 +123,7 @@ def test_an_unload_over_the_wire_drains_first(trainer: ExpertService, server: Ru
     with closing(GrpcExpertControl("expert-0", server.address, timeout_s=0.5)) as control:
         with Occupied(trainer):
             waits = submit(trainer, batch_of())
-            control.unload(term=1, experts=EXPERTS[:1], drain_timeout_s=0.8)  # longer than other orders may take
+            control.unload(term=1, experts=EXPERTS[:1], drain_timeout_s=0.8)  # longer than other requests may take
             assert control.status().experts == EXPERTS[1:]
         with pytest.raises(NotHosted):
             waits.result(TIMEOUT_S)
@@ -165,7 +165,7 @@ def test_load_and_unload(control: GrpcExpertControl, checkpoint: Path) -> None:
     assert loaded == held * 3 // 4 and control.status().hosted_bytes == held
     assert (
         control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), weight_version=4)) > 0
-    )  # beside the other
+    )  # besides the other
     assert control.status().weight_version == 4
 
 
@@ -202,7 +202,7 @@ def test_errors_keep_their_kind_over_the_wire(
     with pytest.raises(UserError, match="/nowhere: no such directory"):
         control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint="/nowhere", replace=True))
     control.set_placement(PlacementNotice(term=9, generation=1))
-    with pytest.raises(StaleRequest, match="controller term 1 is over"):
+    with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
         control.unload(term=1, experts=EXPERTS)
     assert control.status().experts == EXPERTS
 

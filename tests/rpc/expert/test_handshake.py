@@ -1,4 +1,4 @@
-"""Shared memory or inline: chosen by what each side can read of the other, and given back when a stream ends."""
+"""Shared memory or inline: chosen by what each side can read of the other, and freed when a stream ends."""
 
 import gc
 import os
@@ -53,7 +53,7 @@ def offer_of(pid: int, fd: int) -> Callable[[Segment], tensor_pb2.SegmentOffer]:
 def test_a_router_whose_process_cannot_be_seen_sends_inline(
     connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from another host, or another process namespace: the number names no process here."""
+    """Like a router on another host or in another PID namespace: its pid does not exist here."""
     monkeypatch.setattr(Segment, "offer", offer_of(pid=2**31 - 1, fd=5))
     transport = connect("shm")
     assert transport.name == "inline"
@@ -63,7 +63,7 @@ def test_a_router_whose_process_cannot_be_seen_sends_inline(
 def test_a_router_whose_number_names_another_process_sends_inline(
     connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The actor opens a segment, but not the router's: the nonce tells."""
+    """The actor opens a segment other than the router's, which the nonce reveals."""
     someone_else = Segment(SEGMENT_BYTES)
     monkeypatch.setattr(Segment, "offer", offer_of(pid=os.getpid(), fd=someone_else.fd))
     transport = connect("shm")
@@ -122,7 +122,7 @@ def test_nobody_at_the_address_is_unavailable_in_time() -> None:
 def test_regions_are_given_back_by_both_sides(
     connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of many batches finds room in segments that hold only a few."""
+    """Segments that hold only a few batches have room for many in sequence."""
     written: list[bool] = []
     really_write = Segment.write
 

@@ -1,4 +1,4 @@
-"""Short messages past the sockets, where both ends are on one host: what goes by mail, and what when it cannot."""
+"""Mailboxes for short messages on one host: which messages use them, and the fallback to the stream."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ from tests.support.expert.small_actor import (
 
 @pytest.fixture
 def posted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Every message of both ends so far: whether it was taken."""
+    """For every message of both sides so far, whether the mailbox took it."""
     outcomes: list[bool] = []
     really_post = PeerMailbox.post
 
@@ -45,7 +45,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def check_posted(posted: list[bool], expected: int) -> None:
-    """Who posts notes it a little after the other has the message."""
+    """Waits, since the sender records a post shortly after the receiver has the message."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while len(posted) < expected and time.monotonic() < deadline_s:
         time.sleep(0.001)
@@ -62,7 +62,7 @@ def test_all_but_the_first_message_goes_by_mail(
     connect: Connect, modules: dict[int, nn.Module], posted: list[bool]
 ) -> None:
     check_some(modules, connect("shm"), calls=5)
-    check_posted(posted, 5 + 4)  # an actor learns from the first message that its mail arrives
+    check_posted(posted, 5 + 4)  # an actor learns from the first message that its mailbox is read
 
 
 def test_between_hosts_nothing_goes_by_mail(
@@ -77,7 +77,7 @@ def test_long_messages_go_on_the_stream(connect: Connect, modules: dict[int, nn.
     check_some(modules, transport, calls=1)
     batch = batch_of(2000)  # of 8 bytes a pair
     check_rows(modules, batch, result_of(transport, batch))
-    check_posted(posted, 2)  # both answers, and neither question
+    check_posted(posted, 2)  # both replies, neither request
 
 
 def test_full_mailboxes_send_messages_round_by_the_stream(
@@ -157,7 +157,7 @@ def test_a_wait_ends_with_its_timeout_and_another_thread_s_goes_on(
 def waiting_on(
     transport: compute_stream.GrpcExpertTransport,
 ) -> "tuple[list[Future[ComputeResult]], ThreadPoolExecutor]":
-    """Three threads that wait for answers of an occupied actor."""
+    """Three threads that wait for replies of an occupied actor."""
     threads = ThreadPoolExecutor(3)
     waits = [threads.submit(transport.submit(batch_of(seed=seed)).result, TIMEOUT_S) for seed in range(3)]
     deadline_s = time.monotonic() + TIMEOUT_S
@@ -226,7 +226,7 @@ def test_answers_that_are_no_messages_fail_what_is_in_flight(
 def test_a_batch_computed_by_the_stream_s_own_thread_leaves_the_service_free(
     connect: Connect, service: ExpertService, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Little is computed where it was read, much by the service's own thread; one at a time either way."""
+    """The stream's thread computes small batches, the service's own thread large ones; only one computes at a time."""
     threads: list[str] = []
     really_forward = compute.forward
 
@@ -239,7 +239,7 @@ def test_a_batch_computed_by_the_stream_s_own_thread_leaves_the_service_free(
 
     transport = connect("shm")
     check_some(modules, transport, calls=1)
-    with service._computing._turn:  # who computed has answered, and now let go
+    with service._computing._turn:  # the computing thread has replied and released its turn
         monkeypatch.setattr(compute, "forward", watched)
     for rows in (3, 300):
         check_rows(modules, batch_of(rows), result_of(transport, batch_of(rows)))

@@ -1,4 +1,4 @@
-"""Hundreds of malformed messages on Compute streams: refused by name, and nobody else notices."""
+"""Hundreds of malformed messages on Compute streams: each is refused naming its field; other streams are unaffected."""
 
 import random
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def test_every_malformed_region_is_refused_and_good_ones_between_are_exact(
 def test_rows_that_are_written_over_while_they_are_used_are_noticed(
     service: ExpertService, stub: ExpertServiceStub
 ) -> None:
-    """A router that uses a region again before it was answered gets an error, not a wrong result."""
+    """A router that reuses a region before its reply gets an error, not a wrong result."""
     segment = Segment(2**16)
     stream = RawStream(stub, segment)
     batch = messages.encode_batch(messages.decode_batch(GOOD), segment)

@@ -1,4 +1,4 @@
-"""Many threads that share the streams to an actor: every one gets its own rows, and none is left asleep."""
+"""Many threads share the streams to an actor: each gets its own rows, and none misses its wake-up."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ CALLERS, TURNS = 24, 20
 def test_no_caller_is_left_asleep(
     connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
-    """Answers come through the mailbox and past it, in any order, while threads wait, give up and take over."""
+    """Replies arrive by mailbox and by stream, in any order, while threads wait, give up and take over."""
     transport = connect("shm")
     result_of(transport, batch_of())
     posts = 0

@@ -1,4 +1,4 @@
-"""An expert that answers NaN or infinity in a whole cluster: texts stay right or fail plainly; updates refuse it."""
+"""An expert that returns NaN or infinity in a whole cluster: requests stay correct or fail; updates refuse it."""
 
 import math
 import shutil
@@ -37,7 +37,7 @@ def alone(sound: str) -> dict[str, list[int]]:
 
 
 def poisoned(sound: str, directory: Path, part: str) -> str:
-    """A copy whose first tensor with this part in its name holds a NaN."""
+    """A copy of the checkpoint whose first tensor with this part in its name holds a NaN."""
     shutil.copytree(sound, directory)
     tensors = load_file(directory / "model.safetensors")
     name = next(name for name in sorted(tensors) if part in name)
@@ -105,7 +105,7 @@ def test_without_another_replica_the_request_fails_in_plain_words_and_nothing_is
         fails()
         wait_until(lambda: {state for *_, state in states(cluster)} == {"sick"})
         (replica,) = cluster.controller.status().replicas_aside
-        assert replica.problem.endswith(f"also after it was loaded anew from {directory}")
+        assert replica.problem.endswith(f"even after a reload from {directory}")
         phases = [o.phase for o in cluster.controller.operations(0) if o.kind is OperationKind.RESTORE]
         assert phases == [OperationPhase.FAILED, OperationPhase.DONE]
         fails()

@@ -1,4 +1,4 @@
-"""Over real gRPC, every family equals its whole model: served, trained, in both checkpoint layouts.
+"""Over real gRPC, every family equals its whole model: serving and training, in both checkpoint layouts.
 
 Layouts and families alternate between shared memory and inline rows.
 """
@@ -59,7 +59,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 def parameters_of(cluster: ExpertCluster, experts: list[ExpertId]) -> dict[tuple[ExpertId, str], torch.Tensor]:
-    """What the actors hold, as they export it."""
+    """The actors' parameters, as they export them."""
     found: dict[tuple[ExpertId, str], torch.Tensor] = {}
     for name, control in cluster.pool.controls().items():
         held = [expert for expert in experts if expert in cluster.placement.experts_on(name)]
@@ -114,7 +114,7 @@ def test_gradients_of_trunk_and_experts_equal_the_whole_model_s(
 
 
 def test_one_expert_perturbed_by_a_hundredth_is_noticed(reference: Reference, tmp_path: Path) -> None:
-    """The same comparison fails when one actor serves one expert that is not quite the checkpoint's."""
+    """Negative control: the comparison fails if one actor serves a slightly different expert."""
     family, model, expected = reference
     save(model, tmp_path / "true", "fused")
     with ExpertCluster(tmp_path / "true", transport=transport_of(family, "fused")) as cluster:

@@ -115,11 +115,11 @@ def check_same_parameters(theirs: torch.nn.Module, ours: torch.nn.Module) -> Non
         assert torch.equal(*as_bytes)
 
 
-# -- a peer that does not give what it should --
+# -- a peer that sends wrong data --
 
 
 class Tampered:
-    """An actor of which one thing that leaves it is another than it should be."""
+    """An actor whose exports have one defect."""
 
     def __init__(self, service: ExpertService, change: Callable[[ExportedTensor], ExportedTensor]) -> None:
         self._service, self._change = service, change
@@ -167,7 +167,7 @@ def test_what_does_not_fit_the_model_is_not_taken(
 def check_the_rest_comes_from_the_checkpoint(
     taker: ExpertService, control: GrpcExpertControl, checkpoint: Path
 ) -> None:
-    """What came before the peer failed stays and serves; the checkpoint has the others."""
+    """Experts copied before the peer failed stay and serve; the others can be loaded from the checkpoint."""
     came = taker.status().experts
     assert came == EXPERTS[: len(came)] and 0 < len(came) < len(EXPERTS)
     first = make_batch({0: [0]}, rows=1, width=32, layer=EXPERTS[0].layer)
@@ -242,7 +242,7 @@ def test_a_peer_of_another_weight_version_is_refused(
     assert control.status().weight_version == 3
 
 
-# -- a peer that goes --
+# -- a peer that goes away --
 
 
 def slow(bytes_of_one: int, seconds_each: float) -> int:
@@ -298,7 +298,7 @@ with serving(Path(sys.argv[1]), "peer") as service:
 
 @contextmanager
 def peer_process(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], ActorAddress, int]]:
-    """A peer in a process of its own, its address, and the bytes that it holds."""
+    """A peer in its own process, its address, and the bytes that it holds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
     process = subprocess.Popen(
         [sys.executable, "-c", PEER_PROCESS, str(checkpoint)],
@@ -334,10 +334,10 @@ def test_a_peer_that_hangs_holds_up_no_newer_controller(
         load = threads.submit(load_slowly, control, checkpoint, address, held_bytes)
         wait_for_experts(taker, 1)
         process.send_signal(signal.SIGSTOP)
-        time.sleep(1.0)  # until the next expert was asked for
+        time.sleep(1.0)  # until the next expert is requested
         assert not load.done()
         control.set_placement(PlacementNotice(term=2, generation=1))
-        with pytest.raises(StaleRequest, match="controller term 1 is over"):
+        with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
             load.result(1.0)
         with pytest.raises((Unavailable, DeadlineExceeded)):
             control.load(LoadRequest(term=2, experts=EXPERTS, checkpoint=str(checkpoint), peer=address, timeout_s=1.0))

@@ -1,4 +1,4 @@
-"""Training over loopback gRPC: the same losses as in this process, bit for bit, whatever carries the rows."""
+"""Training over loopback gRPC: the same losses as in this process, bit for bit, with every transport."""
 
 from pathlib import Path
 

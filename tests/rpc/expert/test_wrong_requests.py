@@ -1,4 +1,5 @@
-"""Wrong orders to an expert actor, by hand and by the hundred: a clear status, and the actor serves on."""
+"""Wrong requests to an expert actor, hand-written and generated: each gets a clear status, and the actor keeps
+serving."""
 
 import math
 import random
@@ -84,8 +85,13 @@ ORDERS: list[tuple[str, Message, grpc.StatusCode, str]] = [
     ("Unload", expert_pb2.UnloadRequest(term=1, drain_timeout_s=math.nan), INVALID, "drain_timeout_s: nan, not"),
     ("Unload", expert_pb2.UnloadRequest(term=1, drain_timeout_s=1e9), INVALID, "drain_timeout_s: 1000000000.0, not"),
     ("Unload", expert_pb2.UnloadRequest(term=1, experts=NEGATIVE), INVALID, "experts: -1/0, a negative"),
-    ("Unload", expert_pb2.UnloadRequest(term=0), grpc.StatusCode.OUT_OF_RANGE, "controller term 0 is over"),
-    ("SetPlacement", expert_pb2.SetPlacementRequest(term=0), grpc.StatusCode.OUT_OF_RANGE, "controller term 0 is over"),
+    ("Unload", expert_pb2.UnloadRequest(term=0), grpc.StatusCode.OUT_OF_RANGE, "controller term 0 is superseded"),
+    (
+        "SetPlacement",
+        expert_pb2.SetPlacementRequest(term=0),
+        grpc.StatusCode.OUT_OF_RANGE,
+        "controller term 0 is superseded",
+    ),
     (
         "SetPlacement",
         expert_pb2.SetPlacementRequest(term=1, snapshot=bytes(MAX_SNAPSHOT_BYTES + 1)),
@@ -174,7 +180,7 @@ def fill(message: Message, rng: random.Random) -> None:
 
 
 def test_orders_of_extreme_values_get_a_clear_status_and_break_nothing(checkpoint: Path) -> None:
-    """Clear: not UNKNOWN, which is what gRPC makes of an exception that nobody expected."""
+    """A clear status is not UNKNOWN, which gRPC returns for an unhandled exception."""
     rng = random.Random(2)
     methods = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].methods
     seen: set[grpc.StatusCode] = set()

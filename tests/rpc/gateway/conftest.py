@@ -1,4 +1,4 @@
-"""Two scripted routers."""
+"""Two fake routers."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Bodies over HTTP: what is not known is refused and named, what is no JSON is 400, whatever else they hold."""
+"""HTTP bodies: unknown fields are refused by name, and invalid JSON is a 400, whatever else they contain."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Clients that never end asking, or never read, whatever they hold half: others are served at once."""
+"""Clients that never finish a request or never read a response: others are still served at once."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ from tests.support.fakes.fake_router import FakeRouter
 
 TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 1}
 KEYS = ("sk-first", "sk-second")
-HOLDERS = 300  # more than max_inflight, and than all bodies that may be awaited
+HOLDERS = 300  # more than max_inflight, and than the bodies that may be awaited
 LONG_S = 600.0  # a deadline that no test waits for
 
 
@@ -28,7 +28,7 @@ def router() -> Iterator[FakeRouter]:
 
 @contextmanager
 def holding(gateway: RunningGateway, begin: bytes, count: int = HOLDERS) -> Iterator[list[socket.socket]]:
-    """Connections that have sent this, and nothing more."""
+    """Connections that have sent these bytes and nothing more."""
     host, port = gateway.server.address.split(":")
     with ExitStack() as stack:
         held = []
@@ -39,13 +39,13 @@ def holding(gateway: RunningGateway, begin: bytes, count: int = HOLDERS) -> Iter
 
 
 def begun(body: bytes = b'{"model"', length: int = 10_000, key: str = KEYS[0], path: str = "/v1/completions") -> bytes:
-    """A request whose body does not come."""
+    """The head of a request whose body never arrives."""
     lines = (f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}", "Content-Type: application/json")
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode() + body
 
 
 def status_of(connection: socket.socket) -> int:
-    """Of an answer that ends the connection."""
+    """The status of a response that ends the connection."""
     connection.settimeout(WAIT_S)
     answer = b""
     while part := connection.recv(65536):
@@ -74,7 +74,7 @@ def test_half_sent_bodies_of_one_client_take_nothing_from_others(router, keys) -
             served(gateway, KEYS[1])
             assert status_of(held[0]) == 408, "the oldest is given up"
             served(gateway, KEYS[0])
-            left = held[-1]  # that one still has its place
+            left = held[-1]  # this one still has its place
             left.sendall(b' : "model", "prompt": "x", "max_tokens": 1}'.ljust(10_000 - 8))
             assert left.recv(1000).startswith(b"HTTP/1.1 200")
         wait_for(lambda: awaited(gateway) == 0 and gateway.server.gateway.admission.body_bytes == 0)
@@ -118,7 +118,7 @@ def test_half_sent_headers_and_idle_connections_give_way(router, begin) -> None:
             assert len(gateway.connections) <= 50
             held[0].settimeout(WAIT_S)
             with suppress(ConnectionError):
-                answer = held[0].recv(1000)  # nothing, where nothing of it was read yet
+                answer = held[0].recv(1000)  # empty if nothing of it was read yet
                 assert not answer or answer.startswith(b"HTTP/1.1 408")
         wait_for(lambda: not gateway.connections)
 

@@ -1,4 +1,4 @@
-"""Routers are found through whoever knows them, and the gateway says what is wrong with its cluster."""
+"""Router discovery through every source, and the gateway's report of its cluster's problems."""
 
 import dataclasses
 import time
@@ -22,7 +22,7 @@ from tests.support.fakes.fake_controller import FakeController
 
 
 class Listing(FakeController):
-    """A controller that knows of routers."""
+    """A controller that lists routers."""
 
     def __init__(self, *states: RouterState) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_routers_are_found_through_the_controller(first, second) -> None:
 
 
 class Ailing(Listing):
-    """Whose actors are as the test says."""
+    """A controller whose actors' state is set by the test."""
 
     actors: tuple[ActorState, ...] = ()
     lost_experts = 0

@@ -1,4 +1,4 @@
-"""The gateway over a router with a real engine: chat by the template, log-probabilities, seeds, stop texts."""
+"""The gateway over a router with a real engine: chat templates, log-probabilities, seeds, stop strings."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts go on when routers are lost: nothing lost, nothing repeated, and no request fails that can be served."""
+"""Requests continue when routers are lost: no token is lost or repeated, and no request fails that can be served."""
 
 import threading
 import time
@@ -44,7 +44,7 @@ def gateway(first: FakeRouter, second: FakeRouter) -> Iterator[RunningGateway]:
 @pytest.mark.parametrize("tokens", [0, 1, 17, 29])
 def test_a_request_goes_on_at_another_router(gateway, first, second, breaking, tokens) -> None:
     for router in (first, second):
-        router.break_after, router.breaking = tokens, breaking  # whichever is asked first, and the next one too
+        router.break_after, router.breaking = tokens, breaking  # the router asked first, and the next one too
     assert_whole(ask(gateway), first, second)
     asked = sorted(len(r.generated_ids) for r in (*first.requests, *second.requests))
     assert asked == ([0, tokens, 2 * tokens] if 2 * tokens < 30 else [0, tokens])
@@ -99,7 +99,7 @@ def test_the_only_router_is_waited_for(first) -> None:
 
 
 def break_in_turn(first: FakeRouter, second: FakeRouter) -> None:
-    """Whichever is asked first is lost after 10 words."""
+    """The router asked first is lost after 10 words."""
     for router in (first, second):
         router.break_after, router.breaking = 10, Unavailable("gone")
 
@@ -127,7 +127,12 @@ def test_a_begun_request_goes_on_with_what_is_served_once_no_router_holds_its_we
     assert_whole(texts[0], first, second)
     asked = sorted((len(r.generated_ids), r.weight_version) for r in (*first.requests, *second.requests))
     assert asked == [(0, 0), (10, 0), (20, 2)], "from there on with the new one"
-    assert caplog.text.count("no router holds weight version 1 any more: a text goes on behind 10 tokens") == 1
+    assert (
+        caplog.text.count(
+            "no router holds weight version 1: a request continues with the served weights after 10 tokens"
+        )
+        == 1
+    )
 
 
 def test_a_router_that_is_busy_is_passed_over_and_when_all_are_it_is_said_when_to_try_again(
@@ -225,7 +230,7 @@ def test_a_request_is_taken_for_what_breaks_batches_after_three_of_them(gateway,
 
 
 def break_always(router: FakeRouter, tokens: int, error: MoeClusterError) -> None:
-    """Every text ends with it, so many tokens after it was begun here."""
+    """Every request fails with this error, a number of tokens after this router began it."""
     script, router.breaking = router.script, error
 
     def write(request: GenerationRequest) -> Sequence[FakeToken]:

@@ -1,4 +1,4 @@
-"""Who is let in, how much, and for how long: keys, sizes, room, clients that leave, the gateway's own end."""
+"""Admission limits: keys, sizes, capacity, clients that disconnect, and the gateway's shutdown."""
 
 import asyncio
 import http.client
@@ -77,7 +77,7 @@ def test_only_keys_are_let_in(gateway, router) -> None:
 def test_a_body_that_is_too_large_is_refused_however_it_is_sent(gateway) -> None:
     large = json.dumps({**TEXT, "prompt": "x" * MAX_BODY}).encode()
     chunks = (large[i : i + 500] for i in range(0, len(large), 500))
-    for body in (large, chunks):  # the second one does not say before how large it is
+    for body in (large, chunks):  # the second one does not announce its size
         refused = post(gateway, body)
         assert refused.status_code == 413 and error_of(refused)["code"] == "request_too_large"
     assert post(gateway, {**TEXT, "max_tokens": 1, "prompt": "x" * (MAX_BODY - 200)}).status_code == 200

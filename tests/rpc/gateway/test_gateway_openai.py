@@ -1,4 +1,4 @@
-"""The public openai client against the gateway: every way to ask for a text, and every form of the answer."""
+"""The public openai client against the gateway: every kind of request and every form of response."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
 
 
 def expected(router: FakeRouter, number: int = -1) -> str:
-    """The text of a request that the router was sent."""
+    """The expected output of a request that the router received."""
     return words(word_ids(router.requests[number]))
 
 
@@ -152,7 +152,7 @@ def test_events_end_with_done_and_come_one_by_one(gateway, router) -> None:
         with httpx.stream("POST", f"{gateway.url}/v1/completions", json=body, timeout=20) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             arriving = (line for line in answer.iter_lines() if line)
-            lines = [next(arriving)]  # before the text goes on
+            lines = [next(arriving)]  # before generation continues
             router.hold.set()
             lines += arriving
     finally:

@@ -1,4 +1,4 @@
-"""The gateway's way to one router: what its end means to those who read a text over it."""
+"""The gateway's connection to one router, and the effect of its end on running requests."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,7 +31,7 @@ async def read(way: RouterConnection, chunks: list[GenerationChunk]) -> None:
 
 @asynccontextmanager
 async def reading(way: RouterConnection) -> AsyncIterator[asyncio.Task[None]]:
-    """Whoever reads a text that waits behind its second token."""
+    """A reader of a request that waits after its second token."""
     chunks: list[GenerationChunk] = []
     reader = asyncio.create_task(read(way, chunks))
     async with asyncio.timeout(WAIT_S):

@@ -1,4 +1,4 @@
-"""moecluster batch against a real server that refuses, breaks off and goes away, and killed amid a run itself."""
+"""moecluster batch against a real server that refuses, breaks off and goes away; also killed during a run."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ def text_of(output: dict[str, Any]) -> str:
 
 
 def check_whole(out: Path, prompts: Sequence[str]) -> None:
-    """Every request has its own answer, once, in the order of the requests."""
+    """Checks that every request has its own response, once, in the order of the requests."""
     outputs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [output["custom_id"] for output in outputs] == [f"id of {prompt}" for prompt in prompts]
     assert [text_of(output) for output in outputs] == [answer_to(prompt) for prompt in prompts]
@@ -119,14 +119,14 @@ def test_patience_is_finite_and_what_was_done_is_kept(ask, tmp_path) -> None:
         with pytest.raises(Unavailable, match=r"takes no requests for 2 s now \(429: trouble 429\)"):
             ask(stand_in, prompts, patience_s=2.0)
         assert not (tmp_path / "out.jsonl").exists()
-        with pytest.raises(Unavailable):  # it is told to come back later than patience lasts
+        with pytest.raises(Unavailable):  # Retry-After exceeds its patience
             stand_in.troubles = {"refused": [Trouble(status=429, retry_after="3600")] * 100}
             ask(stand_in, prompts, patience_s=100.0)
         stand_in.troubles = {}
         ask(stand_in, prompts)
     check_whole(tmp_path / "out.jsonl", prompts)
     counts = stand_in.counts()
-    assert counts.pop("refused") >= 4 and set(counts.values()) == {1}  # what was in the journal was not asked again
+    assert counts.pop("refused") >= 4 and set(counts.values()) == {1}  # requests in the journal were not repeated
 
 
 def test_a_broken_request_is_tried_so_often_and_then_is_a_line_of_its_own(ask) -> None:
@@ -200,7 +200,7 @@ def wait_for_lines(path: Path, number: int) -> None:
 
 
 def test_a_gateway_that_is_away_is_told_at_once_and_waited_for(tmp_path) -> None:
-    """The pipe is read while the command waits: what it says comes before patience ends."""
+    """Reads the pipe while the command waits: the message appears before patience ends."""
     with serving(FakeOpenAI()) as gone:
         port = httpx.URL(gone.url).port or 0
     source, out = write_requests(tmp_path / "in.jsonl", ["a", "b", "c"]), tmp_path / "out.jsonl"
@@ -245,7 +245,7 @@ def test_killed_amid_a_run_again_and_again_every_line_comes_once(tmp_path) -> No
         shown = said(command(*arguments, A_KEY="sk-right"), 0)
         assert f"going on: {kept} of 150 lines are done" in shown and f"written to {out}" in shown
         check_whole(out, prompts)
-        assert sum(stand_in.counts().values()) <= 150 + 3 * 8  # none but those under way at a kill were asked again
+        assert sum(stand_in.counts().values()) <= 150 + 3 * 8  # only requests in flight at a kill were repeated
         shown = said(command(*arguments, A_KEY="sk-right"), 0)
         assert "holds all 150 answers already" in shown
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

@@ -51,18 +51,18 @@ def test_clients_that_wait_see_the_servers_delays(tmp_path) -> None:
     assert (summary["requests"], summary["completed"], summary["errors"]) == (9, 9, {})
     assert summary["time_to_first_token_s"]["p50"] >= 0.15 and summary["inter_token_s"]["p50"] >= 0.03
     assert summary["output_tokens"] == sum(r["output_tokens"] for r in requests) and summary["good"] == 0
-    assert all(4 <= r["output_tokens"] == len(r["pieces_s"]) <= 6 and 3 <= r["prompt_tokens"] <= 5 for r in requests)
-    assert summary["duration_s"] >= 3 * (0.15 + 3 * 0.03)  # three rounds, of three at once
+    assert all(4 <= r["output_tokens"] == len(r["chunks_s"]) <= 6 and 3 <= r["prompt_tokens"] <= 5 for r in requests)
+    assert summary["duration_s"] >= 3 * (0.15 + 3 * 0.03)  # three rounds of three concurrent requests
     assert report["load"]["model"] == "stand-in" and report["load"]["concurrency"] == 3
     body = stand_in.bodies[-1]
     assert body["model"] == "stand-in" and body["ignore_eos"] is True and body["temperature"] == 0.0
-    assert len(stand_in.seen) == 10  # with one to warm up
+    assert len(stand_in.seen) == 10  # including one warm-up request
     assert "goodput (first token 5000 ms, mean token 1 ms)" in shown and "0.00 a second (0.0 %)" in shown
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_requests_that_come_at_a_rate_do_not_wait_for_each_other_and_their_delay_counts(tmp_path) -> None:
-    """One connection for all: those that have to wait for it are slow from when they were due."""
+    """With one connection for all, requests that wait for it are measured from when they were due."""
     arguments = ("--request-rate", 20, "--num-prompts", 10, "--output-tokens", 1, "--json", tmp_path / "load.json")
     with serving(FakeOpenAI(delay_s=0.2)) as stand_in:
         bench("--base-url", stand_in.url, *arguments)
@@ -120,7 +120,7 @@ def test_what_was_measured_before_an_interruption_is_told(tmp_path, load_kind, n
             text=True,
         )
         deadline_s = time.monotonic() + WAIT_S
-        while len(stand_in.seen) < 60:  # at most 20 to 40 of them are under way
+        while len(stand_in.seen) < 60:  # at most 20 to 40 of them are in flight
             assert time.monotonic() < deadline_s and process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)

@@ -1,4 +1,4 @@
-"""Malformed requests of texts over real gRPC: refused by a clear status, and nobody else notices."""
+"""Malformed generation requests over real gRPC get a clear status, and other requests are unaffected."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ COUNT = int(os.environ.get("MOECLUSTER_MALFORMED_COUNT", "480"))
 GOOD_EVERY = 60
 METHOD = "/moecluster.v1.RouterService/Generate"
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
-UNREADABLE = grpc.StatusCode.INTERNAL  # what gRPC itself says of bytes that are no message
+UNREADABLE = grpc.StatusCode.INTERNAL  # gRPC's own status for bytes that it cannot parse
 
 
 @pytest.fixture(scope="module")

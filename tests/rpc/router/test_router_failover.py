@@ -1,4 +1,4 @@
-"""One text from several routers: from the first that serves, and whole although routers are lost meanwhile."""
+"""One request over several routers: served by the first available one, and complete although routers are lost."""
 
 import asyncio
 import threading
@@ -50,8 +50,8 @@ def writing(
     error: MoeClusterError | None = None,
     versions: tuple[int, ...] = (1,),
 ) -> FakeRouter:
-    """A router of TEXT. lost_after: it never gets beyond so many tokens. free_tokens: waits there until cancelled.
-    versions: of weights that it holds, the served one first."""
+    """A router that generates TEXT. lost_after: it is lost once the request has this many tokens. free_tokens: it waits
+    after this many tokens until cancelled. versions: the weight versions it holds, the served one first."""
     router = FakeRouter(script=write_bytes(TEXT))
     router.versions = versions
     router.breaking, router.silent_end, router.error = LOST, silent_end, error
@@ -64,7 +64,7 @@ def writing(
 
 
 def break_each_time(router: FakeRouter, after: Callable[[int], int]) -> None:
-    """after: how many tokens it writes where so many are there already."""
+    """after: tokens that the request already has -> tokens that the router adds before it is lost."""
     script = router.script
 
     def write(request: GenerationRequest) -> Sequence[FakeToken]:
@@ -75,14 +75,14 @@ def break_each_time(router: FakeRouter, after: Callable[[int], int]) -> None:
 
 
 def from_threads(addresses: Any, use: Callable[[Any], Any], **settings: Any) -> Any:
-    """What `use` makes of a text of the client for threads."""
+    """The result of `use` on a stream of the synchronous client."""
     with Client(addresses, **settings) as client:
         text = client.generate(PROMPT, max_new_tokens=NUM_IDS, logprobs=True, stop="?")
         return use((text.text(), text))
 
 
 def from_asyncio(addresses: Any, use: Callable[[Any], Any], **settings: Any) -> Any:
-    """The same of the client for asyncio."""
+    """The result of `use` on a stream of the asyncio client."""
 
     async def run() -> Any:
         if "discover" in settings:
@@ -103,7 +103,7 @@ BOTH = pytest.mark.parametrize("write", [from_threads, from_asyncio])
 
 
 def whole(written: tuple[str, Any]) -> None:
-    """A text as it is without any loss."""
+    """Checks that the output is the same as without any loss."""
     text, stream = written
     assert text == TEXT and bytes(stream.ids) == TEXT.encode()
     assert [logprob.logprob for logprob in stream.logprobs] == [-float(i) for i in range(NUM_IDS)]
@@ -111,7 +111,7 @@ def whole(written: tuple[str, Any]) -> None:
 
 
 def version_of_whole(written: tuple[str, Any]) -> int:
-    """The weights that the end of such a text was written with."""
+    """The weight version that generated the end of such a request."""
     whole(written)
     version: int = written[1].weight_version
     return version
@@ -119,7 +119,7 @@ def version_of_whole(written: tuple[str, Any]) -> int:
 
 @BOTH
 def test_a_request_goes_on_behind_the_ids_that_were_received_wherever_it_broke_off(write) -> None:
-    for lost_after in range(NUM_IDS + 1):  # the last one: only the piece that says why it ended is lost
+    for lost_after in range(NUM_IDS + 1):  # the last one: only the chunk with the finish reason is lost
         first, second = writing(lost_after=lost_after), writing()
         with serving(first, second) as addresses:
             write(addresses, whole)
@@ -142,7 +142,7 @@ def test_a_router_that_has_written_is_asked_again_when_all_others_are_lost(write
     router = writing()
     break_each_time(router, lambda done: min(5, NUM_IDS - done))
     with serving(router) as addresses, pytest.raises(Unavailable, match="connection is lost"):
-        write([NOBODY, *addresses], whole)  # it never says why the text ended
+        write([NOBODY, *addresses], whole)  # it never sends the finish reason
     assert len(router.requests) >= NUM_IDS / 5
     names = [request.request_id for request in router.requests]
     assert len(set(names)) == len(names)
@@ -193,8 +193,8 @@ def test_a_request_goes_on_with_what_is_served_once_no_router_holds_its_weights(
     assert {request.weight_version for request in first.requests} == {0, 1}
     begun = [(len(r.generated_ids), r.weight_version) for r in (*second.requests, *third.requests)]
     assert (4, 0) in begun and (9, 2) in begun
-    assert "no router holds weight version 1 any more: a text goes on behind 4 tokens" in caplog.text
-    assert "version 2 any more" not in caplog.text
+    assert "no router holds weight version 1: a request continues with the served weights after 4 tokens" in caplog.text
+    assert "weight version 2:" not in caplog.text
 
 
 @BOTH
@@ -208,7 +208,7 @@ def test_a_router_that_may_hold_the_weights_and_is_full_is_waited_for(write) -> 
     has_room.join()
     first, other = writing(lost_after=4, versions=(1,)), writing(versions=(2,))
     always_full = writing(error=Exhausted("too many", retry_after_s=0.1))
-    with serving(first, other, always_full) as addresses:  # and when patience is over, what is begun goes on
+    with serving(first, other, always_full) as addresses:  # when patience is over, started requests continue
         assert write(addresses, version_of_whole, patience_s=0.5) == 2
 
 
@@ -236,7 +236,7 @@ def test_no_router_that_serves_is_said(write) -> None:
 
 @BOTH
 def test_the_whole_request_has_one_deadline(write) -> None:
-    routers = writing(lost_after=2), writing(free_tokens=2)  # behind those 2
+    routers = writing(lost_after=2), writing(free_tokens=2)  # after those 2
     with serving(*routers) as addresses, pytest.raises(DeadlineExceeded):
         write(addresses, whole, timeout_s=1.0)
 
@@ -318,7 +318,7 @@ def test_asyncio_a_request_is_cancelled_by_itself_by_its_name_and_with_its_task(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while router.running:  # the router hears of it
+        while router.running:  # the router notices
             await asyncio.sleep(0.01)
 
     with serving(router) as addresses:

@@ -48,8 +48,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: str) -> list[int]:
-    """What the whole model in one process goes on with, greedily."""
-    read_model_config(checkpoint)  # makes the native family known
+    """The greedy continuation by the whole model in one process."""
+    read_model_config(checkpoint)  # registers the native family
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
     ids = torch.tensor([list(PROMPT.encode())])
     out = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
@@ -132,7 +132,7 @@ def test_too_many_generations_are_refused_and_the_others_go_on(client) -> None:
     chunks = [iter(stream) for stream in streams]
     for chunk in chunks:
         next(chunk)
-    with pytest.raises(Exhausted, match="4 texts run and 0 wait already"):
+    with pytest.raises(Exhausted, match="4 requests run and 0 wait already"):
         client.generate(PROMPT, max_new_tokens=1).text()
     assert next(chunks[0]) is not None
     for stream in streams:
@@ -153,7 +153,7 @@ def test_moe_gates_and_dispatches_raw_hidden_states(client, checkpoint) -> None:
 
 
 def test_moe_ends_by_the_deadline_of_its_message(cluster) -> None:
-    """Not by that of its call, nor by the router's own, which both are far longer."""
+    """Not by the deadline of its call or of the router, which are both far longer."""
     x = tensors.encode_tensor(torch.randn(3, 32))
     cluster.kill("expert-1")
     try:

@@ -1,4 +1,4 @@
-"""Routers and a controller over loopback: what it knows of them, and how it starts and ends them."""
+"""Routers and a controller over loopback: their reported states, and how the controller starts and stops them."""
 
 import dataclasses
 import threading
@@ -29,7 +29,7 @@ SETTINGS = RouterSizingSettings(
 
 
 class FakeFleet:
-    """A RouterSupervisor whose routers are no more than what a controller sees of one: a lease, with a state."""
+    """A RouterSupervisor whose routers are only what a controller sees of one: a lease with a state."""
 
     def __init__(self) -> None:
         self.where: Callable[[], str] = lambda: ""
@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def cluster(fleet: FakeFleet, checkpoint: str) -> Iterator[LoopbackCluster]:
-    """Its own router is the first one; the others are fleet."""
+    """A cluster whose own router is the first one; the others belong to the fake fleet."""
     with LoopbackCluster(checkpoint, num_actors=1, router_supervisor=fleet, routers=SETTINGS) as running:
         running.told = RouterState(router="router", address=running.router_server.address)
         fleet.where = lambda: running.controller_server.address
@@ -143,7 +143,7 @@ def test_under_a_queue_routers_come_and_when_it_is_over_they_leave_and_end(clust
 
 
 def test_a_number_is_ordered_over_the_wire_and_a_successor_goes_on_with_it(cluster, fleet) -> None:
-    cluster.told = dataclasses.replace(cluster.told, running=2)  # just what one router shall have
+    cluster.told = dataclasses.replace(cluster.told, running=2)  # exactly the target of one router
     with ControllerCalls(cluster.controller_server.address) as calls:
         with pytest.raises(UserError, match="4 routers are beyond the limits, which are 1 to 3"):
             calls.scale_routers(4)

@@ -1,4 +1,4 @@
-"""Every family of the parity suite serves: texts written together through a router are those of the whole model."""
+"""Every family of the parity suite serves: requests batched by a router get the whole model's output."""
 
 from pathlib import Path
 

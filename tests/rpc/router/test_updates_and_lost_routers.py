@@ -1,4 +1,4 @@
-"""Weights that are replaced while routers are lost: no text is a mixture of two models."""
+"""Weight updates while routers are lost: no request mixes two weight versions."""
 
 import threading
 import time
@@ -22,9 +22,9 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
-OLD_CALL_S = 0.04  # of one layer with the old weights: their texts last longer than the update
-BEGUN_CALLS = 16  # after which texts that were begun together have some tokens
-GRACE_S = 15.0  # a router is started again within it, on a busy machine too
+OLD_CALL_S = 0.04  # per layer with the old weights, so that their requests outlast the update
+BEGUN_CALLS = 16  # after which requests that began together have some tokens
+GRACE_S = 15.0  # a router restarts within it, even on a busy machine
 
 Write = Callable[[str], str]
 
@@ -37,7 +37,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(versions: list[str]) -> list[dict[str, str]]:
-    """What each version writes by itself, by prompt."""
+    """Each version's own output, by prompt."""
     return [{prompt: shown(ids) for prompt, ids in requests_alone(directory).items()} for directory in versions]
 
 
@@ -58,7 +58,7 @@ def second(cluster: LoopbackCluster) -> Iterator[LoopbackRouter]:
 
 @pytest.fixture
 def old_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[RemoteExperts]:
-    """Calls with the old weights, which take their time, by router."""
+    """Counts the calls with the old weights, which are slow, by router."""
     call, calls = RemoteExperts.__call__, Counter[RemoteExperts]()
 
     def slow_call(self: RemoteExperts, *args: Any, weight_version: int = 0, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def old_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[RemoteExperts]:
 
 @pytest.fixture(params=["client", "gateway"])
 def write(request: pytest.FixtureRequest, cluster: LoopbackCluster, second: LoopbackRouter) -> Iterator[Write]:
-    """Writes a text over both routers, from any thread."""
+    """Generates a request over both routers, from any thread."""
     addresses = [cluster.router_server.address, second.server.address]
     if request.param == "client":
         with Client(addresses) as client:
@@ -91,7 +91,7 @@ def shown(ids: Sequence[int]) -> str:
 
 
 def begin(write: Write, prompts: Sequence[str], texts: list[tuple[str, str]]) -> list[threading.Thread]:
-    """Lets texts be written at the same time; one that fails never comes."""
+    """Starts concurrent requests, each in a thread; a failed one adds nothing to texts."""
     threads = [threading.Thread(target=lambda p=prompt: texts.append((p, write(p)))) for prompt in prompts]
     for thread in threads:
         thread.start()
@@ -130,19 +130,19 @@ def test_the_old_version_stays_for_the_requests_of_a_router_that_came_back_witho
     cluster: LoopbackCluster, second: LoopbackRouter, versions: list[str], also: str
 ) -> None:
     wait_until(lambda: second.router.state().weight_version == 1)
-    second.router.models.use()  # a text, whose client is slow to go on elsewhere
+    second.router.models.use()  # a request whose client is slow to fail over
     operation = cluster.controller.update(versions[1])
     wait_until(lambda: cluster.router.state().weight_version == 2, "version 2")
     second.close()
-    if also == "controller":  # who had heard of these texts
+    if also == "controller":  # which knew of these requests
         cluster.replace_controller()
     again = cluster.add_router("router-1")
     try:
         wait_until(lambda: again.router.state().weight_version == 2, "router-1 is there again")
-        with cluster.router.models.use(version=1):  # the text goes on
+        with cluster.router.models.use(version=1):  # the request continues
             time.sleep(GRACE_S + cluster.controller.lease_s)
             wait_until(
-                lambda: "still written by router" in cluster.controller.operation(operation.id).detail,
+                lambda: "still run on router" in cluster.controller.operation(operation.id).detail,
                 "the old version is kept for it",
             )
             assert cluster.controller.current(0.0).old_weight_version

@@ -62,7 +62,7 @@ def static(slots: int = 2) -> dict[str, Any]:
     """Settings of a controller that changes what is requested, and nothing else."""
     return {
         "observer": ObserverSettings(slots_per_layer=slots),
-        "changer": ReconcilerSettings(policy="static", period_s=0.02),
+        "reconciler": ReconcilerSettings(policy="static", period_s=0.02),
     }
 
 

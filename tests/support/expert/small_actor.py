@@ -124,15 +124,15 @@ class Occupied:
 
     def __init__(self, service: ExpertService) -> None:
         self._service = service
-        self._cluster_state, self._go = threading.Event(), threading.Event()
+        self._stopped, self._go = threading.Event(), threading.Event()
 
     def __enter__(self) -> None:
         def reply(outcome: ComputeResult | MoeClusterError) -> None:
-            self._cluster_state.set()
+            self._stopped.set()
             self._go.wait(TIMEOUT_S)
 
         self._service.submit(batch_of(), reply)
-        assert self._cluster_state.wait(TIMEOUT_S)
+        assert self._stopped.wait(TIMEOUT_S)
 
     def __exit__(self, *error: object) -> None:
         self._go.set()

@@ -108,7 +108,7 @@ class FakeRouter:
                 f"weight version {request.weight_version} is not held here: {self.versions[0]} is served"
             )
         if len(self.running) >= self.max_running:
-            raise Exhausted(f"{self.max_running} texts run already", retry_after_s=1.4)
+            raise Exhausted(f"{self.max_running} requests run already", retry_after_s=1.4)
         prompt_tokens = len(request.prompt_ids) or len((request.prompt or request.messages_json).split())
         if prompt_tokens + request.max_new_tokens > MAX_TOKENS:
             raise ContextLengthExceeded(

@@ -125,7 +125,7 @@ def placements(draw: st.DrawFn) -> Placement:
             actor: ActorAddress(actor=actor, address=f"127.0.0.1:{5000 + i}", incarnation=draw(names), node=nodes[i])
             for i, actor in enumerate(actors)
         },
-        replicas=draw(cluster_state(layers, actors)),
+        replicas=draw(replica_lists(layers, actors)),
         held=draw(st.booleans()),
         weight_version=draw(uint64s),
         checkpoint=draw(optional_names),
@@ -136,7 +136,7 @@ def placements(draw: st.DrawFn) -> Placement:
 
 
 @st.composite
-def cluster_state(draw: st.DrawFn, layers: dict[int, int], actors: list[str]) -> tuple[Replica, ...]:
+def replica_lists(draw: st.DrawFn, layers: dict[int, int], actors: list[str]) -> tuple[Replica, ...]:
     """Replicas of all experts of the layers."""
     found: list[Replica] = []
     for layer, count in layers.items():

@@ -26,7 +26,7 @@ class EventLatencies:
 def event_latencies(chunks_s: Iterable[Sequence[float]], happened: Sequence[ClusterEvent]) -> list[EventLatencies]:
     """Returns one row per kind, first that of waits during no event. A wait counts for every kind it overlaps.
 
-    pieces_s: for each request, when each chunk arrived. The wait for the first chunk is left out: it includes the
+    chunks_s: for each request, when each chunk arrived. The wait for the first chunk is left out: it includes the
     prompt's computation.
     """
     waits = [pair for of_text_s in chunks_s for pair in pairwise(of_text_s)]

@@ -1,4 +1,4 @@
-"""Starts that end in the middle, at whatever moment: what there is of them is found, said and ended."""
+"""Cluster starts that are interrupted at any moment: what they left behind is found, reported and ended."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from moecluster.cli.common.lookup import found
 from moecluster.config import Config, read_config
 from moecluster.errors import ResourceError
 
-# A command that starts a cluster without Ray: a process that bears the mark stands for it.
+# A command that starts a cluster without Ray: a process with the mark stands in for it.
 STARTER = """
 import os, signal, subprocess, sys
 from dataclasses import replace
@@ -74,7 +74,7 @@ def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def starter(moment: str) -> "subprocess.Popen[str]":
-    """A command that is amid a start."""
+    """A command in the middle of a start."""
     process = subprocess.Popen(
         [sys.executable, "-c", STARTER, moment], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -85,7 +85,7 @@ def starter(moment: str) -> "subprocess.Popen[str]":
 
 @pytest.fixture(params=MOMENTS)
 def broken(request: pytest.FixtureRequest) -> Iterator[Start]:
-    """A start that was ended by SIGKILL at a moment."""
+    """A start ended by SIGKILL at a given moment."""
     with starter(request.param) as process:
         process.kill()
     start = cluster_file.load_start("one")
@@ -131,7 +131,7 @@ def test_the_next_start_ends_what_is_left_of_one_that_was_killed(
 
 
 def test_a_note_of_a_machine_that_was_started_again_is_ended() -> None:
-    """Nothing that it names is there, and its process's number is another one's: ours."""
+    """Nothing that the note names exists any more, and its pid belongs to another process: this one."""
     with starter("while Ray starts") as process:
         process.kill()
     start = cluster_file.load_start("one")
@@ -186,7 +186,7 @@ def test_a_signal_amid_what_sets_its_own_handlers_comes_afterwards_and_to_ours()
     try:
         with pytest.raises(KeyboardInterrupt), signals_later():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            # To this thread: another test may have left one that the whole process's signals reach.
+            # To this thread: another test may have left a thread that would take the process's signal.
             signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
             reached = True
     finally:

@@ -1,4 +1,4 @@
-"""Compiled kernels that are kept for every number of rows stay bounded in an actor's environment."""
+"""The cache of kernels compiled per number of rows stays bounded in an actor's environment."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from actors.names import process_environment
 
 BOUND_BYTES = 64 * 10**6
 
-# In use by malloc: resident memory would count what was freed, too.
+# malloc's bytes in use: resident memory would include freed memory.
 PROGRAM = """
 import ctypes
 import torch
@@ -49,4 +49,4 @@ def growth_bytes(environment: dict[str, str]) -> int:
 def test_kernels_for_many_numbers_of_rows_are_not_all_kept() -> None:
     bounded_bytes = growth_bytes(process_environment(1))
     assert bounded_bytes < BOUND_BYTES
-    assert bounded_bytes < growth_bytes({}) / 2  # else this machine keeps none, and the test sees nothing
+    assert bounded_bytes < growth_bytes({}) / 2  # else this machine caches none, and the test proves nothing

@@ -1,4 +1,4 @@
-"""Where commands write: a place that does not do is one line that says what would, before anything is started."""
+"""Unusable output locations: a command fails with one line that says what would work, before it starts anything."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path
 
 @pytest.fixture
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
-    """Runs the command line, which must start nothing and fail as a user's mistake does, and returns its one line."""
+    """Runs the command line, which must start nothing and fail with a user error; returns its one line."""
 
     def nothing_starts(*_: object) -> None:
         pytest.fail("something is started")

@@ -1,4 +1,4 @@
-"""Signals end a command with 128 and their number, whatever becomes of the exception on its way."""
+"""A signal ends a command with exit code 128 plus its number, even if a library replaces the exception."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from actors.signals import end_by_signals
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_exit_code_is_that_of_the_signal_though_a_library_replaces_it(number: signal.Signals) -> None:
-    """As Ray does where it waits: it raises a SystemExit of its own, with the code 1."""
+    """Ray's waiting functions raise their own SystemExit with the code 1."""
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended, end_by_signals():
         try:

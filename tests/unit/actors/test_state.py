@@ -1,4 +1,4 @@
-"""What is noted of clusters that are up, files of earlier versions included."""
+"""The state files of running clusters, including those of earlier versions."""
 
 import json
 import subprocess

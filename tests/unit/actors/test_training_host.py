@@ -1,5 +1,5 @@
-"""A training run in the router's process: the placement is held for exactly as long as it goes on, and a run whose
-process is lost begins again."""
+"""A training run in the router's process: it holds the placement for exactly as long as it runs, and restarts if its
+process is lost."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ WAIT_S = 60.0
 
 
 class Watched(FixedPlacement):
-    """Notes in which order it is held, looked at and released. Experts that are wanted come, if it was told so."""
+    """Records the order of holds, reads, wants and releases. Wanting experts adds the `cold` replicas."""
 
     def __init__(self, placement: Placement, *, refuses: bool = False, cold: tuple[Replica, ...] = ()) -> None:
         super().__init__(replace(placement, replicas=tuple(r for r in placement.replicas if r not in cold)))
@@ -57,7 +57,7 @@ class Watched(FixedPlacement):
 
 
 class Training:
-    """A host over two expert services, and the settings of a run."""
+    """A training host over two expert services, and the settings of a run."""
 
     def __init__(self, config: Config, cluster: ExpertCluster, start: Path) -> None:
         self.config, self.cluster, self.start = config, cluster, start
@@ -145,8 +145,7 @@ def test_progress_of_a_run_that_another_incarnation_began_is_no_success(training
 
 
 class EndsAtStep(Metrics):
-    """Told of every step before anybody else is; calls `end` at the number `step` of the incarnation, if there is
-    one."""
+    """Sees every step first; calls `end` at step number `step` of the incarnation, if there is one."""
 
     def __init__(self, step: int | None, end: Callable[[], None]) -> None:
         super().__init__(model="m")
@@ -161,8 +160,8 @@ class EndsAtStep(Metrics):
 
 
 class LosesRouters:
-    """A cluster, as `moecluster train` sees it, whose router's process is lost after a number of its steps, each time;
-    a checkpoint that would follow is lost with it."""
+    """A cluster as `moecluster train` sees it. The router process of each incarnation is lost after its number of steps
+    (the last one survives), before the checkpoint that would follow."""
 
     def __init__(self, training: Training, *, after_steps: list[int]) -> None:
         self._training, self._after_steps = training, after_steps
@@ -186,7 +185,7 @@ class LosesRouters:
             return self.host.progress(since)
         assert ended(self.host).error is None
         self._begin_incarnation()
-        raise Unavailable("the router is gone")  # what it told is lost with it
+        raise Unavailable("the router is gone")  # its report is lost with it
 
     def stop_training(self) -> None:
         self.host.stop()

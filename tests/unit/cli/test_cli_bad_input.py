@@ -1,4 +1,4 @@
-"""Every mistake that can be seen before anything is started: one line on standard error, its code, nothing left."""
+"""Every user error detectable before a start: one line on standard error, the exit code, nothing left behind."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command line, which must fail as a user's mistake does, and returns its one line."""
+    """Runs the command line, which must fail with a user error; returns its one line."""
 
     def run(*arguments: str, code: int = 2) -> str:
         monkeypatch.setattr(sys, "argv", ["moecluster", *arguments])
@@ -139,7 +139,7 @@ def test_generate_before_anything_is_trained(complaint) -> None:
 
 
 def test_generate_from_nothing(complaint, model) -> None:
-    assert "PROMPT: got an empty text" in complaint("generate", str(model), "")
+    assert "PROMPT: got an empty prompt" in complaint("generate", str(model), "")
 
 
 @pytest.mark.parametrize(

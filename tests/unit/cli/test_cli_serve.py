@@ -1,4 +1,4 @@
-"""What `serve` and `gateway` are asked wrongly is said before anything listens for long or is started."""
+"""Wrong options of `serve` and `gateway` are reported before anything is started or listens for long."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ from moecluster.rpc.credentials import state_folder
 def complaint(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., str]:
-    """Runs the command line, which must fail as a user's mistake does, and returns its one line."""
+    """Runs the command line, which must fail with a user error; returns its one line."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("moecluster.cli.app.end_by_signals", nullcontext)
@@ -82,10 +82,10 @@ def test_what_brings_a_cluster_up_and_does_not_end_when_told_is_killed(
     def interrupt() -> None:
         while not ready.exists():
             time.sleep(0.01)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C: it ends a wait
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C: it interrupts a wait
 
     interrupting = threading.Thread(target=interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     try:
         interrupting.start()
         begun_s = time.monotonic()

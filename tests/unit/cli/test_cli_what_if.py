@@ -1,4 +1,4 @@
-"""replay and simulate from the command line: a table, a picture, every figure; and one line for every mistake."""
+"""replay and simulate on the command line: the table, the plot, every figure, and one line for every user error."""
 
 import json
 import re
@@ -20,7 +20,7 @@ SMALL = ("--actors", "6", "--layers", "2", "--experts", "12", "--top-k", "2", "-
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Twelve windows of two layers x 8 experts on three actors, one of which dies and returns."""
+    """A trace of twelve windows of two layers x 8 experts on three actors, one of which dies and returns."""
     header = TraceHeader(
         model="tiny",
         window_s=10.0,
@@ -47,7 +47,7 @@ def run(*arguments: str) -> str:
 
 
 def complaint(*arguments: str) -> str:
-    """The one line of a user's mistake."""
+    """The one line of a user error."""
     result = CliRunner().invoke(app, list(arguments))
     assert isinstance(result.exception, UserError), (result.output, result.exception)
     assert "\n" not in str(result.exception)
@@ -71,7 +71,7 @@ def test_replay_shows_policies_side_by_side(trace, tmp_path) -> None:
 
 
 def write_counts(path: Path, *counts: int) -> Path:
-    """A trace of a layer of two experts on two actors, with so many tokens for each in each window."""
+    """Writes a trace of a layer of two experts on two actors, with the given tokens per expert and window."""
     header = TraceHeader(
         model="tiny",
         window_s=10.0,

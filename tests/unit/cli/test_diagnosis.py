@@ -1,4 +1,4 @@
-"""What `status` says is wrong, and what to type."""
+"""The problems that `status` reports, and the commands that it suggests."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Exit codes, over all commands: 0 done, 1 failed, 2 wrong usage, 3 no cluster, 130 Ctrl-C; and one line of each."""
+"""Exit codes of all commands: 0 done, 1 failed, 2 wrong usage, 3 no cluster, 130 Ctrl-C; each error is one line."""
 
 import errno
 import signal
@@ -17,7 +17,7 @@ from moecluster.cli.http_commands import bench
 
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = sorted(c.callback.__name__ for c in app.registered_commands if c.callback)
-# The least that each command takes.
+# The minimal arguments of each command.
 ARGUMENTS = {
     "generate": ("demo", "x"),
     "params": ("demo",),
@@ -31,13 +31,13 @@ ARGUMENTS = {
     "batch": ("in.jsonl", "out.jsonl"),
     "gateway": ("--model", "a=first"),
 }
-# What needs a cluster that is up, and names it by --name; others name it in their own ways.
+# Commands that need a running cluster and name it by --name; others name it in other ways.
 NAMED = ("status", "down", "scale", "drain", "place", "update", "plan", "operations", "explain", "record")
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
-    """The exit code of a command, and what it said."""
+    """Runs a command; returns its exit code and output."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)

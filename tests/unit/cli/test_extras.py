@@ -1,4 +1,4 @@
-"""An installation without extras: every command works, or names in one line what brings along what it lacks."""
+"""Without extras installed, every command works or names in one line the extra that it needs."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from moecluster.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Hides packages as if they were not installed; then imports every module, and runs every command with the least
-# arguments that lead to its work, without a cluster or a file to work on.
+# Hides packages as if they were not installed, imports every module, and runs every command with minimal arguments,
+# without a cluster or input files.
 SCRIPT = """
 import contextlib, importlib, io, json, pkgutil, sys
 
@@ -52,7 +52,7 @@ for line in lines:
             said[line] = (ended.code, err.getvalue())
 print(json.dumps({"failed": failed, "said": said}))
 """
-# What each says where everything is installed.
+# The message of each if everything is installed.
 COMMANDS = {
     **{
         f"{line} --name second": "no cluster second is up"
@@ -86,7 +86,7 @@ NEEDS = {
         "simulate --plot x.png --trace in.jsonl": "--plot",
     },
 }
-# Only behind a check of what they need.
+# Imported only after a check of what they need.
 MODULES = {
     "serve": r"moecluster\.gateway(\..+)?|moecluster\.cli\.(commands\.serve|common\.local_gateway)",
     "plots": r"moecluster\.http_client\.bench\.plot|moecluster\.training\.plots\..+|moecluster\.cli\.common\.plots",

@@ -1,4 +1,4 @@
-"""What `moecluster generate` asks for: options of the command line, else settings."""
+"""The request of `moecluster generate`: command-line options override settings."""
 
 from moecluster.cli.commands.generate import given_options, with_defaults
 from moecluster.config.sections import ServeConfig

@@ -1,4 +1,4 @@
-"""The bar that is shown while experts are loaded, and what it counts to."""
+"""The progress bar for loading experts, and its total."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What commands print is whole: on a pipe nothing is wrapped or cut, on a narrow terminal ids stay in one piece."""
+"""Printed tables are complete: on a pipe nothing is wrapped or cut, on a narrow terminal ids are never split."""
 
 import io
 import re
@@ -34,7 +34,7 @@ OPERATION = Operation(
 
 
 def tables():
-    """Of every command that has one, with a text of it that must stay in one piece, and one that may be wrapped."""
+    """The table of every command that prints one, with a string that must not be split and one that may be wrapped."""
     yield actors_table(dict(ENDPOINTS), None), [e.address for e in ENDPOINTS.values()], ""
     yield operations_table([OPERATION]), [OPERATION.id, "2023-11-1", "123.5 MB"], REASON
     replica = Replica(expert=ExpertId(layer=3, index=17), actor="expert-" + "x" * 60, share=0.25)
@@ -71,7 +71,7 @@ def test_a_terminal_of_any_width_shows_everything(case: int, width: int) -> None
 @pytest.mark.parametrize("case", range(6))
 def test_on_a_pipe_every_row_is_one_line(case: int, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "20")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # colors make no terminal of a pipe
+    monkeypatch.setenv("FORCE_COLOR", "1")  # colors do not turn a pipe into a terminal
     table, whole, wrapped = list(tables())[case]
     show_table(table, make_console())
     output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)

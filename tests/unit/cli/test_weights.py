@@ -1,4 +1,4 @@
-"""Which weights a command serves: what is not trained is refused with what to type instead, what is served is told."""
+"""The weights that a command serves: untrained ones are refused with a suggestion; served ones are reported."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command, which must fail as a user's mistake does and start nothing, and returns its one line."""
+    """Runs a command, which must fail with a user error and start nothing; returns its one line."""
 
     def nothing(*_: object) -> None:
         pytest.fail("something is started")
@@ -57,7 +57,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def note_run(path: str, *, preset: str = "demo", step: int, written_s: float = 1.7e9, **settings: Any) -> Path:
-    """A checkpoint of training, as far as the commands look at one."""
+    """Writes the parts of a training checkpoint that the commands read."""
     checkpoint = Path(path)
     checkpoint.mkdir(parents=True)
     config = read_target(preset, [f"{key.replace('__', '.')}={value}" for key, value in settings.items()])
@@ -70,7 +70,7 @@ def note_run(path: str, *, preset: str = "demo", step: int, written_s: float = 1
 @pytest.mark.parametrize("command", ["serve", "up", "generate"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_preset_without_weights_is_refused_with_what_to_type(complaint, command, fresh) -> None:
-    if fresh:  # as a trial with random weights, or a run that was ended at its start, leaves it
+    if fresh:  # as left by a trial with random weights or by a run stopped at its start
         note_run("runs/moecluster/checkpoints/step-00000000", step=0)
     output = complaint(command, "demo", *(("x",) if command == "generate" else ()))
     assert (
@@ -88,7 +88,7 @@ def test_the_newest_run_of_the_preset_is_named(complaint, command) -> None:
     note_run(RUN.format(5, 0), step=0, written_s=1.8e9)
     (Path(RUN.format(6, 600)) / "training").mkdir(parents=True)
     (Path(RUN.format(6, 600)) / "training" / "state.json").write_text("torn")
-    for name in (1, 2):  # the state files are younger than the weights are made to look
+    for name in (1, 2):  # the state files get newer times than the weights
         file = next(Path(f"runs/demo-{name}").rglob("state.json"))
         os.utime(file, (1.6e9 + name, 1.6e9 + name))
     output = complaint(command, "demo", *(("x",) if command == "generate" else ()))
@@ -142,7 +142,7 @@ def up(model: str) -> UpCluster:
 
 @pytest.mark.parametrize("command", ["serve", "generate"])
 def test_a_cluster_that_serves_something_else_is_not_taken_for_the_preset(complaint, command) -> None:
-    """Also where the preset itself has no weights at all."""
+    """Also if the preset itself has no weights."""
     cluster_file.save(up("/models/other"))
     output = complaint(command, "demo", *(("x",) if command == "generate" else ()))
     assert "is up and serves /models/other, not demo, of which nothing is trained in runs/moecluster" in output

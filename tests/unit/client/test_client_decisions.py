@@ -1,4 +1,4 @@
-"""What the client decides without any I/O: where a text goes on, for how long, and what it asks for."""
+"""The client's decisions without I/O: where a request continues, for how long, and what it requests."""
 
 from typing import Any
 
@@ -72,7 +72,7 @@ def test_weights_are_given_up_once_no_router_may_hold_them() -> None:
     way = route("a", "b", patience_s=60.0)
     assert way.next() and way.next()
     way.failed(STALE, wrote=False)
-    way.failed(LOST, wrote=False)  # it may be back in a moment
+    way.failed(LOST, wrote=False)  # it may be back soon
     assert way.pause_s() > 0.0 and not way.any_version
     assert way.next() and way.next()
     way.failed(STALE, wrote=False)

@@ -1,4 +1,4 @@
-"""Settings are read strictly, and every complaint names the key, what was given and what would be right."""
+"""Settings are read strictly, and every error names the key, the given value and the expected one."""
 
 import dataclasses
 from pathlib import Path

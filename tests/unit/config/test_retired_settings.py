@@ -1,4 +1,4 @@
-"""A name of an earlier version is refused with the new one; what a checkpoint noted under it is taken over."""
+"""A retired name is refused, with the new name; values that a checkpoint saved under it are migrated."""
 
 import dataclasses
 from pathlib import Path

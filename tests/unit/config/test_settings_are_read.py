@@ -1,4 +1,4 @@
-"""Every setting is read by the product: one that nothing reads would be taken from a user and ignored."""
+"""Every setting is read by the product; otherwise a user's value would be accepted and ignored."""
 
 import ast
 import dataclasses
@@ -16,17 +16,17 @@ DECLARATIONS = Path(sections.__file__).parent
 
 
 def unread_settings(classes: Mapping[str, type[Section]], modules: Iterable[ast.Module]) -> list[str]:
-    """ "section.key" of each field that no module reads off a record of its section, in order."""
+    """The fields that no module reads from a record of their section, as "section.key", in order."""
     declared = [f"{name}.{each.name}" for name, cls in classes.items() for each in dataclasses.fields(cls)]
     read = {name for module in modules for name in _Reads(classes, module).found()}
     return [name for name in declared if name not in read]
 
 
 class _Reads:
-    """What a module reads off expressions that are known to be a section.
+    """The fields that a module reads from expressions known to be a section.
 
     Known are `.section` of anything (config.train), parameters and fields annotated with the section's class, calls of
-    that class, and the names and attributes that such a thing is assigned to. A name counts in its function alone.
+    that class, and names and attributes to which these are assigned. A name is known only within its function.
     """
 
     def __init__(self, classes: Mapping[str, type[Section]], module: ast.Module) -> None:
@@ -37,18 +37,20 @@ class _Reads:
             match node:
                 case ast.AnnAssign(target=ast.Name(id=field), annotation=ast.Name(id=cls)) if cls in self._by_class:
                     self._by_attribute[field] = self._by_class[cls]
-                case ast.FunctionDef():
-                    self._by_attribute |= self._assigned(node, ast.Attribute, self._names(node))
+        for function in (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)):
+            self._by_attribute |= self._assigned(function, ast.Attribute, self._names(function))
 
     def found(self) -> Iterator[str]:
         """ "section.key", repeated as it is read."""
-        for scope in (self._module, *(node for node in ast.walk(self._module) if isinstance(node, ast.FunctionDef))):
+        functions = [node for node in ast.walk(self._module) if isinstance(node, ast.FunctionDef)]
+        scopes: list[ast.Module | ast.FunctionDef] = [self._module, *functions]
+        for scope in scopes:
             names = self._names(scope)
             for node in ast.walk(scope):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     yield f"{self._section(node.value, names)}.{node.attr}"
 
-    def _names(self, scope: ast.AST) -> dict[str, str]:
+    def _names(self, scope: ast.Module | ast.FunctionDef) -> dict[str, str]:
         """name -> section, of a function's annotated parameters and what it assigns."""
         names: dict[str, str] = {}
         if isinstance(scope, ast.FunctionDef):
@@ -58,7 +60,7 @@ class _Reads:
         return names | self._assigned(scope, ast.Name, names)
 
     def _assigned(self, scope: ast.AST, kind: type[ast.expr], names: Mapping[str, str]) -> dict[str, str]:
-        """name or attribute -> the section that is assigned to it."""
+        """name or attribute -> the section assigned to it."""
         found: dict[str, str] = {}
         for node in (node for node in ast.walk(scope) if isinstance(node, ast.Assign)):
             for target in node.targets:
@@ -89,7 +91,7 @@ def _product() -> Iterator[ast.Module]:
 
 
 def _derived_values(declarations: ast.Module) -> ast.Module:
-    """The sections' own methods that others call, as functions of their section: a check of a value is no use of it."""
+    """The sections' own methods that others call, as functions of their section: checking a value does not use it."""
     functions: list[ast.stmt] = []
     for cls in (node for node in declarations.body if isinstance(node, ast.ClassDef)):
         for method in (node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name != "check"):

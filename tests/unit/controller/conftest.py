@@ -1,4 +1,4 @@
-"""What the tests of whole controllers start from: a tiny checkpoint, two actors of this process, and controllers."""
+"""Fixtures for tests of whole controllers: a tiny checkpoint, two actors in this process, and controllers."""
 
 from collections.abc import Iterator
 
@@ -21,6 +21,6 @@ def actors() -> Iterator[FakeActors]:
 
 @pytest.fixture
 def make(actors: FakeActors, checkpoint: str) -> Iterator[MakeController]:
-    """Makes controllers over the actors, and closes them."""
+    """Makes controllers over the actors, and closes them after the test."""
     with controllers_over(actors, checkpoint) as make_controller:
         yield make_controller

@@ -1,4 +1,4 @@
-"""The actor monitors together: what one of them says while another one changes what stands."""
+"""Concurrent actor monitors: one reports an event while another one changes the cluster state."""
 
 import threading
 import time
@@ -28,18 +28,18 @@ def test_an_actor_is_lost_while_another_change_is_published() -> None:
     cluster_state = context.state
     publishing, lost_is_told = threading.Event(), threading.Event()
 
-    def hold_up() -> None:  # called with the standing's lock held, before the actor monitors are
+    def hold_up() -> None:  # called with the cluster state's lock held, before the actor monitors are
         if threading.current_thread() is changing:
             publishing.set()
             lost_is_told.wait(10.0)
-            time.sleep(0.2)  # the other thread goes on, as far as it can
+            time.sleep(0.2)  # the other thread runs until it blocks
 
     context.signals.changed.listen(hold_up)
     changing = threading.Thread(target=cluster_state.set_held, args=(True,), daemon=True)
 
     class Reports(ActorReports):
         def forget(self, actor: str) -> None:
-            """Amid actor_down: the other change has begun by then."""
+            """Called in the middle of actor_down: the other change has begun by then."""
             super().forget(actor)
             changing.start()
             assert publishing.wait(10.0)

@@ -1,4 +1,4 @@
-"""A controller from its start on: what routers see of its actors, and what it does when one is lost."""
+"""A controller from its start on: what routers see of its actors, and how it recovers a lost one."""
 
 from pathlib import Path
 
@@ -157,7 +157,7 @@ def test_reported_loads_show_as_balancedness(make) -> None:
 
 
 def test_a_lost_actor_whose_checkpoint_is_gone_says_so_until_the_checkpoint_is_back(make, actors, tmp_path) -> None:
-    """Routers need not wait for experts that cannot be loaded, and are told why."""
+    """Routers do not wait for experts that cannot be loaded, and learn why."""
     served = Path(save_tiny_model(tmp_path / "served"))
     controller = make(checkpoint=str(served))
     controller.start(WAIT_S)

@@ -1,4 +1,4 @@
-"""What users and routers request of a controller, also while an actor is lost."""
+"""Requests of users and routers to a controller, also while an actor is lost."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_an_error_of_a_policy_ends_neither_the_operation_nor_the_thread_that_cha
 
     monkeypatch.setattr(StaticPolicy, "decide", broken)
     failed = wait_ended(controller, controller.scale(2))
-    assert failed.phase is OperationPhase.FAILED and "its log says how" in failed.detail
+    assert failed.phase is OperationPhase.FAILED and "see its log" in failed.detail
     done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
     assert done.phase is OperationPhase.DONE
 
@@ -88,7 +88,7 @@ def test_a_size_that_is_ordered_while_an_actor_is_lost_comes_when_it_is_back(mak
 
 def test_a_size_that_cannot_be_leaves_the_actors_as_they_were(make, actors) -> None:
     settings = static(slots=4)
-    settings["changer"] = ReconcilerSettings(policy="static", period_s=0.02, operation_timeout_s=0.3)
+    settings["reconciler"] = ReconcilerSettings(policy="static", period_s=0.02, operation_timeout_s=0.3)
     controller = make(**settings)
     controller.start(WAIT_S)
     actors.kill("expert-0")

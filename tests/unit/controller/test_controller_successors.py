@@ -1,4 +1,4 @@
-"""A controller that takes the place of another one, and one whose place was taken."""
+"""A controller that succeeds another one, and a deposed controller."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ import time
 import pytest
 
 from moecluster.errors import StaleRequest
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId
 from tests.support.clusters.controllers import ACTORS, wait_for
 from tests.support.clusters.fake_actors import save_tiny_model
@@ -30,14 +31,14 @@ def test_a_successor_keeps_what_is_loaded_and_reads_the_snapshot_back(make, acto
 
 
 def test_what_a_successor_does_not_know_of_serves_on_until_routers_know_better(make, actors, checkpoint) -> None:
-    """Its predecessor died between a move and the snapshot of it: routers go by the placement after the move."""
+    """Its predecessor died between a move and its snapshot: routers use the placement after the move."""
     first = make()
     first.start(WAIT_S)
     number = first.current(0.0).number
     wait_until(lambda: all(s.status().placement == number for s in actors.services.values()))
     first.close()
     moved = ExpertId(layer=0, index=0)
-    actors.services["expert-1"].load(term=1, experts=[moved], checkpoint=checkpoint)
+    actors.services["expert-1"].load(LoadRequest(term=1, experts=(moved,), checkpoint=checkpoint))
     actors.services["expert-0"].unload(term=1, experts=[moved])
 
     second = make(lease_s=0.5)
@@ -84,7 +85,7 @@ def test_a_deposed_controller_is_refused_and_says_so(make, actors, tmp_path) -> 
     first.start(WAIT_S)
     second = make()
     second.start(WAIT_S)
-    first.set_checkpoint(save_tiny_model(tmp_path / "newer", seed=1))  # makes it give an order
+    first.set_checkpoint(save_tiny_model(tmp_path / "newer", seed=1))  # makes it send a request
     assert deposed.wait(WAIT_S)
     wait_until(lambda: all(s.status().placement[0] == 2 for s in actors.services.values()))
     assert {s.status().checkpoint for s in actors.services.values()} == {second.status().checkpoint}

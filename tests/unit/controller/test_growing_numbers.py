@@ -1,4 +1,4 @@
-"""No number in an order shuts everybody else out: one far ahead of the others is refused, and changes nothing."""
+"""No number in a request can lock out all others: one far ahead of the known ones is refused and changes nothing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def service(checkpoint: Path) -> Iterator[ExpertService]:
-    """Trains, and knows a placement and a weight version."""
+    """A training service that knows a placement and a weight version."""
     with training(checkpoint, term=TERM) as service:
         service.set_placement(
             PlacementNotice(
@@ -103,7 +103,7 @@ def test_a_number_far_ahead_is_refused_and_changes_nothing(service: ExpertServic
     for field in ("placement", "checkpoint", "experts", "other_versions", "weight_version", "training_term",
                   "committed", "prepared", "hosted_bytes"):  # fmt: skip
         assert getattr(after, field) == getattr(before, field), field
-    # The current controller goes on as if nothing had happened: in the same terms, and in the next.
+    # The current controller is unaffected, in the same terms and in the next.
     service.set_placement(PlacementNotice(term=TERM, generation=5, weight_version=VERSION, weight_versions=(VERSION,)))
     assert service.reduce(tag(), []).square_norm == 0.0
     service.abort(tag())
@@ -118,12 +118,12 @@ def test_the_bound_itself_is_taken() -> None:
 
 
 def test_whoever_was_let_jump_as_far_as_it_goes_is_followed(service: ExpertService, checkpoint: Path) -> None:
-    """A successor goes one above the highest term that any actor has seen; the others have seen lower ones by far."""
+    """A successor takes one more than the highest term that any actor has seen; the others have seen far lower ones."""
     place(service, term=TERM + MAX_AHEAD, generation=MAX_NUMBER)
     nothing = ControllerSnapshot(actors=(), leaving=(), replicas=(), operations=(), cold=())
     found = initial_state([service.status()], first=nothing, checkpoint=str(checkpoint))
     assert found.term == TERM + MAX_AHEAD + 1
-    assert found.generation == 0  # which a higher term may begin anew: nobody compares it across terms
+    assert found.generation == 0  # a higher term may restart generations, which are never compared across terms
     with training(checkpoint) as behind:
         incarnation = ActorSession(
             ActorAddress(actor="expert-0", address="", incarnation=behind.incarnation),
@@ -137,11 +137,11 @@ def test_whoever_was_let_jump_as_far_as_it_goes_is_followed(service: ExpertServi
 
 
 class Told(Exception):
-    """The actor has taken the placement of the successor."""
+    """Raised when the actor has received the successor's placement."""
 
 
 class Fenced:
-    """An ExpertControl of a service, which ends the test when its placement is taken."""
+    """An ExpertControl of a service, which ends the test once it has received a placement."""
 
     def __init__(self, service: ExpertService, term: int) -> None:
         self._service, self._term = service, term
@@ -154,7 +154,7 @@ class Fenced:
 
 
 class Owner:
-    """A MonitorOwner that has nothing to say but its term."""
+    """A MonitorOwner that only has a term."""
 
     def __init__(self, term: int) -> None:
         self._term = term

@@ -1,4 +1,4 @@
-"""What the controller leaves with its actors: made anew after each change, and while changes are made."""
+"""The controller's snapshot kept by its actors: rebuilt after each change, and during changes."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ ACTORS = ("expert-0", "expert-1")
 
 
 class Kept:
-    """A standing whose changes outdate the snapshot of it, and what else is to happen at each change."""
+    """A cluster state whose changes invalidate its snapshot, with a hook that runs at each change."""
 
     def __init__(self) -> None:
         context = new_context(LAYERS, lease_s=1.0, board=PlacementBoard(), metrics=Metrics(model="tiny"))
@@ -35,7 +35,7 @@ class Kept:
         self.cluster_state.open()
 
     def actors(self) -> tuple[str, ...]:
-        """As the snapshot has them now."""
+        """The actors in the current snapshot."""
         return decode_snapshot(self.snapshot.encoded()).actors
 
 
@@ -56,7 +56,7 @@ def test_a_change_is_not_held_up_by_a_snapshot_that_is_being_made_and_waits_for_
         kept.at_change = lambda: None
         kept.changed.emit()
         reading.start()
-        time.sleep(0.2)  # it has begun, and waits for the standing that is being changed
+        time.sleep(0.2)  # it has begun, and waits for the state that is being changed
 
     kept.at_change = read_amid_the_change
     changing = threading.Thread(target=kept.cluster_state.remove_actor, args=("expert-1",), daemon=True)

@@ -12,7 +12,7 @@ LAYER_EXPERTS = {1: 3, 4: 2}
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock set by hand."""
 
     def __init__(self) -> None:
         self.now_s = 100.0

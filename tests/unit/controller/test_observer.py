@@ -1,4 +1,4 @@
-"""What the policy is shown of actors that are up and have not loaded all of theirs yet."""
+"""The policy's view of actors that are up but have not loaded all their experts yet."""
 
 from moecluster.controller.context import new_context
 from moecluster.controller.load.direct import SourceReading

@@ -17,10 +17,10 @@ def log(metrics: Metrics) -> OperationLog:
 
 
 def test_the_same_id_is_the_same_operation(log) -> None:
-    first = log.order(OperationKind.SCALE, reason="ordered", arguments=("3",), operation_id="grow")
-    assert log.order(OperationKind.SCALE, reason="ordered", arguments=("3",), operation_id="grow") == first
+    first = log.order(OperationKind.SCALE, reason="requested", arguments=("3",), operation_id="grow")
+    assert log.order(OperationKind.SCALE, reason="requested", arguments=("3",), operation_id="grow") == first
     with pytest.raises(ResourceError, match="grow is scale 3 already; give another id"):
-        log.order(OperationKind.SCALE, reason="ordered", arguments=("4",), operation_id="grow")
+        log.order(OperationKind.SCALE, reason="requested", arguments=("4",), operation_id="grow")
     assert len(log.newest()) == 1
 
 
@@ -86,7 +86,7 @@ def test_a_successor_goes_on_with_what_was_ordered_and_fails_the_rest(log) -> No
         "rebalance-preparing": "failed",
         "place-done": "done",
     }
-    assert "controller was started anew" in log.get("rebalance-preparing").detail
+    assert "controller was restarted" in log.get("rebalance-preparing").detail
 
 
 def test_changes_are_told(metrics) -> None:
@@ -98,7 +98,7 @@ def test_changes_are_told(metrics) -> None:
 
 
 def counted(metrics: Metrics) -> dict[str, float]:
-    """Phase -> operations_total, of all kinds."""
+    """Phase -> operations_total, summed over kinds."""
     found: dict[str, float] = {}
     for line in metrics.render().splitlines():
         if line.startswith("moecluster_operations_total{"):
@@ -109,7 +109,7 @@ def counted(metrics: Metrics) -> dict[str, float]:
 
 def test_an_operation_counts_once_in_each_phase_that_it_reaches(log, metrics) -> None:
     operation = log.order(OperationKind.SCALE, reason="", arguments=("3",))
-    for _ in range(10):  # it waits, is tried, and waits again; and goes layer by layer
+    for _ in range(10):  # it waits, is tried, and waits again; and proceeds layer by layer
         log.update(operation.id, phase=OperationPhase.PREPARING)
         log.update(operation.id, phase=OperationPhase.COMMITTING)
         log.update(operation.id, phase=OperationPhase.QUEUED, detail="waits")

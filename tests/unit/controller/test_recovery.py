@@ -1,4 +1,4 @@
-"""When lost experts can be loaded on other actors, and when other changes give way to that."""
+"""When lost experts are loaded on other actors, and when other changes yield to that."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Routers that come and leave, over a supervisor of this process: what it starts serves when the test says so."""
+"""Router scaling over a supervisor in this process: started routers serve when the test says so."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ IDLE_S = 3.0
 
 
 class Routers:
-    """A RouterSupervisor, and all else that a RouterSizing works with."""
+    """A RouterSupervisor, and everything else that a RouterSizing uses."""
 
     def __init__(self, *names: str) -> None:
         self.now_s = 100.0
@@ -33,7 +33,7 @@ class Routers:
             self.tell(name)
 
     def replace_controller(self) -> None:
-        """Another controller looks after them, which has heard nothing yet. It serves /newest."""
+        """Replaces the controller by one that has received no reports yet and serves /newest."""
         self.context = new_context(
             {0: 2}, lease_s=1e6, board=PlacementBoard(), metrics=Metrics(model="tiny"), clock=lambda: self.now_s
         )
@@ -54,7 +54,7 @@ class Routers:
             self.ended.append(router)
 
     def tell(self, router: str, running: int = 0, waiting: int = 0) -> None:
-        """The router serves, and has so many texts."""
+        """Reports that a router serves, with these numbers of requests."""
         state = RouterState(router=router, address="127.0.0.1:5000", running=running, waiting=waiting)
         self.leases.renew(router, PlacementNumber(1, 1), state=state)
 
@@ -70,7 +70,7 @@ Make = Callable[..., RouterSizing]
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Starts what is tested over some routers, and closes it."""
+    """Makes a RouterSizing over some routers, and closes it after the test."""
     made: list[RouterSizing] = []
 
     def start(routers: Routers, **settings: Any) -> RouterSizing:
@@ -96,7 +96,7 @@ def make() -> Iterator[Make]:
 
 
 def stays(condition: Callable[[], bool]) -> bool:
-    """Whether it is true over many looks."""
+    """Whether a condition stays true over many checks."""
     until_s = time.monotonic() + 0.15
     while time.monotonic() < until_s:
         if not condition():
@@ -132,7 +132,7 @@ def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_requ
     sizing = make(routers)
     operation = sizing.order(1)
     wait_until(lambda: leaving(sizing) == ["router-1", "router-2"])
-    text = "waits: router-1 leaves with 1 text to end; router-2 leaves with 2 texts to end"
+    text = "waits: router-1 leaves with 1 request to finish; router-2 leaves with 2 requests to finish"
     wait_until(lambda: routers.detail(operation) == text)
     assert routers.phase(operation) is OperationPhase.COMMITTING
     routers.now_s += 2 * LEASE_S
@@ -187,7 +187,7 @@ def test_one_that_leaves_is_taken_back_instead_of_starting_another(make) -> None
     more = sizing.order(2)
     wait_until(lambda: leaving(sizing) == ["router-2"])
     assert routers.phase(fewer) is OperationPhase.FAILED
-    assert routers.detail(fewer) == f"{more.id} has taken its place"
+    assert routers.detail(fewer) == f"superseded by {more.id}"
     most = sizing.order(4)
     wait_until(lambda: len(routers.there) == 4)
     assert leaving(sizing) == [] and routers.ended == []
@@ -227,7 +227,7 @@ def test_one_that_leaves_and_is_not_heard_of_is_gone(make) -> None:
     routers.leases.drop("router-1")
     sizing = make(routers)
     operation = sizing.order(1)
-    wait_until(lambda: routers.detail(operation) == "waits: router-1 is not heard of")
+    wait_until(lambda: routers.detail(operation) == "waits: router-1 does not report")
     routers.now_s += LEASE_S - 1.0
     assert stays(lambda: not routers.ended)
     routers.now_s += 1.0
@@ -238,7 +238,7 @@ def test_one_that_leaves_and_is_not_heard_of_is_gone(make) -> None:
 
 def test_routers_that_never_come_are_given_up_and_others_are_left_alone(make) -> None:
     routers = Routers("router", "router-1")
-    routers.leases.drop("router-1")  # Ray starts it again
+    routers.leases.drop("router-1")  # Ray restarts it
     sizing = make(routers)
     operation = sizing.order(3)
     wait_until(lambda: "router-2" in routers.there)
@@ -280,7 +280,7 @@ SIZE = RouterSizeSettings(
 def test_requests_bring_routers_and_their_end_ends_them_with_the_reason_in_the_log(make) -> None:
     routers = Routers("router")
     routers.tell("router", running=4, waiting=8)
-    routers.tell("a test's own", running=99)  # it has a lease, and is no router of the cluster
+    routers.tell("a test's own", running=99)  # it has a lease but is not a router of the cluster
     make(routers, size=SIZE)
     routers.now_s += LEASE_S - 1.0
     assert stays(lambda: not routers.log.newest()), "routers must be heard first"

@@ -1,4 +1,4 @@
-"""What an update decides from what stands: when a version is published, and which update it belongs to."""
+"""An update's decisions from the cluster state: when a version is published, and which update it belongs to."""
 
 import pytest
 
@@ -17,7 +17,7 @@ ACTORS = ("expert-0", "expert-1")
 
 
 class Updated:
-    """A cluster as the controller sees it: both actors are up and hold two experts each."""
+    """A cluster as the controller sees it: two running actors with two experts each."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -41,7 +41,7 @@ class Updated:
             self.bring_up(actor)
         self.cluster_state.open()
         self.context.leases.opened()
-        self.now_s = LEASE_S  # routers had their time to be heard
+        self.now_s = LEASE_S  # routers had time to report
 
     def bring_up(self, actor: str) -> None:
         self.cluster_state.actor_up(_address(actor), self.cluster_state.assigned(actor))
@@ -50,7 +50,7 @@ class Updated:
         self.cluster_state.actor_prepared(_address(actor), version, self.cluster_state.assigned(actor))
 
     def order(self, directory: str) -> Operation:
-        return self.log.order(OperationKind.UPDATE, reason="ordered", arguments=(directory,))
+        return self.log.order(OperationKind.UPDATE, reason="requested", arguments=(directory,))
 
     def check(self, times: int = 4) -> None:
         for _ in range(times):

@@ -1,4 +1,4 @@
-"""A layer's placement in the tests of dispatch and of the choice of replicas."""
+"""Makes a layer's placement for tests of dispatch and replica choice."""
 
 from moecluster.dispatch.permute import DispatchPart
 from moecluster.types import ActorAddress, ExpertId, Placement, Replica
@@ -8,7 +8,7 @@ WIDTH = 4
 
 
 def make_placement(holders: list[dict[str, float]], actors: list[str]) -> Placement:
-    """holders: of each expert, the share of every actor that holds it."""
+    """holders: for each expert, actor -> share."""
     return Placement(
         term=1,
         generation=1,

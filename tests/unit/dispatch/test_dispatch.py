@@ -1,4 +1,4 @@
-"""Dispatch and combine are an inverse pair, and a token's replica depends on the token alone.
+"""Dispatch and combine are inverses, and a token's replica depends only on the token.
 
 Rows, weights and experts are small dyadic numbers, so that float32 sums are exact in any order and equal bit for bit.
 """
@@ -74,9 +74,9 @@ def cases(draw: st.DrawFn) -> Case:
         return torch.randint(-8, 9, shape, generator=generator).float() / denominator
 
     x_TD, weights_TK = dyadic(num_tokens, WIDTH), dyadic(num_tokens, top_k, denominator=64)
-    if num_tokens > 2:  # equal tokens, with equal weights but experts of their own
+    if num_tokens > 2:  # equal tokens, with equal weights but different experts
         x_TD[-1], weights_TK[-1] = x_TD[0], weights_TK[0]
-    # Two indices beyond the last expert: assignments to skip. An expert may come twice in one token's choice.
+    # Two indices beyond the last expert: assignments to skip. A token may choose an expert twice.
     ids_TK = torch.randint(0, num_experts + 2, (num_tokens, top_k), generator=generator)
     return Case(
         x_TD=x_TD,
@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def answer(case: Case, part: DispatchPart) -> ComputeResult:
-    """What the part's actor returns: weighted partial sums."""
+    """The reply of the part's actor: weighted partial sums."""
     x_ND = rows_of(part, case.x_TD)
     y_ND = torch.zeros_like(x_ND)
     for p, expert in enumerate(expert_of_pairs(part)):
@@ -113,8 +113,8 @@ def test_every_kept_assignment_goes_once_to_an_actor_that_holds_the_expert(case:
         assert experts == case.ids_TK.view(-1)[part.pair_slots_P].tolist()
         assert torch.equal(part.pair_weights_P, case.weights_TK.view(-1)[part.pair_slots_P])
         assert [rows[row] for row in part.pair_rows_P.tolist()] == [slot // top_k for slot in slots]
-        assert {slot // top_k for slot in slots} == set(rows)  # no row that nobody needs
-        # By expert, then by row: what an actor relies on.
+        assert {slot // top_k for slot in slots} == set(rows)  # no unnecessary rows
+        # By expert, then by row: actors rely on this order.
         assert list(zip(experts, slots, strict=True)) == sorted(zip(experts, slots, strict=True))
         assert part.pair_rows_P.dtype == torch.int32 and part.pair_weights_P.dtype == torch.float32
         seen += slots

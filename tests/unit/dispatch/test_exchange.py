@@ -1,4 +1,4 @@
-"""What fails on the way to remote experts, and what comes of it: retries, newer placements, ended attempts."""
+"""Failures of calls to remote experts, and their handling: retries, newer placements, aborted attempts."""
 
 import threading
 import time
@@ -53,7 +53,7 @@ def modules(checkpoint: Path) -> dict[int, nn.Module]:
 
 
 class Moving:
-    """A PlacementSource that publishes a newer placement when it is told to."""
+    """A PlacementSource that publishes a newer placement on request."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -123,7 +123,7 @@ def test_where_another_incarnation_of_an_actor_listens_the_other_replica_is_aske
 def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(
     checkpoint: Path, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One request at most finds out that an actor is dead; the others go elsewhere at once, but not for ever."""
+    """At most one request hits a dead actor; the others go elsewhere at once, for a limited time."""
     with ExpertCluster(checkpoint, replicas=TWICE) as cluster:
         source = Moving(cluster.placement)
         remote = remote_over(cluster, source)
@@ -144,7 +144,7 @@ def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(
 def test_an_expert_that_an_actor_has_lost_is_asked_for_elsewhere_and_reported(
     checkpoint: Path, modules: dict[int, nn.Module]
 ) -> None:
-    """The actor answers, but was started anew without its experts: its placement is no newer than the router's."""
+    """The actor answers, but was restarted without its experts: its placement is no newer than the router's."""
     with ExpertCluster(checkpoint, replicas=TWICE) as cluster:
         source = Moving(cluster.placement)
         cluster.services["expert-1"].unload(term=1, experts=EXPERTS[1:3])
@@ -162,7 +162,7 @@ def call_in_thread(remote: RemoteExperts, caller: ThreadPoolExecutor) -> Callabl
 
 
 def test_a_retry_changes_no_bit_of_a_sum_over_three_actors(checkpoint: Path) -> None:
-    """Partial sums are added in the order of the actors, not of their answers."""
+    """Partial sums are added in the order of the actors, not of their replies."""
     names = [f"expert-{i}" for i in range(3)]
     with ExitStack() as running, ThreadPoolExecutor(1) as caller:
         services = {
@@ -203,7 +203,7 @@ def test_a_retry_changes_no_bit_of_a_sum_over_three_actors(checkpoint: Path) -> 
 def test_only_the_pairs_that_moved_are_sent_again_by_the_newer_placement(
     checkpoint: Path, modules: dict[int, nn.Module]
 ) -> None:
-    """An actor that knows a newer placement than the router: the router waits for it, and tells nobody."""
+    """If an actor knows a newer placement, the router waits for that placement and reports no failure."""
     with ExpertCluster(checkpoint, replicas=HALVES) as cluster, ThreadPoolExecutor(1) as caller:
         source = Moving(cluster.placement)
         cluster.services["expert-0"].load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint)))
@@ -241,7 +241,7 @@ def test_an_expert_that_cannot_be_loaded_is_not_waited_for(checkpoint: Path) -> 
 
 @torch.no_grad()
 def test_an_expert_whose_only_actor_does_not_answer_is_not_asked_for(checkpoint: Path) -> None:
-    """It has a replica by the placement: the failure is reported, and the controller looks after the actor."""
+    """The placement has a replica of it, so the router reports the failure and the controller handles the actor."""
     with ExpertCluster(checkpoint, replicas=HALVES) as cluster:
         source = Moving(cluster.placement)
         cluster.services["expert-1"].close()
@@ -284,7 +284,7 @@ def test_a_layer_without_experts_is_an_error(checkpoint: Path) -> None:
 
 
 def test_an_attempt_ends_when_an_actor_is_gone(checkpoint: Path) -> None:
-    """In training no other replica will do: it lacks the gradients so far."""
+    """In training, no other replica can replace the actor: it lacks the gradients accumulated so far."""
     with ExpertCluster(checkpoint, replicas=TWICE, optimizer=SGD) as cluster:
         remote = remote_over(cluster, FixedPlacement(cluster.placement))
         with remote.training(TAG):

@@ -19,24 +19,24 @@ def placement(*replicas: Replica) -> Placement:
 
 
 def test_balancedness_is_mean_over_max_of_the_actors_loads() -> None:
-    cluster_state = placement(
+    current = placement(
         Replica(expert=expert(0, 0), actor="a"),
         Replica(expert=expert(0, 1), actor="b"),
         Replica(expert=expert(1, 0), actor="a"),
         Replica(expert=expert(1, 1), actor="a"),
     )
-    found = layer_balancedness(cluster_state, {expert(0, 0): 30, expert(0, 1): 10, expert(1, 0): 4})
+    found = layer_balancedness(current, {expert(0, 0): 30, expert(0, 1): 10, expert(1, 0): 4})
     assert found == {0: pytest.approx(20 / 30), 1: pytest.approx(0.5)}
 
 
 def test_shares_split_a_load_and_silent_layers_are_left_out() -> None:
-    cluster_state = placement(
+    current = placement(
         Replica(expert=expert(0, 0), actor="a", share=0.75),
         Replica(expert=expert(0, 0), actor="b", share=0.25),
         Replica(expert=expert(0, 1), actor="b"),
         Replica(expert=expert(1, 0), actor="a"),
     )
-    assert layer_balancedness(cluster_state, {expert(0, 0): 40, expert(0, 1): 20}) == {0: pytest.approx(1.0)}
+    assert layer_balancedness(current, {expert(0, 0): 40, expert(0, 1): 20}) == {0: pytest.approx(1.0)}
 
 
 def test_only_what_was_gained_counts() -> None:

@@ -1,4 +1,4 @@
-"""Experts that answer NaN or infinity: their rows come from another replica, or are lost alone."""
+"""Experts that return NaN or infinity: their rows come from another replica, or only these rows are lost."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ def invariant(request: pytest.FixtureRequest) -> bool:
 
 
 def poison(cluster: ExpertCluster, actor: str, value: float = math.nan, expert: ExpertId = SICK) -> None:
-    """From now on one replica's weights hold the value."""
+    """Sets one replica's weights to the value."""
     hosted = cluster.services[actor]._hosted
     version = hosted.get(expert, 0).weight_version
     module = ExpertSource(cluster.directory).load(expert).requires_grad_(False)
@@ -46,7 +46,7 @@ def poison(cluster: ExpertCluster, actor: str, value: float = math.nan, expert: 
 
 
 class Lost:
-    """What an engine is told of."""
+    """Records the lost rows reported to an engine."""
 
     def __init__(self) -> None:
         self.rows: dict[int, str] = {}
@@ -91,7 +91,7 @@ def test_of_several_experts_and_actors_every_sick_replica_is_told_apart(
 ) -> None:
     poison(fakes, "expert-0")
     poison(fakes, "expert-1", expert=EXPERTS[0])
-    for seed in range(8):  # some row of each meets its sick replica
+    for seed in range(8):  # in each, some row is sent to a faulty replica
         check_served(fakes.remote, modules, seed)
     assert {(actor, reason.split()[0]) for actor, _, reason in fakes.placements.failures} == {
         ("expert-0", str(SICK)),
@@ -164,7 +164,7 @@ def test_no_expert_is_to_blame_for_what_came_in(
 def test_a_replica_that_was_wrong_once_answers_itself(
     fakes: ExpertCluster, modules: dict[int, nn.Module], invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flipped bit on the way: the same replica, asked again, says what is right."""
+    """A bit flipped in transit: the same replica returns the right values when asked again."""
     exchange = fakes.remote._exchange
     send = exchange.send_with_failover
 

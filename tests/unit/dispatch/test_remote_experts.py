@@ -1,4 +1,4 @@
-"""Remote experts as a trunk sees them, with actors in this process: gradients, counts, retries and refusals."""
+"""Remote experts from a trunk's point of view, with actors in this process: gradients, counts, retries, refusals."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +97,7 @@ def test_gradients_equal_autograd(training: ExpertCluster, modules: dict[int, nn
 
 
 def test_experts_are_trained_under_a_frozen_trunk(training: ExpertCluster, modules: dict[int, nn.Module]) -> None:
-    """Nothing upstream wants a gradient, and still a graph is recorded."""
+    """Nothing upstream requires a gradient, and still a graph is recorded."""
     batch = tokens()
     with training.remote.training(TAG):
         y_TD = training.remote(LAYER, *batch)
@@ -111,7 +111,7 @@ def test_experts_are_trained_under_a_frozen_trunk(training: ExpertCluster, modul
 def test_gradient_checkpointing_counts_every_gradient_once(
     training: ExpertCluster, modules: dict[int, nn.Module], reentrant: bool
 ) -> None:
-    """It calls forward again in backward."""
+    """Gradient checkpointing repeats forward calls in backward."""
     x_TD, ids_TK, weights_TK = tokens()
     x_TD.requires_grad_()
     with training.remote.training(TAG):
@@ -187,7 +187,7 @@ def test_training_on_actors_that_only_serve_says_that_the_state_is_lost(serving:
 def test_another_thread_is_outside_of_the_step_unless_it_inherits_the_context(
     training: ExpertCluster, modules: dict[int, nn.Module]
 ) -> None:
-    """As autograd's threads of other devices are: a layer computed there is refused, and not left untrained."""
+    """Like autograd's threads for other devices: a layer computed there is refused instead of left untrained."""
     x_TD, ids_TK, weights_TK = tokens()
 
     def train() -> None:

@@ -1,4 +1,4 @@
-"""How an expert's tokens are split over its replicas: by share, and by the token alone."""
+"""An expert's tokens are split over its replicas by share, depending only on the token."""
 
 import pytest
 import torch
@@ -15,20 +15,20 @@ DRAWS = 20_000
 
 
 def drawn_tokens(generator: torch.Generator, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_TD, and weights_TK that are all equal, as of a hash gate or a renormalised top-1: rows tell tokens apart."""
+    """x_TD, and equal weights_TK, as from a hash gate or a renormalized top-1: only rows tell tokens apart."""
     return torch.randn(DRAWS, WIDTH, generator=generator), torch.full((DRAWS, top_k), 1 / top_k)
 
 
 def fractions(
     table: LayerTable, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> dict[str, float]:
-    """Actor -> the part of the assignments that it gets."""
+    """Actor -> its fraction of the assignments."""
     parts = dispatch(table, x_TD, ids_TK, weights_TK)
     return {part.actor: len(part.pair_slots_P) / ids_TK.numel() for part in parts}
 
 
 def assert_binomial(observed: float, share: float, draws: int) -> None:
-    """Within five standard deviations of a count of `draws` with the probability `share`."""
+    """Asserts that a count of `draws` with probability `share` is within five standard deviations."""
     assert abs(observed - share) <= 5 * (share * (1 - share) / draws) ** 0.5
 
 
@@ -58,11 +58,12 @@ def test_observed_fractions_follow_the_shares(shares: tuple[float, ...]) -> None
 def test_distinct_rows_follow_the_shares_of_any_number_of_replicas(
     shares: list[float], constant: bool, dtype: torch.dtype, width: int, seed: int
 ) -> None:
-    """Also where the gate's weights are constant. A replica whose share is 0 gets nothing, if another one has any."""
+    """Also if the gate's weights are constant. A replica with share 0 gets nothing if another one has a positive
+    share."""
     draws, generator = 4_000, torch.Generator().manual_seed(seed)
     names = [f"actor-{i:02d}" for i in range(len(shares))]
     table = layer_table(make_placement([dict(zip(names, shares, strict=True))], names), LAYER)
-    # Few bits a column: width 1 in a short type has fewer distinct rows than draws, so float32 there.
+    # Width 1 in a 16-bit dtype has fewer distinct rows than draws, so it uses float32.
     x_TD = torch.randn(draws, width, generator=generator).to(dtype if width > 1 else torch.float32)
     weights_TK = torch.ones(draws, 1) if constant else torch.rand(draws, 1, generator=generator)
     observed = fractions(table, x_TD, torch.zeros(draws, 1, dtype=torch.int64), weights_TK)
@@ -109,7 +110,7 @@ def test_rows_are_not_looked_at_where_nothing_is_replicated() -> None:
 
 
 def test_two_experts_and_two_layers_split_the_same_tokens_independently() -> None:
-    """Else a token's experts would all fall on the same replica, and the load of actors would be lumpy."""
+    """Otherwise all of a token's experts would choose the same replica index, and actor loads would be uneven."""
     actors = ["a", "b"]
     placement = make_placement([{"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}], actors)
     x_TD, weights_TK = drawn_tokens(torch.Generator().manual_seed(2), 2)

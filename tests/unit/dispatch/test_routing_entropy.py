@@ -1,4 +1,4 @@
-"""How decided gates are, as a router sees it."""
+"""The routing entropy of gates, as a router measures it."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The backend of a trunk: what it passes on to the experts, and what watchers, captures and trials see of its calls."""
+"""The backend of a trunk: its calls of the experts, and what watchers, captures and dry runs see of them."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ LAYER, NUM_EXPERTS = 1, 4
 
 
 class TwiceTheRows:
-    """Answers like RemoteExperts, and keeps what it was asked."""
+    """A fake RemoteExperts that records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[torch.Tensor, int, Any]] = []  # ids_TK, weight version, on_lost
@@ -39,7 +39,7 @@ class TwiceTheRows:
 
 
 class Watcher:
-    """Lets only some rows be computed."""
+    """A watcher that lets only some rows be computed."""
 
     def __init__(self, computed: list[bool] | None) -> None:
         self.computed = computed
@@ -50,7 +50,7 @@ class Watcher:
         return np.array(self.computed) if self.computed is not None else None
 
     def lost(self, layer: int, num_rows: int, reasons: Mapping[int, str]) -> None:
-        """Nothing is lost here."""
+        """Never called: nothing is lost here."""
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def in_another_thread(run: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def in_one_thread(*calls: Callable[[], object]) -> None:
-    """In one that ends, so that a watcher of it goes with it."""
+    """Runs in a thread that ends, so that its watcher ends with it."""
     with ThreadPoolExecutor(1) as other:
         for run in calls:
             other.submit(run).result(TIMEOUT_S)

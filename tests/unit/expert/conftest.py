@@ -1,4 +1,4 @@
-"""A small model's experts, and an actor that serves them."""
+"""A small model's experts, and an expert service that serves them."""
 
 from collections.abc import Iterator
 from pathlib import Path

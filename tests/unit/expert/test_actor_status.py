@@ -1,4 +1,4 @@
-"""What an expert actor's status says: the snapshot that it keeps, and the work that it has done."""
+"""An expert actor's status: the snapshot that it keeps, and its work counters."""
 
 import time
 

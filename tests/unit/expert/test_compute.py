@@ -1,4 +1,4 @@
-"""What an actor computes: merged batches, training passes against autograd, kept activations, and fixed blocks."""
+"""An actor's computation: merged batches, training passes against autograd, kept activations, and fixed blocks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ def pair_experts(batch: ComputeBatch) -> list[int]:
 def dense(
     experts: Mapping[int, nn.Module], batch: ComputeBatch, x_ND: torch.Tensor, weights_P: torch.Tensor
 ) -> torch.Tensor:
-    """The batch pair by pair, in float32, differentiable."""
+    """Computes the batch pair by pair, in float32, differentiably."""
     y_ND = torch.zeros(x_ND.shape)
     for p, expert in enumerate(pair_experts(batch)):
         row = batch.pair_rows_P[p : p + 1]
@@ -50,7 +50,7 @@ def batches(draw: st.DrawFn, phase: Phase = Phase.FORWARD, dtype: torch.dtype = 
     groups = draw(
         st.dictionaries(
             st.integers(0, EXPERTS - 1),
-            # Ascending; a row may come twice: a token that chose an expert twice.
+            # Ascending; a row may repeat if a token chose an expert twice.
             st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows + 2).map(sorted),
             min_size=1,
             max_size=EXPERTS,
@@ -89,7 +89,7 @@ def test_merged_batches_equal_each_by_itself_and_the_dense_sum(waiting: list[Com
 
 
 class Counting(nn.Module):
-    """An expert that doubles, and remembers how many rows it was given at once."""
+    """An expert that doubles its input and records the number of rows of each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_each_expert_runs_once_over_all_that_waits() -> None:
 
 
 def test_a_token_that_chose_an_expert_twice_counts_twice() -> None:
-    """As many pairs as rows, but not every row."""
+    """There are as many pairs as rows, but they do not cover every row."""
     batch = make_batch({0: [0, 0], 1: [1]}, rows=2, width=4)
     weights_P = batch.pair_weights_P
     (result,) = compute.forward({0: Counting(), 1: Counting()}, [batch])
@@ -193,7 +193,7 @@ def test_activations_computed_again_give_the_same_bits_as_kept_ones(batch: Compu
 
 
 def test_activations_do_not_need_the_sender_s_memory_any_more() -> None:
-    """Rows may lie in shared memory, which is written anew after the reply."""
+    """Rows may lie in shared memory, which is overwritten after the reply."""
     experts = make_experts()
     batch = make_batch({0: [0, 1], 3: [1]}, rows=2, width=WIDTH, phase=Phase.BACKWARD)
     expected = compute.backward(experts, batch, compute.train_forward(experts, batch)[1])
@@ -214,7 +214,7 @@ def test_frozen_experts_pass_gradients_on_and_keep_none() -> None:
 
 
 class Constant(nn.Module):
-    """An expert that lets no gradient through."""
+    """An expert that propagates no gradient to its input."""
 
     def forward(self, x_nD: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(x_nD)
@@ -307,7 +307,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "packed"])
 def wide_expert(request: pytest.FixtureRequest, dtype: torch.dtype) -> Expert:
-    """Wide enough for several kernels to be chosen from by the number of rows."""
+    """An expert wide enough that the kernel depends on the number of rows."""
     torch.manual_seed(3)
     expert = make_expert("glu", hidden_size=128, inner_size=192, activation="silu").to(dtype).requires_grad_(False)
     if request.param:
@@ -339,7 +339,7 @@ def test_blocks_have_only_the_sizes_that_were_proven() -> None:
 
     x_nD = torch.arange(600.0)[:, None]
     assert torch.equal(BlockRunner()(watched, x_nD), x_nD + 1)
-    assert seen == [512, 64, 8, 8, 8]  # the last one padded is not needed: 600 = 512 + 64 + 3 * 8
+    assert seen == [512, 64, 8, 8, 8]  # no padding needed: 600 = 512 + 64 + 3 * 8
     seen.clear()
     assert torch.equal(BlockRunner((8, 64))(watched, x_nD[:75]), x_nD[:75] + 1)
     assert seen == [64, 8, 8]
@@ -363,7 +363,7 @@ def rounds_like(size_that_differs: int) -> object:
     [(64, (8, 512)), (512, (8, 64)), (8, (8,)), (16, BLOCK_ROWS)],
 )
 def test_the_proof_finds_sizes_that_round_differently(size_that_differs: int, proven: tuple[int, ...]) -> None:
-    """Here in the last bit of the last row of a block."""
+    """Here they differ in the last bit of the last row of a block."""
     row_function = rounds_like(size_that_differs)
     assert callable(row_function)
     assert prove(row_function, 16, torch.float32) == proven

@@ -1,4 +1,4 @@
-"""The queue of an expert actor: bounded, fair, and merged over routers."""
+"""The queue of an expert actor: bounded, fair, and merged across routers."""
 
 import threading
 import time
@@ -72,7 +72,7 @@ def test_training_batches_keep_their_order_and_company_waits() -> None:
 
 
 def test_equal_batches_of_two_routers_are_two_batches() -> None:
-    """Routers number their messages by themselves."""
+    """Routers number their messages independently."""
     entries = [waiting(2, request_id=1, arrived_s=5.0) for _ in range(2)]
     assert entries[0] != entries[1]
     taken = queue_of(entries).take()

@@ -1,4 +1,4 @@
-"""The expert actor's role in one process: merging, bounds, refusals, and the orders of a controller."""
+"""The expert service in one process: merging, limits, refusals, and a controller's requests."""
 
 import time
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def test_what_waits_for_one_layer_is_computed_at_once(
         return really_forward(experts, batches, run)
 
     monkeypatch.setattr(compute, "forward", watched)
-    # Equal request ids: routers number their messages by themselves.
+    # Equal request ids: routers number their messages independently.
     batches = [batch_of(rows, seed=rows, request_id=1) for rows in (1, 2, 3, 4)]
     with Occupied(service):
         futures = [submit(service, batch) for batch in batches]
@@ -175,7 +175,7 @@ def test_computed_pairs_are_counted(checkpoint: Path) -> None:
     assert 'moecluster_actor_queue_rows{actor="expert-7",cluster="",model="m"} 0.0' in metrics.render()
 
 
-# -- orders of the controller --
+# -- requests of the controller --
 
 
 def test_orders_of_an_older_controller_are_refused(service: ExpertService, checkpoint: Path) -> None:
@@ -189,7 +189,7 @@ def test_orders_of_an_older_controller_are_refused(service: ExpertService, check
             order()
     status = service.status()
     assert (status.placement, status.checkpoint, status.experts) == ((5, 2), "c", EXPERTS)
-    service.set_placement(PlacementNotice(term=5, generation=1, checkpoint="older"))  # overtaken on its way
+    service.set_placement(PlacementNotice(term=5, generation=1, checkpoint="older"))  # delayed and outdated
     assert (service.status().placement, service.status().checkpoint) == ((5, 2), "c")
     service.set_placement(PlacementNotice(term=6, generation=1, checkpoint="d"))
     assert (service.status().placement, service.status().checkpoint) == ((6, 1), "d")
@@ -200,7 +200,7 @@ def test_loading_again_changes_nothing_unless_told_to(service: ExpertService, ch
     assert held == 4 * 3 * 32 * 24 * 4  # experts x matrices x D x F x float32
     assert service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint))) == 0
     assert service.load(LoadRequest(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), replace=True)) == held // 4
-    service.unload(term=1, experts=[*EXPERTS[:2], ExpertId(layer=9, index=9)])  # unknown ones are fine
+    service.unload(term=1, experts=[*EXPERTS[:2], ExpertId(layer=9, index=9)])  # unknown ones are ignored
     assert service.status().experts == EXPERTS[2:]
     assert service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint))) == held // 2
     assert service.status().hosted_bytes == held

@@ -1,4 +1,4 @@
-"""An actor that holds experts in several weight versions."""
+"""An expert actor with experts in several weight versions."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tests.support.models.families import make_model, save
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of the versions 1, 2 and 3."""
+    """Checkpoint directories of the weight versions 1, 2 and 3."""
     root = tmp_path_factory.mktemp("models")
     for seed in range(3):
         save(make_model("moecluster", seed), root / str(seed), "per-expert")
@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def service(checkpoints: list[Path]) -> Iterator[ExpertService]:
-    """Serves version 1, and has loaded version 2 beside it."""
+    """A service that serves version 1 and has also loaded version 2."""
     with closing(ExpertService(is_given=any_directory, name="expert-0")) as service:
         stand(service, 1, (1,))
         for version in (1, 2):
@@ -76,7 +76,7 @@ def test_a_dropped_version_is_gone_for_good_and_its_memory_returns(service) -> N
     assert service.status().other_versions == {} and service.status().hosted_bytes == one_version
     with pytest.raises(StaleRequest, match="weight version 1 is not served any more: 2 is"):
         ask(service, batch_of(weight_version=1))
-    stand(service, 1, (1,), generation=1)  # overtaken on its way
+    stand(service, 1, (1,), generation=1)  # delayed and outdated
     assert service.status().experts == EXPERTS
     with pytest.raises(InvalidMessage, match="weight_version: 3 is none of"):
         stand(service, 3, (2,), generation=4)
@@ -102,7 +102,7 @@ def test_what_came_before_a_version_was_named_is_of_the_one_that_is_served(check
         assert (service.status().weight_version, service.status().experts) == (5, EXPERTS)
         assert service.status().training_term == 1 and service._training.holds(EXPERTS[0])
         check(service, checkpoints, 1, batch_of(weight_version=5))
-        # What was trained is served no more once the next version has taken its place.
+        # Trained experts are no longer served once the next version has replaced them.
         service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoints[1]), weight_version=6))
         assert service._training.holds(EXPERTS[0])
         stand(service, 6, (6,), generation=2)
@@ -121,7 +121,7 @@ def test_the_peer_s_version_is_named(service) -> None:
 
 
 def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(checkpoints, tmp_path) -> None:
-    # What shares a shard with an expert that is replaced is written anew: one expert a shard is best.
+    # Experts in the same shard as a replaced one are rewritten too: one expert per shard is best.
     make_model("moecluster", 0).save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     make_model("moecluster", 1).save_pretrained(tmp_path / "others", max_shard_size="10KB")
     compose(tmp_path / "shards", tmp_path / "others", tmp_path / "mixed", experts=EXPERTS[2:3], keep_trunk=True)
@@ -140,7 +140,7 @@ def test_experts_that_both_versions_read_from_the_same_bytes_are_held_once(check
         assert service.status().hosted_bytes == whole
         modules = load_modules(checkpoints[0]) | {2: load_modules(checkpoints[1])[2]}
         check_rows(modules, batch_of(), ask(service, batch_of()))
-        # A file that was written anew is another origin, though its name is the same.
+        # A rewritten file is another origin, although its name is the same.
         for file in (tmp_path / "mixed").glob("*.safetensors"):
             content = file.read_bytes()
             file.unlink()
@@ -165,6 +165,6 @@ def test_a_directory_that_was_written_anew_is_opened_anew(checkpoints, tmp_path)
         stand(service, 2, (1, 2), generation=2)
         check(service, checkpoints, 2, batch_of())
         save_file(tensors, file, metadata={"format": "pt"})
-        for _ in range(2):  # its other experts are those of the old weights
+        for _ in range(2):  # its other experts have the old weights
             with pytest.raises(CheckpointError, match="has changed since it was opened"):
                 load_again(EXPERTS[2:], 1)

@@ -1,4 +1,4 @@
-"""An expert actor in training: exactly-once gradients, weights that change at commit, state that leaves and returns."""
+"""An expert actor in training: exactly-once gradients, weights that change at commit, export and reload of state."""
 
 import gc
 import shutil
@@ -189,7 +189,7 @@ def test_an_attempt_that_is_over_is_refused(trainer: ExpertService) -> None:
     assert trainer.status(training_term=7).training_term == 7
     with pytest.raises(StaleRequest, match="training term 1 is superseded by term 7"):
         ask(trainer, tagged(Phase.TRAIN_FORWARD, tag=replace(TAG, step=2)))
-    with pytest.raises(StaleRequest, match="training term 6 is over"):
+    with pytest.raises(StaleRequest, match="training term 6 is superseded"):
         trainer.status(training_term=6)
 
 
@@ -211,7 +211,7 @@ def test_an_actor_that_does_not_train_says_that_the_state_is_lost(service: Exper
     ):
         with pytest.raises(StateLost):
             order()
-    service.abort(TAG)  # nothing to abort is fine
+    service.abort(TAG)  # with nothing to abort
 
 
 def test_experts_that_were_only_served_are_loaded_anew_for_training(
@@ -224,7 +224,7 @@ def test_experts_that_were_only_served_are_loaded_anew_for_training(
     assert_same_fields(run_forward_and_backward(service), run_forward_and_backward(trainer))
 
 
-# -- state that leaves and comes back --
+# -- export and reload of state --
 
 
 def test_export_gives_the_checkpoint_s_weights(service: ExpertService, modules: dict[int, nn.Module]) -> None:
@@ -248,7 +248,7 @@ def test_only_the_committed_step_is_exported(trainer: ExpertService) -> None:
 
 
 def write_checkpoint(source: Path, target: Path, tensors: dict[tuple[ExpertId, str], torch.Tensor], step: int) -> None:
-    """The source's trunk with exported experts and their optimizer state."""
+    """Writes the source's trunk with exported experts and their optimizer state."""
     shutil.copytree(source, target)
     layout = ExpertLayout(read_loadable_config(source))
     own = {e: {name: v for (owner, name), v in tensors.items() if owner == e and "/" not in name} for e in EXPERTS}

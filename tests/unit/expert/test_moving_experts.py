@@ -1,4 +1,4 @@
-"""Experts that come while an actor serves: copies from a peer, loads among other orders."""
+"""Loading experts while an actor serves: copies from a peer, and loads concurrent with other requests."""
 
 import threading
 import time
@@ -35,7 +35,7 @@ from tests.support.expert.small_actor import (
 
 
 class HeldPeer:
-    """A peer that gives its first expert at once, and the others when it is let go. Its own connection."""
+    """A peer (and its connection) that sends its first expert at once, and the others when released."""
 
     def __init__(self, service: ExpertService) -> None:
         self.address = ActorAddress(actor="peer", address="", incarnation=service.incarnation)
@@ -70,7 +70,7 @@ class HeldPeer:
 
 
 class Move:
-    """An actor without experts, and a peer that holds all and is slow to give them."""
+    """An actor without experts, and a peer that holds all and sends them slowly."""
 
     def __init__(self, checkpoint: Path, stack: ExitStack) -> None:
         self.checkpoint = checkpoint
@@ -87,7 +87,7 @@ class Move:
         return self.service.load(replace(request, **changes))
 
     def begin_load(self, **changes: Any) -> "Future[int]":
-        """Begins a load that stands still in the copy of the second expert."""
+        """Begins a load that blocks in the copy of the second expert."""
         load = self._threads.submit(self.load, **changes)
         assert self.peer.asked.wait(TIMEOUT_S)
         return load
@@ -102,7 +102,7 @@ def move(checkpoint: Path) -> Iterator[Move]:
         yield Move(checkpoint, stack)
 
 
-# -- loads among other orders --
+# -- loads concurrent with other requests --
 
 
 def test_other_orders_and_batches_go_on_while_experts_come(move: Move) -> None:
@@ -122,7 +122,7 @@ def test_a_load_of_a_controller_that_is_over_stops_at_once(move: Move) -> None:
     load = move.begin_load()
     move.service.set_placement(PlacementNotice(term=2, generation=1))
     with pytest.raises(StaleRequest, match="controller term 1 is superseded by term 2"):
-        load.result(TIMEOUT_S)  # while the peer still gives nothing
+        load.result(TIMEOUT_S)  # while the peer still sends nothing
     assert move.service.status().experts == EXPERTS[:1]
     move.peer.go.set()
     assert move.load(term=2) > 0 and move.service.status().experts == EXPERTS
@@ -134,14 +134,14 @@ def test_a_load_that_waits_for_its_turn_is_fenced_too(move: Move) -> None:
         time.sleep(0.002)
     move.service.unload(term=2, experts=[])
     for load in loads:
-        with pytest.raises(StaleRequest, match="controller term 1 is over"):
+        with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
             load.result(TIMEOUT_S)
     assert move.service.status().experts == EXPERTS[:1]
 
 
 def test_what_is_unloaded_while_it_is_loaded_does_not_come(move: Move) -> None:
     load = move.begin_load()
-    move.service.unload(term=1, experts=EXPERTS[:3])  # one that came, one that is coming, one not yet asked for
+    move.service.unload(term=1, experts=EXPERTS[:3])  # one copied, one being copied, one not requested yet
     move.peer.go.set()
     with pytest.raises(StaleRequest, match=r"unloaded while they were loaded: 1/0, 1/1, 1/2 \(layer/index\)"):
         load.result(TIMEOUT_S)
@@ -172,7 +172,7 @@ def test_an_expert_that_is_named_twice_comes_once(move: Move) -> None:
     assert move.peer.copies == Counter(EXPERTS)
 
 
-# -- what a peer gives --
+# -- what a peer sends --
 
 
 def parameters(service: ExpertService) -> dict[tuple[ExpertId, str], torch.Tensor]:
@@ -241,7 +241,7 @@ def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> No
     with pytest.raises(StaleRequest, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
         move.load()
     assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS[:1], 2)
-    move.load(weight_version=3)  # beside the other
+    move.load(weight_version=3)  # besides the other
     assert (move.service.status().experts, move.service.status().weight_version) == (EXPERTS, 3)
     assert move.service.status().other_versions == {2: EXPERTS[:1]}
 
@@ -286,5 +286,5 @@ def test_a_throttled_copy_ends_with_its_order(move: Move) -> None:
     while move.peer.copies[EXPERTS[0]] < 2:
         time.sleep(0.002)
     move.service.set_placement(PlacementNotice(term=2, generation=1))
-    with pytest.raises(StaleRequest, match="controller term 1 is over"):
+    with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
         load.result(TIMEOUT_S)

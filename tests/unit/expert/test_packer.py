@@ -1,4 +1,4 @@
-"""Experts that are packed while they serve: the same answers, one form in the end, and nothing kept alive."""
+"""Packing experts while they serve: the same results, one layout in the end, and no unloaded expert kept alive."""
 
 import gc
 import threading

@@ -1,4 +1,4 @@
-"""Unloads while an actor serves: they drain what is queued, and give the memory back."""
+"""Unloads while an actor serves: they drain queued batches and return the memory."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +84,7 @@ def test_an_unload_of_a_controller_that_is_over_drops_nothing(service: ExpertSer
         while not service._orders._unloads:
             time.sleep(0.002)
         service.set_placement(PlacementNotice(term=2, generation=1))
-        with pytest.raises(StaleRequest, match="controller term 1 is over"):
+        with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
             unload.result(TIMEOUT_S)
         assert service.status().experts == EXPERTS
 
@@ -99,8 +99,8 @@ def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) ->
     build_model(WIDE, seed=0).save_pretrained(tmp_path)
     experts = tuple(ExpertId(layer=0, index=index) for index in range(WIDE.num_experts))
     process = psutil.Process()
-    # Packed by the loading thread. Where another does it, memory goes back only in an actor, whose threads share one
-    # arena of malloc (actors/settings.py).
+    # Packed by the loading thread. If another thread packs, memory is returned only in an actor process, whose threads
+    # share one malloc arena (actors/settings.py).
     with closing(ExpertService(is_given=any_directory, name="expert-0", batch_invariant=True)) as service:
 
         def load() -> int:
@@ -110,7 +110,7 @@ def test_the_memory_of_unloaded_experts_goes_back(tmp_path: Path, dtype: str) ->
             rows = torch.float32 if dtype == "float32" else torch.bfloat16
             ask(service, make_batch({0: [0, 1], 5: [0]}, rows=2, width=WIDE.hidden_size, layer=0, dtype=rows))
 
-        load()  # what the first use of everything keeps is not of experts
+        load()  # so that first-use caches are not counted as expert memory
         compute()
         service.unload(term=1, experts=experts)
         before_bytes = process.memory_info().rss

@@ -1,4 +1,4 @@
-"""Experts of unusual forms are served: without parameters, or with rows that depend on how many there are."""
+"""Unusual experts are served: without parameters, or with results that depend on the number of rows."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.support.expert.small_actor import (
 
 
 class Uneven(nn.Module):
-    """An expert whose rows depend on how many there are beyond 100."""
+    """An expert whose results depend on the number of rows beyond 100."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Uneven(nn.Module):
 
 
 def give(monkeypatch: pytest.MonkeyPatch, made: dict[int, nn.Module]) -> None:
-    """Has checkpoints give these modules for some experts."""
+    """Makes checkpoints return these modules for some experts."""
     really_load = ExpertSource.load
 
     def load(self: ExpertSource, expert: ExpertId, dtype: torch.dtype = torch.float32) -> nn.Module:

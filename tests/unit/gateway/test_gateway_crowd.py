@@ -1,4 +1,4 @@
-"""Who goes when there is no room: the oldest of those that fill it, not who came last."""
+"""Which place is ended when there is no room: the oldest of the party that holds most, not the newest."""
 
 from moecluster.gateway.crowd import Crowd, Place, party_of_address
 

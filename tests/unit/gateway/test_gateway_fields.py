@@ -1,4 +1,4 @@
-"""Every field of a body is followed, or asks for what is done anyway, or is refused by its name."""
+"""Every field of a body is honored, or asks for the default behavior, or is refused by name."""
 
 import typing
 from typing import Any

@@ -1,4 +1,4 @@
-"""Who may ask: keys of a file, and where there need not be any."""
+"""API keys: read from a file, and when none are required."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What bodies become: requests to routers, errors in OpenAI's form, events."""
+"""Translation of bodies to router requests, of errors to OpenAI's format, and of chunks to events."""
 
 import json
 from typing import Any

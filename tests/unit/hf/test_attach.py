@@ -1,4 +1,4 @@
-"""Attaching: every experts module is found and numbered, and a family that would ignore us is refused by name."""
+"""Attaching: every experts module is found and numbered; a family that would ignore the backend is refused by name."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.support.models.parity import batch_for
 
 
 class Recorder:
-    """A backend that remembers what it was asked."""
+    """A backend that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, torch.Size, torch.Size]] = []

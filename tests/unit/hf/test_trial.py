@@ -1,4 +1,4 @@
-"""What a trial leaves behind: nothing, whether it succeeds, fails at its beginning or in its thread."""
+"""A trial leaves nothing behind, whether it succeeds, fails at its start or fails in its thread."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""A batch's journal: whatever byte a crash stops it at, no line is repeated or lost."""
+"""A batch's journal: whichever byte a crash stops it at, no line is repeated or lost."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def finish(batch: BatchInput, out: Path) -> list[int]:
-    """Does what is left to do. Returns what that was."""
+    """Processes the remaining lines; returns them."""
     with Journal(out, batch) as journal:
         left = list(journal.pending())
         for index in left:
@@ -129,7 +129,7 @@ def test_a_disk_that_refuses_ends_the_journal_without_losing_what_is_on_it(batch
         ):
             patched.setattr("os.pwrite", full)
             journal.append([(1, output_of(batch, 1))])
-        with pytest.raises(ResourceError, match="No space left"):  # also when there is space again: the end may be torn
+        with pytest.raises(ResourceError, match="No space left"):  # even with free space again: the end may be torn
             journal.append([(2, output_of(batch, 2))])
     assert finish(batch, out) == [1, 2, 3, 4, 5]
 

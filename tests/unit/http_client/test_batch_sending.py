@@ -1,4 +1,4 @@
-"""A line that cannot be sent, or whose answer is strange, is the trouble of that line alone."""
+"""A line that cannot be sent, or whose response is malformed, fails alone."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ Serve = Callable[[httpx.Request], httpx.Response]
 
 
 def line(custom_id: str, rest: bytes = b"") -> bytes:
-    """One of the input. rest: more of its body, as it is written."""
+    """An input line. rest: more of its body, verbatim."""
     begin = f'{{"custom_id": "{custom_id}", "method": "POST", "url": "/v1/completions", "body": {{"prompt": "a"'
     return begin.encode() + (b", " + rest if rest else b"") + b"}}\n"
 
@@ -52,7 +52,7 @@ UNSENDABLE = [
     (b'"x": NaN', "NaN"),
     (b'"x": [-Infinity]', "-Infinity"),
     (b'"x": 1e999', "too large"),
-    (b'"temperature": 0, "temperature": 2', '"temperature" stands twice'),
+    (b'"temperature": 0, "temperature": 2', '"temperature" appears twice'),
 ]
 
 
@@ -125,7 +125,7 @@ def test_whatever_is_answered_is_noted_and_can_be_read_again(tmp_path, content, 
     assert "NaN" not in out.read_text() or isinstance(answer["response"]["body"], str), "an output is JSON"
     assert message_of(answer["response"]["body"]).isprintable()
     with BatchInput(source) as batch:
-        journal_path(out).write_text("")  # as if this was the journal's last line: it is taken in again
+        journal_path(out).write_text("")  # as if this was the journal's last line: it is read again
         with Journal(out, batch) as journal:
             journal.append([(0, answer)])
         with Journal(out, batch) as journal:

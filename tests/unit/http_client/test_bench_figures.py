@@ -1,4 +1,4 @@
-"""The figures of a load: percentiles, goodput, and that a late request is counted from when it was due."""
+"""Benchmark figures: percentiles, goodput, and late requests measured from when they were due."""
 
 import itertools
 import random
@@ -40,7 +40,7 @@ def test_percentiles_lie_between_their_neighbours() -> None:
 
 
 def test_times_count_from_when_a_request_was_due_not_from_when_it_was_sent() -> None:
-    """Else a service that stalls the load would have fewer slow requests to show for it."""
+    """Otherwise a service that stalls the load generator would appear to have fewer slow requests."""
     late = measured(1.5, [0.1, 0.3], due_s=2.0, late_s=1.0)
     assert late.time_to_first_token_s == pytest.approx(1.5) and late.request_s == pytest.approx(1.9)
     assert late.inter_token_s == pytest.approx([0.1, 0.3]) and late.time_per_token_s == pytest.approx(0.2)
@@ -71,7 +71,7 @@ def test_goodput_counts_requests_that_keep_every_limit_and_no_failed_one(limits:
     requests = [
         measured(0.1, [0.1, 0.1]),
         measured(0.1, [0.01, 0.01]),
-        measured(0.01, []),  # one token: nothing follows that could be late
+        measured(0.01, []),  # one token: no inter-token time
         measured(1.0, [0.2]),
         measured(0.01, [0.01], error="connection lost"),
     ]
@@ -95,7 +95,7 @@ def test_arrivals_have_the_rate_and_are_the_same_again() -> None:
     times_s = list(itertools.islice(poisson_arrivals(50.0, 3), 5000))
     gaps_s = [after - before for before, after in itertools.pairwise(times_s)]
     assert statistics.mean(gaps_s) == pytest.approx(1 / 50, rel=0.05)
-    assert statistics.stdev(gaps_s) == pytest.approx(1 / 50, rel=0.05)  # as of exponential gaps
+    assert statistics.stdev(gaps_s) == pytest.approx(1 / 50, rel=0.05)  # as for exponential gaps
     assert times_s == list(itertools.islice(poisson_arrivals(50.0, 3), 5000))
 
 
@@ -126,7 +126,7 @@ def test_ranges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("output", "seconds"),
     [
         ("7", 7.0),
         ("0.5", 0.5),

@@ -1,4 +1,4 @@
-"""Models built by several threads at once."""
+"""Building models in several threads at once."""
 
 from concurrent.futures import ThreadPoolExecutor
 

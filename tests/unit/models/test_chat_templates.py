@@ -1,4 +1,4 @@
-"""Whichever form a chat template wants, the prompt is what transformers makes of the right one."""
+"""Whichever message format a chat template expects, the prompt is the one that transformers renders from it."""
 
 import json
 from typing import Any
@@ -20,13 +20,13 @@ BOTH = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}<{{ p['text'] }}>{% endfor %}{% endif %}{% endfor %}" + HEAD
 )
-# The system's message is a text, all others are parts; and it must come first.
+# The system message is a string, all others are lists of parts; and it must come first.
 MIXED = (
     "{% for m in messages %}{% if m.role == 'system' %}{% if not loop.first %}{{ raise_exception('first') }}{% endif %}"
     "[system]{{ m.content }}{% else %}[{{ m.role }}]{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
     "{% endfor %}" + HEAD
 )
-# By a macro and another name, where nothing of `content` is looped over in sight.
+# By a macro and under another name: no visible loop over `content`.
 MACRO = (
     "{% macro show(c) %}{% for p in c %}{{ p['text'] }}{% endfor %}{% endmacro %}"
     "{% for m in messages %}{% set body = m['content'] %}[{{ m.role }}]{{ show(body) }}{% endfor %}" + HEAD

@@ -1,4 +1,4 @@
-"""Checkpoint directories that are missing, torn or of another shape: one clear line each, before anything is built."""
+"""Checkpoint directories that are missing, torn or of another shape: one clear line each, before building anything."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK:
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One Mixtral three times: keys per expert, fused, and per expert in many shards."""
+    """One Mixtral in three layouts: keys per expert, fused, and per expert in many shards."""
     root = tmp_path_factory.mktemp("mixtral")
     model = make_model("mixtral")
     save(model, root / "per-expert", "per-expert")

@@ -1,4 +1,4 @@
-"""Damaged bytes in a checkpoint of ours are found by whoever reads them; files of others are read as they are."""
+"""Every reader detects damaged bytes in this project's checkpoints; other files are read without checks."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK:
 
 
 def write(directory: Path, source: Path, model: PreTrainedModel) -> Path:
-    """A checkpoint of training at step 3, out of what `source` holds."""
+    """Writes a training checkpoint at step 3 from `source`."""
     experts = ExpertSource(source)
     trunk = load_trunk(source, no_experts)
 
@@ -79,7 +79,7 @@ def read_everything(directory: Path) -> None:
 
 
 def flip(file: Path, at: int, zeros: int = 0) -> bytes:
-    """Changes one bit, or zeroes bytes; returns what was there."""
+    """Flips one bit, or zeroes bytes; returns the original content."""
     whole = file.read_bytes()
     changed = bytearray(whole)
     if zeros:
@@ -140,7 +140,7 @@ def test_a_damaged_header_and_a_damaged_state_are_found(written: Path) -> None:
     found = read_training_state(written)
     assert found is not None and (found.step, found.settings) == (3, {"train.seed": 0.1})
     content = json.loads(text)
-    del content["crc32"]  # as it was written before there were checksums
+    del content["crc32"]  # as written before checksums existed
     state.write_text(json.dumps(content))
     assert read_training_state(written) == found
     state.write_text(text)

@@ -1,4 +1,4 @@
-"""Checkpoints put together out of two: every reader finds the wanted weights, whatever the layout."""
+"""Checkpoints composed of two: every reader finds the right weights, in every layout."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_experts_and_trunk_come_from_where_they_are_wanted(stored, tmp_path, fam
     wanted = load_trunk(served if keep_trunk else update, no_experts).state_dict()
     assert trunk.keys() == wanted.keys() and all(torch.equal(trunk[name], wanted[name]) for name in wanted)
     assert json.loads((out / "tokenizer.json").read_text()) == {"of": 0 if keep_trunk else 1}
-    # Any other reader sees the same: each tensor stands in one file.
+    # Any other reader sees the same: each tensor is in one file only.
     register_native_family()
     model = AutoModelForCausalLM.from_pretrained(out).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(served if keep_trunk else update).state_dict()

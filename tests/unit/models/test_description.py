@@ -1,4 +1,4 @@
-"""Parameter arithmetic from configurations alone, against the figures that the systems' authors publish."""
+"""Parameter counts from configurations alone, against the figures published by the models' authors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Experts read without transformers: the same as through it, and only where everything fits."""
+"""Experts read without transformers equal those read through it; unsupported ones fall back to it."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Layout], 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A Mixtral of the test's own, keys per expert."""
+    """A Mixtral of this test alone, with keys per expert."""
     save(make_model("mixtral"), tmp_path, "per-expert")
     return tmp_path
 
@@ -61,7 +61,7 @@ def read(directory: Path) -> SwigluExperts | None:
 def test_an_expert_is_the_one_that_transformers_makes(
     stored: Callable[[str, Layout], Path], family: str, layout: Layout
 ) -> None:
-    """Layers, bytes, parameters in their order, and outputs: bit for bit."""
+    """Equal layers, sizes, parameter order, and outputs, bit for bit."""
     checkpoint = Checkpoint.open(stored(family, layout))
     ours, theirs = swiglu_experts(checkpoint), FamilyExperts(checkpoint)
     assert ours is not None
@@ -80,7 +80,7 @@ def test_an_expert_is_the_one_that_transformers_makes(
 def test_layers_beyond_the_model_are_left_out(
     stored: Callable[[str, Layout], Path], tmp_path: Path, layout: Layout
 ) -> None:
-    """DeepSeek-V3 and GLM-4.5 keep a layer for multi-token prediction behind the last one."""
+    """DeepSeek-V3 and GLM-4.5 have a layer for multi-token prediction after the last one."""
     tensors = load_file(stored("deepseek_v3", layout) / SINGLE_FILE_NAME)
     further = {
         key.replace("layers.2.", "layers.3."): value.clone() for key, value in tensors.items() if "layers.2." in key
@@ -126,7 +126,7 @@ def test_tensors_that_do_not_fit_are_left_to_transformers(directory: Path, value
 
 
 def test_another_activation_is_computed(directory: Path) -> None:
-    """What is left to transformers still comes out of the same source, and is another function."""
+    """An expert left to transformers still comes from the same source, and computes another function."""
     x_nD = torch.ones(1, 32)
     silu = ExpertSource(directory).load(EXPERT)(x_nD)
     change_config(directory, hidden_act="gelu")
@@ -171,7 +171,7 @@ def test_a_file_that_shrinks_after_it_was_opened(directory: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "moecluster"])
 def test_an_expert_actor_does_without_transformers(stored: Callable[[str, Layout], Path], family: str) -> None:
-    """Nor does it import what comes with it: imports are most of its memory and of its start."""
+    """Nor does it import its dependencies: imports dominate an actor's memory and start-up time."""
     program = """
 import sys
 import actors.expert_actor

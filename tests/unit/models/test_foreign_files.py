@@ -1,4 +1,4 @@
-"""Files of models that others wrote, or that were half copied: one line that names the file."""
+"""Model files written by others, or incompletely copied: errors are one line that names the file."""
 
 import itertools
 import json
@@ -150,7 +150,7 @@ def test_a_whole_model_is_usable(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose language model is an MoE, as its family is published."""
+    """A multimodal model whose language model is an MoE, as published by its family."""
     directory = tmp_path_factory.mktemp("seeing")
     text = {
         "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
@@ -190,7 +190,7 @@ def test_its_experts_are_read_without_transformers_as_with_it(seeing: Path) -> N
 
 
 def test_what_it_is_written_as_is_a_language_model_and_takes_its_place(seeing: Path, tmp_path: Path) -> None:
-    """Trunk and experts under keys of one kind, those that transformers writes for the language model alone."""
+    """Trunk and experts use the same kind of keys, those that transformers writes for the language model alone."""
     source = ExpertSource(seeing)
     trunk = load_trunk(seeing, shard_backend(source))
     layout = ExpertLayout(trunk.config)
@@ -238,7 +238,7 @@ def test_what_transformers_opens_no_language_model_of_is_refused(tmp_path: Path,
 
 
 def shard_backend(source: ExpertSource) -> Backend:
-    """Each pair of token and expert by itself."""
+    """A backend that computes each (token, expert) pair separately."""
 
     def run(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         y_TD = torch.zeros_like(x_TD)
@@ -291,7 +291,7 @@ def test_a_model_of_a_download_cache_has_its_models_name(original: Path, tmp_pat
     assert model_name(str(original)) == "model"
     assert (model_name("demo"), model_name("settings/mixtral.v2.toml")) == ("demo", "mixtral.v2")
     monkeypatch.chdir(link)
-    assert model_name(".") == "Tiny-MoE-1.5"  # where one is, all links are resolved
+    assert model_name(".") == "Tiny-MoE-1.5"  # for the current directory, all links are resolved
     with pytest.raises(CheckpointError, match=rf"has no config\.json: give .*{snapshot.name}"):
         Checkpoint.open(snapshot.parent.parent)
     snapshot.parent.parent.rename(tmp_path / "hub" / "models--tiny")

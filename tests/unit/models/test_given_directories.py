@@ -12,14 +12,14 @@ from tests.support.clusters.given import any_directory
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """given, given-not (a look-alike) and secret, side by side, with links in and out of the given one."""
+    """given, given-not (a look-alike) and secret, side by side, with links into and out of the given one."""
     for name in ("given/step-1", "given-not", "secret/model"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "given/out").symlink_to(tmp_path / "secret")
     (tmp_path / "given/within").symlink_to("step-1")
     (tmp_path / "given/loop").symlink_to("loop")
     (tmp_path / "way-in").symlink_to(tmp_path / "given")
-    (tmp_path / "given/step-1/weights").symlink_to(tmp_path / "secret/model")  # as the hub's cache has its files
+    (tmp_path / "given/step-1/weights").symlink_to(tmp_path / "secret/model")  # like the files in the hub's cache
     return tmp_path
 
 
@@ -33,7 +33,7 @@ def root(tmp_path: Path) -> Path:
         "given/step-1",
         "given/step-1/../../given",
         "given/within",
-        "given/step-9",  # not there: opening it will say so
+        "given/step-9",  # does not exist: opening it will report that
         "given/step-9/deeper",
         "given/loop",
         "way-in",

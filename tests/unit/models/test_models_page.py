@@ -1,4 +1,4 @@
-"""docs/models.md: every family of the installed transformers, as it was tried, and refusals as the code words them."""
+"""docs/models.md lists every family of the installed transformers as tested, with the code's own refusals."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_families_of_the_tests_are_equal_on_it() -> None:
 
 
 def test_nothing_on_it_is_wrong() -> None:
-    """A family either equals transformers or is refused, and no text changes with the company it is written in."""
+    """A family either equals transformers or is refused, and no output depends on the other requests of its batch."""
     for trial in read_results():
         assert trial.experts in ("equal", "refused"), json.dumps(trial.to_table())
         assert trial.batching in ("", "continuous", "padded", "padded, equal lengths"), json.dumps(trial.to_table())

@@ -1,4 +1,4 @@
-"""Our own model family: built whole or in parts, saved, loaded, generated from, attached; every preset of it trains."""
+"""The native model family: building whole or in parts, saving, loading, generating, attaching; every preset trains."""
 
 import dataclasses
 from pathlib import Path

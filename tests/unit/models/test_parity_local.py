@@ -79,7 +79,7 @@ def test_one_expert_perturbed_by_a_hundredth_is_noticed(reference: Reference, sa
 def test_trunk_and_experts_saved_apart_load_as_one_model(
     reference: Reference, saved: Callable[[Layout], Path], layout: Layout, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What source and trunk say to save, transformers alone reads back, every weight bit for bit."""
+    """transformers alone reads back what source and trunk export, every weight bit for bit."""
     model, _ = reference
     experts = LocalExperts(saved(layout))
     content = ExpertLayout(model.config)

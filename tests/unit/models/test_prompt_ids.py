@@ -1,4 +1,4 @@
-"""A conversation that is no text is refused by name, whatever the tokenizer says of it."""
+"""A conversation that cannot be encoded as text is refused by name, whatever the tokenizer does with it."""
 
 import json
 

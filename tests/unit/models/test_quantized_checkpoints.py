@@ -1,4 +1,4 @@
-"""FP8 and MXFP4 checkpoints: dequantised as transformers does it, expert by expert, and the same logits."""
+"""FP8 and MXFP4 checkpoints: dequantized expert by expert as in transformers, with the same logits."""
 
 import json
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from tests.support.models.parity import LOGIT_TOLERANCE, LocalExperts, batch_for
 BLOCK = (16, 16)
 FP8_MAX = 448.0
 
-Stored = tuple[Path, dict[str, torch.Tensor]]  # a directory, and its tensors as transformers dequantises them
+Stored = tuple[Path, dict[str, torch.Tensor]]  # a directory, and its tensors as dequantized by transformers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """As DeepSeek does: a factor for each block, the last ones smaller. "" and "_scale_inv" -> tensor."""
+    """Quantizes like DeepSeek: a scale per block, edge blocks smaller. "" and "_scale_inv" -> tensor."""
     rows, columns = weight.shape
     grid = (-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
     padded = torch.zeros(grid[0] * BLOCK[0], grid[1] * BLOCK[1])
@@ -41,7 +41,7 @@ def quantize_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def is_quantized_fp8(key: str, value: torch.Tensor) -> bool:
-    """DeepSeek leaves embeddings, norms, gates and the head as they are."""
+    """DeepSeek does not quantize embeddings, norms, gates and the head."""
     return (value.ndim == 2 and key.endswith("_proj.weight")) or "_proj_with_mqa.weight" in key
 
 
@@ -71,7 +71,7 @@ def fp8(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def mxfp4(weight_EIO: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random 4-bit floats about as large as the weight, in gpt-oss' form."""
+    """Random 4-bit floats about as large as the weight, in gpt-oss' format."""
     experts, inner, outer = weight_EIO.shape
     blocks = torch.randint(0, 256, (experts, outer, inner // 32, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(122, 126, (experts, outer, inner // 32), generator=generator, dtype=torch.uint8)
@@ -80,7 +80,7 @@ def mxfp4(weight_EIO: torch.Tensor, generator: torch.Generator) -> dict[str, tor
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """The same of gpt-oss, whose experts alone are quantized."""
+    """The same for gpt-oss, where only experts are quantized."""
     directory = tmp_path_factory.mktemp("mxfp4")
     model = make_model("gpt_oss", intermediate_size=64)
     save(model, directory, "per-expert")
@@ -99,7 +99,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def reference_model(directory: Path, plain: Mapping[str, torch.Tensor], tmp_path: Path) -> PreTrainedModel:
-    """transformers' own model out of the dequantised tensors."""
+    """transformers' own model with the dequantized tensors."""
     config = json.loads((directory / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -169,7 +169,7 @@ def test_mxfp4_experts_are_as_transformers_dequantises_them(gpt_oss: Stored, tmp
 
 
 def test_large_tensors_are_dequantised_in_pieces(tmp_path: Path) -> None:
-    """More than one piece of rows, ragged blocks, rows of a fused tensor, powers of two as factors."""
+    """Several chunks of rows, ragged blocks, rows of a fused tensor, power-of-two scales."""
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(3, 1500, 1000, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.randint(120, 130, (3, 12, 8), generator=generator, dtype=torch.uint8).view(torch.float8_e8m0fnu)
@@ -190,7 +190,7 @@ def test_large_tensors_are_dequantised_in_pieces(tmp_path: Path) -> None:
 
 
 class Recorded(LocalFiles):
-    """Counts the bytes that are read."""
+    """Counts the bytes read."""
 
     read_bytes = 0
 

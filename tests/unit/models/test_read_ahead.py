@@ -1,4 +1,4 @@
-"""Experts read by several threads: in order, only as far ahead as allowed, and ended by whoever may end them."""
+"""Reading experts in several threads: in order, only as far ahead as allowed, and stoppable."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ WAIT_S = 60.0
 
 
 class Watched(ExpertSource):
-    """Says how many experts are being read, and waits until it is allowed to end a read."""
+    """Tracks how many experts are being read, and blocks each read until it may end."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(Checkpoint.open(directory))

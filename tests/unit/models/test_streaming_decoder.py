@@ -1,4 +1,4 @@
-"""Pieces of a text, joined, are what decoding all its ids gives: for every kind of tokenizer, whatever the ids are."""
+"""Streamed text, joined, equals decoding all ids at once, for every kind of tokenizer and any ids."""
 
 from functools import cache
 from itertools import chain
@@ -28,7 +28,7 @@ def detokenizer_of(kind: str) -> Detokenizer:
 
 
 def id_lists(kind: str) -> st.SearchStrategy[list[int]]:
-    """Any ids and some beyond the vocabulary; a few of them only, often repeated; and whole characters in bytes."""
+    """Any ids, some beyond the vocabulary; a few ids, often repeated; and whole characters as bytes."""
     tokenizer: Any = tokenizer_of(kind)
     size = len(tokenizer)
     anything = st.integers(0, size + 3)
@@ -57,7 +57,7 @@ def chunks_of(kind: str, ids: list[int]) -> list[str]:
 
 def whole_of(kind: str, ids: list[int]) -> str:
     tokenizer: Any = tokenizer_of(kind)
-    known = [i for i in ids if i < len(tokenizer)]  # in Python a decoder fails on others
+    known = [i for i in ids if i < len(tokenizer)]  # a Python decoder fails on others
     return str(tokenizer.decode(known, skip_special_tokens=True))
 
 
@@ -96,7 +96,7 @@ def test_characters_of_byte_fallback_that_follow_each_other() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_costs_the_same_however_long_the_text_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in ids that are decoded, not in time."""
+    """Measured in decoded ids, not in time."""
     detokenizer = detokenizer_of(kind)
     decoded = 0
     decode = detokenizer.decode
@@ -115,7 +115,7 @@ def test_a_token_costs_the_same_however_long_the_text_is(kind: str, monkeypatch:
     assert decoded < 120 * len(ids)
 
 
-# Not where tokens only mark the ends of words (the space is told with the token behind), nor bytes that Python drops.
+# Not where tokens only mark word ends (the space comes with the next token), nor for bytes that Python drops.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("ends of words", "bytes, in Python")])
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())

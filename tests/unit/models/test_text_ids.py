@@ -39,7 +39,7 @@ def test_loads_from_a_directory_without_our_code(tmp_path):
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40) | st.text().map(lambda t: list(t.encode())))
 @settings(max_examples=300)
 def test_streamed_pieces_join_to_the_whole(ids):
-    """Also where the bytes are no text at all."""
+    """Also if the bytes are not valid UTF-8."""
     decoder = StreamingDecoder(Detokenizer(TOKENIZER))
     pieces = [decoder.push(i) for i in ids]
     whole = TOKENIZER.decode(ids, skip_special_tokens=True)

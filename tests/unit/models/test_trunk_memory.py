@@ -1,4 +1,5 @@
-"""The trunk's peak memory is the trunk's, and an expert's is the expert's: measured in processes of their own."""
+"""Peak memory of loading a trunk is about the trunk's size, and of an expert the expert's: measured in own
+processes."""
 
 import subprocess
 import sys
@@ -13,7 +14,7 @@ EXPERTS_BYTES = 2 * 8 * 3 * 512 * 2048 * 4  # layers, experts, projections, floa
 EXPERT_BYTES = EXPERTS_BYTES // 16
 MARGIN_BYTES = 48 * 2**20  # threads, allocator, the model's Python objects
 
-# The kernel's high-water mark of this address space: ru_maxrss would carry over the parent's.
+# The kernel's high-water mark of this address space: ru_maxrss would inherit the parent's.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ print(sum(p.numel() * p.element_size() for p in model.parameters()), load_peak, 
 
 
 def measure(what: str, directory: Path) -> tuple[int, int, int]:
-    """Bytes of the model's parameters, and the growth of resident memory at its peak: the model, then four experts."""
+    """Bytes of the model's parameters, and the peak growth of resident memory: for the model, then for four experts."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, what, str(directory)], capture_output=True, text=True, check=True
     )
@@ -85,7 +86,7 @@ def test_neither_trunk_nor_expert_needs_the_memory_of_the_whole(directory: Path)
     trunk_bytes, load_peak, experts_peak = measure("trunk", directory)
     assert trunk_bytes < 20 * 2**20
     assert load_peak < trunk_bytes + MARGIN_BYTES
-    # An expert, the pages of its file that are mapped while it is read, and the one before it.
+    # An expert, the pages of its file mapped while it is read, and the previous expert.
     assert experts_peak < 4 * EXPERT_BYTES + MARGIN_BYTES
 
 

@@ -1,4 +1,4 @@
-"""What holds for every gate, whatever its family."""
+"""Properties of every gate, whatever its kind."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_routing_is_well_formed(name: str, num_tokens: int, training: bool, seed
 def test_gradients_reach_every_parameter_through_weights_and_losses(name: str) -> None:
     gate = gate_of(name).train()
     routing = gate(torch.randn(40, HIDDEN))
-    # Weights that sum to a constant would have no gradient in their plain sum.
+    # The plain sum of weights that sum to a constant would have no gradient.
     task = (routing.weights_TK * torch.randn(routing.weights_TK.shape)).sum()
     for total in (task, sum(losses_of(gate, routing).values(), start=torch.zeros(()))):
         gate.zero_grad()
@@ -51,7 +51,7 @@ def test_gradients_reach_every_parameter_through_weights_and_losses(name: str) -
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 30.0, 60.0, 110.0, 1e3, 1e4])
 def test_losses_and_gradients_are_finite_however_large_the_logits_are(name: str, scale: float) -> None:
     gate = gate_of(name, router_z_loss_coef=1e-3, router_entropy_coef=1e-3).train()
-    for towards in (-1.0, 1.0, 0.0):  # all logits of a token on one side, on the other, and on both
+    for towards in (-1.0, 1.0, 0.0):  # all logits of a token negative, positive, and mixed
         x_TD = (torch.randn(40, HIDDEN) if not towards else torch.rand(40, HIDDEN)).requires_grad_()
         gate.zero_grad()
         with torch.no_grad():
@@ -88,7 +88,7 @@ def test_gradient_through_padded_weights(name: str) -> None:
     gate, x_TD = gate_of(name).eval(), torch.randn(6, HIDDEN, requires_grad=True)
     gate(x_TD, valid_T=torch.arange(6) < 4).weights_TK[:, 0].sum().backward()
     assert x_TD.grad is not None and (x_TD.grad[4:] == 0).all()
-    gate(x_TD, valid_T=torch.zeros(6, dtype=torch.bool))  # only padding
+    gate(x_TD, valid_T=torch.zeros(6, dtype=torch.bool))  # padding only
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -75,7 +75,7 @@ def test_smooth_load_has_a_gradient_for_any_noise(noise_logits: list[float], see
     dtype = torch.float64 if double else torch.float32
     generator = torch.Generator().manual_seed(seed)
     clean_TE, drawn_TE = (torch.randn(5, 6, generator=generator, dtype=dtype) for _ in range(2))
-    clean_TE[0] = 1.0  # where nothing is drawn these are equal
+    clean_TE[0] = 1.0  # without noise these are equal
     raw_E = torch.tensor(noise_logits, dtype=dtype).requires_grad_()
     std_TE = torch.nn.functional.softplus(raw_E).expand(5, 6)
     clean_TE.requires_grad_()

@@ -1,4 +1,4 @@
-"""Each gate against its formula written out another way, and against transformers where that has the system."""
+"""Each gate against an independent form of its formula, and against transformers where it has that system."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.unit.moe.gate_helpers import HIDDEN, NUM_EXPERTS, gate_of, losses_of
 
 
 def assert_same_routing(gate: Gate, x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> None:
-    """Compare as dense [T, E] weights: the order within a token is free."""
+    """Compares dense [T, E] weights: the order within a token is free."""
     routing = gate(x_TD)
     ours_TE = torch.zeros(len(x_TD), NUM_EXPERTS + 1).scatter(1, routing.ids_TK, routing.weights_TK.detach())
     theirs_TE = torch.zeros(len(x_TD), NUM_EXPERTS + 1).scatter(1, ids_TK, weights_TK.detach())
@@ -64,9 +64,9 @@ def test_qwen3_moe_counts_load_over_the_micro_batches_of_a_step() -> None:
     def loss(rows_TD: torch.Tensor, micro_batch: int) -> torch.Tensor:
         gate.begin_micro_batch(seed=0, step=0, micro_batch=micro_batch, layer=0)
         gate(rows_TD)
-        return losses_of(gate, gate(rows_TD))["load_balance"]  # computed twice, as gradient checkpointing does
+        return losses_of(gate, gate(rows_TD))["load_balance"]  # computed twice, as with gradient checkpointing
 
-    for _attempt in range(2):  # a step that is run again starts its counts anew
+    for _attempt in range(2):  # a repeated step resets its counts
         loss(x_TD[:20], 0)
         second = loss(x_TD[20:], 1)
         probs_TE = (x_TD @ gate.weight.T).softmax(-1)

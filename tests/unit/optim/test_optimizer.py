@@ -45,7 +45,7 @@ def test_equals_torch_optim_bit_for_bit(settings):
     optimizer = TwoPhaseOptimizer(dict(ours.named_parameters()), settings)
     torch_optimizer = reference(theirs, settings)
     for step in range(6):
-        # In one step a parameter gets no gradient: torch.optim leaves it and its state alone.
+        # In one step a parameter gets no gradient: torch.optim leaves it and its state unchanged.
         grads = random_grads(ours, step, without="0.weight" if step == 3 else "")
         for name, parameter in theirs.named_parameters():
             parameter.grad = grads[name] * 0.5 if name in grads else None
@@ -72,7 +72,7 @@ def test_nothing_moves_before_commit_and_abort_forgets():
 
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=["adamw", "sgd-momentum"])
 def test_state_goes_out_and_in(settings):
-    """An optimizer that was saved and loaded goes on as the one that was not."""
+    """An optimizer that was saved and loaded continues like the original."""
     straight, moved = make_module(), make_module()
     optimizer = TwoPhaseOptimizer(dict(straight.named_parameters()), settings)
     resumed = TwoPhaseOptimizer(dict(moved.named_parameters()), settings)

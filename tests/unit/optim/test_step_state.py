@@ -25,7 +25,7 @@ def key(rank: int = 0, micro_batch: int = 0, rows: int = 4, pass_index: int = 0)
 def make_state(
     values: dict[str, float] | None = None, *, ranks: int = 1, settings: OptimizerSettings = SGD
 ) -> tuple[StepState, dict[str, nn.Parameter]]:
-    """A state over modules of one scalar-like parameter w each."""
+    """A state over modules with one scalar-like parameter w each."""
     parameters = {m: nn.Parameter(torch.tensor([v])) for m, v in (values or {"0/0": 1.0}).items()}
     state = StepState(settings, ranks=ranks)
     for module, parameter in parameters.items():
@@ -147,10 +147,10 @@ def test_a_higher_term_fences_and_commits_what_the_old_one_prepared():
     for order in (state.commit, state.abort, state.admit):
         with pytest.raises(StaleRequest, match="term 1"):
             order(tag())
-    assert state.prepared == tag()  # a fence alone loses nothing
+    assert state.prepared == tag()  # fencing alone loses nothing
     state.commit(tag(term=2))
     assert parameters["0/0"].item() == 0.5
-    assert state.committed == tag()  # as it was prepared
+    assert state.committed == tag()  # as prepared
     state.commit(tag(term=3))  # a second successor, repeating
 
 
@@ -178,7 +178,7 @@ def test_going_back_needs_no_lower_term():
 
 @pytest.mark.parametrize("turns_of_rank_0", list(itertools.combinations(range(6), 3)))
 def test_sums_do_not_depend_on_the_order_of_arrival(turns_of_rank_0):
-    """Two ranks send three micro-batches each, in order but at their own pace."""
+    """Two ranks send three micro-batches each, in order but interleaved arbitrarily."""
     values = {(0, 0): 1e8, (0, 1): 1.0, (1, 0): -1e8, (1, 1): 3.0, (2, 0): 1e-3, (2, 1): 7.0}  # (micro-batch, rank)
     expected = torch.zeros(1)
     for place in sorted(values):
@@ -212,7 +212,8 @@ def test_unknown_ranks_and_modules_are_refused():
 
 
 def test_modules_without_tokens():
-    """One stays as it is, as with torch.optim and no gradient; one of a fused family moves by decay, as with zeros."""
+    """One stays unchanged, as in torch.optim without a gradient; one of a fused family decays, as with a zero
+    gradient."""
     settings = OptimizerSettings(name="adamw", weight_decay=0.1)
     parameters = {m: nn.Parameter(torch.ones(2, 2)) for m in ("0/0", "0/1", "0/2")}
     state = StepState(settings)

@@ -10,7 +10,7 @@ from moecluster.placement.layout import Fleet, Floats, Layout, make_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A current layout of everything, the load on it, and where it stands."""
+    """A current layout of all experts, their load, and the fleet."""
 
     layout: Layout
     load_LE: Floats
@@ -19,7 +19,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, max_layers: int = 3, max_experts: int = 12, max_actors: int = 8) -> Case:
-    """Any numbers: uneven slots, speeds, nodes and layers; loads that are flat, steep, or nought."""
+    """Any numbers: uneven slots, speeds, nodes and layers; loads that are flat, steep, or zero."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     num_layers, num_actors = draw(st.integers(1, max_layers)), draw(st.integers(1, max_actors))
     most = draw(st.integers(1, max_experts))
@@ -30,7 +30,7 @@ def cases(draw: st.DrawFn, max_layers: int = 3, max_experts: int = 12, max_actor
 
 
 def random_fleet(rng: np.random.Generator, num_experts: int, num_actors: int, num_layers: int) -> Fleet:
-    """Slots for every expert and up to as many again."""
+    """Slots for every expert, and up to as many spare ones."""
     slots = num_experts + int(rng.integers(0, num_experts + 1))
     slots_A = np.bincount(rng.integers(0, num_actors, slots), minlength=num_actors)
     return Fleet(
@@ -50,7 +50,7 @@ def random_load(rng: np.random.Generator, num_experts_L: np.ndarray, steepness: 
 
 
 def random_layout(rng: np.random.Generator, num_experts_L: np.ndarray, fleet: Fleet) -> Layout:
-    """Every expert once, anywhere; then replicas of any, until no slot is free or luck ends."""
+    """Every expert once, anywhere; then random replicas, until no slot is free or a random stop."""
     rows = []
     for layer, count in enumerate(num_experts_L):
         free_A = fleet.slots_A.copy()
@@ -75,6 +75,6 @@ def random_layout(rng: np.random.Generator, num_experts_L: np.ndarray, fleet: Fl
 
 
 def shares_per_expert(layout: Layout) -> Floats:
-    """Sums of shares of those experts that stand."""
+    """Sums of shares of the experts that have replicas."""
     keys, expert_of_R = np.unique(layout.expert_key_R, return_inverse=True)
     return np.bincount(expert_of_R, weights=layout.share_R, minlength=len(keys)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""One definition of balancedness: in [0, 1] whatever the cluster, and none where there is nothing to judge."""
+"""The one definition of balancedness: in [0, 1] for any cluster, and None without load."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Experts by their written ids: what is shown is read back, and anything else is refused alike."""
+"""Expert ids as text: what is shown can be parsed, and anything else is refused the same way everywhere."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Load windows: what they say does not depend on when the counters were looked at, or on which router counted."""
+"""Load windows do not depend on when the counters were read, or on which router counted."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_what_routers_counted_before_the_first_reading_is_no_load(window) -> Non
 @pytest.mark.parametrize("window", windows())
 def test_a_restarted_router_counts_from_zero(window) -> None:
     window.add(reading(0.0, a=([500, 500, 0], [0, 0])))
-    window.add(reading(1.0, a=([7, 600, 0], [0, 0])))  # one counter fell: the process is a new one
+    window.add(reading(1.0, a=([7, 600, 0], [0, 0])))  # one counter decreased: the process restarted
     np.testing.assert_allclose(window.load_LE, [[7, 600, 0], [0, 0, 0]])
 
 
@@ -64,7 +64,7 @@ def test_a_router_that_vanished_adds_nothing_and_may_come_back() -> None:
     window.add(reading(5.0, a=([5, 0, 0], [0, 0]), b=([0, 9, 0], [0, 0])))
     assert window.tokens_LE[0].tolist() == [5, 9, 0]
     window.add(reading(30.0, a=([6, 0, 0], [0, 0])))
-    window.add(reading(31.0, a=([6, 0, 0], [0, 0]), b=([0, 999, 0], [0, 0])))  # away for longer than the window
+    window.add(reading(31.0, a=([6, 0, 0], [0, 0]), b=([0, 999, 0], [0, 0])))  # absent for longer than the window
     assert window.tokens_LE[0, 1] == 0
 
 
@@ -113,7 +113,7 @@ def test_windows_by_name() -> None:
     looked=st.data(),
 )
 def test_any_split_into_readings_and_routers_gives_the_same_totals(gains, looked) -> None:
-    """Gains of a second each; one window looks every second, one rarely, one at counters split over two routers."""
+    """Gains per second; one window reads every second, one rarely, one reads counters split over two routers."""
     totals = np.vstack([np.zeros(5, dtype=np.int64), np.cumsum(gains, axis=0)])
     last = len(gains)
     edge = looked.draw(st.integers(0, last - 1), label="where the window begins")

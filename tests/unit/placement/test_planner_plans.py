@@ -48,7 +48,7 @@ def zipf(num_experts: int, exponent: float, seed: int = 0) -> Floats:
 
 
 def uncovered(layout: Layout, fleet: Fleet) -> np.ndarray:
-    """[L, E] whether the loss of one node would take the expert."""
+    """[L, E] whether the loss of one node would lose the expert."""
     return on_one_node(layout, fleet).reshape(layout.num_layers, layout.max_experts)
 
 
@@ -97,7 +97,7 @@ def test_least_worst_counts_are_the_best_of_all():
 
 
 def test_eplb_takes_the_published_example():
-    """The example of EPLB's own page, its first layer, by its global form."""
+    """The example of EPLB's README, its first layer, with the global algorithm."""
     load_LE = np.array([[90.0, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]])
     count_LE = minimax_counts(load_LE, np.array([12]), 16, 16)
     assert count_LE.tolist() == [[1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1]]
@@ -144,18 +144,18 @@ def test_with_few_slots_the_hottest_experts_survive():
     layout = cold_plan(load_LE, np.array([128]), fleet)
     lost_E = uncovered(layout, fleet)[0]
     spare = 160 - 128
-    least_lost = np.sort(load_LE[0])[:-spare].sum()  # if the hottest had two replicas each, and no more
+    least_lost = np.sort(load_LE[0])[:-spare].sum()  # if only the hottest had two replicas each
     assert (load_LE[0] * lost_E).sum() <= 1.15 * least_lost
 
 
 def test_a_move_must_pay_for_its_bytes():
-    """Two actors, of which one has all the load."""
+    """Two actors, one with all the load."""
     load_LE = np.array([[8.0, 8.0, 0.01, 0.01]])
     layout = make_layout(np.array([4]), np.zeros(4, dtype=np.int64), np.arange(4), np.array([0, 0, 1, 1]), np.ones(4))
     fleet = fleet_of(3, 2)
     patient = with_moves(layout, load_LE, fleet, 100.0, MoveSettings())
     assert balancedness_L(patient, load_LE, fleet)[0] > 0.99
-    assert 1 <= moved_bytes(layout, patient, fleet) <= 3  # 16 times the load of the other two: one would do
+    assert 1 <= moved_bytes(layout, patient, fleet) <= 3  # 16 times the load of the other two: one move suffices
     hasty = with_moves(layout, load_LE, fleet, 100.0, MoveSettings(transfer_bytes_per_s=1e-9))
     assert hasty is layout
 
@@ -202,7 +202,8 @@ def test_shares_alone_follow_a_small_drift():
 
 
 def through_a_drift(name: str, fleet: Fleet, num_experts: int, budget_bytes: float, seed: int) -> tuple[float, float]:
-    """(mean balancedness, bytes moved) of a policy on 40 windows whose loads wander, each decided on the last one."""
+    """(mean balancedness, bytes moved) of a policy on 40 windows of drifting loads, each decided on the previous
+    one."""
     rng = np.random.default_rng(seed)
     load_LE = zipf(num_experts, 1.0)
     layout, policy = cold_plan(load_LE, np.array([num_experts]), fleet), policy_named(name)
@@ -225,7 +226,7 @@ def test_with_one_slot_an_actor_counts_follow_the_load_as_eplb_has_them_for_far_
         for name, budget_bytes in (("share", 4.0), ("eplb", np.inf), ("static", 0.0))
     ]
     (ours, our_bytes), (theirs, their_bytes), (stale, _) = np.mean(days, axis=1)
-    assert ours >= theirs - 0.005  # the forecast takes a pure random walk for a trend now and then
+    assert ours >= theirs - 0.005  # the forecast sometimes mistakes a pure random walk for a trend
     assert ours > stale + 0.15
     assert our_bytes < 0.15 * their_bytes
 
@@ -248,7 +249,7 @@ def test_replicas_of_uneven_actors_follow_the_load_worst_first_and_within_the_mo
 
 
 def shifted_topics() -> Case:
-    """Ten layers of 128 experts, evened out; then three of them get another order of popularity at once."""
+    """Ten balanced layers of 128 experts; then three of them change their order of popularity at once."""
     num_experts_L, fleet = np.full(10, 128), fleet_of(10, 16, num_layers=10)
     load_LE = np.concatenate([zipf(128, 1.1, seed) for seed in range(10)])
     layout = cold_plan(load_LE, num_experts_L, fleet)
@@ -266,7 +267,7 @@ def test_a_sudden_shift_of_topics_is_followed_at_once_on_budget_of_later_decisio
     reached = known(decision.balancedness_after)
     assert reached > 0.95
     assert reached > known(within.balancedness_after) + 0.03
-    # The same shift again: what was borrowed is paid back first.
+    # The same shift again: the borrowed budget is paid back first.
     again, _ = policy.decide(replace(seen, burst=3.0), state)
     assert again.moved_bytes <= 5 * budget - decision.moved_bytes
 

@@ -1,4 +1,4 @@
-"""What holds for every policy, whatever the cluster, the load and the failures: random ones by hypothesis."""
+"""Properties of every policy, for random clusters, loads and failures from hypothesis."""
 
 from dataclasses import replace
 
@@ -17,11 +17,11 @@ from tests.support.known import known
 from tests.unit.placement.planner_cases import Case, cases, random_load, shares_per_expert
 
 UNLIMITED_BYTES = np.inf
-MOST_DECISIONS = 60  # until a policy must have come to rest under one load
+MOST_DECISIONS = 60  # within which a policy must converge under a constant load
 
 
 def observe(case: Case, *, layout: Layout | None = None, budget_bytes: float = UNLIMITED_BYTES, now_s: float = 0.0):
-    """Burst 3, as clusters have it by default: whatever holds must hold with borrowed budget."""
+    """Uses burst 3, the clusters' default: all properties must hold with a borrowed budget."""
     return Observation(
         now_s=now_s,
         load_LE=case.load_LE,
@@ -33,20 +33,20 @@ def observe(case: Case, *, layout: Layout | None = None, budget_bytes: float = U
 
 
 def assert_valid(layout: Layout, fleet: Fleet) -> None:
-    """No slot over-filled, never two of an expert on an actor, every expert stands, shares sum to 1."""
+    """No actor exceeds its slots, no expert is twice on one actor, every expert has a replica, shares sum to 1."""
     key_R = layout.layer_R * fleet.num_actors + layout.actor_R
     held_LA = np.bincount(key_R, minlength=layout.num_layers * fleet.num_actors).reshape(layout.num_layers, -1)
     assert (held_LA <= fleet.slots_A).all()
     places = set(zip(layout.layer_R.tolist(), layout.expert_R.tolist(), layout.actor_R.tolist(), strict=True))
     assert len(places) == layout.num_replicas
-    cluster_state = {(layer, expert) for layer, expert, _ in places}
-    assert cluster_state == {(i, e) for i, count in enumerate(layout.num_experts_L.tolist()) for e in range(count)}
+    current = {(layer, expert) for layer, expert, _ in places}
+    assert current == {(i, e) for i, count in enumerate(layout.num_experts_L.tolist()) for e in range(count)}
     assert (layout.share_R >= 0).all()
     np.testing.assert_allclose(shares_per_expert(layout), 1.0, rtol=1e-9)
 
 
 def fail(case: Case, rng: np.random.Generator) -> Case:
-    """Some actors lose everything they hold, others are drained; what is left still has room for every expert."""
+    """Some actors lose all their experts, others are drained; the rest still has room for every expert."""
     num_actors = case.fleet.num_actors
     dead_A, drained_A = rng.random(num_actors) < 0.3, rng.random(num_actors) < 0.3
     slots_A = np.where(drained_A, 0, case.fleet.slots_A)
@@ -74,22 +74,22 @@ def test_a_decision_is_valid_whatever_failed(name: str, case: Case, seed: int):
 @pytest.mark.parametrize("chance", [0.3, 0.9, 1.0])
 @given(case=cases(), seed=st.integers(0, 2**32 - 1))
 def test_cold_experts_get_no_replica_and_the_others_keep_theirs(name: str, chance: float, case: Case, seed: int):
-    """Also where a whole layer is cold, or all of them."""
+    """Also if a whole layer is cold, or all layers."""
     cold_LE = np.random.default_rng(seed).random(case.load_LE.shape) < chance
     seen = observe(case, layout=without(case.layout, cold_LE.reshape(-1)[case.layout.expert_key_R]))
     seen = replace(seen, cold_LE=cold_LE, load_LE=np.where(cold_LE, 0.0, seen.load_LE))
     policy = policy_named(name)
     decision, _ = policy.decide(seen, policy.first_state())
-    cluster_state = np.bincount(decision.layout.expert_key_R, minlength=cold_LE.size) > 0
+    current = np.bincount(decision.layout.expert_key_R, minlength=cold_LE.size) > 0
     there = np.arange(cold_LE.shape[1]) < case.layout.num_experts_L[:, None]
-    np.testing.assert_array_equal(cluster_state.reshape(cold_LE.shape), there & ~cold_LE)
+    np.testing.assert_array_equal(current.reshape(cold_LE.shape), there & ~cold_LE)
 
 
 BUDGETS_BYTES, BURSTS = st.sampled_from([0.0, 1.0, 3.0, 10.0]), st.sampled_from([0.0, 0.5, USUAL_BURST])
 
 
 def optional_bytes(case: Case, after: Layout) -> float:
-    """What a decision loads beyond what was lost."""
+    """The bytes that a decision loads in addition to lost experts."""
     added = added_R(restored(case.layout, case.load_LE, case.fleet), after)
     return float(case.fleet.expert_bytes_L[after.layer_R[added]].sum())
 
@@ -105,7 +105,7 @@ def test_only_what_is_lost_goes_beyond_the_budget(case: Case, seed: int, budget_
 
 @given(case=cases(), seed=st.integers(0, 2**32 - 1), budget_bytes=BUDGETS_BYTES, burst=BURSTS)
 def test_what_is_borrowed_is_paid_back(case: Case, seed: int, budget_bytes: float, burst: float):
-    """The load is another one at every decision, so that there is always something to move."""
+    """The load differs at every decision, so that there is always something to move."""
     rng, policy = np.random.default_rng(seed), policy_named("share")
     state, loaded_bytes = policy.first_state(), 0.0
     for step in range(1, 9):

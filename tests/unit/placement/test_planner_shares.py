@@ -1,4 +1,4 @@
-"""Shares of least greatest load: against an LP solver, and what holds for any layout."""
+"""Shares that minimize the maximum load: against an LP solver, and properties for any layout."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.unit.placement.planner_cases import Case, cases, shares_per_expert
 
 
 def best_by_linear_program(layout: Layout, load_LE: Floats, fleet: Fleet, layer: int) -> float:
-    """The least possible max(load / speed) of one layer, as HiGHS finds it."""
+    """The minimal max(load / speed) of one layer, found by HiGHS."""
     expert_R, actor_R = layout.expert_R[layout.layer_R == layer], layout.actor_R[layout.layer_R == layer]
     num_replicas = len(expert_R)
     sums = np.zeros((layout.num_experts_L[layer], num_replicas + 1))

@@ -22,7 +22,7 @@ def seen(now_s: float, texts: int, *, routers: int = 2, waiting: int = 0) -> Rou
 
 
 def decide(*observations: RouterObservation, state: SizeState | None = None) -> tuple[int, str, SizeState]:
-    """The last decision; every one before it must have changed nothing."""
+    """Returns the last decision; asserts that earlier ones change nothing."""
     wanted, why, state = 0, "", state or SizeState()
     for observation in observations[:-1]:
         wanted, why, state = decide_routers(observation, state, SETTINGS)
@@ -33,7 +33,7 @@ def decide(*observations: RouterObservation, state: SizeState | None = None) -> 
 def test_texts_beyond_the_target_bring_as_many_routers_as_they_take_once_the_delay_is_over() -> None:
     wanted, why, _ = decide(*(seen(float(t), 33) for t in range(0, 11, 2)))
     assert wanted == 5, "33 / 8 rounded up"
-    assert "a router has 16.5 texts (aim 8)" in why and "for 10 s" in why
+    assert "a router has 16.5 requests (aim 8)" in why and "for 10 s" in why
 
 
 def test_texts_that_wait_bring_one_more_router_however_few_run() -> None:
@@ -99,7 +99,7 @@ def test_a_wish_from_before_another_number_was_ordered_does_not_turn_round() -> 
 
 @given(texts=st.integers(0, 60), waiting_part=st.floats(0, 1), routers=st.integers(1, 6))
 def test_a_number_that_was_chosen_is_kept_under_the_same_texts(texts: int, waiting_part: float, routers: int) -> None:
-    """No oscillation: after a change, the same texts over the new number of routers ask for no way back."""
+    """No oscillation: after a change, the same requests over the new number of routers do not reverse it."""
     waiting = int(texts * waiting_part)
     first = [seen(t, texts, routers=routers, waiting=waiting) for t in (0.0, 1000.0)]
     wanted, _, state = decide(*first)

@@ -61,7 +61,7 @@ def test_limits_hold_at_once(actors: int, wanted: int) -> None:
 
 @given(busy=st.floats(0, 1), queue_s=st.floats(0, 1), actors=st.integers(2, 8))
 def test_a_size_that_was_chosen_is_kept_under_the_same_work(busy: float, queue_s: float, actors: int) -> None:
-    """No oscillation: after a change, the same work spread over the new number of actors asks for no way back."""
+    """No oscillation: after a change, the same work spread over the new number of actors does not reverse it."""
     first = seen(0.0, actors=actors, busy=busy, queue_s=queue_s)
     wanted, _, state = decisions([first, dataclasses.replace(first, now_s=1000.0)], SizeState())
     assert SETTINGS.min_actors <= wanted <= SETTINGS.max_actors

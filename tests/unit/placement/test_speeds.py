@@ -1,4 +1,4 @@
-"""Measured speeds: a straggler is found and forgotten in time, and noise moves nothing."""
+"""Measured speeds: a straggler is detected and forgotten in time, and noise changes nothing."""
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_a_told_speed_changes_seldom_under_noise(noise, speed) -> None:
 
 
 class CostlyRuns:
-    """Actors of equal speed, of which each run of an expert costs as much as 50 rows; the first has hot experts."""
+    """Actors of equal speed, where each run of an expert costs as much as 50 rows; the first has hot experts."""
 
     def __init__(self, meter: SpeedMeter) -> None:
         self.meter = meter

@@ -1,4 +1,4 @@
-"""An engine on a tiny model, in both ways of writing."""
+"""An engine on a tiny model, with continuous and with static batching."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +28,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ex
 
 @pytest.fixture(scope="module", params=["paged", "padded"])
 def engine(request: pytest.FixtureRequest, cluster: tuple[Path, ExpertCluster]) -> Iterator[MakeTestEngine]:
-    """Makes an engine of these limits, or gives the one that was made before."""
+    """Makes an engine with these limits, or returns the one made before."""
     directory, experts = cluster
     made: dict[tuple[EngineLimits, str], Engine] = {}
 
     def make(limits: EngineLimits = LIMITS, settings: GenerationConfig | None = None) -> Engine:
-        """settings: what stands in the checkpoint's generation_config.json."""
+        """settings: content of the checkpoint's generation_config.json."""
         kind = (limits, repr(settings))
         if kind not in made:
             backend = TrunkBackend(experts.remote, 0)

@@ -1,6 +1,6 @@
-"""The engine in one process: what it takes on, how texts end, and that one goes on from where another router broke off.
+"""The engine in one process: admission, how sequences end, and resuming where another router broke off.
 
-Both ways of writing, on the same tiny model.
+Continuous and static batching, on the same tiny model.
 """
 
 import time
@@ -86,7 +86,7 @@ def test_the_last_chunk_says_what_the_request_took(engine) -> None:
     last = chunks[-1]
     assert (last.prompt_tokens, last.weight_version, last.finish_reason) == (len(PROMPT), 0, "length")
     layers = {expert.layer for expert in last.experts}
-    # Every token but the last, which is not read any more, visits two experts of each layer.
+    # Every token but the last, which is never fed back, visits two experts of each layer.
     assert sum(last.experts.values()) == len(layers) * 2 * (len(PROMPT) + 4)
 
 
@@ -104,7 +104,7 @@ def test_requests_beyond_the_bounds_are_refused_with_a_time_to_come_back(engine)
     running = engine()
     texts = [running.begin(ask(f"r{i}", max_new_tokens=220), PROMPT) for i in range(6)]
     assert (running.running, running.waiting) == (4, 2)
-    with pytest.raises(Exhausted, match="4 texts run and 2 wait") as refused:
+    with pytest.raises(Exhausted, match="4 requests run and 2 wait") as refused:
         running.begin(ask("more"), PROMPT)
     assert refused.value.retry_after_s is not None and 1 <= refused.value.retry_after_s <= 60
     for i in range(6):
@@ -120,7 +120,7 @@ def test_a_cancelled_request_leaves_its_place_to_the_next(engine) -> None:
     next(first)
     second = running.begin(ask("second", max_new_tokens=3), PROMPT)
     started_s = time.monotonic()
-    first.close()  # its reader goes away
+    first.close()  # its reader disconnects
     assert len(ids_of(list(second))) == 3
     assert time.monotonic() - started_s < 5.0
     assert not running.cancel("first")
@@ -148,7 +148,7 @@ def test_many_requests_through_few_places_are_what_each_is_alone(engine) -> None
 
 
 def test_two_threads_may_close_an_engine_that_writes(engine) -> None:
-    running = engine(replace(LIMITS, max_waiting=LIMITS.max_waiting + 1))  # one of its own
+    running = engine(replace(LIMITS, max_waiting=LIMITS.max_waiting + 1))  # a separate engine
     request = ask(max_new_tokens=200)
     text = running.begin(request, request.prompt_ids)
     next(text)

@@ -1,4 +1,4 @@
-"""What goes wrong in an engine ends the texts that it is about, and no others. In both ways of writing."""
+"""A failure in an engine ends only the sequences concerned. With continuous and with static batching."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,12 +41,12 @@ def test_requests_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) 
 def test_a_request_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> None:
     running = engine(replace(LIMITS, max_waiting=4))
 
-    def no_writer(*_: Any) -> Any:
+    def no_runner(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patches:
-        patches.setattr(running._writer, "is_alive", lambda: False)
-        patches.setattr(running, "_make_runner", no_writer)
+        patches.setattr(running._runner, "is_alive", lambda: False)
+        patches.setattr(running, "_make_runner", no_runner)
         with pytest.raises(Unavailable, match="RuntimeError: out of memory"):
             write(running, ask())
     assert running.running == 0
@@ -54,7 +54,7 @@ def test_a_request_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) ->
 
 
 def fails_at(*names: str) -> Callable[[TokenSequence], bool]:
-    """Of these texts the second token fails."""
+    """A predicate that selects the second token of these sequences."""
     return lambda text: text.name in names and len(text.generated_ids) == 1
 
 
@@ -128,7 +128,7 @@ def test_what_goes_wrong_for_one_request_ends_that_one_alone(engine, monkeypatch
         assert [ids_of(list(text)) for text in others] == alone[1:]
         with pytest.raises(RequestFailed):
             list(sick)
-    assert "text sick ends" in caplog.text and "Traceback" in caplog.text
+    assert "sequence sick ends" in caplog.text and "Traceback" in caplog.text
     assert running.running == 0
     assert ids_of(write(running, ask("sick", max_new_tokens=12, sampling=SAMPLED))) == alone[0]
 
@@ -150,9 +150,9 @@ def test_a_request_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
         patches.setattr(pool, "placement", failing)
         with pytest.raises(RequestFailed, match="expert-1"):
             write(running, ask("alone"))
-        assert "a batch of 1 texts ended" in caplog.text and "Traceback" in caplog.text
+        assert "a batch of 1 sequences ended" in caplog.text and "Traceback" in caplog.text
         num_sequences = 2
-        with getattr(running._writer, "_changed", nullcontext()):  # padded: they begin in one batch
+        with getattr(running._runner, "_changed", nullcontext()):  # padded: they begin in one batch
             texts = [running.begin(ask(f"r{i}", max_new_tokens=200), PROMPT) for i in range(2)]
         for text in texts:
             with pytest.raises(BatchBroken, match="expert-1"):
@@ -169,7 +169,7 @@ def test_a_begun_request_that_cannot_be_read_again_is_refused(engine, monkeypatc
 
 
 def lose_rows(patches: pytest.MonkeyPatch, name: str) -> None:
-    """The first rows of a text that a layer computes are lost, as if no replica had answered them."""
+    """Loses the first rows that a layer computes for a sequence, as if no replica had returned finite values."""
     sound, done = RemoteExperts.__call__, False
 
     def losing(

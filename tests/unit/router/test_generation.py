@@ -1,4 +1,4 @@
-"""A generation that breaks says so: never a text that merely ends early."""
+"""A failing generation raises an error: it never just ends early."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which trunk a text is written with, while the placement names one version after another."""
+"""Which trunk generates a sequence while the placement names one version after another."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ FIRST = Placement(term=1, generation=1, layer_experts={0: 1}, actors={}, replica
 
 
 class Board(PlacementBoard):
-    """The placements that a router's pool has; each is published with the next number."""
+    """The placements seen by a router's pool; each is published with the next number."""
 
     def say(self, served: int, following: int = 0, *, old: int = 0) -> None:
         number = self.number[1] + 1 if self.number[0] >= 0 else 1
@@ -46,7 +46,7 @@ class Board(PlacementBoard):
 
 
 class Loads:
-    """Loads a directory's name as its trunk."""
+    """Fake loading: the trunk is the directory's name."""
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
@@ -131,7 +131,7 @@ def test_a_request_of_another_router_goes_on_with_its_version_while_that_stands(
     versions = make(on_change=lambda: changes.append(None))
     board.say(1, following=2)
     wait_until(lambda: seen(versions) == (1, 1, 2))
-    with versions.use(version=2) as ahead:  # its router took the new version a little earlier
+    with versions.use(version=2) as ahead:  # its router switched to the new version a little earlier
         assert (ahead.model, seen(versions)) == ("/2", (1, 1, 2))
     board.say(2, old=1)
     wait_until(lambda: seen(versions) == (2, 2, 2))
@@ -155,7 +155,7 @@ def test_a_new_request_waits_until_the_router_knows_what_is_served(board, loads,
     assert seen(versions) == (0, 0, 0)
     with pytest.raises(Unavailable, match="what is served: no controller has said so yet"):
         versions.use(0.1)
-    board.say(4)  # the directory that it was started with is served no more
+    board.say(4)  # the directory that it was started with is no longer served
     with versions.use() as use:
         assert (use.model, use.version) == ("/4", 4)
     wait_until(lambda: loads.closed == ["/1"])
@@ -204,7 +204,7 @@ def test_a_version_that_requests_are_written_with_is_taken_back_without_loading(
         board.say(2)
         wait_until(lambda: seen(versions) == (2, 1, 2))
         with versions.use():
-            board.say(1, following=2)  # a successor that did not know that version 2 was published
+            board.say(1, following=2)  # a successor that does not know that version 2 was published
             wait_until(lambda: seen(versions)[0] == 1)
             board.say(2)
             wait_until(lambda: seen(versions)[0] == 2)

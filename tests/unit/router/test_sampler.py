@@ -1,4 +1,4 @@
-"""Sampling parameters, by what is drawn; and that a draw depends on nothing but seed and position."""
+"""Sampling parameters, by the tokens drawn; a draw depends only on seed and position."""
 
 import math
 from collections import Counter
@@ -200,7 +200,7 @@ def test_logits_that_are_not_finite_fail_their_own_request_alone(value, caplog) 
     outcomes = sample_tokens([Text(sampling()), Text(sampling(), name="sick"), Text(sampling(seed=4))], logits_BV)
     assert isinstance(outcomes[0], SampledToken) and outcomes[2] == alone
     assert isinstance(outcomes[1], RequestFailed) and "NaN or infinite" in str(outcomes[1])
-    assert "text sick ends" in caplog.text
+    assert "sequence sick ends" in caplog.text
 
 
 def test_one_nan_among_logits_is_noticed() -> None:

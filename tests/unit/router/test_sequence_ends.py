@@ -1,4 +1,4 @@
-"""One text as its reader gets it: stop texts in bytes, end marks of every source, and going on at another router."""
+"""One sequence as its reader receives it: stop strings in bytes, EOS tokens of every source, and resuming."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ LLAMA = "byte-fallback as Llama's"
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """In byte-fallback tokens, where the text is not a token itself."""
+    """The text's ids, in byte-fallback tokens if it is not itself a token."""
     known = tokenizer.get_vocab()
     return [known[text]] if text in known else [known[f"<0x{b:02X}>"] for b in text.encode()]
 
@@ -26,7 +26,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def write(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], *, ends: frozenset[int] = frozenset(), **fields: Any
 ) -> list[GenerationChunk]:
-    """The pieces of a text whose model chooses these ids, until it ends."""
+    """The chunks of a sequence whose model chooses these ids, until it ends."""
     detokenizer = Detokenizer(tokenizer)
     text = TokenSequence(
         GenerationRequest(**{"request_id": "r", "prompt_ids": (5,), **fields}),
@@ -97,7 +97,7 @@ def test_a_plain_token_that_ends_requests_is_not_shown(kind: str) -> None:
         (7, 8, "<sep>", {7, 8, "<sep>"}),
         ([7, 9], 8, "</s>", {7, 8, 9, "</s>"}),
         (None, [8, 9], None, {8, 9}),
-        (7, 2, None, {7}),  # 2 is what the family's class has where config.json has nothing
+        (7, 2, None, {7}),  # 2 is the default of the family's class if config.json has none
         (None, 2, None, {2}),
     ],
 )

@@ -22,7 +22,7 @@ def test_a_request_ends_before_the_first_stop_string_however_it_is_cut(chunks, s
     assert stopped == bool(found)
     if not found:
         assert seen == whole
-    else:  # a stop text that is complete earlier ends the text, though another one may begin before it
+    else:  # the stop string completed first ends the text, even if another one began before it
         assert whole.startswith(seen) and any(whole[len(seen) :].startswith(stop) for stop in stops)
 
 

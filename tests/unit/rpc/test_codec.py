@@ -1,4 +1,4 @@
-"""What is sent arrives bit for bit, and what is malformed is refused with the name of its field."""
+"""Encoding and decoding is exact bit for bit, and malformed messages are refused by the name of the field."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from moecluster.proto import expert_pb2, tensor_pb2
 from moecluster.rpc import tensors
 from moecluster.rpc.expert import messages
 from moecluster.rpc.same_host.segment import PeerSegment, Region, Segment
-from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, StepTag
+from moecluster.types import ComputeBatch, ComputeResult, MicroBatchTag, Phase, PlacementNumber, StepTag
 from tests.support.expert.batches import assert_same_fields, make_batch
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
@@ -111,7 +111,7 @@ def batches(draw: st.DrawFn) -> ComputeBatch:
         deadline_s=draw(st.floats(1e-9, messages.MAX_DEADLINE_S)),
         train=train,
         request_id=draw(SMALL),
-        placement=(draw(SMALL), draw(SMALL)),
+        placement=PlacementNumber(draw(SMALL), draw(SMALL)),
         weight_version=draw(SMALL),
         incarnation=draw(st.text(max_size=8)),
         unsummed=draw(st.booleans()),
@@ -362,7 +362,7 @@ def test_damaged_bytes_give_a_sound_batch_or_an_invalid_message(places: list[tup
     try:
         message = expert_pb2.Batch.FromString(bytes(damaged[: len(damaged) - cut]))
     except DecodeError:
-        return  # gRPC refuses it before it reaches us
+        return  # gRPC refuses it before decoding
     try:
         batch = messages.decode_batch(message)
     except InvalidMessage:

@@ -1,4 +1,4 @@
-"""What the controller's messages carry arrives as it was sent, and what is malformed is refused by name."""
+"""The controller's messages round-trip, and malformed ones are refused by the name of the field."""
 
 import dataclasses
 import math
@@ -36,7 +36,6 @@ from moecluster.types import (
 from tests.support.fakes.fake_controller import LOADS, OLD_OPERATION, PLAN, FakeController
 from tests.support.malformed.controller_records import (
     cluster_loads,
-    cluster_state,
     experts,
     layer_experts,
     load_snapshots,
@@ -45,6 +44,7 @@ from tests.support.malformed.controller_records import (
     operations,
     placements,
     plans,
+    replica_lists,
     statuses,
 )
 
@@ -92,7 +92,7 @@ def snapshots(draw: st.DrawFn) -> ControllerSnapshot:
     return ControllerSnapshot(
         actors=tuple(actors),
         leaving=tuple(draw(st.lists(st.sampled_from(actors), unique=True))),
-        replicas=draw(cluster_state(draw(layer_experts), actors)),
+        replicas=draw(replica_lists(draw(layer_experts), actors)),
         operations=draw(operation_lists),
         cold=tuple(draw(st.lists(experts, max_size=3, unique=True))),
         versions=tuple(WeightVersion(version=number, checkpoint=draw(names)) for number in numbers),

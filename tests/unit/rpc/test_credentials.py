@@ -1,4 +1,4 @@
-"""The cluster secret in memory and in its file: its owner reads it, and nothing shows it."""
+"""The cluster secret in memory and in its file: only its owner can read it, and nothing prints it."""
 
 import os
 import stat
@@ -116,7 +116,7 @@ def test_commands_find_it_through_what_up_noted_and_down_removes_it(monkeypatch:
         def credentials(self) -> ClusterCredentials:
             return credentials
 
-    secret_path("one").unlink()  # of another host, say: then Ray is asked, and the answer kept
+    secret_path("one").unlink()  # e.g. on another host: then Ray is asked, and the answer cached
     monkeypatch.setattr(launch, "join", lambda *_: Joined())
     monkeypatch.setattr(launch, "leave", lambda: None)
     assert launch.credentials_of(noted) == credentials == local_credentials("one")
@@ -125,6 +125,6 @@ def test_commands_find_it_through_what_up_noted_and_down_removes_it(monkeypatch:
 
 
 def test_reading_it_imports_little() -> None:
-    """Every command reads it at its start."""
+    """Because every command reads it at its start."""
     code = "import sys, moecluster.rpc.credentials; print(sorted({'torch', 'grpc', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Tensors cut into chunks and put together again, and chunks that are not as they should be."""
+"""Tensors cut into chunks and reassembled, and malformed chunks."""
 
 import zlib
 from collections.abc import Iterator, Sequence

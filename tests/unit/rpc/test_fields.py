@@ -1,4 +1,4 @@
-"""Addresses and experts of messages: one way to write them, and one to read and check them, wherever they come."""
+"""Addresses and expert ids in messages are encoded, decoded and checked the same way everywhere."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Short messages between processes of one host: whole or not at all, and never waited for by who posts."""
+"""Short messages between processes of one host arrive whole or not at all, and posting never blocks."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def open_descriptors() -> int:
 
 
 def receiving(mailbox: Mailbox) -> tuple[threading.Thread, list[bytes | None]]:
-    """A thread that waits for one message, and what it got."""
+    """A thread that waits for one message, and the message it got."""
     got: list[bytes | None] = []
     thread = threading.Thread(target=lambda: got.append(mailbox.receive()))
     thread.start()
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused_at_once_and_hurts_nothing(mailbox: Mailbox
     while peer.post(b"%d" % count):
         count += 1
     assert count >= 8
-    mailbox.wake()  # never waits either
+    mailbox.wake()  # never blocks either
     assert mailbox.receive(0.0) == b"0"
     assert peer.post(b"last")
     assert [mailbox.receive(0.0) for _ in range(count)] == [*(b"%d" % i for i in range(1, count)), b"last"]

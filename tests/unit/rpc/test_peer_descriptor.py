@@ -1,4 +1,4 @@
-"""What a peer on this host names is opened as it was looked at, and only if it is of this user."""
+"""A descriptor named by a peer on this host is opened exactly as checked, and only if it belongs to this user."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 
 def after(monkeypatch: pytest.MonkeyPatch, step: str, swap: Callable[[], object]) -> None:
-    """What the peer names becomes another file right after a function of os has looked at it."""
+    """Replaces the file that the peer names right after a function of os has checked it."""
     real = getattr(os, step)
 
     def swapping(*arguments: object, **named: object) -> object:
@@ -34,7 +34,7 @@ def after(monkeypatch: pytest.MonkeyPatch, step: str, swap: Callable[[], object]
 
 @pytest.mark.parametrize("step", ["readlink", "fstat"])
 def test_a_pipe_that_becomes_a_file_meanwhile_leaves_the_file_alone(tmp_path: Path, monkeypatch, step: str) -> None:
-    """The file is one that this process may write and whoever named the descriptor may not."""
+    """The file is one that this process may write and the peer may not."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     reading, writing = os.pipe()
@@ -43,7 +43,7 @@ def test_a_pipe_that_becomes_a_file_meanwhile_leaves_the_file_alone(tmp_path: Pa
     looks = iter(range(100))
 
     def swap() -> None:
-        # fstat looks at the process first, and then at what it names.
+        # fstat is called on the process first, then on the named descriptor.
         if step == "readlink" or next(looks) == 1:
             os.dup2(file, named)
 
@@ -58,7 +58,7 @@ def test_a_pipe_that_becomes_a_file_meanwhile_leaves_the_file_alone(tmp_path: Pa
         peer.close()
     os.close(file)
     assert victim.read_bytes() == b"precious"
-    assert peer is not None and os.read(reading, 100) == b"message"  # what was looked at is what was used
+    assert peer is not None and os.read(reading, 100) == b"message"  # the checked file is the one used
     for fd in (reading, writing, named):
         os.close(fd)
 
@@ -79,7 +79,7 @@ def test_a_segment_that_becomes_another_file_meanwhile_is_not_mapped(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["file", "fifo", "socket", "device", "folder", "memory"])
 def test_what_is_no_pipe_is_refused_without_being_opened(tmp_path: Path, kind: str) -> None:
-    """Opening alone may do harm: a FIFO's reader wakes up, a device acts."""
+    """Opening alone may have effects: it wakes a FIFO's reader or triggers a device."""
     fifo = tmp_path / "pipe:[1]"  # named like a pipe
     os.mkfifo(fifo)
     open_one: dict[str, Callable[[], int]] = {
@@ -152,7 +152,7 @@ def test_of_another_process_of_this_user_they_are_taken() -> None:
 
 @needs_root
 def test_of_another_users_process_nothing_is_opened() -> None:
-    """Root could open all of it."""
+    """Root could open everything."""
     with another_process(NOBODY) as (pid, pipe, memory):
         with pytest.raises(MailboxUnavailable, match=f"process {pid} is another user's"):
             PeerMailbox(pid, pipe)
@@ -162,7 +162,7 @@ def test_of_another_users_process_nothing_is_opened() -> None:
 
 @needs_root
 def test_a_file_of_another_user_in_a_process_of_ours_is_not_opened() -> None:
-    """As it is inherited, or sent through a socket."""
+    """Such a descriptor may be inherited, or received through a socket."""
     mailbox, memory = Mailbox(), os.memfd_create(NAME, os.MFD_ALLOW_SEALING)
     os.ftruncate(memory, SEGMENT_BYTES)
     fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

@@ -1,4 +1,4 @@
-"""The rules by which a request goes on at another router, or ends."""
+"""The rules by which a request continues on another router, or ends."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Load requests and placement notices: every field comes over the wire, and a wrong one is refused by name."""
+"""Load requests and placement notices: every field is transmitted, and wrong ones are refused by name."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The allocator of a segment, what a peer may open, and what is left when a process is killed."""
+"""A segment's allocator, what a peer may open, and that a killed process leaves nothing behind."""
 
 import fcntl
 import gc
@@ -48,17 +48,17 @@ def peer_of(segment: Segment) -> PeerSegment:
 
 
 def descriptors() -> set[str]:
-    gc.collect()  # segments of earlier tests hold some
+    gc.collect()  # segments of earlier tests hold descriptors
     return set(os.listdir("/proc/self/fd"))
 
 
 def span(region: Region) -> tuple[int, int]:
-    """First byte, and the one after the last, of header and payload."""
+    """[begin, end) of header and payload in bytes."""
     return region.offset, region.offset + ALIGNMENT_BYTES + region.length_bytes
 
 
 class Allocator(RuleBasedStateMachine):
-    """Any order of writes and releases, watched through the peer's mapping."""
+    """Any order of writes and releases, checked through the peer's mapping."""
 
     live = Bundle("live")
 
@@ -83,7 +83,7 @@ class Allocator(RuleBasedStateMachine):
     @rule(sequence=consumes(live))
     def release(self, sequence: int) -> None:
         self.segment.release(sequence)
-        self.segment.release(sequence)  # a release may come twice
+        self.segment.release(sequence)  # a release may be repeated
         del self.regions[sequence]
 
     @invariant()
@@ -99,7 +99,7 @@ class Allocator(RuleBasedStateMachine):
     def teardown(self) -> None:
         for sequence in self.regions:
             self.segment.release(sequence)
-        # Free parts have merged again: one region takes all.
+        # Free regions have merged again: one region takes all.
         assert self.segment.write(torch.zeros(ROOM_BYTES - ALIGNMENT_BYTES, dtype=torch.uint8)) is not None
         self.segment.close()
 
@@ -129,7 +129,7 @@ def test_a_region_is_used_again_only_after_its_release(segment: Segment) -> None
     segment.release(first.sequence)
     third = segment.write(torch.ones(1))
     assert third is not None and third.offset == first.offset and third.sequence > second.sequence
-    segment.release(first.sequence)  # late and again: the region belongs to another write now
+    segment.release(first.sequence)  # late and repeated: the region belongs to another write now
     fourth = segment.write(torch.ones(1))
     assert fourth is not None and fourth.offset != third.offset
 
@@ -198,7 +198,7 @@ def test_the_peer_maps_read_only_and_gives_everything_back_with_the_object(segme
 
 
 def test_a_segment_that_two_threads_close_is_closed_once() -> None:
-    """A descriptor that is closed twice may be somebody else's by then."""
+    """A second close could hit a reused descriptor number."""
     for _ in range(100):
         segment, both = Segment(SEGMENT_BYTES), threading.Barrier(2)
 
@@ -220,7 +220,7 @@ def test_two_segments_have_different_nonces(segment: Segment) -> None:
     assert other.fd == -1
 
 
-# What a malicious or mistaken peer may name instead of a segment: (descriptor, what must be said of it).
+# What a malicious or faulty peer may name instead of a segment: (descriptor, expected error).
 
 
 def plain_file(stack: ExitStack, folder: Path) -> int:
@@ -280,7 +280,7 @@ def test_what_is_no_segment_is_refused_without_being_opened(
         before = descriptors()
         with pytest.raises(SegmentUnavailable, match=f"descriptor {descriptor} of process {os.getpid()} is no segment"):
             PeerSegment(os.getpid(), descriptor, 1000)
-        # O_PATH: held, to be looked at, and not opened.
+        # O_PATH: held for checks, not opened.
         assert all(flags & os.O_PATH for flags in opened) and descriptors() == before
 
 
@@ -341,7 +341,7 @@ def holders_of(inode: int) -> set[str]:
     """The processes, by id, that keep a memfd alive by a mapping or a descriptor."""
     holders = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # ended meanwhile
             mappings = [line.split() for line in (process / "maps").read_text().splitlines() if NAME in line]
             holders |= {process.name for fields in mappings if fields[4] == str(inode)}
         for link in (process / "fd").glob("*"):

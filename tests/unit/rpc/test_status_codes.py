@@ -1,4 +1,4 @@
-"""Errors over gRPC: what a caller is told of a wrong message comes back as it was raised, and is checked first."""
+"""Errors over gRPC: they arrive as raised, and metadata are checked before use."""
 
 import pickle
 from typing import Any
@@ -14,11 +14,11 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class Aborted(Exception):
-    """As gRPC ends a call."""
+    """Raised by abort, like gRPC's own exception."""
 
 
 class Context:
-    """Keeps what a servicer says of an error."""
+    """Records the status, detail and metadata that a servicer sends."""
 
     metadata: Metadata = ()
 
@@ -32,7 +32,7 @@ class Context:
 
 
 class Failed(grpc.RpcError):
-    """The same at the caller's end."""
+    """The same error on the client side."""
 
     def __init__(self, code: grpc.StatusCode, detail: str, metadata: Metadata | None) -> None:
         self._code, self._detail, self._metadata = code, detail, metadata

@@ -1,4 +1,4 @@
-"""What the simulator counts with comes from the benchmark, and explains it."""
+"""The simulator's costs are fitted to the benchmark, and reproduce it."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def test_costs_know_the_layer_of_the_benchmark() -> None:
 
 def test_calibration_finds_what_made_the_figures(tmp_path) -> None:
     made = Costs(message_s=2e-3, expert_s=5e-4, row_s=1e-5, link_bytes_per_s=1e9)
-    tokens_to_actor = 1 - 6 / 28  # of 8 experts the actor holds 4; two are drawn
+    tokens_to_actor = 1 - 6 / 28  # the actor holds 4 of 8 experts; top-2
     rows = []
     for tokens in (1, 16, 256, 2048):
         shared_s = made.message_s + 4 * (1 - 0.75**tokens) * made.expert_s + tokens * made.row_s

@@ -1,4 +1,4 @@
-"""The simulator's queue against arithmetic: nothing is lost, and time can be cut anywhere."""
+"""The simulator's queue against hand calculations: no tokens are lost, and time can be split anywhere."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Windows of a trace are the differences of what the controller counted, and nothing that it did not count."""
+"""Windows of a trace are the differences of the controller's counts, and nothing else."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ WINDOW_S = 10.0
 
 
 def loads(windows: float, routers: Mapping[str, tuple[int, ...]], **changes: Any) -> ClusterLoads:
-    """What the controller says after so many windows; the counts are of layer 3."""
+    """The controller's counts after some windows; they are of layer 3."""
     tokens = {router: {3: counts} for router, counts in routers.items()}
     return dataclasses.replace(LOADS, time_s=NOW_S + windows * WINDOW_S, tokens=tokens, **changes)
 

@@ -1,4 +1,4 @@
-"""Replays: scored on what was decided before, on any fleet, through deaths; and what such fleets start from."""
+"""Replays: each window is scored on earlier decisions, on any fleet, with deaths; and initial layouts."""
 
 import dataclasses
 import itertools
@@ -66,7 +66,7 @@ def replayed(policy, seen: Sequence[TraceWindow], **options) -> list[ReplayedWin
 
 @dataclass(frozen=True)
 class KeepAll:
-    """Changes nothing, and notes what it was shown."""
+    """A policy that changes nothing and records its inputs."""
 
     name: str = "keep"
     shown: list[Observation] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The simulator: copies and deaths at exact times, any policy, and the law by which its work grows."""
+"""The simulator: copies and deaths at exact times, any policy, and how its running time grows."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def test_what_has_arrived_is_sent_on() -> None:
 
 @dataclass(frozen=True)
 class Still:
-    """Changes nothing, whatever happens."""
+    """A policy that never changes anything."""
 
     name: str = "still"
 
@@ -105,7 +105,7 @@ def test_topics_change_at_once_in_the_stated_part_of_the_layers_and_at_the_state
     changed = [int((now != then).any(axis=1).sum()) for then, now in itertools.pairwise(windows)]
     assert changed == [0, 3, 0, 0, 3, 0, 0, 3]  # those at 180, 360 and 540 s
     for then, now in itertools.pairwise(windows):
-        np.testing.assert_allclose(np.sort(now), np.sort(then))  # other experts, as popular as those before
+        np.testing.assert_allclose(np.sort(now), np.sort(then))  # other experts, with the same popularities
 
 
 def test_a_policy_that_follows_the_load_serves_what_one_that_does_not_cannot() -> None:
@@ -123,7 +123,7 @@ def test_decisions_come_with_the_first_window_and_then_by_the_period() -> None:
     assert [decision.time_s for decision in decisions] == [60.0, 240.0, 480.0, 720.0]
     assert {(d.cause, d.decide_s, d.observe_s) for d in decisions} == {("period", 0.5, 0.5)}
     first = decisions[0]
-    # A link takes one copy at a time, at a quarter of 1 GB/s: 4 slots x 3 layers of 4 ms each come one after the other.
+    # A link carries one copy at a time, at a quarter of 1 GB/s: 4 slots x 3 layers of 4 ms each follow one another.
     assert 0.012 <= first.apply_s <= 0.2
     assert windows[0].moved_bytes == first.moved_bytes >= LAYERS * EXPERTS * 1e6
     assert (windows[0].replicas, windows[1].replicas) == (LAYERS * EXPERTS, LAYERS * ACTORS * 4)

@@ -1,4 +1,4 @@
-"""Traces: what is written is read, a crash costs one line, and a wrong line names itself."""
+"""Traces: they round-trip, a crash costs one line, and an error names the wrong line."""
 
 import itertools
 import json
@@ -95,7 +95,7 @@ def test_a_file_that_is_no_such_trace_is_left_alone(path, tmp_path) -> None:
 
 
 def changed(path: Path, number: int, **fields: object) -> None:
-    """Replaces fields of a line; a value of ... takes the field out."""
+    """Replaces fields of a line; a value of ... removes the field."""
     lines = path.read_text().splitlines()
     line = json.loads(lines[number - 1]) | fields
     lines[number - 1] = json.dumps({key: value for key, value in line.items() if value is not ...})
@@ -188,7 +188,7 @@ def test_synthetic_loads_drift_and_burst_but_keep_their_skew() -> None:
     shape = LoadShape(num_layers=8, num_experts=64, top_k=4, tokens_per_s=1e6, bursts_per_hour=6.0)
     loads = list(SyntheticLoads(shape, window_s=60.0, num_windows=600, seed=1))
     step = [np.abs(b.popularity_LE - a.popularity_LE).sum() / 2 / 8 for a, b in itertools.pairwise(loads)]
-    assert 0.005 < np.median(step) < 0.1  # part of a layer's load that changes its expert from window to window
+    assert 0.005 < np.median(step) < 0.1  # part of a layer's load that moves between experts from window to window
     assert max(step) > 1.5 * np.median(step)  # a burst begins
     far = np.abs(loads[-1].popularity_LE - loads[0].popularity_LE).sum() / 2 / 8
     assert far > 3 * np.median(step)

@@ -1,4 +1,4 @@
-"""The benchmarks' own tools: what they time, how they judge it, and what they write."""
+"""The benchmarks' own tools: their timing, comparison and output."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What unit tests may not do fails them, and what event loops need stays allowed."""
+"""Operations forbidden in unit tests fail, and those that event loops need are allowed."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""Links between pages are followed as GitHub follows them."""
+"""Links between pages are resolved as GitHub resolves them."""
 
 from tools.check_links import broken_links, read_page
 

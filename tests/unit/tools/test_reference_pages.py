@@ -1,4 +1,4 @@
-"""The pages of settings and metrics are what the code says, whole."""
+"""The reference pages of settings and metrics are complete and match the code."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Checkpoints appear under their names only when complete; files are written piece by piece."""
+"""Checkpoints appear under their names only when complete; files are written in chunks."""
 
 import errno
 import json

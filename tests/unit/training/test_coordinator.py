@@ -1,6 +1,6 @@
-"""The step protocol over real StepStates, with requests and replies lost, participants and coordinators killed.
+"""The step protocol over real StepStates, with lost requests and replies, and killed participants and coordinators.
 
-Whatever happens, the parameters must end up bit for bit where an undisturbed run ends.
+The final parameters must always equal those of an undisturbed run, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -129,7 +129,7 @@ def test_a_successor_aborts_what_only_some_have_prepared():
 
 
 def test_another_incarnation_of_a_participant_is_not_the_same():
-    """Even if it was loaded again and holds what the old one held."""
+    """Even if it was reloaded and holds the same state as the old one."""
     job, tag = started_job()
     job.members["expert-0"].restarts += 1
     with pytest.raises(StateLost, match="expert-0#1 instead of expert-0#0"):
@@ -160,7 +160,7 @@ def test_a_coordinator_of_an_older_term_learns_that_it_is_deposed():
     for order in (lambda: job.coordinator.step(tag, EXPECTED, learning_rate=0.1), job.coordinator.verify):
         with pytest.raises(StaleRequest, match="is superseded by term"):
             order()
-    job.coordinator.abort(tag)  # goes nowhere, and says nothing
+    job.coordinator.abort(tag)  # reaches nobody, and raises nothing
     successor.verify()
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy and each auxiliary loss are told apart, for gates of ours and for transformers' families."""
+"""Cross-entropy and each auxiliary loss are reported separately, for native gates and transformers' families."""
 
 import pytest
 import torch

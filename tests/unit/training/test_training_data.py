@@ -1,4 +1,4 @@
-"""Text, its split, batches that can be drawn again, and the learning rate."""
+"""Text, its split, reproducible batches, and the learning-rate schedule."""
 
 import math
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_directory_is_split_by_file(tmp_path):
     (found,) = read_domains(str(tmp_path))
     assert sorted((*found.train, *found.validation)) == sorted(content.decode() for content in files.values())
     assert 2 <= len(found.validation) <= 6
-    assert read_domains(str(tmp_path)) == (found,)  # the same at every look
+    assert read_domains(str(tmp_path)) == (found,)  # the same at every call
 
 
 def test_files_that_are_all_too_long_are_cut(tmp_path):
@@ -122,7 +122,7 @@ def test_any_position_can_be_drawn_again(position, batch_size, seed):
     assert torch.equal(batch, torch.stack(singles))
     for i, ids in enumerate(batch):
         drawn = bytes(ids.tolist()).decode()
-        assert drawn in (text if (position + i) % 2 == 0 else text.upper())  # domains take turns
+        assert drawn in (text if (position + i) % 2 == 0 else text.upper())  # domains alternate
 
 
 def test_another_seed_draws_otherwise():
@@ -154,7 +154,7 @@ def test_validation_windows_are_spread_and_in_turns():
 def test_unigram_entropy():
     assert make_data((domain("a", "a" * 20, "ab" * 8),)).unigram_bits_per_byte == pytest.approx(1.0)
     assert make_data((domain("a", "a" * 20, "a" * 16),)).unigram_bits_per_byte == 0.0
-    # Domains weigh the same, however long their texts are.
+    # Domains have equal weight, however long their texts are.
     both = make_data((domain("a", "a" * 20, "a" * 16), domain("b", "b" * 20, "b" * 1000)))
     assert both.unigram_bits_per_byte == pytest.approx(1.0)
     values = np.random.default_rng(0).integers(97, 123, size=4000)

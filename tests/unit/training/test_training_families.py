@@ -1,7 +1,7 @@
-"""Training Hugging Face families from their directories: as in one process, and back into ordinary directories.
+"""Training Hugging Face families from their directories: equal to one process, and saved as ordinary directories.
 
-Their experts are rows of fused parameters. In one process an expert without tokens then has a gradient of zeros, and
-decay and momentum move it; here every expert stands by itself, and must move the same.
+Their experts are rows of fused parameters. In one process an expert without tokens then has a zero gradient, and decay
+and momentum move it; here every expert has its own parameters and must move the same.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def make_run(family: str, layout: Layout, root: Path, **experts: Any) -> Config:
 
 
 def losses_in_one_process(config: Config) -> tuple[list[float], dict[str, torch.Tensor], int]:
-    """A plain torch loop over the whole model: losses, the weights at its end, and gradients of unvisited experts."""
+    """A plain torch loop over the whole model: losses, final weights, and gradients of unvisited experts."""
     train = config.train
     model = AutoModelForCausalLM.from_pretrained(config.model.path, experts_implementation="eager")
     model.train()
@@ -110,12 +110,12 @@ def test_a_family_trains_as_in_one_process(tmp_path, family, layout, experts):
     checkpoint = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}"
     trained = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
     for name, value in weights.items():
-        # AdamW divides by the gradient's own size, so tiny gradients carry rounding far.
+        # AdamW divides by the gradient's magnitude, so rounding of tiny gradients is amplified.
         assert (trained[name] - value).abs().max() <= 1e-4, name
 
 
 def test_experts_of_a_checkpoint_stand_by_layer(tmp_path):
-    """A family that knows only fused keys gets them whole, though they were written expert by expert."""
+    """A family with only fused keys gets whole fused tensors, although experts were written one by one."""
     config = make_run("gpt_oss", "fused", tmp_path)
     start, tokenizer = prepare_start(config), run_tokenizer(config)
     with ExpertCluster(start, num_actors=3) as cluster:

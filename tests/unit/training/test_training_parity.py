@@ -1,4 +1,4 @@
-"""Training over expert services of this process, against a plain torch loop in one process, and against itself."""
+"""Training over expert services in this process, against a plain torch loop in one process, and against itself."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_in_cluster(
     config: Config, *, until: int = 10**9, cluster: Callable[[Path], ExpertCluster] | None = None
 ) -> list[Event]:
-    """The events of a run over four services, up to a step."""
+    """Runs training over four services up to a step; returns its events."""
     start = prepare_start(config)
     tokenizer = run_tokenizer(config)
     events: list[Event] = []
@@ -62,7 +62,7 @@ def test_fifty_steps_equal_one_process(text, tmp_path):
     config = make_config(text, tmp_path, steps=50, checkpoint_every_steps=0)
     expected = losses_in_one_process(config)
     assert_equal_within(losses(run_in_cluster(config)), expected, 1e-5)
-    assert expected[50] < 0.5 * expected[1]  # something was learned, and decays, clips and warms up
+    assert expected[50] < 0.5 * expected[1]  # it learns, with decay, clipping and warm-up
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_gates_with_noise_and_state_equal_one_process(text, tmp_path, gate, top_
 
 
 def test_a_perturbed_expert_is_noticed(text, tmp_path):
-    """The falsifying twin: parity would see one expert that is 1 % off."""
+    """Negative control: the parity check detects one expert that is 1 % off."""
     config = make_config(text, tmp_path, steps=10, checkpoint_every_steps=0)
 
     def perturbed(start: Path) -> ExpertCluster:
@@ -104,7 +104,7 @@ def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(text, tmp_path):
 
 
 class RestartingCluster(ExpertCluster):
-    """Services that can be killed; a controller of sorts starts them anew, from the first checkpoint and untrained."""
+    """Services that can be killed; a simple controller restarts them, untrained, from the first checkpoint."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, num_actors=4)
@@ -142,7 +142,7 @@ class ChangingPlacement(FixedPlacement):
 
 
 def make_mortal(cluster: RestartingCluster, name: str, point: str, at: int, *, after: bool) -> None:
-    """The service dies at its call number `at` of a kind: before it does anything, or before it can answer."""
+    """Kills the service at its call number `at` of a kind: before it does anything, or before it replies."""
     service = cluster.services[name]
     calls = 0
 
@@ -209,7 +209,7 @@ def test_without_durability_lost_state_ends_the_run(text, tmp_path):
 
 
 def test_an_attempt_that_fails_is_run_again(text, tmp_path, undisturbed):
-    """A reply that does not come in time, all actors alive: no state is lost, and nothing counts twice."""
+    """A reply is late while all actors live: no state is lost, and nothing counts twice."""
 
     def forgetful(start: Path) -> ExpertCluster:
         cluster = ExpertCluster(start, num_actors=4)

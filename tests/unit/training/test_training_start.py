@@ -1,4 +1,4 @@
-"""What a run begins with: the first checkpoint, and settings that do not fit together."""
+"""The start of a run: the first checkpoint, and inconsistent settings."""
 
 import shutil
 from dataclasses import replace
@@ -30,7 +30,7 @@ def make_config(output_dir: Path, *, model: dict[str, Any] | None = None, **trai
 @pytest.mark.parametrize("model", [{}, {"gate": "sparsely-gated", "tie_embeddings": True, "num_shared_experts": 1}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_checkpoint_is_the_whole_model(tmp_path, model, dtype):
-    """Written without the whole model ever being in memory, it loads as the one that is built at once."""
+    """Written without ever holding the whole model in memory, it equals a model built at once."""
     config = make_config(tmp_path, model={**model, "dtype": dtype})
     start = prepare_start(config)
     expected = build_model(config.model, config.train.seed).state_dict()
@@ -66,7 +66,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, changed, message):
     prepare_start(make_config(tmp_path))
     with pytest.raises(ConfigError, match=message):
         prepare_start(make_config(tmp_path, resume=True, **changed))
-    assert prepare_start(make_config(tmp_path, resume=True, steps=7, lr=1e-4))  # those may change
+    assert prepare_start(make_config(tmp_path, resume=True, steps=7, lr=1e-4))  # these may change
 
 
 def test_a_checkpoint_with_a_setting_that_is_gone_resumes(tmp_path):
@@ -139,7 +139,7 @@ def test_history_goes_on_and_the_last_word_counts(tmp_path):
         history.add(event)
     history.add(Evaluated(step=2, bits_per_byte=5.9, domains={"a": 5.0, "b": 6.8}))
     with history.path.open("a") as file:
-        file.write('{"event": "StepDone", "step": 3, "lo')  # killed while it wrote
+        file.write('{"event": "StepDone", "step": 3, "lo')  # killed while writing
     again = History.open(tmp_path)
     again.add(step(3, 3.5))
     last = History.open(tmp_path)
@@ -157,7 +157,7 @@ def test_history_goes_on_and_the_last_word_counts(tmp_path):
 
 
 def test_steps_of_an_older_history_are_drawn_as_what_they_are(tmp_path):
-    """Their loss has the auxiliary losses in it."""
+    """Their loss includes the auxiliary losses."""
     started = '{"event": "Started", "step": 0, "steps": 4, "unigram_bits_per_byte": 4.5, "bytes_per_token": 1.0}'
     figures = '"learning_rate": 1, "grad_norm": 1, "seconds": 1, "tokens_per_s": 1, "balancedness": 1, "attempts": 1'
     old = f'{{"event": "StepDone", "step": 1, "loss": 5.0, {figures}}}'
