@@ -24,6 +24,16 @@ class ControllerFence:
         self._loads: list[AdmittedLoad] = []
         self._unloads: list[AdmittedUnload] = []
 
+    @property
+    def loads_under_way(self) -> int:
+        """Loads that are carried out or wait for their turn."""
+        return len(self._loads)
+
+    @property
+    def unloads_under_way(self) -> int:
+        """Unloads that have not ended yet."""
+        return len(self._unloads)
+
     @contextmanager
     def admitted(self, term: int) -> Iterator[None]:
         """Fences with the term and admits no other request inside. Raises StaleRequest for a lower term, InvalidMessage

@@ -45,6 +45,11 @@ class Packer:
         self._closed = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
     def take(self, module: nn.Module) -> None:
         """Packs an expert that is served and not trained: now if it is small, else in the background while it
         serves."""

@@ -93,6 +93,25 @@ class ExpertService:
             metrics=metrics,
         )
 
+    @property
+    def store(self) -> ExpertStore:
+        """The loaded experts."""
+        return self._hosted
+
+    @property
+    def fence(self) -> ControllerFence:
+        """Admits the controller's requests; knows those under way."""
+        return self._orders
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether a thread computes a batch or replies to it."""
+        return self._computing.is_computing
+
+    def trains(self, expert: ExpertId) -> bool:
+        """Whether the expert is being trained here."""
+        return self._training.holds(expert)
+
     # -- computing --
 
     def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:

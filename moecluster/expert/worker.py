@@ -56,6 +56,11 @@ class ExpertComputing:
         """Totals since the start."""
         return self._work
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether a thread computes a batch or replies to it."""
+        return self._turn.locked()
+
     def submit(self, batch: ComputeBatch, reply: Reply, *, wake: bool = True) -> None:
         """Queues a batch; a full queue replies Exhausted at once. wake=False: the caller calls compute_waiting()
         next."""

@@ -67,6 +67,11 @@ class GatewayServer:
         return self._server.started
 
     @property
+    def open_connections(self) -> int:
+        """Number of connections of clients."""
+        return len(self._server.server_state.connections)
+
+    @property
     def ending(self) -> bool:
         """Whether a signal or `stop` is ending it."""
         return self._server.should_exit

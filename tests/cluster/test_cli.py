@@ -49,11 +49,6 @@ def run(state_home: Path) -> Run:
     return run_command
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def local_rays() -> set[str]:
     """Marks of the local Rays started by these tests that still have a process."""
     return {process.environ()[MARK] for process in processes_of_this_session() if MARK in process.environ()}

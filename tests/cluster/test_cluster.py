@@ -6,7 +6,7 @@ import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,11 @@ from moecluster.errors import ConfigError, ResourceError
 from moecluster.models.config import read_model_config
 from moecluster.rpc.controller.client import controller_status
 from moecluster.types import ActorPhase
-from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.ray_cluster import CREDENTIALS
+from tests.support.waiting import WAIT_S, wait_until
 
 PROMPT = "def add(a, b):"
 NEW_TOKENS = 200
-WAIT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def config(name: str, **cluster: object) -> Config:
@@ -59,13 +53,6 @@ def reference(model: str) -> list[int]:
     ids = torch.tensor([list(PROMPT.encode())])
     out = whole.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids))
     return [int(token) for token in out[0, len(PROMPT) :]]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.05)
 
 
 def generate(cluster: Cluster) -> list[int]:

@@ -14,18 +14,12 @@ from actors.ray_calls import call, find_actor
 from actors.spawn import spawn
 from moecluster.errors import NotGiven
 from moecluster.rpc.controller.client import set_checkpoint
-from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.clusters.ray_session import RaySession
-from tests.support.soak.generation_load import save_decided_model
 
 PROMPT = "def add(a, b):"
 NEW_TOKENS = 60
 NAME = "/nowhere/on/these/nodes"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_decided_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
     set_checkpoint(cluster.driver.controller_address(), NAME, credentials=CREDENTIALS)
     for actor in ("expert-0", "expert-1"):
         old = cluster.kill(actor, signal.SIGKILL)
-        wait_for(lambda actor=actor, old=old: cluster.pids().get(actor, old) != old, f"{actor} is started again")
+        wait_for_result(lambda actor=actor, old=old: cluster.pids().get(actor, old) != old, f"{actor} is started again")
     status = cluster.wait_served()
     assert status.checkpoint == NAME
     cluster.driver.reload_routers(NAME)

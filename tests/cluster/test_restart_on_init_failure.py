@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from tests.support.clusters.ray_cluster import wait_for
+from tests.support.clusters.ray_cluster import wait_for_result
 from tests.support.clusters.ray_session import RaySession
 from tests.support.fakes.failing_shell import FailingShell
 
@@ -29,14 +29,14 @@ def test_an_actor_that_cannot_begin_anew_tries_until_it_can(ray_session: RaySess
     needed, attempts = tmp_path / "needed", tmp_path / "attempts"
     needed.touch()
     actor = start(needed, attempts)
-    wait_for(lambda: pid_of(actor) is not None, "it is there")
+    wait_for_result(lambda: pid_of(actor) is not None, "it is there")
     pid = pid_of(actor)
     assert pid is not None
     needed.unlink()
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: len(attempts.read_text().split()) >= 2, "it has tried")
+    wait_for_result(lambda: len(attempts.read_text().split()) >= 2, "it has tried")
     needed.touch()
-    wait_for(lambda: pid_of(actor) not in (None, pid), "it is back")
+    wait_for_result(lambda: pid_of(actor) not in (None, pid), "it is back")
 
 
 def test_an_actor_that_cannot_begin_at_all_says_why(ray_session: RaySession, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from moecluster.client import Client
 from moecluster.errors import MoeClusterError
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import OperationKind, OperationPhase, RouterState
-from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.clusters.ray_session import RaySession
 from tests.support.soak.generation_load import PROMPTS, save_decided_model
 
@@ -53,7 +53,7 @@ class Gateway:
         self._threads += [threading.Thread(target=self._write, args=(i,)) for i in range(NUM_CLIENTS)]
 
     def __enter__(self) -> "Gateway":
-        self._states = wait_for(lambda: routers(self._cluster), "a router serves")
+        self._states = wait_for_result(lambda: routers(self._cluster), "a router serves")
         for thread in self._threads:
             thread.start()
         return self
@@ -90,17 +90,17 @@ def test_under_load_a_second_router_starts_and_when_it_is_over_it_is_drained_and
         alone = {prompt: client.generate(prompt, max_new_tokens=NEW_TOKENS).text() for prompt in PROMPTS}
     with Gateway(cluster) as gateway:
         began_s = time.monotonic()
-        wait_for(lambda: set(routers(cluster)) == {"router", "router-1"}, "a second router serves")
+        wait_for_result(lambda: set(routers(cluster)) == {"router", "router-1"}, "a second router serves")
         print(f"the second router served after {time.monotonic() - began_s:.1f} s")
-        wait_for(lambda: sum(name == "router-1" for name, _, _ in gateway.texts) >= 3, "it writes texts")
+        wait_for_result(lambda: sum(name == "router-1" for name, _, _ in gateway.texts) >= 3, "it writes texts")
         addresses = {state.address for state in routers(cluster).values()}
         assert set(cluster.driver.router_addresses()) == addresses
-    wait_for(lambda: "router-1" not in cluster.driver.actors(), "it is ended")
+    wait_for_result(lambda: "router-1" not in cluster.driver.actors(), "it is ended")
     assert not gateway.failures and len(gateway.texts) > NUM_CLIENTS
     assert all(text == alone[prompt] for _, prompt, text in gateway.texts)
-    wait_for(lambda: set(routers(cluster)) == {"router"}, "it is forgotten")
+    wait_for_result(lambda: set(routers(cluster)) == {"router"}, "it is forgotten")
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
-        wait_for(lambda: all(o.phase.ended for o in calls.operations()), "the operations end")
+        wait_for_result(lambda: all(o.phase.ended for o in calls.operations()), "the operations end")
         changes = [o for o in calls.operations() if o.kind is OperationKind.SCALE_ROUTERS]
     assert [(o.arguments, o.phase) for o in changes] == [(("1",), OperationPhase.DONE), (("2",), OperationPhase.DONE)]
     assert "a router has" in changes[0].reason and "a router has" in changes[1].reason
@@ -110,17 +110,17 @@ def test_a_controller_that_is_started_again_finds_the_routers_and_goes_on(cluste
     """The request running on the leaving router completes."""
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
         calls.scale_routers(2, operation_id="grow")
-        wait_for(lambda: calls.operation("grow").phase is OperationPhase.DONE, "the second router serves")
+        wait_for_result(lambda: calls.operation("grow").phase is OperationPhase.DONE, "the second router serves")
     with Client(routers(cluster)["router-1"].address, credentials=CREDENTIALS) as client:
         assert client.status().controller == cluster.driver.controller_address()
         chunks = iter(client.generate(PROMPTS[0], max_new_tokens=200))
         begun = next(chunks)
         with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls:
             calls.scale_routers(1, operation_id="shrink")
-        wait_for(lambda: routers(cluster)["router-1"].leaving, "it leaves")
+        wait_for_result(lambda: routers(cluster)["router-1"].leaving, "it leaves")
         cluster.kill("controller")
         whole = begun.text + "".join(chunk.text for chunk in chunks)
     with cluster.client() as client:
         assert client.generate(PROMPTS[0], max_new_tokens=200).text() == whole
-    wait_for(lambda: [n for n in cluster.driver.actors() if is_router(n)] == ["router"], "it is ended")
-    wait_for(lambda: set(routers(cluster)) == {"router"}, "the successor knows the first one")
+    wait_for_result(lambda: [n for n in cluster.driver.actors() if is_router(n)] == ["router"], "it is ended")
+    wait_for_result(lambda: set(routers(cluster)) == {"router"}, "the successor knows the first one")

@@ -14,7 +14,7 @@ from moecluster.client import Client
 from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.rpc.controller.client import ControllerCalls, set_checkpoint
 from moecluster.types import ExpertId, RouterStatus
-from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.clusters.ray_session import RaySession
 from tests.support.soak.generation_load import save_decided_model
 from tests.support.training.training_runs import losses, make_config, write_text
@@ -22,11 +22,6 @@ from tests.support.training.training_runs import losses, make_config, write_text
 PROMPTS = ("def add(a, b):", "The tower of", "import os")
 NEW_TOKENS = 200
 ROUTERS = ("router", "router-1")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_decided_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def test_routers_write_the_same_requests_at_the_same_time(cluster: RayCluster) -
 
 
 def test_each_has_a_lease_a_name_and_metrics_of_its_own(cluster: RayCluster) -> None:
-    wait_for(lambda: cluster.wait_served().routers == 2, "both have leases")
+    wait_for_result(lambda: cluster.wait_served().routers == 2, "both have leases")
     found = cluster.driver.endpoints()
     for name in ROUTERS:
         reached = found[name]
@@ -99,11 +94,11 @@ def test_when_one_is_killed_the_other_serves_on_and_it_comes_back(cluster: RayCl
     writing.join(60.0)
     assert bystander == whole
 
-    wait_for(lambda: cluster.pids().get(victim, pid) != pid, f"{victim} is started again")
+    wait_for_result(lambda: cluster.pids().get(victim, pid) != pid, f"{victim} is started again")
     again = addresses(cluster)[victim]
     assert texts(again) == whole
     assert set(cluster.driver.router_addresses()) == {again, before[other]}
-    wait_for(lambda: cluster.wait_served().routers == 2, "both have leases")
+    wait_for_result(lambda: cluster.wait_served().routers == 2, "both have leases")
 
 
 def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster: RayCluster, tmp_path: Path) -> None:
@@ -112,7 +107,7 @@ def test_a_router_that_is_started_again_serves_what_training_has_come_to(cluster
     cluster.driver.give_directory(newest)
     set_checkpoint(cluster.driver.controller_address(), newest, credentials=CREDENTIALS)
     pid = cluster.kill("router-1")
-    wait_for(lambda: cluster.pids().get("router-1", pid) != pid, "router-1 is started again")
+    wait_for_result(lambda: cluster.pids().get("router-1", pid) != pid, "router-1 is started again")
     seen = status(addresses(cluster)["router-1"])
     assert seen is not None and seen.model == newest
 
@@ -135,11 +130,11 @@ def test_a_training_run_holds_the_placement_and_ends_with_the_first_router(
     assert not held()
     endless: dict[str, Any] = {"steps": 10**6, "checkpoint_every_steps": 0, "participant_timeout_s": 2.0}
     cluster.driver.train(make_config(write_text(tmp_path), tmp_path / "run", **endless), directory)
-    wait_for(lambda: losses([*cluster.driver.training_progress(0).events]), "a step is done")
+    wait_for_result(lambda: losses([*cluster.driver.training_progress(0).events]), "a step is done")
     assert held()
     refused = pytest.raises(UserError, match="a training run holds the placement")
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls, refused:
         calls.place(ExpertId(layer=0, index=0), ["expert-1"])
     cluster.kill("router")
-    wait_for(says_that_the_run_is_gone, "the router that was started again says that the run is gone")
-    wait_for(lambda: not held(), "its lease is over")
+    wait_for_result(says_that_the_run_is_gone, "the router that was started again says that the run is gone")
+    wait_for_result(lambda: not held(), "its lease is over")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.test_cli import COMMAND, ROOT, local_rays
 from tests.conftest import processes_of_this_session
-from tests.support.clusters.ray_cluster import wait_for
+from tests.support.clusters.ray_cluster import wait_for_result
 from tests.support.soak.generation_load import save_decided_model
 
 UP_TIMEOUT_S = 180.0
@@ -64,7 +64,7 @@ def served(environment: dict[str, str], tmp_path: Path) -> Iterator[Served]:
 def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environment: dict[str, str]) -> None:
     url = served.wait_started()
     text: dict[str, Any] = {"model": "tiny", "prompt": "def add(a, b):", "max_tokens": 20, "temperature": 0}
-    wait_for(lambda: _is_well(url), "the gateway answers")
+    wait_for_result(lambda: _is_well(url), "the gateway answers")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120.0, max_retries=0) as client:
         reference = client.completions.create(**text).choices[0].text
         assert psutil.Process(served.process.pid).memory_info().rss < MAX_GATEWAY_BYTES

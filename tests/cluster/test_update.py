@@ -13,7 +13,7 @@ from actors import cluster_file
 from actors.cluster_file import UpCluster
 from moecluster.client import Client
 from moecluster.rpc.credentials import secret_path, write_secret
-from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.models.weight_versions import NEW_TOKENS, PROMPTS, requests_alone, save_version
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
@@ -63,11 +63,11 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
         writing = threading.Thread(target=go_on_writing)
         writing.start()
         try:
-            wait_for(lambda: texts, "a first text")
+            wait_for_result(lambda: texts, "a first text")
             done = run("update", second, "--name", name)
             assert done.returncode == 0 and f"version 2: {second}" in done.stdout, done.stderr
             count = len(texts)
-            wait_for(lambda: len(texts) > count + 1, "texts of the new version")
+            wait_for_result(lambda: len(texts) > count + 1, "texts of the new version")
         finally:
             over.set()
             writing.join()
@@ -77,7 +77,7 @@ def test_weights_are_replaced_by_the_command_line(ray_session, tmp_path: Path, m
         # A restarted process starts with the weights served now.
         for actor in ("controller", "router", "expert-0"):
             pid = cluster.kill(actor, signal.SIGKILL)
-            wait_for(partial(is_started_again, cluster, actor, pid), f"{actor} is started again")
+            wait_for_result(partial(is_started_again, cluster, actor, pid), f"{actor} is started again")
         status = cluster.wait_served()
         assert (status.weight_version, status.checkpoint) == (2, second)
         assert write(cluster.driver.router_address()) == after

@@ -13,7 +13,7 @@ from actors.local_ray import MARK
 from tests.cluster.test_cli import COMMAND, ROOT, local_rays
 from tests.conftest import processes_of_this_session
 from tests.support.clusters.fake_actors import save_tiny_model
-from tests.support.clusters.ray_cluster import wait_for
+from tests.support.clusters.ray_cluster import wait_for_result
 
 LONG_S = 400.0  # a start on a busy machine
 
@@ -64,7 +64,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 def test_a_start_that_is_ended_by_sigterm_says_one_line_and_leaves_nothing(commands: Commands, model: str) -> None:
     """Also after the command has connected to Ray, which by itself prints a C++ stack trace on the signal."""
     with commands.begin("up", model, "--set", "cluster.num_expert_actors=2") as starting:
-        wait_for(lambda: parts("ray::ControllerActor"), "actors are being started", LONG_S)
+        wait_for_result(lambda: parts("ray::ControllerActor"), "actors are being started", LONG_S)
         starting.terminate()
         _, err = starting.communicate(timeout=LONG_S)
     assert (starting.returncode, err) == (128 + signal.SIGTERM, "moecluster: ended by SIGTERM\n")
@@ -73,7 +73,7 @@ def test_a_start_that_is_ended_by_sigterm_says_one_line_and_leaves_nothing(comma
 
 def test_a_start_that_was_killed_is_found_and_the_next_one_takes_its_place(commands: Commands, model: str) -> None:
     with commands.begin("up", model, "--set", "cluster.num_expert_actors=2") as starting:
-        wait_for(lambda: parts("gcs_server"), "Ray is being started", LONG_S)
+        wait_for_result(lambda: parts("gcs_server"), "Ray is being started", LONG_S)
         starting.kill()
     (left,) = local_rays()
     _, _, output = commands.run("status")
@@ -96,7 +96,7 @@ def test_a_ray_whose_raylet_is_killed_is_said_within_seconds_and_ended_by_down(c
     code, output, _ = commands.run("status", "--timeout-s", "2")
     assert code == 0 and f"raylet (process {raylet.pid}) is stopped" in output
     raylet.kill()
-    wait_for(lambda: not parts("raylet/raylet"), "the raylet has ended")
+    wait_for_result(lambda: not parts("raylet/raylet"), "the raylet has ended")
     code, output, _ = commands.run("status")
     assert code == 1 and "ended: Ray's raylet has ended, and every actor with it" in output
     code, _, output = commands.run("down")

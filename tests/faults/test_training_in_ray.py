@@ -17,14 +17,15 @@ from rich.console import Console
 
 from actors.names import ROUTER
 from moecluster.cli.commands.train import run
-from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.rpc.controller.client import set_checkpoint
+from moecluster.rpc.expert.client import GrpcExpertControl
+from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.training.checkpoint_store import CHECKPOINTS, CheckpointStore
 from moecluster.training.events import StepDone, WentBack
 from moecluster.training.history import History
 from moecluster.training.setup import prepare_start
 from moecluster.types import ComputeBatch, ComputeResult, Phase
-from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.clusters.ray_session import RaySession
 from tests.support.training.ray_training import run_on
 from tests.support.training.training_runs import (
@@ -37,7 +38,8 @@ from tests.support.training.training_runs import (
 
 TOLERANCE = 1e-5
 VICTIM = "expert-2"
-PHASES = ("train_forward", "backward", "reduce", "prepare", "commit")
+MESSAGES = {Phase.TRAIN_FORWARD: "train_forward", Phase.BACKWARD: "backward"}
+PHASES = (*MESSAGES.values(), "reduce", "prepare", "commit")
 
 
 @pytest.fixture(scope="module")
@@ -74,45 +76,31 @@ class Killer:
         os.kill(self._pid, signal.SIGKILL)
         return call()
 
-    def arm(self, remote: RemoteExperts) -> None:
-        """Intercepts the messages and requests sent to the victim."""
-        pool = remote.pool
-        connect, control = pool._connect, pool._control
+    def arm(self, patches: pytest.MonkeyPatch) -> None:
+        """Watches the messages and requests that go to the victim."""
+        really_submit = GrpcExpertTransport.submit
 
-        def watched_connect(address: Any) -> Any:
-            transport = connect(address)
-            return _Transport(transport, self) if address.actor == VICTIM else transport
+        def submit(transport: GrpcExpertTransport, batch: ComputeBatch) -> "Future[ComputeResult]":
+            if transport.actor != VICTIM:
+                return really_submit(transport, batch)
+            future: Future[ComputeResult] = self.around(
+                MESSAGES.get(batch.phase, "forward"), lambda: really_submit(transport, batch)
+            )
+            return future
 
-        def watched_control(address: Any) -> Any:
-            found = control(address)
-            return _Control(found, self) if address.actor == VICTIM else found
+        patches.setattr(GrpcExpertTransport, "submit", submit)
+        for request in PHASES[len(MESSAGES) :]:
+            patches.setattr(GrpcExpertControl, request, self._watched(request))
 
-        pool._connect, pool._control = watched_connect, watched_control
+    def _watched(self, request: str) -> Callable[..., Any]:
+        really_send: Callable[..., Any] = getattr(GrpcExpertControl, request)
 
+        def send(control: GrpcExpertControl, *args: Any, **kwargs: Any) -> Any:
+            if control.name != VICTIM:
+                return really_send(control, *args, **kwargs)
+            return self.around(request, lambda: really_send(control, *args, **kwargs))
 
-class _Transport:
-    def __init__(self, transport: Any, killer: Killer) -> None:
-        self._transport, self._killer = transport, killer
-        self.name, self.incarnation = transport.name, transport.incarnation
-
-    def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
-        phase = {Phase.TRAIN_FORWARD: "train_forward", Phase.BACKWARD: "backward"}.get(batch.phase, "forward")
-        future: Future[ComputeResult] = self._killer.around(phase, lambda: self._transport.submit(batch))
-        return future
-
-    def close(self) -> None:
-        self._transport.close()
-
-
-class _Control:
-    def __init__(self, control: Any, killer: Killer) -> None:
-        self._control, self._killer = control, killer
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._control, name)
-        if name not in PHASES:
-            return found
-        return lambda *args, **kwargs: self._killer.around(name, lambda: found(*args, **kwargs))
+        return send
 
 
 def test_fifty_steps_equal_one_process(cluster: RayCluster, text: Path, tmp_path: Path) -> None:
@@ -132,7 +120,12 @@ SHORT: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 3, "participant_t
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
-    cluster: RayCluster, text: Path, tmp_path: Path, undisturbed: dict[int, float], phase: str
+    cluster: RayCluster,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[int, float],
+    phase: str,
 ) -> None:
     chance = random.Random(f"killed in {phase}")
     cluster.wait_served()
@@ -140,7 +133,8 @@ def test_an_actor_killed_in_any_phase_leaves_the_curve_as_it_was(
     calls_a_step = 4 if phase in ("train_forward", "backward") else 1
     at = calls_a_step * chance.randrange(3, 6) + chance.randrange(calls_a_step) + 1
     killer = Killer(cluster.pids()[VICTIM], phase, at=at, after=chance.random() < 0.5)
-    events = run_on(cluster, make_config(text, tmp_path, **SHORT), killer.arm)
+    killer.arm(monkeypatch)
+    events = run_on(cluster, make_config(text, tmp_path, **SHORT))
     assert killer.struck
     assert [event for event in events if isinstance(event, WentBack)], "no state was lost"
     assert losses(events) == undisturbed  # bit for bit: gradients are summed in one order
@@ -161,7 +155,7 @@ def test_a_run_whose_router_is_killed_begins_again_by_itself(
     store = CheckpointStore(tmp_path / CHECKPOINTS)
 
     def kill_behind_a_checkpoint() -> None:
-        wait_for(lambda: len(store.steps()) > 1, "a checkpoint is written", timeout_s=120.0)
+        wait_for_result(lambda: len(store.steps()) > 1, "a checkpoint is written", timeout_s=120.0)
         cluster.kill(ROUTER)
 
     killer = threading.Thread(target=kill_behind_a_checkpoint)

@@ -9,7 +9,7 @@ from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
-from tests.support.clusters.running_gateway import wait_for
+from tests.support.waiting import wait_until
 
 
 def requests_of(port: int) -> dict[str, float]:
@@ -51,10 +51,10 @@ def test_a_router_shows_how_many_requests_run_and_wait(tmp_path: Path) -> None:
                 cluster.kill(actor)  # so that no request finishes
             with Client(cluster.router_server.address) as client:
                 texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
-                wait_for(lambda: requests_of(port) == {"running": 2, "waiting": 3})
+                wait_until(lambda: requests_of(port) == {"running": 2, "waiting": 3})
                 for text in texts:
                     text.cancel()
-                wait_for(lambda: requests_of(port) == {"running": 0, "waiting": 0})
+                wait_until(lambda: requests_of(port) == {"running": 0, "waiting": 0})
             for actor in cluster.names:
                 cluster.revive(actor)
         finally:

@@ -81,6 +81,11 @@ class Mailbox:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def reading(self) -> bool:
+        """Whether a thread is in receive()."""
+        return self._reading
+
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: the reader is not asleep
             os.write(self._wake_fd, WAKE)

@@ -1,6 +1,7 @@
 """Reads a checkpoint of another host over loopback, under a path that does not exist locally."""
 
 import gc
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
 from moecluster.rpc.checkpoint import client
 from moecluster.rpc.checkpoint import server as checkpoint_server
 from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
-from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
+from moecluster.rpc.checkpoint.server import Announcements, CheckpointServicer, serve_checkpoints
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.server import RunningServer, open_channel
@@ -210,16 +211,19 @@ def too_long(chunk: Chunk) -> Chunk:
 def test_chunks_that_are_not_what_was_asked_for(
     small: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Chunk], Chunk], complaint: str
 ) -> None:
+    tampers, asked, read = threading.Event(), list[int](), CheckpointServicer.Read
+
+    def tampered(servicer: CheckpointServicer, request: Any, context: Any) -> Iterator[Chunk]:
+        chunks = read(servicer, request, context)
+        if not tampers.is_set():
+            return chunks
+        asked.append(request.begin)
+        return map(change, chunks)
+
+    monkeypatch.setattr(CheckpointServicer, "Read", tampered)
     with announced(small) as (_, source), closing(RemoteFiles(NAME, lambda: source)) as files:
         checkpoint = Checkpoint.of(files)
-        asked: list[int] = []
-        chunks = checkpoint_server._chunks
-
-        def tampered(file: Path, size: int, begin: int, num_bytes: int) -> Iterator[Chunk]:
-            asked.append(begin)
-            return map(change, chunks(file, size, begin, num_bytes))
-
-        monkeypatch.setattr(checkpoint_server, "_chunks", tampered)
+        tampers.set()
         with pytest.raises(InvalidMessage, match=complaint):
             checkpoint.read("lm_head.weight")
     assert len(asked) == client.ATTEMPTS
@@ -228,22 +232,29 @@ def test_chunks_that_are_not_what_was_asked_for(
 @pytest.mark.parametrize(
     "names", [["../evil.json"], ["/tmp/evil.json"], [".hidden.json"], ["run.py"], ["a/b.safetensors"], ["x" * 300]]
 )
-def test_names_that_are_no_files_of_a_model_are_not_written(names: list[str]) -> None:
-    sizes = {"config.json": 2, **dict.fromkeys(names, 1)}
+def test_names_that_are_no_files_of_a_model_are_not_written(
+    small: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    list_files(monkeypatch, {"config.json": 2, **dict.fromkeys(names, 1)})
+    with announced(small) as (_, source), pytest.raises(InvalidMessage, match="is no name of a model's file"):
+        RemoteFiles(NAME, lambda: source)
+
+
+@pytest.mark.parametrize("sizes", [[2**30], [2**26] * 5])
+def test_too_much_beside_the_weights_is_not_fetched(
+    small: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    list_files(monkeypatch, {f"{i}.json": size for i, size in enumerate(sizes)})
+    with announced(small) as (_, source), pytest.raises(InvalidMessage, match="bytes beside the weights"):
+        RemoteFiles(NAME, lambda: source)
+
+
+def list_files(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> None:
+    """Sources list these files, by name."""
     reply = checkpoint_pb2.CheckpointFilesReply(
         files=[checkpoint_pb2.CheckpointFile(name=name, size_bytes=size) for name, size in sizes.items()]
     )
-    with pytest.raises(InvalidMessage, match="is no name of a model's file"):
-        client._checked_sizes(reply)
-
-
-def test_too_much_beside_the_weights_is_not_fetched() -> None:
-    for sizes in ([2**30], [2**26] * 5):
-        reply = checkpoint_pb2.CheckpointFilesReply(
-            files=[checkpoint_pb2.CheckpointFile(name=f"{i}.json", size_bytes=size) for i, size in enumerate(sizes)]
-        )
-        with pytest.raises(InvalidMessage, match="bytes beside the weights"):
-            client._checked_sizes(reply)
+    monkeypatch.setattr(CheckpointServicer, "Files", lambda servicer, request, context: reply)
 
 
 def test_reading_goes_on_at_a_source_that_was_started_again(small: Path) -> None:

@@ -23,10 +23,10 @@ from moecluster.rpc.server import RunningServer
 from moecluster.simulation.trace.reader import open_trace
 from moecluster.types import OperationKind, OperationPhase, Replica
 from tests.support.fakes.fake_controller import LOADS, NOW_S, OLD_OPERATION, PLACEMENT, PLAN, FakeController
+from tests.support.waiting import WAIT_S, wait_until
 
 NOBODY = "127.0.0.1:1"
 ROOT = Path(__file__).resolve().parents[3]
-WAIT_S = 60.0
 
 Run = Callable[..., SimpleNamespace]
 
@@ -284,11 +284,11 @@ def test_a_recording_that_is_interrupted_is_whole(controller, tmp_path, number) 
             # A shell starts background jobs with SIGINT ignored, and these tests may be such a job.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        deadline_s = time.monotonic() + WAIT_S
-        while not out.exists() or out.read_bytes().count(b"\n") < 4:
-            assert recording.poll() is None, recording.communicate()
-            assert time.monotonic() < deadline_s, "nothing was recorded"
-            time.sleep(0.05)
+        wait_until(
+            lambda: (out.exists() and out.read_bytes().count(b"\n") >= 4) or recording.poll() is not None,
+            "a recording of three windows",
+        )
+        assert recording.poll() is None, recording.communicate()
         recording.send_signal(number)
         output, complaints = recording.communicate(timeout=WAIT_S)
     assert recording.returncode == (0 if number == signal.SIGINT else 128 + number)

@@ -1,10 +1,8 @@
 """Actors that join and leave: a router keeps no memory, descriptor or thread of an actor that is gone."""
 
-import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +21,6 @@ from tests.support.expert.small_actor import EXPERTS, SEGMENT_BYTES, TIMEOUT_S, 
 
 ACTORS = 20
 STREAMS = ("stream-", "compute-stream", "compute-mailbox")  # threads of either side
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    """Disables the cyclic garbage collector: releasing must not depend on it, since it ignores non-Python memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def connect(address: ActorAddress) -> GrpcExpertTransport:

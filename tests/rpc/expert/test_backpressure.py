@@ -33,6 +33,7 @@ from tests.support.expert.small_actor import (
     serving,
     wait_for_rows,
 )
+from tests.support.waiting import wait_until
 
 
 @contextmanager
@@ -71,10 +72,7 @@ def expected_token(modules: dict[int, nn.Module], seed: int) -> torch.Tensor:
 
 
 def wait_for_retries(metrics: Metrics, reason: str) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while f'reason="{reason}"' not in metrics.render() and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    assert f'reason="{reason}"' in metrics.render()
+    wait_until(lambda: f'reason="{reason}"' in metrics.render(), f"a retry for {reason}")
 
 
 def test_backpressure_is_retried_until_there_is_room(checkpoint: Path, modules: dict[int, nn.Module]) -> None:

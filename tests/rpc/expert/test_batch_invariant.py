@@ -23,7 +23,7 @@ from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber, Replica
 from tests.support.clusters.expert_cluster import SHARED_MEMORY_BYTES, ExpertCluster, Transport
 from tests.support.clusters.given import any_directory
-from tests.support.expert.small_actor import TIMEOUT_S, Occupied
+from tests.support.expert.small_actor import TIMEOUT_S, Occupied, queued_rows
 
 WIDTH, INNER, EXPERTS, TOP_K, PROBES = 128, 192, 8, 3, 6  # three: sums of two have only one order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -309,7 +309,7 @@ def test_a_kill_and_retry_in_another_placement_changes_no_bit(
         with ThreadPoolExecutor(1) as caller:
             with Occupied(actors.services["expert-1"]):
                 call = caller.submit(everyone.through, remote)
-                while actors.services["expert-1"]._queue.rows == 0:
+                while queued_rows(actors.services["expert-1"]) == 0:
                     assert not call.done()
                 actors.kill("expert-1")
             placements.wait_for_a_failure()

@@ -1,9 +1,8 @@
 """The Compute stream over loopback gRPC: merging across routers, and all ways in which a stream ends."""
 
-import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -48,15 +47,6 @@ from tests.support.expert.small_actor import (
     training,
     wait_for_rows,
 )
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    """Disables the cyclic garbage collector: releasing must not depend on it, since it ignores non-Python memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def held_by_streams() -> tuple[int, int]:

@@ -47,6 +47,7 @@ from tests.support.expert.small_actor import (
     Occupied,
     ask,
     batch_of,
+    computing,
     open_stream,
     serving,
     submit,
@@ -233,7 +234,7 @@ def test_a_user_s_error_about_a_checkpoint_is_no_failure_of_the_actor() -> None:
 
 def test_an_actor_that_does_not_answer_is_given_up_in_time(trainer: ExpertService, server: RunningServer) -> None:
     with closing(GrpcExpertControl("expert-0", server.address, timeout_s=0.2)) as control:
-        with trainer._state_lock, pytest.raises(DeadlineExceeded):
+        with computing(trainer), pytest.raises(DeadlineExceeded):
             control.status()
         assert GrpcExpertControl("expert-0", server.address).status().actor == "expert-0"
 

@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from torch import nn
@@ -14,7 +15,7 @@ from moecluster.expert import compute
 from moecluster.expert.service import ExpertService
 from moecluster.rpc.expert import compute_session, compute_stream
 from moecluster.rpc.same_host import mailbox
-from moecluster.rpc.same_host.mailbox import MailboxUnavailable, PeerMailbox
+from moecluster.rpc.same_host.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
 from moecluster.types import ComputeBatch, ComputeResult
 from tests.support.expert.small_actor import (
     TIMEOUT_S,
@@ -28,6 +29,7 @@ from tests.support.expert.small_actor import (
     serving,
     wait_for_rows,
 )
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -45,10 +47,8 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def check_posted(posted: list[bool], expected: int) -> None:
-    """Waits, since the sender records a post shortly after the receiver has the message."""
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while len(posted) < expected and time.monotonic() < deadline_s:
-        time.sleep(0.001)
+    """Who posts notes it a little after the other has the message."""
+    wait_until(lambda: len(posted) >= expected, f"the post of message {expected}")
     assert posted == [True] * expected
 
 
@@ -157,13 +157,18 @@ def test_a_wait_ends_with_its_timeout_and_another_thread_s_goes_on(
 def waiting_on(
     transport: compute_stream.GrpcExpertTransport,
 ) -> "tuple[list[Future[ComputeResult]], ThreadPoolExecutor]":
-    """Three threads that wait for replies of an occupied actor."""
-    threads = ThreadPoolExecutor(3)
-    waits = [threads.submit(transport.submit(batch_of(seed=seed)).result, TIMEOUT_S) for seed in range(3)]
-    deadline_s = time.monotonic() + TIMEOUT_S
-    assert transport._readers is not None
-    while transport._readers._reader is None and time.monotonic() < deadline_s:
-        time.sleep(0.001)
+    """Three threads that wait for answers of an occupied actor. Returns once one of them reads the mailbox."""
+    threads = ThreadPoolExecutor(3, thread_name_prefix="waiting-on")
+    reads, really_receive = threading.Event(), Mailbox.receive
+
+    def watched(mailbox: Mailbox, timeout_s: float | None = None) -> bytes | None:
+        if threading.current_thread().name.startswith("waiting-on"):  # and not the actor's own
+            reads.set()
+        return really_receive(mailbox, timeout_s)
+
+    with patch.object(Mailbox, "receive", watched):
+        waits = [threads.submit(transport.submit(batch_of(seed=seed)).result, TIMEOUT_S) for seed in range(3)]
+        assert reads.wait(TIMEOUT_S)
     return waits, threads
 
 
@@ -193,18 +198,27 @@ def test_a_server_that_goes_ends_all_who_wait(checkpoint: Path, modules: dict[in
         transport.close()
 
 
+def posting(*, requests: bytes | None = None, replies: bytes | None = None) -> Callable[[PeerMailbox, bytes], bool]:
+    """PeerMailbox.post with other contents. Requests are posted by the test's own thread, replies by the actor's."""
+    really_post = PeerMailbox.post
+
+    def post(peer: PeerMailbox, message: bytes) -> bool:
+        other = requests if threading.current_thread() is threading.main_thread() else replies
+        return really_post(peer, message if other is None else other)
+
+    return post
+
+
 @pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x00\x00", b"\x0a\xff\x01"])
 def test_a_message_that_is_no_message_ends_the_stream_and_the_actor_serves_others(
-    connect: Connect, modules: dict[int, nn.Module], message: bytes
+    connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch, message: bytes
 ) -> None:
     bad, good = connect("shm"), connect("shm")
     check_some(modules, bad, calls=1)
-    assert bad._peer_mailbox is not None and bad._peer_mailbox.post(message)
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while bad._closed is None and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    with pytest.raises(Unavailable):
-        result_of(bad, batch_of())
+    with monkeypatch.context() as patches:
+        patches.setattr(PeerMailbox, "post", posting(requests=message))
+        with pytest.raises(Unavailable):
+            result_of(bad, batch_of())
     check_some(modules, good)
 
 
@@ -213,12 +227,7 @@ def test_answers_that_are_no_messages_fail_what_is_in_flight(
 ) -> None:
     transport = connect("shm")
     check_some(modules, transport, calls=1)
-    really_post = PeerMailbox.post
-    monkeypatch.setattr(
-        PeerMailbox,
-        "post",
-        lambda peer, message: really_post(peer, message if peer is transport._peer_mailbox else b"\xff\xff"),
-    )
+    monkeypatch.setattr(PeerMailbox, "post", posting(replies=b"\xff\xff"))
     with pytest.raises(Unavailable, match="holds no messages"):
         result_of(transport, batch_of())
 
@@ -234,13 +243,13 @@ def test_a_batch_computed_by_the_stream_s_own_thread_leaves_the_service_free(
         experts: dict[int, nn.Module], batches: Sequence[ComputeBatch], run: compute.RunExpert
     ) -> list[ComputeResult]:
         threads.append(threading.current_thread().name)
-        assert service._computing._turn.locked()
+        assert service.is_computing
         return really_forward(experts, batches, run)
 
     transport = connect("shm")
     check_some(modules, transport, calls=1)
-    with service._computing._turn:  # the computing thread has replied and released its turn
-        monkeypatch.setattr(compute, "forward", watched)
+    wait_until(lambda: not service.is_computing, "the end of the last batch")  # it is answered a little before
+    monkeypatch.setattr(compute, "forward", watched)
     for rows in (3, 300):
         check_rows(modules, batch_of(rows), result_of(transport, batch_of(rows)))
     assert threads == ["compute-mailbox", "compute-expert-0"]

@@ -67,17 +67,17 @@ def test_texts_stay_right_beside_a_sick_replica_which_is_loaded_anew(sound, alon
     )
     with start(sound, replicas=twice) as cluster:
         assert write(cluster, PROMPTS[0]).ids == alone[PROMPTS[0]]
-        hosted = cluster.services["expert-0"]._hosted
+        store = cluster.services["expert-0"].store
         module = ExpertSource(sound).load(SICK).requires_grad_(False)
         next(module.parameters()).view(-1)[0] = math.nan
-        hosted.add(SICK, module, hosted.weight_version)
+        store.add(SICK, module, store.weight_version)
         for prompt in PROMPTS:
             assert write(cluster, prompt).ids == alone[prompt]
         wait_until(lambda: states(cluster) == [("expert-0", SICK, "reloaded")], "the replica is loaded anew")
         operation = next(o for o in cluster.controller.operations(0) if o.kind is OperationKind.RESTORE)
         wait_until(lambda: cluster.controller.operation(operation.id).phase is OperationPhase.DONE)
         assert operation.reason == f"expert {SICK} of expert-0 answers NaN or infinity"
-        assert all(bool(torch.isfinite(p.to_dense()).all()) for p in hosted.get(SICK, 0).module.parameters())
+        assert all(bool(torch.isfinite(p.to_dense()).all()) for p in store.get(SICK, 0).module.parameters())
         for prompt in PROMPTS:
             assert write(cluster, prompt).ids == alone[prompt]
         assert states(cluster) == [("expert-0", SICK, "reloaded")]

@@ -31,6 +31,7 @@ from tests.support.clusters.given import any_directory
 from tests.support.expert.batches import assert_same_fields, make_batch
 from tests.support.expert.small_actor import EXPERTS, TIMEOUT_S, ask, batch_of, open_stream, result_of, served, serving
 from tests.support.models.families import make_model, save
+from tests.support.waiting import wait_until
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,7 +94,7 @@ def test_copied_experts_are_those_of_the_checkpoint(
             )
         assert loaded_bytes == held_bytes == taker.status().hosted_bytes and taker.status().experts == experts
         for expert in experts:
-            theirs, ours = peer._hosted.get(expert).module, taker._hosted.get(expert).module
+            theirs, ours = peer.store.get(expert).module, taker.store.get(expert).module
             check_same_parameters(theirs, ours)
         for layer in layers:
             rows = {index: [0, 1, 2] for index in range(layer.num_experts)}
@@ -172,10 +173,10 @@ def check_the_rest_comes_from_the_checkpoint(
     assert came == EXPERTS[: len(came)] and 0 < len(came) < len(EXPERTS)
     first = make_batch({0: [0]}, rows=1, width=32, layer=EXPERTS[0].layer)
     assert ask(taker, first).y_ND is not None
-    kept = {e: taker._hosted.get(e).module for e in came}
+    kept = {e: taker.store.get(e).module for e in came}
     assert control.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint))) > 0
     assert taker.status().experts == EXPERTS
-    assert all(taker._hosted.get(e).module is module for e, module in kept.items())
+    assert all(taker.store.get(e).module is module for e, module in kept.items())
 
 
 def test_a_parameter_that_does_not_come_is_missed(
@@ -250,10 +251,7 @@ def slow(bytes_of_one: int, seconds_each: float) -> int:
 
 
 def wait_for_experts(service: ExpertService, count: int) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while len(service.status().experts) < count and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    assert len(service.status().experts) >= count
+    wait_until(lambda: len(service.status().experts) >= count, f"{count} loaded experts")
 
 
 def load_slowly(control: GrpcExpertControl, checkpoint: Path, peer: ActorAddress, held_bytes: int) -> int:

@@ -1,30 +1,16 @@
 """HTTP bodies: unknown fields are refused by name, and invalid JSON is a 400, whatever else they contain."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.support.clusters.running_gateway import RunningGateway, running_gateway
-from tests.support.fakes.fake_router import FakeRouter
+from tests.support.clusters.running_gateway import running_gateway
 
 COMPLETION: dict[str, Any] = {"model": "model", "prompt": "x", "max_tokens": 2}
 CHAT: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
-
-
-@pytest.fixture(scope="module")
-def router() -> Iterator[FakeRouter]:
-    with FakeRouter() as serving:
-        yield serving
-
-
-@pytest.fixture(scope="module")
-def gateway(router: FakeRouter) -> Iterator[RunningGateway]:
-    with running_gateway([router.address]) as serving:
-        yield serving
 
 
 @pytest.mark.parametrize("path", list(BODIES))

@@ -11,19 +11,13 @@ import httpx
 import pytest
 
 from moecluster.gateway.connections import MAX_HEAD_BYTES
-from tests.support.clusters.running_gateway import WAIT_S, RunningGateway, running_gateway, wait_for
-from tests.support.fakes.fake_router import FakeRouter
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway
+from tests.support.waiting import WAIT_S, wait_until
 
 TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 1}
 KEYS = ("sk-first", "sk-second")
 HOLDERS = 300  # more than max_inflight, and than the bodies that may be awaited
 LONG_S = 600.0  # a deadline that no test waits for
-
-
-@pytest.fixture(scope="module")
-def router() -> Iterator[FakeRouter]:
-    with FakeRouter() as serving:
-        yield serving
 
 
 @contextmanager
@@ -70,14 +64,14 @@ def awaited(gateway: RunningGateway) -> int:
 def test_half_sent_bodies_of_one_client_take_nothing_from_others(router, keys) -> None:
     with running_gateway([router.address], keys=keys, body_timeout_s=LONG_S) as gateway:
         with holding(gateway, begun()) as held:
-            wait_for(lambda: awaited(gateway) == 256)
+            wait_until(lambda: awaited(gateway) == 256)
             served(gateway, KEYS[1])
             assert status_of(held[0]) == 408, "the oldest is given up"
             served(gateway, KEYS[0])
             left = held[-1]  # this one still has its place
             left.sendall(b' : "model", "prompt": "x", "max_tokens": 1}'.ljust(10_000 - 8))
             assert left.recv(1000).startswith(b"HTTP/1.1 200")
-        wait_for(lambda: awaited(gateway) == 0 and gateway.server.gateway.admission.body_bytes == 0)
+        wait_until(lambda: awaited(gateway) == 0 and gateway.server.gateway.admission.body_bytes == 0)
 
 
 def test_half_sent_bodies_fill_no_memory_that_others_need(router) -> None:
@@ -86,7 +80,7 @@ def test_half_sent_bodies_fill_no_memory_that_others_need(router) -> None:
         [router.address], keys=KEYS, body_timeout_s=LONG_S, max_body_bytes=8192, max_buffered_bytes=10 * half
     ) as gateway, holding(gateway, begun(b" " * half), 40) as held:  # fmt: skip
         admission = gateway.server.gateway.admission
-        wait_for(lambda: awaited(gateway) == 10)
+        wait_until(lambda: awaited(gateway) == 10)
         assert admission.body_bytes <= 10 * half
         served(gateway, KEYS[1])
         large = {**TEXT, "metadata": {"a": "x" * 8000}}
@@ -113,14 +107,14 @@ def test_a_body_that_comes_byte_by_byte_has_the_same_time_as_any(router) -> None
 def test_half_sent_headers_and_idle_connections_give_way(router, begin) -> None:
     with running_gateway([router.address], max_connections=50, head_timeout_s=LONG_S) as gateway:
         with holding(gateway, begin, 80) as held:
-            wait_for(lambda: len(gateway.connections) >= 50)
+            wait_until(lambda: gateway.server.open_connections >= 50)
             served(gateway, "none")
-            assert len(gateway.connections) <= 50
+            assert gateway.server.open_connections <= 50
             held[0].settimeout(WAIT_S)
             with suppress(ConnectionError):
                 answer = held[0].recv(1000)  # empty if nothing of it was read yet
                 assert not answer or answer.startswith(b"HTTP/1.1 408")
-        wait_for(lambda: not gateway.connections)
+        wait_until(lambda: not gateway.server.open_connections)
 
 
 def test_half_sent_headers_have_their_time_however_they_trickle(router) -> None:
@@ -158,7 +152,7 @@ def test_headers_without_end_are_not_kept(router, begin, more) -> None:
                 endless.sendall(more)
                 sent += len(more)
         assert sent < 400 * MAX_HEAD_BYTES
-        wait_for(lambda: not gateway.connections)
+        wait_until(lambda: not gateway.server.open_connections)
 
 
 def test_a_client_that_never_reads_is_ended(router) -> None:
@@ -171,8 +165,8 @@ def test_a_client_that_never_reads_is_ended(router) -> None:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect((host, int(port)))
             deaf.sendall(begin)
-            wait_for(lambda: len(router.running) > 0)
-            wait_for(lambda: not gateway.connections and not router.running)
+            wait_until(lambda: len(router.running) > 0)
+            wait_until(lambda: not gateway.server.open_connections and not router.running)
         assert gateway.server.gateway.admission.requests == 0
 
 

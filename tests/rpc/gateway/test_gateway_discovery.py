@@ -16,9 +16,10 @@ from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import ModelSource
 from moecluster.rpc.controller.server import serve_controller
 from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
-from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway
 from tests.support.clusters.streamed_texts import NOBODY, TEXT, ask, assert_whole
 from tests.support.fakes.fake_controller import FakeController
+from tests.support.waiting import wait_until
 
 
 class Listing(FakeController):
@@ -45,10 +46,10 @@ def test_routers_are_found_through_the_controller(first, second) -> None:
     with Listing(*states) as controller:
         source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
         with running_gateway(source) as gateway:
-            wait_for(lambda: gateway.routers.answering == 2)
+            wait_until(lambda: gateway.routers.answering == 2)
             assert_whole(ask(gateway), first, second)
             controller.listed = (states[0], dataclasses.replace(states[1], leaving=True))
-            wait_for(lambda: [r.address for r in gateway.routers.candidates() if r.leaving] == [second.address])
+            wait_until(lambda: [r.address for r in gateway.routers.candidates() if r.leaving] == [second.address])
             before = len(second.requests)
             for seed in range(4):
                 ask(gateway, seed=seed)
@@ -73,21 +74,21 @@ def test_health_says_what_is_wrong_while_requests_are_still_written(first) -> No
     with Ailing(RouterState(router="first", address=first.address)) as controller:
         source = ModelSource(name="model", seeds=ClusterAddresses(controller=controller.server.address))
         with running_gateway(source) as gateway:
-            wait_for(lambda: health(gateway) == (200, {"status": "ready", "reasons": [], "routers": {"model": 1}}))
+            wait_until(lambda: health(gateway) == (200, {"status": "ready", "reasons": [], "routers": {"model": 1}}))
             lost = ActorState(
                 actor="expert-1", address="", incarnation="", phase=ActorPhase.LOADING, experts=0, restarts=1
             )
             controller.actors, controller.lost_experts = (lost,), 4
-            wait_for(lambda: health(gateway)[1]["status"] == "degraded")
+            wait_until(lambda: health(gateway)[1]["status"] == "degraded")
             reasons = ["model: expert-1 is loading", "model: 4 experts have no serving replica at the moment"]
             assert health(gateway) == (200, {"status": "degraded", "reasons": reasons, "routers": {"model": 1}})
             controller.actors = (dataclasses.replace(lost, problem="/private/model: no such directory"),)
-            wait_for(lambda: "checkpoint directory is gone" in str(health(gateway)))
+            wait_until(lambda: "checkpoint directory is gone" in str(health(gateway)))
             assert "/private" not in str(health(gateway))
             controller.actors, controller.lost_experts = (), 0
-            wait_for(lambda: health(gateway)[1]["status"] == "ready")
+            wait_until(lambda: health(gateway)[1]["status"] == "ready")
             controller.server.stop(0.0)
-            wait_for(lambda: "no controller answers" in str(health(gateway)))
+            wait_until(lambda: "no controller answers" in str(health(gateway)))
             assert health(gateway)[0] == 200 and health(gateway)[1]["status"] == "degraded"
 
 
@@ -114,7 +115,7 @@ def test_a_cluster_that_has_ended_is_not_waited_for_until_it_is_there_again(firs
             "routers": {"model": 0},
         }
         ended[0] = False
-        wait_for(lambda: gateway.routers.answering == 1)
+        wait_until(lambda: gateway.routers.answering == 1)
         assert_whole(ask(gateway), first)
 
 
@@ -123,7 +124,7 @@ def test_a_controller_elsewhere_is_found_through_the_routers(first, second) -> N
         first.controller = controller.server.address
         source = ModelSource(name="model", seeds=ClusterAddresses(routers=(first.address,), controller=NOBODY))
         with running_gateway(source) as gateway:
-            wait_for(lambda: gateway.routers.answering == 2)
+            wait_until(lambda: gateway.routers.answering == 2)
 
 
 def test_when_all_are_lost_others_are_asked_where_the_cluster_is(second) -> None:

@@ -19,9 +19,10 @@ from moecluster.errors import (
     Unavailable,
 )
 from moecluster.generation import GenerationRequest
-from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway
 from tests.support.clusters.streamed_texts import NOBODY, TEXT, ask, assert_whole, read
 from tests.support.fakes.fake_router import FakeRouter, FakeToken, word_ids, words
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_killed_router_amid_streams(gateway, first, second) -> None:
     threads = [threading.Thread(target=lambda i=i: texts.append(ask(gateway, seed=i))) for i in range(6)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(first.running) + len(second.running) == 6)
+    wait_until(lambda: len(first.running) + len(second.running) == 6)
     assert len(first.running) == len(second.running) == 3, "they are shared among the routers"
     time.sleep(0.15)
     first.kill()
@@ -86,11 +87,11 @@ def test_the_only_router_is_waited_for(first) -> None:
         texts: list[Any] = []
         thread = threading.Thread(target=lambda: texts.append(ask(gateway)))
         thread.start()
-        wait_for(lambda: first.running)
+        wait_until(lambda: first.running)
         time.sleep(0.1)
         first.kill()
         with pytest.raises(httpx.HTTPStatusError) as unwell:
-            wait_for(lambda: httpx.get(f"{gateway.url}/health").raise_for_status() and False)
+            wait_until(lambda: httpx.get(f"{gateway.url}/health").raise_for_status() and False)
         assert unwell.value.response.status_code == 503
         first.revive()
         thread.join(20.0)
@@ -121,7 +122,7 @@ def test_a_begun_request_goes_on_with_what_is_served_once_no_router_holds_its_we
     texts: list[Any] = []
     thread = threading.Thread(target=lambda: texts.append(ask(gateway)))
     thread.start()
-    wait_for(lambda: first.running or second.running)
+    wait_until(lambda: first.running or second.running)
     first.versions = second.versions = (2,)
     thread.join(20.0)
     assert_whole(texts[0], first, second)
@@ -154,7 +155,7 @@ def test_a_begun_request_waits_where_a_new_one_would_be_refused(gateway, first, 
     texts: list[Any] = []
 
     def full_now() -> None:
-        wait_for(lambda: first.break_after is None or second.break_after is None)
+        wait_until(lambda: first.break_after is None or second.break_after is None)
         first.error = second.error = Exhausted("no room", retry_after_s=30.0)
         time.sleep(1.0)
         first.error = second.error = None

@@ -21,8 +21,9 @@ from moecluster.errors import ConfigError, ResourceError
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import GatewayServer, ModelSource
-from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway
 from tests.support.fakes.fake_router import FakeRouter, words
+from tests.support.waiting import wait_until
 
 TEXT: dict[str, Any] = {"model": "model", "prompt": "once", "max_tokens": 200}
 KEYS = ("sk-first", "sk-second")
@@ -81,7 +82,7 @@ def test_a_body_that_is_too_large_is_refused_however_it_is_sent(gateway) -> None
         refused = post(gateway, body)
         assert refused.status_code == 413 and error_of(refused)["code"] == "request_too_large"
     assert post(gateway, {**TEXT, "max_tokens": 1, "prompt": "x" * (MAX_BODY - 200)}).status_code == 200
-    wait_for(lambda: gateway.server.gateway.admission.body_bytes == 0)
+    wait_until(lambda: gateway.server.gateway.admission.body_bytes == 0)
 
 
 def test_a_giant_is_refused_before_it_is_read(gateway) -> None:
@@ -103,14 +104,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(gateway) -> None:
     connection.endheaders(b'{"model"')
     assert connection.getresponse().status == 408
     connection.close()
-    wait_for(lambda: len(gateway.server.gateway.admission.awaited) == 0)
+    wait_until(lambda: len(gateway.server.gateway.admission.awaited) == 0)
 
 
 def test_beyond_what_is_let_in_flight_it_is_said_when_to_try_again(gateway, router) -> None:
     router.hold.clear()
     with ThreadPoolExecutor(8) as pool:
         held = [pool.submit(post, gateway, {**TEXT, "max_tokens": 1}) for _ in range(4)]
-        wait_for(lambda: len(router.running) == 4)
+        wait_until(lambda: len(router.running) == 4)
         for body in (TEXT, b"not read"):
             refused = post(gateway, body)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
@@ -121,7 +122,7 @@ def test_beyond_what_is_let_in_flight_it_is_said_when_to_try_again(gateway, rout
     router.hold.clear()
     with ThreadPoolExecutor(8) as pool:
         several = pool.submit(post, gateway, {**TEXT, "max_tokens": 1, "n": 3})
-        wait_for(lambda: len(router.running) == 3)
+        wait_until(lambda: len(router.running) == 3)
         assert post(gateway, {**TEXT, "n": 2, "max_tokens": 1}).status_code == 429
         router.hold.set()
         assert several.result().status_code == 200
@@ -150,10 +151,10 @@ def test_a_client_that_leaves_frees_its_place(gateway, router, stream, held, n) 
 
     asyncio.run(leave())
     left_s = time.monotonic()
-    wait_for(lambda: not router.running)
+    wait_until(lambda: not router.running)
     assert time.monotonic() - left_s < FREED_WITHIN_S
     admission = gateway.server.gateway.admission
-    wait_for(lambda: (admission.requests, admission.generations, admission.body_bytes) == (0, 0, 0))
+    wait_until(lambda: (admission.requests, admission.generations, admission.body_bytes) == (0, 0, 0))
     shown = httpx.get(f"{gateway.url}/metrics").text
     assert 'moecluster_gateway_requests_in_flight{cluster="cluster",model="model"} 1.0' in shown, "the one that asks"
 
@@ -163,8 +164,8 @@ def test_a_client_that_breaks_off_amid_its_body_leaves_nothing(gateway) -> None:
     with socket.create_connection((host, int(port))) as connection:
         lines = ("POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: Bearer {KEYS[0]}", "Content-Length: 99")
         connection.sendall("\r\n".join([*lines, "", "{"]).encode())
-        wait_for(lambda: gateway.server.gateway.admission.body_bytes == 1)
-    wait_for(lambda: gateway.server.gateway.admission.body_bytes == 0)
+        wait_until(lambda: gateway.server.gateway.admission.body_bytes == 1)
+    wait_until(lambda: gateway.server.gateway.admission.body_bytes == 0)
 
 
 def test_an_asked_end_lets_begun_streams_end(router) -> None:
@@ -180,7 +181,7 @@ def test_an_asked_end_lets_begun_streams_end(router) -> None:
             except httpx.TransportError:
                 return True
 
-        wait_for(refuses)
+        wait_until(refuses)
         text += "".join(chunk.choices[0].text for chunk in stream)
         assert len(text.split()) == 40 and text in words([i % 13 for i in range(80)])
 
@@ -193,7 +194,7 @@ def test_an_end_waits_no_longer_than_its_grace(router) -> None:
         next(iter(stream))
         begun_s = time.monotonic()
     assert time.monotonic() - begun_s < 8.0
-    wait_for(lambda: not router.running)
+    wait_until(lambda: not router.running)
 
 
 def test_a_port_in_use_and_a_name_given_twice_are_said() -> None:

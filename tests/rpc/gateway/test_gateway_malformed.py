@@ -14,9 +14,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.support.clusters.running_gateway import RunningGateway, running_gateway, wait_for
+from tests.support.clusters.running_gateway import RunningGateway, running_gateway
 from tests.support.fakes.fake_router import FakeRouter
 from tests.support.malformed.malformed_http import GENERATED, assert_in_openais_form, send_bad_requests
+from tests.support.waiting import wait_until
 
 EXAMPLES = 40  # of each operation
 CHECKS = [not_a_server_error, response_schema_conformance, status_code_conformance, content_type_conformance]
@@ -38,7 +39,7 @@ def test_malformed_requests_are_refused_in_openais_form(gateway) -> None:
     seen = send_bad_requests(gateway.url, GENERATED)
     assert set(seen) <= {200, 400, 404, 405} and seen[400] > GENERATED / 3 and seen[200] > 10, seen
     admission = gateway.server.gateway.admission
-    wait_for(lambda: (admission.requests, admission.generations, admission.body_bytes) == (0, 0, 0))
+    wait_until(lambda: (admission.requests, admission.generations, admission.body_bytes) == (0, 0, 0))
     ok = httpx.post(f"{gateway.url}/v1/completions", json={"model": "model", "prompt": "x"})
     assert ok.status_code == 200, "it serves on"
 

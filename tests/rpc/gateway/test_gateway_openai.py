@@ -23,18 +23,6 @@ HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(scope="module")
-def router() -> Iterator[FakeRouter]:
-    with FakeRouter() as serving:
-        yield serving
-
-
-@pytest.fixture(scope="module")
-def gateway(router: FakeRouter) -> Iterator[RunningGateway]:
-    with running_gateway([router.address]) as serving:
-        yield serving
-
-
-@pytest.fixture(scope="module")
 def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
     with gateway.openai() as connected:
         yield connected

@@ -28,8 +28,8 @@ from moecluster.http_client.connection import open_gateway
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.fakes.fake_openai import FakeOpenAI, Trouble, answer_to, serving
+from tests.support.waiting import WAIT_S, wait_until
 
-WAIT_S = 60.0
 COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "batch")
 
 Ask = Callable[..., list[dict[str, Any]]]
@@ -193,10 +193,7 @@ def said(process: subprocess.Popen[str], code: int) -> str:
 
 
 def wait_for_lines(path: Path, number: int) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not path.exists() or path.read_bytes().count(b"\n") < number:
-        assert time.monotonic() < deadline_s, f"{path} has not {number} lines"
-        time.sleep(0.005)
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= number, f"{number} lines in {path}")
 
 
 def test_a_gateway_that_is_away_is_told_at_once_and_waited_for(tmp_path) -> None:

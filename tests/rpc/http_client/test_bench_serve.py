@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.clusters.running_gateway import running_gateway
 from tests.support.fakes.fake_openai import FakeOpenAI, Trouble, serving
+from tests.support.waiting import WAIT_S, wait_until
 
 COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "bench", "serve")
-WAIT_S = 60.0
 
 
 def bench(*arguments: object, code: int = 0, **environment: str) -> str:
@@ -119,10 +118,9 @@ def test_what_was_measured_before_an_interruption_is_told(tmp_path, load_kind, n
             stderr=subprocess.STDOUT,
             text=True,
         )
-        deadline_s = time.monotonic() + WAIT_S
-        while len(stand_in.seen) < 60:  # at most 20 to 40 of them are in flight
-            assert time.monotonic() < deadline_s and process.poll() is None
-            time.sleep(0.01)
+        # At most 20 to 40 of them are under way.
+        wait_until(lambda: len(stand_in.seen) >= 60 or process.poll() is not None, "the 60th request")
+        assert process.poll() is None
         process.send_signal(number)
         shown, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == code and "Traceback" not in shown, shown
@@ -139,10 +137,8 @@ def test_an_interruption_before_any_answer_says_that_nothing_was_measured() -> N
             [*COMMAND, "--base-url", stand_in.url, "--warmup", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        deadline_s = time.monotonic() + WAIT_S
-        while not stand_in.seen:
-            assert time.monotonic() < deadline_s and process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: stand_in.seen or process.poll() is not None, "the first request")
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130 and "nothing was measured" in shown and "Traceback" not in shown, shown

@@ -1,8 +1,6 @@
 """Malformed generation requests over real gRPC get a clear status, and other requests are unaffected."""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,7 +8,6 @@ import pytest
 
 from moecluster.client import Client
 from moecluster.rpc.server import open_channel
-from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.malformed.malformed_requests import malformed_requests
 
@@ -19,13 +16,6 @@ GOOD_EVERY = 60
 METHOD = "/moecluster.v1.RouterService/Generate"
 REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 UNREADABLE = grpc.StatusCode.INTERNAL  # gRPC's own status for bytes that it cannot parse
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluster]:
-    directory = tmp_path_factory.mktemp("model")
-    with LoopbackCluster(save_tiny_model(Path(directory))) as running:
-        yield running
 
 
 @pytest.mark.timeout(600)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,6 @@ from moecluster.errors import (
     Unavailable,
 )
 from moecluster.generation import GenerationRequest
-from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.fakes.fake_router import FakeRouter, FakeToken, serving, write_bytes
 
@@ -28,12 +27,6 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0.9, "seed": 3}
 TEXT = "naïve €5 \N{GRINNING FACE}!"  # of characters of one to four tokens
 NUM_IDS = len(TEXT.encode())
 LOST = Unavailable("the connection is lost")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluster]:
-    with LoopbackCluster(save_tiny_model(tmp_path_factory.mktemp("model"))) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -15,35 +15,16 @@ from moecluster.proto import router_pb2, tensor_pb2
 from moecluster.proto.router_pb2_grpc import RouterServiceStub
 from moecluster.rpc import tensors
 from moecluster.rpc.server import open_channel
-from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
+from tests.support.waiting import WAIT_S, wait_until
 
 PROMPT = "def add(a, b):"
-WAIT_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def cluster(checkpoint: str) -> Iterator[LoopbackCluster]:
-    with LoopbackCluster(checkpoint) as running:
-        yield running
 
 
 @pytest.fixture
 def client(cluster: LoopbackCluster) -> Iterator[Client]:
     with Client(cluster.router_server.address) as connected:
         yield connected
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

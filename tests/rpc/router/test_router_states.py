@@ -2,7 +2,6 @@
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,10 +12,9 @@ from moecluster.placement.scaling import RouterSizeSettings
 from moecluster.rpc.controller.client import ControllerCalls, controller_status
 from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.types import OperationKind, OperationPhase, RouterState
-from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
+from tests.support.waiting import wait_until
 
-WAIT_S = 60.0
 SETTINGS = RouterSizingSettings(
     max_routers=3,
     size=RouterSizeSettings(
@@ -69,11 +67,6 @@ def fleet() -> Iterator[FakeFleet]:
         routers.remove_router(name)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def cluster(fleet: FakeFleet, checkpoint: str) -> Iterator[LoopbackCluster]:
     """A cluster whose own router is the first one; the others belong to the fake fleet."""
@@ -81,13 +74,6 @@ def cluster(fleet: FakeFleet, checkpoint: str) -> Iterator[LoopbackCluster]:
         running.told = RouterState(router="router", address=running.router_server.address)
         fleet.where = lambda: running.controller_server.address
         yield running
-
-
-def wait_until(condition: Callable[[], bool], what: str = "it") -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not come true"
-        time.sleep(0.01)
 
 
 def seen(cluster: LoopbackCluster) -> dict[str, RouterState]:

@@ -66,7 +66,7 @@ def static(slots: int = 2) -> dict[str, Any]:
     }
 
 
-def wait_for(controller: Controller, condition: Callable[[Placement], bool]) -> Placement:
+def wait_for_placement(controller: Controller, condition: Callable[[Placement], bool]) -> Placement:
     """The first placement of which it is true."""
     deadline_s = time.monotonic() + WAIT_S
     placement = controller.current(WAIT_S)

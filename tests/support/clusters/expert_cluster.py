@@ -82,10 +82,11 @@ class ExpertCluster:
             )
             service.set_placement(PlacementNotice(term=1, generation=1))
         self.placements = FixedPlacement(self.placement)
-        self.pool = ExpertPool(self.placements, connect=self._connect, control=self._control)
+        self.pool = ExpertPool(self.placements, connect=self.connect, control=self.control)
         self.remote = RemoteExperts(self.pool, timeout_s=timeout_s, batch_invariant=batch_invariant)
 
-    def _connect(self, address: ActorAddress) -> ExpertTransport:
+    def connect(self, address: ActorAddress) -> ExpertTransport:
+        """Opens the transport to an actor."""
         if self._transport == "in-process":
             return InProcessTransport(self.services[address.actor])
         shared_memory_bytes = SHARED_MEMORY_BYTES if self._transport == "shm" else 0
@@ -94,7 +95,8 @@ class ExpertCluster:
             raise Unavailable(f"the handshake chose {transport.name}, the test wants {self._transport}")
         return transport
 
-    def _control(self, address: ActorAddress) -> ControlConnection:
+    def control(self, address: ActorAddress) -> ControlConnection:
+        """Opens the control connection to an actor."""
         if self._transport == "in-process":
             return control_of(self.services[address.actor])
         return GrpcExpertControl(address.actor, address.address)

@@ -92,7 +92,7 @@ class RayCluster:
 
     def kill(self, actor: str, number: signal.Signals = signal.SIGKILL) -> int:
         """Sends a signal to an actor's process, as soon as it has one; returns its pid."""
-        pid = wait_for(lambda: self.pids().get(actor), f"{actor} has a process")
+        pid = wait_for_result(lambda: self.pids().get(actor), f"{actor} has a process")
         os.kill(pid, number)
         return pid
 
@@ -110,10 +110,10 @@ class RayCluster:
             status = self.status()
             return status if status and all(actor.phase is ActorPhase.SERVING for actor in status.actors) else None
 
-        return wait_for(served, "every expert actor serves")
+        return wait_for_result(served, "every expert actor serves")
 
 
-def wait_for(look: Callable[[], FoundT | None], what: str, timeout_s: float = WAIT_S) -> FoundT:
+def wait_for_result(look: Callable[[], FoundT | None], what: str, timeout_s: float = WAIT_S) -> FoundT:
     """Calls look until its result is true; returns that result."""
     deadline_s = time.monotonic() + timeout_s
     while not (found := look()):

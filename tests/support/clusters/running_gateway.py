@@ -1,7 +1,6 @@
 """A gateway that serves on a free port in a thread of the test."""
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,7 @@ from moecluster.config.sections import ServeConfig
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import GatewayServer, ModelSource
-
-WAIT_S = 60.0
+from tests.support.waiting import WAIT_S, wait_until
 
 
 class RunningGateway:
@@ -27,11 +25,6 @@ class RunningGateway:
     def routers(self) -> Any:
         """The RouterDiscovery of the first model."""
         return self.server.gateway.models[0].directory
-
-    @property
-    def connections(self) -> Any:
-        """The open connections."""
-        return self.server._server.server_state.connections
 
     def openai(self, key: str = "none", **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S, **options)
@@ -57,17 +50,10 @@ def running_gateway(
     server = GatewayServer(ServeConfig(**{"port": 0, "grace_s": 2.0, **settings}), ApiKeys(keys))
     thread = threading.Thread(target=server.run, args=(models,), name="gateway", daemon=True)
     thread.start()
-    wait_for(lambda: server.started)
+    wait_until(lambda: server.started, "the gateway's start")
     try:
         yield RunningGateway(server)
     finally:
         server.stop()
         thread.join(WAIT_S)
         assert not thread.is_alive(), "the gateway does not end"
-
-
-def wait_for(condition: Any, timeout_s: float = WAIT_S) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.01)

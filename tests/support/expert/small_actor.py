@@ -1,17 +1,18 @@
 """One expert actor of a small model of the native family, and batches for it."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from moecluster.errors import MoeClusterError
+from moecluster.expert import compute
 from moecluster.expert.service import ExpertService
 from moecluster.models.experts.source import ExpertSource
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
@@ -23,6 +24,7 @@ from moecluster.types import ActorAddress, ComputeBatch, ComputeResult, ExpertId
 from tests.support.clusters.given import any_directory
 from tests.support.expert.batches import make_batch
 from tests.support.models.families import make_model, save
+from tests.support.waiting import wait_until
 
 LAYER, WIDTH = 1, 32  # of the only MoE layer
 EXPERTS = tuple(ExpertId(layer=LAYER, index=index) for index in range(4))
@@ -140,7 +142,29 @@ class Occupied:
 
 def wait_for_rows(service: ExpertService, rows: int) -> None:
     """Waits until this many rows are in the queue of an occupied actor."""
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while service._queue.rows != rows and time.monotonic() < deadline_s:
-        time.sleep(0.002)
-    assert service._queue.rows == rows
+    wait_until(lambda: queued_rows(service) == rows, f"a queue of {rows} rows")
+
+
+def queued_rows(service: ExpertService) -> int:
+    return service.status().work.queue_rows
+
+
+@contextmanager
+def computing(service: ExpertService) -> Iterator[None]:
+    """Context: the service computes a batch, and its state is locked meanwhile."""
+    began, go, answered = threading.Event(), threading.Event(), threading.Event()
+    forward = compute.forward
+
+    def held(*arguments: Any) -> list[ComputeResult]:
+        began.set()
+        assert go.wait(TIMEOUT_S)
+        return forward(*arguments)
+
+    with patch.object(compute, "forward", held):
+        service.submit(batch_of(), lambda outcome: answered.set())
+        assert began.wait(TIMEOUT_S)
+        try:
+            yield
+        finally:
+            go.set()
+            assert answered.wait(TIMEOUT_S)

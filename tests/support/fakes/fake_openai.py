@@ -14,6 +14,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from tests.support.waiting import wait_until
+
 WAIT_S = 20.0
 
 
@@ -139,10 +141,8 @@ def serving(stand_in: FakeOpenAI, *, port: int = 0) -> Iterator[FakeOpenAI]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline_s = time.monotonic() + WAIT_S
-    while not server.started:
-        assert time.monotonic() < deadline_s and thread.is_alive(), "the stand-in does not start"
-        time.sleep(0.01)
+    wait_until(lambda: server.started or not thread.is_alive(), "the start of the fake server")
+    assert thread.is_alive(), "the fake server did not start"
     host, bound = server.servers[0].sockets[0].getsockname()[:2]
     stand_in.url = f"http://{host}:{bound}"
     try:

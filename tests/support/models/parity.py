@@ -111,6 +111,11 @@ def expert_gradients(model: PreTrainedModel, layer_name: str, index: int) -> dic
     }
 
 
+def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """A backend whose layers answer zeros."""
+    return torch.zeros_like(x_TD)
+
+
 def load_routed(directory: str | Path | Checkpoint, backend: Backend) -> PreTrainedModel:
     model = load_trunk(directory, backend)
     model.eval()

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.report import Report, Row, installed_versions
 from moecluster.types import ExpertId
-from tests.support.clusters.ray_cluster import RayCluster, wait_for
+from tests.support.clusters.ray_cluster import RayCluster, wait_for_result
 from tests.support.soak.cluster_events import ClusterEvent, unordered
 from tests.support.soak.event_latencies import EventLatencies, event_latencies
 from tests.support.soak.generation_load import PROMPTS, Clients, Text, count_near_ties, generate, save_decided_model
@@ -76,7 +76,7 @@ def assert_operations_ended_well(happened: Sequence[ClusterEvent]) -> None:
 def assert_whole(cluster: RayCluster) -> None:
     """Waits for running operations, then asserts that every expert is served and the actors are those that the
     controller knows."""
-    wait_for(lambda: not cluster.wait_served().operations, "all operations have ended")
+    wait_for_result(lambda: not cluster.wait_served().operations, "all operations have ended")
     status = cluster.wait_served()
     assert {actor.actor for actor in status.actors} == {a for a in cluster.driver.actors() if a.startswith("expert-")}
     with cluster.placements() as placements:

@@ -20,7 +20,7 @@ from actors.names import CONTROLLER, EXPERT_PREFIX
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, Unavailable, UserError
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.types import ActorPhase, ControllerStatus, ExpertId, Operation, OperationPhase
-from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for
+from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.soak.cluster_events import ClusterEvent
 
 MIN_ACTORS, MAX_ACTORS = 2, 5
@@ -157,7 +157,7 @@ class RandomChanges:
 
     def _wait_shown(self, order: _Order) -> None:
         try:
-            wait_for(order.seen, f"{order.what} is done and shows")
+            wait_for_result(order.seen, f"{order.what} is done and shows")
         except AssertionError as exc:
             newest = "\n".join(map(str, self._calls.ask(lambda calls: calls.operations(8))))
             raise AssertionError(f"{exc}; the newest operations:\n{newest}\n{self._cluster.status()}") from None
@@ -176,7 +176,7 @@ class RandomChanges:
             status = self._calls.ask(lambda calls: calls.status())
             return status if status.actors else None
 
-        return wait_for(known, "the controller knows its actors")
+        return wait_for_result(known, "the controller knows its actors")
 
     @staticmethod
     def _makes_sense(kind: str, status: ControllerStatus) -> bool:
@@ -222,12 +222,12 @@ class RandomChanges:
 
     def _kill(self, prefix: str, *, amid: str = "") -> "Future[None]":
         """Sends SIGKILL to one of the actors; the future ends when it serves again, or is removed for good."""
-        actor, pid = wait_for(lambda: self._victim(prefix), f"there is an actor to kill, {prefix}*")
+        actor, pid = wait_for_result(lambda: self._victim(prefix), f"there is an actor to kill, {prefix}*")
         begun_s = time.monotonic()
         kind = f"kill {'controller' if prefix == CONTROLLER else 'expert'}"
 
         def recover() -> None:
-            wait_for(lambda: self._recovered(actor, pid), f"{actor} is back", RECOVERY_TIMEOUT_S)
+            wait_for_result(lambda: self._recovered(actor, pid), f"{actor} is back", RECOVERY_TIMEOUT_S)
             self._note(ClusterEvent(kind=kind, what=actor, begun_s=begun_s, ended_s=time.monotonic(), amid=amid))
 
         return self._recoveries.submit(recover)

@@ -1,9 +1,6 @@
 """A training run whose rank is the test's process and whose experts are a cluster's actors."""
 
-from collections.abc import Callable
-
 from moecluster.config import Config
-from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.rpc.controller.client import set_checkpoint
 from moecluster.training.events import Event
 from moecluster.training.loop import TrainingLoop
@@ -11,10 +8,8 @@ from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster
 
 
-def run_on(
-    cluster: RayCluster, config: Config, prepare: Callable[[RemoteExperts], None] = lambda remote: None
-) -> list[Event]:
-    """Returns the events of a run. prepare: gets the RemoteExperts before their first use."""
+def run_on(cluster: RayCluster, config: Config) -> list[Event]:
+    """Returns the events of a run."""
     cluster.wait_served()
     start = prepare_start(config)
     for directory in (start, config.train.output_dir):
@@ -22,7 +17,6 @@ def run_on(
     set_checkpoint(cluster.driver.controller_address(), str(start.resolve()), credentials=CREDENTIALS)
     tokenizer = run_tokenizer(config)
     with cluster.remote_experts(hold=True) as remote:
-        prepare(remote)
         loop = TrainingLoop(
             config,
             remote,

@@ -1,7 +1,6 @@
 """A training run in the router's process: it holds the placement for exactly as long as it runs, and restarts if its
 process is lost."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,7 @@ from moecluster.training.setup import prepare_start
 from moecluster.types import Placement, Replica
 from tests.support.clusters.expert_cluster import ExpertCluster, control_of
 from tests.support.training.training_runs import assert_equal_within, losses_in_one_process, make_config, write_text
-
-WAIT_S = 60.0
+from tests.support.waiting import wait_until
 
 
 class Watched(FixedPlacement):
@@ -65,7 +63,7 @@ class Training:
     def host(self, placements: Watched, metrics: Metrics | None = None) -> TrainingHost:
         pool = ExpertPool(
             placements,
-            connect=self.cluster.pool._connect,
+            connect=self.cluster.connect,
             control=lambda address: control_of(self.cluster.services[address.actor]),
         )
         return TrainingHost(
@@ -82,11 +80,8 @@ def training(tmp_path: Path) -> Iterator[Training]:
 
 
 def ended(host: TrainingHost) -> Progress:
-    deadline_s = time.monotonic() + WAIT_S
-    while not (progress := host.progress(0)).ended:
-        assert time.monotonic() < deadline_s, "the run goes on and on"
-        time.sleep(0.01)
-    return progress
+    wait_until(lambda: host.progress(0).ended, "the end of the run")
+    return host.progress(0)
 
 
 def test_the_placement_is_held_before_it_is_read_until_all_is_handed_over(training: Training) -> None:

@@ -9,7 +9,7 @@ from moecluster.errors import CheckpointError, ResourceError, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
 from moecluster.types import ActorPhase, ExpertId, LoadSnapshot, PlacementNumber, Replica
-from tests.support.clusters.controllers import ACTORS, LAYER_EXPERTS, wait_for
+from tests.support.clusters.controllers import ACTORS, LAYER_EXPERTS, wait_for_placement
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.waiting import WAIT_S, wait_until
 
@@ -35,12 +35,12 @@ def test_a_lost_actor_leaves_the_placement_and_comes_back_filled(make, actors, c
     controller.start(WAIT_S)
     first = controller.current(0.0)
     actors.kill("expert-1")
-    without = wait_for(controller, lambda p: "expert-1" not in p.actors)
+    without = wait_for_placement(controller, lambda p: "expert-1" not in p.actors)
     assert without.number > first.number
     assert without.experts_on("expert-0") == first.experts_on("expert-0")
     assert without.layer_experts == first.layer_experts
     actors.revive("expert-1")
-    back = wait_for(controller, lambda p: "expert-1" in p.actors)
+    back = wait_for_placement(controller, lambda p: "expert-1" in p.actors)
     assert back.replicas == first.replicas
     assert back.actors["expert-1"].incarnation != first.actors["expert-1"].incarnation
     assert actors.services["expert-1"].status().experts == first.experts_on("expert-1")
@@ -61,7 +61,7 @@ def test_replicas_that_are_left_take_the_whole_share(make, actors) -> None:
     controller.start(WAIT_S)
     assert controller.current(0.0).replicas == both
     actors.kill("expert-0")
-    left = wait_for(controller, lambda p: "expert-0" not in p.actors)
+    left = wait_for_placement(controller, lambda p: "expert-0" not in p.actors)
     assert {r.share for r in left.replicas} == {1.0}
     assert {r.actor for r in left.replicas} == {"expert-1"}
 
@@ -95,7 +95,7 @@ def test_an_actor_that_hangs_is_started_again(make, actors) -> None:
     controller.start(WAIT_S)
     before = controller.current(0.0).actors["expert-1"].incarnation
     actors.hanging.add("expert-1")
-    wait_for(controller, lambda p: "expert-1" in p.actors and p.actors["expert-1"].incarnation != before)
+    wait_for_placement(controller, lambda p: "expert-1" in p.actors and p.actors["expert-1"].incarnation != before)
     assert actors.restarted == ["expert-1"]
     assert controller.status().actors[1].restarts == 1
 
@@ -136,7 +136,7 @@ def test_one_actor_that_does_not_come_up_is_not_waited_for_and_joins_later(make,
     controller.start(WAIT_S)
     assert set(controller.current(0.0).actors) == {"expert-0"}
     actors.revive("expert-1")
-    wait_for(controller, lambda p: set(p.actors) == set(ACTORS))
+    wait_for_placement(controller, lambda p: set(p.actors) == set(ACTORS))
 
 
 def test_reported_loads_show_as_balancedness(make) -> None:
@@ -163,16 +163,16 @@ def test_a_lost_actor_whose_checkpoint_is_gone_says_so_until_the_checkpoint_is_b
     controller.start(WAIT_S)
     served.rename(tmp_path / "gone")
     actors.kill("expert-1")
-    without = wait_for(controller, lambda p: "expert-1" not in p.actors)
+    without = wait_for_placement(controller, lambda p: "expert-1" not in p.actors)
     assert without.problem == "", "it may come back"
     actors.revive("expert-1")
-    blocked = wait_for(controller, lambda p: bool(p.problem))
+    blocked = wait_for_placement(controller, lambda p: bool(p.problem))
     assert str(served) in blocked.problem and "expert-1" not in blocked.actors
     status = controller.status()
     assert status.lost_experts == 4
     assert {a.actor: str(served) in a.problem for a in status.actors} == {"expert-0": False, "expert-1": True}
     (tmp_path / "gone").rename(served)
-    back = wait_for(controller, lambda p: "expert-1" in p.actors and not p.problem)
+    back = wait_for_placement(controller, lambda p: "expert-1" in p.actors and not p.problem)
     assert len(back.replicas) == len(without.replicas) + 4
     status = controller.status()
     assert status.lost_experts == 0 and not any(a.problem for a in status.actors)

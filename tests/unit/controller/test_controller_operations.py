@@ -8,7 +8,7 @@ from moecluster.errors import ResourceError
 from moecluster.placement.initial import all_experts
 from moecluster.placement.policy.static import StaticPolicy
 from moecluster.types import ExpertId, OperationPhase
-from tests.support.clusters.controllers import ACTORS, LAYER_EXPERTS, static, wait_ended, wait_for
+from tests.support.clusters.controllers import ACTORS, LAYER_EXPERTS, static, wait_ended, wait_for_placement
 from tests.support.waiting import WAIT_S, wait_until
 
 
@@ -16,11 +16,11 @@ def test_a_change_of_a_layer_leaves_what_a_lost_actor_shall_hold_as_it_was(make,
     controller = make(**static())
     controller.start(WAIT_S)
     actors.kill("expert-1")
-    wait_for(controller, lambda p: "expert-1" not in p.actors)
+    wait_for_placement(controller, lambda p: "expert-1" not in p.actors)
     cold, kept = ExpertId(layer=0, index=0), ExpertId(layer=0, index=2)
     assert wait_ended(controller, controller.place(cold, [])).phase is OperationPhase.DONE
     actors.revive("expert-1")
-    back = wait_for(controller, lambda p: "expert-1" in p.actors)
+    back = wait_for_placement(controller, lambda p: "expert-1" in p.actors)
     assert [r.actor for r in back.replicas_of(kept)] == ["expert-1"], "once"
     assert back.replicas_of(cold) == ()
 
@@ -31,10 +31,10 @@ def test_an_expert_that_is_placed_elsewhere_does_not_come_back_with_the_actor_th
     placed = ExpertId(layer=0, index=2)
     assert wait_ended(controller, controller.place(placed, ["expert-0", "expert-1"])).phase is OperationPhase.DONE
     actors.kill("expert-1")
-    wait_for(controller, lambda p: "expert-1" not in p.actors)
+    wait_for_placement(controller, lambda p: "expert-1" not in p.actors)
     assert wait_ended(controller, controller.place(placed, ["expert-0"])).phase is OperationPhase.DONE
     actors.revive("expert-1")
-    back = wait_for(controller, lambda p: "expert-1" in p.actors)
+    back = wait_for_placement(controller, lambda p: "expert-1" in p.actors)
     assert [r.actor for r in back.replicas_of(placed)] == ["expert-0"]
 
 
@@ -58,7 +58,7 @@ def test_an_order_that_failed_for_a_lost_actor_is_tried_again_though_it_is_back_
     controller = make(**static(slots=4), min_actors=1)
     controller.start(WAIT_S)
     actors.kill("expert-0")
-    wait_for(controller, lambda p: "expert-0" not in p.actors)
+    wait_for_placement(controller, lambda p: "expert-0" not in p.actors)
     fill = Planner.fill
 
     def fail_and_wait(self: Planner) -> Change:
@@ -66,7 +66,7 @@ def test_an_order_that_failed_for_a_lost_actor_is_tried_again_though_it_is_back_
             return fill(self)
         except ResourceError:
             actors.revive("expert-0")
-            wait_for(controller, lambda p: "expert-0" in p.actors)
+            wait_for_placement(controller, lambda p: "expert-0" in p.actors)
             raise
 
     monkeypatch.setattr(Planner, "fill", fail_and_wait)
@@ -77,7 +77,7 @@ def test_a_size_that_is_ordered_while_an_actor_is_lost_comes_when_it_is_back(mak
     controller = make(**static(slots=4), min_actors=1)
     controller.start(WAIT_S)
     actors.kill("expert-0")
-    wait_for(controller, lambda p: "expert-0" not in p.actors)
+    wait_for_placement(controller, lambda p: "expert-0" not in p.actors)
     operation = controller.scale(1)
     wait_until(lambda: "waits: " in controller.operation(operation.id).detail)
     actors.revive("expert-0")
@@ -92,10 +92,10 @@ def test_a_size_that_cannot_be_leaves_the_actors_as_they_were(make, actors) -> N
     controller = make(**settings)
     controller.start(WAIT_S)
     actors.kill("expert-0")
-    wait_for(controller, lambda p: "expert-0" not in p.actors)
+    wait_for_placement(controller, lambda p: "expert-0" not in p.actors)
     assert wait_ended(controller, controller.scale(1)).phase is OperationPhase.FAILED
     actors.revive("expert-0")
-    back = wait_for(controller, lambda p: "expert-0" in p.actors)
+    back = wait_for_placement(controller, lambda p: "expert-0" in p.actors)
     assert set(back.actors) == set(ACTORS)
     done = wait_ended(controller, controller.place(ExpertId(layer=0, index=0), ["expert-1"]))
     assert done.phase is OperationPhase.DONE, "it takes replicas"
@@ -110,7 +110,7 @@ def test_while_a_size_waits_for_an_actor_tokens_wake_experts_and_later_sizes_wai
     grow, shrink = controller.scale(3), controller.scale(1)
     wait_until(lambda: "expert-2 does not serve yet" in controller.operation(grow.id).detail)
     controller.want_experts("router", [cold])
-    wait_for(controller, lambda p: len(p.replicas_of(cold)) == 1)
+    wait_for_placement(controller, lambda p: len(p.replicas_of(cold)) == 1)
     assert not controller.operation(grow.id).phase.ended and not controller.operation(shrink.id).phase.ended
     actors.revive("expert-2")
     assert wait_ended(controller, grow).phase is OperationPhase.DONE

@@ -8,7 +8,7 @@ import pytest
 from moecluster.errors import StaleRequest
 from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.types import ExpertId
-from tests.support.clusters.controllers import ACTORS, wait_for
+from tests.support.clusters.controllers import ACTORS, wait_for_placement
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.waiting import WAIT_S, wait_until
 
@@ -61,7 +61,7 @@ def test_a_successor_waits_for_no_actor_that_is_down(make, actors) -> None:
     assert set(second.current(0.0).actors) == {"expert-0"}
     assert time.monotonic() - began_s < WAIT_S / 2
     actors.revive("expert-1")
-    wait_for(second, lambda p: set(p.actors) == set(ACTORS))
+    wait_for_placement(second, lambda p: set(p.actors) == set(ACTORS))
 
 
 def test_a_successor_that_finds_every_actor_down_waits_for_them(make, actors) -> None:
@@ -76,7 +76,7 @@ def test_a_successor_that_finds_every_actor_down_waits_for_them(make, actors) ->
     second.start(WAIT_S)
     actors.revive("expert-0")
     actors.revive("expert-1")
-    assert set(wait_for(second, lambda p: set(p.actors) == set(ACTORS)).actors) == set(ACTORS)
+    assert set(wait_for_placement(second, lambda p: set(p.actors) == set(ACTORS)).actors) == set(ACTORS)
 
 
 def test_a_deposed_controller_is_refused_and_says_so(make, actors, tmp_path) -> None:

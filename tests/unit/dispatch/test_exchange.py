@@ -33,23 +33,12 @@ from tests.support.expert.small_actor import (
     WIDTH,
     Occupied,
     batch_of,
-    load_modules,
-    save_small_model,
+    queued_rows,
     submit,
     wait_for_rows,
 )
 from tests.support.expert.small_actor import serving as served_actor
 from tests.support.expert.small_layer import HALVES, TOKENS, TWICE, check_served, dense, tokens
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def modules(checkpoint: Path) -> dict[int, nn.Module]:
-    return load_modules(checkpoint)
 
 
 class Moving:
@@ -85,10 +74,17 @@ class Moving:
         self.wanted.append((layer, tuple(experts)))
 
 
-def remote_over(cluster: ExpertCluster, source: FixedPlacement | Moving, timeout_s: float = TIMEOUT_S) -> RemoteExperts:
+def remote_over(
+    cluster: ExpertCluster,
+    source: FixedPlacement | Moving,
+    timeout_s: float = TIMEOUT_S,
+    *,
+    connect: Callable[[ActorAddress], ExpertTransport] | None = None,
+) -> RemoteExperts:
+    """connect: None: to the cluster's services."""
     pool = ExpertPool(
         source,
-        connect=lambda address: InProcessTransport(cluster.services[address.actor]),
+        connect=connect or cluster.connect,
         control=lambda address: control_of(cluster.services[address.actor]),
     )
     return RemoteExperts(pool, timeout_s=timeout_s)
@@ -105,19 +101,16 @@ def test_a_lost_replica_s_tokens_go_to_the_other(checkpoint: Path, modules: dict
 
 
 def test_where_another_incarnation_of_an_actor_listens_the_other_replica_is_asked(
-    checkpoint: Path, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, modules: dict[int, nn.Module]
 ) -> None:
     with ExpertCluster(checkpoint, replicas=TWICE) as cluster:
-        remote = remote_over(cluster, Moving(cluster.placement))
-        connect = remote.pool._connect
 
         def connect_to_another(address: ActorAddress) -> ExpertTransport:
             if address.actor == "expert-0":
                 raise StaleRequest("expert-0 is incarnation b, not a")
-            return connect(address)
+            return cluster.connect(address)
 
-        monkeypatch.setattr(remote.pool, "_connect", connect_to_another)
-        check_served(remote, modules)
+        check_served(remote_over(cluster, Moving(cluster.placement), connect=connect_to_another), modules)
 
 
 def test_an_actor_that_did_not_answer_is_left_alone_for_a_while(
@@ -319,5 +312,5 @@ def test_a_hanging_actor_ends_the_attempt_at_the_deadline(checkpoint: Path) -> N
         with Occupied(service), remote.training(TAG):
             with pytest.raises(AttemptAborted, match=r"expert-0: expert-0 did not answer in 0\.2 s"):
                 remote(LAYER, *tokens())
-            assert service._queue.rows > 0
+            assert queued_rows(service) > 0
         wait_for_rows(service, 0)

@@ -9,26 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+from moecluster.dispatch.exchange import Exchange
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import RequestFailed
 from moecluster.metrics import Metrics
 from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId, Replica
 from tests.support.clusters.expert_cluster import ExpertCluster
-from tests.support.expert.small_actor import EXPERTS, LAYER, WIDTH, load_modules, save_small_model
+from tests.support.expert.small_actor import EXPERTS, LAYER, WIDTH
 from tests.support.expert.small_layer import HALVES, TWICE, check_served, dense, tokens
 
 SICK = ExpertId(layer=LAYER, index=2)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def modules(checkpoint: Path) -> dict[int, nn.Module]:
-    return load_modules(checkpoint)
 
 
 @pytest.fixture(params=[False, True], ids=["summed", "batch-invariant"])
@@ -37,12 +28,12 @@ def invariant(request: pytest.FixtureRequest) -> bool:
 
 
 def poison(cluster: ExpertCluster, actor: str, value: float = math.nan, expert: ExpertId = SICK) -> None:
-    """Sets one replica's weights to the value."""
-    hosted = cluster.services[actor]._hosted
-    version = hosted.get(expert, 0).weight_version
+    """From now on one replica's weights hold the value."""
+    store = cluster.services[actor].store
+    version = store.get(expert, 0).weight_version
     module = ExpertSource(cluster.directory).load(expert).requires_grad_(False)
     next(module.parameters()).view(-1)[0] = value
-    hosted.add(expert, module, version)
+    store.add(expert, module, version)
 
 
 class Lost:
@@ -164,9 +155,8 @@ def test_no_expert_is_to_blame_for_what_came_in(
 def test_a_replica_that_was_wrong_once_answers_itself(
     fakes: ExpertCluster, modules: dict[int, nn.Module], invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bit flipped in transit: the same replica returns the right values when asked again."""
-    exchange = fakes.remote._exchange
-    send = exchange.send_with_failover
+    """A flipped bit on the way: the same replica, asked again, says what is right."""
+    send = Exchange.send_with_failover
 
     def flipped(*arguments: object, **named: object) -> object:
         (part, result), *others = send(*arguments, **named)  # type: ignore[arg-type]
@@ -175,7 +165,7 @@ def test_a_replica_that_was_wrong_once_answers_itself(
         rows[0] = math.nan
         return [(part, replace(result, **{field: rows})), *others]
 
-    monkeypatch.setattr(exchange, "send_with_failover", flipped)
+    monkeypatch.setattr(Exchange, "send_with_failover", flipped)
     check_served(fakes.remote, modules)
     assert not fakes.placements.failures
 

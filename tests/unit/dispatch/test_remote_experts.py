@@ -25,20 +25,8 @@ from tests.support.expert.small_actor import (
     TAG,
     TIMEOUT_S,
     WIDTH,
-    load_modules,
-    save_small_model,
 )
 from tests.support.expert.small_layer import HALVES, TOKENS, check_served, dense, tokens
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_small_model(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def modules(checkpoint: Path) -> dict[int, nn.Module]:
-    return load_modules(checkpoint)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from tests.support.expert.small_actor import (
     batch_of,
     submit,
 )
+from tests.support.waiting import wait_until
 
 
 def test_the_controller_s_snapshot_is_kept_for_its_successor(service: ExpertService) -> None:
@@ -46,9 +47,9 @@ def test_work_is_counted(service: ExpertService) -> None:
         future.result(TIMEOUT_S)
     with pytest.raises(DeadlineExceeded):
         futures[2].result(TIMEOUT_S)
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while (work := service.status().work).batches < 4 and time.monotonic() < deadline_s:
-        time.sleep(0.002)  # batches are counted a little after their replies
+    # Batches are counted a little after their replies.
+    wait_until(lambda: service.status().work.batches >= 4, "the count of all batches")
+    work = service.status().work
     assert (work.computed_rows, work.batches, work.queue_rows) == (3 + 5 + 2, 4, 0)
     assert 3 * 0.1 <= work.queue_wait_s < 30.0
     assert 0.1 <= work.busy_s < 30.0

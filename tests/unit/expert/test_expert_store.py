@@ -100,13 +100,13 @@ def test_what_came_before_a_version_was_named_is_of_the_one_that_is_served(check
         )
         stand(service, 5, (5,))
         assert (service.status().weight_version, service.status().experts) == (5, EXPERTS)
-        assert service.status().training_term == 1 and service._training.holds(EXPERTS[0])
+        assert service.status().training_term == 1 and service.trains(EXPERTS[0])
         check(service, checkpoints, 1, batch_of(weight_version=5))
         # Trained experts are no longer served once the next version has replaced them.
         service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoints[1]), weight_version=6))
-        assert service._training.holds(EXPERTS[0])
+        assert service.trains(EXPERTS[0])
         stand(service, 6, (6,), generation=2)
-        assert not service._training.holds(EXPERTS[0])
+        assert not service.trains(EXPERTS[0])
 
 
 def test_the_peer_s_version_is_named(service) -> None:

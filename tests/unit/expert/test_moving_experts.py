@@ -29,9 +29,11 @@ from tests.support.expert.small_actor import (
     WIDTH,
     ask,
     batch_of,
+    computing,
     serving,
     training,
 )
+from tests.support.waiting import wait_until
 
 
 class HeldPeer:
@@ -41,7 +43,7 @@ class HeldPeer:
         self.address = ActorAddress(actor="peer", address="", incarnation=service.incarnation)
         self.go, self.asked, self.closed = threading.Event(), threading.Event(), threading.Event()
         self.copies: Counter[ExpertId] = Counter()
-        self._service = service
+        self.service = service
 
     def connect(self, address: ActorAddress) -> PeerExports:
         self.closed.clear()
@@ -56,7 +58,7 @@ class HeldPeer:
             while not self.go.wait(0.002):
                 if self.closed.is_set():
                     raise Unavailable("the connection was closed")
-        exports = InProcessPeerExports(self._service, self.address.incarnation)
+        exports = InProcessPeerExports(self.service, self.address.incarnation)
         yield from exports.tensors(
             expert,
             weight_version=weight_version,
@@ -130,8 +132,7 @@ def test_a_load_of_a_controller_that_is_over_stops_at_once(move: Move) -> None:
 
 def test_a_load_that_waits_for_its_turn_is_fenced_too(move: Move) -> None:
     loads = [move.begin_load(), move.begin(move.load)]
-    while len(move.service._orders._loads) < 2:
-        time.sleep(0.002)
+    wait_until(lambda: move.service.fence.loads_under_way == 2, "the second load")
     move.service.unload(term=2, experts=[])
     for load in loads:
         with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
@@ -152,8 +153,7 @@ def test_what_is_unloaded_while_it_is_loaded_does_not_come(move: Move) -> None:
 
 def test_two_loads_of_an_expert_bring_it_once(move: Move) -> None:
     loads = [move.begin_load(experts=EXPERTS[:2]), move.begin(move.load)]
-    while len(move.service._orders._loads) < 2:
-        time.sleep(0.002)
+    wait_until(lambda: move.service.fence.loads_under_way == 2, "the second load")
     move.peer.go.set()
     loaded = [load.result(TIMEOUT_S) for load in loads]
     assert sum(loaded) == move.service.status().hosted_bytes and loaded[0] == loaded[1] > 0
@@ -181,7 +181,7 @@ def parameters(service: ExpertService) -> dict[tuple[ExpertId, str], torch.Tenso
 
 def test_a_peer_that_trains_gives_what_is_committed(move: Move, checkpoint: Path) -> None:
     with training(checkpoint, "trainer", optimizer=OptimizerSettings(name="sgd")) as trainer:
-        for value in trainer._hosted.get(EXPERTS[1]).module.parameters():
+        for value in trainer.store.get(EXPERTS[1]).module.parameters():
             value.data.add_(1.0)
         peer = HeldPeer(trainer)
         peer.go.set()
@@ -189,7 +189,7 @@ def test_a_peer_that_trains_gives_what_is_committed(move: Move, checkpoint: Path
             service.load(LoadRequest(term=1, experts=EXPERTS, checkpoint=str(checkpoint), peer=peer.address))
             ours, theirs = parameters(service), parameters(trainer)
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-            assert not any(p.requires_grad for e in EXPERTS for p in service._hosted.get(e).module.parameters())
+            assert not any(p.requires_grad for e in EXPERTS for p in service.store.get(e).module.parameters())
 
 
 def test_experts_are_not_trained_from_a_peer(move: Move) -> None:
@@ -199,8 +199,7 @@ def test_experts_are_not_trained_from_a_peer(move: Move) -> None:
 
 def test_a_copy_needs_no_turn_of_the_computing_thread(move: Move) -> None:
     move.peer.go.set()
-    peer = move.peer._service
-    with peer._state_lock:  # as while a batch is computed
+    with computing(move.peer.service):
         assert move.begin(move.load).result(TIMEOUT_S) > 0
 
 
@@ -225,7 +224,7 @@ def at_version(service: ExpertService, checkpoint: Path, version: int) -> None:
 
 
 def test_an_empty_actor_takes_the_peer_s_weight_version(move: Move, checkpoint: Path) -> None:
-    at_version(move.peer._service, checkpoint, 3)
+    at_version(move.peer.service, checkpoint, 3)
     move.peer.go.set()
     move.load()
     assert move.service.status().weight_version == 3
@@ -236,7 +235,7 @@ def test_an_empty_actor_takes_the_peer_s_weight_version(move: Move, checkpoint: 
 
 def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> None:
     move.service.load(LoadRequest(term=1, experts=EXPERTS[:1], checkpoint=str(checkpoint), weight_version=2))
-    at_version(move.peer._service, checkpoint, 3)
+    at_version(move.peer.service, checkpoint, 3)
     move.peer.go.set()
     with pytest.raises(StaleRequest, match="expert 1/1: the peer has weight version 3, 2 is wanted here"):
         move.load()
@@ -247,7 +246,7 @@ def test_versions_are_not_mixed_on_one_actor(move: Move, checkpoint: Path) -> No
 
 
 def test_the_version_that_is_ordered_is_the_one_that_comes(move: Move, checkpoint: Path) -> None:
-    at_version(move.peer._service, checkpoint, 3)
+    at_version(move.peer.service, checkpoint, 3)
     move.peer.go.set()
     with pytest.raises(Unavailable, match="expert 1/0 is not here in weight version 4"):
         move.load(weight_version=4)

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 
@@ -15,6 +14,7 @@ from moecluster.expert.packer import AT_ONCE_BYTES, JOIN_TIMEOUT_S, Packer
 from moecluster.hf.shard import ExpertShard
 from moecluster.moe.experts.glu import GluExpert
 from moecluster.moe.linear import can_pack, plain
+from tests.support.waiting import wait_until
 
 WAIT_S = 60.0
 LARGE = AT_ONCE_BYTES // (3 * 64 * 4) + 64  # inner width of an expert that is not packed at once
@@ -160,8 +160,7 @@ def test_a_load_that_begins_amid_the_end_holds_nothing_up(monkeypatch: pytest.Mo
     assert began.wait(WAIT_S)
     closing = threading.Thread(target=packer.close)
     closing.start()
-    while not packer._closed:
-        time.sleep(0.001)
+    wait_until(lambda: packer.closed, "the close")
     with packer.held():
         go_on.set()
         closing.join(JOIN_TIMEOUT_S / 2)

@@ -28,6 +28,7 @@ from tests.support.expert.small_actor import (
     submit,
     wait_for_rows,
 )
+from tests.support.waiting import wait_until
 
 
 def test_an_unload_waits_for_what_is_queued(service: ExpertService, modules: dict[int, nn.Module]) -> None:
@@ -71,8 +72,7 @@ def test_a_load_that_is_ordered_while_an_unload_drains_keeps_its_experts(
     with ThreadPoolExecutor(1) as threads:
         with Occupied(service):
             unload = threads.submit(service.unload, term=1, experts=EXPERTS[:3], drain_timeout_s=TIMEOUT_S)
-            while not service._orders._unloads:
-                time.sleep(0.002)
+            wait_until(lambda: service.fence.unloads_under_way, "the unload")
             assert service.load(LoadRequest(term=1, experts=EXPERTS[1:2], checkpoint=str(checkpoint))) == 0
         unload.result(TIMEOUT_S)
     assert service.status().experts == (EXPERTS[1], EXPERTS[3])
@@ -81,8 +81,7 @@ def test_a_load_that_is_ordered_while_an_unload_drains_keeps_its_experts(
 def test_an_unload_of_a_controller_that_is_over_drops_nothing(service: ExpertService) -> None:
     with ThreadPoolExecutor(1) as threads, Occupied(service):
         unload = threads.submit(service.unload, term=1, experts=EXPERTS[:1], drain_timeout_s=TIMEOUT_S)
-        while not service._orders._unloads:
-            time.sleep(0.002)
+        wait_until(lambda: service.fence.unloads_under_way, "the unload")
         service.set_placement(PlacementNotice(term=2, generation=1))
         with pytest.raises(StaleRequest, match="controller term 1 is superseded"):
             unload.result(TIMEOUT_S)

@@ -16,13 +16,10 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.models.trunk import load_trunk
 from moecluster.types import ExpertId
 from tests.support.models.families import make_model, save
+from tests.support.models.parity import no_experts
 
 GATE_KEY = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
 NORM_KEY = "model.norm.weight"
-
-
-def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(x_TD)
 
 
 @pytest.fixture(scope="module")

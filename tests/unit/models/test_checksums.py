@@ -24,12 +24,9 @@ from moecluster.rpc.expert.interface import ExportedTensor
 from moecluster.training.checkpoint_writer import CheckpointContent, fill_checkpoint
 from moecluster.types import ExpertId, OptimizerSettings
 from tests.support.models.families import make_model
+from tests.support.models.parity import no_experts
 
 ADAM = OptimizerSettings(name="adamw", beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, momentum=0.0)
-
-
-def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(x_TD)
 
 
 def write(directory: Path, source: Path, model: PreTrainedModel) -> Path:

@@ -29,13 +29,10 @@ from moecluster.models.update.compatibility import check_same_shape
 from moecluster.models.usable import refuse_unusable
 from moecluster.types import ExpertId
 from tests.support.models.families import make_model
+from tests.support.models.parity import no_experts
 
 Spoil = Callable[[Path], object]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
-def no_experts(layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(x_TD)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from moecluster.models.experts.prefetch import loaded_bytes, read_ahead
 from moecluster.models.experts.source import ExpertSource
 from moecluster.types import ExpertId
 from tests.support.models.families import make_model, save
+from tests.support.waiting import WAIT_S, wait_until
 
 EXPERTS = [ExpertId(layer=layer, index=index) for layer in (0, 1) for index in range(4)]
-WAIT_S = 60.0
 
 
 class Watched(ExpertSource):
@@ -52,9 +52,7 @@ def source(directory: Path) -> Iterator[Watched]:
 
 
 def wait_begun(source: Watched, number: int) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while len(source.begun) < number and time.monotonic() < deadline_s:
-        time.sleep(0.001)
+    wait_until(lambda: len(source.begun) >= number, f"the begin of read {number}")
     time.sleep(0.05)  # for one too many
     assert len(source.begun) == number
 

@@ -1,5 +1,6 @@
 """A failure in an engine ends only the sequences concerned. With continuous and with static batching."""
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +14,11 @@ from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import BatchBroken, MoeClusterError, RequestFailed, Unavailable
 from moecluster.router.engine import continuous_batching, static_batching
 from moecluster.router.engine import sampler as token_choice
+from moecluster.router.engine.continuous_batching import ContinuousBatchRunner
+from moecluster.router.engine.expert_counts import ExpertCounts
+from moecluster.router.engine.sampler import SampledToken
 from moecluster.router.engine.sequence import TokenSequence
+from moecluster.router.engine.static_batching import StaticBatchRunner
 from tests.support.models.engine_texts import LIMITS, PROMPT, SAMPLED, ask, ids_of, write
 
 
@@ -41,12 +46,13 @@ def test_requests_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) 
 def test_a_request_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> None:
     running = engine(replace(LIMITS, max_waiting=4))
 
-    def no_runner(*_: Any) -> Any:
+    def no_memory(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patches:
-        patches.setattr(running._runner, "is_alive", lambda: False)
-        patches.setattr(running, "_make_runner", no_runner)
+        for runner in (ContinuousBatchRunner, StaticBatchRunner):
+            patches.setattr(runner, "is_alive", lambda runner: False)
+            patches.setattr(runner, "__init__", no_memory)
         with pytest.raises(Unavailable, match="RuntimeError: out of memory"):
             write(running, ask())
     assert running.running == 0
@@ -139,19 +145,25 @@ def test_a_request_alone_in_a_batch_that_breaks_is_to_blame_and_several_may_be(
     running = engine()
     pool = cluster[1].pool
     placement, num_sequences = pool.placement, 1
+    push, pushed = TokenSequence.push, set[str]()  # names of sequences with a token
+
+    def noted(sequence: TokenSequence, token: SampledToken) -> bool:
+        pushed.add(sequence.name)
+        return push(sequence, token)
 
     def failing(timeout_s: float = 60.0) -> object:
-        texts = list(running._running.values())
-        if len(texts) == num_sequences and all(len(text.generated_ids) for text in texts):
+        if running.running == num_sequences == len(pushed):
             raise KeyError("expert-1")
         return placement(timeout_s)
 
     with monkeypatch.context() as patches:
         patches.setattr(pool, "placement", failing)
+        patches.setattr(TokenSequence, "push", noted)
         with pytest.raises(RequestFailed, match="expert-1"):
             write(running, ask("alone"))
         assert "a batch of 1 sequences ended" in caplog.text and "Traceback" in caplog.text
         num_sequences = 2
+        pushed.clear()
         with getattr(running._runner, "_changed", nullcontext()):  # padded: they begin in one batch
             texts = [running.begin(ask(f"r{i}", max_new_tokens=200), PROMPT) for i in range(2)]
         for text in texts:
@@ -171,19 +183,25 @@ def test_a_begun_request_that_cannot_be_read_again_is_refused(engine, monkeypatc
 def lose_rows(patches: pytest.MonkeyPatch, name: str) -> None:
     """Loses the first rows that a layer computes for a sequence, as if no replica had returned finite values."""
     sound, done = RemoteExperts.__call__, False
+    begin_rows, here = ExpertCounts.begin_rows, threading.local()
+
+    def noted(counts: ExpertCounts, owners: Any) -> None:
+        here.counts = counts
+        begin_rows(counts, owners)
 
     def losing(
         self: RemoteExperts, layer: int, x_TD: torch.Tensor, *rest: Any, weight_version: int, on_lost: Any
     ) -> torch.Tensor:
         nonlocal done
         y_TD = sound(self, layer, x_TD, *rest, weight_version=weight_version, on_lost=on_lost).clone()
-        rows = [r for r, of in on_lost.__self__._counts.owners(range(len(x_TD)), len(x_TD)).items() if of == name]
+        rows = [r for r, of in here.counts.owners(range(len(x_TD)), len(x_TD)).items() if of == name]
         if rows and not done:
             done = True
             y_TD[rows] = 0.0
             on_lost(layer, len(x_TD), dict.fromkeys(rows, "expert 0 of layer 1 answered NaN or infinity"))
         return y_TD
 
+    patches.setattr(ExpertCounts, "begin_rows", noted)
     patches.setattr(RemoteExperts, "__call__", losing)
 
 

@@ -16,8 +16,8 @@ from moecluster.errors import CheckpointError, StaleRequest, Unavailable
 from moecluster.router.model_versions import POLL_S, ModelVersions
 from moecluster.rpc.controller.latest_placement import PlacementBoard
 from moecluster.types import Placement, PlacementNumber
+from tests.support.waiting import WAIT_S, wait_until
 
-WAIT_S = 60.0
 FIRST = Placement(term=1, generation=1, layer_experts={0: 1}, actors={}, replicas=(), weight_version=1, checkpoint="/1")
 
 
@@ -88,13 +88,6 @@ def make(board: Board, loads: Loads) -> Iterator[Callable[..., ModelVersions[str
     loads.go.set()
     for versions in made:
         versions.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come true"
-        time.sleep(0.005)
 
 
 def seen(versions: ModelVersions[str]) -> tuple[int, int, int]:

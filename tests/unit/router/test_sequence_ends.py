@@ -11,6 +11,7 @@ from moecluster.models.tokenizer.token_bytes import TokenBytes
 from moecluster.router.engine.factory import end_ids
 from moecluster.router.engine.sampler import SampledToken
 from moecluster.router.engine.sequence import TokenSequence
+from tests.support.models.engine_texts import text_of
 from tests.support.models.families import make_model
 from tests.support.models.tokenizers_of_all_kinds import KINDS
 
@@ -41,10 +42,6 @@ def write(
             break
     text.end()
     return list(text.stream(lambda: True))
-
-
-def text_of(chunks: list[GenerationChunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
 
 
 def test_a_stop_string_made_of_bytes_ends_the_request_with_its_last_byte() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moecluster.rpc.same_host.mailbox import MAX_MESSAGE_BYTES, Mailbox, MailboxUnavailable, PeerMailbox
+from tests.support.waiting import wait_until
 
 JOIN_S = 10.0
 
@@ -37,9 +38,7 @@ def receiving(mailbox: Mailbox) -> tuple[threading.Thread, list[bytes | None]]:
     got: list[bytes | None] = []
     thread = threading.Thread(target=lambda: got.append(mailbox.receive()))
     thread.start()
-    deadline_s = time.monotonic() + JOIN_S
-    while not mailbox._reading and time.monotonic() < deadline_s:
-        time.sleep(0.001)
+    wait_until(lambda: mailbox.reading, "the wait of the thread")
     return thread, got
 
 

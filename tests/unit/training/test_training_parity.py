@@ -110,7 +110,7 @@ class RestartingCluster(ExpertCluster):
         super().__init__(directory, num_actors=4)
         self._directory = directory
         self.changing = ChangingPlacement(self.placement)
-        self.pool = ExpertPool(self.changing, connect=self._connect, control=self._control)
+        self.pool = ExpertPool(self.changing, connect=self.connect, control=self.control)
         self.remote = RemoteExperts(self.pool, timeout_s=5.0)
         self.dead: list[ExpertService] = []
 
