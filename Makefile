@@ -78,7 +78,7 @@ soak: $(VENV)/.dev  ## long runs, each of DURATION seconds: 600 unless given
 
 clean:  ## remove environments, caches and what a build left
 	rm -rf $(VENV) .tools .peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find moecluster actors tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find moecluster actors tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One line instead of a traceback from pip when Python is too old or lacks venv.
 define create_venv

@@ -71,7 +71,7 @@ def page(trials: Sequence[Trial], version: str) -> str:
             "<!-- Written by tools/generate_models_page.py: run `make models-page`, do not edit. -->",
             "",
             f"What moecluster does with every Mixture-of-Experts family of transformers {version}, tried on a tiny",
-            "random model of each. The name is the `model_type` in `config.json`. Beside these there is our own",
+            "random model of each. The name is the `model_type` in `config.json`. Beside these there is the native",
             "family, `moecluster`.",
             "",
             f"## Families that can be attached: {len(opened)}, of which {equal} equal transformers",

@@ -120,7 +120,7 @@ class _Search:
         problem = self._problems.get(expert)
         message = f"; another replica did not answer: {problem}" if problem is not None else ""
         of_all = any(sick == expert for _, sick in self.sick)
-        rows = "" if of_all else " for this text's hidden state, though not for others"
+        rows = "" if of_all else " for this token's hidden state, though not for others"
         return f"expert {expert} of layer {self._asked.layer} answered NaN or infinity{rows}{message}"
 
     def _candidates(self, expert: int) -> list[str]:

@@ -13,7 +13,7 @@ RowFunction = Callable[[torch.Tensor], torch.Tensor]
 
 BLOCK_ROWS = (8, 64, 512)
 PROOF_SEED = 20260101
-ResponseFormatter = tuple[object, ...]
+ExpertForm = tuple[object, ...]
 
 
 class BlockRunner:
@@ -56,7 +56,7 @@ class BlockProofs:
     """
 
     def __init__(self) -> None:
-        self._proven: set[ResponseFormatter] = set()
+        self._proven: set[ExpertForm] = set()
         self._sizes: tuple[int, ...] = BLOCK_ROWS
 
     def add(self, module: nn.Module, width: int, dtype: torch.dtype) -> BlockRunner:
@@ -71,6 +71,6 @@ class BlockProofs:
         return BlockRunner(self._sizes)
 
 
-def _form(module: nn.Module, width: int, dtype: torch.dtype) -> ResponseFormatter:
+def _form(module: nn.Module, width: int, dtype: torch.dtype) -> ExpertForm:
     parameters = tuple((name, tuple(p.shape), p.dtype, p.is_mkldnn) for name, p in module.named_parameters())
     return (type(module), repr(module), width, dtype, parameters)

@@ -97,10 +97,10 @@ class AdmittedUnload:
 class AdmittedLoad:
     """A load that waits for its turn or runs."""
 
-    def __init__(self, orders: ControllerFence, term: int, timeout_s: float) -> None:
+    def __init__(self, fence: ControllerFence, term: int, timeout_s: float) -> None:
         self.dropped: set[ExpertId] = set()  # unloaded since the load was requested
         self.interrupt: Callable[[], None] = lambda: None  # called when a higher term supersedes it; must not block
-        self._orders = orders
+        self._fence = fence
         self._term = term
         self._timeout_s = timeout_s
         self._deadline_s = time.monotonic() + timeout_s
@@ -112,7 +112,7 @@ class AdmittedLoad:
     def check(self, expert: ExpertId) -> None:
         """Raises StaleRequest if a higher term has superseded this one, DeadlineExceeded if the time for the load is
         over."""
-        self._orders.check(self._term)
+        self._fence.check(self._term)
         if self.left_s < 0:
             raise DeadlineExceeded(f"{expert}: not loaded within {self._timeout_s:g} s")
 

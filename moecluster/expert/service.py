@@ -66,9 +66,9 @@ class ExpertService:
         self._hosted = ExpertStore()
         self._queue = ComputeQueue(max_queue_bytes)
         self._training = ExpertTraining(name, activation_budget_bytes)
-        # Held while a batch is computed and while parameters or training state change. Taken before self._orders.
+        # Held while a batch is computed and while parameters or training state change. Taken before self._fence.
         self._state_lock = threading.RLock()
-        self._orders = ControllerFence()
+        self._fence = ControllerFence()
         self._loader = ExpertLoader(
             name,
             self._hosted,
@@ -101,7 +101,7 @@ class ExpertService:
     @property
     def fence(self) -> ControllerFence:
         """Admits the controller's requests; knows those under way."""
-        return self._orders
+        return self._fence
 
     @property
     def is_computing(self) -> bool:
@@ -150,7 +150,7 @@ class ExpertService:
             raise InvalidMessage("peer_address", "experts are trained from a checkpoint on, not from a peer")
         self._hosted.check_version(request.weight_version)
         self._training.check_term(request.training_term)
-        with self._orders.loading(request.term, request.experts, request.timeout_s) as admitted:
+        with self._fence.loading(request.term, request.experts, request.timeout_s) as admitted:
             return self._loader.load(admitted, request)
 
     def unload(self, *, term: int, experts: Sequence[ExpertId], drain_timeout_s: float = 0.0) -> None:
@@ -159,12 +159,12 @@ class ExpertService:
 
         First waits up to drain_timeout_s until no queued or running batch needs them. Raises StaleRequest.
         """
-        with self._orders.unloading(term, experts) as admitted:
+        with self._fence.unloading(term, experts) as admitted:
             deadline_s = time.monotonic() + drain_timeout_s
             while time.monotonic() < deadline_s and self._queue.wants(admitted.experts):
-                self._orders.check(term)
+                self._fence.check(term)
                 time.sleep(DRAIN_POLL_S)
-            with self._state_lock, self._orders.admitted(term):
+            with self._state_lock, self._fence.admitted(term):
                 for expert in admitted.experts:
                     self._hosted.remove(expert)
                     self._training.remove(expert)
@@ -188,7 +188,7 @@ class ExpertService:
         for named in (version, *versions):
             self._hosted.check_version(named)
         placement = PlacementNumber(notice.term, notice.generation)
-        with self._orders.admitted(notice.term):
+        with self._fence.admitted(notice.term):
             if placement < self._placement:
                 return
             self._placement, self._checkpoint = placement, notice.checkpoint
@@ -200,7 +200,7 @@ class ExpertService:
             self._drop_other_versions(placement, version, versions)
 
     def _drop_other_versions(self, placement: PlacementNumber, version: int, versions: Sequence[int]) -> None:
-        with self._state_lock, self._orders.admitted(placement.term):
+        with self._state_lock, self._fence.admitted(placement.term):
             if self._placement != placement:
                 return  # a newer placement was set meanwhile
             for expert in self._hosted.keep_versions(version, versions):

@@ -33,8 +33,8 @@ MAX_MESSAGE_CHARACTERS = 500
 
 _PROMPT_FIELDS = ("prompt", "prompt_ids", "messages_json")  # fields of a router's request
 _UNIONS = {
-    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
-    "stop": "a text or a list of texts",
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": "a string or a list of strings",
 }
 # Parts of a pydantic location that name a field of the body, not a branch of a union.
 _INNER_FIELDS = frozenset({"role", "content", "name", "type", "text", "include_usage"})

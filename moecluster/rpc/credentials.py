@@ -44,13 +44,13 @@ def state_folder() -> Path:
     """$XDG_STATE_HOME/moecluster, by default ~/.local/state/moecluster. Raises ResourceError if there is no home."""
     root = os.environ.get("XDG_STATE_HOME")
     if root and not os.path.isabs(root):
-        raise ResourceError(f'XDG_STATE_HOME: got "{root}", expected an absolute path: what is up is noted there')
+        raise ResourceError(f'XDG_STATE_HOME: got "{root}", expected an absolute path for the state of clusters')
     try:
         return Path(root or Path.home() / ".local" / "state") / "moecluster"
     except RuntimeError as exc:
         raise ResourceError(
-            "what is up is noted in the home directory, and there is none: set XDG_STATE_HOME (or HOME) to a directory "
-            "that you can write"
+            "the state of clusters belongs in the home directory, and there is none: set XDG_STATE_HOME (or HOME) to a "
+            "directory that you can write"
         ) from exc
 
 

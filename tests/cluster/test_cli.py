@@ -69,24 +69,20 @@ def live(run: Run, model: str) -> Iterator[None]:
 
 
 def test_train_starts_what_it_needs_and_ends_it(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "tiny.toml").write_text(
-        f"""
-        [cluster]
-        num_expert_actors = 2
-        [model]
-        hidden_size = 32
-        num_layers = 1
-        num_experts = 4
-        expert_inner_size = 24
-        [train]
-        steps = 4
-        batch_size = 4
-        sequence_length = 32
-        output_dir = "{tmp_path / "run"}"
-        eval_batches = 1
-        """
-    )
-    trained = run("train", str(tmp_path / "tiny.toml"))
+    """The settings of examples/own_text.toml, made tiny."""
+    tiny = {
+        "cluster.num_expert_actors": 2,
+        "model.hidden_size": 24,
+        "model.num_layers": 1,
+        "model.expert_inner_size": 24,
+        "train.steps": 4,
+        "train.batch_size": 4,
+        "train.sequence_length": 32,
+        "train.output_dir": tmp_path / "run",
+        "train.eval_batches": 1,
+    }
+    settings = [word for name, value in tiny.items() for word in ("--set", f"{name}={value}")]
+    trained = run("train", "examples/own_text.toml", "--data", "README.md", *settings)
     assert trained.returncode == 0, trained.stderr
     assert "step 4: checkpoint" in trained.stdout
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -153,12 +149,21 @@ def test_a_live_cluster_is_changed_recorded_and_explained(live: None, run: Run, 
     assert len(trace.read_bytes().splitlines()) == 3
 
 
-def test_status_and_outputs_of_what_is_up(live: None, run: Run, model: str, tmp_path: Path) -> None:
+def test_status_and_outputs_of_what_is_up(live: None, run: Run, model: str, state_home: Path, tmp_path: Path) -> None:
     shown = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     assert set(shown["actors"]) == {"controller", "router", "expert-0", "expert-1"}
     assert [a["phase"] for a in shown["controller"]["actors"]] == ["serving", "serving"]
     text = run("generate", model, "def main(", "--max-new-tokens", "20")
     assert text.returncode == 0 and "20 tokens after a prompt of 9" in text.stderr, text.stderr
+    streamed = subprocess.run(
+        [sys.executable, "examples/stream.py", "def main(", "--router", shown["actors"]["router"]["address"]],
+        env={**os.environ, "XDG_STATE_HOME": str(state_home), "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert "tokens after a prompt of 9: " in streamed.stdout, streamed.stdout + streamed.stderr
     again = run("up", model, *LIVE)
     assert again.returncode == 2 and "is up already" in again.stderr
     too_long = run("generate", model, "x" * 300)

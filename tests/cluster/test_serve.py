@@ -1,8 +1,10 @@
 """`moecluster serve` with its own Ray: HTTP requests, a second gateway, a killed router, and the shutdown."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,9 @@ def served(environment: dict[str, str], tmp_path: Path) -> Iterator[Served]:
     assert local_rays() == set()
 
 
-def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environment: dict[str, str]) -> None:
+def test_a_model_is_served_as_long_as_the_command_runs(
+    served: Served, environment: dict[str, str], tmp_path: Path
+) -> None:
     url = served.wait_started()
     text: dict[str, Any] = {"model": "tiny", "prompt": "def add(a, b):", "max_tokens": 20, "temperature": 0}
     wait_for_result(lambda: _is_well(url), "the gateway answers")
@@ -72,6 +76,7 @@ def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environme
         try:
             told = httpx.post(f"{second.wait_started()}/v1/completions", json={**text, "model": "other"}, timeout=60.0)
             assert told.json()["choices"][0]["text"] == reference
+            _run_examples(url, environment, tmp_path)
         finally:
             assert second.interrupt() == 0
         os.kill(_router_pid(), signal.SIGKILL)
@@ -80,6 +85,25 @@ def test_a_model_is_served_as_long_as_the_command_runs(served: Served, environme
     assert len(local_rays()) == 1
     assert served.interrupt() == 0
     assert local_rays() == set()
+
+
+def _run_examples(url: str, environment: dict[str, str], tmp_path: Path) -> None:
+    """The examples that need a gateway, as programs of their own."""
+    openai_client = [sys.executable, "examples/openai_client.py", "import os", "--base-url", f"{url}/v1"]
+    shown = subprocess.run(
+        [*openai_client, "--max-tokens", "8"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120.0
+    )
+    assert shown.returncode == 0 and "tiny: 8 tokens after" in shown.stdout, shown.stdout + shown.stderr
+    requests = [json.loads(line) for line in (ROOT / "examples" / "requests.jsonl").read_text().splitlines()]
+    for request in requests:
+        request["body"]["model"] = "tiny"  # the example is written for the demo's model
+    source, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("".join(f"{json.dumps(request)}\n" for request in requests))
+    batch = [*COMMAND, "batch", str(source), str(answers), "--base-url", url]
+    subprocess.run(batch, env=environment, cwd=ROOT, check=True, timeout=120.0)
+    answered = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["custom_id"] for line in answered] == [request["custom_id"] for request in requests]
+    assert [len(line["response"]["body"]["choices"]) for line in answered] == [1, 1, 2]
 
 
 def _is_well(url: str) -> bool:

@@ -17,7 +17,7 @@ from moecluster.gateway.server import ModelSource
 from moecluster.rpc.controller.server import serve_controller
 from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 from tests.support.clusters.running_gateway import RunningGateway, running_gateway
-from tests.support.clusters.streamed_texts import NOBODY, TEXT, ask, assert_whole
+from tests.support.clusters.streamed_requests import NOBODY, TEXT, ask, assert_whole
 from tests.support.fakes.fake_controller import FakeController
 from tests.support.waiting import wait_until
 

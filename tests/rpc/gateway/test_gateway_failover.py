@@ -20,7 +20,7 @@ from moecluster.errors import (
 )
 from moecluster.generation import GenerationRequest
 from tests.support.clusters.running_gateway import RunningGateway, running_gateway
-from tests.support.clusters.streamed_texts import NOBODY, TEXT, ask, assert_whole, read
+from tests.support.clusters.streamed_requests import NOBODY, TEXT, ask, assert_whole, read
 from tests.support.fakes.fake_router import FakeRouter, FakeToken, word_ids, words
 from tests.support.waiting import wait_until
 

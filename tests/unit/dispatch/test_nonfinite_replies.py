@@ -131,7 +131,7 @@ def test_a_row_that_is_too_much_for_every_replica_sets_none_aside(
     with torch.no_grad():
         y_TD = fakes.remote(LAYER, x_TD, ids_TK, weights_TK, on_lost=lost)
         expected_TD = dense(modules, x_TD, ids_TK, weights_TK)
-    assert set(lost.rows) == {3} and "for this text's hidden state, though not for others" in lost.rows[3]
+    assert set(lost.rows) == {3} and "for this token's hidden state, though not for others" in lost.rows[3]
     expected_TD[3] = 0.0
     torch.testing.assert_close(y_TD, expected_TD, atol=5e-6, rtol=0)
     assert not fakes.placements.failures

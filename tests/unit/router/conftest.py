@@ -14,7 +14,7 @@ from moecluster.router.engine import factory as making
 from moecluster.router.engine.engine import Engine, EngineLimits
 from moecluster.router.engine.factory import make_engine
 from tests.support.clusters.expert_cluster import ExpertCluster
-from tests.support.models.engine_texts import LIMITS, MakeTestEngine
+from tests.support.models.engine_sequences import LIMITS, MakeTestEngine
 from tests.support.soak.generation_load import save_decided_model
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from moecluster.errors import Exhausted, InvalidMessage, Unavailable
 from moecluster.generation import SamplingParameters
-from tests.support.models.engine_texts import LIMITS, PROMPT, SAMPLED, ask, ids_of, text_of, write
+from tests.support.models.engine_sequences import LIMITS, PROMPT, SAMPLED, ask, ids_of, text_of, write
 
 
 @pytest.mark.parametrize("sampling", [SamplingParameters(), SAMPLED])

@@ -19,7 +19,7 @@ from moecluster.router.engine.expert_counts import ExpertCounts
 from moecluster.router.engine.sampler import SampledToken
 from moecluster.router.engine.sequence import TokenSequence
 from moecluster.router.engine.static_batching import StaticBatchRunner
-from tests.support.models.engine_texts import LIMITS, PROMPT, SAMPLED, ask, ids_of, write
+from tests.support.models.engine_sequences import LIMITS, PROMPT, SAMPLED, ask, ids_of, write
 
 
 def test_requests_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) -> None:

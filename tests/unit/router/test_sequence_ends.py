@@ -11,7 +11,7 @@ from moecluster.models.tokenizer.token_bytes import TokenBytes
 from moecluster.router.engine.factory import end_ids
 from moecluster.router.engine.sampler import SampledToken
 from moecluster.router.engine.sequence import TokenSequence
-from tests.support.models.engine_texts import text_of
+from tests.support.models.engine_sequences import text_of
 from tests.support.models.families import make_model
 from tests.support.models.tokenizers_of_all_kinds import KINDS
 
