@@ -47,6 +47,7 @@ from tests.support.expert.small_actor import (
     training,
     wait_for_rows,
 )
+from tests.support.waiting import wait_until
 
 
 def held_by_streams() -> tuple[int, int]:
@@ -82,7 +83,7 @@ def test_nothing_is_held_for_an_actor_that_is_gone(service: ExpertService, modul
     with pytest.raises(Unavailable):
         result_of(transport, batch_of())
     transport.close()
-    assert held_by_streams()[0] == 0
+    wait_until(lambda: held_by_streams()[0] == 0, "the release of all segments")
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)
