@@ -91,7 +91,7 @@ class AsyncClient(ClusterClient[grpc.aio.Channel, Discover]):
             try:
                 return await call(self._stub(address))
             except grpc.RpcError as exc:
-                route.failed(from_rpc_error(exc, f"router at {address}"), wrote=False)
+                route.failed(from_rpc_error(exc, f"router at {address}"), generated=False)
 
     def _open(self, address: str, credentials: ClusterCredentials | None) -> grpc.aio.Channel:
         return open_async_channel(address, credentials)

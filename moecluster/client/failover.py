@@ -77,16 +77,16 @@ class Route:
         self._asked = self._left.pop(0) if self._left else ""
         return self._asked or None
 
-    def failed(self, error: MoeClusterError, *, wrote: bool) -> None:
+    def failed(self, error: MoeClusterError, *, generated: bool) -> None:
         """Records that the router asked last is lost, full or without the request's weights, or that its batch broke.
         Raises errors that another router would not fix, and BatchBroken once too many batches broke.
 
-        wrote: the router had generated tokens.
+        generated: the router had generated tokens.
         """
         self._failover.failed(error)
         if is_loss(error):
             self._routers.lost(self._asked)
-        if wrote:
+        if generated:
             self.any_version = False
             self._failover.progressed()
             self._begin_round()

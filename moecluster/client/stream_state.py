@@ -71,5 +71,5 @@ class StreamState:
             return False
         if isinstance(error, grpc.RpcError):
             error = from_rpc_error(error, f"router at {self.address}")
-        self._route.failed(error, wrote=self._received.grew)
+        self._route.failed(error, generated=self._received.grew)
         return True

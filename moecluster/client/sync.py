@@ -84,7 +84,7 @@ class Client(ClusterClient[grpc.Channel, Discover]):
             try:
                 return call(self._stub(address))
             except grpc.RpcError as exc:
-                route.failed(from_rpc_error(exc, f"router at {address}"), wrote=False)
+                route.failed(from_rpc_error(exc, f"router at {address}"), generated=False)
 
     def _open(self, address: str, credentials: ClusterCredentials | None) -> grpc.Channel:
         return open_channel(address, credentials)

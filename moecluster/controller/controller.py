@@ -84,7 +84,7 @@ class Controller:
         self._cluster_state, self._leases, self._log = context.state, context.leases, context.operations
         self._reports, self._signals = context.reports, context.signals
         self._direct = DirectLoadSource(settings.layer_experts, clock=clock)
-        self._monitors = ActorManager(
+        self._actor_manager = ActorManager(
             context,
             settings.actor_manager,
             direct=self._direct,
@@ -99,7 +99,7 @@ class Controller:
         recovery = Recovery(context, slots_per_layer=slots_per_layer)
         applier = PlacementApplier(context, settings.applier, connect=connect, recovery=recovery)
         self._sizing = Sizing(
-            context, supervisor=supervisor, actor_manager=self._monitors, slots_per_layer=slots_per_layer
+            context, supervisor=supervisor, actor_manager=self._actor_manager, slots_per_layer=slots_per_layer
         )
         self._reconciler = Reconciler(
             context,
@@ -111,7 +111,7 @@ class Controller:
             updates=WeightUpdates(context, settings.update),
             supervisor=supervisor,
         )
-        self._orders = OperationRequests(
+        self._requests = OperationRequests(
             context,
             min_actors=settings.min_actors,
             max_actors=settings.max_actors,
@@ -132,8 +132,8 @@ class Controller:
         neither, since it has a running cluster to manage.
         """
         succeeds, awaited = self._take_over()
-        self._monitors.start(self._cluster_state.actors, awaited=awaited)
-        failures = self._monitors.wait_tried(timeout_s)
+        self._actor_manager.start(self._cluster_state.actors, awaited=awaited)
+        failures = self._actor_manager.wait_tried(timeout_s)
         if not succeeds and failures and isinstance(failures[0], UserError):
             raise failures[0]
         if not succeeds and not self._cluster_state.up():
@@ -150,7 +150,7 @@ class Controller:
         if self._routers is not None:
             self._routers.close()
         self._reconciler.close()
-        self._monitors.close()
+        self._actor_manager.close()
         self._board.close()
 
     @property
@@ -171,11 +171,11 @@ class Controller:
     def report_failure(self, actor: str, incarnation: str, reason: str) -> None:
         """A router got no answer from an actor. The controller checks the actor itself before it counts as lost."""
         logger.info("%s (%s) was reported as failed: %s", actor, incarnation, reason)
-        self._monitors.check(actor)
+        self._actor_manager.check(actor)
 
     def report_nonfinite(self, actor: str, incarnation: str, expert: ExpertId, placement: PlacementNumber) -> None:
         """A router received NaN or infinity from a replica: sets it aside, and reloads it once."""
-        self._monitors.report_nonfinite(actor, incarnation, expert, placement)
+        self._actor_manager.report_nonfinite(actor, incarnation, expert, placement)
 
     def renew_lease(
         self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None
@@ -194,40 +194,40 @@ class Controller:
 
     def want_experts(self, router: str, experts: Sequence[ExpertId]) -> None:
         """Requests that the cold ones among these experts be loaded. Raises InvalidMessage for unknown experts."""
-        self._orders.activate(router, experts)
+        self._requests.activate(router, experts)
 
     # -- for users and training --
 
     def set_checkpoint(self, checkpoint: str) -> None:
         """Sets the directory that lost experts are loaded from. Raises NotGiven, or CheckpointError if it is not
         usable."""
-        self._orders.set_checkpoint(checkpoint)
+        self._requests.set_checkpoint(checkpoint)
 
     def scale(self, expert_actors: int, *, operation_id: str = "") -> Operation:
         """Requests a number of expert actors. Raises ResourceError beyond the limits, or while training holds the
         placement."""
-        return self._orders.scale(expert_actors, operation_id)
+        return self._requests.scale(expert_actors, operation_id)
 
     def scale_routers(self, routers: int, *, operation_id: str = "") -> Operation:
         """Requests a number of routers, even while training holds the placement. Raises ResourceError beyond the
         limits, or if this controller does not start and end routers."""
         if self._routers is None:
             raise ResourceError("scale: the routers of this cluster are started and ended by other means")
-        return self._routers.order(routers, operation_id=operation_id)
+        return self._routers.request(routers, operation_id=operation_id)
 
     def drain(self, node: str, *, operation_id: str = "") -> Operation:
         """Requests that a node (its id or a prefix of it) or one expert actor be drained. Raises ResourceError if there
         is none of that name, or while training holds the placement."""
-        return self._orders.drain(node, operation_id)
+        return self._requests.drain(node, operation_id)
 
     def place(self, expert: ExpertId, actors: Sequence[str], *, operation_id: str = "") -> Operation:
         """Requests replicas of an expert on exactly these actors; none: the expert is cold until a token needs it."""
-        return self._orders.place(expert, actors, operation_id)
+        return self._requests.place(expert, actors, operation_id)
 
     def update(self, checkpoint: str, *, operation_id: str = "") -> Operation:
         """Requests that all weights be replaced by those of a directory, while serving. Raises CheckpointError if it is
         incomplete or its shape differs from the served model, ResourceError while training holds the placement."""
-        return self._orders.update(checkpoint, operation_id)
+        return self._requests.update(checkpoint, operation_id)
 
     def plan(self, policy: str) -> PlanPreview:
         """Returns what a policy (empty: the cluster's own) would do now, without doing it."""
@@ -248,7 +248,7 @@ class Controller:
         return ControllerStatus(
             term=number.term,
             generation=number.generation,
-            actors=self._monitors.states(),
+            actors=self._actor_manager.states(),
             checkpoint=self._cluster_state.versions.checkpoint,
             routers=len(routers),
             policy=self._settings.reconciler.policy,
@@ -258,7 +258,7 @@ class Controller:
             operations=self._log.under_way(),
             router_states=routers,
             weight_version=self._cluster_state.versions.weight_version,
-            replicas_aside=self._monitors.replicas_aside(),
+            replicas_aside=self._actor_manager.replicas_aside(),
             lost_experts=len(self._cluster_state.lost()),
         )
 
@@ -282,7 +282,7 @@ class Controller:
         """Takes a higher term than every actor has seen, and the newest snapshot that they keep. Returns whether there
         is one (not in a new cluster), and the actors that the first placement waits for."""
         candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
-        seen = self._monitors.read(candidates)
+        seen = self._actor_manager.read(candidates)
         found = initial_state(seen, first=self._settings.first_snapshot, checkpoint=self._settings.checkpoint)
         snapshot = found.snapshot
         self._log.take_over(snapshot.operations)

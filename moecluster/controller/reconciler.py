@@ -77,15 +77,15 @@ class Reconciler:
         self._drained_last: dict[str, frozenset[str]] = {}  # node -> actors up and not leaving at its last drain
         self._activated_s: dict[ExpertId, float] = {}  # when experts were activated
         self._balance = BalanceMeter(context, planner)
-        self._ordered = OperationExecutor(context, planner=planner, applier=applier, sizing=sizing)
-        self._rounds = PeriodicThread(
-            "changer",
+        self._executor = OperationExecutor(context, planner=planner, applier=applier, sizing=sizing)
+        self._thread = PeriodicThread(
+            "reconciler",
             self._run_once,
             period_s=lambda: settings.period_s,
             without_result="no change was made",
             on_bug=self._fail_all,
         )
-        context.signals.wake.listen(self._rounds.wake)
+        context.signals.wake.listen(self._thread.wake)
 
     @property
     def started_s(self) -> float:
@@ -94,11 +94,11 @@ class Reconciler:
 
     def start(self) -> None:
         self._started_s = self._clock()
-        self._rounds.start()
+        self._thread.start()
 
     def close(self) -> None:
         """Stops the thread. A successor finds the current operation unfinished."""
-        self._rounds.close()
+        self._thread.close()
 
     # -- the thread --
 
@@ -136,8 +136,10 @@ class Reconciler:
         While an operation waits for actors, later scale operations wait too, and all others continue.
         """
         waiting = False
-        for operation in sorted(self._log.queued(self._ordered.kinds), key=lambda o: o.kind is not OperationKind.DRAIN):
-            if self._rounds.closed:
+        for operation in sorted(
+            self._log.queued(self._executor.kinds), key=lambda o: o.kind is not OperationKind.DRAIN
+        ):
+            if self._thread.closed:
                 return False
             if waiting and operation.kind is OperationKind.SCALE:
                 continue
@@ -145,7 +147,7 @@ class Reconciler:
                 ended = self._carry_out(operation)
             except Interrupted as exc:
                 self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=str(exc))
-                self._rounds.wake()
+                self._thread.wake()
                 return False
             waiting = waiting or not ended
         return True
@@ -157,7 +159,7 @@ class Reconciler:
         self._log.update(operation.id, phase=OperationPhase.PREPARING, detail="")
         missing = self._missing()  # the operation may fail because of one that is back afterwards
         try:
-            self._ordered.carry_out(operation)
+            self._executor.carry_out(operation)
         except Interrupted:
             raise
         except MoeClusterError as exc:
@@ -165,7 +167,7 @@ class Reconciler:
                 self._log.update(operation.id, phase=OperationPhase.QUEUED, detail=f"waits: {exc}")
                 return False
             logger.warning("%s failed: %s", operation.id, exc)
-            self._ordered.take_back(operation)
+            self._executor.take_back(operation)
             self._log.update(operation.id, phase=OperationPhase.FAILED, detail=str(exc))
         else:
             self._finish(operation.id)
@@ -180,7 +182,7 @@ class Reconciler:
 
     def _is_worth_another_try(self, operation: Operation, error: MoeClusterError, missing: Collection[str]) -> bool:
         """Whether to retry: scale and drain wait for actors that are starting or lost, up to operation_timeout_s."""
-        if not operation.kind.waits_for_actors or self._rounds.closed:
+        if not operation.kind.waits_for_actors or self._thread.closed:
             return False
         tried_s = self._clock() - self._first_tried_s[operation.id]
         return tried_s < self._settings.operation_timeout_s and (isinstance(error, Unavailable) or bool(missing))
@@ -237,7 +239,7 @@ class Reconciler:
             if (node,) in waiting or self._drained_last.get(node) == frozenset(staying):
                 continue
             try:
-                self._log.order(OperationKind.DRAIN, reason="Ray is about to remove the node", arguments=(node,))
+                self._log.enqueue(OperationKind.DRAIN, reason="Ray is about to remove the node", arguments=(node,))
             except Exhausted as exc:
                 logger.warning("node %s is not drained yet: %s", node, exc)
                 return
@@ -259,8 +261,8 @@ class Reconciler:
         )
         wanted, why, self._size_state = decide_size(seen, self._size_state, settings)
         if wanted != seen.actors:
-            self._log.order(OperationKind.SCALE, reason=why, arguments=(str(wanted),))
-            self._rounds.wake()
+            self._log.enqueue(OperationKind.SCALE, reason=why, arguments=(str(wanted),))
+            self._thread.wake()
 
     def _evict(self) -> None:
         """Unloads experts that no token was routed to for scale_to_zero_after_s."""

@@ -173,7 +173,7 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
             object="model",
             created=model.created,
             owned_by=OWNER,
-            max_model_len=model.directory.max_tokens,
+            max_model_len=model.discovery.max_tokens,
         )
 
     @app.get("/v1/models", responses={401: _ERRORS[401]})

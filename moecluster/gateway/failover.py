@@ -22,7 +22,7 @@ class FailoverStream:
     def __init__(
         self,
         request: GenerationRequest,
-        directory: RouterDiscovery,
+        discovery: RouterDiscovery,
         patience: Patience,
         *,
         begun: Callable[[], bool] = lambda: False,
@@ -31,8 +31,8 @@ class FailoverStream:
     ) -> None:
         """begun: whether the client already received data, so that full routers are waited for instead of refusing.
         on_tokens: called with each chunk's number of tokens."""
-        self._text = ResumableRequest(request)
-        self._directory = directory
+        self._request = ResumableRequest(request)
+        self._discovery = discovery
         self._patience = patience
         self._client_begun = begun
         self._on_failover = on_failover
@@ -49,10 +49,10 @@ class FailoverStream:
         """
         while True:
             self._failover.begin_round()
-            for router in self._directory.candidates():
+            for router in self._discovery.candidates():
                 timeout_s = self._left_s()
                 try:
-                    async with aclosing(router.generate(self._text.next_request(), timeout_s)) as chunks:
+                    async with aclosing(router.generate(self._request.next_request(), timeout_s)) as chunks:
                         async for chunk in chunks:
                             _refuse_cancelled(chunk)
                             self._note(chunk)
@@ -61,41 +61,41 @@ class FailoverStream:
                                 return
                     raise Unavailable(f"router at {router.address}: the stream broke off")
                 except MoeClusterError as exc:
-                    pinned = bool(self._text.weight_version)
+                    pinned = bool(self._request.weight_version)
                     if is_loss(exc, pinned=pinned):
                         self._lost(router, exc)
                     self._failover.failed(exc, pinned=pinned)
-                if self._text.grew:
+                if self._request.grew:
                     self._failover.begin_round()
                     break  # time has passed: the best candidate may be another one now
             await self._wait_for_round()
 
     def _note(self, chunk: GenerationChunk) -> None:
-        self._text.take(chunk)
+        self._request.take(chunk)
         if chunk.ids:
             self._failover.progressed()
             self._on_tokens(len(chunk.ids))
 
     def _lost(self, router: RouterConnection, error: MoeClusterError) -> None:
-        self._directory.failed(router)
-        logger.info("a router was lost after %d tokens of a request: %s", len(self._text.ids), error)
-        if self._text.ids:
+        self._discovery.failed(router)
+        logger.info("a router was lost after %d tokens of a request: %s", len(self._request.ids), error)
+        if self._request.ids:
             self._on_failover()
 
     async def _wait_for_round(self) -> None:
         """Waits until the next round. Raises if there will be none."""
         full = self._failover.full
-        if full is not None and not self._text.ids and not self._client_begun():
+        if full is not None and not self._request.ids and not self._client_begun():
             raise full
         if self._failover.gives_up_version(is_over=self._failover.is_over()):
-            self._text.give_up_version()
+            self._request.give_up_version()
             return
         self._left_s()
-        if self._directory.ended:
-            raise ClusterEnded(self._directory.ended)
+        if self._discovery.ended:
+            raise ClusterEnded(self._discovery.ended)
         if self._failover.is_over():
             raise Unavailable(f"no router was found within {self._patience.router_wait_timeout_s:g} s")
-        await self._directory.wait_for_news(POLL_AGAIN_S)
+        await self._discovery.wait_for_news(POLL_AGAIN_S)
 
     def _left_s(self) -> float:
         left_s = self._failover.left_s

@@ -12,7 +12,7 @@ from moecluster.types import ActorPhase
 def health_of(models: Sequence[ServedModel]) -> Health:
     """Ready: nothing is wrong. Degraded: every model has a router, but something is wrong. Not ready: a model has no
     router that answers."""
-    routers = {model.name: model.directory.answering for model in models}
+    routers = {model.name: model.discovery.answering for model in models}
     reasons = [reason for model in models for reason in _reasons(model)]
     status: Literal["ready", "degraded", "not ready"] = "degraded" if reasons else "ready"
     if not all(routers.values()):
@@ -22,13 +22,13 @@ def health_of(models: Sequence[ServedModel]) -> Health:
 
 def _reasons(model: ServedModel) -> list[str]:
     """Returns what is wrong with one model. Reveals no address and no path: /health needs no API key."""
-    directory = model.directory
-    if not directory.answering:
-        return [f"{model.name}: {directory.ended or 'no router answers'}"]
-    seen = directory.cluster
+    discovery = model.discovery
+    if not discovery.answering:
+        return [f"{model.name}: {discovery.ended or 'no router answers'}"]
+    seen = discovery.cluster
     if seen is None:
         silent = "no controller answers; what is lost does not come back before one does"
-        return [f"{model.name}: {silent}"] if directory.has_controller else []
+        return [f"{model.name}: {silent}"] if discovery.has_controller else []
     reasons = [f"{actor.actor} is {actor.phase}" for actor in seen.actors if actor.phase is not ActorPhase.SERVING]
     if seen.lost_experts and any(actor.problem for actor in seen.actors):
         reasons.append(f"it {LOST_EXPERTS}")

@@ -73,7 +73,7 @@ class _Together:
                 await self._begun.wait()  # if no choice begins, the first error of another one ends this one too
                 await self._generate_once(index, request)
             await self._queue.put((index, None))
-        except Exception as exc:  # raised by chunks()
+        except Exception as exc:  # raised by next()
             await self._queue.put((index, exc))
 
     async def _generate_once(self, index: int, request: GenerationRequest) -> None:

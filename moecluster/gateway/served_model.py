@@ -33,7 +33,7 @@ class ServedModel:
         self.name = name
         self.alias = alias
         self.created = int(time.time())
-        self.directory = RouterDiscovery(
+        self.discovery = RouterDiscovery(
             seeds, rediscover=rediscover, on_poll=lambda answering: metrics.set_routers(name, answering)
         )
         self._metrics = metrics
@@ -50,7 +50,7 @@ class ServedModel:
         """Yields FailoverStream.chunks, and measures them."""
         stream = FailoverStream(
             request,
-            self.directory,
+            self.discovery,
             self._patience,
             begun=begun,
             on_failover=lambda: self._metrics.count_failover(self.name),

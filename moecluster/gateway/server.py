@@ -104,8 +104,8 @@ class GatewayServer:
                 alias=source.alias,
                 rediscover=source.rediscover,
             )
-            stack.push_async_callback(model.directory.close)
-            await model.directory.start()
+            stack.push_async_callback(model.discovery.close)
+            await model.discovery.start()
             models.append(model)
         return models
 

@@ -253,8 +253,8 @@ class StepState:
         self._attempt = _Attempt(fold=GradientFold(self._ranks), tag=tag)
 
 
-def _same_attempt(ours: StepTag | None, ordered: StepTag) -> bool:
-    return ours is not None and (ours.step, ours.attempt) == (ordered.step, ordered.attempt)
+def _same_attempt(ours: StepTag | None, theirs: StepTag) -> bool:
+    return ours is not None and (ours.step, ours.attempt) == (theirs.step, theirs.attempt)
 
 
 def _square_norm(grads: ModuleGradients) -> float:

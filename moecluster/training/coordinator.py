@@ -88,12 +88,12 @@ class StepCoordinator:
         latest = max((c for c in committed if c), key=_attempt_of, default=None)
         open_attempt = max((p for p in prepared if p), default=None)
         if latest is not None and not all(c and _attempt_of(c) == _attempt_of(latest) for c in committed):
-            self._commit(self._as_ordered(latest))  # raises StateLost if a participant cannot
+            self._commit(self._under_own_term(latest))  # raises StateLost if a participant cannot
         elif open_attempt is not None and all(p == open_attempt for p in prepared):
-            self._commit(self._as_ordered(open_attempt))
+            self._commit(self._under_own_term(open_attempt))
             latest = open_attempt
         elif open_attempt is not None:
-            self.abort(self._as_ordered(open_attempt))
+            self.abort(self._under_own_term(open_attempt))
         seen = [tag.attempt for tag in (*committed, *prepared) if tag is not None]
         return Recovered(step=latest.step if latest else None, next_attempt=max(seen, default=-1) + 1)
 
@@ -128,14 +128,14 @@ class StepCoordinator:
         A participant that misses it drops the attempt at the first message of the next one.
         """
 
-        def order(participant: Participant) -> MoeClusterError | None:
+        def send(participant: Participant) -> MoeClusterError | None:
             try:
                 participant.abort(tag)
             except MoeClusterError as exc:
                 return exc
             return None
 
-        for _ in self._pool.map(order, self._participants.values()):
+        for _ in self._pool.map(send, self._participants.values()):
             pass
 
     def verify(self) -> None:
@@ -166,7 +166,7 @@ class StepCoordinator:
             self.verify()  # raises StaleRequest instead if a higher term has taken over
             raise StateLost(f"the commit of step {tag.step} was refused: {exc}") from exc
 
-    def _as_ordered(self, tag: StepTag) -> StepTag:
+    def _under_own_term(self, tag: StepTag) -> StepTag:
         return StepTag(term=self.term, step=tag.step, attempt=tag.attempt)
 
     def _check_incarnations(self, incarnations: Mapping[str, str]) -> None:
@@ -175,7 +175,7 @@ class StepCoordinator:
             if incarnation != known:
                 raise StateLost(f"{name} is not the one that it was: {incarnation} instead of {known}")
 
-    def _all(self, order: str, call: Callable[[str, Participant], AnswerT]) -> dict[str, AnswerT]:
+    def _all(self, request: str, call: Callable[[str, Participant], AnswerT]) -> dict[str, AnswerT]:
         """Calls all participants in parallel, retrying for repeat_s, and returns their answers by name.
 
         Raises the gravest of their errors; a participant that does not answer counts as AttemptAborted.
@@ -188,7 +188,7 @@ class StepCoordinator:
                     return call(name, self._participants[name])
                 except _REPEATABLE as exc:
                     if time.monotonic() + self._pause_s > until_s:
-                        return AttemptAborted(f"{name} did not answer {order}: {exc}")
+                        return AttemptAborted(f"{name} did not answer {request}: {exc}")
                     time.sleep(self._pause_s)
                 except MoeClusterError as exc:
                     return exc

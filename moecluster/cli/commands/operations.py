@@ -36,21 +36,21 @@ def scale(
         raise ConfigError(f"N: got {expert_actors}, expected at least 1 expert actor")
     if routers is not None and routers < 1:
         raise ConfigError(f"--routers: got {routers}, expected at least 1 router")
-    order = _with_id(OperationKind.SCALE if routers is None else OperationKind.SCALE_ROUTERS, operation_id)
+    chosen_id = _with_id(OperationKind.SCALE if routers is None else OperationKind.SCALE_ROUTERS, operation_id)
 
     def ask(calls: ControllerCalls) -> Operation:
         if routers is not None:
-            return calls.scale_routers(routers, operation_id=order)
+            return calls.scale_routers(routers, operation_id=chosen_id)
         assert expert_actors is not None
-        return calls.scale(expert_actors, operation_id=order)
+        return calls.scale(expert_actors, operation_id=chosen_id)
 
     _carry_out(name, ask, wait, console)
 
 
 def drain(name: str, node: str, operation_id: str, wait: bool, console: Console) -> None:
     """Drains a node, or one expert actor."""
-    order = _with_id(OperationKind.DRAIN, operation_id)
-    _carry_out(name, lambda calls: calls.drain(node, operation_id=order), wait, console)
+    chosen_id = _with_id(OperationKind.DRAIN, operation_id)
+    _carry_out(name, lambda calls: calls.drain(node, operation_id=chosen_id), wait, console)
 
 
 def place(
@@ -60,14 +60,14 @@ def place(
     if nowhere == bool(actors):
         raise ConfigError("ACTOR: expected the names of one actor or more, or --nowhere instead of them")
     where = parse_expert(expert, "EXPERT")
-    order = _with_id(OperationKind.PLACE, operation_id)
-    _carry_out(name, lambda calls: calls.place(where, actors, operation_id=order), wait, console)
+    chosen_id = _with_id(OperationKind.PLACE, operation_id)
+    _carry_out(name, lambda calls: calls.place(where, actors, operation_id=chosen_id), wait, console)
 
 
 def update(name: str, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
     """Replaces all weights by those of a directory; returns the operation in its latest state."""
-    order = _with_id(OperationKind.UPDATE, operation_id)
-    return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=order), wait, console)
+    chosen_id = _with_id(OperationKind.UPDATE, operation_id)
+    return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=chosen_id), wait, console)
 
 
 def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
@@ -106,11 +106,11 @@ def explain(name: str, operation_id: str, as_json: bool, console: Console) -> No
     show_table(table, console)
 
 
-def _carry_out(name: str, order: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:
+def _carry_out(name: str, request: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:
     """Starts an operation and, if wait, waits for its end. Raises OperationFailed."""
     with LiveController(name) as controller:
         try:
-            operation = controller.ask(order)
+            operation = controller.ask(request)
         except InvalidMessage as exc:
             raise ConfigError(str(exc)) from exc
         if wait:

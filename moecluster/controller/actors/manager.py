@@ -124,8 +124,8 @@ class ActorManager:
         """Stops all monitors, and leaves the actors as they are."""
         with self._lock:
             self._closed = True
-            actor_manager = list(self._monitors.values())
-        for monitor in actor_manager:
+            monitors = list(self._monitors.values())
+        for monitor in monitors:
             monitor.close()
 
     # -- for actor monitors --
@@ -252,8 +252,8 @@ class ActorManager:
     def _look_all(self) -> None:
         """Wakes all monitors: there is something new to send to the actors."""
         with self._lock:
-            actor_manager = list(self._monitors.values())
-        for monitor in actor_manager:
+            monitors = list(self._monitors.values())
+        for monitor in monitors:
             monitor.check()
 
     def _new_monitor(self, actor: str) -> ActorMonitor:

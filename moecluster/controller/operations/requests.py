@@ -121,13 +121,13 @@ class OperationRequests:
         asked = {name for o in self._log.under_way() if o.kind is OperationKind.ACTIVATE for name in o.arguments}
         names = tuple(str(expert) for expert in cold if str(expert) not in asked)
         if names:
-            self._log.order(OperationKind.ACTIVATE, reason=f"{router} has tokens for these experts", arguments=names)
+            self._log.enqueue(OperationKind.ACTIVATE, reason=f"{router} has tokens for these experts", arguments=names)
             self._signals.wake.emit()
 
     def _request(self, kind: OperationKind, arguments: tuple[str, ...], operation_id: str) -> Operation:
         if self._cluster_state.held or self._leases.any_hold():
             raise ResourceError(f"{kind}: a training run holds the placement; try again when the run has ended")
-        operation = self._log.order(kind, reason="requested", arguments=arguments, operation_id=operation_id)
+        operation = self._log.enqueue(kind, reason="requested", arguments=arguments, operation_id=operation_id)
         self._signals.wake.emit()
         return operation
 

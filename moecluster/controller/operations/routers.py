@@ -73,7 +73,7 @@ class _Leaving:
 
 
 class RouterSizing:
-    """Its thread runs from start to close. Any thread may call order and states."""
+    """Its thread runs from start to close. Any thread may call request and states."""
 
     def __init__(
         self, context: ControllerContext, settings: RouterSizingSettings, *, supervisor: RouterSupervisor
@@ -88,7 +88,7 @@ class RouterSizing:
         self._size_state = SizeState()
         self._change: _Change | None = None
         self._leaving: dict[str, _Leaving] = {}  # replaced, never mutated, as other threads read it
-        self._rounds = PeriodicThread(
+        self._thread = PeriodicThread(
             "router-sizing",
             self._run_once,
             period_s=lambda: settings.period_s if self._change is None else min(STEP_S, settings.period_s),
@@ -98,13 +98,13 @@ class RouterSizing:
 
     def start(self) -> None:
         self._started_s = self._clock()
-        self._rounds.start()
+        self._thread.start()
 
     def close(self) -> None:
         """Stops the thread. A successor finds the current operation unfinished."""
-        self._rounds.close()
+        self._thread.close()
 
-    def order(self, routers: int, *, operation_id: str = "") -> Operation:
+    def request(self, routers: int, *, operation_id: str = "") -> Operation:
         """Requests a number of routers. Raises ResourceError beyond the limits."""
         lowest, highest = self._settings.min_routers, self._settings.max_routers
         if routers < lowest or (highest and routers > highest):
@@ -113,10 +113,10 @@ class RouterSizing:
                 f"scale: {routers} routers are beyond the limits, which are {limit} "
                 "(serve.min_routers, serve.max_routers)"
             )
-        operation = self._log.order(
+        operation = self._log.enqueue(
             OperationKind.SCALE_ROUTERS, reason=ORDERED, arguments=(str(routers),), operation_id=operation_id
         )
-        self._rounds.wake()
+        self._thread.wake()
         return operation
 
     def states(self) -> tuple[RouterState, ...]:
@@ -158,7 +158,7 @@ class RouterSizing:
         )
         wanted, why, self._size_state = decide_routers(seen, self._size_state, size)
         if wanted != seen.routers:
-            self._log.order(OperationKind.SCALE_ROUTERS, reason=why, arguments=(str(wanted),))
+            self._log.enqueue(OperationKind.SCALE_ROUTERS, reason=why, arguments=(str(wanted),))
 
     def _go_on(self, change: _Change, known: list[str]) -> None:
         """Goes a step further. Each step may be repeated: what is done already is left alone."""

@@ -37,7 +37,7 @@ class Recovery:
         up = [a for a in self._state.up() if a not in self._state.leaving]
         replicas = self._state.replicas()
         for layer in {expert.layer for expert in self._state.lost()}:
-            cluster_state = sum(r.expert.layer == layer and r.actor in up for r in replicas)
-            if cluster_state < len(up) * self._slots_per_layer:
+            num_replicas = sum(r.expert.layer == layer and r.actor in up for r in replicas)
+            if num_replicas < len(up) * self._slots_per_layer:
                 return True
         return False

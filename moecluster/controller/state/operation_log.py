@@ -57,7 +57,7 @@ class OperationLog:
         for operation in failed:
             self._count(operation)
 
-    def order(
+    def enqueue(
         self, kind: OperationKind, *, reason: str, arguments: tuple[str, ...], operation_id: str = ""
     ) -> Operation:
         """Queues a requested operation. A known id returns the known operation.

@@ -10,11 +10,11 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, chunk: str) -> tuple[str, bool]:
+    def push(self, text_part: str) -> tuple[str, bool]:
         """Returns (text that became certain, whether a stop string was found); after one, drops the rest."""
         if not self._stops:
-            return chunk, False
-        text = self._held + chunk
+            return text_part, False
+        text = self._held + text_part
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
@@ -23,9 +23,9 @@ class StopStrings:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
-    def come_with(self, chunk: str) -> bool:
-        """Whether this piece would complete a stop string."""
-        return any(stop in self._held + chunk for stop in self._stops) if chunk else False
+    def come_with(self, text_part: str) -> bool:
+        """Whether this text would complete a stop string."""
+        return any(stop in self._held + text_part for stop in self._stops) if text_part else False
 
     def finish(self) -> str:
         """Returns the held-back text, when the sequence ends for another reason."""

@@ -134,14 +134,14 @@ class Planner:
             now_s=reading.counters.now_s,
             load_LE=self.window.load_LE,
             fleet=fleet,
-            layout=standing_layout(fleet),
+            layout=current_layout(fleet),
             budget_bytes=1e9,
         )
         policy = policy_named("share")
         return policy.decide(seen, policy.first_state())[0]
 
 
-def standing_layout(fleet: Fleet) -> Layout:
+def current_layout(fleet: Fleet) -> Layout:
     """Experts in order, plus a second and a third replica of expert 0 of each layer in spare slots."""
     row = contiguous_layout(np.array(list(LAYER_EXPERTS.values())), fleet)
     layout = make_layout(

@@ -92,7 +92,7 @@ def actors_of(cluster: LoopbackCluster, layer: int, index: int) -> list[str]:
     return [r.actor for r in placement.replicas_of(ExpertId(layer=layer, index=index))]
 
 
-def standing_on(cluster: LoopbackCluster, actor: str) -> set[ExpertId]:
+def assigned_to(cluster: LoopbackCluster, actor: str) -> set[ExpertId]:
     return set(cluster.controller.current(0.0).experts_on(actor))
 
 
@@ -107,4 +107,4 @@ def assert_whole(cluster: LoopbackCluster) -> None:
         for index in range(count):
             replicas = placement.replicas_of(ExpertId(layer=layer, index=index))
             assert sum(r.share for r in replicas) == pytest.approx(1.0), (layer, index)
-    wait_until(lambda: all(held(cluster, a) == standing_on(cluster, a) for a in placement.actors))
+    wait_until(lambda: all(held(cluster, a) == assigned_to(cluster, a) for a in placement.actors))

@@ -24,7 +24,7 @@ class RunningGateway:
     @property
     def routers(self) -> Any:
         """The RouterDiscovery of the first model."""
-        return self.server.gateway.models[0].directory
+        return self.server.gateway.models[0].discovery
 
     def openai(self, key: str = "none", **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S, **options)

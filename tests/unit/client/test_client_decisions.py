@@ -40,7 +40,7 @@ def test_a_round_asks_every_router_once_and_then_where_they_are_now() -> None:
     way = route("a", "b", discovers=True)
     for _ in range(2):
         assert way.next()
-        way.failed(LOST, wrote=False)
+        way.failed(LOST, generated=False)
     assert way.next() is None and way.wants_discovery()
     way.discovered(["c"])
     assert way.next() == "c" and way.next() is None and not way.wants_discovery()
@@ -49,9 +49,9 @@ def test_a_round_asks_every_router_once_and_then_where_they_are_now() -> None:
 def test_a_router_that_wrote_begins_a_new_round() -> None:
     way = route("a")
     assert way.next() == "a"
-    way.failed(LOST, wrote=True)
+    way.failed(LOST, generated=True)
     assert way.next() == "a"
-    way.failed(LOST, wrote=False)
+    way.failed(LOST, generated=False)
     assert way.next() is None
 
 
@@ -60,7 +60,7 @@ def test_no_pause_is_longer_than_patience_or_the_requests_deadline() -> None:
     for patience_s, timeout_s, waits in ((60.0, 60.0, True), (4.0, 60.0, False), (60.0, 4.0, False)):
         way = route("a", patience_s=patience_s, timeout_s=timeout_s)
         assert way.next() == "a" and way.next() is None
-        way.failed(full, wrote=False)
+        way.failed(full, generated=False)
         if waits:
             assert way.pause_s() == 5.0 and way.next() == "a"
         else:
@@ -71,20 +71,20 @@ def test_no_pause_is_longer_than_patience_or_the_requests_deadline() -> None:
 def test_weights_are_given_up_once_no_router_may_hold_them() -> None:
     way = route("a", "b", patience_s=60.0)
     assert way.next() and way.next()
-    way.failed(STALE, wrote=False)
-    way.failed(LOST, wrote=False)  # it may be back soon
+    way.failed(STALE, generated=False)
+    way.failed(LOST, generated=False)  # it may be back soon
     assert way.pause_s() > 0.0 and not way.any_version
     assert way.next() and way.next()
-    way.failed(STALE, wrote=False)
-    way.failed(STALE, wrote=False)
+    way.failed(STALE, generated=False)
+    way.failed(STALE, generated=False)
     assert way.pause_s() == 0.0 and way.any_version
 
 
 def test_weights_are_given_up_when_patience_is_over() -> None:
     way = route("a", "b", patience_s=0.0)
     assert way.next() and way.next()
-    way.failed(STALE, wrote=False)
-    way.failed(LOST, wrote=False)
+    way.failed(STALE, generated=False)
+    way.failed(LOST, generated=False)
     assert way.pause_s() == 0.0 and way.any_version
     with pytest.raises(Unavailable):
         way.pause_s()
@@ -95,18 +95,18 @@ def test_what_another_router_would_not_mend_is_raised_at_once(error) -> None:
     way = route("a", "b")
     way.next()
     with pytest.raises(type(error)):
-        way.failed(error, wrote=False)
+        way.failed(error, generated=False)
 
 
-@pytest.mark.parametrize("wrote", [False, True])
-def test_a_request_is_sent_on_after_few_broken_batches_only(wrote) -> None:
+@pytest.mark.parametrize("generated", [False, True])
+def test_a_request_is_sent_on_after_few_broken_batches_only(generated) -> None:
     way, broken = route("a", "b", "c", "d"), BatchBroken("it broke")
     for _ in range(2):
         assert way.next()
-        way.failed(broken, wrote=wrote)
+        way.failed(broken, generated=generated)
     assert way.next()
     with pytest.raises(BatchBroken):
-        way.failed(broken, wrote=wrote)
+        way.failed(broken, generated=generated)
 
 
 def test_a_connection_is_opened_once_and_given_up_with_its_address() -> None:

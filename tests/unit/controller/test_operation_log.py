@@ -17,17 +17,17 @@ def log(metrics: Metrics) -> OperationLog:
 
 
 def test_the_same_id_is_the_same_operation(log) -> None:
-    first = log.order(OperationKind.SCALE, reason="requested", arguments=("3",), operation_id="grow")
-    assert log.order(OperationKind.SCALE, reason="requested", arguments=("3",), operation_id="grow") == first
+    first = log.enqueue(OperationKind.SCALE, reason="requested", arguments=("3",), operation_id="grow")
+    assert log.enqueue(OperationKind.SCALE, reason="requested", arguments=("3",), operation_id="grow") == first
     with pytest.raises(ResourceError, match="grow is scale 3 already; give another id"):
-        log.order(OperationKind.SCALE, reason="requested", arguments=("4",), operation_id="grow")
+        log.enqueue(OperationKind.SCALE, reason="requested", arguments=("4",), operation_id="grow")
     assert len(log.newest()) == 1
 
 
 def test_operations_wait_in_order_up_to_a_bound(log) -> None:
-    orders = [log.order(OperationKind.SCALE, reason="", arguments=(str(i),)) for i in range(MAX_QUEUED)]
+    orders = [log.enqueue(OperationKind.SCALE, reason="", arguments=(str(i),)) for i in range(MAX_QUEUED)]
     with pytest.raises(Exhausted):
-        log.order(OperationKind.SCALE, reason="", arguments=("1",))
+        log.enqueue(OperationKind.SCALE, reason="", arguments=("1",))
     assert log.queued({OperationKind.SCALE})[0] == orders[0]
     log.update(orders[0].id, phase=OperationPhase.DONE)
     assert log.queued({OperationKind.SCALE})[0] == orders[1]
@@ -35,7 +35,7 @@ def test_operations_wait_in_order_up_to_a_bound(log) -> None:
 
 
 def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:
-    waiting = log.order(OperationKind.DRAIN, reason="", arguments=("node",))
+    waiting = log.enqueue(OperationKind.DRAIN, reason="", arguments=("node",))
     for _ in range(MAX_KEPT + 20):
         log.update(log.begin(OperationKind.REBALANCE, reason="").id, phase=OperationPhase.DONE)
     last = log.begin(OperationKind.REBALANCE, reason="")
@@ -46,7 +46,7 @@ def test_ended_operations_are_kept_up_to_a_bound_the_newest_first(log) -> None:
 
 
 def test_changes_of_shares_push_nothing_else_out(log) -> None:
-    waiting = log.order(OperationKind.SCALE, reason="", arguments=("3",))
+    waiting = log.enqueue(OperationKind.SCALE, reason="", arguments=("3",))
     moved = log.begin(OperationKind.REBALANCE, reason="")
     log.update(moved.id, phase=OperationPhase.DONE)
     for _ in range(MAX_KEPT + 20):
@@ -92,7 +92,7 @@ def test_a_successor_goes_on_with_what_was_ordered_and_fails_the_rest(log) -> No
 def test_changes_are_told(metrics) -> None:
     told: list[int] = []
     log = OperationLog(metrics, on_change=lambda: told.append(1))
-    operation = log.order(OperationKind.SCALE, reason="", arguments=("2",))
+    operation = log.enqueue(OperationKind.SCALE, reason="", arguments=("2",))
     log.update(operation.id, detail="waiting")
     assert len(told) == 2
 
@@ -108,7 +108,7 @@ def counted(metrics: Metrics) -> dict[str, float]:
 
 
 def test_an_operation_counts_once_in_each_phase_that_it_reaches(log, metrics) -> None:
-    operation = log.order(OperationKind.SCALE, reason="", arguments=("3",))
+    operation = log.enqueue(OperationKind.SCALE, reason="", arguments=("3",))
     for _ in range(10):  # it waits, is tried, and waits again; and proceeds layer by layer
         log.update(operation.id, phase=OperationPhase.PREPARING)
         log.update(operation.id, phase=OperationPhase.COMMITTING)

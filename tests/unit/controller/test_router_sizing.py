@@ -112,7 +112,7 @@ def leaving(sizing: RouterSizing) -> list[str]:
 def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits_until_they_serve(make) -> None:
     routers = Routers("router", "router-2")
     sizing = make(routers)
-    operation = sizing.order(4, operation_id="grow")
+    operation = sizing.request(4, operation_id="grow")
     wait_until(lambda: len(routers.there) == 4)
     assert routers.there == {"router": "/first", "router-2": "/first", "router-1": "/newest", "router-3": "/newest"}
     wait_until(lambda: routers.detail(operation) == "waits: router-1 does not serve yet; router-3 does not serve yet")
@@ -122,7 +122,7 @@ def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits
     assert stays(lambda: not routers.phase(operation).ended)
     routers.tell("router-3")
     wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
-    assert sizing.order(4, operation_id="grow").id == "grow" and len(routers.log.newest()) == 1
+    assert sizing.request(4, operation_id="grow").id == "grow" and len(routers.log.newest()) == 1
 
 
 def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_request(make) -> None:
@@ -130,7 +130,7 @@ def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_requ
     routers.tell("router-2", running=2)
     routers.tell("router-1", waiting=1)
     sizing = make(routers)
-    operation = sizing.order(1)
+    operation = sizing.request(1)
     wait_until(lambda: leaving(sizing) == ["router-1", "router-2"])
     text = "waits: router-1 leaves with 1 request to finish; router-2 leaves with 2 requests to finish"
     wait_until(lambda: routers.detail(operation) == text)
@@ -152,7 +152,7 @@ def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_requ
 def test_a_request_that_still_comes_is_waited_for_too(make) -> None:
     routers = Routers("router", "router-1")
     sizing = make(routers)
-    sizing.order(1)
+    sizing.request(1)
     wait_until(lambda: leaving(sizing) == ["router-1"])
     routers.tell("router-1", running=1)
     assert stays(lambda: not routers.ended)
@@ -168,7 +168,7 @@ def test_a_router_whose_requests_do_not_end_is_ended_after_the_timeout(make) -> 
     routers = Routers("router", "router-1")
     routers.tell("router-1", running=1)
     sizing = make(routers)
-    operation = sizing.order(1)
+    operation = sizing.request(1)
     wait_until(lambda: leaving(sizing) == ["router-1"])
     routers.now_s += 299.0
     assert stays(lambda: not routers.ended)
@@ -182,13 +182,13 @@ def test_one_that_leaves_is_taken_back_instead_of_starting_another(make) -> None
     for name in routers.there:
         routers.tell(name, running=1)
     sizing = make(routers)
-    fewer = sizing.order(1)
+    fewer = sizing.request(1)
     wait_until(lambda: leaving(sizing) == ["router-1", "router-2"])
-    more = sizing.order(2)
+    more = sizing.request(2)
     wait_until(lambda: leaving(sizing) == ["router-2"])
     assert routers.phase(fewer) is OperationPhase.FAILED
     assert routers.detail(fewer) == f"superseded by {more.id}"
-    most = sizing.order(4)
+    most = sizing.request(4)
     wait_until(lambda: len(routers.there) == 4)
     assert leaving(sizing) == [] and routers.ended == []
     routers.tell("router-3")
@@ -199,7 +199,7 @@ def test_a_successor_goes_on_and_ends_nobody_before_it_has_heard_of_them(make) -
     routers = Routers("router", "router-1", "router-2")
     sizing = make(routers)
     routers.tell("router-2", running=1)
-    operation = sizing.order(2)
+    operation = sizing.request(2)
     wait_until(lambda: leaving(sizing) == ["router-2"])
     sizing.close()
     left = routers.log.for_successor(10)
@@ -226,7 +226,7 @@ def test_one_that_leaves_and_is_not_heard_of_is_gone(make) -> None:
     routers = Routers("router", "router-1")
     routers.leases.drop("router-1")
     sizing = make(routers)
-    operation = sizing.order(1)
+    operation = sizing.request(1)
     wait_until(lambda: routers.detail(operation) == "waits: router-1 does not report")
     routers.now_s += LEASE_S - 1.0
     assert stays(lambda: not routers.ended)
@@ -240,7 +240,7 @@ def test_routers_that_never_come_are_given_up_and_others_are_left_alone(make) ->
     routers = Routers("router", "router-1")
     routers.leases.drop("router-1")  # Ray restarts it
     sizing = make(routers)
-    operation = sizing.order(3)
+    operation = sizing.request(3)
     wait_until(lambda: "router-2" in routers.there)
     routers.now_s += 61.0
     wait_until(lambda: routers.phase(operation) is OperationPhase.FAILED)
@@ -253,13 +253,13 @@ def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, re
     routers = Routers("router")
     routers.refusal = refusal
     sizing = make(routers)
-    operation = sizing.order(2)
+    operation = sizing.request(2)
     if isinstance(refusal, Unavailable):
         wait_until(lambda: routers.detail(operation) == "waits: Ray is away")
         routers.now_s += 61.0
     wait_until(lambda: routers.phase(operation) is OperationPhase.FAILED)
     routers.refusal = None
-    again = sizing.order(2)
+    again = sizing.request(2)
     wait_until(lambda: "router-1" in routers.there)
     routers.tell("router-1")
     wait_until(lambda: routers.phase(again) is OperationPhase.DONE)
@@ -269,7 +269,7 @@ def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, re
 def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
     sizing = make(Routers("router"))
     with pytest.raises(ResourceError, match=rf"{wanted} routers are beyond the limits, which are 1 to 4 \(serve"):
-        sizing.order(wanted)
+        sizing.request(wanted)
 
 
 SIZE = RouterSizeSettings(
@@ -315,7 +315,7 @@ def test_under_new_load_those_that_leave_by_decision_are_taken_back_and_by_order
     routers.now_s += 5.0
     wait_until(lambda: leaving(sizing) == [])
     assert list(routers.there) == ["router", "router-1"]
-    ordered = sizing.order(1)
+    ordered = sizing.request(1)
     wait_until(lambda: leaving(sizing) == ["router-1"])
     time.sleep(0.05)
     routers.now_s += 50.0
@@ -333,7 +333,7 @@ def test_no_decision_takes_the_place_of_an_order_that_waits(make, monkeypatch) -
 
     def order_first() -> tuple[str, ...]:
         if not ordered and routers.now_s > 112.0:  # in the round that would decide
-            ordered.append(sizing.order(2))
+            ordered.append(sizing.request(2))
         return existing_routers()
 
     monkeypatch.setattr(routers, "existing_routers", order_first)

@@ -49,8 +49,8 @@ class Updated:
     def prepare(self, actor: str, version: int) -> None:
         self.cluster_state.actor_prepared(_address(actor), version, self.cluster_state.assigned(actor))
 
-    def order(self, directory: str) -> Operation:
-        return self.log.order(OperationKind.UPDATE, reason="requested", arguments=(directory,))
+    def request_update(self, directory: str) -> Operation:
+        return self.log.enqueue(OperationKind.UPDATE, reason="requested", arguments=(directory,))
 
     def check(self, times: int = 4) -> None:
         for _ in range(times):
@@ -67,7 +67,7 @@ def cluster() -> Updated:
 
 
 def test_a_version_that_nobody_can_serve_whole_is_not_published(cluster: Updated) -> None:
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
     cluster.prepare("expert-0", 2)
     cluster.cluster_state.actor_down("expert-1")
@@ -84,7 +84,7 @@ def test_a_version_that_nobody_can_serve_whole_is_not_published(cluster: Updated
 
 
 def test_an_update_that_kills_an_actor_again_and_again_fails_in_time(cluster: Updated) -> None:
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
     cluster.prepare("expert-0", 2)
     cluster.cluster_state.actor_down("expert-1")
@@ -98,7 +98,7 @@ def test_an_update_that_kills_an_actor_again_and_again_fails_in_time(cluster: Up
 def test_an_actor_that_refuses_the_new_version_ends_the_update_and_one_that_fails_for_now_does_not(
     cluster: Updated,
 ) -> None:
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
     cluster.context.reports.preparing_failed("expert-0", 2, Unavailable("the disk is away"))
     cluster.check()
@@ -121,7 +121,7 @@ def test_a_lost_actor_whose_experts_others_serve_does_not_delay_an_update(cluste
     layer = {0: tuple(r for a in ACTORS for r in contiguous_placement(LAYER_EXPERTS, (a,)))}
     every_expert = frozenset(r.expert for r in layer[0])
     cluster.cluster_state.commit(layer, dict.fromkeys(ACTORS, every_expert))
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
     cluster.prepare("expert-0", 2)
     cluster.cluster_state.actor_down("expert-1")
@@ -133,7 +133,7 @@ def test_an_update_does_not_publish_what_another_one_left(cluster: Updated) -> N
     cluster.cluster_state.begin_version("/abandoned")
     for actor in ACTORS:
         cluster.prepare(actor, 2)
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
     for actor in ACTORS:
         cluster.prepare(actor, 3)
@@ -147,7 +147,7 @@ def test_an_update_begins_when_another_one_that_is_published_has_ended(cluster: 
     for actor in ACTORS:
         cluster.prepare(actor, 2)
     assert cluster.cluster_state.publish_version() is not None
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
     assert cluster.log.get(operation.id).phase is OperationPhase.PREPARING
     for actor in ACTORS:
@@ -157,7 +157,7 @@ def test_an_update_begins_when_another_one_that_is_published_has_ended(cluster: 
 
 
 def test_a_mistake_of_ours_ends_the_update_and_nothing_else(cluster: Updated, monkeypatch: pytest.MonkeyPatch) -> None:
-    operation = cluster.order("/new")
+    operation = cluster.request_update("/new")
     cluster.check()
 
     def mistake(version: int) -> None:

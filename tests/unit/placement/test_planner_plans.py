@@ -127,7 +127,7 @@ def test_with_enough_slots_the_loss_of_a_node_leaves_every_expert(exponent: floa
         assert len(np.unique(left.expert_R)) == 64
 
 
-def test_a_standing_layout_comes_to_survive_the_loss_of_a_node():
+def test_a_current_layout_comes_to_survive_the_loss_of_a_node():
     fleet, load_LE = fleet_of(10, 16, actors_a_node=4), zipf(64, 0.8)
     layout = make_layout(np.array([64]), np.zeros(64, dtype=np.int64), np.arange(64), np.arange(64) // 4, np.ones(64))
     policy = policy_named("share")
