@@ -96,8 +96,10 @@ class PagedBatches:
         self._manager.start()
 
     def add(self, name: str, ids: Sequence[int]) -> None:
-        """Adds a sequence with all its tokens so far. Raises Unavailable if the thread has ended."""
-        if self._manager.add_request(list(ids), request_id=name) is None:
+        """Adds a sequence with all its tokens so far. Raises Unavailable if the thread has ended or is about to."""
+        is_added = self._manager.add_request(list(ids), request_id=name) is not None
+        # The manager may have emptied its queue for the last time before it was added.
+        if not is_added or not self.is_running():
             raise Unavailable("the batches have ended")
 
     def cancel(self, name: str) -> None:

@@ -96,6 +96,7 @@ class Engine:
         self._sequence_s = FIRST_SEQUENCE_S
         self._closed = False
         self._runner = make_runner(self._ended, self._failed)
+        self._replacing = False  # the runner is being closed, and no new one could be made yet
 
     @property
     def max_tokens(self) -> int:
@@ -221,11 +222,17 @@ class Engine:
                 sequence.fail(Unavailable(f"the router cannot generate: {type(exc).__name__}: {exc}"))
 
     def _begin(self, sequence: TokenSequence) -> None:
-        if not self._runner.is_alive():
+        if self._replacing or not self._runner.is_alive():
+            self._replace_runner()
+        self._runner.add(sequence)
+
+    def _replace_runner(self) -> None:
+        if not self._replacing:
+            self._replacing = True
             # In a thread of its own: the caller may be the dying runner's thread.
             threading.Thread(target=self._runner.close, args=(CLOSE_TIMEOUT_S,), daemon=True).start()
-            self._runner = self._make_runner(self._ended, self._failed)
-        self._runner.add(sequence)
+        self._runner = self._make_runner(self._ended, self._failed)
+        self._replacing = False
 
     def _leave_queue(self, sequence: TokenSequence) -> None:
         self._waiting.remove(sequence)
@@ -249,7 +256,7 @@ class Engine:
             self._fill()
 
     def _is_running(self) -> bool:
-        return not self._closed and self._runner.is_alive()
+        return not self._closed and not self._replacing and self._runner.is_alive()
 
 
 def _prompt_field(request: GenerationRequest) -> str:

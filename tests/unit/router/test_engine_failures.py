@@ -15,6 +15,7 @@ from moecluster.errors import BatchBroken, MoeClusterError, RequestFailed, Unava
 from moecluster.router.engine import continuous_batching, static_batching
 from moecluster.router.engine import sampler as token_choice
 from moecluster.router.engine.continuous_batching import ContinuousBatchRunner
+from moecluster.router.engine.engine import CLOSE_TIMEOUT_S, BatchRunner
 from moecluster.router.engine.expert_counts import ExpertCounts
 from moecluster.router.engine.sampler import SampledToken
 from moecluster.router.engine.sequence import TokenSequence
@@ -45,6 +46,7 @@ def test_requests_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) 
 
 def test_a_request_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) -> None:
     running = engine(replace(LIMITS, max_waiting=4))
+    closing: list[BatchRunner] = []
 
     def no_memory(*_: Any) -> None:
         raise RuntimeError("out of memory")
@@ -53,10 +55,29 @@ def test_a_request_that_cannot_be_begun_leaves_its_place(engine, monkeypatch) ->
         for runner in (ContinuousBatchRunner, StaticBatchRunner):
             patches.setattr(runner, "is_alive", lambda runner: False)
             patches.setattr(runner, "__init__", no_memory)
-        with pytest.raises(Unavailable, match="RuntimeError: out of memory"):
-            write(running, ask())
+            patches.setattr(runner, "close", lambda runner, timeout_s: closing.append(runner))
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="RuntimeError: out of memory"):
+                write(running, ask())
     assert running.running == 0
+
+    added: list[BatchRunner] = []
+    for runner in (ContinuousBatchRunner, StaticBatchRunner):
+        note_calls(monkeypatch, runner, "add", added)
     assert len(ids_of(write(running, ask()))) == 24
+    assert len(closing) == 1 and added[0] is not closing[0], "a runner that is being closed gets no sequence"
+    closing[0].close(CLOSE_TIMEOUT_S)
+
+
+def note_calls(patches: pytest.MonkeyPatch, runner: type[BatchRunner], method: str, called: list[BatchRunner]) -> None:
+    """Adds a runner to `called` whenever its method is called."""
+    sound = getattr(runner, method)
+
+    def noted(self: BatchRunner, *arguments: Any) -> Any:
+        called.append(self)
+        return sound(self, *arguments)
+
+    patches.setattr(runner, method, noted)
 
 
 def fails_at(*names: str) -> Callable[[TokenSequence], bool]:
