@@ -12,7 +12,7 @@ from actors.cluster_file import UpCluster
 from actors.launch import bring_up, end_start, take_down
 from actors.local_ray import processes_of
 from actors.names import CONTROLLER, Endpoints
-from actors.ray_look import RayPoll
+from actors.ray_poll import RayPoll
 from moecluster.cli.common.diagnosis import Diagnosis, of_actors, of_local_ray
 from moecluster.cli.common.formatting import operations_table, to_json
 from moecluster.cli.common.lookup import found
@@ -80,6 +80,8 @@ def status(name: str, as_json: bool, timeout_s: float, console: Console) -> bool
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for problem in diagnosis.problems:
         console.print(f"{diagnosis.status}: {problem}", highlight=False, markup=False, soft_wrap=True)
+    for note in diagnosis.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if diagnosis.ended:
         return False
     show_table(actors_table(endpoints, seen), console)
@@ -102,13 +104,24 @@ def _query(
         seen = _ask_controller(
             cluster.controller_address, credentials, CONTROLLER_PATIENCE * (deadline_s - time.monotonic())
         )
-        endpoints, silence = asked.wait(deadline_s - LAST_WORDS_S - time.monotonic())
+        endpoints, problem, late = _asked_ray(asked, deadline_s - LAST_WORDS_S - time.monotonic())
     at = endpoints.get(CONTROLLER)
     if seen is None and at is not None and at.address != cluster.controller_address:  # it was restarted
         seen = _ask_controller(at.address, credentials, max(deadline_s - time.monotonic(), LAST_WORDS_S))
     of_actors_ = of_actors(endpoints, seen, at.address if at is not None else cluster.controller_address)
-    problems = of_ray.problems + of_actors_.problems + ((silence,) if silence else ())
-    return seen, endpoints, Diagnosis(problems=problems)
+    problems = (*of_ray.problems, *of_actors_.problems, *problem)
+    if seen is None:  # then Ray's silence is a part of the trouble
+        return seen, endpoints, Diagnosis(problems=problems + late)
+    return seen, endpoints, Diagnosis(problems=problems, notes=late)
+
+
+def _asked_ray(poll: RayPoll, timeout_s: float) -> tuple[dict[str, Endpoints | None], tuple[str, ...], tuple[str, ...]]:
+    """Returns the actors' endpoints, Ray's problem if there is one, and a note if Ray did not answer in time."""
+    try:
+        endpoints, problem = poll.wait(timeout_s)
+    except DeadlineExceeded as exc:
+        return {}, (), (f"{exc}; --timeout-s gives it longer",)
+    return endpoints, (problem,) if problem else (), ()
 
 
 def _noted_credentials(cluster: UpCluster) -> ClusterCredentials | None:
@@ -185,6 +198,7 @@ def _plain(
         "name": cluster.name,
         "status": diagnosis.status,
         "problems": list(diagnosis.problems),
+        "notes": list(diagnosis.notes),
         "model": cluster.model,
         "weights": dataclasses.asdict(weights_in(cluster.model)),
         "ray_address": cluster.ray_address,

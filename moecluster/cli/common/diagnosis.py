@@ -12,10 +12,11 @@ MAX_NAMED = 3  # actors listed by name
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Problems in words for a user. ended: nothing of the cluster serves any more, nor will it by itself."""
+    """Problems in words for a user, and notes on what could not be found out."""
 
     problems: tuple[str, ...] = ()
-    ended: bool = False
+    notes: tuple[str, ...] = ()
+    ended: bool = False  # nothing of the cluster serves any more, nor will it by itself
 
     @property
     def status(self) -> str:

@@ -12,9 +12,9 @@ from typing import Self
 from actors.cluster_file import UpCluster
 from actors.local_ray import ray_environment
 from actors.names import Endpoints
-from moecluster.errors import MoeClusterError
+from moecluster.errors import DeadlineExceeded, MoeClusterError
 
-COMMAND = (sys.executable, "-c", "from actors.ray_look import main; main()")
+COMMAND = (sys.executable, "-c", "from actors.ray_poll import main; main()")
 
 
 class RayPoll:
@@ -43,14 +43,17 @@ class RayPoll:
         self._process.communicate()
 
     def wait(self, timeout_s: float) -> tuple[dict[str, Endpoints | None], str]:
-        """Returns the actors' endpoints, None for one that does not answer; and Ray's problem, empty if it answered."""
+        """Returns the actors' endpoints, None for one that does not answer; and Ray's problem, empty if it answered.
+
+        Raises DeadlineExceeded if the process does not end in time: Ray hangs, or is slow on a busy host.
+        """
         try:
             message, _ = self._process.communicate(timeout=max(timeout_s, 0.0))
             answer = json.loads(message)
             found = {name: Endpoints(**fields) if fields else None for name, fields in answer["actors"].items()}
             return found, str(answer["problem"])
         except subprocess.TimeoutExpired:
-            return {}, "Ray did not say in time where the actors are"
+            raise DeadlineExceeded("Ray did not say in time where the actors are") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             return {}, "Ray cannot be asked where the actors are"
 
