@@ -193,10 +193,10 @@ class TokenSequence:
             if self._over:
                 return
             self._over = True
-        self._chunks.put(last)
-        self._on_over()
         if self._metrics is not None:
             self._metrics.count_request(status)
+        self._chunks.put(last)  # then the reader may look at the metrics
+        self._on_over()
 
     def _logprob(self, chosen: SampledToken) -> TokenLogprob:
         assert chosen.logprob is not None, "the sampler gives log-probabilities to sequences that want them"

@@ -16,8 +16,9 @@ from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import ModelSource
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.clusters.running_gateway import RunningGateway, running_gateway
-from tests.support.fakes.fake_router import LONGEST, MAX_TOKENS, WORDS, FakeRouter, word_ids, words
+from tests.support.fakes.fake_router import LONGEST, MAX_TOKENS, FakeRouter, word_ids, words
 from tests.support.soak.generation_load import save_decided_model
+from tests.support.waiting import wait_until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 
@@ -313,4 +314,4 @@ def test_requests_of_a_real_cluster(tmp_path: Path) -> None:
             assert refused.value.code == "context_length_exceeded"
             with pytest.raises(openai.BadRequestError, match="has no chat template; give it a plain text instead"):
                 client.chat.completions.create(model="model", messages=HELLO)
-        assert WORDS and cluster.router.status().running == 0
+        wait_until(lambda: cluster.router.status().running == 0)

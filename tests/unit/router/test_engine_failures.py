@@ -21,6 +21,7 @@ from moecluster.router.engine.sampler import SampledToken
 from moecluster.router.engine.sequence import TokenSequence
 from moecluster.router.engine.static_batching import StaticBatchRunner
 from tests.support.models.engine_sequences import LIMITS, PROMPT, SAMPLED, ask, ids_of, write
+from tests.support.waiting import wait_until
 
 
 def test_requests_go_on_after_a_batch_that_failed(engine, cluster, monkeypatch) -> None:
@@ -156,7 +157,7 @@ def test_what_goes_wrong_for_one_request_ends_that_one_alone(engine, monkeypatch
         with pytest.raises(RequestFailed):
             list(sick)
     assert "sequence sick ends" in caplog.text and "Traceback" in caplog.text
-    assert running.running == 0
+    wait_until(lambda: running.running == 0)
     assert ids_of(write(running, ask("sick", max_new_tokens=12, sampling=SAMPLED))) == alone[0]
 
 
