@@ -44,7 +44,6 @@ class WeightUpdates:
         self._log = context.operations
         self._reports = context.reports
         self._clock = context.clock
-        self._begun_s = self._clock()
         self._observed: tuple[int, int] | None = None  # (version, published) of _since_s and _published
         self._since_s = 0.0  # when this controller first saw that
         self._published = NO_PLACEMENT  # number of the placement at that time
@@ -192,11 +191,10 @@ class WeightUpdates:
             self._end_requests(None)
 
     def _may_miss_lost_routers(self) -> bool:
-        """Whether routers may have been lost with their requests shortly before this controller took over."""
-        return (
-            self._cluster_state.number.term > FIRST_TERM
-            and self._clock() - self._begun_s < self._settings.router_grace_s
-        )
+        """Whether routers may have been lost with their requests shortly before this controller took over, or look for
+        it still: they find it only after it has started, which may take minutes."""
+        is_successor = self._cluster_state.number.term > FIRST_TERM
+        return is_successor and not self._leases.settled(self._settings.router_grace_s)
 
     def _routers(self) -> dict[str, Lease]:
         """The last leases of routers that serve requests; other routers report no weight version."""

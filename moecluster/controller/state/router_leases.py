@@ -38,9 +38,10 @@ class Leases:
         """Notes that this controller has published its first placement."""
         self._opened_s = self._clock()
 
-    def settled(self) -> bool:
-        """Whether every router with a lease had the time (lease_s) to apply a placement of this controller."""
-        return self._opened_s is not None and self._clock() - self._opened_s >= self._lease_s
+    def settled(self, at_least_s: float = 0.0) -> bool:
+        """Whether every router with a lease had the time to apply a placement of this controller: lease_s, or
+        at_least_s if that is longer."""
+        return self._opened_s is not None and self._clock() - self._opened_s >= max(self._lease_s, at_least_s)
 
     def renew(
         self, router: str, applied: PlacementNumber, *, hold: bool = False, state: RouterState | None = None

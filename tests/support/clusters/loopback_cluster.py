@@ -94,7 +94,7 @@ class LoopbackCluster:
             "lease_s": 0.6,
             "health_period_s": 0.5,
             "start_timeout_s": 1.0,
-            "update": UpdateSettings(router_grace_s=1.8),
+            "update": UpdateSettings(router_grace_s=4.0),
         }
         controller = Controller(
             ControllerSettings(**(settings | self._controller_settings)),

@@ -13,13 +13,15 @@ from moecluster.types import ActorAddress, Operation, OperationKind, OperationPh
 
 LAYER_EXPERTS = {0: 4}
 LEASE_S = 1.0
+GRACE_S = 5.0
 ACTORS = ("expert-0", "expert-1")
 
 
 class Updated:
     """A cluster as the controller sees it: two running actors with two experts each."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, term: int = 1, start_s: float = 0.0) -> None:
+        """start_s: how long the controller takes to start, before routers can find it."""
         self.now_s = 0.0
         self.context = new_context(
             LAYER_EXPERTS,
@@ -30,18 +32,19 @@ class Updated:
         )
         self.cluster_state, self.log = self.context.state, self.context.operations
         self.cluster_state.begin(
-            term=1,
+            term=term,
             generation=0,
             versions=WeightVersions.only(WeightVersion(version=1, checkpoint="/old")),
             actors=ACTORS,
             replicas=contiguous_placement(LAYER_EXPERTS, ACTORS),
         )
-        self.updates = WeightUpdates(self.context, UpdateSettings(prepare_timeout_s=10.0))
+        self.updates = WeightUpdates(self.context, UpdateSettings(prepare_timeout_s=10.0, router_grace_s=GRACE_S))
         for actor in ACTORS:
             self.bring_up(actor)
+        self.now_s += start_s
         self.cluster_state.open()
         self.context.leases.opened()
-        self.now_s = LEASE_S  # routers had time to report
+        self.now_s += LEASE_S  # routers had time to report
 
     def bring_up(self, actor: str) -> None:
         self.cluster_state.actor_up(_address(actor), self.cluster_state.assigned(actor))
@@ -170,3 +173,19 @@ def test_a_mistake_of_ours_ends_the_update_and_nothing_else(cluster: Updated, mo
         cluster.updates.check()
     assert cluster.log.get(operation.id).phase is OperationPhase.FAILED
     assert [v.checkpoint for v in cluster.cluster_state.versions.all] == ["/old"]
+
+
+def test_a_successor_waits_for_routers_from_when_they_can_find_it() -> None:
+    cluster = Updated(term=2, start_s=60.0)
+    cluster.request_update("/new")
+    cluster.check()
+    for actor in ACTORS:
+        cluster.prepare(actor, 2)
+    cluster.check()
+    assert cluster.cluster_state.versions.weight_version == 2
+    cluster.now_s += GRACE_S - LEASE_S - 0.1
+    cluster.check()
+    assert cluster.cluster_state.versions.old == 1, "a router with requests of version 1 may look for it still"
+    cluster.now_s += 0.2
+    cluster.check()
+    assert cluster.cluster_state.versions.old == 0
