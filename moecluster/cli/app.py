@@ -196,6 +196,22 @@ def params(target: Target, settings: Settings = None) -> None:
     run(target, settings or (), make_console())
 
 
+@app.command(epilog="Example: moecluster doctor    or: moecluster doctor ./Mixtral -s cluster.metrics_port=9400 --json")
+def doctor(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="what to start: model directory, TOML file, or name of a preset", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Check whether a cluster can start on this host: what is wrong, and what to do."""
+    from moecluster.cli.commands.doctor.command import doctor as run
+
+    if not run(target, settings or (), json, make_console()):
+        raise typer.Exit(FAILED)
+
+
 for commands in (operation_commands, planning_commands, http_commands):
     commands.add_to(app)
 
