@@ -32,8 +32,7 @@ TORCH_SCRIPT = "import torch; a = torch.ones(4, 4); assert float((a @ a).sum()) 
 
 def python(config: Config) -> Finding:
     """Python's version."""
-    about = metadata.metadata(PACKAGE)
-    wanted = about["Requires-Python"] if "Requires-Python" in about else ""
+    wanted, *_ = metadata.metadata(PACKAGE).get_all("Requires-Python") or [""]
     found = f"Python {platform.python_version()} on {platform.system()} {platform.release()}"
     if sys.platform != "linux":
         return problem(found, "moecluster runs on Linux only")
