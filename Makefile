@@ -85,7 +85,7 @@ sbom: $(VENV)/.dev  ## bill of materials (CycloneDX) of what users get, in dist/
 	@mkdir -p dist
 	$(BIN)/python -m tools.sbom dist/moecluster.cdx.json
 
-soak: $(VENV)/.dev  ## long runs, each of DURATION seconds: 600 unless given
+soak: $(VENV)/.fuzz  ## long runs, each of DURATION seconds: 600 unless given
 	MOECLUSTER_SOAK_DURATION_S=$(DURATION) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak
 
 clean:  ## remove environments, caches and what a build left
@@ -110,6 +110,10 @@ $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[fuzz]'
 	@touch $@
 
 # Only what the extra `protos` names: the project's own dependencies are newer than what the oldest generator takes.
