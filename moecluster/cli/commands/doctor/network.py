@@ -53,7 +53,7 @@ def _wanted(config: Config) -> Iterator[tuple[str, int, str]]:
     """Yields (address, port, for what) of every port that is fixed."""
     for actor, port in metrics_ports(config).items():
         if port:
-            yield config.cluster.host, port, f"/metrics of {actor}"
+            yield config.cluster.host or LOOPBACK, port, f"/metrics of {actor}"
     if config.serve.port:
         yield config.serve.host, config.serve.port, GATEWAY
 
