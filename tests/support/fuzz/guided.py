@@ -32,7 +32,8 @@ def all_targets(folder: Path, *, services: bool) -> Iterator[Mapping[str, Target
         found = dict(stack.enter_context(decoders())) | dict(stack.enter_context(files(folder)))
         if services:
             checkpoint = save_tiny_model(folder / "model")
-            found |= service_targets(stack.enter_context(LoopbackCluster(checkpoint)), checkpoint)
+            cluster = stack.enter_context(LoopbackCluster(checkpoint))
+            found |= stack.enter_context(service_targets(cluster, checkpoint))
         yield found
 
 

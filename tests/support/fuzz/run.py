@@ -4,6 +4,7 @@ import contextlib
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -38,12 +39,16 @@ def watched() -> Iterator[list[str]]:
 
     hook, threading.excepthook = threading.excepthook, note
     handlers = {number: signal.signal(number, too_long) for number in (signal.SIGPROF, signal.SIGALRM)}
+    timer_s, _ = signal.getitimer(signal.ITIMER_REAL)  # pytest's, of the whole test
+    began_s = time.monotonic()
     try:
         yield died
     finally:
         threading.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if timer_s:
+            signal.setitimer(signal.ITIMER_REAL, max(timer_s - (time.monotonic() - began_s), 1.0))
 
 
 def run_one(target: Target, data: bytes, died: list[str]) -> None:

@@ -2,18 +2,25 @@
 and a checkpoint's files. No socket lies between; whatever gRPC could not send on is found."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
 
+from moecluster.errors import Unavailable
+from moecluster.expert.service import ExpertService
+from moecluster.models.experts.source import ExpertSource
 from moecluster.proto import checkpoint_pb2, controller_pb2, expert_pb2, router_pb2, tensor_pb2
 from moecluster.rpc.checkpoint.server import Announcements, CheckpointServicer
 from moecluster.rpc.controller.server import ControllerServicer
 from moecluster.rpc.expert.messages import encode_batch
+from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.expert.server import ExpertServicer
 from moecluster.rpc.router.server import RouterServicer
 from moecluster.rpc.tensors import encode_tensor
+from moecluster.types import ActorAddress, ExpertId
+from tests.support.clusters.given import any_directory
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.expert.batches import make_batch
 from tests.support.fuzz.bytes_as_choices import Choices
@@ -57,12 +64,32 @@ class Call:
             callback()
 
 
-def service_targets(cluster: LoopbackCluster, checkpoint: str) -> Mapping[str, Target]:
-    """Returns the targets by Service/Method: every method that the generated modules declare."""
+@contextmanager
+def service_targets(cluster: LoopbackCluster, checkpoint: str) -> Iterator[Mapping[str, Target]]:
+    """Context: the targets by Service/Method: every method that the generated modules declare.
+
+    The expert actor is not one of the cluster's, which the router needs, and copies from no peer: a request may name
+    any address, and no test calls others than its own.
+    """
+    experts = tuple(
+        ExpertId(layer=layer.layer, index=index)
+        for layer in ExpertSource(checkpoint).layers
+        for index in range(layer.num_experts)
+    )
+    with closing(ExpertService(name="expert-0", is_given=any_directory, connect_peer=_no_peer)) as service:
+        service.load(LoadRequest(term=1, experts=experts, checkpoint=checkpoint))
+        yield _targets(service, cluster, checkpoint)
+
+
+def _no_peer(peer: ActorAddress) -> NoReturn:
+    raise Unavailable(f"{peer.address}: nobody is called")
+
+
+def _targets(service: ExpertService, cluster: LoopbackCluster, checkpoint: str) -> Mapping[str, Target]:
     announced = Announcements()
     files = announced.add("model", checkpoint)
     servicers: dict[str, Any] = {
-        "ExpertService": ExpertServicer(cluster.services["expert-0"]),
+        "ExpertService": ExpertServicer(service),
         "ControllerService": ControllerServicer(cluster.controller),
         "RouterService": RouterServicer(cluster.router),
         "CheckpointService": CheckpointServicer(announced),
@@ -70,12 +97,12 @@ def service_targets(cluster: LoopbackCluster, checkpoint: str) -> Mapping[str, T
     good = _good(files.id, next(iter(files.sizes)), checkpoint)
     found: dict[str, Target] = {}
     for module in SERVICES:
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
+        for declared in module.DESCRIPTOR.services_by_name.values():
+            for method in declared.methods:
                 kind: Any = getattr(module, method.input_type.name)
                 known = [message for message in good if isinstance(message, kind)]
-                call = getattr(servicers[service.name], method.name)
-                found[f"{service.name}/{method.name}"] = _target(call, kind, known, method.client_streaming)
+                call = getattr(servicers[declared.name], method.name)
+                found[f"{declared.name}/{method.name}"] = _target(call, kind, known, method.client_streaming)
     return found
 
 
