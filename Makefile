@@ -19,8 +19,8 @@ BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test system-deps check lint sizes types imports stale-protos stale-pages links bench protos docs \
-	models-page soak clean
+.PHONY: help demo test system-deps check lint sizes types imports stale-protos stale-pages links licenses bench protos \
+	docs models-page dist sbom soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, clus
 system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
 	@tools/install_system_deps.sh
 
-check: lint sizes types imports stale-protos stale-pages links  ## style, sizes, types, import layers, generated code and pages, links
+check: lint sizes types imports stale-protos stale-pages links licenses  ## style, sizes, types, import layers, generated files, links, licences
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -61,6 +61,9 @@ stale-pages: $(VENV)/.dev
 links: $(VENV)/.dev
 	$(BIN)/python tools/check_links.py
 
+licenses: $(VENV)/.dev  ## licences of all packages that users get, against the list in pyproject.toml
+	@$(BIN)/python -m tools.licenses > /dev/null
+
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
@@ -73,7 +76,16 @@ docs: $(VENV)/.dev  ## write docs/configuration.md and docs/metrics.md out of th
 models-page: $(VENV)/.dev  ## try every family of the installed transformers, and write docs/models.md; minutes
 	$(BIN)/python -m tools.generate_models_page
 
-soak: $(VENV)/.dev  ## long runs, each of DURATION seconds: 600 unless given
+dist: $(VENV)/.dev  ## wheel and sdist, built and checked, in dist/
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+sbom: $(VENV)/.dev  ## bill of materials (CycloneDX) of what users get, in dist/
+	@mkdir -p dist
+	$(BIN)/python -m tools.sbom dist/moecluster.cdx.json
+
+soak: $(VENV)/.fuzz  ## long runs, each of DURATION seconds: 600 unless given
 	MOECLUSTER_SOAK_DURATION_S=$(DURATION) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak
 
 clean:  ## remove environments, caches and what a build left
@@ -98,6 +110,10 @@ $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[fuzz]'
 	@touch $@
 
 # Only what the extra `protos` names: the project's own dependencies are newer than what the oldest generator takes.

@@ -13,6 +13,7 @@ import typer
 from actors.signals import end_by_signals, signal_of
 from moecluster import __version__
 from moecluster.cli import exit_codes, http_commands, operation_commands, planning_commands
+from moecluster.cli.common import completion
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.extras import need
 from moecluster.cli.common.options import Json, Name
@@ -29,10 +30,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Target = Annotated[str, typer.Argument(help="model directory, TOML file, or name of a preset")]
+Target = Annotated[
+    str, typer.Argument(help="model directory, TOML file, or name of a preset", autocompletion=completion.targets)
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="override a setting, as in train.steps=100; may be repeated", show_default=False),
+    typer.Option(
+        "--set",
+        "-s",
+        help="override a setting, as in train.steps=100; may be repeated",
+        show_default=False,
+        autocompletion=completion.settings,
+    ),
 ]
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="use random weights for a preset or TOML file that was never trained")
@@ -194,6 +203,26 @@ def params(target: Target, settings: Settings = None) -> None:
     from moecluster.cli.commands.params import params as run
 
     run(target, settings or (), make_console())
+
+
+@app.command(epilog="Example: moecluster doctor    or: moecluster doctor ./Mixtral -s cluster.metrics_port=9400 --json")
+def doctor(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="what to start: model directory, TOML file, or name of a preset",
+            show_default=False,
+            autocompletion=completion.targets,
+        ),
+    ] = None,
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Check whether a cluster can start on this host: what is wrong, and what to do."""
+    from moecluster.cli.commands.doctor.command import doctor as run
+
+    if not run(target, settings or (), json, make_console()):
+        raise typer.Exit(FAILED)
 
 
 for commands in (operation_commands, planning_commands, http_commands):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from moecluster.cli.common.completion import clusters
 from moecluster.cli.common.console import make_console
 
 GATEWAY = "http://127.0.0.1:8000"  # where moecluster serve listens by default
@@ -29,7 +30,10 @@ def batch(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="responses, in the order of the requests")],
     base_url: BaseUrl = GATEWAY,
     cluster: Annotated[
-        str, typer.Option(help="use this cluster, started here by moecluster up, instead of a gateway")
+        str,
+        typer.Option(
+            help="use this cluster, started here by moecluster up, instead of a gateway", autocompletion=clusters
+        ),
     ] = "",
     concurrency: Annotated[int, typer.Option(help="requests in flight", min=1, max=4096)] = 32,
     attempts: Annotated[

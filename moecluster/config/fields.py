@@ -97,7 +97,10 @@ def show(value: Any) -> str:
     """A value in TOML notation, shortened."""
     if isinstance(value, bool):
         return str(value).lower()
-    text = f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
+    try:
+        text = f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
+    except ValueError:  # of str: hexadecimal digits may be more than it converts
+        return "a number with thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -126,6 +129,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return tuple(_convert(item, arguments[i], f"{name}[{i}]") for i, item in enumerate(value))
     if origin is not None:
         return {key: _convert(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name}: got {show(value)}, expected an integer of at most 64 bits")
     if hint is float:
         if not math.isfinite(value):
             raise ConfigError(f"{name}: got {value}, expected a finite number")

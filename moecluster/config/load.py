@@ -65,8 +65,10 @@ def load_config(path_or_preset: str, overrides: Mapping[str, Any] | None = None)
     source, text = _read_source(path_or_preset)
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         raise ConfigError(f"{source}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: not valid TOML: nested too deeply") from error
     return read_config(override(tables, overrides or {}), source=source)
 
 
@@ -91,7 +93,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f'override: got "{text}", expected section.key=value, for example train.steps=100')
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key.strip(), value.strip()
 
 

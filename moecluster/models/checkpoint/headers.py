@@ -115,13 +115,11 @@ def read_header(files: CheckpointFiles, name: str, size: int) -> dict[str, Tenso
         tensors = {
             key: _tensor_info(file, 8 + header_bytes, value, checksums.get(key)) for key, value in entries.items()
         }
-        announced = max((value["data_offsets"][1] for value in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is torn: its safetensors header cannot be read; copy it again") from error
-    if size != 8 + header_bytes + announced:
-        raise CheckpointError(
-            f"{file} is torn: {size} bytes where its header announces {8 + header_bytes + announced}; copy it again"
-        )
+    announced = max((tensor.begin + tensor.num_bytes for tensor in tensors.values()), default=8 + header_bytes)
+    if size != announced:
+        raise CheckpointError(f"{file} is torn: {size} bytes where its header announces {announced}; copy it again")
     return tensors
 
 
@@ -134,17 +132,26 @@ def _read(files: CheckpointFiles, name: str, begin: int, num_bytes: int) -> byte
 def _tensor_info(
     file: Path, data_begin: int, entry: Mapping[str, Any], checksums: TensorChecksums | None
 ) -> TensorInfo:
-    """Raises ValueError if the byte range does not match dtype and shape."""
-    begin, end = (int(offset) for offset in entry["data_offsets"])
+    """Raises ValueError or TypeError if the byte range does not match dtype and shape, or is none."""
+    begin, end = (_integer(offset) for offset in entry["data_offsets"])
     info = TensorInfo(
         file=file,
         dtype=str(entry["dtype"]),
-        shape=tuple(int(n) for n in entry["shape"]),
+        shape=tuple(_integer(n) for n in entry["shape"]),
         begin=data_begin + begin,
         num_bytes=end - begin,
         checksums=checksums,
     )
     dtype = STORED.get(info.dtype)
-    if begin < 0 or (dtype is not None and info.num_bytes != math.prod(info.shape) * dtype.itemsize):
+    if not 0 <= begin <= end or min(info.shape, default=0) < 0:
+        raise ValueError(f"bytes {begin} to {end} hold no tensor of shape {info.shape}")
+    if dtype is not None and info.num_bytes != math.prod(info.shape) * dtype.itemsize:
         raise ValueError(f"bytes {begin} to {end} hold no {info.dtype} of shape {info.shape}")
     return info
+
+
+def _integer(value: object) -> int:
+    """Returns the value. Raises TypeError if it is no integer: JSON has floats, infinity and true, too."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no integer")
+    return value

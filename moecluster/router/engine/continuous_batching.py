@@ -53,15 +53,15 @@ class ContinuousBatchRunner:
 
     def add(self, sequence: TokenSequence) -> None:
         with self._lock:
-            self._sequences[sequence.name] = sequence
-        self._batches.add(sequence.name, sequence.ids)
+            self._sequences[sequence.key] = sequence
+        self._batches.add(sequence.key, sequence.ids)
 
     def cancel(self, sequence: TokenSequence) -> None:
         with self._lock:
-            if self._sequences.pop(sequence.name, None) is None:
+            if self._sequences.pop(sequence.key, None) is None:
                 return
-            self._left.append(sequence.name)
-        self._batches.cancel(sequence.name)
+            self._left.append(sequence.key)
+        self._batches.cancel(sequence.key)
 
     def is_alive(self) -> bool:
         return self._batches.is_running()
@@ -132,8 +132,8 @@ class ContinuousBatchRunner:
             if isinstance(token, MoeClusterError):
                 raise token
             is_last = sequence.push(token)
-            if is_last and self._forget(sequence.name) is not None:
-                self._on_end(sequence, self._counts.leave(sequence.name))
+            if is_last and self._forget(sequence.key) is not None:
+                self._on_end(sequence, self._counts.leave(sequence.key))
             return token.id, is_last
         except MoeClusterError as exc:
             self._end_alone(sequence, exc)
@@ -142,8 +142,8 @@ class ContinuousBatchRunner:
         return 0, True
 
     def _end_alone(self, sequence: TokenSequence, error: MoeClusterError) -> None:
-        self._forget(sequence.name)
-        self._counts.leave(sequence.name)
+        self._forget(sequence.key)
+        self._counts.leave(sequence.key)
         self._on_failure(sequence, error)
 
     def _forget(self, name: str) -> TokenSequence | None:

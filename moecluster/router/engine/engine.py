@@ -136,7 +136,7 @@ class Engine:
         with self._lock:
             self._admit(sequence)
             sequence.on_over(on_over)
-            sequence.on_leave(lambda: self.cancel(sequence.name))
+            sequence.on_leave(lambda: self._leave(sequence))
             if sequence.is_complete:
                 sequence.end()
             else:
@@ -148,17 +148,10 @@ class Engine:
     def cancel(self, name: str) -> bool:
         """Ends a sequence at its next token; its place is free at once. Returns False for an unknown name."""
         with self._lock:
-            sequence = self._running.pop(name, None)
+            sequence = self._named(name)
             if sequence is not None:
-                self._runner.cancel(sequence)
-            else:
-                sequence = next((waiting for waiting in self._waiting if waiting.name == name), None)
-                if sequence is None:
-                    return False
-                self._leave_queue(sequence)
-            sequence.end()
-            self._fill()
-        return True
+                self._end_early(sequence)
+        return sequence is not None
 
     def close(self) -> None:
         """Ends all sequences."""
@@ -173,6 +166,25 @@ class Engine:
         self._runner.close(CLOSE_TIMEOUT_S)
 
     # -- inside --
+
+    def _named(self, name: str) -> TokenSequence | None:
+        """Returns the running or waiting sequence of a name."""
+        waiting = (sequence for sequence in self._waiting if sequence.name == name)
+        return self._running.get(name) or next(waiting, None)
+
+    def _leave(self, sequence: TokenSequence) -> None:
+        """Ends a sequence whose reader has left; nothing if it has ended, even if another has its name by now."""
+        with self._lock:
+            if self._named(sequence.name) is sequence:
+                self._end_early(sequence)
+
+    def _end_early(self, sequence: TokenSequence) -> None:
+        if self._running.pop(sequence.name, None) is not None:
+            self._runner.cancel(sequence)
+        else:
+            self._leave_queue(sequence)
+        sequence.end()
+        self._fill()
 
     def _make(self, request: GenerationRequest, prompt_ids: Sequence[int], max_new_tokens: int) -> TokenSequence:
         try:
@@ -189,7 +201,7 @@ class Engine:
         limits = self._limits
         if self._closed:
             raise Unavailable("the router ends")
-        if sequence.name in self._running or any(waiting.name == sequence.name for waiting in self._waiting):
+        if self._named(sequence.name) is not None:
             raise InvalidMessage("request_id", f"a generation named {sequence.name} runs already")
         if len(self._running) < limits.max_running and not self._waiting:
             return

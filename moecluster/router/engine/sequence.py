@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -38,6 +39,8 @@ class TokenSequence:
         """max_new_tokens counts request.generated_ids too and is at least 1. Those tokens, which another router
         generated, are replayed, so that the sequence continues as if it had started here."""
         self.name = request.request_id
+        # Batches learn later that a sequence was cancelled; by then its name may be another's.
+        self.key = uuid.uuid4().hex
         self.sampling = request.sampling
         self.wants_logprobs = request.logprobs
         self.top_logprobs = request.top_logprobs

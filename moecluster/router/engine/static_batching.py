@@ -154,12 +154,12 @@ class _Batch:
         mask = [[0] * (length - len(sequence.ids)) + [1] * len(sequence.ids) for sequence in self._sequences]
         for sequence in self._sequences:
             sequence.computing(cached_tokens=0)
-            self._counts.enter(sequence.name)
+            self._counts.enter(sequence.key)
         self._counts.begin_rows(
             [
                 owner
                 for sequence in self._sequences
-                for owner in ((NOBODYS, length - len(sequence.ids)), (sequence.name, len(sequence.ids)))
+                for owner in ((NOBODYS, length - len(sequence.ids)), (sequence.key, len(sequence.ids)))
             ]
         )
         self._experts.watch(self)
@@ -190,13 +190,13 @@ class _Batch:
     def choose(self, scores_BV: torch.Tensor) -> torch.Tensor:
         spoilt, self._spoilt = self._spoilt, {}
         for sequence in self._sequences:
-            if sequence.name in spoilt and sequence.name not in self._ended:
-                self._fail(sequence, spoilt[sequence.name])
-        rows = [row for row, sequence in enumerate(self._sequences) if sequence.name not in self._ended]
+            if sequence.key in spoilt and sequence.key not in self._ended:
+                self._fail(sequence, spoilt[sequence.key])
+        rows = [row for row, sequence in enumerate(self._sequences) if sequence.key not in self._ended]
         tokens = sample_tokens([self._sequences[row] for row in rows], scores_BV[rows])
         for row, token in zip(rows, tokens, strict=True):
             self._push(self._sequences[row], token)
-        self._counts.begin_rows([(NOBODYS if t.name in self._ended else t.name, 1) for t in self._sequences])
+        self._counts.begin_rows([(NOBODYS if t.key in self._ended else t.key, 1) for t in self._sequences])
         ids = [token.id if isinstance(token, SampledToken) else PAD_ID for token in tokens]
         return chosen_logits(scores_BV, zip(rows, ids, strict=True))
 
@@ -206,25 +206,25 @@ class _Batch:
             if isinstance(token, MoeClusterError):
                 self._fail(sequence, token)
             elif sequence.push(token):
-                self._ended.add(sequence.name)
-                self._on_end(sequence, self._counts.leave(sequence.name))
+                self._ended.add(sequence.key)
+                self._on_end(sequence, self._counts.leave(sequence.key))
         except Exception as exc:
             self._fail(sequence, sequence_error(sequence.name, exc, "adding a token"))
 
     def _fail(self, sequence: TokenSequence, error: MoeClusterError) -> None:
-        self._ended.add(sequence.name)
-        self._counts.leave(sequence.name)
+        self._ended.add(sequence.key)
+        self._counts.leave(sequence.key)
         self._on_failure(sequence, error)
 
     def ends(self, length: int) -> list[bool]:
         """Which rows need no further token; all, if there is no room for longer ones."""
         if len(self._sequences) > 1 and len(self._sequences) * (length + 1) > self._max_tokens:
             return [True] * len(self._sequences)
-        return [sequence.name in self._ended for sequence in self._sequences]
+        return [sequence.key in self._ended for sequence in self._sequences]
 
     def unfinished(self) -> list[TokenSequence]:
         """Sequences that continue in another batch."""
-        return [sequence for sequence in self._sequences if sequence.name not in self._ended and not sequence.is_over]
+        return [sequence for sequence in self._sequences if sequence.key not in self._ended and not sequence.is_over]
 
 
 class _Choice(LogitsProcessor):

@@ -72,6 +72,27 @@ def test_requests_that_ignore_their_ends_are_beside_others_what_they_are_alone(e
         assert ids == (whole[: whole.index(plain[4]) + 1] if stops else whole)
 
 
+def test_the_name_of_a_cancelled_request_may_be_used_at_once(engine) -> None:
+    running = engine()
+    whole = ids_of(write(running, ask()))
+    for _ in range(10):
+        left = running.begin(ask(), PROMPT)
+        next(left)
+        left.close()  # the batches may learn of it when the next one is among them
+        assert ids_of(list(running.begin(ask(), PROMPT))) == whole
+    assert (running.running, running.waiting) == (0, 0)
+
+
+def test_a_reader_that_leaves_late_does_not_end_another_request_of_its_name(engine) -> None:
+    running = engine()
+    left = running.begin(ask(), PROMPT)
+    next(left)
+    assert running.cancel(ask().request_id)
+    other = running.begin(ask(), PROMPT)
+    left.close()
+    assert list(other)[-1].finish_reason == "length"
+
+
 def test_what_was_all_written_elsewhere_only_gets_its_end(engine) -> None:
     running = engine()
     whole = write(running, ask(max_new_tokens=5))
