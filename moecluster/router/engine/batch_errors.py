@@ -30,13 +30,13 @@ def sequence_error(name: str, error: Exception, doing: str) -> MoeClusterError:
 
 
 def errors_by_sequence(counts: ExpertCounts, num_rows: int, reasons: Mapping[int, str]) -> dict[str, MoeClusterError]:
-    """Sequence name -> the error of its rows. Raises RequestFailed if the rows' owners are unknown.
+    """Key of a sequence -> the error of its rows. Raises RequestFailed if the rows' owners are unknown.
 
     counts: knows the owners of the forward pass's rows, of which there are num_rows in the layer.
     """
     owners = counts.owners(reasons, num_rows)
     if not owners and num_rows != len(counts.owned_T):
         raise RequestFailed(next(iter(reasons.values())))
-    for name, reason in {owners[row]: reason for row, reason in reasons.items() if row in owners}.items():
-        logger.error("sequence %s ends: %s", name, reason)
+    for key, reason in {owners[row]: reason for row, reason in reasons.items() if row in owners}.items():
+        logger.error("sequence %s ends: %s", key, reason)
     return {owners[row]: RequestFailed(reason) for row, reason in reasons.items() if row in owners}

@@ -19,14 +19,14 @@ class ExpertCounts:
         self._layers: dict[int, npt.NDArray[np.int64]] = {}  # layer -> [places, E]
         self._owners_T: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
-    def enter(self, name: str) -> None:
+    def enter(self, key: str) -> None:
         """Gives the sequence a place, if it has none."""
-        if name not in self._places:
-            self._places[name] = self._free.pop() if self._free else len(self._places) + 1
+        if key not in self._places:
+            self._places[key] = self._free.pop() if self._free else len(self._places) + 1
 
-    def leave(self, name: str) -> dict[ExpertId, int]:
+    def leave(self, key: str) -> dict[ExpertId, int]:
         """Returns the sequence's counts and frees its place; {} for an unknown sequence."""
-        place = self._places.pop(name, None)
+        place = self._places.pop(key, None)
         if place is None:
             return {}
         self._free.append(place)
@@ -40,15 +40,15 @@ class ExpertCounts:
 
     def begin_rows(self, owners: Sequence[tuple[str, int]]) -> None:
         """Sets the rows of the next forward pass: (sequence, number of rows) in order; "" owns padding."""
-        places = [self._places.get(name, OWNERLESS) for name, _ in owners]
+        places = [self._places.get(key, OWNERLESS) for key, _ in owners]
         self._owners_T = np.repeat(np.asarray(places, dtype=np.int64), [rows for _, rows in owners])
 
     def owners(self, rows: Collection[int], num_rows: int) -> dict[int, str]:
-        """Returns the sequence of each of these rows, without padding; {} if num_rows is not that of the batch."""
+        """Returns the key of the sequence of each row, without padding; {} if num_rows is not that of the batch."""
         if num_rows != len(self._owners_T):
             return {}
-        names = {place: name for name, place in self._places.items()}
-        return {row: name for row in rows if (name := names.get(int(self._owners_T[row])))}
+        keys = {place: key for key, place in self._places.items()}
+        return {row: key for row in rows if (key := keys.get(int(self._owners_T[row])))}
 
     @property
     def owned_T(self) -> npt.NDArray[np.bool_]:

@@ -40,7 +40,7 @@ class TokenSequence:
         generated, are replayed, so that the sequence continues as if it had started here."""
         self.name = request.request_id
         # Batches learn later that a sequence was cancelled; by then its name may be another's.
-        self.key = uuid.uuid4().hex
+        self.key = f"{self.name}/{uuid.uuid4().hex}"
         self.sampling = request.sampling
         self.wants_logprobs = request.logprobs
         self.top_logprobs = request.top_logprobs

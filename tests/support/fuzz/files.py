@@ -101,7 +101,7 @@ def _header(folder: Path, data: bytes) -> None:
 
 def _changed_header(header: dict[str, object], choices: Choices) -> bytes:
     """Returns the header with some of its values replaced by odd ones."""
-    odd = (
+    odd: tuple[object, ...] = (
         0,
         -1,
         1,

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+if TYPE_CHECKING:
+    from google._upb import _message
+
 from tests.support.fuzz.bytes_as_choices import Choices
 
 MessageT = TypeVar("MessageT", bound=Message)
+Field: TypeAlias = "FieldDescriptor | _message.FieldDescriptor"  # the second is what messages have
 MAX_DEPTH = 4
 FLOATS = (0.0, 1.0, -1.0, 0.5, 1e-9, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 3600.0, 60.0)
 TEXTS = (
@@ -65,13 +69,15 @@ def fill(message: Message, choices: Choices, *, part: int = 2, depth: int = 0) -
             fill(inner, choices, depth=depth + 1)
 
 
-def _fill_map(entries: Any, field: FieldDescriptor, choices: Choices) -> None:
-    key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+def _fill_map(entries: Any, field: Field, choices: Choices) -> None:
+    entry = field.message_type
+    assert entry is not None, f"{field.name} is no map"
+    key, value = entry.fields_by_name["key"], entry.fields_by_name["value"]
     for _ in range(choices.one_of(COUNTS)):
         entries[_value(key, choices)] = _value(value, choices)
 
 
-def _fill_repeated(items: Any, field: FieldDescriptor, choices: Choices, depth: int) -> None:
+def _fill_repeated(items: Any, field: Field, choices: Choices, depth: int) -> None:
     for _ in range(choices.one_of(COUNTS)):
         if field.message_type is None:
             items.append(_value(field, choices))
@@ -79,7 +85,7 @@ def _fill_repeated(items: Any, field: FieldDescriptor, choices: Choices, depth: 
             fill(items.add(), choices, depth=depth + 1)
 
 
-def _value(field: FieldDescriptor, choices: Choices) -> Any:
+def _value(field: Field, choices: Choices) -> Any:
     if field.cpp_type in RANGES:
         low, high = RANGES[field.cpp_type]
         return min(max(choices.one_of(INTEGERS), low), high)

@@ -216,7 +216,7 @@ def lose_rows(patches: pytest.MonkeyPatch, name: str) -> None:
     ) -> torch.Tensor:
         nonlocal done
         y_TD = sound(self, layer, x_TD, *rest, weight_version=weight_version, on_lost=on_lost).clone()
-        rows = [r for r, of in here.counts.owners(range(len(x_TD)), len(x_TD)).items() if of == name]
+        rows = [r for r, of in here.counts.owners(range(len(x_TD)), len(x_TD)).items() if of.startswith(f"{name}/")]
         if rows and not done:
             done = True
             y_TD[rows] = 0.0
