@@ -11,6 +11,7 @@ from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
 from actors.names import CONTROLLER, Endpoints, make_metrics
+from actors.node_address import CONTROLLER_PORT, METRICS_PORT, listen_address
 from actors.restart_policy import restart_on_init_failure
 from actors.supervisor import RaySupervisor
 from moecluster.config import read_config
@@ -43,8 +44,8 @@ class ControllerActor:
         config = read_config(tables)
         self._credentials = credentials
         metrics = make_metrics(config)
-        port = metrics.serve(host=config.cluster.host, port=metrics_port)
-        self._metrics_address = f"{config.cluster.host}:{port}"
+        listen = listen_address(config)
+        self._metrics_address = metrics.serve(listen.at(metrics_port, METRICS_PORT))
         self._start_timeout_s = config.cluster.start_timeout_s
         supervisor = RaySupervisor(config, credentials)
         self._controller = Controller(
@@ -60,7 +61,11 @@ class ControllerActor:
             announce=partial(_announce, config.cluster.name),
             open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
         )
-        self._server = serve_controller(self._controller, credentials=credentials, host=config.cluster.host)
+        self._server = serve_controller(
+            self._controller,
+            credentials=credentials,
+            listen=listen.at(config.cluster.controller_port, CONTROLLER_PORT),
+        )
         self._failure: MoeClusterError | None = None
         self._started = threading.Event()
         threading.Thread(target=self._start, name="start", daemon=True).start()

@@ -10,6 +10,7 @@ import ray
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
+from actors.node_address import METRICS_PORT, listen_address
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
 from moecluster.expert.service import ExpertService
@@ -32,8 +33,8 @@ class ExpertActor:
         config = read_config(tables)
         self._name = name
         self._metrics = make_metrics(config)
-        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
-        self._metrics_address = f"{config.cluster.host}:{port}"
+        listen = listen_address(config)
+        self._metrics_address = self._metrics.serve(listen.at(metrics_port, METRICS_PORT))
         self._service = ExpertService(
             name=name,
             is_given=GivenDirectories(config.cluster.name),
@@ -44,7 +45,7 @@ class ExpertActor:
             open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
             connect_peer=partial(GrpcPeerExports, credentials=credentials),
         )
-        self._server = serve_expert(self._service, credentials=credentials, host=config.cluster.host)
+        self._server = serve_expert(self._service, credentials=credentials, listen=listen)
 
     def address(self) -> ActorAddress:
         """Returns where this incarnation of the actor listens."""

@@ -16,6 +16,7 @@ import torch
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
+from actors.node_address import METRICS_PORT, listen_address
 from actors.ray_calls import controller_resolver
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import Config, read_config
@@ -64,8 +65,8 @@ class RouterActor:
         self._config = config
         self._name = name
         self._metrics = make_metrics(config)
-        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
-        self._metrics_address = f"{config.cluster.host}:{port}"
+        listen = listen_address(config)
+        self._metrics_address = self._metrics.serve(listen.at(metrics_port, METRICS_PORT))
         resolve = controller_resolver(config.cluster.name)
         self._serving: tuple[Router, str] | None = None  # and its gRPC address
         self._placements = ControllerClient(router=name, resolve=resolve, state=self._state, credentials=credentials)
@@ -94,9 +95,7 @@ class RouterActor:
         )
         # A call for every running or waiting request, and some for those that are refused or only ask for status.
         max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
-        self._server = serve_router(
-            self._router, credentials=credentials, host=config.cluster.host, max_calls=max_calls
-        )
+        self._server = serve_router(self._router, credentials=credentials, listen=listen, max_calls=max_calls)
         self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
