@@ -1,6 +1,5 @@
 """The shell of a checkpoint source, on the node that has the directory; and how other actors find it."""
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import ray
 
 from actors.names import SOURCE, Endpoints
-from actors.node_address import listen_address
+from actors.node_address import listen_address, own_endpoints
 from actors.ray_calls import call, find_actor
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
@@ -49,7 +48,7 @@ class CheckpointSource:
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return Endpoints(actor=SOURCE, pid=os.getpid(), address=self._server.address, metrics_address="")
+        return own_endpoints(SOURCE, self._server)
 
 
 def checkpoint_opener(namespace: str, credentials: ClusterCredentials) -> OpenCheckpoint:

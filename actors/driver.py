@@ -30,6 +30,7 @@ from actors.names import (
 )
 from actors.preflight import check, has_other_nodes
 from actors.ray_calls import call, endpoints_of, find_actor, named_actors
+from actors.reach import prove_reach
 from actors.router_actor import RouterActor
 from actors.spawn import spawn
 from moecluster.config import Config
@@ -67,7 +68,8 @@ class Cluster:
         """Starts the actors and loads the experts; returns when all of them serve.
 
         on_loading: called repeatedly with the bytes loaded so far. credentials: required by all its servers.
-        Raises UserError if the model, placement, resources or ports do not fit; then everything started is stopped.
+        Raises UserError if the model, placement, resources, addresses or ports do not fit; then everything started is
+        stopped.
         """
         if self.exists():
             raise ResourceError(
@@ -107,6 +109,7 @@ class Cluster:
                 )
             deadline_s = time.monotonic() + config.cluster.start_timeout_s
             endpoints = self._wait_ready(handles, config.cluster.start_timeout_s)
+            prove_reach(handles, endpoints, credentials)
             total_bytes = bytes_to_load(source, replicas, getattr(torch, config.model.dtype))
             with LoadedBytes({name: endpoints[name].address for name in names}, credentials) as hosted:
 

@@ -1,7 +1,6 @@
 """The shell of an expert actor: an ExpertService behind gRPC in a process that Ray keeps alive."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +9,14 @@ import ray
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
-from actors.node_address import METRICS_PORT, listen_address
+from actors.node_address import METRICS_PORT, listen_address, own_endpoints
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
 from moecluster.expert.service import ExpertService
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.export import GrpcPeerExports
 from moecluster.rpc.expert.server import serve_expert
+from moecluster.rpc.reach import Peer, Unreached, unreached
 from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress
 
@@ -32,6 +32,7 @@ class ExpertActor:
         expect_read_only_views()
         config = read_config(tables)
         self._name = name
+        self._credentials = credentials
         self._metrics = make_metrics(config)
         listen = listen_address(config)
         self._metrics_address = self._metrics.serve(listen.at(metrics_port, METRICS_PORT))
@@ -58,6 +59,8 @@ class ExpertActor:
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return Endpoints(
-            actor=self._name, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
-        )
+        return own_endpoints(self._name, self._server, self._metrics_address)
+
+    def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
+        """Returns the servers that this process does not reach."""
+        return unreached(peers, credentials=self._credentials, timeout_s=timeout_s)

@@ -60,6 +60,8 @@ class Endpoints:
     pid: int
     address: str  # gRPC, host:port
     metrics_address: str  # /metrics, host:port
+    server_id: str = ""  # of its RunningServer
+    node: str = ""  # the address of its node, as Ray knows it
     nice: int = field(default_factory=lambda: os.nice(0))  # niceness of the process that creates this record
 
 

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import ray
 
-from actors.names import fixed_ports
+from actors.names import Endpoints, fixed_ports
 from moecluster.addresses import HOST_FORM, ListenAddress, PortRange, is_host, is_wildcard
 from moecluster.config import Config
 from moecluster.config.sections import ClusterConfig
 from moecluster.errors import ConfigError
+from moecluster.rpc.server import RunningServer
 
 ADVERTISED_HOST_VARIABLE = "MOECLUSTER_ADVERTISED_HOST"
 METRICS_PORT = "cluster.metrics_port"
@@ -45,6 +46,18 @@ def resolve(host: str, advertised_host: str, node_host: Callable[[], str]) -> Li
     if is_wildcard(host):
         return ListenAddress(host=host, advertised_host=advertised_host or node_host())
     return ListenAddress(host=host, advertised_host=advertised_host)
+
+
+def own_endpoints(actor: str, server: RunningServer, metrics_address: str = "") -> Endpoints:
+    """Returns the addresses of this process, which has joined Ray."""
+    return Endpoints(
+        actor=actor,
+        pid=os.getpid(),
+        address=server.address,
+        metrics_address=metrics_address,
+        server_id=server.id,
+        node=ray.util.get_node_ip_address(),
+    )
 
 
 def refuse_host_of_one_node(cluster: ClusterConfig, node_hosts: Iterable[str]) -> None:

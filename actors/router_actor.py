@@ -4,8 +4,7 @@ Modules that import transformers, which takes seconds and 100 MB, are imported i
 controller, which starts routers, does without.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
-from actors.node_address import METRICS_PORT, listen_address
+from actors.node_address import METRICS_PORT, listen_address, own_endpoints
 from actors.ray_calls import controller_resolver
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import Config, read_config
@@ -30,6 +29,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.interface import ExpertTransport
+from moecluster.rpc.reach import Peer, Unreached, unreached
 from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress, RouterState
@@ -64,6 +64,7 @@ class RouterActor:
         config = read_config(tables)
         self._config = config
         self._name = name
+        self._credentials = credentials
         self._metrics = make_metrics(config)
         listen = listen_address(config)
         self._metrics_address = self._metrics.serve(listen.at(metrics_port, METRICS_PORT))
@@ -100,9 +101,11 @@ class RouterActor:
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return Endpoints(
-            actor=self._name, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
-        )
+        return own_endpoints(self._name, self._server, self._metrics_address)
+
+    def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
+        """Returns the servers that this process does not reach."""
+        return unreached(peers, credentials=self._credentials, timeout_s=timeout_s)
 
     def reload(self, model_dir: str) -> None:
         """Loads trunk and tokenizer from another directory. Raises CheckpointError or UnsupportedModelError."""

@@ -1,5 +1,6 @@
 """Starts gRPC servers with the standard health and reflection services, and opens channels with matching options."""
 
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,12 +60,15 @@ def open_async_channel(address: str, credentials: ClusterCredentials | None = No
 
 
 class RunningServer:
-    """A started server. address is host:port, as others reach it."""
+    """A started server. address is host:port, as others reach it; id is a name of its health service that no other
+    server has."""
 
     def __init__(self, server: grpc.Server, address: str, servicer: health.HealthServicer) -> None:
         self._server = server
         self._health = servicer
         self.address = address
+        self.id = secrets.token_hex(8)
+        servicer.set(self.id, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float = 1.0) -> None:
         """Sets health to NOT_SERVING, gives running calls grace_s to end, then cancels the rest."""
