@@ -11,7 +11,7 @@ from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
 from actors.names import CONTROLLER, Endpoints, make_metrics
-from actors.node_address import CONTROLLER_PORT, METRICS_PORT, listen_address, own_endpoints
+from actors.node_address import CONTROLLER_PORT, METRICS_PORT, listen_address, own_endpoints, own_process
 from actors.restart_policy import restart_on_init_failure
 from actors.supervisor import RaySupervisor
 from moecluster.config import read_config
@@ -46,7 +46,7 @@ class ControllerActor:
         self._credentials = credentials
         metrics = make_metrics(config)
         listen = listen_address(config)
-        self._metrics_address = metrics.serve(listen.at(metrics_port, METRICS_PORT))
+        self._process = own_process(metrics.serve(listen.at(metrics_port, METRICS_PORT)))
         self._start_timeout_s = config.cluster.start_timeout_s
         supervisor = RaySupervisor(config, credentials)
         self._controller = Controller(
@@ -61,6 +61,8 @@ class ControllerActor:
             on_deposed=_leave,
             announce=partial(_announce, config.cluster.name),
             open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
+            end=supervisor.end_cluster,
+            process=self._process,
         )
         self._server = serve_controller(
             self._controller,
@@ -73,7 +75,7 @@ class ControllerActor:
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return own_endpoints(CONTROLLER, self._server, self._metrics_address)
+        return own_endpoints(CONTROLLER, self._server, self._process.metrics_address)
 
     def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
         """Returns the servers that this process does not reach."""

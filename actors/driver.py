@@ -29,7 +29,7 @@ from actors.names import (
     router_names,
 )
 from actors.preflight import check, has_other_nodes
-from actors.ray_calls import call, endpoints_of, find_actor, named_actors
+from actors.ray_calls import call, end_actors, endpoints_of, find_actor, named_actors
 from actors.reach import prove_reach
 from actors.router_actor import RouterActor
 from actors.spawn import spawn
@@ -188,13 +188,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Kills all actors of the namespace, and waits until they are gone."""
-        deadline_s = time.monotonic() + KILL_TIMEOUT_S
-        # In a loop: the controller may have requested another actor just before it died.
-        while (names := self.actors()) and time.monotonic() < deadline_s:
-            for name in sorted(names, key=_stop_order):
-                with suppress(Unavailable):  # gone meanwhile
-                    ray.kill(self._handle(name), no_restart=True)
-            time.sleep(POLL_S)
+        end_actors(self.name, KILL_TIMEOUT_S)
         with suppress(Unavailable):  # the next cluster of this name forgets them when it starts
             GivenDirectories(self.name).forget_all()
 
@@ -230,8 +224,3 @@ class Cluster:
 
     def _handle(self, name: str) -> "ActorHandle[Any]":
         return find_actor(name, self.name)
-
-
-def _stop_order(name: str) -> int:
-    """Sorts the controller first, so that it does not restore what is being taken down."""
-    return 0 if name == CONTROLLER else 1

@@ -9,7 +9,7 @@ import ray
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
-from actors.node_address import METRICS_PORT, listen_address, own_endpoints
+from actors.node_address import METRICS_PORT, listen_address, own_endpoints, own_process
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
 from moecluster.expert.service import ExpertService
@@ -35,7 +35,7 @@ class ExpertActor:
         self._credentials = credentials
         self._metrics = make_metrics(config)
         listen = listen_address(config)
-        self._metrics_address = self._metrics.serve(listen.at(metrics_port, METRICS_PORT))
+        self._process = own_process(self._metrics.serve(listen.at(metrics_port, METRICS_PORT)))
         self._service = ExpertService(
             name=name,
             is_given=GivenDirectories(config.cluster.name),
@@ -55,11 +55,12 @@ class ExpertActor:
             address=self._server.address,
             incarnation=self._service.incarnation,
             node=ray.get_runtime_context().get_node_id(),
+            process=self._process,
         )
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return own_endpoints(self._name, self._server, self._metrics_address)
+        return own_endpoints(self._name, self._server, self._process.metrics_address)
 
     def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
         """Returns the servers that this process does not reach."""

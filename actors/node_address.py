@@ -15,6 +15,7 @@ from moecluster.config import Config
 from moecluster.config.sections import ClusterConfig
 from moecluster.errors import ConfigError
 from moecluster.rpc.server import RunningServer
+from moecluster.types import ProcessInfo
 
 ADVERTISED_HOST_VARIABLE = "MOECLUSTER_ADVERTISED_HOST"
 METRICS_PORT = "cluster.metrics_port"
@@ -57,6 +58,13 @@ def own_endpoints(actor: str, server: RunningServer, metrics_address: str = "") 
         metrics_address=metrics_address,
         server_id=server.id,
         node=ray.util.get_node_ip_address(),
+    )
+
+
+def own_process(metrics_address: str) -> ProcessInfo:
+    """Returns what operators want to know of this process, which has joined Ray."""
+    return ProcessInfo(
+        pid=os.getpid(), node=ray.util.get_node_ip_address(), metrics_address=metrics_address, nice=os.nice(0)
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
-from actors.node_address import METRICS_PORT, listen_address, own_endpoints
+from actors.node_address import METRICS_PORT, listen_address, own_endpoints, own_process
 from actors.ray_calls import controller_resolver
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import Config, read_config
@@ -67,7 +67,7 @@ class RouterActor:
         self._credentials = credentials
         self._metrics = make_metrics(config)
         listen = listen_address(config)
-        self._metrics_address = self._metrics.serve(listen.at(metrics_port, METRICS_PORT))
+        self._process = own_process(self._metrics.serve(listen.at(metrics_port, METRICS_PORT)))
         resolve = controller_resolver(config.cluster.name)
         self._serving: tuple[Router, str] | None = None  # and its gRPC address
         self._placements = ControllerClient(router=name, resolve=resolve, state=self._state, credentials=credentials)
@@ -101,7 +101,7 @@ class RouterActor:
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return own_endpoints(self._name, self._server, self._metrics_address)
+        return own_endpoints(self._name, self._server, self._process.metrics_address)
 
     def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
         """Returns the servers that this process does not reach."""
@@ -128,7 +128,7 @@ class RouterActor:
         if self._serving is None:
             return RouterState(router=self._name)
         router, address = self._serving
-        return replace(router.state(), address=address)
+        return replace(router.state(), address=address, process=self._process)
 
 
 def make_remote_experts(

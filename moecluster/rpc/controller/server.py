@@ -174,6 +174,15 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
         return self._answer_when_ready(context, list_operations)
 
+    def Shutdown(
+        self, request: controller_pb2.ShutdownRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.ShutdownReply:
+        def shut_down() -> controller_pb2.ShutdownReply:
+            self._handler.shut_down()
+            return controller_pb2.ShutdownReply()
+
+        return answer(context, shut_down)
+
     def _answer_when_ready(self, context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
         def ready() -> AnswerT:
             if self._handler.newer_than(NO_PLACEMENT, READY_WAIT_S) is None:
