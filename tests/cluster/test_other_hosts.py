@@ -67,7 +67,7 @@ def home(tmp_path: Path) -> Iterator[OneHost]:
 def test_what_nobody_reaches_is_no_success_and_what_is_reached_works_from_elsewhere(
     home: OneHost, model: str, tmp_path: Path
 ) -> None:
-    sizes = ("--set", "cluster.num_expert_actors=2")
+    sizes = ("--set", "cluster.num_expert_actors=2", "--set", "controller.num_redundant_experts=4")
     refused = home.run("up", model, *sizes)  # each process listens on 127.0.0.1, and says that it is at HOST
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     assert f"router on node 127.0.0.1 does not reach expert-0 at {HOST}:" in refused.stderr
