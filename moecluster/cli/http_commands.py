@@ -32,7 +32,11 @@ def batch(
     cluster: Annotated[
         str,
         typer.Option(
-            help="use this cluster, started here by moecluster up, instead of a gateway", autocompletion=clusters
+            metavar="NAME|HOST:PORT",
+            help="use this cluster instead of a gateway: one started here, or its controller's address with "
+            "$MOECLUSTER_SECRET_FILE",
+            show_default=False,
+            autocompletion=clusters,
         ),
     ] = "",
     concurrency: Annotated[int, typer.Option(help="requests in flight", min=1, max=4096)] = 32,

@@ -6,5 +6,24 @@ import typer
 
 from moecluster.cli.common.completion import clusters
 
-Name = Annotated[str, typer.Option(help="name of the cluster (cluster.name)", autocompletion=clusters)]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        help="name of the cluster (cluster.name), started on this host",
+        show_default="moecluster",
+        autocompletion=clusters,
+    ),
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="instead of --name: the controller's gRPC address of a cluster that runs anywhere",
+        show_default=False,
+    ),
+]
+SecretFile = Annotated[
+    str,
+    typer.Option(help="file with the secret for --address; default: $MOECLUSTER_SECRET_FILE", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
