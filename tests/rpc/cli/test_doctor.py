@@ -82,6 +82,18 @@ def test_a_taken_port_is_named() -> None:
     assert network.ports(read_config({"serve": {"port": 0}})).level is Level.OK
 
 
+def test_a_range_of_ports_that_is_too_narrow_is_a_problem() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        settings = {"port_range": f"{port}-{port}", "num_expert_actors": 2}
+        found = network.ports(read_config({"cluster": settings, "serve": {"port": 0}}))
+    assert found.level is Level.PROBLEM
+    assert found.found == f"0 ports of {port}-{port} are free, and 4 actors take 8"
+    assert "cluster.port_range" in found.advice
+    settings = {"port_range": "20000-20999", "controller_port": 19999}
+    assert network.ports(read_config({"cluster": settings, "serve": {"port": 0}})).level is Level.OK
+
+
 def test_an_address_of_another_host_and_a_port_beyond_the_last_are_named() -> None:
     found = network.ports(read_config({"serve": {"host": "192.0.2.1"}}))
     assert found.level is Level.WARNING and "Cannot assign requested address" in found.found

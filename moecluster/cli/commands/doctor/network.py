@@ -3,9 +3,11 @@
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from actors.names import metrics_ports
+from actors.names import CONTROLLER, expert_names, fixed_ports, metrics_ports, router_names
+from moecluster.addresses import PortRange
 from moecluster.cli.commands.doctor.finding import Check, Finding, ok, problem, warning
 from moecluster.config import Config
 
@@ -28,6 +30,8 @@ def loopback(config: Config) -> Finding:
 def ports(config: Config) -> Finding:
     """Whether the ports that the settings name are free."""
     wanted = list(_wanted(config))
+    if short := _short_range(config):
+        return problem(short, "widen cluster.port_range, or end what listens there")
     if not wanted:
         return ok("every server takes any free port")
     refused = {
@@ -54,8 +58,22 @@ def _wanted(config: Config) -> Iterator[tuple[str, int, str]]:
     for actor, port in metrics_ports(config).items():
         if port:
             yield config.cluster.host or LOOPBACK, port, f"/metrics of {actor}"
+    if config.cluster.controller_port:
+        yield config.cluster.host or LOOPBACK, config.cluster.controller_port, "cluster.controller_port"
     if config.serve.port:
         yield config.serve.host, config.serve.port, GATEWAY
+
+
+def _short_range(config: Config) -> str:
+    """Returns why the ports of cluster.port_range are not enough for all actors on this host; empty if they are."""
+    if not config.cluster.port_range:
+        return ""
+    ports = replace(PortRange.parse(config.cluster.port_range), reserved=fixed_ports(config))
+    free = sum(not _refusal(config.cluster.host or LOOPBACK, port) for port in ports.shuffled())
+    actors = len((*router_names(config), CONTROLLER, *expert_names(config)))
+    # Each listens for gRPC and for /metrics, unless their ports are fixed.
+    needed = actors * (1 if config.cluster.metrics_port else 2) - bool(config.cluster.controller_port)
+    return f"{free} ports of {ports} are free, and {actors} actors take {needed}" if free < needed else ""
 
 
 def _refusal(host: str, port: int) -> str:
