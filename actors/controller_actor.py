@@ -10,6 +10,7 @@ from typing import Any
 from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
+from actors.metrics import serve_metrics
 from actors.names import CONTROLLER, Endpoints, make_metrics
 from actors.restart_policy import restart_on_init_failure
 from actors.supervisor import RaySupervisor
@@ -43,7 +44,7 @@ class ControllerActor:
         config = read_config(tables)
         self._credentials = credentials
         metrics = make_metrics(config)
-        port = metrics.serve(host=config.cluster.host, port=metrics_port)
+        port = serve_metrics(metrics, config, credentials, metrics_port).port
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._start_timeout_s = config.cluster.start_timeout_s
         supervisor = RaySupervisor(config, credentials)

@@ -9,6 +9,7 @@ import ray
 
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
+from actors.metrics import serve_metrics
 from actors.names import Endpoints, make_metrics
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
@@ -32,7 +33,7 @@ class ExpertActor:
         config = read_config(tables)
         self._name = name
         self._metrics = make_metrics(config)
-        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
+        port = serve_metrics(self._metrics, config, credentials, metrics_port).port
         self._metrics_address = f"{config.cluster.host}:{port}"
         self._service = ExpertService(
             name=name,

@@ -15,6 +15,7 @@ import torch
 
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
+from actors.metrics import serve_metrics
 from actors.names import Endpoints, make_metrics
 from actors.ray_calls import controller_resolver
 from actors.restart_policy import restart_on_init_failure
@@ -64,7 +65,7 @@ class RouterActor:
         self._config = config
         self._name = name
         self._metrics = make_metrics(config)
-        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
+        port = serve_metrics(self._metrics, config, credentials, metrics_port).port
         self._metrics_address = f"{config.cluster.host}:{port}"
         resolve = controller_resolver(config.cluster.name)
         self._serving: tuple[Router, str] | None = None  # and its gRPC address

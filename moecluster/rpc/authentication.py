@@ -58,6 +58,8 @@ class BearerCheck:
 
     def caller(self, authorization: str | bytes) -> Caller:
         """Returns who sent it. Raises Unauthenticated, whose message holds nothing that was sent."""
+        if not authorization:
+            raise Unauthenticated("authorization: missing")
         sent = authorization if isinstance(authorization, bytes) else authorization.encode(errors="replace")
         scheme, _, bearer = sent.partition(b" ")
         if scheme.lower() != SCHEME.encode():

@@ -5,11 +5,15 @@ import os
 import re
 import secrets
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from moecluster.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from moecluster.rpc.tls.material import FollowedMaterial
 
 SECRET_BYTES = 32
 SECRET = re.compile(r"[A-Za-z0-9_-]{32,512}")
@@ -49,6 +53,18 @@ class ClusterCredentials:
     def make(cls, *, cluster: str = CLUSTER, tls_dir: str = "") -> Self:
         """Makes a new secret."""
         return cls(secret=secrets.token_urlsafe(SECRET_BYTES), cluster=cluster, tls_dir=tls_dir)
+
+    @cached_property
+    def certificates(self) -> "FollowedMaterial":
+        """The certificates in tls_dir, for all that these credentials are given to: what opens a connection while the
+        files are being replaced uses those read before. Raises ConfigError."""
+        from moecluster.rpc.tls.material import FollowedMaterial, TlsFiles
+
+        return FollowedMaterial(TlsFiles.in_folder(self.tls_dir))
+
+    def __getstate__(self) -> dict[str, str]:
+        """Certificates stay on their host."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def bearer(self) -> str:

@@ -12,7 +12,7 @@ from moecluster.errors import ResourceError
 from moecluster.rpc.channels import AuthenticatedAsyncChannel, AuthenticatedChannel
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import MAX_MESSAGE_BYTES
-from moecluster.rpc.tls.material import NAME, FollowedMaterial, TlsFiles, TlsMaterial
+from moecluster.rpc.tls.material import NAME, TlsMaterial
 from moecluster.rpc.tls.mutual import RotatingAsyncChannel, RotatingChannel, channel_credentials, server_credentials
 
 KEEPALIVE_S = 10.0
@@ -62,7 +62,7 @@ def open_channel(address: str, credentials: ClusterCredentials | None = None) ->
     def connect(material: TlsMaterial) -> grpc.Channel:
         return grpc.secure_channel(address, channel_credentials(material), options=TLS_CHANNEL_OPTIONS)
 
-    return AuthenticatedChannel(RotatingChannel(_followed(credentials), connect), credentials)
+    return AuthenticatedChannel(RotatingChannel(credentials.certificates, connect), credentials)
 
 
 def open_async_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.aio.Channel:
@@ -75,11 +75,7 @@ def open_async_channel(address: str, credentials: ClusterCredentials | None = No
     def connect(material: TlsMaterial) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(address, channel_credentials(material), options=TLS_CHANNEL_OPTIONS)
 
-    return AuthenticatedAsyncChannel(RotatingAsyncChannel(_followed(credentials), connect), credentials)
-
-
-def _followed(credentials: ClusterCredentials) -> FollowedMaterial:
-    return FollowedMaterial(TlsFiles.in_folder(credentials.tls_dir))
+    return AuthenticatedAsyncChannel(RotatingAsyncChannel(credentials.certificates, connect), credentials)
 
 
 class RunningServer:
@@ -114,7 +110,7 @@ def start_server(
     # Imports jwt, which takes a quarter of a second: clients do without.
     from moecluster.rpc.authentication import RequireCredentials
 
-    tls = server_credentials(_followed(credentials)) if credentials is not None and credentials.tls_dir else None
+    tls = server_credentials(credentials.certificates) if credentials is not None and credentials.tls_dir else None
     pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
     interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireCredentials(credentials)]
     server = grpc.server(pool, interceptors=interceptors, options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)

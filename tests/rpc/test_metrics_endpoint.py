@@ -1,5 +1,6 @@
 import re
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from moecluster.client import Client
 from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
+from moecluster.rpc.metrics_server import MetricsServer
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.waiting import wait_until
@@ -23,39 +25,35 @@ def requests_of(port: int) -> dict[str, float]:
 def test_metrics_are_served_on_a_free_port_and_gone_after_close() -> None:
     metrics = Metrics(model="m")
     metrics.set_generation(7)
-    port = metrics.serve(host="127.0.0.1", port=0)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    server = MetricsServer(metrics, credentials=None)
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
         assert 'moecluster_placement_generation{cluster="",model="m"} 7.0' in answer.read().decode()
-    metrics.close()
-    metrics.close()
+    server.close()
     with pytest.raises(OSError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5)
 
 
 def test_a_port_in_use_is_a_users_error_that_names_it() -> None:
-    first, second = Metrics(model="m"), Metrics(model="m")
-    port = first.serve(host="127.0.0.1", port=0)
-    try:
-        with pytest.raises(ResourceError, match=rf"127\.0\.0\.1:{port}.*in use.*cluster\.metrics_port"):
-            second.serve(host="127.0.0.1", port=port)
-    finally:
-        first.close()
+    first = MetricsServer(Metrics(model="m"), credentials=None)
+    wanted = rf"127\.0\.0\.1:{first.port}.*in use.*cluster\.metrics_port"
+    with closing(first), pytest.raises(ResourceError, match=wanted):
+        MetricsServer(Metrics(model="m"), credentials=None, port=first.port)
 
 
 def test_a_router_shows_how_many_requests_run_and_wait(tmp_path: Path) -> None:
-    with LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster:
-        port = cluster.metrics.serve(host="127.0.0.1", port=0)
-        try:
-            assert requests_of(port) == {"running": 0, "waiting": 0}
-            for actor in cluster.names:
-                cluster.kill(actor)  # so that no request finishes
-            with Client(cluster.router_server.address) as client:
-                texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
-                wait_until(lambda: requests_of(port) == {"running": 2, "waiting": 3})
-                for text in texts:
-                    text.cancel()
-                wait_until(lambda: requests_of(port) == {"running": 0, "waiting": 0})
-            for actor in cluster.names:
-                cluster.revive(actor)
-        finally:
-            cluster.metrics.close()
+    with (
+        LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster,
+        closing(MetricsServer(cluster.metrics, credentials=None)) as server,
+    ):
+        port = server.port
+        assert requests_of(port) == {"running": 0, "waiting": 0}
+        for actor in cluster.names:
+            cluster.kill(actor)  # so that no request finishes
+        with Client(cluster.router_server.address) as client:
+            texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
+            wait_until(lambda: requests_of(port) == {"running": 2, "waiting": 3})
+            for text in texts:
+                text.cancel()
+            wait_until(lambda: requests_of(port) == {"running": 0, "waiting": 0})
+        for actor in cluster.names:
+            cluster.revive(actor)

@@ -130,7 +130,7 @@ def gateway(models: Sequence[str], settings: Sequence[str], options: GatewayOpti
 def _listen(config: Config) -> GatewayServer:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     disable_created_metrics()
-    return GatewayServer(config.serve, keys_for(config.serve, config.security))
+    return GatewayServer(config.serve, keys_for(config.serve, config.security), config.security)
 
 
 def _run(
@@ -145,12 +145,12 @@ def _run(
         _source(name, cluster, alone=len(models) == 1, rediscover=found_by.get(cluster)) for name, cluster in models
     ]
     names = ", ".join(name for name, _ in models)
-    key = ' -H "Authorization: Bearer KEY"' if server.keys else ""
+    key = f' -H "Authorization: Bearer {server.wanted}"' if server.wanted else ""
     body = json.dumps({"model": sources[0].name, "prompt": "def add(a, b):", "max_tokens": 32})
     lines = (
         *(f"{name}: {weights_in(found(cluster).model)}" for name, cluster in models),
-        f"serving {names} at http://{server.address}/v1 until Ctrl-C; try",
-        f"curl http://{server.address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"serving {names} at {server.url}/v1 until Ctrl-C; try",
+        f"curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

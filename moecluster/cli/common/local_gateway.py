@@ -61,7 +61,7 @@ def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator
             if not thread.is_alive() or time.monotonic() > deadline_s:
                 raise ResourceError(f"the gateway to the cluster {name} does not start")
             time.sleep(0.01)
-        yield LocalGateway(url=f"http://{server.address}", api_key=api_key)
+        yield LocalGateway(url=server.url, api_key=api_key)
     finally:
         server.stop()
         thread.join(START_TIMEOUT_S)

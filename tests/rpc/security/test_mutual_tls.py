@@ -1,6 +1,7 @@
 """gRPC over mutual TLS: without a certificate of the cluster's CA nobody connects; certificates rotate under calls."""
 
 import asyncio
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,6 +222,22 @@ def test_the_same_on_an_event_loop(server: RunningServer, folder: Path) -> None:
             stub.Check(health_pb2.HealthCheckRequest())
 
     asyncio.run(run())
+
+
+def test_connections_that_begin_while_files_are_replaced_use_those_read_before(
+    server: RunningServer, folder: Path
+) -> None:
+    credentials = with_tls(folder)
+    with open_channel(server.address, credentials) as channel:
+        assert check(channel)
+    (folder / "tls.key").unlink()
+    for _ in range(2):
+        with open_channel(server.address, credentials) as channel:
+            assert check(channel)
+    elsewhere = pickle.loads(pickle.dumps(credentials))
+    assert elsewhere == credentials and "certificates" not in vars(elsewhere)
+    with pytest.raises(ConfigError, match="No such file"):
+        open_channel(server.address, elsewhere)
 
 
 def test_a_server_does_not_start_with_certificates_that_do_not_fit(folder: Path) -> None:

@@ -23,7 +23,7 @@ from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.rpc.tokens import make_token
 from tests.support.clusters.every_method import code_of, guarded_methods
 from tests.support.clusters.guarded_servers import guarded_servers
-from tests.support.fakes.fake_controller import FakeController
+from tests.support.fakes.fake_controller import PLACEMENT, FakeController
 from tests.support.fakes.fake_router import FakeRouter
 
 SECRET = ClusterCredentials(secret="k" * 43)
@@ -96,7 +96,9 @@ def test_clients_take_a_token_wherever_they_take_the_secret(tmp_path: Path) -> N
 
 
 def test_who_operates_is_logged_and_with_what_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    server = serve_controller(FakeController(), credentials=SECRET)
+    controller = FakeController()
+    controller.publish(PLACEMENT)
+    server = serve_controller(controller, credentials=SECRET)
     given = token_of(Scope.OPERATE, Scope.READ, subject="night-shift@ops")
     try:
         with caplog.at_level(logging.DEBUG), ControllerCalls(server.address, credentials=given) as calls:
