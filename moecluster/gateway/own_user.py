@@ -57,9 +57,9 @@ def _users(ends: set[tuple[str, str]]) -> Iterator[int]:
     for table in TABLES:
         if not table.exists():
             continue  # no IPv6 on this host
-        with table.open() as lines:
-            next(lines, None)  # the heading
-            for line in lines:
-                columns = line.split()
-                if (columns[1], columns[2]) in ends and columns[9] != "0":
+        lines = table.read_text(encoding="ascii")
+        for near, far in ends:
+            if (at := lines.find(f" {near} {far} ")) >= 0:
+                columns = lines[lines.rfind("\n", 0, at) + 1 : lines.find("\n", at)].split()
+                if columns[9] != "0":
                     yield int(columns[7])
