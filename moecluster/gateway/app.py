@@ -59,11 +59,8 @@ _EVENTS = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 class Gateway:
     """State shared by the routes. Built before the event loop runs; its models are built in the loop."""
 
-    def __init__(
-        self, settings: ServeConfig, keys: ApiKeys, metrics: GatewayMetrics, security: SecurityConfig | None = None
-    ) -> None:
-        """security: who may do without a key or token; by default the settings' defaults."""
-        security = security or SecurityConfig()
+    def __init__(self, settings: ServeConfig, security: SecurityConfig, keys: ApiKeys, metrics: GatewayMetrics) -> None:
+        """security: who may do without a key or token."""
         self.settings = settings
         self.metrics = metrics
         self.access = Access(

@@ -41,13 +41,13 @@ class ModelSource:
 class GatewayServer:
     """Listens from the start; `run` serves until a signal or `stop`."""
 
-    def __init__(self, settings: ServeConfig, keys: ApiKeys, security: SecurityConfig | None = None) -> None:
-        """security: who may do without a key or token; by default the settings' defaults.
+    def __init__(self, settings: ServeConfig, security: SecurityConfig, keys: ApiKeys) -> None:
+        """security: who may do without a key or token.
 
         Raises ResourceError if the port is in use, ConfigError for a certificate that cannot be used.
         """
         self.metrics = GatewayMetrics()
-        self.gateway = Gateway(settings, keys, self.metrics, security)
+        self.gateway = Gateway(settings, security, keys, self.metrics)
         self._sources: Sequence[ModelSource] = ()
         certificate = _certificate(settings)
         self._socket = _listen(settings.host, settings.port)

@@ -1,5 +1,6 @@
 """Starts gRPC servers with the standard health and reflection services, and opens channels with matching options."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,7 @@ from moecluster.rpc.tls.mutual import RotatingAsyncChannel, RotatingChannel, cha
 
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0
+HEALTH_SHUTDOWN_S = 2.0
 MAX_CALLS = 128  # running at once, streams included; each holds a thread
 
 _COMMON_OPTIONS = [
@@ -88,7 +90,10 @@ class RunningServer:
 
     def stop(self, grace_s: float = 1.0) -> None:
         """Sets health to NOT_SERVING, gives running calls grace_s to end, then cancels the rest."""
-        self._health.enter_graceful_shutdown()
+        # In a thread: if a watcher leaves meanwhile, it and gRPC's own thread wait for each other (1.85.1).
+        telling = threading.Thread(target=self._health.enter_graceful_shutdown, name="health-shutdown", daemon=True)
+        telling.start()
+        telling.join(HEALTH_SHUTDOWN_S)
         self._server.stop(grace_s).wait(grace_s + 5.0)
 
 

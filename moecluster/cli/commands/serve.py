@@ -130,7 +130,7 @@ def gateway(models: Sequence[str], settings: Sequence[str], options: GatewayOpti
 def _listen(config: Config) -> GatewayServer:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     disable_created_metrics()
-    return GatewayServer(config.serve, keys_for(config.serve, config.security), config.security)
+    return GatewayServer(config.serve, config.security, keys_for(config.serve, config.security))
 
 
 def _run(

@@ -13,7 +13,7 @@ from rich.console import Console
 from actors.launch import credentials_of
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.routers import find_routers
-from moecluster.config.sections import ServeConfig
+from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import ResourceError
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.router_discovery import ClusterAddresses
@@ -52,7 +52,7 @@ def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator
         rediscover=lambda: ClusterAddresses(routers=find_routers(cluster, console)),
     )
     settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)
-    server = GatewayServer(settings, ApiKeys([api_key]))
+    server = GatewayServer(settings, SecurityConfig(), ApiKeys([api_key]))
     thread = threading.Thread(target=server.run, args=([source],), name="gateway", daemon=True)
     thread.start()
     try:

@@ -171,7 +171,7 @@ def _proven(material: TlsMaterial, files: TlsFiles) -> TlsMaterial:
         raise ConfigError(f"{files.key}: {why} the certificate {files.certificate}") from exc
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if files.ca is not None:
-        client.load_verify_locations(cadata=material.ca.decode("ascii", errors="replace"))
+        client.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
         client = _with_chain(client, material)
     else:  # then only its dates are judged
         client.check_hostname = False
@@ -190,21 +190,21 @@ def _with_chain(context: ssl.SSLContext, material: TlsMaterial) -> ssl.SSLContex
     with _as_file(material.certificate + b"\n" + material.key) as path:
         context.load_cert_chain(path, password=str)  # an empty one, since it would ask at the terminal otherwise
     if material.ca and context.verify_mode is not ssl.CERT_REQUIRED:
-        context.load_verify_locations(cadata=material.ca.decode("ascii", errors="replace"))
+        context.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
 def _refuse_no_certificate(content: bytes, path: Path) -> None:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii", errors="replace"))
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii", errors="ignore"))
     except (ssl.SSLError, ValueError) as exc:
         raise ConfigError(f"{path}: holds no certificate in PEM") from exc
 
 
 def _first_certificate(content: bytes) -> str:
     end = b"-----END CERTIFICATE-----"
-    return (content.partition(end)[0] + end).decode("ascii", errors="replace")
+    return (content.partition(end)[0] + end).decode("ascii", errors="ignore")
 
 
 @contextmanager

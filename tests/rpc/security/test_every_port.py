@@ -94,7 +94,8 @@ class Ports:
         """The statuses of calls of these methods. tls_dir: the client's; None: plain text."""
         with self.channel(service, tls_dir) as channel:
             metadata = (("authorization", f"Bearer {bearer}"),) if bearer else ()
-            return {code_of(channel, method, metadata)[0] for method in methods}
+            connects = tls_dir == self.tls_dir
+            return {code_of(channel, method, metadata, connects=connects)[0] for method in methods}
 
     def channel(self, service: str, tls_dir: Path | None) -> Any:
         credentials = replace(SECRET, tls_dir=str(tls_dir)) if tls_dir is not None else None

@@ -48,7 +48,7 @@ def test_a_token_reaches_the_methods_of_its_scope_and_no_other(guarded, scope: S
     for server in guarded.values():
         with open_channel(server.address, token_of(scope)) as channel:
             for method in guarded_methods():
-                code, detail = code_of(channel, method)
+                code, detail = code_of(channel, method, connects=True)
                 if needed[method.path] is scope:
                     assert code not in REFUSED, (method.path, code, detail)
                     continue
@@ -61,7 +61,7 @@ def test_a_token_reaches_the_methods_of_its_scope_and_no_other(guarded, scope: S
 def test_a_token_with_several_scopes_does_what_each_of_them_allows(guarded) -> None:
     with open_channel(guarded["controller"].address, token_of(*Scope)) as channel:
         for method in guarded_methods():
-            refused = code_of(channel, method)[0] in REFUSED
+            refused = code_of(channel, method, connects=True)[0] in REFUSED
             assert refused == (required_scopes()[method.path] is None), method.path
 
 
@@ -115,7 +115,9 @@ def test_who_operates_is_logged_and_with_what_is_not(caplog: pytest.LogCaptureFi
 def test_health_with_a_token_is_not_counted_with_the_anonymous(guarded) -> None:
     with open_channel(guarded["router"].address, token_of(Scope.READ)) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
-        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2 * MAX_ANONYMOUS_CALLS)]
+        watches = [
+            stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True) for _ in range(2 * MAX_ANONYMOUS_CALLS)
+        ]
         assert {next(watch).status for watch in watches} == {health_pb2.HealthCheckResponse.SERVING}
         for watch in watches:
             watch.cancel()

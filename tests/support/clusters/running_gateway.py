@@ -51,7 +51,7 @@ def running_gateway(
         for source in sources
     ]
     serve = ServeConfig(**{"port": 0, "grace_s": 2.0, **settings})
-    server = GatewayServer(serve, ApiKeys(keys), security or SecurityConfig(open_metrics=True))
+    server = GatewayServer(serve, security or SecurityConfig(open_metrics=True), ApiKeys(keys))
     thread = threading.Thread(target=server.run, args=(models,), name="gateway", daemon=True)
     thread.start()
     wait_until(lambda: server.started, "the gateway's start")
