@@ -10,8 +10,9 @@ from typing import Any
 from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
+from actors.metrics import serve_metrics
 from actors.names import CONTROLLER, Endpoints, make_metrics
-from actors.node_address import CONTROLLER_PORT, METRICS_PORT, listen_address, own_endpoints, own_process
+from actors.node_address import CONTROLLER_PORT, listen_address, own_endpoints, own_process
 from actors.restart_policy import restart_on_init_failure
 from actors.supervisor import RaySupervisor
 from moecluster.config import read_config
@@ -46,7 +47,7 @@ class ControllerActor:
         self._credentials = credentials
         metrics = make_metrics(config)
         listen = listen_address(config)
-        self._process = own_process(metrics.serve(listen.at(metrics_port, METRICS_PORT)))
+        self._process = own_process(serve_metrics(metrics, config, credentials, listen, metrics_port).address)
         self._start_timeout_s = config.cluster.start_timeout_s
         supervisor = RaySupervisor(config, credentials)
         self._controller = Controller(

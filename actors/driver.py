@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -63,8 +64,8 @@ class Cluster:
         """Starts the actors and loads the experts; returns when all of them serve.
 
         on_loading: called repeatedly with the bytes loaded so far. credentials: required by all its servers.
-        Raises UserError if the model, placement, resources, addresses or ports do not fit; then everything started is
-        stopped.
+        Raises UserError if the model, placement, resources, addresses or ports do not fit, or if others could listen
+        in; then everything started is stopped.
         """
         if self.exists():
             raise ResourceError(
@@ -79,6 +80,8 @@ class Cluster:
         controller_settings(config, model_dir, replicas, layer_experts)  # fail here rather than in the actor
         policy_named(config.controller.policy)
         check(config)
+        tls_dir = config.security.tls_dir and os.path.abspath(config.security.tls_dir)
+        credentials = replace(credentials, cluster=self.name, tls_dir=tls_dir)
         given = GivenDirectories(self.name)
         given.forget_all()  # left over from a cluster of this name that was not taken down
         try:

@@ -8,8 +8,9 @@ import ray
 
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
+from actors.metrics import serve_metrics
 from actors.names import Endpoints, make_metrics
-from actors.node_address import METRICS_PORT, listen_address, own_endpoints, own_process
+from actors.node_address import listen_address, own_endpoints, own_process
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import read_config
 from moecluster.expert.service import ExpertService
@@ -35,7 +36,7 @@ class ExpertActor:
         self._credentials = credentials
         self._metrics = make_metrics(config)
         listen = listen_address(config)
-        self._process = own_process(self._metrics.serve(listen.at(metrics_port, METRICS_PORT)))
+        self._process = own_process(serve_metrics(self._metrics, config, credentials, listen, metrics_port).address)
         self._service = ExpertService(
             name=name,
             is_given=GivenDirectories(config.cluster.name),

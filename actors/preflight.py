@@ -10,12 +10,16 @@ from actors.node_address import CONTROLLER_PORT, METRICS_PORT, listen_address, r
 from moecluster.addresses import ListenAddress
 from moecluster.config import Config
 from moecluster.errors import ResourceError
+from moecluster.rpc.exposure import refuse_plain_text
 
 
 def check(config: Config) -> None:
-    """Raises UserError if Ray lacks CPUs or GPUs, or the addresses or ports of the settings do not fit its nodes."""
+    """Raises UserError if Ray lacks CPUs or GPUs, the addresses or ports of the settings do not fit its nodes,
+    or others could listen in."""
     nodes = _nodes()
-    refuse_host_of_one_node(config.cluster, [str(node["NodeManagerAddress"]) for node in nodes])
+    hosts = [str(node["NodeManagerAddress"]) for node in nodes]
+    refuse_host_of_one_node(config.cluster, hosts)
+    refuse_plain_text([config.cluster.host] if config.cluster.host else hosts, config.security)
     check_resources(config, ray.available_resources())
     if len(nodes) == 1:  # else an actor may land where the port is free
         check_ports(config, listen_address(config))

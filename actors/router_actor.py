@@ -13,8 +13,9 @@ import torch
 
 from actors.checkpoint_actor import announce_here, checkpoint_opener
 from actors.given_directories import GivenDirectories
+from actors.metrics import serve_metrics
 from actors.names import Endpoints, make_metrics
-from actors.node_address import METRICS_PORT, listen_address, own_endpoints, own_process
+from actors.node_address import listen_address, own_endpoints, own_process
 from actors.ray_calls import controller_resolver
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import Config, read_config
@@ -63,7 +64,7 @@ class RouterActor:
         self._credentials = credentials
         self._metrics = make_metrics(config)
         listen = listen_address(config)
-        self._process = own_process(self._metrics.serve(listen.at(metrics_port, METRICS_PORT)))
+        self._process = own_process(serve_metrics(self._metrics, config, credentials, listen, metrics_port).address)
         resolve = controller_resolver(config.cluster.name)
         self._serving: tuple[Router, str] | None = None  # and its gRPC address
         self._placements = ControllerClient(router=name, resolve=resolve, state=self._state, credentials=credentials)

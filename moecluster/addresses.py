@@ -40,11 +40,14 @@ def is_wildcard(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of the same machine reach this host."""
+    """Whether only processes of the same machine reach this host. A name other than localhost counts as one that
+    others reach."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None)
+    return address.is_loopback or (mapped is not None and mapped.is_loopback)
 
 
 def join_host_port(host: str, port: int) -> str:

@@ -11,14 +11,13 @@ starts all counters at 0.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moecluster.addresses import ListenAddress
 from moecluster.types import ExpertId
 
 DISPATCH_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0, 60.0)
@@ -30,16 +29,6 @@ COMMON_LABELS = ("model", "cluster")
 MAX_EXPERT_SERIES = 1024
 ENTROPY_WINDOW_S = 10.0
 MAX_NONFINITE_SERIES = 256
-
-
-class _Server(Protocol):
-    """The part of prometheus_client's HTTP server that is used here."""
-
-    server_port: int
-
-    def shutdown(self) -> None: ...
-
-    def server_close(self) -> None: ...
 
 
 class Metrics:
@@ -62,7 +51,6 @@ class Metrics:
         self._common = (model, cluster)
         self._clock = clock
         self.registry = CollectorRegistry()
-        self._server: _Server | None = None
         self._started = self._gauge("start_time_seconds", "Unix time at which the process started counting")
         self._started.labels(*self._common).set(time.time())
         self._expert_tokens = _ExpertSeries(
@@ -152,25 +140,6 @@ class Metrics:
         self._aux_kinds: set[str] = set()
         self._train_step = self._histogram("train_step_seconds", "Duration of a committed step", STEP_BUCKETS_S)
         self._train_replays = self._counter("train_step_replays", "Attempts of training steps that were run again")
-
-    def serve(self, listen: ListenAddress) -> str:
-        """Serves /metrics until `close`. Returns host:port, as others reach it. Raises ResourceError if it cannot
-        listen."""
-        assert self._server is None, "served already"
-
-        def bind(port: int) -> _Server:
-            server, _ = start_http_server(port, addr=listen.host, registry=self.registry)
-            return server
-
-        self._server = listen.bind(bind)
-        return listen.advertised(self._server.server_port)
-
-    def close(self) -> None:
-        """Stops serving /metrics. Idempotent."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
 
     def render(self) -> str:
         """The content of /metrics."""

@@ -1,12 +1,12 @@
-"""API keys."""
+"""The gateway's API keys."""
 
 import hashlib
 import hmac
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from moecluster.errors import ConfigError
-from moecluster.gateway.api_errors import ApiError
 
 SCHEME = "bearer"
 
@@ -15,37 +15,30 @@ class ApiKeys:
     """Digests of the accepted keys; the keys themselves are not kept."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        """No keys: every request is accepted."""
+        """keys: none, or some."""
         self._digests = tuple({_digest(key) for key in keys})
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> tuple[str, ...]:
-        """Returns a name for the key's owner that does not reveal the key; () if there are no keys.
-
-        Raises ApiError 401 if there are keys and the Authorization header carries none of them.
-        """
-        if not self._digests:
-            return ()
+    def owner(self, authorization: str | None) -> str | None:
+        """Returns a name for the owner of the key in an Authorization header, which does not reveal the key; None if it
+        carries none of the keys."""
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
         # Compare with all of them, so that the time reveals nothing.
         known = sum(hmac.compare_digest(given, digest) for digest in self._digests)
-        if scheme.lower() == SCHEME and known:
-            return (f"key {given.hex()}",)
-        message = "no API key was given" if not authorization else "the API key is wrong"
-        raise ApiError(
-            401,
-            f"{message}; expected the header Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        return f"key {given.hex()}" if scheme.lower() == SCHEME and known else None
 
 
 def read_api_keys(file: str | Path) -> ApiKeys:
-    """Reads a file with one key per line; skips empty lines and lines that begin with #. Raises ConfigError."""
+    """Reads a file with one key per line; skips empty lines and lines that begin with #. Raises ConfigError, also if
+    everybody may read the file."""
     try:
+        if stat.S_IMODE(Path(file).stat().st_mode) & 0o007:
+            raise ConfigError(
+                f"security.api_keys_file: everybody may read {file}; make it yours alone: chmod 600 {file}"
+            )
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"security.api_keys_file: {file} cannot be read: {type(exc).__name__}") from exc

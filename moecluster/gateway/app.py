@@ -13,8 +13,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from moecluster import __version__
-from moecluster.config.sections import ServeConfig
+from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import MoeClusterError
+from moecluster.gateway.access import Access
 from moecluster.gateway.admission import Admission
 from moecluster.gateway.api_errors import ApiError, api_error_of, api_error_of_validation, bad_request
 from moecluster.gateway.api_keys import ApiKeys
@@ -22,7 +23,7 @@ from moecluster.gateway.format_response import ChatFormatter, CompletionFormatte
 from moecluster.gateway.health import health_of
 from moecluster.gateway.json_route import BodyRejected, json_route
 from moecluster.gateway.metrics import GatewayMetrics
-from moecluster.gateway.middleware import SERVED, GatewayMiddleware
+from moecluster.gateway.middleware import CLUSTERS, SERVED, GatewayMiddleware
 from moecluster.gateway.parallel import stream_all
 from moecluster.gateway.parse_request import GenerationJob, parse_chat, parse_completion
 from moecluster.gateway.schemas.known_fields import Fields
@@ -30,6 +31,7 @@ from moecluster.gateway.schemas.requests import ChatCompletionRequest, Completio
 from moecluster.gateway.schemas.responses import ChatCompletion, Completion, ErrorBody, Health, ModelCard, ModelList
 from moecluster.gateway.served_model import ServedModel, find_model
 from moecluster.gateway.sse import DONE, EventStream, event
+from moecluster.rpc.credentials import ClusterCredentials
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is invalid"},
-    401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
+    401: {"model": ErrorBody, "description": "The API key or token is missing or wrong, or has expired"},
+    403: {"model": ErrorBody, "description": "The token does not allow this"},
     404: {"model": ErrorBody, "description": "Unknown model"},
     408: {"model": ErrorBody, "description": "The request body did not arrive in time"},
     413: {"model": ErrorBody, "description": "The request body is too large"},
@@ -56,12 +59,35 @@ _EVENTS = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 class Gateway:
     """State shared by the routes. Built before the event loop runs; its models are built in the loop."""
 
-    def __init__(self, settings: ServeConfig, keys: ApiKeys, metrics: GatewayMetrics) -> None:
+    def __init__(self, settings: ServeConfig, security: SecurityConfig, keys: ApiKeys, metrics: GatewayMetrics) -> None:
+        """security: who may do without a key or token."""
         self.settings = settings
-        self.keys = keys
         self.metrics = metrics
+        self.access = Access(
+            keys,
+            allow_without_keys=security.allow_without_keys,
+            open_metrics=security.open_metrics,
+            credentials=self._credentials,
+        )
         self.admission = Admission(settings)
         self.models: Sequence[ServedModel] = ()
+
+    def model(self, request: Request, name: str) -> ServedModel:
+        """Returns the model of that name. Raises ApiError: 404 if there is none, 403 if the request's token is of
+        another cluster."""
+        model = find_model(self.models, name)
+        if model not in self.models_for(request):
+            raise ApiError(403, f"the token is of another cluster than the model `{model.name}`", code="missing_scope")
+        return model
+
+    def models_for(self, request: Request) -> list[ServedModel]:
+        """Returns the models that the caller of a request may use."""
+        clusters: frozenset[str] | None = request.scope.get(CLUSTERS)
+        return [model for model in self.models if clusters is None or model.cluster in clusters]
+
+    def _credentials(self) -> dict[str, ClusterCredentials]:
+        found = {model.cluster: model.discovery.credentials for model in self.models}
+        return {cluster: credentials for cluster, credentials in found.items() if credentials is not None}
 
     async def answer(
         self, request: Request, name: str, job: GenerationJob, formatter_of: type[ResponseFormatter]
@@ -70,7 +96,7 @@ class Gateway:
 
         Raises ApiError, for a stream only before its first byte is sent.
         """
-        model = find_model(self.models, name)
+        model = self.model(request, name)
         request.scope[SERVED] = model.name
         if len(job.requests) > self.settings.max_inflight:
             raise bad_request(f"n: {len(job.requests)} choices are more than this server generates at once", param="n")
@@ -150,7 +176,7 @@ def build_app(gateway: Gateway, make_models: ModelMaker) -> GatewayMiddleware:
     app.add_exception_handler(RequestValidationError, _send_validation_error)
     app.add_exception_handler(Exception, _send_internal_error)
     return GatewayMiddleware(
-        app, keys=gateway.keys, admission=gateway.admission, settings=gateway.settings, metrics=gateway.metrics
+        app, access=gateway.access, admission=gateway.admission, settings=gateway.settings, metrics=gateway.metrics
     )
 
 
@@ -176,15 +202,17 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
             max_model_len=model.discovery.max_tokens,
         )
 
-    @app.get("/v1/models", responses={401: _ERRORS[401]})
-    async def models() -> ModelList:
-        """Lists the served models."""
-        return ModelList(object="list", data=[card(model) for model in gateway.models])
+    refused = {status: _ERRORS[status] for status in (401, 403, 429)}
 
-    @app.get("/v1/models/{name:path}", responses={401: _ERRORS[401], 404: _ERRORS[404], "4XX": _ERRORS["4XX"]})
-    async def model(name: str) -> ModelCard:
+    @app.get("/v1/models", responses=refused)
+    async def models(request: Request) -> ModelList:
+        """Lists the served models."""
+        return ModelList(object="list", data=[card(model) for model in gateway.models_for(request)])
+
+    @app.get("/v1/models/{name:path}", responses={**refused, 404: _ERRORS[404], "4XX": _ERRORS["4XX"]})
+    async def model(request: Request, name: str) -> ModelCard:
         """Returns one served model."""
-        return card(find_model(gateway.models, name))
+        return card(gateway.model(request, name))
 
 
 def _add_monitoring(app: FastAPI, gateway: Gateway) -> None:
@@ -196,7 +224,11 @@ def _add_monitoring(app: FastAPI, gateway: Gateway) -> None:
         found = health_of(gateway.models)
         return JSONResponse(found.model_dump(), status_code=503 if found.status == "not ready" else 200)
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, 401: _ERRORS[401], 403: _ERRORS[403]},
+    )
     async def metrics() -> Response:
         """Returns the gateway's metrics in the Prometheus text format."""
         return Response(gateway.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -8,9 +8,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from moecluster.gateway.api_errors import ApiError
 from moecluster.gateway.crowd import Crowd, Place, party_of_address
+from moecluster.gateway.own_user import is_own_user
 
 MAX_HEAD_BYTES = 64 * 1024  # headers of one request, and the framing of its chunked body
 FRAMING = 8  # bytes on the wire per body byte, if each is a chunk of its own
+OWN_USER = "moecluster.own_user"  # key in a request's scope: tells whether this process's user sent it, on this host
 MAX_PIPELINED = 16  # requests queued behind the current one
 
 
@@ -39,6 +41,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._message_bytes = 0  # not counting the read in which the message began
         self._body_bytes = 0
+        self._is_own_user: bool | None = None  # None: not asked yet
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """If there are too many connections, ends a waiting one, or this one if none waits."""
@@ -71,6 +74,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._message_bytes = self._body_bytes = 0
         super().on_message_begin()
+        self.scope[OWN_USER] = self.is_own_user  # type: ignore[typeddict-unknown-key]
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Drops trailers: nothing reads them."""
@@ -111,6 +115,12 @@ class GuardedProtocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """uvicorn's keep-alive timeout; ours may fire earlier."""
         self._expire()
+
+    def is_own_user(self) -> bool:
+        """Whether this process's user opened the connection, on this host."""
+        if self._is_own_user is None:
+            self._is_own_user = is_own_user(_numeric(self.client), _numeric(self.server))
+        return self._is_own_user
 
     def _wait(self) -> None:
         self._begun = self._in_head
@@ -163,6 +173,10 @@ def guarded_protocol(limits_: ConnectionLimits) -> type[GuardedProtocol]:
         waiting = Crowd()
 
     return Guarded
+
+
+def _numeric(end: tuple[str, int | None] | tuple[str, int] | None) -> tuple[str, int] | None:
+    return (end[0], end[1]) if end is not None and end[1] is not None else None
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -1,4 +1,4 @@
-"""Middleware for every request: checks API key, body size and admission; ends the request if its client disconnects."""
+"""Middleware for every request: checks caller, rate, body size and admission; ends it if its client disconnects."""
 
 import asyncio
 import logging
@@ -6,11 +6,13 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from moecluster.config.sections import ServeConfig
+from moecluster.gateway.access import Access
 from moecluster.gateway.admission import Admission
 from moecluster.gateway.api_errors import ApiError
-from moecluster.gateway.api_keys import ApiKeys
+from moecluster.gateway.connections import OWN_USER
 from moecluster.gateway.crowd import Place, party_of_address
 from moecluster.gateway.metrics import GatewayMetrics
+from moecluster.gateway.rates import RequestRates
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,6 +22,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 PROTECTED = "/v1/"
+METRICS = "/metrics"
+CLUSTERS = "moecluster.clusters"  # key in a request's scope: whose models its caller may use; None: all
+# A proxy hands on requests of others, though it may run as the gateway's user.
+PROXY_HEADERS = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 SERVED = "moecluster.model"  # key in a request's scope: the name of its served model
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json"})
 CLIENT_LEFT = 499
@@ -32,10 +38,11 @@ class GatewayMiddleware:
     """ASGI middleware around the routes."""
 
     def __init__(
-        self, app: App, *, keys: ApiKeys, admission: Admission, settings: ServeConfig, metrics: GatewayMetrics
+        self, app: App, *, access: Access, admission: Admission, settings: ServeConfig, metrics: GatewayMetrics
     ) -> None:
         self._app = app
-        self._keys = keys
+        self._access = access
+        self._rates = RequestRates(settings.max_requests_per_minute)
         self._admission = admission
         self._settings = settings
         self._metrics = metrics
@@ -61,10 +68,7 @@ class GatewayMiddleware:
 
     async def _pass(self, scope: Message, receive: Receive, answer: "_Answer") -> None:
         headers = {name: value for name, value in scope["headers"]}
-        parties: tuple[str, ...] = (party_of_address(scope["client"][0] if scope.get("client") else ""),)
-        if scope["path"].startswith(PROTECTED):
-            header = headers[b"authorization"].decode("latin-1") if b"authorization" in headers else None
-            parties += self._keys.check(header)
+        parties = self._admit(scope, headers)
         if scope["method"] != "POST":
             await self._app(scope, receive, answer)
             return
@@ -73,6 +77,24 @@ class GatewayMiddleware:
             body = await self._read_body(receive, headers.get(b"content-length"), place, deadline)
             with self._admission.request(place):
                 await self._while_client_stays(scope, body, receive, answer)
+
+    def _admit(self, scope: Message, headers: dict[bytes, bytes]) -> tuple[str, ...]:
+        """Returns the parties that a request counts against. Raises ApiError if its caller may not send it, or not
+        yet."""
+        address = party_of_address(scope["client"][0] if scope.get("client") else "")
+        authorization = headers[b"authorization"].decode("latin-1") if b"authorization" in headers else None
+        if scope["path"] == METRICS:
+            self._access.read_metrics(authorization)
+        if not scope["path"].startswith(PROTECTED):
+            return (address,)
+
+        def is_own_user() -> bool:
+            return OWN_USER in scope and not any(name in headers for name in PROXY_HEADERS) and scope[OWN_USER]()
+
+        caller = self._access.generating(authorization, is_own_user)
+        scope[CLUSTERS] = caller.clusters
+        self._rates.take(caller.party or address)
+        return (address, caller.party) if caller.party else (address,)
 
     async def _read_body(
         self, receive: Receive, announced: bytes | None, place: Place, deadline: asyncio.Timeout

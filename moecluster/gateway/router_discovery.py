@@ -106,6 +106,11 @@ class RouterDiscovery:
         return sum(router.status is not None for router in self._routers.values())
 
     @property
+    def credentials(self) -> ClusterCredentials | None:
+        """Those of the cluster as it was last found."""
+        return self._credentials
+
+    @property
     def has_controller(self) -> bool:
         """Whether the controller's address is known."""
         return bool(self._controller)

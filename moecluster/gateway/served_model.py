@@ -28,10 +28,11 @@ class ServedModel:
         alias: str = "",
         rediscover: Callable[[], ClusterAddresses] | None = None,
     ) -> None:
-        """cluster: the cluster's name, for the metrics. alias: a second name, valid if the model is the only one."""
+        """cluster: the cluster's name, for metrics and tokens. alias: a second name, valid if there is no other."""
         metrics.add_model(name, cluster)
         self.name = name
         self.alias = alias
+        self.cluster = cluster
         self.created = int(time.time())
         self.discovery = RouterDiscovery(
             seeds, rediscover=rediscover, on_poll=lambda answering: metrics.set_routers(name, answering)

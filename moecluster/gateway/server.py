@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 
@@ -17,9 +18,12 @@ from moecluster.gateway.connections import ConnectionLimits, guarded_protocol
 from moecluster.gateway.metrics import GatewayMetrics
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.served_model import ServedModel
+from moecluster.rpc.tls.https import HttpsCertificate
+from moecluster.rpc.tls.material import TlsFiles
 
 BACKLOG = 2048
 OWN_FILES = 256
+LOOP = "moecluster.gateway.event_loop:GatewayLoop"
 KEEP_ALIVE_S = 75  # longer than that of common proxies: the side that closes first may cut off a request
 
 
@@ -37,18 +41,24 @@ class ModelSource:
 class GatewayServer:
     """Listens from the start; `run` serves until a signal or `stop`."""
 
-    def __init__(self, settings: ServeConfig, keys: ApiKeys) -> None:
-        """Raises ResourceError if the port is in use."""
-        self.keys = keys
+    def __init__(self, settings: ServeConfig, security: SecurityConfig, keys: ApiKeys) -> None:
+        """security: who may do without a key or token.
+
+        Raises ResourceError if the port is in use, ConfigError for a certificate that cannot be used.
+        """
         self.metrics = GatewayMetrics()
-        self.gateway = Gateway(settings, keys, self.metrics)
+        self.gateway = Gateway(settings, security, keys, self.metrics)
         self._sources: Sequence[ModelSource] = ()
+        certificate = _certificate(settings)
         self._socket = _listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
+        self._host = host
         self.address = join_host_port(host, port)
+        self.url = f"{'http' if certificate is None else 'https'}://{self.address}"
         config = uvicorn.Config(
             build_app(self.gateway, self._make_models),
-            loop="uvloop",
+            loop=LOOP,
+            ssl_context_factory=None if certificate is None else lambda *_: certificate.lasting_context(),
             http=guarded_protocol(_limits(settings)),
             ws="none",
             lifespan="on",
@@ -60,6 +70,13 @@ class GatewayServer:
             timeout_graceful_shutdown=round(settings.grace_s),
         )
         self._server = uvicorn.Server(config)
+
+    @property
+    def wanted(self) -> str:
+        """What clients must send as the bearer; empty: nothing, at least from this user."""
+        if self.gateway.access.keys:
+            return "KEY"
+        return "" if self.gateway.access.is_open or is_loopback(self._host) else "TOKEN"
 
     @property
     def started(self) -> bool:
@@ -119,14 +136,22 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
-    """Returns the API keys of the settings. Raises ConfigError if the whole network could connect without a key."""
-    keys = read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
-    if not (keys or security.allow_without_keys or is_loopback(settings.host)):
+    """Returns the API keys of the settings. Raises ConfigError if they, and prompts, would cross the network in the
+    clear."""
+    if not (settings.tls_certificate_file or security.allow_plaintext or is_loopback(settings.host)):
         raise ConfigError(
-            f"serve.host: {settings.host} is reached from other machines, and there are no API keys: give "
-            "security.api_keys_file, or set security.allow_without_keys = true if all who reach it may use it"
+            f"serve.host: {settings.host} is reached from other machines, and keys, prompts and responses would cross "
+            "the network unencrypted: give serve.tls_certificate_file and serve.tls_key_file, or set "
+            "security.allow_plaintext = true if the network, or a proxy in front, encrypts already"
         )
-    return keys
+    return read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
+
+
+def _certificate(settings: ServeConfig) -> HttpsCertificate | None:
+    if not settings.tls_certificate_file:
+        return None
+    files = TlsFiles(certificate=Path(settings.tls_certificate_file), key=Path(settings.tls_key_file))
+    return HttpsCertificate(files)
 
 
 def _limits(settings: ServeConfig) -> ConnectionLimits:

@@ -1,13 +1,13 @@
 """Connects to an OpenAI-compatible HTTP gateway: its URL, its API key, and its error answers."""
 
 import email.utils
-import ipaddress
 import math
 import os
 from typing import Any
 
 import httpx
 
+from moecluster.addresses import is_loopback
 from moecluster.errors import ConfigError
 from moecluster.strict_json import JsonProblem, parse_json
 
@@ -52,16 +52,9 @@ def open_gateway(
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        trust_env=not _is_loopback(url.host),  # a proxy from the environment cannot reach this host
+        trust_env=not is_loopback(url.host),  # a proxy from the environment cannot reach this host
         transport=transport,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def json_of(content: bytes) -> Any:

@@ -14,7 +14,7 @@ from actors.local_ray import MARK
 from tests.conftest import processes_of_this_session
 from tests.support.clusters.every_method import guarded_methods, health_methods
 from tests.support.clusters.fake_actors import save_tiny_model
-from tests.support.clusters.second_user import SECRETS, listening, try_everything
+from tests.support.clusters.second_user import PAGES, SECRETS, listening, try_everything
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,4 +203,7 @@ def test_another_user_of_the_host_is_refused_everything(live: None, run: Run, st
                     expected.add("OK")
             assert status in expected, (port, ports[int(port)], attempt, status)
         assert int(port) not in own or len(calls) >= len(SECRETS) * len(ours)
+    for reached in shown["actors"].values():
+        pages = outcomes.pages[reached["metrics_address"].rpartition(":")[2]]
+        assert len(pages) == len(SECRETS) * len(PAGES) and set(pages.values()) == {401}, pages
     assert run("status").returncode == 0  # and the cluster still serves

@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from moecluster.models.config import read_model_config
 from moecluster.rpc.controller.client import controller_status
 from moecluster.types import ActorPhase
 from tests.support.clusters.ray_cluster import CREDENTIALS
+from tests.support.clusters.scraped_metrics import metrics_of
 from tests.support.waiting import WAIT_S, wait_until
 
 PROMPT = "def add(a, b):"
@@ -76,8 +76,7 @@ def test_every_actor_serves_its_metrics(cluster) -> None:
     generate(cluster)
     shown = {}
     for name, endpoints in cluster.endpoints().items():
-        with urllib.request.urlopen(f"http://{endpoints.metrics_address}/metrics", timeout=10) as answer:
-            shown[name] = answer.read().decode()
+        shown[name] = metrics_of(endpoints.metrics_address, CREDENTIALS)
     assert set(shown) == {"controller", "router", "expert-0", "expert-1"}
     of = f'cluster="{cluster.name}"'
     model = f'model="{cluster.name}"'  # nobody named the model

@@ -1,7 +1,6 @@
 """Several routers of one cluster generate the same tokens, also after one of them is lost."""
 
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from moecluster.training.run_paths import run_paths
 from moecluster.types import ExpertId, RouterStatus
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.clusters.ray_session import RaySession
+from tests.support.clusters.scraped_metrics import metrics_of
 from tests.support.soak.generation_load import save_decided_model
 from tests.support.training.training_runs import losses, make_config, write_text
 
@@ -75,8 +75,7 @@ def test_each_has_a_lease_a_name_and_metrics_of_its_own(cluster: RayCluster) -> 
         seen = status(reached.address)
         assert seen is not None and seen.router == name
         texts(reached.address)
-        with urllib.request.urlopen(f"http://{reached.metrics_address}/metrics", timeout=10) as answer:
-            assert "moecluster_expert_tokens_total" in answer.read().decode()
+        assert "moecluster_expert_tokens_total" in metrics_of(reached.metrics_address, CREDENTIALS)
 
 
 @pytest.mark.parametrize("victim", ROUTERS)

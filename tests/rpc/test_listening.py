@@ -10,6 +10,7 @@ from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
 from moecluster.rpc.controller.client import controller_status
 from moecluster.rpc.controller.server import serve_controller
+from moecluster.rpc.metrics_server import MetricsServer
 from tests.support.fakes.fake_controller import FakeController
 
 HOST = "127.0.0.4"  # whose ports no other test takes
@@ -42,13 +43,12 @@ def has_ipv6() -> bool:
 def test_what_is_advertised_reaches_the_server(listen: ListenAddress, host: str) -> None:
     controller = FakeController()
     server = serve_controller(controller, credentials=None, listen=listen)
-    metrics = Metrics(model="m")
+    metrics = MetricsServer(Metrics(model="m"), credentials=None, listen=listen)
     try:
         assert split_host_port(server.address)[0] == host
         assert controller_status(server.address).term == controller.status().term
-        address = metrics.serve(listen)
-        assert split_host_port(address)[0] == host
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+        assert split_host_port(metrics.address)[0] == host
+        with urllib.request.urlopen(f"http://{metrics.address}/metrics", timeout=5) as answer:
             assert b"moecluster_start_time_seconds" in answer.read()
     finally:
         metrics.close()
@@ -85,18 +85,19 @@ def free_ports(count: int) -> PortRange:
 
 
 def test_servers_share_a_range_of_ports_until_none_is_left() -> None:
-    controller, metrics = FakeController(), Metrics(model="m")
+    controller = FakeController()
     listen = ListenAddress(host=HOST, ports=free_ports(3))
+    metrics = MetricsServer(Metrics(model="m"), credentials=None, listen=listen)
     servers = []
     try:
         servers = [serve_controller(controller, credentials=None, listen=listen) for _ in range(2)]
-        taken = [split_host_port(address)[1] for address in (*(s.address for s in servers), metrics.serve(listen))]
+        taken = [split_host_port(server.address)[1] for server in (*servers, metrics)]
         assert listen.ports is not None and sorted(taken) == sorted(listen.ports.shuffled())
         exhausted = rf"cannot listen on 127\.0\.0\.4: no port of cluster\.port_range = {listen.ports} is free there"
         with pytest.raises(ResourceError, match=exhausted):
             serve_controller(controller, credentials=None, listen=listen)
         with pytest.raises(ResourceError, match=exhausted):
-            Metrics(model="m").serve(listen)
+            MetricsServer(Metrics(model="m"), credentials=None, listen=listen)
         servers.pop().stop(0.0)
         servers.append(serve_controller(controller, credentials=None, listen=listen))
         assert controller_status(servers[-1].address).term == controller.status().term

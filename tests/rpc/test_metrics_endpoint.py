@@ -1,13 +1,15 @@
 import re
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from moecluster.addresses import ListenAddress, split_host_port
+from moecluster.addresses import ListenAddress
 from moecluster.client import Client
 from moecluster.errors import ResourceError
 from moecluster.metrics import Metrics
+from moecluster.rpc.metrics_server import MetricsServer
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.waiting import wait_until
@@ -24,39 +26,36 @@ def requests_of(address: str) -> dict[str, float]:
 def test_metrics_are_served_on_a_free_port_and_gone_after_close() -> None:
     metrics = Metrics(model="m")
     metrics.set_generation(7)
-    address = metrics.serve(ListenAddress())
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+    server = MetricsServer(metrics, credentials=None)
+    with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=5) as answer:
         assert 'moecluster_placement_generation{cluster="",model="m"} 7.0' in answer.read().decode()
-    metrics.close()
-    metrics.close()
+    server.close()
     with pytest.raises(OSError):
-        urllib.request.urlopen(f"http://{address}/metrics", timeout=5)
+        urllib.request.urlopen(f"http://{server.address}/metrics", timeout=5)
 
 
 def test_a_port_in_use_is_a_users_error_that_names_it() -> None:
-    first, second = Metrics(model="m"), Metrics(model="m")
-    address = first.serve(ListenAddress())
-    try:
-        with pytest.raises(ResourceError, match=rf"{address}.*in use.*cluster\.metrics_port"):
-            second.serve(ListenAddress(port=split_host_port(address)[1]))
-    finally:
-        first.close()
+    first = MetricsServer(Metrics(model="m"), credentials=None)
+    wanted = rf"{first.address}.*in use.*cluster\.metrics_port"
+    taken = ListenAddress().at(first.port, "cluster.metrics_port")
+    with closing(first), pytest.raises(ResourceError, match=wanted):
+        MetricsServer(Metrics(model="m"), credentials=None, listen=taken)
 
 
 def test_a_router_shows_how_many_requests_run_and_wait(tmp_path: Path) -> None:
-    with LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster:
-        address = cluster.metrics.serve(ListenAddress())
-        try:
-            assert requests_of(address) == {"running": 0, "waiting": 0}
-            for actor in cluster.names:
-                cluster.kill(actor)  # so that no request finishes
-            with Client(cluster.router_server.address) as client:
-                texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
-                wait_until(lambda: requests_of(address) == {"running": 2, "waiting": 3})
-                for text in texts:
-                    text.cancel()
-                wait_until(lambda: requests_of(address) == {"running": 0, "waiting": 0})
-            for actor in cluster.names:
-                cluster.revive(actor)
-        finally:
-            cluster.metrics.close()
+    with (
+        LoopbackCluster(save_tiny_model(tmp_path), max_running=2, max_waiting=4) as cluster,
+        closing(MetricsServer(cluster.metrics, credentials=None)) as server,
+    ):
+        address = server.address
+        assert requests_of(address) == {"running": 0, "waiting": 0}
+        for actor in cluster.names:
+            cluster.kill(actor)  # so that no request finishes
+        with Client(cluster.router_server.address) as client:
+            texts = [client.generate("def add(a, b):", max_new_tokens=200) for _ in range(5)]
+            wait_until(lambda: requests_of(address) == {"running": 2, "waiting": 3})
+            for text in texts:
+                text.cancel()
+            wait_until(lambda: requests_of(address) == {"running": 0, "waiting": 0})
+        for actor in cluster.names:
+            cluster.revive(actor)

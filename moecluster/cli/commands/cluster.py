@@ -35,6 +35,8 @@ def up(target: str, settings: Sequence[str], console: Console, *, random_weights
     console.print(f"  controller     {cluster.controller_address}")
     console.print(f"  Ray            {cluster.ray_address}")
     console.print(f"  secret         {cluster.secret_file}", soft_wrap=True)
+    if cluster.tls_dir:
+        console.print(f"  certificates   {cluster.tls_dir}", soft_wrap=True)
     console.print('next: moecluster status | moecluster generate MODEL "PROMPT" | moecluster down', highlight=False)
 
 

@@ -35,7 +35,6 @@ from moecluster.config.load import override, parse_override
 from moecluster.errors import ClusterEnded, ConfigError, Unavailable
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import GatewayServer, ModelSource, check_names, keys_for
-from moecluster.rpc.credentials import read_secret
 
 SELF = (sys.executable, "-c", "from moecluster.cli.app import main; main()")
 POLL_S = 20.0  # for Ray to find the actors
@@ -131,7 +130,7 @@ def gateway(models: Sequence[str], settings: Sequence[str], options: GatewayOpti
 def _listen(config: Config) -> GatewayServer:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     disable_created_metrics()
-    return GatewayServer(config.serve, keys_for(config.serve, config.security))
+    return GatewayServer(config.serve, config.security, keys_for(config.serve, config.security))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +158,12 @@ def _run(server: GatewayServer, models: Sequence[Served], console: Console) -> N
         for model in models
     ]
     names = ", ".join(model.name for model in models)
-    key = ' -H "Authorization: Bearer KEY"' if server.keys else ""
+    key = f' -H "Authorization: Bearer {server.wanted}"' if server.wanted else ""
     body = json.dumps({"model": sources[0].name, "prompt": "def add(a, b):", "max_tokens": 32})
     lines = (
         *(f"{model.name}: {weights_in(model.model)}" for model in models),
-        f"serving {names} at http://{server.address}/v1 until Ctrl-C; try",
-        f"curl http://{server.address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"serving {names} at {server.url}/v1 until Ctrl-C; try",
+        f"curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
     )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -306,5 +305,5 @@ def ask_ray(cluster: str) -> ClusterAddresses:
     return ClusterAddresses(
         routers=tuple(address for name, address in addresses.items() if is_router(name) and address),
         controller=addresses.get(CONTROLLER, ""),
-        credentials=read_secret(noted.secret_file) if noted is not None and noted.secret_file else None,
+        credentials=noted.read_credentials() if noted is not None and noted.secret_file else None,
     )

@@ -14,7 +14,7 @@ from actors.launch import credentials_of
 from moecluster.cli.common.cluster_choice import RemoteCluster, at_address, routers_in
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.routers import find_routers
-from moecluster.config.sections import ServeConfig
+from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import ResourceError
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.router_discovery import ClusterAddresses
@@ -69,7 +69,7 @@ def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator
     api_key = secrets.token_urlsafe(32)
     source = _remote(name) if ":" in name else _recorded(name, console)
     settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)
-    server = GatewayServer(settings, ApiKeys([api_key]))
+    server = GatewayServer(settings, SecurityConfig(), ApiKeys([api_key]))
     thread = threading.Thread(target=server.run, args=([source],), name="gateway", daemon=True)
     thread.start()
     try:
@@ -78,7 +78,7 @@ def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator
             if not thread.is_alive() or time.monotonic() > deadline_s:
                 raise ResourceError(f"the gateway to the cluster {name} does not start")
             time.sleep(0.01)
-        yield LocalGateway(url=f"http://{server.address}", api_key=api_key)
+        yield LocalGateway(url=server.url, api_key=api_key)
     finally:
         server.stop()
         thread.join(START_TIMEOUT_S)

@@ -15,9 +15,21 @@ class SecurityConfig(Section):
     ray_auth: str = setting(
         "token", "Authentication of a Ray cluster that moecluster starts.", choices=("token", "disabled")
     )
+    tls_dir: str = setting(
+        "",
+        "Folder with `ca.crt`, `tls.crt` and `tls.key` (PEM; `moecluster certs` makes them), at the same path on every "
+        "node. With it, every gRPC port speaks mutual TLS only. Read again when it changes. Empty: plain text, on the "
+        "loopback only.",
+    )
+    allow_plaintext: bool = setting(
+        False, "Let servers listen beyond the loopback without TLS, on a network that encrypts already."
+    )
+    open_metrics: bool = setting(
+        False, "Let everybody who reaches it read `/metrics`, of actors and gateway, without a token."
+    )
     api_keys_file: str = setting(
-        "", "File of API keys that the gateway accepts, one per line. Empty: it asks for no key."
+        "",
+        "File of API keys that the gateway accepts beside tokens, one per line. Empty: tokens alone; on the loopback, "
+        "the user who runs the gateway needs none.",
     )
-    allow_without_keys: bool = setting(
-        False, "Let the gateway listen on addresses beyond the loopback without API keys."
-    )
+    allow_without_keys: bool = setting(False, "Let everybody who reaches the gateway use it without API key or token.")

@@ -33,6 +33,14 @@ class ServeConfig(Section):
 
     host: str = setting("127.0.0.1", "Address that the gateway listens on.")
     port: int = setting(8000, "Port of the gateway. 0: any free port.", minimum=0, maximum=65535)
+    tls_certificate_file: str = setting(
+        "",
+        "Certificate of the gateway, with those between it and its CA (PEM). Read again when it changes. Empty: plain "
+        "HTTP.",
+    )
+    tls_key_file: str = setting(
+        "", "Private key of `tls_certificate_file` (PEM), which only its owner or group may read."
+    )
     allow_unknown_fields: bool = setting(
         False, "Ignore unknown fields of HTTP requests instead of refusing the request (400)."
     )
@@ -46,6 +54,12 @@ class ServeConfig(Section):
         256 * MIB,
         "Total size of the bodies of all HTTP requests in flight. Requests beyond it are refused (429).",
         minimum=1024,
+    )
+    max_requests_per_minute: int = setting(
+        0,
+        "Requests a minute of one API key or token, or of one address where neither is asked for. More are refused "
+        "(429). 0: no limit.",
+        minimum=0,
     )
     max_inflight: int = setting(
         256,
@@ -107,6 +121,9 @@ class ServeConfig(Section):
     )
 
     def check(self) -> None:
+        if bool(self.tls_certificate_file) != bool(self.tls_key_file):
+            lacks = "tls_key_file" if self.tls_certificate_file else "tls_certificate_file"
+            raise self.complain(lacks, "expected both certificate and key, or neither")
         if self.max_buffered_bytes < self.max_body_bytes:
             raise self.complain("max_buffered_bytes", f"expected at least max_body_bytes = {self.max_body_bytes}")
         if self.max_routers and self.max_routers < self.min_routers:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moecluster.addresses import ListenAddress, split_host_port
+from moecluster.addresses import ListenAddress
 from moecluster.controller.load.direct import DirectLoadSource, LoadSource, SourceReading
 from moecluster.controller.load.prometheus import PrometheusLoadSource
 from moecluster.controller.load.prometheus_client import PrometheusServer
@@ -19,9 +19,10 @@ from moecluster.placement.load.speed import SpeedMeter
 from moecluster.placement.load.window import ExponentialWindow, LoadWindow, SlidingWindow
 from moecluster.placement.policy.interface import Decision, Observation
 from moecluster.placement.policy.registry import policy_named
+from moecluster.rpc.metrics_server import MetricsServer
 from moecluster.simulation.layouts import contiguous_layout
 from moecluster.types import ActorWork, ExpertId, LoadSnapshot
-from tests.support.clusters.prometheus_server import RunningPrometheus, check_config
+from tests.support.clusters.prometheus_server import SCRAPED, RunningPrometheus, check_config
 from tests.support.known import known
 
 CLUSTER = "cluster"
@@ -33,6 +34,7 @@ PERIOD_S = 100.0
 LOAD_TOLERANCE = 0.02
 WAIT_S = 60.0
 EXAMPLE = Path(__file__).parents[3] / "clusters" / "prometheus.yml"
+EXAMPLE_TOKEN = "/etc/prometheus/moecluster.token"
 
 
 class Process:
@@ -40,8 +42,8 @@ class Process:
 
     def __init__(self, *, cluster: str = CLUSTER, port: int = 0, max_expert_series: int = 1000) -> None:
         self.metrics = Metrics(model="served", cluster=cluster, max_expert_series=max_expert_series)
-        self.address = self.metrics.serve(ListenAddress(port=port))
-        self.port = split_host_port(self.address)[1]
+        self.server = MetricsServer(self.metrics, credentials=SCRAPED, listen=ListenAddress(port=port))
+        self.address, self.port = self.server.address, self.server.port
 
     @property
     def shown_tokens(self) -> int:
@@ -60,7 +62,7 @@ def start() -> Iterator[Start]:
 
         def start(*, cluster: str = CLUSTER, port: int = 0, max_expert_series: int = 1000) -> Process:
             process = Process(cluster=cluster, port=port, max_expert_series=max_expert_series)
-            started.callback(process.metrics.close)
+            started.callback(process.server.close)
             return process
 
         yield start
@@ -84,7 +86,7 @@ class Cluster:
 
     def restart_router(self, name: str) -> None:
         """Restarts a router at the same address: its counters begin at 0 again."""
-        self.routers[name].metrics.close()
+        self.routers[name].server.close()
         self.routers[name] = self._start(port=self.routers[name].port)
 
     def pass_period(self, period: int) -> None:
@@ -285,7 +287,7 @@ def test_a_router_that_ends_is_gone_from_the_next_readings(prometheus: RunningPr
     prometheus.scrape(stays.address, ends.address)
     source = source_of(prometheus)
     read_until(source, lambda reading: len(reading.counters.tokens) == 2)
-    ends.metrics.close()
+    ends.server.close()
     reading = read_until(source, lambda reading: len(reading.counters.tokens) == 1)
     assert list(reading.counters.tokens) == [f"instance={stays.address},job=moecluster"]
 
@@ -304,10 +306,14 @@ def test_of_an_actor_that_was_started_anew_elsewhere_the_new_incarnation_counts(
     read_until(source, lambda reading: server.query(both)[0].value == 2)
     found = source.read(0.0).work["expert-0"]
     assert (found.computed_rows, found.busy_s) == (7, 1.0)
-    new.metrics.close()
+    new.server.close()
     back = read_until(source, lambda reading: reading.work["expert-0"] != found).work["expert-0"]
     assert (back.computed_rows, back.busy_s) == (100, 5.0)
 
 
-def test_the_example_configuration_is_one(promtool: None) -> None:
-    check_config(EXAMPLE)
+def test_the_example_configuration_is_one(promtool: None, tmp_path: Path) -> None:
+    example = EXAMPLE.read_text()
+    assert EXAMPLE_TOKEN in example
+    (tmp_path / "token").write_text("a.b.c")
+    (tmp_path / "prometheus.yml").write_text(example.replace(EXAMPLE_TOKEN, str(tmp_path / "token")))
+    check_config(tmp_path / "prometheus.yml")

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from moecluster.config.sections import ServeConfig
+from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.router_discovery import ClusterAddresses
@@ -202,9 +202,9 @@ def test_a_port_in_use_and_a_name_given_twice_are_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = ServeConfig(port=taken.getsockname()[1])
         with pytest.raises(ResourceError, match="cannot listen on"):
-            GatewayServer(settings, ApiKeys())
+            GatewayServer(settings, SecurityConfig(), ApiKeys())
     with pytest.raises(ConfigError, match="given twice"):
-        GatewayServer(ServeConfig(port=0), ApiKeys()).run([source, source])
+        GatewayServer(ServeConfig(port=0), SecurityConfig(), ApiKeys()).run([source, source])
 
 
 def test_the_gateway_brings_neither_torch_nor_ray_nor_transformers() -> None:

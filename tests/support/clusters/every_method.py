@@ -40,10 +40,13 @@ def health_methods() -> list[Method]:
     return list(methods_of(health_pb2))
 
 
-def code_of(channel: grpc.Channel, method: Method, metadata: Metadata = ()) -> tuple[grpc.StatusCode, str]:
-    """Returns (status, detail) of a call with an empty request; OK if a reply arrives."""
+def code_of(
+    channel: grpc.Channel, method: Method, metadata: Metadata = (), *, connects: bool = False
+) -> tuple[grpc.StatusCode, str]:
+    """Returns (status, detail) of a call with an empty request; OK if a reply arrives. connects: waits for a
+    connection, which takes its time on a busy machine."""
     open_call: Any = channel.stream_stream(method.path)  # all kinds of call look alike on the wire
-    call: Any = open_call(iter([b""]), timeout=CALL_TIMEOUT_S, metadata=tuple(metadata))
+    call: Any = open_call(iter([b""]), timeout=CALL_TIMEOUT_S, metadata=tuple(metadata), wait_for_ready=connects)
     try:
         next(call, None)
     except grpc.RpcError as exc:

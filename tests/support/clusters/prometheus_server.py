@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 
+from moecluster.cli.common.certificates import Authority
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.scopes import Scope
+from moecluster.rpc.tls.material import NAME
+from moecluster.rpc.tokens import make_token
+from tests.support.certificates import write_certificates
+
 SCRAPE_INTERVAL_S = 0.2
+SCRAPED = ClusterCredentials(secret="p" * 43)  # of what is scraped: the server has a token with the scope read
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 10.0
 LISTENS = re.compile(r'msg="Listening on".* address=(\S+)')
@@ -30,9 +38,14 @@ class RunningPrometheus:
     address: str  # http://host:port
     folder: Path  # of its configuration, targets, data and log
 
-    def scrape(self, *targets: str) -> None:
+    @property
+    def tls_dir(self) -> Path:
+        """A folder of certificates whose CA the server believes."""
+        return self.folder / "tls"
+
+    def scrape(self, *targets: str, scheme: str = "http") -> None:
         """Scrapes /metrics of these host:port only. Prometheus takes up to 5 s to notice."""
-        _write_targets(self.folder, targets)
+        _write_targets(self.folder, targets, scheme)
 
 
 def check_config(path: Path) -> None:
@@ -54,6 +67,9 @@ def prometheus(tmp_path: Path) -> Iterator[RunningPrometheus]:
     folder = tmp_path / "prometheus"
     folder.mkdir()
     _write_targets(folder, ())
+    write_certificates(folder / "tls", Authority.make())
+    token = make_token(SCRAPED, scopes=[Scope.READ], subject="prometheus", lifetime_s=3600)
+    (folder / "token").write_text(token)
     (folder / "prometheus.yml").write_text(json.dumps(_config(folder)))  # JSON is YAML
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -87,12 +103,20 @@ def _config(folder: Path) -> dict[str, object]:
     targets = {"files": [str(folder / "targets.json")], "refresh_interval": "1s"}
     return {
         "global": {"scrape_interval": interval, "scrape_timeout": interval},
-        "scrape_configs": [{"job_name": "moecluster", "file_sd_configs": [targets]}],
+        "scrape_configs": [
+            {
+                "job_name": "moecluster",
+                "file_sd_configs": [targets],
+                "authorization": {"credentials_file": str(folder / "token")},
+                "tls_config": {"ca_file": str(folder / "tls" / "ca.crt"), "server_name": NAME},
+            }
+        ],
     }
 
 
-def _write_targets(folder: Path, targets: tuple[str, ...]) -> None:
-    (folder / "targets.new").write_text(json.dumps([{"targets": list(targets)}]))
+def _write_targets(folder: Path, targets: tuple[str, ...], scheme: str = "http") -> None:
+    content = [{"targets": list(targets), "labels": {"__scheme__": scheme}}]
+    (folder / "targets.new").write_text(json.dumps(content))
     (folder / "targets.new").rename(folder / "targets.json")  # atomic: Prometheus never reads a partial file
 
 

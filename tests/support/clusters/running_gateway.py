@@ -7,7 +7,7 @@ from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
 
-from moecluster.config.sections import ServeConfig
+from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.gateway.api_keys import ApiKeys
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import GatewayServer, ModelSource
@@ -19,7 +19,7 @@ class RunningGateway:
 
     def __init__(self, server: GatewayServer) -> None:
         self.server = server
-        self.url = f"http://{server.address}"
+        self.url = server.url
 
     @property
     def routers(self) -> Any:
@@ -35,10 +35,13 @@ class RunningGateway:
 
 @contextmanager
 def running_gateway(
-    *sources: ModelSource | Sequence[str], keys: Sequence[str] = (), **settings: Any
+    *sources: ModelSource | Sequence[str],
+    keys: Sequence[str] = (),
+    security: SecurityConfig | None = None,
+    **settings: Any,
 ) -> Iterator[RunningGateway]:
-    """Context: a gateway serves. sources: ModelSources, or router addresses of a model named "model". settings: fields
-    of ServeConfig."""
+    """Context: a gateway serves. sources: ModelSources, or router addresses of a model named "model". security: by
+    default its /metrics are open. settings: fields of ServeConfig."""
     models = [
         source
         if isinstance(source, ModelSource)
@@ -47,7 +50,8 @@ def running_gateway(
         )
         for source in sources
     ]
-    server = GatewayServer(ServeConfig(**{"port": 0, "grace_s": 2.0, **settings}), ApiKeys(keys))
+    serve = ServeConfig(**{"port": 0, "grace_s": 2.0, **settings})
+    server = GatewayServer(serve, security or SecurityConfig(open_metrics=True), ApiKeys(keys))
     thread = threading.Thread(target=server.run, args=(models,), name="gateway", daemon=True)
     thread.start()
     wait_until(lambda: server.started, "the gateway's start")

@@ -4,6 +4,8 @@ python -m tests.support.clusters.second_user UID < attempts.json > outcomes.json
 """
 
 import contextlib
+import encodings.idna  # noqa: F401  # while its file may still be read
+import http.client
 import importlib
 import json
 import os
@@ -23,6 +25,7 @@ from tests.support.clusters.every_method import Metadata, Method, code_of, guard
 
 NOBODY = 65533  # a uid without a user on the host
 CONNECT_S = 5.0
+PAGES = ("/metrics", "/v1/models")
 ATTEMPTS_S = 300.0
 SECRETS: dict[str, Metadata] = {
     "no secret": (),
@@ -35,6 +38,7 @@ class Outcomes:
     """Outcomes of the other user's attempts."""
 
     calls: dict[str, dict[str, str]]  # port -> "secret method" -> status; empty: no gRPC server
+    pages: dict[str, dict[str, int]]  # port -> "secret path" -> HTTP status; empty: no HTTP server
     files: dict[str, str]  # path -> allowed, if any attempt was, or refused
 
 
@@ -48,9 +52,10 @@ def listening(processes: Iterable[psutil.Process]) -> dict[int, tuple[str, str]]
     return found
 
 
-def try_everything(ports: Iterable[int], paths: Iterable[Path | str]) -> Outcomes:
-    """As another user, calls every method at every loopback port, and tries every kind of access to every path."""
-    attempts = json.dumps({"ports": sorted(ports), "paths": [str(path) for path in paths]})
+def try_everything(ports: Iterable[int], paths: Iterable[Path | str], *, has_ray: bool = True) -> Outcomes:
+    """As another user, calls every method and reads every page at every loopback port, and tries every kind of access
+    to every path. has_ray: tries Ray's own methods, too."""
+    attempts = json.dumps({"ports": sorted(ports), "paths": [str(path) for path in paths], "has_ray": has_ray})
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.clusters.second_user", str(NOBODY)],
         input=attempts, capture_output=True, text=True, timeout=ATTEMPTS_S,
@@ -83,6 +88,17 @@ def _calls(port: int, methods: list[Method]) -> dict[str, str]:
         }
 
 
+def _pages(port: int) -> dict[str, int]:
+    found = {}
+    for name, metadata in SECRETS.items():
+        for page in PAGES:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=CONNECT_S)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                connection.request("GET", page, headers=dict(metadata))
+                found[f"{name} {page}"] = connection.getresponse().status
+    return found
+
+
 def _outcome(path: str) -> str:
     """Returns "allowed" if any kind of access to the path succeeds, else "refused"."""
     attempts: list[Callable[[], object]] = [
@@ -101,13 +117,15 @@ def _outcome(path: str) -> str:
 
 def main() -> None:
     asked: dict[str, Any] = json.load(sys.stdin)
-    methods = [*guarded_methods(), *health_methods(), *rays_methods()]
+    methods = [*guarded_methods(), *health_methods(), *(rays_methods() if asked["has_ray"] else ())]
     uid = int(sys.argv[1])
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+    calls = {str(port): _calls(port, methods) for port in asked["ports"]}
     outcomes = {
-        "calls": {str(port): _calls(port, methods) for port in asked["ports"]},
+        "calls": calls,
+        "pages": {port: {} if found else _pages(int(port)) for port, found in calls.items()},
         "files": {path: _outcome(path) for path in asked["paths"]},
     }
     json.dump(outcomes, sys.stdout)

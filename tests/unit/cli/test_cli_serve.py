@@ -41,8 +41,13 @@ def complaint(
     ("arguments", "expected"),
     [
         (("serve", "nothing-here"), "no such model directory, TOML file or preset"),
-        (("serve", "demo", "--host", "0.0.0.0"), "there are no API keys"),
+        (("serve", "demo", "--host", "0.0.0.0"), "would cross the network unencrypted"),
         (("serve", "demo", "--api-keys-file", "none"), "security.api_keys_file: none cannot be read"),
+        (("serve", "demo", "--set", "serve.tls_key_file=k"), "serve.tls_certificate_file: got"),
+        (
+            ("serve", "demo", "-s", "serve.tls_key_file=k", "-s", "serve.tls_certificate_file=c"),
+            "c: cannot be read (No such file or directory); expected a certificate and its private key",
+        ),
         (("serve", "demo", "--port", "70000"), "serve.port: got 70000"),
         (("serve", "demo", "--also", "second"), "expected NAME=CLUSTER"),
         (("serve", "demo", "--also", "b=second"), "no cluster second is up"),

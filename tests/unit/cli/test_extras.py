@@ -66,6 +66,8 @@ COMMANDS = {
         for line in ("up nowhere", "train nowhere", "generate nowhere x", "serve nowhere", "params nowhere")
     },
     "demo --set train.steps=x": "train.steps: got",
+    "token --scope infer": "the cluster secret cannot be read",
+    "certs tls --renew": "--renew: there is no certificate in",
     "gateway --model a=second": "no cluster second is up",
     "batch nowhere.jsonl out.jsonl": "nowhere.jsonl",
     "batch in.jsonl out.jsonl --cluster second": "no cluster second is up",
@@ -85,10 +87,14 @@ NEEDS = {
         "bench serve --plot x.png --base-url http://127.0.0.1:1": "--plot",
         "simulate --plot x.png --trace in.jsonl": "--plot",
     },
+    "certs": {
+        "certs tls --renew": "moecluster certs",
+    },
 }
 # Imported only after a check of what they need.
 MODULES = {
     "serve": r"moecluster\.gateway(\..+)?|moecluster\.cli\.(commands\.serve|common\.local_gateway)",
+    "certs": r"moecluster\.cli\.(commands\.certs|common\.certificates)",
     "plots": r"moecluster\.http_client\.bench\.plot|moecluster\.training\.plots\..+|moecluster\.cli\.common\.plots",
 }
 
