@@ -19,8 +19,8 @@ BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test system-deps check lint sizes types imports stale-protos stale-pages links bench protos docs \
-	models-page soak clean
+.PHONY: help demo test test-hosts system-deps check lint sizes types imports stale-protos stale-pages links bench dist \
+	protos docs models-page soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,11 @@ links: $(VENV)/.dev
 
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+dist: $(VENV)/.created  ## dist/: what a node of a Ray cluster installs (clusters/*.yaml): wheel, pinned versions, a script
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt clusters/node_setup.sh dist
 
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
