@@ -1,13 +1,16 @@
 """The shell of a checkpoint source, on the node that has the directory; and how other actors find it."""
 
-import os
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import ray
 
 from actors.names import SOURCE, Endpoints
+from actors.node_address import listen_address, own_endpoints
 from actors.ray_calls import call, find_actor
 from actors.restart_policy import restart_on_init_failure
+from moecluster.config import read_config
 from moecluster.errors import CheckpointError, MoeClusterError, Unavailable
 from moecluster.models.checkpoint.reader import Checkpoint, OpenCheckpoint
 from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
@@ -21,10 +24,11 @@ class CheckpointSource:
     """Serves the directories announced to it. Callers authenticated by Ray get their ids."""
 
     @restart_on_init_failure
-    def __init__(self, directory: str, credentials: ClusterCredentials, host: str) -> None:
+    def __init__(self, tables: Mapping[str, Any], credentials: ClusterCredentials, directory: str) -> None:
         """directory: announced at once, also after a restart."""
         self._announcements = Announcements()
-        self._server = serve_checkpoints(self._announcements, credentials=credentials, host=host)
+        listen = listen_address(read_config(tables))
+        self._server = serve_checkpoints(self._announcements, credentials=credentials, listen=listen)
         self.announce(directory, directory)
 
     def announce(self, name: str, directory: str) -> None:
@@ -44,7 +48,7 @@ class CheckpointSource:
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return Endpoints(actor=SOURCE, pid=os.getpid(), address=self._server.address, metrics_address="")
+        return own_endpoints(SOURCE, self._server)
 
 
 def checkpoint_opener(namespace: str, credentials: ClusterCredentials) -> OpenCheckpoint:

@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
 from actors.names import CONTROLLER, Endpoints, make_metrics
+from actors.node_address import CONTROLLER_PORT, METRICS_PORT, listen_address, own_endpoints, own_process
 from actors.restart_policy import restart_on_init_failure
 from actors.supervisor import RaySupervisor
 from moecluster.config import read_config
@@ -20,6 +21,7 @@ from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.health import HealthWatch
+from moecluster.rpc.reach import Peer, Unreached, unreached
 from moecluster.types import ActorAddress, Replica
 
 logger = logging.getLogger(__name__)
@@ -43,8 +45,8 @@ class ControllerActor:
         config = read_config(tables)
         self._credentials = credentials
         metrics = make_metrics(config)
-        port = metrics.serve(host=config.cluster.host, port=metrics_port)
-        self._metrics_address = f"{config.cluster.host}:{port}"
+        listen = listen_address(config)
+        self._process = own_process(metrics.serve(listen.at(metrics_port, METRICS_PORT)))
         self._start_timeout_s = config.cluster.start_timeout_s
         supervisor = RaySupervisor(config, credentials)
         self._controller = Controller(
@@ -59,17 +61,25 @@ class ControllerActor:
             on_deposed=_leave,
             announce=partial(_announce, config.cluster.name),
             open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
+            end=supervisor.end_cluster,
+            process=self._process,
         )
-        self._server = serve_controller(self._controller, credentials=credentials, host=config.cluster.host)
+        self._server = serve_controller(
+            self._controller,
+            credentials=credentials,
+            listen=listen.at(config.cluster.controller_port, CONTROLLER_PORT),
+        )
         self._failure: MoeClusterError | None = None
         self._started = threading.Event()
         threading.Thread(target=self._start, name="start", daemon=True).start()
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return Endpoints(
-            actor=CONTROLLER, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
-        )
+        return own_endpoints(CONTROLLER, self._server, self._process.metrics_address)
+
+    def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
+        """Returns the servers that this process does not reach."""
+        return unreached(peers, credentials=self._credentials, timeout_s=timeout_s)
 
     def credentials(self) -> ClusterCredentials:
         """Returns the cluster's secret, for a command on a host without its file. Ray has authenticated the caller."""

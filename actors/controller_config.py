@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from actors.names import ORDERED_GROWTH, expert_names, most_routers
+from actors.names import expert_names, most_expert_actors, most_routers
 from moecluster.config import Config
 from moecluster.controller.load.direct import LoadSource
 from moecluster.controller.load.prometheus import PrometheusLoadSource
@@ -36,7 +36,7 @@ def controller_settings(
         start_timeout_s=cluster.start_timeout_s,
         load_timeout_s=cluster.start_timeout_s,
         min_actors=controller.min_expert_actors or 1,
-        max_actors=controller.max_expert_actors or ORDERED_GROWTH * cluster.num_expert_actors,
+        max_actors=most_expert_actors(config),
         observer=ObserverSettings(
             window=controller.window,
             window_s=controller.window_s,

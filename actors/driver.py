@@ -1,7 +1,6 @@
 """Starts, finds and stops a cluster: its named, detached actors in a Ray namespace of its own."""
 
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,9 @@ from actors.names import (
     metrics_ports,
     router_names,
 )
-from actors.ray_calls import call, endpoints_of, find_actor, named_actors
+from actors.preflight import check, has_other_nodes
+from actors.ray_calls import call, end_actors, endpoints_of, find_actor, named_actors
+from actors.reach import prove_reach
 from actors.router_actor import RouterActor
 from actors.spawn import spawn
 from moecluster.config import Config
@@ -67,7 +68,8 @@ class Cluster:
         """Starts the actors and loads the experts; returns when all of them serve.
 
         on_loading: called repeatedly with the bytes loaded so far. credentials: required by all its servers.
-        Raises UserError if the model, placement, resources or ports do not fit; then everything started is stopped.
+        Raises UserError if the model, placement, resources, addresses or ports do not fit; then everything started is
+        stopped.
         """
         if self.exists():
             raise ResourceError(
@@ -81,8 +83,7 @@ class Cluster:
         replicas = initial_placement(config.controller.placement, layer_experts, names)
         controller_settings(config, model_dir, replicas, layer_experts)  # fail here rather than in the actor
         policy_named(config.controller.policy)
-        check_resources(config, ray.available_resources())
-        check_ports(config)
+        check(config)
         given = GivenDirectories(self.name)
         given.forget_all()  # left over from a cluster of this name that was not taken down
         try:
@@ -100,7 +101,7 @@ class Cluster:
             if has_other_nodes(config):
                 node = ray.get_runtime_context().get_node_id()
                 handles[SOURCE] = spawn(
-                    CheckpointSource, "source", config, SOURCE, model_dir, credentials, config.cluster.host, node=node
+                    CheckpointSource, "source", config, SOURCE, tables, credentials, model_dir, node=node
                 )
             for name in router_names(config):
                 handles[name] = spawn(
@@ -108,6 +109,7 @@ class Cluster:
                 )
             deadline_s = time.monotonic() + config.cluster.start_timeout_s
             endpoints = self._wait_ready(handles, config.cluster.start_timeout_s)
+            prove_reach(handles, endpoints, credentials)
             total_bytes = bytes_to_load(source, replicas, getattr(torch, config.model.dtype))
             with LoadedBytes({name: endpoints[name].address for name in names}, credentials) as hosted:
 
@@ -186,13 +188,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Kills all actors of the namespace, and waits until they are gone."""
-        deadline_s = time.monotonic() + KILL_TIMEOUT_S
-        # In a loop: the controller may have requested another actor just before it died.
-        while (names := self.actors()) and time.monotonic() < deadline_s:
-            for name in sorted(names, key=_stop_order):
-                with suppress(Unavailable):  # gone meanwhile
-                    ray.kill(self._handle(name), no_restart=True)
-            time.sleep(POLL_S)
+        end_actors(self.name, KILL_TIMEOUT_S)
         with suppress(Unavailable):  # the next cluster of this name forgets them when it starts
             GivenDirectories(self.name).forget_all()
 
@@ -228,50 +224,3 @@ class Cluster:
 
     def _handle(self, name: str) -> "ActorHandle[Any]":
         return find_actor(name, self.name)
-
-
-def check_resources(config: Config, available: Mapping[str, float]) -> None:
-    """Raises ResourceError naming the missing CPUs or GPUs. available: Ray's free resources, by Ray's names."""
-    cluster = config.cluster
-    needed = {
-        "CPU": cluster.num_expert_actors * cluster.cpus_per_expert_actor
-        + cluster.num_routers * cluster.cpus_per_router,
-        "GPU": cluster.num_expert_actors * cluster.gpus_per_expert_actor
-        + cluster.num_routers * cluster.gpus_per_router,
-    }
-    missing = {kind: count - available.get(kind, 0.0) for kind, count in needed.items()}
-    short = [f"{count:g} {kind}s" for kind, count in missing.items() if count > 1e-6]
-    if short:
-        free = ", ".join(f"{available.get(kind, 0.0):g} {kind}s" for kind, count in needed.items() if count)
-        routers = "the router" if cluster.num_routers == 1 else f"{cluster.num_routers} routers"
-        raise ResourceError(
-            f"{' and '.join(short)} are missing: {cluster.num_expert_actors} expert actors and {routers} need "
-            f"{', '.join(f'{count:g} {kind}s' for kind, count in needed.items() if count)}, free are {free}; "
-            "lower cluster.num_expert_actors, cluster.num_routers or the CPUs and GPUs per actor, or add nodes"
-        )
-
-
-def has_other_nodes(config: Config) -> bool:
-    """Returns whether actors may run on nodes without the checkpoint: a Ray given by address may grow nodes."""
-    return bool(config.cluster.address) or len([node for node in ray.nodes() if node["Alive"]]) > 1
-
-
-def check_ports(config: Config) -> None:
-    """Raises ResourceError if a port that the settings name is in use here."""
-    for name, port in metrics_ports(config).items():
-        if not port:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.cluster.host, port))
-            except OSError as exc:
-                raise ResourceError(
-                    f"port {port} of {config.cluster.host} is in use, and {name}'s /metrics wants it; "
-                    "choose another cluster.metrics_port, or 0 for any"
-                ) from exc
-
-
-def _stop_order(name: str) -> int:
-    """Sorts the controller first, so that it does not restore what is being taken down."""
-    return 0 if name == CONTROLLER else 1

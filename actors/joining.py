@@ -11,6 +11,7 @@ from ray.exceptions import AuthenticationError
 
 from actors.ray_calls import first_line
 from actors.signals import signals_later
+from moecluster.addresses import is_loopback, split_host_port
 from moecluster.errors import ClusterNotFound, ResourceError
 
 CONNECT_TIMEOUT_S = 3.0
@@ -19,9 +20,9 @@ ANSWER_TIMEOUT_S = 10.0
 
 def connect(address: str) -> None:
     """Joins a running Ray cluster as a driver. Raises ClusterNotFound if there is none at host:port."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        host, port = split_host_port(address)
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as exc:
         raise ClusterNotFound(
             f"no Ray cluster answers at {address}; give host:port of a running one (ray start prints it), "
@@ -30,9 +31,9 @@ def connect(address: str) -> None:
     disconnect()  # harmless if not joined
     try:
         # Otherwise Ray replaces a loopback address by this host's network address.
-        own: dict[str, Any] = {"_node_ip_address": host} if host == "127.0.0.1" else {}
+        own: dict[str, Any] = {"_node_ip_address": host} if is_loopback(host) else {}
         with signals_later():  # threads started by gRPC inherit the signal mask, so signals stay with this thread
-            _refuse_what_is_no_ray(host, int(port))
+            _refuse_what_is_no_ray(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except ResourceError:
         raise
@@ -40,16 +41,16 @@ def connect(address: str) -> None:
         raise ResourceError(f"the Ray cluster at {address} cannot be joined: {_why_not_joined(exc)}") from exc
 
 
-def _refuse_what_is_no_ray(host: str, port: int) -> None:
+def _refuse_what_is_no_ray(address: str) -> None:
     """Raises ResourceError if no gRPC server answers; Ray would wait for minutes for a stopped or foreign process."""
     if os.environ.get("RAY_USE_TLS", "0") == "1":
         return
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    with grpc.insecure_channel(address) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
         except grpc.FutureTimeoutError as exc:
             raise ResourceError(
-                f"what listens at {host}:{port} does not answer as a Ray does within {ANSWER_TIMEOUT_S:g} s: it is "
+                f"what listens at {address} does not answer as a Ray does within {ANSWER_TIMEOUT_S:g} s: it is "
                 "stopped or overloaded, or no Ray"
             ) from exc
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from actors.places import make_socket_folder
+from moecluster.addresses import join_host_port, split_host_port
 from moecluster.errors import ResourceError
 
 MARK = "MOECLUSTER_LOCAL_RAY"
@@ -62,7 +63,7 @@ def start_local_ray(planned: LocalRay, timeout_s: float) -> LocalRay:
         raise ResourceError(f"a local Ray could not be started: {exc}") from exc
     while True:
         ports = _free_ports(len(PORT_OPTIONS))
-        local = replace(planned, address=f"{HOST}:{ports[0]}")
+        local = replace(planned, address=join_host_port(HOST, ports[0]))
         failure = _ray_start(local, ports, timeout_s, deadline_s)
         if not failure:
             return local
@@ -147,9 +148,8 @@ def is_running(local: LocalRay) -> bool:
 
 def is_gone(address: str) -> bool:
     """Returns whether a Ray's address (host:port) refuses connections. A host that is silent may come back."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection(split_host_port(address), timeout=CONNECT_TIMEOUT_S).close()
     except ConnectionRefusedError:
         return True
     except (OSError, ValueError):

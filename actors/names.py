@@ -28,6 +28,11 @@ def most_routers(config: Config) -> int:
     return max(config.serve.max_routers or ORDERED_GROWTH * config.cluster.num_routers, config.cluster.num_routers)
 
 
+def most_expert_actors(config: Config) -> int:
+    """Returns the largest number of expert actors at any time."""
+    return config.controller.max_expert_actors or ORDERED_GROWTH * config.cluster.num_expert_actors
+
+
 def is_router(actor: str) -> bool:
     """Returns whether an actor's name is a router's."""
     return actor == ROUTER or actor.startswith(f"{ROUTER}-")
@@ -55,6 +60,8 @@ class Endpoints:
     pid: int
     address: str  # gRPC, host:port
     metrics_address: str  # /metrics, host:port
+    server_id: str = ""  # of its RunningServer
+    node: str = ""  # the address of its node, as Ray knows it
     nice: int = field(default_factory=lambda: os.nice(0))  # niceness of the process that creates this record
 
 
@@ -76,6 +83,15 @@ def metrics_port(config: Config, actor: str) -> int:
         return next_port + int(actor.removeprefix(f"{ROUTER}-")) - cluster.num_routers
     next_port += most_routers(config) - cluster.num_routers
     return next_port + int(actor.removeprefix(EXPERT_PREFIX)) - cluster.num_expert_actors
+
+
+def fixed_ports(config: Config) -> frozenset[int]:
+    """Returns the ports that settings give to an actor, now or when it joins later."""
+    ports = {config.cluster.controller_port}
+    if config.cluster.metrics_port:
+        most = most_routers(config) + 1 + most_expert_actors(config)
+        ports.update(range(config.cluster.metrics_port, config.cluster.metrics_port + most))
+    return frozenset(ports - {0})
 
 
 def process_environment(threads: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Calls named actors, with finite timeouts and with Ray's errors translated to MoeClusterErrors."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +14,7 @@ from actors.names import CONTROLLER, Endpoints
 from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
 
 RESOLVE_TIMEOUT_S = 5.0
+POLL_S = 0.1
 
 
 def find_actor(name: str, namespace: str) -> "ActorHandle[Any]":
@@ -30,6 +32,18 @@ def named_actors(namespace: str) -> list[str]:
     except (RayError, RuntimeError) as exc:
         raise Unavailable(f"Ray does not say which actors there are: {last_line(exc)}") from exc
     return sorted(actor["name"] for actor in found if actor["namespace"] == namespace)
+
+
+def end_actors(namespace: str, timeout_s: float, *, spare: Collection[str] = ()) -> None:
+    """Kills the namespace's actors for good, but for those to spare: the controller first, so that it does not restore
+    what is being ended. Raises Unavailable if Ray does not answer."""
+    deadline_s = time.monotonic() + timeout_s
+    # In a loop: the controller may have requested another actor just before it died.
+    while (names := set(named_actors(namespace)) - set(spare)) and time.monotonic() < deadline_s:
+        for name in sorted(names, key=lambda name: name != CONTROLLER):
+            with suppress(Unavailable):  # gone meanwhile
+                ray.kill(find_actor(name, namespace), no_restart=True)
+        time.sleep(POLL_S)
 
 
 def endpoints_of(names: Sequence[str], namespace: str, timeout_s: float) -> dict[str, Endpoints | None]:

@@ -4,8 +4,7 @@ Modules that import transformers, which takes seconds and 100 MB, are imported i
 controller, which starts routers, does without.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from actors.checkpoint_actor import checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
+from actors.node_address import METRICS_PORT, listen_address, own_endpoints, own_process
 from actors.ray_calls import controller_resolver
 from actors.restart_policy import restart_on_init_failure
 from moecluster.config import Config, read_config
@@ -29,6 +29,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.interface import ExpertTransport
+from moecluster.rpc.reach import Peer, Unreached, unreached
 from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress, RouterState
@@ -63,9 +64,10 @@ class RouterActor:
         config = read_config(tables)
         self._config = config
         self._name = name
+        self._credentials = credentials
         self._metrics = make_metrics(config)
-        port = self._metrics.serve(host=config.cluster.host, port=metrics_port)
-        self._metrics_address = f"{config.cluster.host}:{port}"
+        listen = listen_address(config)
+        self._process = own_process(self._metrics.serve(listen.at(metrics_port, METRICS_PORT)))
         resolve = controller_resolver(config.cluster.name)
         self._serving: tuple[Router, str] | None = None  # and its gRPC address
         self._placements = ControllerClient(router=name, resolve=resolve, state=self._state, credentials=credentials)
@@ -94,16 +96,16 @@ class RouterActor:
         )
         # A call for every running or waiting request, and some for those that are refused or only ask for status.
         max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
-        self._server = serve_router(
-            self._router, credentials=credentials, host=config.cluster.host, max_calls=max_calls
-        )
+        self._server = serve_router(self._router, credentials=credentials, listen=listen, max_calls=max_calls)
         self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
         """Returns the addresses of the process."""
-        return Endpoints(
-            actor=self._name, pid=os.getpid(), address=self._server.address, metrics_address=self._metrics_address
-        )
+        return own_endpoints(self._name, self._server, self._process.metrics_address)
+
+    def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
+        """Returns the servers that this process does not reach."""
+        return unreached(peers, credentials=self._credentials, timeout_s=timeout_s)
 
     def reload(self, model_dir: str) -> None:
         """Loads trunk and tokenizer from another directory. Raises CheckpointError or UnsupportedModelError."""
@@ -126,7 +128,7 @@ class RouterActor:
         if self._serving is None:
             return RouterState(router=self._name)
         router, address = self._serving
-        return replace(router.state(), address=address)
+        return replace(router.state(), address=address, process=self._process)
 
 
 def make_remote_experts(

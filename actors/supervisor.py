@@ -2,24 +2,27 @@
 
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # as in Ray Serve: no public API has draining nodes
 from ray.exceptions import RayError
 
 from actors.expert_actor import ExpertActor
-from actors.names import EXPERT_PREFIX, is_router, metrics_port
-from actors.ray_calls import call, find_actor, named_actors
+from actors.given_directories import GivenDirectories
+from actors.names import CONTROLLER, EXPERT_PREFIX, is_router, metrics_port
+from actors.ray_calls import call, end_actors, find_actor, named_actors
 from actors.router_actor import RouterActor
 from actors.spawn import spawn
 from moecluster.config import Config
-from moecluster.errors import MoeClusterError
+from moecluster.errors import MoeClusterError, Unavailable
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ActorAddress
 
 POLL_S = 0.05
 ASK_AGAIN_S = 2.0
 GCS_TIMEOUT_S = 2.0
+END_TIMEOUT_S = 15.0
 
 
 class RaySupervisor:
@@ -85,6 +88,13 @@ class RaySupervisor:
             ray.kill(find_actor(actor, self._namespace), no_restart=True)
         except (MoeClusterError, RayError):
             return  # gone already
+
+    def end_cluster(self) -> None:
+        """Kills every actor of the cluster, and this controller last. Raises Unavailable if Ray does not answer."""
+        end_actors(self._namespace, END_TIMEOUT_S, spare=[CONTROLLER])
+        with suppress(Unavailable):  # the next cluster of this name forgets them when it starts
+            GivenDirectories(self._namespace).forget_all()
+        self.remove(CONTROLLER)
 
     def draining_nodes(self) -> frozenset[str]:
         """Returns the nodes that Ray reports as draining: by its autoscaler, or preempted by their cloud."""

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moecluster.errors import ResourceError
+from moecluster.addresses import ListenAddress
 from moecluster.types import ExpertId
 
 DISPATCH_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0, 60.0)
@@ -153,19 +153,17 @@ class Metrics:
         self._train_step = self._histogram("train_step_seconds", "Duration of a committed step", STEP_BUCKETS_S)
         self._train_replays = self._counter("train_step_replays", "Attempts of training steps that were run again")
 
-    def serve(self, *, host: str, port: int) -> int:
-        """Serves /metrics until `close`. port 0: any free one. Returns the port. Raises ResourceError if it is in
-        use."""
+    def serve(self, listen: ListenAddress) -> str:
+        """Serves /metrics until `close`. Returns host:port, as others reach it. Raises ResourceError if it cannot
+        listen."""
         assert self._server is None, "served already"
-        try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ResourceError(
-                f"metrics: cannot listen on {host}:{port} ({error.strerror}); choose a free cluster.metrics_port, "
-                "or 0 for any"
-            ) from error
-        self._server = server
-        return server.server_port
+
+        def bind(port: int) -> _Server:
+            server, _ = start_http_server(port, addr=listen.host, registry=self.registry)
+            return server
+
+        self._server = listen.bind(bind)
+        return listen.advertised(self._server.server_port)
 
     def close(self) -> None:
         """Stops serving /metrics. Idempotent."""

@@ -15,7 +15,7 @@ from moecluster import __version__
 from moecluster.cli import exit_codes, http_commands, job_commands, operation_commands, planning_commands
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.extras import need
-from moecluster.cli.common.options import Json, Name
+from moecluster.cli.common.options import Address, Json, Name, SecretFile
 from moecluster.cli.exit_codes import FAILED, exit_code
 from moecluster.errors import MoeClusterError, UserError
 
@@ -64,33 +64,46 @@ def up(target: Target = "demo", settings: Settings = None, random_weights: Rando
     run(target, settings or (), make_console(), random_weights=random_weights)
 
 
-@app.command(epilog="Example: moecluster status    or: moecluster status --json")
+@app.command(epilog="Example: moecluster status    or: moecluster status --address head:20000 --secret-file moe.secret")
 def status(
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
     json: Json = False,
     timeout_s: Annotated[float, typer.Option(help="longest wait for actors that do not answer", min=0.5)] = 3.5,
 ) -> None:
     """Show a running cluster: its placement, actors, addresses, operations and problems."""
-    from moecluster.cli.commands.cluster import status as run
+    from moecluster.cli.commands.status import status as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    if not run(name, json, timeout_s, make_console()):
+    if not run(chosen(name, address, secret_file), json, timeout_s, make_console()):
         raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: moecluster down    or: moecluster down --name second")
-def down(name: Name = "moecluster") -> None:
+def down(name: Name = None, address: Address = "", secret_file: SecretFile = "") -> None:
     """Stop a cluster: exactly what `up` started, and no other Ray."""
     from moecluster.cli.commands.cluster import down as run
+    from moecluster.cli.commands.cluster import down_at
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, make_console())
+    choice = chosen(name, address, secret_file)
+    if choice.address:
+        down_at(choice, make_console())
+    else:
+        run(choice.name, make_console())
 
 
 @app.command(
     epilog='Example: moecluster generate ./Mixtral-tiny "def main(" --max-new-tokens 64 --temperature 0.7 --seed 1'
 )
 def generate(
-    target: Target,
-    prompt: Annotated[str, typer.Argument(help="text to continue; with --chat, a user's message")],
+    target: Annotated[
+        str, typer.Argument(help="model directory, TOML file, or name of a preset; left out with --address")
+    ],
+    prompt: Annotated[
+        str | None, typer.Argument(help="text to continue; with --chat, a user's message", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="most tokens to generate (default: serve.max_new_tokens)", min=1)
     ] = None,
@@ -102,20 +115,38 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="equal seeds sample equal output (default: serve.seed)")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="stop string; may be repeated")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="apply the model's chat template")] = False,
+    address: Address = "",
+    secret_file: SecretFile = "",
     settings: Settings = None,
 ) -> None:
     """Generate a continuation of a prompt, streamed, on the running cluster or on one started for it."""
     from moecluster.cli.commands.generate import generate as run
-    from moecluster.cli.commands.generate import given_options
+    from moecluster.cli.commands.generate import generate_at, given_options, words_of
+    from moecluster.cli.common.cluster_choice import chosen
 
     options = given_options(max_new_tokens, temperature, top_p, top_k, seed, stop)
-    run(target, prompt, chat, options, settings or (), make_console(stderr=True))
+    choice = chosen(None, address, secret_file)
+    target, prompt = words_of(choice, target, prompt)
+    if choice.address:
+        generate_at(choice, prompt, chat, options, settings or (), make_console(stderr=True))
+    else:
+        run(target, prompt, chat, options, settings or (), make_console(stderr=True))
 
 
 Host = Annotated[str | None, typer.Option(help="address to listen on (serve.host)", show_default=False)]
 Port = Annotated[int | None, typer.Option(help="port to listen on; 0: any (serve.port, 8000)", show_default=False)]
 ApiKeysFile = Annotated[
     str | None, typer.Option(help="file of API keys, one per line (security.api_keys_file)", show_default=False)
+]
+
+SecretFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--secret-file",
+        help="file with the secret of clusters at addresses: one for all, or one for each in order; default: "
+        "$MOECLUSTER_SECRET_FILE",
+        show_default=False,
+    ),
 ]
 
 
@@ -132,8 +163,13 @@ def serve(
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=CLUSTER", help="another cluster's model; may be repeated", show_default=False),
+        typer.Option(
+            metavar="NAME=CLUSTER",
+            help="another cluster's model, by the cluster's name or its controller's HOST:PORT; may be repeated",
+            show_default=False,
+        ),
     ] = None,
+    secret_files: SecretFiles = None,
     random_weights: RandomWeights = False,
     settings: Settings = None,
 ) -> None:
@@ -142,16 +178,23 @@ def serve(
     from moecluster.cli.commands.serve import GatewayOptions
     from moecluster.cli.commands.serve import serve as run
 
-    options = GatewayOptions(host=host, port=port, api_keys_file=api_keys_file, model_name=model_name)
+    options = GatewayOptions(
+        host=host, port=port, api_keys_file=api_keys_file, model_name=model_name, secret_files=tuple(secret_files or ())
+    )
     run(target, settings or (), options, also or (), make_console(), random_weights=random_weights)
 
 
-@app.command(epilog="Example: moecluster gateway --model mixtral=moecluster --model small=second")
+@app.command(epilog="Example: moecluster gateway --model mixtral=moecluster --model small=10.0.0.7:20000")
 def gateway(
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=CLUSTER", help="model name and its cluster; may be repeated", show_default=False),
+        typer.Option(
+            metavar="NAME=CLUSTER",
+            help="model name and its cluster, by name or its controller's HOST:PORT; may be repeated",
+            show_default=False,
+        ),
     ] = None,
+    secret_files: SecretFiles = None,
     host: Host = None,
     port: Port = None,
     api_keys_file: ApiKeysFile = None,
@@ -162,7 +205,8 @@ def gateway(
     from moecluster.cli.commands.serve import GatewayOptions
     from moecluster.cli.commands.serve import gateway as run
 
-    run(model or (), settings or (), GatewayOptions(host=host, port=port, api_keys_file=api_keys_file), make_console())
+    options = GatewayOptions(host=host, port=port, api_keys_file=api_keys_file, secret_files=tuple(secret_files or ()))
+    run(model or (), settings or (), options, make_console())
 
 
 @app.command(epilog="Example: moecluster train demo --set train.steps=100    or: moecluster train my.toml")

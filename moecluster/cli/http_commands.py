@@ -29,7 +29,13 @@ def batch(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="responses, in the order of the requests")],
     base_url: BaseUrl = GATEWAY,
     cluster: Annotated[
-        str, typer.Option(help="use this cluster, started here by moecluster up, instead of a gateway")
+        str,
+        typer.Option(
+            metavar="NAME|HOST:PORT",
+            help="use this cluster instead of a gateway: one started here, or its controller's address with "
+            "$MOECLUSTER_SECRET_FILE",
+            show_default=False,
+        ),
     ] = "",
     concurrency: Annotated[int, typer.Option(help="requests in flight", min=1, max=4096)] = 32,
     attempts: Annotated[

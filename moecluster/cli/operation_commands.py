@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from moecluster.cli.common.console import make_console
-from moecluster.cli.common.options import Json, Name
+from moecluster.cli.common.options import Address, Json, Name, SecretFile
 
 OperationId = Annotated[
     str, typer.Option("--id", help="operation id: repeating a command with the same id is safe", show_default=False)
@@ -35,24 +35,30 @@ def scale(
     ] = None,
     operation_id: OperationId = "",
     wait: Wait = True,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Scale expert actors or routers up or down while the cluster serves."""
     from moecluster.cli.commands.operations import scale as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, number, routers, operation_id, wait, make_console())
+    run(chosen(name, address, secret_file), number, routers, operation_id, wait, make_console())
 
 
 def drain(
     node: Annotated[str, typer.Argument(metavar="NODE|ACTOR", help="a node, or the name of an expert actor")],
     operation_id: OperationId = "",
     wait: Wait = True,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Move all experts off a node or an actor while they serve; then it can be removed."""
     from moecluster.cli.commands.operations import drain as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, node, operation_id, wait, make_console())
+    run(chosen(name, address, secret_file), node, operation_id, wait, make_console())
 
 
 def place(
@@ -61,16 +67,21 @@ def place(
     nowhere: Annotated[bool, typer.Option("--nowhere", help="unload it until a token needs it")] = False,
     operation_id: OperationId = "",
     wait: Wait = True,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Place an expert on exactly these actors while it serves."""
     from moecluster.cli.commands.operations import place as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, expert, actors or (), nowhere, operation_id, wait, make_console())
+    run(chosen(name, address, secret_file), expert, actors or (), nowhere, operation_id, wait, make_console())
 
 
 def update(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="checkpoint of the same shape, visible on all nodes")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="checkpoint of the same shape; with --address as its nodes see it")
+    ],
     experts: Annotated[
         list[str] | None,
         typer.Option(help="update only these experts, layer/index or 4/*; may be repeated", show_default=False),
@@ -85,12 +96,24 @@ def update(
     ] = "",
     operation_id: OperationId = "",
     wait: Wait = True,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Update weights while the cluster serves: running requests finish with the old ones, and none fails."""
     from moecluster.cli.commands.update import update as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, directory, experts or (), keep_trunk, out, operation_id, wait, make_console())
+    run(
+        chosen(name, address, secret_file),
+        directory,
+        experts or (),
+        keep_trunk,
+        out,
+        operation_id,
+        wait,
+        make_console(),
+    )
 
 
 def plan(
@@ -98,31 +121,40 @@ def plan(
         str, typer.Option(help="policy to ask; default: the cluster's (controller.policy)", show_default=False)
     ] = "",
     json: Json = False,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Show what a policy would change in the cluster now: moves, predicted gain, bytes. Changes nothing."""
     from moecluster.cli.commands.plan import plan as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, policy, json, make_console())
+    run(chosen(name, address, secret_file), policy, json, make_console())
 
 
 def operations(
     limit: Annotated[int, typer.Option(help="number of operations, newest first; 0: all that are kept", min=0)] = 20,
     json: Json = False,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """List the controller's current and past operations."""
     from moecluster.cli.commands.operations import operations as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, limit, json, make_console())
+    run(chosen(name, address, secret_file), limit, json, make_console())
 
 
 def explain(
     operation: Annotated[str, typer.Argument(help="operation id (moecluster operations lists them)")],
     json: Json = False,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Explain an operation: its reason, progress, moved bytes, and predicted and measured gain."""
     from moecluster.cli.commands.operations import explain as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, operation, json, make_console())
+    run(chosen(name, address, secret_file), operation, json, make_console())

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moecluster.cli.common.console import make_console
-from moecluster.cli.common.options import Name
+from moecluster.cli.common.options import Address, Name, SecretFile
 
 BudgetGb = Annotated[
     float | None,
@@ -32,12 +32,15 @@ def record(
     out: Annotated[str, typer.Argument(help="trace file; an existing trace is appended to")],
     window_s: Annotated[float, typer.Option(help="window length in seconds")] = 10.0,
     for_s: Annotated[float, typer.Option(help="seconds to record; 0: until Ctrl-C")] = 600.0,
-    name: Name = "moecluster",
+    name: Name = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
 ) -> None:
     """Record the load of the cluster's experts, window by window, to a trace file for replay."""
     from moecluster.cli.commands.record import record as run
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(name, out, window_s, for_s, make_console())
+    run(chosen(name, address, secret_file), out, window_s, for_s, make_console())
 
 
 def replay(

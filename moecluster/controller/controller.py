@@ -7,6 +7,7 @@ thread makes the changes.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ from moecluster.controller.reconciler import Reconciler
 from moecluster.controller.settings import ControllerSettings
 from moecluster.controller.state.handover import KeptSnapshot, initial_state
 from moecluster.controller.state.router_leases import Lease
-from moecluster.errors import ResourceError, UserError
+from moecluster.errors import MoeClusterError, ResourceError, UserError
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint.reader import OpenCheckpoint
 from moecluster.models.given_directories import IsGiven
@@ -41,10 +42,14 @@ from moecluster.types import (
     Placement,
     PlacementNumber,
     PlanPreview,
+    ProcessInfo,
     RouterState,
 )
 
 logger = logging.getLogger(__name__)
+
+NOT_TOLD = ProcessInfo()
+CLOSE_TIMEOUT_S = 10.0  # of its own threads, before all processes are ended
 
 
 class Controller:
@@ -64,18 +69,24 @@ class Controller:
         on_deposed: Callable[[], None] = lambda: None,
         announce: Callable[[str], None] = lambda checkpoint: None,
         open_elsewhere: OpenCheckpoint | None = None,
+        end: Callable[[], None] | None = None,
+        process: ProcessInfo = NOT_TOLD,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """is_given: whether weights may be loaded from a directory. source: where loads come from; by default the
         routers' reports. routers: None if this controller does not start and end routers. on_deposed is called when
         another controller has taken over. announce: makes a directory readable on nodes that do not see it, if a node
-        that sees it can serve it. open_elsewhere: opens checkpoints that this node does not see. clock: seconds, for
-        leases and durations."""
+        that sees it can serve it. open_elsewhere: opens checkpoints that this node does not see. end: ends every
+        process of the cluster, this one last; None if that is done by other means. process: this one, for operators.
+        clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
         self._supervisor = supervisor
         self._metrics = metrics
         self._clock = clock
+        self._process = process
+        self._end = end
+        self._ending = threading.Lock()  # held from the first request to shut down
         self._board = PlacementBoard()
         context = new_context(
             settings.layer_experts, lease_s=settings.lease_s, board=self._board, metrics=metrics, clock=clock
@@ -241,6 +252,14 @@ class Controller:
         """Returns at most limit operations, newest first; 0: all that are kept."""
         return self._log.newest(limit)
 
+    def shut_down(self) -> None:
+        """Begins to end every process of the cluster, this one last. Raises ResourceError if this controller does not
+        do that."""
+        if self._end is None:
+            raise ResourceError("down: the processes of this cluster are started and ended by other means")
+        if self._ending.acquire(blocking=False):
+            threading.Thread(target=self._shut_down, args=(self._end,), name="shut-down", daemon=True).start()
+
     def status(self) -> ControllerStatus:
         """Returns the last known state of the cluster."""
         number = self._cluster_state.number
@@ -260,6 +279,8 @@ class Controller:
             weight_version=self._cluster_state.versions.weight_version,
             replicas_aside=self._actor_manager.replicas_aside(),
             lost_experts=len(self._cluster_state.lost()),
+            cluster=self._metrics.cluster,
+            process=self._process,
         )
 
     def loads(self) -> ClusterLoads:
@@ -277,6 +298,16 @@ class Controller:
         )
 
     # -- internal --
+
+    def _shut_down(self, end: Callable[[], None]) -> None:
+        closing = threading.Thread(target=self.close, name="close", daemon=True)  # so that nothing is restored
+        closing.start()
+        closing.join(CLOSE_TIMEOUT_S)
+        try:
+            end()
+        except MoeClusterError as exc:
+            logger.error("the cluster is not ended: %s", exc)
+            self._ending.release()  # the request may be repeated
 
     def _take_over(self) -> tuple[bool, set[str]]:
         """Takes a higher term than every actor has seen, and the newest snapshot that they keep. Returns whether there

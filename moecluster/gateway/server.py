@@ -1,6 +1,5 @@
 """The gateway as a server: its socket, start and graceful shutdown."""
 
-import ipaddress
 import resource
 import socket
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 
 import uvicorn
 
+from moecluster.addresses import is_loopback, join_host_port
 from moecluster.config.sections import SecurityConfig, ServeConfig
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.gateway.api_keys import ApiKeys, read_api_keys
@@ -45,7 +45,7 @@ class GatewayServer:
         self._sources: Sequence[ModelSource] = ()
         self._socket = _listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = join_host_port(host, port)
         config = uvicorn.Config(
             build_app(self.gateway, self._make_models),
             loop="uvloop",
@@ -121,7 +121,7 @@ def check_names(names: Sequence[str]) -> None:
 def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
     """Returns the API keys of the settings. Raises ConfigError if the whole network could connect without a key."""
     keys = read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
-    if not (keys or security.allow_without_keys or _is_loopback(settings.host)):
+    if not (keys or security.allow_without_keys or is_loopback(settings.host)):
         raise ConfigError(
             f"serve.host: {settings.host} is reached from other machines, and there are no API keys: give "
             "security.api_keys_file, or set security.allow_without_keys = true if all who reach it may use it"
@@ -141,13 +141,6 @@ def _limits(settings: ServeConfig) -> ConnectionLimits:
     )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,7 +150,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as exc:
         listening.close()
         raise ResourceError(
-            f"cannot listen on {host}:{port} ({exc.strerror or exc}); choose another serve.host, or a free serve.port"
+            f"cannot listen on {join_host_port(host, port)} ({exc.strerror or exc}); choose another serve.host, or a "
+            "free serve.port"
         ) from exc
     listening.set_inheritable(False)
     return listening

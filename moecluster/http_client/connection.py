@@ -81,13 +81,22 @@ def message_of(body: Any) -> str:
 
 
 def retry_after_s(headers: httpx.Headers, now_s: float) -> float | None:
-    """Returns the seconds that Retry-After asks for; None if absent or unintelligible. now_s: from time.time."""
+    """Returns the seconds that Retry-After asks for; None if absent or unintelligible. now_s: from time.time; the
+    server's own Date goes before it, since clocks differ."""
     message = headers.get("retry-after", "").strip()
     try:
         after_s = float(message)
     except ValueError:
-        try:
-            after_s = email.utils.parsedate_to_datetime(message).timestamp() - now_s
-        except (ValueError, TypeError):
+        until_s, said_s = _unix_s(message), _unix_s(headers.get("date", ""))
+        if until_s is None:
             return None
+        after_s = until_s - (now_s if said_s is None else said_s)
     return max(after_s, 0.0) if math.isfinite(after_s) else None
+
+
+def _unix_s(date: str) -> float | None:
+    """Returns the Unix time of an HTTP date; None if it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -21,7 +21,7 @@ class WatchRequest(_message.Message):
     def __init__(self, router: _Optional[str] = ..., applied_term: _Optional[int] = ..., applied_generation: _Optional[int] = ..., hold: bool = ..., state: _Optional[_Union[RouterState, _Mapping]] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving", "ready_weight_version", "failed_weight_version", "problem")
+    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving", "ready_weight_version", "failed_weight_version", "problem", "process")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class RouterState(_message.Message):
     READY_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     FAILED_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     router: str
     address: str
     running: int
@@ -42,7 +43,20 @@ class RouterState(_message.Message):
     ready_weight_version: int
     failed_weight_version: int
     problem: str
-    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ..., ready_weight_version: _Optional[int] = ..., failed_weight_version: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    process: Process
+    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ..., ready_weight_version: _Optional[int] = ..., failed_weight_version: _Optional[int] = ..., problem: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
+
+class Process(_message.Message):
+    __slots__ = ("pid", "node", "metrics_address", "nice")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NICE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    node: str
+    metrics_address: str
+    nice: int
+    def __init__(self, pid: _Optional[int] = ..., node: _Optional[str] = ..., metrics_address: _Optional[str] = ..., nice: _Optional[int] = ...) -> None: ...
 
 class ActorAddress(_message.Message):
     __slots__ = ("actor", "address", "incarnation", "node")
@@ -160,7 +174,7 @@ class ControllerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ActorState(_message.Message):
-    __slots__ = ("actor", "address", "incarnation", "phase", "experts", "restarts", "problem")
+    __slots__ = ("actor", "address", "incarnation", "phase", "experts", "restarts", "problem", "process")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +182,7 @@ class ActorState(_message.Message):
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     actor: str
     address: str
     incarnation: str
@@ -175,10 +190,11 @@ class ActorState(_message.Message):
     experts: int
     restarts: int
     problem: str
-    def __init__(self, actor: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., phase: _Optional[str] = ..., experts: _Optional[int] = ..., restarts: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    process: Process
+    def __init__(self, actor: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., phase: _Optional[str] = ..., experts: _Optional[int] = ..., restarts: _Optional[int] = ..., problem: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
 
 class ControllerStatus(_message.Message):
-    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version", "replicas_aside", "lost_experts")
+    __slots__ = ("term", "generation", "actors", "checkpoint", "routers", "policy", "held", "replicas", "cold_experts", "operations", "router_states", "weight_version", "replicas_aside", "lost_experts", "cluster", "process")
     TERM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ACTORS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +209,8 @@ class ControllerStatus(_message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_ASIDE_FIELD_NUMBER: _ClassVar[int]
     LOST_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     term: int
     generation: int
     actors: _containers.RepeatedCompositeFieldContainer[ActorState]
@@ -207,7 +225,9 @@ class ControllerStatus(_message.Message):
     weight_version: int
     replicas_aside: _containers.RepeatedCompositeFieldContainer[ReplicaAside]
     lost_experts: int
-    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ..., replicas_aside: _Optional[_Iterable[_Union[ReplicaAside, _Mapping]]] = ..., lost_experts: _Optional[int] = ...) -> None: ...
+    cluster: str
+    process: Process
+    def __init__(self, term: _Optional[int] = ..., generation: _Optional[int] = ..., actors: _Optional[_Iterable[_Union[ActorState, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., routers: _Optional[int] = ..., policy: _Optional[str] = ..., held: bool = ..., replicas: _Optional[int] = ..., cold_experts: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., router_states: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., weight_version: _Optional[int] = ..., replicas_aside: _Optional[_Iterable[_Union[ReplicaAside, _Mapping]]] = ..., lost_experts: _Optional[int] = ..., cluster: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
 
 class ReplicaAside(_message.Message):
     __slots__ = ("actor", "expert", "state", "problem", "reports")
@@ -374,6 +394,14 @@ class ListOperationsRequest(_message.Message):
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     limit: int
     def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class ShutdownRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShutdownReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class OperationList(_message.Message):
     __slots__ = ("operations",)

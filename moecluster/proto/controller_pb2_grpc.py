@@ -104,6 +104,11 @@ class ControllerServiceStub(object):
                 request_serializer=moecluster_dot_proto_dot_controller__pb2.ListOperationsRequest.SerializeToString,
                 response_deserializer=moecluster_dot_proto_dot_controller__pb2.OperationList.FromString,
                 _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/moecluster.v1.ControllerService/Shutdown',
+                request_serializer=moecluster_dot_proto_dot_controller__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_controller__pb2.ShutdownReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer(object):
@@ -201,6 +206,13 @@ class ControllerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Shutdown(self, request, context):
+        """Ends every process of the cluster, the controller last. Returns when that has begun.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -273,6 +285,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.ListOperations,
                     request_deserializer=moecluster_dot_proto_dot_controller__pb2.ListOperationsRequest.FromString,
                     response_serializer=moecluster_dot_proto_dot_controller__pb2.OperationList.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=moecluster_dot_proto_dot_controller__pb2.ShutdownRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_controller__pb2.ShutdownReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -653,6 +670,33 @@ class ControllerService(object):
             '/moecluster.v1.ControllerService/ListOperations',
             moecluster_dot_proto_dot_controller__pb2.ListOperationsRequest.SerializeToString,
             moecluster_dot_proto_dot_controller__pb2.OperationList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.ControllerService/Shutdown',
+            moecluster_dot_proto_dot_controller__pb2.ShutdownRequest.SerializeToString,
+            moecluster_dot_proto_dot_controller__pb2.ShutdownReply.FromString,
             options,
             channel_credentials,
             insecure,

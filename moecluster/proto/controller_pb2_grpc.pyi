@@ -97,6 +97,12 @@ class ControllerServiceStub:
         moecluster.proto.controller_pb2.OperationList,
     ]
 
+    Shutdown: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.ShutdownRequest,
+        moecluster.proto.controller_pb2.ShutdownReply,
+    ]
+    """Ends every process of the cluster, the controller last. Returns when that has begun."""
+
 class ControllerServiceAsyncStub:
     WatchPlacement: grpc.aio.StreamStreamMultiCallable[
         moecluster.proto.controller_pb2.WatchRequest,
@@ -175,6 +181,12 @@ class ControllerServiceAsyncStub:
         moecluster.proto.controller_pb2.ListOperationsRequest,
         moecluster.proto.controller_pb2.OperationList,
     ]
+
+    Shutdown: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.controller_pb2.ShutdownRequest,
+        moecluster.proto.controller_pb2.ShutdownReply,
+    ]
+    """Ends every process of the cluster, the controller last. Returns when that has begun."""
 
 class ControllerServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -282,5 +294,13 @@ class ControllerServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.controller_pb2.ListOperationsRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.controller_pb2.OperationList, collections.abc.Awaitable[moecluster.proto.controller_pb2.OperationList]]: ...
+
+    @abc.abstractmethod
+    def Shutdown(
+        self,
+        request: moecluster.proto.controller_pb2.ShutdownRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.controller_pb2.ShutdownReply, collections.abc.Awaitable[moecluster.proto.controller_pb2.ShutdownReply]]:
+        """Ends every process of the cluster, the controller last. Returns when that has begun."""
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,11 +1,11 @@
 """Checks of common message fields: names, paths, addresses, experts and numbers. Raise InvalidMessage."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import TypeVar
 
+from moecluster.addresses import split_host_port
 from moecluster.errors import InvalidMessage
 from moecluster.proto import tensor_pb2
 from moecluster.types import ExpertId
@@ -18,7 +18,6 @@ MAX_REASON_LENGTH = 1000
 SHARE_TOLERANCE = 1e-6
 MAX_MESSAGE_BYTES = 256 * 2**20
 MAX_EXPERTS = 2**18  # in one message
-HOST = re.compile(r"[A-Za-z0-9._:%\[\]-]+")
 
 
 def checked_name(name: str, field: str) -> str:
@@ -60,10 +59,10 @@ def checked_path(path: str, field: str) -> str:
 
 def checked_address(address: str, field: str) -> str:
     """host:port."""
-    host, separator, port = address.rpartition(":")
-    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
-    if not (separator and is_port and HOST.fullmatch(host) and len(address) <= MAX_NAME_LENGTH):
-        raise InvalidMessage(field, f"{address[:40]!r}, expected host:port")
+    try:
+        split_host_port(address)
+    except ValueError:
+        raise InvalidMessage(field, f"{address[:40]!r}, expected host:port") from None
     return address
 
 

@@ -1,5 +1,6 @@
 """Starts gRPC servers with the standard health and reflection services, and opens channels with matching options."""
 
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,13 +9,14 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from moecluster.errors import ResourceError
+from moecluster.addresses import ListenAddress, join_host_port
 from moecluster.rpc.authentication import AuthenticatedAsyncChannel, AuthenticatedChannel, RequireSecret
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import MAX_MESSAGE_BYTES
 
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0
+LOOPBACK = ListenAddress()
 MAX_CALLS = 128  # running at once, streams included; each holds a thread
 
 _COMMON_OPTIONS = [
@@ -58,12 +60,15 @@ def open_async_channel(address: str, credentials: ClusterCredentials | None = No
 
 
 class RunningServer:
-    """A started server. address is host:port."""
+    """A started server. address is host:port, as others reach it; id is a name of its health service that no other
+    server has."""
 
     def __init__(self, server: grpc.Server, address: str, servicer: health.HealthServicer) -> None:
         self._server = server
         self._health = servicer
         self.address = address
+        self.id = secrets.token_hex(8)
+        servicer.set(self.id, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float = 1.0) -> None:
         """Sets health to NOT_SERVING, gives running calls grace_s to end, then cancels the rest."""
@@ -76,14 +81,13 @@ def start_server(
     add_servicer: Callable[[grpc.Server], object],
     *,
     credentials: ClusterCredentials | None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    listen: ListenAddress = LOOPBACK,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Starts a server of one service plus health and reflection; port 0 takes a free one.
+    """Starts a server of one service plus health and reflection.
 
     name: the service's full name. add_servicer: registers the servicer. credentials: required by every method of every
-    service except health; None, in tests only: calls need no secret. Raises ResourceError if the port is in use.
+    service except health; None, in tests only: calls need no secret. Raises ResourceError if it cannot listen.
     """
     pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
     interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireSecret(credentials)]
@@ -94,12 +98,13 @@ def start_server(
     for served in ("", name):
         servicer.set(served, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection([name, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    target = f"{host}:{port}"
-    try:
-        bound = server.add_insecure_port(target)
-    except RuntimeError as exc:
-        raise ResourceError(
-            f"cannot listen on {target}: the port is in use or the address is not of this host"
-        ) from exc
+
+    def bind(port: int) -> int:
+        try:
+            return server.add_insecure_port(join_host_port(listen.host, port))
+        except RuntimeError as exc:
+            raise OSError(str(exc)) from exc
+
+    bound = listen.bind(bind)
     server.start()
-    return RunningServer(server, f"{host}:{bound}", servicer)
+    return RunningServer(server, listen.advertised(bound), servicer)

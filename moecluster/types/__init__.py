@@ -58,6 +58,16 @@ class Replica:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessInfo:
+    """The operating system's process of an actor, for operators."""
+
+    pid: int = 0  # on its node; 0: not known
+    node: str = ""  # the address of its node, as Ray knows it; empty: not known
+    metrics_address: str = ""  # host:port of its /metrics; empty: it has none
+    nice: int = 0  # its niceness
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActorAddress:
     """The address of an expert actor, and its incarnation."""
 
@@ -65,6 +75,7 @@ class ActorAddress:
     address: str  # host:port
     incarnation: str  # a new one at each start of the process
     node: str = ""  # which machine; empty: not known
+    process: ProcessInfo = ProcessInfo()  # for the controller; not part of a placement
 
 
 class PlacementNumber(NamedTuple):
@@ -264,6 +275,7 @@ class ActorState:
     experts: int
     restarts: int
     problem: str = ""  # why it does not serve; empty if unknown
+    process: ProcessInfo = ProcessInfo()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +298,7 @@ class RouterState(RouterReport):
     ready_weight_version: int = 0  # the newest version whose trunk is loaded
     failed_weight_version: int = 0  # the version whose trunk could not be loaded; 0: none
     problem: str = ""  # why it could not
+    process: ProcessInfo = ProcessInfo()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +330,8 @@ class ControllerStatus:
     weight_version: int = 0
     replicas_aside: tuple[ReplicaAside, ...] = ()
     lost_experts: int = 0  # that no actor serves, except cold ones
+    cluster: str = ""  # its name
+    process: ProcessInfo = ProcessInfo()  # of the controller
 
 
 @dataclass(frozen=True, kw_only=True)

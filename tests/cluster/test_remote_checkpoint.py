@@ -39,7 +39,8 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
     name = cluster.config.cluster.name
     announce(name, directory)  # a no-op: there is no source yet
     node = ray.get_runtime_context().get_node_id()
-    spawn(CheckpointSource, "source", cluster.config, SOURCE, directory, CREDENTIALS, "127.0.0.1", node=node)
+    tables = cluster.config.to_tables()
+    spawn(CheckpointSource, "source", cluster.config, SOURCE, tables, CREDENTIALS, directory, node=node)
     source = find_actor(SOURCE, name)
     call(source.announce.remote(NAME, directory), 60.0, SOURCE)
     announce(name, directory)

@@ -6,12 +6,15 @@ from rich.console import Console
 
 from actors import cluster_file
 from actors.launch import bring_up, credentials_of, take_down
+from moecluster.cli.common.cluster_choice import ClusterChoice, RemoteCluster, routers_in
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.model_target import read_target
 from moecluster.cli.common.model_weights import refuse_another_model, trained_model, weights_in
 from moecluster.cli.common.progress import loading_bar
 from moecluster.cli.common.routers import find_routers
 from moecluster.client import Client, GenerationOptions
+from moecluster.config import read_config
+from moecluster.config.load import override, parse_override
 from moecluster.config.sections import ServeConfig
 from moecluster.errors import ConfigError, InvalidMessage
 
@@ -24,8 +27,6 @@ def generate(
     chat: the prompt is a user's message, to be answered. options: those given by the user; max_new_tokens, temperature,
     top_p and seed default to the configuration's.
     """
-    if not prompt:
-        raise ConfigError('PROMPT: got an empty prompt, expected text to continue, for example "def main("')
     config = read_target(target, settings)
     asked = with_defaults(options, config.serve)
     if cluster_file.load(config.cluster.name) is not None:
@@ -53,6 +54,34 @@ def generate(
         _write(Client(cluster.router_addresses, credentials=credentials_of(cluster)), prompt, chat, asked, console)
     finally:
         take_down(cluster)
+
+
+def generate_at(
+    choice: ClusterChoice,
+    prompt: str,
+    chat: bool,
+    options: GenerationOptions,
+    settings: Sequence[str],
+    console: Console,
+) -> None:
+    """Like generate, on the cluster at an address, whatever it serves."""
+    config = read_config(override({}, dict(parse_override(text) for text in settings)))
+    cluster = RemoteCluster(choice)
+    routers = routers_in(cluster.status())
+    client = Client(routers, discover=cluster.router_addresses, credentials=cluster.credentials)
+    _write(client, prompt, chat, with_defaults(options, config.serve), console)
+
+
+def words_of(choice: ClusterChoice, target: str, prompt: str | None) -> tuple[str, str]:
+    """Returns target and prompt of the command's words; a cluster at an address has no target. Raises ConfigError."""
+    if choice.address and prompt is not None:
+        raise ConfigError(f"TARGET: got {target} beside --address, expected PROMPT alone: the cluster serves its model")
+    if not choice.address and prompt is None:
+        raise ConfigError("PROMPT: missing; expected TARGET PROMPT, or --address HOST:PORT PROMPT")
+    found = target if prompt is None else prompt
+    if not found:
+        raise ConfigError('PROMPT: got an empty prompt, expected text to continue, for example "def main("')
+    return target, found
 
 
 def with_defaults(options: GenerationOptions, serve: ServeConfig) -> GenerationOptions:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from moecluster.cli.common.cluster_choice import ClusterChoice
 from moecluster.cli.common.formatting import (
     operations_table,
     shown_bytes,
@@ -27,7 +28,12 @@ POLL_S = 0.2
 
 
 def scale(
-    name: str, expert_actors: int | None, routers: int | None, operation_id: str, wait: bool, console: Console
+    choice: ClusterChoice,
+    expert_actors: int | None,
+    routers: int | None,
+    operation_id: str,
+    wait: bool,
+    console: Console,
 ) -> None:
     """Scales to a number of expert actors, or of routers."""
     if (expert_actors is None) == (routers is None):
@@ -44,35 +50,41 @@ def scale(
         assert expert_actors is not None
         return calls.scale(expert_actors, operation_id=chosen_id)
 
-    _carry_out(name, ask, wait, console)
+    _carry_out(choice, ask, wait, console)
 
 
-def drain(name: str, node: str, operation_id: str, wait: bool, console: Console) -> None:
+def drain(choice: ClusterChoice, node: str, operation_id: str, wait: bool, console: Console) -> None:
     """Drains a node, or one expert actor."""
     chosen_id = _with_id(OperationKind.DRAIN, operation_id)
-    _carry_out(name, lambda calls: calls.drain(node, operation_id=chosen_id), wait, console)
+    _carry_out(choice, lambda calls: calls.drain(node, operation_id=chosen_id), wait, console)
 
 
 def place(
-    name: str, expert: str, actors: Sequence[str], nowhere: bool, operation_id: str, wait: bool, console: Console
+    choice: ClusterChoice,
+    expert: str,
+    actors: Sequence[str],
+    nowhere: bool,
+    operation_id: str,
+    wait: bool,
+    console: Console,
 ) -> None:
     """Places an expert on exactly the named actors, or on none."""
     if nowhere == bool(actors):
         raise ConfigError("ACTOR: expected the names of one actor or more, or --nowhere instead of them")
     where = parse_expert(expert, "EXPERT")
     chosen_id = _with_id(OperationKind.PLACE, operation_id)
-    _carry_out(name, lambda calls: calls.place(where, actors, operation_id=chosen_id), wait, console)
+    _carry_out(choice, lambda calls: calls.place(where, actors, operation_id=chosen_id), wait, console)
 
 
-def update(name: str, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
+def update(choice: ClusterChoice, checkpoint: str, operation_id: str, wait: bool, console: Console) -> Operation:
     """Replaces all weights by those of a directory; returns the operation in its latest state."""
     chosen_id = _with_id(OperationKind.UPDATE, operation_id)
-    return _carry_out(name, lambda calls: calls.update(checkpoint, operation_id=chosen_id), wait, console)
+    return _carry_out(choice, lambda calls: calls.update(checkpoint, operation_id=chosen_id), wait, console)
 
 
-def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
+def operations(choice: ClusterChoice, limit: int, as_json: bool, console: Console) -> None:
     """Lists the controller's current and past operations, newest first."""
-    with LiveController(name) as controller:
+    with LiveController(choice) as controller:
         found = controller.ask(lambda calls: calls.operations(limit))
     if as_json:
         console.print_json(to_json([dataclasses.asdict(operation) for operation in found]))
@@ -82,9 +94,9 @@ def operations(name: str, limit: int, as_json: bool, console: Console) -> None:
         console.print("no operation yet")
 
 
-def explain(name: str, operation_id: str, as_json: bool, console: Console) -> None:
+def explain(choice: ClusterChoice, operation_id: str, as_json: bool, console: Console) -> None:
     """Shows an operation's reason, progress and gain."""
-    with LiveController(name) as controller:
+    with LiveController(choice) as controller:
         operation = controller.ask(lambda calls: calls.operation(operation_id))
     if as_json:
         console.print_json(to_json(dataclasses.asdict(operation)))
@@ -106,9 +118,11 @@ def explain(name: str, operation_id: str, as_json: bool, console: Console) -> No
     show_table(table, console)
 
 
-def _carry_out(name: str, request: Callable[[ControllerCalls], Operation], wait: bool, console: Console) -> Operation:
+def _carry_out(
+    choice: ClusterChoice, request: Callable[[ControllerCalls], Operation], wait: bool, console: Console
+) -> Operation:
     """Starts an operation and, if wait, waits for its end. Raises OperationFailed."""
-    with LiveController(name) as controller:
+    with LiveController(choice) as controller:
         try:
             operation = controller.ask(request)
         except InvalidMessage as exc:

@@ -5,6 +5,7 @@ import dataclasses
 from rich.console import Console
 from rich.table import Table
 
+from moecluster.cli.common.cluster_choice import ClusterChoice
 from moecluster.cli.common.formatting import shown_bytes, to_json
 from moecluster.cli.common.live_controller import LiveController
 from moecluster.cli.common.tables import make_table, show_table
@@ -13,9 +14,9 @@ from moecluster.types import PlanPreview
 MAX_ROWS = 40  # of the table; --json has all
 
 
-def plan(name: str, policy: str, as_json: bool, console: Console) -> None:
+def plan(choice: ClusterChoice, policy: str, as_json: bool, console: Console) -> None:
     """Shows which replicas the policy would add and remove, the gain and the cost."""
-    with LiveController(name) as controller:
+    with LiveController(choice) as controller:
         preview = controller.ask(lambda calls: calls.plan(policy))
     if as_json:
         console.print_json(to_json(dataclasses.asdict(preview)))

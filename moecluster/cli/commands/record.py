@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.places import check_file
+from moecluster.cli.common.cluster_choice import ClusterChoice
 from moecluster.cli.common.live_controller import LiveController
 from moecluster.errors import ConfigError
 from moecluster.rpc.controller.client import ControllerCalls
@@ -17,14 +18,14 @@ from moecluster.simulation.trace.writer import TraceWriter
 from moecluster.types import ActorState, ClusterLoads
 
 
-def record(name: str, out: str, window_s: float, for_s: float, console: Console) -> None:
+def record(choice: ClusterChoice, out: str, window_s: float, for_s: float, console: Console) -> None:
     """Appends a window to the file every window_s seconds, for for_s seconds (0: until Ctrl-C)."""
     if not 0 < window_s < math.inf:
         raise ConfigError(f"--window-s: got {window_s:g}, expected more than 0 seconds")
     if for_s != 0 and not window_s <= for_s < math.inf:
         raise ConfigError(f"--for-s: got {for_s:g}, expected at least --window-s ({window_s:g}), or 0: until Ctrl-C")
     check_file("OUT", Path(out))
-    with LiveController(name) as controller:
+    with LiveController(choice) as controller:
         recorder = TraceRecorder(*controller.ask(_read), window_s)
         with TraceWriter(out, recorder.header) as trace, console.status("") as shown:
             written = 0

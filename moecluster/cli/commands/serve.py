@@ -8,9 +8,9 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import typer
 from prometheus_client import disable_created_metrics
@@ -20,6 +20,7 @@ from actors import cluster_file
 from actors.launch import credentials_of, take_down
 from actors.names import CONTROLLER, is_router
 from actors.signals import undisturbed
+from moecluster.cli.common.cluster_choice import ClusterChoice, RemoteCluster, at_address, routers_in
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.model_target import read_target
 from moecluster.cli.common.model_weights import (
@@ -53,6 +54,7 @@ class GatewayOptions:
     port: int | None = None
     api_keys_file: str | None = None
     model_name: str | None = None
+    secret_files: tuple[str, ...] = ()  # of clusters at addresses: one for all, or one for each in order
 
     def on(self, config: Config) -> Config:
         """Returns the configuration with these overrides. Raises ConfigError."""
@@ -81,10 +83,9 @@ def serve(
     config = options.on(read_target(target, settings))
     name = config.serve.model_name
     cluster = config.cluster.name
-    models = [(name, cluster), *(_name_and_cluster(text) for text in also)]
-    check_names([name for name, _ in models])
-    for _, other in models[1:]:
-        found(other)  # fails before anything is started
+    others = _named_models(also, options.secret_files)
+    check_names([name, *(other for other, _ in others)])
+    served = [_served(other, choice) for other, choice in others]  # fails before anything is started
     is_up = cluster_file.load(cluster) is not None
     if is_up:
         refuse_another_model(found(cluster), config, target)
@@ -92,7 +93,7 @@ def serve(
         cluster_file.check()
     server = _listen(config)  # fails on a port in use or a wrong key file before a cluster is started
     if is_up:
-        _run(server, models, console)
+        _run(server, [_recorded(name, cluster), *served], console)
         return
     if random_weights:
         refuse_trained(config)
@@ -109,7 +110,7 @@ def serve(
         )
         if code := own.bring_up():
             raise typer.Exit(code)
-        _run(server, models, console, {cluster: own.find})
+        _run(server, [replace(_recorded(name, cluster), rediscover=own.find), *served], console)
     finally:
         started = cluster_file.load(cluster)
         if started is not None:
@@ -121,11 +122,10 @@ def serve(
 def gateway(models: Sequence[str], settings: Sequence[str], options: GatewayOptions, console: Console) -> None:
     """Serves the models of running clusters over HTTP, until it is stopped."""
     config = options.on(read_config(override({}, dict(parse_override(text) for text in settings))))
-    named = [_name_and_cluster(text) for text in models]
+    named = _named_models(models, options.secret_files)
     check_names([name for name, _ in named])
-    for _, cluster in named:
-        found(cluster)
-    _run(_listen(config), named, console)
+    served = [_served(name, choice) for name, choice in named]
+    _run(_listen(config), served, console)
 
 
 def _listen(config: Config) -> GatewayServer:
@@ -134,22 +134,35 @@ def _listen(config: Config) -> GatewayServer:
     return GatewayServer(config.serve, keys_for(config.serve, config.security))
 
 
-def _run(
-    server: GatewayServer,
-    models: Sequence[tuple[str, str]],
-    console: Console,
-    finders: Mapping[str, Callable[[], ClusterAddresses]] | None = None,
-) -> None:
-    """models: (name, cluster) pairs. finders: by cluster, how to find it again; default: ask Ray."""
-    found_by = finders or {}
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model of a running cluster, as the gateway serves it."""
+
+    name: str
+    cluster: str  # its name
+    model: str  # the directory that it serves
+    seeds: ClusterAddresses
+    rediscover: Callable[[], ClusterAddresses] | None  # None: its controller and routers find each other
+
+
+def _run(server: GatewayServer, models: Sequence[Served], console: Console) -> None:
+    # A single model also answers to its cluster's name.
+    alone = len(models) == 1
     sources = [
-        _source(name, cluster, alone=len(models) == 1, rediscover=found_by.get(cluster)) for name, cluster in models
+        ModelSource(
+            name=model.name,
+            cluster=model.cluster,
+            alias=model.cluster if alone else "",
+            seeds=model.seeds,
+            rediscover=model.rediscover,
+        )
+        for model in models
     ]
-    names = ", ".join(name for name, _ in models)
+    names = ", ".join(model.name for model in models)
     key = ' -H "Authorization: Bearer KEY"' if server.keys else ""
     body = json.dumps({"model": sources[0].name, "prompt": "def add(a, b):", "max_tokens": 32})
     lines = (
-        *(f"{name}: {weights_in(found(cluster).model)}" for name, cluster in models),
+        *(f"{model.name}: {weights_in(model.model)}" for model in models),
         f"serving {names} at http://{server.address}/v1 until Ctrl-C; try",
         f"curl http://{server.address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
     )
@@ -159,16 +172,28 @@ def _run(
         server.run(sources)
 
 
-def _source(
-    name: str, cluster: str, *, alone: bool, rediscover: Callable[[], ClusterAddresses] | None = None
-) -> ModelSource:
-    # A single model also answers to its cluster's name.
-    return ModelSource(
+def _served(name: str, choice: ClusterChoice) -> Served:
+    """Raises ClusterNotFound, or a MoeClusterError of the controller at an address."""
+    if not choice.address:
+        return _recorded(name, choice.name)
+    cluster = RemoteCluster(choice)
+    seen = cluster.status()
+    return Served(
+        name=name,
+        cluster=seen.cluster or choice.address,
+        model=seen.checkpoint,
+        seeds=ClusterAddresses(routers=routers_in(seen), controller=choice.address, credentials=cluster.credentials),
+        rediscover=None,
+    )
+
+
+def _recorded(name: str, cluster: str) -> Served:
+    return Served(
         name=name,
         cluster=cluster,
-        alias=cluster if alone else "",
+        model=found(cluster).model,
         seeds=_noted(cluster),
-        rediscover=rediscover or (lambda: ask_ray(cluster)),
+        rediscover=lambda: ask_ray(cluster),
     )
 
 
@@ -179,10 +204,28 @@ def _noted(cluster: str) -> ClusterAddresses:
     )
 
 
+def _named_models(texts: Sequence[str], secret_files: Sequence[str]) -> list[tuple[str, ClusterChoice]]:
+    """Returns each model's name and cluster. Raises ConfigError."""
+    words = [_name_and_cluster(text) for text in texts]
+    addresses = [cluster for _, cluster in words if ":" in cluster]
+    if len(secret_files) not in (0, 1, len(addresses)) or (secret_files and not addresses):
+        raise ConfigError(
+            f"--secret-file: got {len(secret_files)}, expected one for all clusters at addresses, or one for each of "
+            f"the {len(addresses)}"
+        )
+    files = iter(secret_files if len(secret_files) > 1 else [*secret_files, ""][:1] * len(addresses))
+    return [
+        (name, at_address(cluster, next(files), "model") if ":" in cluster else ClusterChoice(name=cluster))
+        for name, cluster in words
+    ]
+
+
 def _name_and_cluster(text: str) -> tuple[str, str]:
     name, separator, cluster = text.rpartition("=")
     if not (separator and name and cluster):
-        raise ConfigError(f'model: got "{text}", expected NAME=CLUSTER, for example mixtral=moecluster')
+        raise ConfigError(
+            f'model: got "{text}", expected NAME=CLUSTER or NAME=HOST:PORT, for example mixtral=moecluster'
+        )
     return name, cluster
 
 

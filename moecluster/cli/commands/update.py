@@ -9,6 +9,7 @@ from rich.console import Console
 from actors import cluster_file
 from actors.launch import give_directory
 from moecluster.cli.commands import operations
+from moecluster.cli.common.cluster_choice import ClusterChoice
 from moecluster.cli.common.live_controller import LiveController
 from moecluster.cli.common.lookup import found
 from moecluster.errors import CheckpointError, ConfigError
@@ -16,7 +17,7 @@ from moecluster.types import ControllerStatus, OperationPhase
 
 
 def update(
-    name: str,
+    choice: ClusterChoice,
     directory: str,
     experts: Sequence[str],
     keep_trunk: bool,
@@ -25,23 +26,35 @@ def update(
     wait: bool,
     console: Console,
 ) -> None:
-    """Replaces all weights by those of a directory; or only some experts, with or without the trunk."""
+    """Replaces all weights by those of a directory; or only some experts, with or without the trunk.
+
+    A cluster at an address must have been given the directory, which this host need not see.
+    """
+    partial = bool(experts or keep_trunk)
+    if out and not partial:
+        raise ConfigError("--out: nothing is put together without --experts or --keep-trunk")
+    if choice.address and not partial:
+        if not Path(directory).is_absolute():
+            raise ConfigError(f"DIR: got {directory}, expected an absolute path, as the nodes of {choice} see it")
+        operations.update(choice, directory, operation_id, wait, console)
+        return
     if not Path(directory).is_dir():
         raise CheckpointError(f"no model directory at {directory}: give a directory with config.json and safetensors")
     checkpoint = Path(directory).resolve()
-    if experts or keep_trunk:
-        checkpoint = _put_together(name, checkpoint, experts, keep_trunk, out, console)
-    elif out:
-        raise ConfigError("--out: nothing is put together without --experts or --keep-trunk")
-    give_directory(found(name), str(checkpoint))
-    operation = operations.update(name, str(checkpoint), operation_id, wait, console)
-    noted = cluster_file.load(name)
+    if partial:
+        checkpoint = _put_together(choice, checkpoint, experts, keep_trunk, out, console)
+    if choice.address:
+        operations.update(choice, str(checkpoint), operation_id, wait, console)
+        return
+    give_directory(found(choice.name), str(checkpoint))
+    operation = operations.update(choice, str(checkpoint), operation_id, wait, console)
+    noted = cluster_file.load(choice.name)
     if noted is not None and operation.phase is OperationPhase.DONE:
         cluster_file.save(replace(noted, model=str(checkpoint)))
 
 
 def _put_together(
-    name: str, directory: Path, experts: Sequence[str], keep_trunk: bool, out: str, console: Console
+    choice: ClusterChoice, directory: Path, experts: Sequence[str], keep_trunk: bool, out: str, console: Console
 ) -> Path:
     # Reading checkpoints imports torch, which other commands need not wait for.
     from moecluster.models.experts.source import ExpertSource
@@ -50,7 +63,7 @@ def _put_together(
     from moecluster.placement.expert_ids import experts_named
     from moecluster.placement.initial import all_experts
 
-    with LiveController(name) as controller:
+    with LiveController(choice) as controller:
         seen = controller.ask(lambda calls: calls.status())
     known = sizes(ExpertSource(directory))
     named = {expert for pattern in experts for expert in experts_named(pattern, known, "--experts")}

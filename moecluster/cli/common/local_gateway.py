@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.launch import credentials_of
+from moecluster.cli.common.cluster_choice import RemoteCluster, at_address, routers_in
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.routers import find_routers
 from moecluster.config.sections import ServeConfig
@@ -32,15 +33,9 @@ class LocalGateway:
     api_key: str
 
 
-@contextmanager
-def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator[LocalGateway]:
-    """Serves a running cluster, under the name of its model's directory or of the cluster.
-
-    Raises ClusterNotFound if it is not up.
-    """
+def _recorded(name: str, console: Console) -> ModelSource:
     cluster = found(name)
-    api_key = secrets.token_urlsafe(32)
-    source = ModelSource(
+    return ModelSource(
         name=Path(cluster.model).name,
         cluster=name,
         alias=name,
@@ -51,6 +46,28 @@ def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator
         ),
         rediscover=lambda: ClusterAddresses(routers=find_routers(cluster, console)),
     )
+
+
+def _remote(address: str) -> ModelSource:
+    cluster = RemoteCluster(at_address(address, "", "--cluster"))
+    seen = cluster.status()
+    return ModelSource(
+        name=Path(seen.checkpoint).name,
+        cluster=seen.cluster,
+        alias=seen.cluster,
+        seeds=ClusterAddresses(routers=routers_in(seen), controller=address, credentials=cluster.credentials),
+    )
+
+
+@contextmanager
+def local_gateway_to(name: str, max_inflight: int, console: Console) -> Iterator[LocalGateway]:
+    """Serves a running cluster, under the name of its model's directory or of the cluster. name: of one that was
+    started here, or the HOST:PORT of a controller, with $MOECLUSTER_SECRET_FILE.
+
+    Raises ClusterNotFound if it is not up.
+    """
+    api_key = secrets.token_urlsafe(32)
+    source = _remote(name) if ":" in name else _recorded(name, console)
     settings = ServeConfig(port=0, max_inflight=max_inflight, max_body_bytes=MAX_BODY_BYTES, grace_s=GRACE_S)
     server = GatewayServer(settings, ApiKeys([api_key]))
     thread = threading.Thread(target=server.run, args=([source],), name="gateway", daemon=True)

@@ -7,7 +7,7 @@ from moecluster.controller.actors.interfaces import ActorSupervisor, MonitorOwne
 from moecluster.controller.actors.session import ActorSession
 from moecluster.errors import DeadlineExceeded, Exhausted, MoeClusterError, StaleRequest, Unavailable
 from moecluster.rpc.expert.interface import Connect, ExpertControl
-from moecluster.types import ActorAddress, ActorPhase, ActorState, ExpertActorStatus
+from moecluster.types import ActorAddress, ActorPhase, ActorState, ExpertActorStatus, ProcessInfo
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class ActorMonitor:
             experts=self._num_experts if self._phase == ActorPhase.SERVING else 0,
             restarts=max(self._incarnations - 1, 0),
             problem=self._problem,
+            process=address.process if address else ProcessInfo(),
         )
 
     def _run(self) -> None:

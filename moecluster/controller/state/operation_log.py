@@ -33,6 +33,7 @@ class OperationLog:
         self._lock = threading.Lock()
         self._operations: dict[str, Operation] = {}
         self._reached: dict[str, set[OperationPhase]] = {}  # operation id -> phases that the metrics have counted
+        self._dated_elsewhere: set[str] = set()  # ids of operations that another host's clock may have dated
 
     def take_over(self, operations: tuple[Operation, ...]) -> None:
         """Takes over a predecessor's operations: queues resumable ones again, and fails the others that have not ended.
@@ -43,13 +44,14 @@ class OperationLog:
         with self._lock:
             for operation in operations:
                 self._reached[operation.id] = _reached_by(operation.phase)
+                self._dated_elsewhere.add(operation.id)
                 if not operation.phase.ended and operation.kind.resumable:
                     operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="restarted")
                 elif not operation.phase.ended:
                     operation = dataclasses.replace(
                         operation,
                         phase=OperationPhase.FAILED,
-                        ended_s=self._unix_clock(),
+                        ended_s=self._end_of(operation),
                         detail="the controller was restarted; what it had committed remains",
                     )
                     failed.append(operation)
@@ -91,13 +93,13 @@ class OperationLog:
             before = self._operations[operation_id]
             operation = dataclasses.replace(before, **changes)
             if operation.phase.ended and operation.ended_s is None:
-                operation = dataclasses.replace(operation, ended_s=self._unix_clock())
+                operation = dataclasses.replace(operation, ended_s=self._end_of(operation))
             self._operations[operation_id] = operation
         if operation.phase is not before.phase:
             self._count(operation)
-            if operation.phase is OperationPhase.DONE and operation.ended_s is not None:
-                seconds = max(operation.ended_s - operation.created_s, 0.0)
-                self._metrics.observe_operation(operation.kind, seconds=seconds)
+            if operation.phase is OperationPhase.DONE and operation_id not in self._dated_elsewhere:
+                assert operation.ended_s is not None, "set above"
+                self._metrics.observe_operation(operation.kind, seconds=operation.ended_s - operation.created_s)
         self._on_change()
         return operation
 
@@ -175,7 +177,12 @@ class OperationLog:
         for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
             del self._operations[old]
             self._reached.pop(old, None)
+            self._dated_elsewhere.discard(old)
         return operation
+
+    def _end_of(self, operation: Operation) -> float:
+        """Returns the time of now, and not one before the operation's begin: clocks are set, and hosts' differ."""
+        return max(self._unix_clock(), operation.created_s)
 
     def _added(self, operation: Operation) -> None:
         """Without the lock."""

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import grpc
 
+from moecluster.addresses import ListenAddress
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.models.checkpoint.files import METADATA_NAME, LocalFiles
 from moecluster.proto import checkpoint_pb2, checkpoint_pb2_grpc
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.server import RunningServer, start_server
+from moecluster.rpc.server import LOOPBACK, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 
 SERVICE = checkpoint_pb2.DESCRIPTOR.services_by_name["CheckpointService"].full_name
@@ -132,14 +133,13 @@ def serve_checkpoints(
     announcements: Announcements,
     *,
     credentials: ClusterCredentials | None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    listen: ListenAddress = LOOPBACK,
 ) -> RunningServer:
     """Serves all announced directories, present and future. credentials as in start_server.
 
-    Raises ResourceError if the port is in use.
+    Raises ResourceError if it cannot listen.
     """
     add_servicer = partial(
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server, CheckpointServicer(announcements)
     )
-    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=MAX_READS)
+    return start_server(SERVICE, add_servicer, listen=listen, credentials=credentials, max_calls=MAX_READS)

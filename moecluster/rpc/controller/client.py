@@ -107,6 +107,10 @@ class ControllerCalls:
         request = controller_pb2.ListOperationsRequest(limit=limit)
         return self._call(self._stub.ListOperations, request, decode_operations)
 
+    def shut_down(self) -> None:
+        """Requests that every process of the cluster be ended, the controller last. Returns when that has begun."""
+        self._call(self._stub.Shutdown, controller_pb2.ShutdownRequest(), _nothing)
+
     def _call(
         self,
         method: Callable[..., Any],

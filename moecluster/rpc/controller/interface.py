@@ -104,3 +104,6 @@ class ControllerHandler(PlacementSource, Protocol):
 
     def operations(self, limit: int) -> tuple[Operation, ...]:
         """Returns at most limit operations, newest first; 0: all that are kept."""
+
+    def shut_down(self) -> None:
+        """Begins to end every process of the cluster, this one last. Does nothing if it has begun already."""

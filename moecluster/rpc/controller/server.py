@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import grpc
 
+from moecluster.addresses import ListenAddress
 from moecluster.errors import InvalidMessage, Unavailable
 from moecluster.proto import controller_pb2, controller_pb2_grpc
 from moecluster.rpc.controller.interface import ControllerHandler
@@ -25,7 +26,7 @@ from moecluster.rpc.fields import (
     decode_expert,
     decode_experts,
 )
-from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.server import LOOPBACK, MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 from moecluster.types import NO_PLACEMENT, PlacementNumber, RouterState
 
@@ -173,6 +174,15 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
 
         return self._answer_when_ready(context, list_operations)
 
+    def Shutdown(
+        self, request: controller_pb2.ShutdownRequest, context: grpc.ServicerContext
+    ) -> controller_pb2.ShutdownReply:
+        def shut_down() -> controller_pb2.ShutdownReply:
+            self._handler.shut_down()
+            return controller_pb2.ShutdownReply()
+
+        return answer(context, shut_down)
+
     def _answer_when_ready(self, context: grpc.ServicerContext, call: Callable[[], AnswerT]) -> AnswerT:
         def ready() -> AnswerT:
             if self._handler.newer_than(NO_PLACEMENT, READY_WAIT_S) is None:
@@ -209,16 +219,15 @@ def serve_controller(
     handler: ControllerHandler,
     *,
     credentials: ClusterCredentials | None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    listen: ListenAddress = LOOPBACK,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
     """Serves a controller. credentials as in start_server.
 
-    Raises ResourceError if the port is in use.
+    Raises ResourceError if it cannot listen.
     """
     add_servicer = partial(controller_pb2_grpc.add_ControllerServiceServicer_to_server, ControllerServicer(handler))
-    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=max_calls)
+    return start_server(SERVICE, add_servicer, listen=listen, credentials=credentials, max_calls=max_calls)
 
 
 def _router_state(request: controller_pb2.WatchRequest, router: str) -> RouterState:

@@ -12,7 +12,7 @@ from moecluster.rpc.fields import (
     decode_expert,
     encode_expert,
 )
-from moecluster.types import ActorPhase, ActorState, ControllerStatus, ReplicaAside, RouterState
+from moecluster.types import ActorPhase, ActorState, ControllerStatus, ProcessInfo, ReplicaAside, RouterState
 
 
 def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
@@ -29,6 +29,7 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
                 experts=a.experts,
                 restarts=a.restarts,
                 problem=a.problem[:MAX_REASON_LENGTH],
+                process=_encode_process(a.process),
             )
             for a in status.actors
         ],
@@ -52,6 +53,8 @@ def encode_status(status: ControllerStatus) -> controller_pb2.ControllerStatus:
             for r in status.replicas_aside
         ],
         lost_experts=status.lost_experts,
+        cluster=status.cluster,
+        process=_encode_process(status.process),
     )
 
 
@@ -71,6 +74,8 @@ def decode_status(message: controller_pb2.ControllerStatus) -> ControllerStatus:
         router_states=tuple(decode_router_state(state) for state in message.router_states),
         weight_version=message.weight_version,
         lost_experts=message.lost_experts,
+        cluster=checked_optional_name(message.cluster, "cluster"),
+        process=_decode_process(message.process, "process"),
         replicas_aside=tuple(_decode_aside(replica) for replica in message.replicas_aside),
     )
 
@@ -94,6 +99,22 @@ def _decode_actor(message: controller_pb2.ActorState) -> ActorState:
         experts=checked_count(message.experts, "actors.experts"),
         restarts=message.restarts,
         problem=message.problem[:MAX_REASON_LENGTH],
+        process=_decode_process(message.process, "actors.process"),
+    )
+
+
+def _encode_process(process: ProcessInfo) -> controller_pb2.Process:
+    return controller_pb2.Process(
+        pid=process.pid, node=process.node, metrics_address=process.metrics_address, nice=process.nice
+    )
+
+
+def _decode_process(message: controller_pb2.Process, field: str) -> ProcessInfo:
+    return ProcessInfo(
+        pid=checked_count(message.pid, f"{field}.pid"),
+        node=checked_optional_name(message.node, f"{field}.node"),
+        metrics_address=checked_optional_address(message.metrics_address, f"{field}.metrics_address"),
+        nice=message.nice,
     )
 
 
@@ -110,6 +131,7 @@ def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
         ready_weight_version=state.ready_weight_version,
         failed_weight_version=state.failed_weight_version,
         problem=state.problem[:MAX_REASON_LENGTH],
+        process=_encode_process(state.process),
     )
 
 
@@ -126,4 +148,5 @@ def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
         ready_weight_version=message.ready_weight_version,
         failed_weight_version=message.failed_weight_version,
         problem=message.problem[:MAX_REASON_LENGTH],
+        process=_decode_process(message.process, "state.process"),
     )

@@ -5,6 +5,7 @@ from functools import partial
 
 import grpc
 
+from moecluster.addresses import ListenAddress
 from moecluster.errors import InvalidMessage, MoeClusterError
 from moecluster.proto import expert_pb2, expert_pb2_grpc
 from moecluster.rpc.credentials import ClusterCredentials
@@ -13,7 +14,7 @@ from moecluster.rpc.expert.compute_session import ComputeSession
 from moecluster.rpc.expert.interface import ExpertHandler
 from moecluster.rpc.expert.request_messages import MAX_TIMEOUT_S, decode_load_request, decode_placement_notice
 from moecluster.rpc.fields import checked_amount, checked_within, decode_experts, encode_experts
-from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.server import LOOPBACK, MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with, answer
 from moecluster.types import MessageKey, StepTag
 
@@ -159,13 +160,12 @@ def serve_expert(
     handler: ExpertHandler,
     *,
     credentials: ClusterCredentials | None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    listen: ListenAddress = LOOPBACK,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
     """Serves an expert actor's experts. credentials as in start_server.
 
-    Raises ResourceError if the port is in use.
+    Raises ResourceError if it cannot listen.
     """
     add_servicer = partial(expert_pb2_grpc.add_ExpertServiceServicer_to_server, ExpertServicer(handler))
-    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=max_calls)
+    return start_server(SERVICE, add_servicer, listen=listen, credentials=credentials, max_calls=max_calls)

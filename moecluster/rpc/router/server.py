@@ -8,6 +8,7 @@ from functools import partial
 import grpc
 import torch
 
+from moecluster.addresses import ListenAddress
 from moecluster.errors import MoeClusterError, RequestFailed
 from moecluster.proto import router_pb2, router_pb2_grpc
 from moecluster.rpc import tensors
@@ -15,7 +16,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import checked_amount, checked_name
 from moecluster.rpc.router.interface import RouterHandler
 from moecluster.rpc.router.messages import decode_generation_request, encode_chunk, encode_router_status
-from moecluster.rpc.server import MAX_CALLS, RunningServer, start_server
+from moecluster.rpc.server import LOOPBACK, MAX_CALLS, RunningServer, start_server
 from moecluster.rpc.status_codes import abort_with
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,12 @@ def serve_router(
     handler: RouterHandler,
     *,
     credentials: ClusterCredentials | None,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    listen: ListenAddress = LOOPBACK,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
     """Serves a router. credentials as in start_server.
 
-    Raises ResourceError if the port is in use.
+    Raises ResourceError if it cannot listen.
     """
     add_servicer = partial(router_pb2_grpc.add_RouterServiceServicer_to_server, RouterServicer(handler))
-    return start_server(SERVICE, add_servicer, host=host, port=port, credentials=credentials, max_calls=max_calls)
+    return start_server(SERVICE, add_servicer, listen=listen, credentials=credentials, max_calls=max_calls)

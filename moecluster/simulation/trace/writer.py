@@ -24,7 +24,8 @@ class TraceWriter:
     def __init__(self, path: str | Path, header: TraceHeader) -> None:
         self._header = header
         self._path = Path(path)
-        self._time_s = -math.inf
+        self._time_s = -math.inf  # of the last window
+        self._shift_s = 0.0
         whole = self._go_on() if self._path.is_file() and self._path.stat().st_size else 0
         try:
             self._file = self._path.open("ab")
@@ -36,12 +37,14 @@ class TraceWriter:
             self._write(fields)
 
     def add(self, window: TraceWindow) -> None:
-        """Appends a window."""
-        assert window.time_s > self._time_s, "windows come in the order of time"
-        self._time_s = window.time_s
+        """Appends a window. One that is dated before the last, by a clock that was set or another controller's, is
+        moved behind that one, and later ones as much."""
+        if window.time_s + self._shift_s <= self._time_s:
+            self._shift_s = self._time_s + self._header.window_s - window.time_s
+        self._time_s = window.time_s + self._shift_s
         rows = zip(window.counts_LE, self._header.layers, strict=True)
         counts = [counts_E[: layer.experts].tolist() for counts_E, layer in rows]
-        fields: dict[str, Any] = {"time_s": window.time_s, "counts": counts}
+        fields: dict[str, Any] = {"time_s": self._time_s, "counts": counts}
         if window.events:
             fields["events"] = [dataclasses.asdict(event) for event in window.events]
         self._write(fields)

@@ -347,7 +347,7 @@ def test_a_source_that_was_started_again_gives_what_an_update_announced_to_its_f
     small: Path, directory: Path, tmp_path: Path
 ) -> None:
     credentials = ClusterCredentials.make()
-    source = CheckpointSource(str(small), credentials, "127.0.0.1")
+    source = CheckpointSource({"cluster": {"host": "127.0.0.1"}}, credentials, str(small))
     found = source.locate(str(directory))
     assert found is not None and found == source.locate(str(directory))
     with closing(RemoteFiles(directory, lambda: found, credentials=credentials)) as files:

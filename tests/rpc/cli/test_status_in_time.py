@@ -10,8 +10,11 @@ from rich.console import Console
 
 from actors import cluster_file, ray_poll
 from actors.cluster_file import UpCluster
-from moecluster.cli.commands.cluster import status
+from moecluster.cli.commands.status import status
+from moecluster.cli.common.cluster_choice import ClusterChoice
+from moecluster.errors import Unavailable
 from moecluster.rpc.controller.server import serve_controller
+from moecluster.types import ControllerStatus
 from tests.support.fakes.fake_controller import FakeController
 
 HANGS = (sys.executable, "-c", "import time; time.sleep(1000)")
@@ -33,7 +36,7 @@ def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, controller: str) -> str
     console = Console(width=300)
     with console.capture() as output:
         begun_s = time.monotonic()
-        assert status("one", False, 1.0, console)
+        assert status(ClusterChoice(name="one"), False, 1.0, console)
         assert time.monotonic() - begun_s < MUCH_LESS_S
     return output.get()
 
@@ -48,6 +51,18 @@ def test_a_controller_and_a_ray_that_hang(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "degraded: Ray did not say in time where the actors are" in output
 
 
+class LateController(FakeController):
+    """Gives no status until it is asked again."""
+
+    asked = 0
+
+    def status(self) -> ControllerStatus:
+        self.asked += 1
+        if self.asked == 1:
+            raise Unavailable("busy")
+        return super().status()
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -56,11 +71,11 @@ def test_a_controller_and_a_ray_that_hang(monkeypatch: pytest.MonkeyPatch, tmp_p
     ],
     ids=["slow", "broken"],
 )
-def test_what_the_controller_says_is_shown_where_ray_does_not(
+def test_what_a_late_controller_says_is_shown_where_ray_does_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.setattr(ray_poll, "COMMAND", command)
-    controller = FakeController()
+    controller = LateController()
     server = serve_controller(controller, credentials=None)
     try:
         output = say(monkeypatch, tmp_path, server.address)
@@ -69,3 +84,16 @@ def test_what_the_controller_says_is_shown_where_ray_does_not(
         controller.close()
     assert "term 2, placement 5" in output and "127.0.0.1:5000" in output
     assert said in output and output.count("degraded") == ("degraded" in said)
+
+
+def test_a_controller_that_answers_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray_poll, "COMMAND", ("no such command",))  # Ray is not asked
+    controller = FakeController()
+    server = serve_controller(controller, credentials=None)
+    try:
+        output = say(monkeypatch, tmp_path, server.address)
+    finally:
+        server.stop(0.0)
+        controller.close()
+    assert "term 2, placement 5" in output and "127.0.0.1:5000" in output
+    assert "degraded" not in output and "note" not in output

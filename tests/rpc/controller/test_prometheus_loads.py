@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moecluster.addresses import ListenAddress, split_host_port
 from moecluster.controller.load.direct import DirectLoadSource, LoadSource, SourceReading
 from moecluster.controller.load.prometheus import PrometheusLoadSource
 from moecluster.controller.load.prometheus_client import PrometheusServer
@@ -39,11 +40,8 @@ class Process:
 
     def __init__(self, *, cluster: str = CLUSTER, port: int = 0, max_expert_series: int = 1000) -> None:
         self.metrics = Metrics(model="served", cluster=cluster, max_expert_series=max_expert_series)
-        self.port = self.metrics.serve(host="127.0.0.1", port=port)
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        self.address = self.metrics.serve(ListenAddress(port=port))
+        self.port = split_host_port(self.address)[1]
 
     @property
     def shown_tokens(self) -> int:

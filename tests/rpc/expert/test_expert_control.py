@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from moecluster.addresses import ListenAddress, split_host_port
 from moecluster.errors import (
     AttemptAborted,
     CheckpointError,
@@ -289,11 +290,12 @@ def test_a_server_that_stops_says_so_first(trainer: ExpertService) -> None:
 
 
 def test_a_port_in_use_is_a_users_error(trainer: ExpertService, server: RunningServer) -> None:
-    host, port = server.address.split(":")
-    with pytest.raises(ResourceError, match=f"cannot listen on {host}:{port}: the port is in use"):
-        serve_expert(trainer, port=int(port), credentials=None)
-    with pytest.raises(ResourceError, match=r"cannot listen on 203\.0\.113\.1:\d+"):
-        serve_expert(trainer, host="203.0.113.1", credentials=None)  # reserved for documentation: no host has it
+    host, port = split_host_port(server.address)
+    with pytest.raises(ResourceError, match=f"cannot listen on {server.address}: the port is in use"):
+        serve_expert(trainer, listen=ListenAddress(host=host, port=port), credentials=None)
+    nobodys = ListenAddress(host="203.0.113.1")  # reserved for documentation
+    with pytest.raises(ResourceError, match=r"cannot listen on 203\.0\.113\.1: it is no address of this machine"):
+        serve_expert(trainer, listen=nobodys, credentials=None)
     assert GrpcExpertControl("expert-0", server.address).status().actor == "expert-0"
 
 

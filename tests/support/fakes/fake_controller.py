@@ -1,6 +1,6 @@
 """A fake controller: records what it receives, returns fixed answers, and refuses what the real one refuses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moecluster.errors import UserError
@@ -92,6 +92,8 @@ class FakeController(PlacementBoard):
         self.checkpoint = "/first"
         self.counted = LOADS
         self.nonfinite: list[tuple[str, str, ExpertId, PlacementNumber]] = []
+        self.ended = False
+        self.on_end: Callable[[], None] = lambda: None
         self._fails = fails
         self._operations = {OLD_OPERATION.id: OLD_OPERATION}
 
@@ -185,6 +187,10 @@ class FakeController(PlacementBoard):
         if not stands.phase.ended:
             self._operations[operation_id] = self._further(stands)
         return stands
+
+    def shut_down(self) -> None:
+        self.ended = True
+        self.on_end()
 
     def operations(self, limit: int) -> tuple[Operation, ...]:
         newest_first = tuple(reversed(self._operations.values()))

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from moecluster.addresses import ListenAddress, split_host_port
 from moecluster.errors import ContextLengthExceeded, Exhausted, InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.generation import GenerationChunk, GenerationRequest, TokenLogprob
 from moecluster.rpc.credentials import ClusterCredentials
@@ -97,7 +98,7 @@ class FakeRouter:
         self.requests: list[GenerationRequest] = []
         self.running: dict[str, threading.Event] = {}
         self.controller = ""
-        self.server = serve_router(self, port=port, credentials=self._credentials)
+        self.server = serve_router(self, listen=ListenAddress(port=port), credentials=self._credentials)
         self.address = self.server.address
 
     def generate(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
@@ -180,8 +181,8 @@ class FakeRouter:
 
     def revive(self) -> None:
         """Serves again at the same address, as a new process would."""
-        port = int(self.address.rpartition(":")[2])
-        self.server = serve_router(self, port=port, credentials=self._credentials)
+        listen = ListenAddress(port=split_host_port(self.address)[1])
+        self.server = serve_router(self, listen=listen, credentials=self._credentials)
 
     def __enter__(self) -> Self:
         return self

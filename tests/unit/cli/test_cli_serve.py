@@ -49,6 +49,16 @@ def complaint(
         (("gateway",), "there is none to serve"),
         (("gateway", "--model", "a=first"), "no cluster first is up"),
         (("gateway", "--model", "a=first", "--model", "a=second"), "a name is given twice"),
+        (("gateway", "--model", "a=10.0.0.7:20000"), "the cluster at 10.0.0.7:20000: asks for its secret"),
+        (("gateway", "--model", "a=10.0.0.7:0"), 'model: got "10.0.0.7:0", expected HOST:PORT'),
+        (
+            ("gateway", "--model", "a=first", "--secret-file", "f"),
+            "--secret-file: got 1, expected one for all clusters",
+        ),
+        (
+            ("gateway", *("--model", "a=h:1") * 1, *("--model", "b=h:2") * 1, *("--secret-file", "f") * 3),
+            "--secret-file: got 3, expected one for all clusters at addresses, or one for each of the 2",
+        ),
         (("gateway", "--model", "a=first", "--set", "serve.prot=1"), "did you mean port"),
     ],
 )

@@ -1,7 +1,7 @@
 from rich.console import Console
 
 from actors.names import Endpoints
-from moecluster.cli.commands.cluster import actors_table
+from moecluster.cli.commands.status import actors_table
 from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 
 ENDPOINTS: dict[str, Endpoints | None] = {

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from actors.names import Endpoints
 from moecluster.cli.commands.batch import _table as batch_table
-from moecluster.cli.commands.cluster import actors_table
 from moecluster.cli.commands.params import _table as params_table
 from moecluster.cli.commands.plan import _table as plan_table
+from moecluster.cli.commands.status import actors_table
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.formatting import operations_table
 from moecluster.cli.common.tables import make_table, show_table

@@ -161,7 +161,7 @@ def test_status_serve_and_up_tell_path_step_and_time(monkeypatch, capsys) -> Non
             pass
 
     cluster_file.save(up(path))
-    serving._run(Server(), [("demo", "moecluster")], Console(width=10**6))  # type: ignore[arg-type]
+    serving._run(Server(), [serving._recorded("demo", "moecluster")], Console(width=10**6))  # type: ignore[arg-type]
     assert f"demo: {told}" in capsys.readouterr().out
     monkeypatch.setattr(cluster_commands, "bring_up", lambda *_: up(path))
     cluster_commands.up(path, (), Console(width=10**6))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moecluster.controller.reconciler import ReconcilerSettings
-from moecluster.errors import CheckpointError, ResourceError, UserError
+from moecluster.errors import CheckpointError, ResourceError, Unavailable, UserError
 from moecluster.metrics import Metrics
 from moecluster.placement.initial import contiguous_placement
 from moecluster.types import ActorPhase, ExpertId, LoadSnapshot, PlacementNumber, Replica
@@ -176,3 +176,26 @@ def test_a_lost_actor_whose_checkpoint_is_gone_says_so_until_the_checkpoint_is_b
     assert len(back.replicas) == len(without.replicas) + 4
     status = controller.status()
     assert status.lost_experts == 0 and not any(a.problem for a in status.actors)
+
+
+def test_it_closes_before_it_ends_the_cluster_and_tries_again_when_asked(make, actors) -> None:
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("end")
+        if len(ended) == 1:
+            raise Unavailable("Ray does not say which actors there are")
+
+    controller = make(end=end)
+    controller.start(WAIT_S)
+    controller.shut_down()
+    wait_until(lambda: ended == ["end"], "the first attempt")
+    assert controller.newer_than(controller.current(0.0).number, WAIT_S) is None, "it is closed, and nothing follows"
+
+    def again() -> bool:
+        controller.shut_down()  # which the failed attempt allows
+        return len(ended) == 2
+
+    wait_until(again, "the second attempt")
+    with pytest.raises(ResourceError, match="are started and ended by other means"):
+        make().shut_down()

@@ -138,3 +138,20 @@ def test_bytes_that_a_failed_operation_has_moved_are_counted(log, metrics) -> No
     log.update(operation.id, phase=OperationPhase.FAILED)
     assert 'moved_bytes_total{cluster="",model="tiny"} 100.0' in metrics.render()
     assert "operation_seconds_count" not in metrics.render()
+
+
+def test_a_successor_whose_clock_is_behind_ends_nothing_before_it_began(metrics) -> None:
+    now_s = 1000.0
+    log = OperationLog(metrics, unix_clock=lambda: now_s)
+    ahead_s = now_s + 300.0  # the predecessor ran on a host whose clock is five minutes ahead
+    kinds = (OperationKind.SCALE, OperationKind.REBALANCE)
+    log.take_over(
+        tuple(Operation(id=k, kind=k, phase=OperationPhase.COMMITTING, reason="", created_s=ahead_s) for k in kinds)
+    )
+    assert log.get("rebalance").ended_s == ahead_s
+    assert log.update("scale", phase=OperationPhase.DONE).ended_s == ahead_s
+    assert "operation_seconds_count" not in metrics.render(), "two clocks measure no duration"
+    own = log.begin(OperationKind.REBALANCE, reason="hot")
+    now_s = 900.0  # the clock is set
+    assert log.update(own.id, phase=OperationPhase.DONE).ended_s == 1000.0
+    assert 'operation_seconds_count{cluster="",kind="rebalance",model="tiny"} 1.0' in metrics.render()

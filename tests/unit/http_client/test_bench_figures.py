@@ -143,6 +143,13 @@ def test_retry_after_is_seconds_or_a_date(output: str, seconds: float | None) ->
     assert retry_after_s(httpx.Headers(), 60.0) is None
 
 
+def test_a_date_to_retry_after_counts_from_the_servers_own_clock() -> None:
+    headers = httpx.Headers({"Retry-After": "Thu, 01 Jan 1970 00:01:40 GMT", "Date": "Thu, 01 Jan 1970 00:01:30 GMT"})
+    assert retry_after_s(headers, 60.0) == retry_after_s(headers, 1e6) == 10.0
+    headers["Date"] = "just now"
+    assert retry_after_s(headers, 60.0) == 40.0
+
+
 def test_the_gateways_address_with_or_without_its_version() -> None:
     for text in ("http://h:8000", "http://h:8000/", "http://h:8000/v1", "http://h:8000/v1/"):
         assert gateway_url(text) == httpx.URL("http://h:8000")

@@ -111,3 +111,19 @@ def test_a_recording_is_read_as_it_was_written_and_gone_on_with(tmp_path: Path) 
     assert [layer.experts for layer in read.header.layers] == [2, 4]
     assert [actor.name for actor in read.header.actors] == ["expert-0", "expert-1"]
     assert [window.counts_LE[1].tolist() for window in read.windows()] == [[3, 0, 0, 1]] * 2
+
+
+def test_a_controller_whose_clock_is_behind_continues_the_recording(tmp_path: Path) -> None:
+    """It was started again on another host; and a later command goes on with the file."""
+    path = tmp_path / "loads.jsonl"
+    behind = -30.0  # windows
+    for readings in ((0, 1, behind, behind + 1, behind + 2), (2 * behind, 2 * behind + 1)):
+        recording = TraceRecorder(loads(readings[0], {"a": (0, 0, 0, 0)}), actors(), WINDOW_S)
+        with TraceWriter(path, recording.header) as trace:
+            for number, windows in enumerate(readings[1:], start=1):
+                window = recording.take(loads(windows, {"a": (number, 0, 0, 0)}), actors())
+                if window is not None:
+                    trace.add(window)
+    read = list(open_trace(path).windows())
+    assert [window.counts_LE[1].tolist()[0] for window in read] == [1, 1, 1, 1]
+    assert [window.time_s for window in read] == [NOW_S + number * WINDOW_S for number in (1, 2, 3, 4)]
