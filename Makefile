@@ -34,7 +34,10 @@ test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, clus
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 $(RAY_LAYERS) || failed=1; \
 	exit $$failed
 
-system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
+test-hosts: $(VENV)/.dev  ## ray up on three hosts (network namespaces with sshd), jobs, lost hosts; as root, after system-deps
+	$(BIN)/python -m pytest --durations=10 tests/hosts
+
+system-deps:  ## Debian packages for tests that need more than Python: prometheus, sshd; starts no service
 	@tools/install_system_deps.sh
 
 check: lint sizes types imports stale-protos stale-pages links  ## style, sizes, types, import layers, generated code and pages, links

@@ -40,7 +40,7 @@ profile=$HOME/.profile
 for file in "$HOME/.bash_login" "$HOME/.bash_profile"; do
     [[ -f $file ]] && profile=$file # bash reads the first that exists, in the opposite order
 done
-grep -qsF "$venv/bin" "$profile" || echo "export PATH=\"$venv/bin:\$PATH\"" >>"$profile"
+grep -qsF "$venv/bin" "$profile" || echo "export PATH=\"$venv/bin:\$PATH\" RAY_AUTH_MODE=token" >>"$profile"
 
 chmod 600 "$HOME/.ray/auth_token"
 echo "$(hostname): $("$venv/bin/python" -c 'import moecluster, ray; print("moecluster", moecluster.__version__, "ray", ray.__version__)')"

@@ -97,17 +97,16 @@ class Namespace:
         return int(children[0])
 
     def command(self, *words: str) -> list[str]:
-        """Returns a command line that runs a command inside."""
-        return ["nsenter", "--target", str(self.pid), *ENTER_OPTIONS, "--", *words]
+        """Returns a command line that runs a command inside, in the home directory."""
+        return ["nsenter", "--target", str(self.pid), *ENTER_OPTIONS, "--", "env", "-C", "/root", *words]
 
     def run(
         self, *words: str, timeout_s: float = 60.0, check: bool = True, **variables: str
     ) -> "subprocess.CompletedProcess[str]":
-        """Runs a command inside, in the home directory. Raises AssertionError with its output if it fails."""
+        """Runs a command inside. Raises AssertionError with its output if it fails."""
         done = subprocess.run(
             self.command(*words),
             env={**self.environment, **variables},
-            cwd=self.home,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -123,7 +122,6 @@ class Namespace:
         return subprocess.Popen(
             self.command(*words),
             env={**self.environment, **{name: str(value) for name, value in variables.items()}},
-            cwd=self.home,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -61,6 +61,12 @@ class RayOnHosts:
         )
         return found.stdout
 
+    def running_log_of(self, job: str) -> str:
+        """Returns what a job has printed. Fails the test if the job has failed."""
+        log, status = self.log_of(job), self.jobs()[job]["status"]
+        assert status in ("PENDING", "RUNNING", "SUCCEEDED"), f"the job {job} is {status}:\n{log}"
+        return log
+
     def wait_for_nodes(self, number: int, timeout_s: float = UP_TIMEOUT_S) -> None:
         """Waits until Ray has so many living nodes."""
         wait_for(lambda: len(self.nodes()) == number, f"there are {number} nodes", timeout_s=timeout_s, every_s=2.0)
