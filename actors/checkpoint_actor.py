@@ -6,18 +6,21 @@ from typing import Any
 
 import ray
 
-from actors.names import SOURCE, Endpoints
+from actors.names import SOURCE, Endpoints, is_source
 from actors.node_address import listen_address, own_endpoints
-from actors.ray_calls import call, find_actor
+from actors.ray_calls import call, find_actor, named_actors
 from actors.restart_policy import restart_on_init_failure
-from moecluster.config import read_config
-from moecluster.errors import CheckpointError, MoeClusterError, Unavailable
+from actors.spawn import spawn
+from moecluster.config import Config, read_config
+from moecluster.errors import CheckpointError, DeadlineExceeded, MoeClusterError, Unavailable
 from moecluster.models.checkpoint.reader import Checkpoint, OpenCheckpoint
 from moecluster.rpc.checkpoint.client import RemoteFiles, SourceAddress
 from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
 from moecluster.rpc.credentials import ClusterCredentials
 
 FIND_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0  # of a source
+NODE_CHARACTERS = 12  # of a node's id, in the name of its source
 
 
 class CheckpointSource:
@@ -25,11 +28,12 @@ class CheckpointSource:
 
     @restart_on_init_failure
     def __init__(self, tables: Mapping[str, Any], credentials: ClusterCredentials, directory: str) -> None:
-        """directory: announced at once, also after a restart."""
+        """directory: announced at once, also after a restart, unless it is gone by then."""
         self._announcements = Announcements()
         listen = listen_address(read_config(tables))
         self._server = serve_checkpoints(self._announcements, credentials=credentials, listen=listen)
-        self.announce(directory, directory)
+        with suppress(CheckpointError):
+            self.announce(directory, directory)
 
     def announce(self, name: str, directory: str) -> None:
         """name: the directory's name in requests. Raises CheckpointError if it is not a model's directory."""
@@ -61,19 +65,39 @@ def checkpoint_opener(namespace: str, credentials: ClusterCredentials) -> OpenCh
 
 
 def _locate(name: str, namespace: str) -> SourceAddress:
-    nobody = CheckpointError(f"{name}: no such directory on this node ({_node()}), and no node has announced it")
-    try:
-        source = find_actor(SOURCE, namespace)
-    except Unavailable as exc:
-        raise nobody from exc
-    found: SourceAddress | None = call(source.locate.remote(name), FIND_TIMEOUT_S, SOURCE)
-    if found is None:
-        raise nobody
-    return found
+    """Asks every source. Raises CheckpointError if none has the directory, Unavailable or DeadlineExceeded if none has
+    it and one does not answer."""
+    silent: MoeClusterError | None = None
+    for source in filter(is_source, named_actors(namespace)):
+        try:
+            found: SourceAddress | None = call(
+                find_actor(source, namespace).locate.remote(name), FIND_TIMEOUT_S, source
+            )
+        except (Unavailable, DeadlineExceeded) as exc:
+            silent = exc
+            continue
+        if found is not None:
+            return found
+    raise silent or CheckpointError(f"{name}: no such directory on this node ({_node()}), and no node has announced it")
 
 
 def _node() -> str:
     return str(ray.util.get_node_ip_address())
+
+
+def announce_here(config: Config, credentials: ClusterCredentials, directory: str) -> None:
+    """Lets other nodes read a directory of this node, if there are other nodes: from a source that sees it, or from one
+    that is started here."""
+    namespace = config.cluster.name
+    if not any(map(is_source, named_actors(namespace))):
+        return
+    with suppress(MoeClusterError):
+        _locate(directory, namespace)
+        return
+    node = ray.get_runtime_context().get_node_id()
+    name = f"{SOURCE}-{node[:NODE_CHARACTERS]}"
+    source = spawn(CheckpointSource, "source", config, name, config.to_tables(), credentials, directory, node=node)
+    call(source.announce.remote(directory, directory), START_TIMEOUT_S, name)
 
 
 def announce(namespace: str, directory: str) -> None:

@@ -4,8 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -39,13 +38,9 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policy.registry import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.training.checkpoint_store import CHECKPOINTS
-
-if TYPE_CHECKING:
-    from actors.training_host import Progress  # imports transformers, which takes seconds
+from moecluster.rpc.router.training_run import TrainingRun
 
 CALL_TIMEOUT_S = 10.0
-PROGRESS_TIMEOUT_S = 60.0  # the router's process also computes
 KILL_TIMEOUT_S = 15.0
 POLL_S = 0.1
 
@@ -87,7 +82,8 @@ class Cluster:
         given = GivenDirectories(self.name)
         given.forget_all()  # left over from a cluster of this name that was not taken down
         try:
-            given.give(model_dir)
+            for directory in (model_dir, *config.cluster.directories):
+                given.give(directory)
             ports = metrics_ports(config)
             tables = config.to_tables()
             handles: dict[str, ActorHandle[Any]] = {}
@@ -163,30 +159,9 @@ class Cluster:
         """Allows requests to the cluster to name this directory and everything below it. Raises Unavailable."""
         GivenDirectories(self.name).give(directory)
 
-    def reload_routers(self, model_dir: str, timeout_s: float = 120.0) -> None:
-        """Makes every router load trunk and tokenizer from a directory that the controller knows already."""
-        self.give_directory(model_dir)
-        routers = [name for name in self.actors() if is_router(name)]
-        asked: dict[str, Any] = {name: self._handle(name).reload.remote(model_dir) for name in routers}
-        for name, reference in asked.items():
-            # A router that is being restarted loads the directory that the controller names.
-            with suppress(Unavailable):
-                call(reference, timeout_s, name)
-
-    def train(self, config: Config, start: str) -> None:
-        """Starts a training run in the first router. Raises UserError if one is in progress."""
-        for directory in (start, Path(config.train.output_dir) / CHECKPOINTS):
-            self.give_directory(str(directory))
-        call(self._handle(ROUTER).train.remote(config.to_tables(), start), CALL_TIMEOUT_S, ROUTER)
-
-    def training_progress(self, since: int) -> "Progress":
-        """Returns the run's events from number `since` on, and whether it has ended."""
-        progress: Progress = call(self._handle(ROUTER).training_progress.remote(since), PROGRESS_TIMEOUT_S, ROUTER)
-        return progress
-
-    def stop_training(self) -> None:
-        """Ends the run after its current event."""
-        call(self._handle(ROUTER).stop_training.remote(), CALL_TIMEOUT_S, ROUTER)
+    def training(self, credentials: ClusterCredentials | None) -> TrainingRun:
+        """Returns a client for training runs in the first router. Their paths must be given to the cluster first."""
+        return TrainingRun(find_first=self.router_address, find_all=self.router_addresses, credentials=credentials)
 
     def stop(self) -> None:
         """Kills all actors of the namespace, and waits until they are gone."""

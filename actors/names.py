@@ -12,8 +12,7 @@ CONTROLLER = "controller"
 ROUTER = "router"  # the first router: training runs there
 EXPERT_PREFIX = "expert-"
 ORDERED_GROWTH = 4  # default limit of scaling by command: a typo must not start hundreds of processes
-SOURCE = "checkpoint-source"  # serves the checkpoint to other nodes, if there are any
-
+SOURCE = "checkpoint-source"  # serves the checkpoint of `up` to other nodes, if there are any
 
 OnLoading = Callable[[int, int], None]  # called with the bytes of experts loaded, and the total
 
@@ -36,6 +35,11 @@ def most_expert_actors(config: Config) -> int:
 def is_router(actor: str) -> bool:
     """Returns whether an actor's name is a router's."""
     return actor == ROUTER or actor.startswith(f"{ROUTER}-")
+
+
+def is_source(actor: str) -> bool:
+    """Returns whether an actor serves checkpoints of its node: the first one's node is that of `up`."""
+    return actor == SOURCE or actor.startswith(f"{SOURCE}-")
 
 
 def expert_names(config: Config) -> tuple[str, ...]:

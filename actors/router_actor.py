@@ -6,13 +6,12 @@ controller, which starts routers, does without.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
 
-from actors.checkpoint_actor import checkpoint_opener
+from actors.checkpoint_actor import announce_here, checkpoint_opener
 from actors.given_directories import GivenDirectories
 from actors.names import Endpoints, make_metrics
 from actors.node_address import METRICS_PORT, listen_address, own_endpoints, own_process
@@ -33,9 +32,6 @@ from moecluster.rpc.reach import Peer, Unreached, unreached
 from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.tensors import expect_read_only_views
 from moecluster.types import ActorAddress, RouterState
-
-if TYPE_CHECKING:
-    from actors.training_host import Progress
 
 MORE_CALLS = 64
 
@@ -75,11 +71,12 @@ class RouterActor:
         self._reporter = LoadReporter(self._experts.loads, self._placements.report_load)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             model_dir = self._placements.current(config.cluster.start_timeout_s).checkpoint or model_dir
+        is_given = GivenDirectories(config.cluster.name)
         self._router = Router(
             model_dir,
             self._experts,
             limits=EngineLimits.of(config.serve),
-            is_given=GivenDirectories(config.cluster.name),
+            is_given=is_given,
             name=name,
             dtype=getattr(torch, config.model.dtype),
             device="cuda" if config.cluster.gpus_per_router and torch.cuda.is_available() else "cpu",
@@ -88,15 +85,24 @@ class RouterActor:
             controller=lambda: self._placements.controller,
             open_elsewhere=checkpoint_opener(config.cluster.name, credentials),
         )
+
+        def announce_checkpoint(checkpoint: str) -> None:
+            announce_here(config, credentials, checkpoint)
+            set_checkpoint(resolve(), checkpoint, credentials=credentials)
+
         self._training = TrainingHost(
             self._experts,
             self._placements,
-            announce=lambda checkpoint: set_checkpoint(resolve(), checkpoint, credentials=credentials),
+            announce=announce_checkpoint,
+            is_given=is_given,
+            served=lambda: self._placements.current(config.cluster.start_timeout_s).checkpoint,
             metrics=self._metrics,
         )
         # A call for every running or waiting request, and some for those that are refused or only ask for status.
         max_calls = config.serve.max_running + config.serve.max_waiting + MORE_CALLS
-        self._server = serve_router(self._router, credentials=credentials, listen=listen, max_calls=max_calls)
+        self._server = serve_router(
+            self._router, self._training, credentials=credentials, listen=listen, max_calls=max_calls
+        )
         self._serving = (self._router, self._server.address)
 
     def endpoints(self) -> Endpoints:
@@ -106,22 +112,6 @@ class RouterActor:
     def unreached(self, peers: Sequence[Peer], timeout_s: float) -> tuple[Unreached, ...]:
         """Returns the servers that this process does not reach."""
         return unreached(peers, credentials=self._credentials, timeout_s=timeout_s)
-
-    def reload(self, model_dir: str) -> None:
-        """Loads trunk and tokenizer from another directory. Raises CheckpointError or UnsupportedModelError."""
-        self._router.reload(model_dir)
-
-    def train(self, tables: Mapping[str, Any], start: str) -> None:
-        """Starts a training run from a directory. Raises UserError if one is in progress."""
-        self._training.start(read_config(tables), Path(start))
-
-    def training_progress(self, since: int) -> "Progress":
-        """Returns the run's events from number `since` on, and whether it has ended."""
-        return self._training.progress(since)
-
-    def stop_training(self) -> None:
-        """Ends the run after its current event."""
-        self._training.stop()
 
     def _state(self) -> RouterState:
         """Returns what is reported at every renewal of the lease; only the name until the router serves."""

@@ -213,12 +213,20 @@ def gateway(
 def train(
     target: Target = "demo",
     data: Annotated[str | None, typer.Option(help="text file or directory to train on (train.data)")] = None,
+    address: Address = "",
+    secret_file: SecretFile = "",
     settings: Settings = None,
 ) -> None:
     """Train a model, each expert in its actor, on the running cluster or on one started for it."""
     from moecluster.cli.commands.train import train as run
+    from moecluster.cli.commands.train import train_at
+    from moecluster.cli.common.cluster_choice import chosen
 
-    run(target, [*(settings or ()), *([f"train.data={data}"] if data else ())], make_console())
+    choice, given = chosen(None, address, secret_file), [*(settings or ()), *([f"train.data={data}"] if data else ())]
+    if choice.address:
+        train_at(choice, target, given, make_console())
+    else:
+        run(target, given, make_console())
 
 
 @app.command(epilog="Example: moecluster demo    or: moecluster demo --data ./my-texts")

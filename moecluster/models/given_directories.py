@@ -21,7 +21,7 @@ def check_given(path: str, is_given: IsGiven) -> None:
         shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
         raise NotGiven(
             f"{shown or 'an empty path'}: the cluster was not given this directory; "
-            "moecluster up, update and train give it theirs"
+            "moecluster up, update and train give it theirs, and cluster.directories names others"
         )
 
 

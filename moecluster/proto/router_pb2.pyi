@@ -129,6 +129,66 @@ class MoeReply(_message.Message):
     weights: _tensor_pb2.Tensor
     def __init__(self, y: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
+class ReloadRequest(_message.Message):
+    __slots__ = ("checkpoint",)
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    def __init__(self, checkpoint: _Optional[str] = ...) -> None: ...
+
+class ReloadReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StartTrainingRequest(_message.Message):
+    __slots__ = ("run_id", "settings_json", "start")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    settings_json: str
+    start: str
+    def __init__(self, run_id: _Optional[str] = ..., settings_json: _Optional[str] = ..., start: _Optional[str] = ...) -> None: ...
+
+class StartTrainingReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FollowTrainingRequest(_message.Message):
+    __slots__ = ("run_id", "since")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    since: int
+    def __init__(self, run_id: _Optional[str] = ..., since: _Optional[int] = ...) -> None: ...
+
+class TrainingProgress(_message.Message):
+    __slots__ = ("events_json", "ended", "failure")
+    EVENTS_JSON_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    events_json: _containers.RepeatedScalarFieldContainer[str]
+    ended: bool
+    failure: TrainingFailure
+    def __init__(self, events_json: _Optional[_Iterable[str]] = ..., ended: bool = ..., failure: _Optional[_Union[TrainingFailure, _Mapping]] = ...) -> None: ...
+
+class TrainingFailure(_message.Message):
+    __slots__ = ("kind", "message")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class StopTrainingRequest(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+
+class StopTrainingReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RouterStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -54,6 +54,26 @@ class RouterServiceStub(object):
                 request_serializer=moecluster_dot_proto_dot_router__pb2.RouterStatusRequest.SerializeToString,
                 response_deserializer=moecluster_dot_proto_dot_router__pb2.RouterStatus.FromString,
                 _registered_method=True)
+        self.Reload = channel.unary_unary(
+                '/moecluster.v1.RouterService/Reload',
+                request_serializer=moecluster_dot_proto_dot_router__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_router__pb2.ReloadReply.FromString,
+                _registered_method=True)
+        self.StartTraining = channel.unary_unary(
+                '/moecluster.v1.RouterService/StartTraining',
+                request_serializer=moecluster_dot_proto_dot_router__pb2.StartTrainingRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_router__pb2.StartTrainingReply.FromString,
+                _registered_method=True)
+        self.FollowTraining = channel.unary_unary(
+                '/moecluster.v1.RouterService/FollowTraining',
+                request_serializer=moecluster_dot_proto_dot_router__pb2.FollowTrainingRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_router__pb2.TrainingProgress.FromString,
+                _registered_method=True)
+        self.StopTraining = channel.unary_unary(
+                '/moecluster.v1.RouterService/StopTraining',
+                request_serializer=moecluster_dot_proto_dot_router__pb2.StopTrainingRequest.SerializeToString,
+                response_deserializer=moecluster_dot_proto_dot_router__pb2.StopTrainingReply.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer(object):
@@ -85,6 +105,32 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reload(self, request, context):
+        """Loads trunk and tokenizer from another directory, whose experts the controller has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartTraining(self, request, context):
+        """A training run in this router's process, at most one at a time. It is gone if the process is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowTraining(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopTraining(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +153,26 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=moecluster_dot_proto_dot_router__pb2.RouterStatusRequest.FromString,
                     response_serializer=moecluster_dot_proto_dot_router__pb2.RouterStatus.SerializeToString,
+            ),
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=moecluster_dot_proto_dot_router__pb2.ReloadRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_router__pb2.ReloadReply.SerializeToString,
+            ),
+            'StartTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartTraining,
+                    request_deserializer=moecluster_dot_proto_dot_router__pb2.StartTrainingRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_router__pb2.StartTrainingReply.SerializeToString,
+            ),
+            'FollowTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.FollowTraining,
+                    request_deserializer=moecluster_dot_proto_dot_router__pb2.FollowTrainingRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_router__pb2.TrainingProgress.SerializeToString,
+            ),
+            'StopTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopTraining,
+                    request_deserializer=moecluster_dot_proto_dot_router__pb2.StopTrainingRequest.FromString,
+                    response_serializer=moecluster_dot_proto_dot_router__pb2.StopTrainingReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +283,114 @@ class RouterService(object):
             '/moecluster.v1.RouterService/Status',
             moecluster_dot_proto_dot_router__pb2.RouterStatusRequest.SerializeToString,
             moecluster_dot_proto_dot_router__pb2.RouterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.RouterService/Reload',
+            moecluster_dot_proto_dot_router__pb2.ReloadRequest.SerializeToString,
+            moecluster_dot_proto_dot_router__pb2.ReloadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.RouterService/StartTraining',
+            moecluster_dot_proto_dot_router__pb2.StartTrainingRequest.SerializeToString,
+            moecluster_dot_proto_dot_router__pb2.StartTrainingReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.RouterService/FollowTraining',
+            moecluster_dot_proto_dot_router__pb2.FollowTrainingRequest.SerializeToString,
+            moecluster_dot_proto_dot_router__pb2.TrainingProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moecluster.v1.RouterService/StopTraining',
+            moecluster_dot_proto_dot_router__pb2.StopTrainingRequest.SerializeToString,
+            moecluster_dot_proto_dot_router__pb2.StopTrainingReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,28 @@ class RouterServiceStub:
         moecluster.proto.router_pb2.RouterStatus,
     ]
 
+    Reload: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.ReloadRequest,
+        moecluster.proto.router_pb2.ReloadReply,
+    ]
+    """Loads trunk and tokenizer from another directory, whose experts the controller has."""
+
+    StartTraining: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.StartTrainingRequest,
+        moecluster.proto.router_pb2.StartTrainingReply,
+    ]
+    """A training run in this router's process, at most one at a time. It is gone if the process is."""
+
+    FollowTraining: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.FollowTrainingRequest,
+        moecluster.proto.router_pb2.TrainingProgress,
+    ]
+
+    StopTraining: grpc.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.StopTrainingRequest,
+        moecluster.proto.router_pb2.StopTrainingReply,
+    ]
+
 class RouterServiceAsyncStub:
     Generate: grpc.aio.UnaryStreamMultiCallable[
         moecluster.proto.router_pb2.GenerateRequest,
@@ -62,6 +84,28 @@ class RouterServiceAsyncStub:
     Status: grpc.aio.UnaryUnaryMultiCallable[
         moecluster.proto.router_pb2.RouterStatusRequest,
         moecluster.proto.router_pb2.RouterStatus,
+    ]
+
+    Reload: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.ReloadRequest,
+        moecluster.proto.router_pb2.ReloadReply,
+    ]
+    """Loads trunk and tokenizer from another directory, whose experts the controller has."""
+
+    StartTraining: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.StartTrainingRequest,
+        moecluster.proto.router_pb2.StartTrainingReply,
+    ]
+    """A training run in this router's process, at most one at a time. It is gone if the process is."""
+
+    FollowTraining: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.FollowTrainingRequest,
+        moecluster.proto.router_pb2.TrainingProgress,
+    ]
+
+    StopTraining: grpc.aio.UnaryUnaryMultiCallable[
+        moecluster.proto.router_pb2.StopTrainingRequest,
+        moecluster.proto.router_pb2.StopTrainingReply,
     ]
 
 class RouterServiceServicer(metaclass=abc.ABCMeta):
@@ -94,5 +138,35 @@ class RouterServiceServicer(metaclass=abc.ABCMeta):
         request: moecluster.proto.router_pb2.RouterStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[moecluster.proto.router_pb2.RouterStatus, collections.abc.Awaitable[moecluster.proto.router_pb2.RouterStatus]]: ...
+
+    @abc.abstractmethod
+    def Reload(
+        self,
+        request: moecluster.proto.router_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.router_pb2.ReloadReply, collections.abc.Awaitable[moecluster.proto.router_pb2.ReloadReply]]:
+        """Loads trunk and tokenizer from another directory, whose experts the controller has."""
+
+    @abc.abstractmethod
+    def StartTraining(
+        self,
+        request: moecluster.proto.router_pb2.StartTrainingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.router_pb2.StartTrainingReply, collections.abc.Awaitable[moecluster.proto.router_pb2.StartTrainingReply]]:
+        """A training run in this router's process, at most one at a time. It is gone if the process is."""
+
+    @abc.abstractmethod
+    def FollowTraining(
+        self,
+        request: moecluster.proto.router_pb2.FollowTrainingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.router_pb2.TrainingProgress, collections.abc.Awaitable[moecluster.proto.router_pb2.TrainingProgress]]: ...
+
+    @abc.abstractmethod
+    def StopTraining(
+        self,
+        request: moecluster.proto.router_pb2.StopTrainingRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[moecluster.proto.router_pb2.StopTrainingReply, collections.abc.Awaitable[moecluster.proto.router_pb2.StopTrainingReply]]: ...
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

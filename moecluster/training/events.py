@@ -1,7 +1,10 @@
 """The events of a training run, as plain records. The caller plots, logs or ignores them."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +94,22 @@ class BeganAgain:
 
 
 Event = Started | StepDone | Evaluated | CheckpointWritten | CheckpointFailed | AttemptFailed | WentBack | BeganAgain
+_KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in get_args(Event)}
+
+
+def encode_event(event: Event) -> str:
+    """Returns one line of JSON."""
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
+
+
+def decode_event(line: str) -> Event:
+    """Returns the event of such a line. Raises ValueError, naming what is wrong."""
+    record = json.loads(line)
+    kind = _KINDS.get(str(record.pop("event", ""))) if isinstance(record, dict) else None
+    if kind is None:
+        raise ValueError(f"no event of a training run: {line[:80]!r}")
+    try:
+        event: Event = kind(**record)
+    except TypeError as exc:
+        raise ValueError(f"{kind.__name__}: {exc}") from exc
+    return event

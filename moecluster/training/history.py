@@ -1,12 +1,10 @@
 """The metrics of a run in a JSON Lines file, so that its loss curve survives restarts."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Self
 
 from moecluster.errors import DataError
-from moecluster.training.events import Evaluated, Event, Started, StepDone
+from moecluster.training.events import Evaluated, Event, Started, StepDone, decode_event, encode_event
 
 FILE_NAME = "history.jsonl"
 
@@ -31,20 +29,19 @@ class History:
                 history.path.write_text(whole, encoding="utf-8")
             for number, line in enumerate(whole.splitlines(), start=1):
                 try:
-                    history._take(_KINDS[(record := json.loads(line)).pop("event")](**record))
-                except (ValueError, KeyError, TypeError) as error:
+                    history._take(decode_event(line))
+                except ValueError as error:
                     raise DataError(f"{history.path}, line {number}: not a record of a training run") from error
         return history
 
     def add(self, event: Event) -> None:
         """Records Started, StepDone and Evaluated events in memory and in the file; ignores other events."""
-        name = type(event).__name__
-        if name not in _KINDS:
+        if not isinstance(event, (Started, StepDone, Evaluated)):
             return
         self._take(event)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": name, **dataclasses.asdict(event)}) + "\n")
+            file.write(encode_event(event) + "\n")
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -53,6 +50,3 @@ class History:
             self.steps[event.step] = event
         elif isinstance(event, Evaluated):
             self.evaluations[event.step] = event
-
-
-_KINDS = {kind.__name__: kind for kind in (Started, StepDone, Evaluated)}

@@ -1,6 +1,7 @@
 """The inputs of a run, prepared before any actor exists: first checkpoint, text and tokenizer."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moecluster.types import ExpertId
 
 # [train] settings that cannot change when a run resumes.
 _FIXED = ("data", "tokenizer", "batch_size", "sequence_length", "seed")
+_PATHS = ("model.path", "train.data", "train.tokenizer")
 
 
 def prepare_start(config: Config) -> Path:
@@ -88,11 +90,18 @@ def _check_same_run(checkpoint: Path, config: Config) -> None:
     if state is None:
         raise CheckpointError(f"{checkpoint} has no training state: training cannot go on from it")
     for name, value in fixed_settings(config).items():
-        if name in state.settings and state.settings[name] != value:
+        if name in state.settings and not _equal(name, value, state.settings[name]):
             raise ConfigError(
                 f"{name}: got {value!r}, but {checkpoint} was trained with {state.settings[name]!r}; "
                 "a run goes on with the settings it began with"
             )
+
+
+def _equal(name: str, value: Any, before: Any) -> bool:
+    """Whether a setting is what it was; older runs recorded paths relative to their working directory."""
+    if name in _PATHS and value and before:
+        return os.path.abspath(str(value)) == os.path.abspath(str(before))
+    return bool(value == before)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:

@@ -41,8 +41,9 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
     node = ray.get_runtime_context().get_node_id()
     tables = cluster.config.to_tables()
     spawn(CheckpointSource, "source", cluster.config, SOURCE, tables, CREDENTIALS, directory, node=node)
-    source = find_actor(SOURCE, name)
-    call(source.announce.remote(NAME, directory), 60.0, SOURCE)
+    other = f"{SOURCE}-other"  # as on another node, whose training writes checkpoints there
+    spawn(CheckpointSource, "source", cluster.config, other, tables, CREDENTIALS, directory, node=node)
+    call(find_actor(other, name).announce.remote(NAME, directory), 60.0, other)
     announce(name, directory)
 
     with pytest.raises(NotGiven, match=f"{NAME}: the cluster was not given this directory"):
@@ -55,5 +56,5 @@ def test_actors_and_router_load_what_they_do_not_see(cluster: RayCluster, direct
         wait_for_result(lambda actor=actor, old=old: cluster.pids().get(actor, old) != old, f"{actor} is started again")
     status = cluster.wait_served()
     assert status.checkpoint == NAME
-    cluster.driver.reload_routers(NAME)
+    cluster.driver.training(CREDENTIALS).reload(NAME)
     assert text(cluster) == expected

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from actors.names import is_router
-from actors.training_host import RunGone
 from moecluster.client import Client
 from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.rpc.controller.client import ControllerCalls, set_checkpoint
+from moecluster.rpc.router.training_messages import RunGone
+from moecluster.training.events import decode_event
+from moecluster.training.run_paths import run_paths
 from moecluster.types import ExpertId, RouterStatus
 from tests.support.clusters.ray_cluster import CREDENTIALS, RayCluster, wait_for_result
 from tests.support.clusters.ray_session import RaySession
@@ -121,7 +123,7 @@ def test_a_training_run_holds_the_placement_and_ends_with_the_first_router(
 
     def says_that_the_run_is_gone() -> bool:
         try:
-            return cluster.driver.training_progress(0).ended
+            return run.progress(0).ended
         except RunGone:
             return True
         except Unavailable:
@@ -129,8 +131,12 @@ def test_a_training_run_holds_the_placement_and_ends_with_the_first_router(
 
     assert not held()
     endless: dict[str, Any] = {"steps": 10**6, "checkpoint_every_steps": 0, "participant_timeout_s": 2.0}
-    cluster.driver.train(make_config(write_text(tmp_path), tmp_path / "run", **endless), directory)
-    wait_for_result(lambda: losses([*cluster.driver.training_progress(0).events]), "a step is done")
+    config = make_config(write_text(tmp_path), tmp_path / "run", **endless)
+    for path in run_paths(config, directory):
+        cluster.driver.give_directory(path)
+    run = cluster.driver.training(CREDENTIALS)
+    run.start(config.to_tables(), directory)
+    wait_for_result(lambda: losses([decode_event(line) for line in run.progress(0).events]), "a step is done")
     assert held()
     refused = pytest.raises(UserError, match="a training run holds the placement")
     with ControllerCalls(cluster.driver.controller_address(), credentials=CREDENTIALS) as calls, refused:

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from actors.names import ROUTER
-from moecluster.cli.commands.train import run
+from moecluster.cli.commands.train import run_in
 from moecluster.rpc.controller.client import set_checkpoint
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
@@ -162,7 +162,7 @@ def test_a_run_whose_router_is_killed_begins_again_by_itself(
     killer.start()
     console = Console(width=300)
     with console.capture() as output:
-        last = run(config, str(start.resolve()), cluster.driver, console)
+        last = run_in(cluster.driver, config, str(start.resolve()), CREDENTIALS, console)
     killer.join()
     assert "the run begins again from" in output.get()
     assert last is not None and Path(last).name == "step-00000008"

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.launch import bring_up, credentials_of, join, leave, take_down
 from actors.names import expert_names
-from moecluster.cli.commands.train import run as run_training
+from moecluster.cli.commands.train import run_in
 from moecluster.cli.common.extras import is_installed
 from moecluster.cli.common.model_target import check_places, read_target
 from moecluster.cli.common.progress import loading_bar
@@ -28,6 +28,7 @@ from moecluster.placement.initial import initial_placement
 from moecluster.training.data import TextData
 from moecluster.training.domain_usage import Counts, domain_map, table_rows
 from moecluster.training.history import History
+from moecluster.training.run_paths import with_absolute_paths
 from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from moecluster.types import ExpertId
 
@@ -54,7 +55,9 @@ class Sample:
 
 def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
     """Runs all parts in a cluster of its own, which is taken down afterwards; models and plots stay in runs/."""
-    config = read_target("demo", [f"train.output_dir={_fresh_folder()}", *settings, *_data_setting(data)])
+    config = with_absolute_paths(
+        read_target("demo", [f"train.output_dir={_fresh_folder()}", *settings, *_data_setting(data)])
+    )
     check_places(config)
     tokenizer = run_tokenizer(config)
     text = read_data(config, tokenizer)
@@ -75,7 +78,7 @@ def demo(data: str | None, settings: Sequence[str], console: Console) -> None:
             console.print(f"  {name}: process {endpoints.pid if endpoints else 'unknown'}", highlight=False)
 
         _head(console, 3, f"Training: {config.train.steps} steps, every expert in its own actor")
-        last = run_training(config, start, cluster, console)
+        last = run_in(cluster, config, start, credentials_of(up), console)
         if last is None:
             raise MoeClusterError("the demo's training wrote no checkpoint")
         _judge(config, console)
@@ -177,7 +180,7 @@ def _show_map(
 
         picture = Path(config.train.output_dir) / MAP_PICTURE
         draw_domain_map(shares, picture)
-        console.print(f"  as a picture: {picture}", highlight=False)
+        console.print(f"  as a picture: {os.path.relpath(picture)}", highlight=False)
     served: Counter[str] = Counter()
     for expert, count in counts[shares.domains[-1]].items():
         served[actors[expert]] += count
@@ -214,7 +217,8 @@ def _kill_and_compare(client: Client, sample: Sample, cluster: "Cluster", victim
 
 def _show_next_steps(config: Config, model_dir: str, console: Console) -> None:
     shown = os.path.relpath(model_dir)
-    console.print(f"\n[bold]Done.[/] Model, loss curve and map are in {config.train.output_dir}.", highlight=False)
+    where = os.path.relpath(config.train.output_dir)
+    console.print(f"\n[bold]Done.[/] Model, loss curve and map are in {where}.", highlight=False)
     console.print("What to try next:")
     for command, meaning in (
         (f'moecluster generate {shown} "import os"', "continue a prompt of yours"),

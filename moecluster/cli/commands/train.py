@@ -1,27 +1,30 @@
 """train: runs training with a progress bar, and plots the loss curve."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors import cluster_file
 from actors.cluster_file import UpCluster
-from actors.launch import bring_up, join, leave, take_down
-from actors.training_host import RunGone
+from actors.launch import bring_up, credentials_of, join, leave, take_down
+from actors.names import ROUTER
+from moecluster.cli.common.cluster_choice import ClusterChoice, RemoteCluster
 from moecluster.cli.common.extras import is_installed
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.model_target import check_places, read_target
 from moecluster.cli.common.progress import loading_bar
-from moecluster.config import Config, read_config
-from moecluster.config.load import override
+from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, ResourceError, StateLost, Unavailable
+from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.router.training_messages import RunGone, RunProgress
+from moecluster.rpc.router.training_run import TrainingRun
 from moecluster.training.checkpoint_store import CHECKPOINTS, CheckpointStore
 from moecluster.training.events import (
     AttemptFailed,
@@ -32,8 +35,10 @@ from moecluster.training.events import (
     Event,
     StepDone,
     WentBack,
+    decode_event,
 )
 from moecluster.training.history import History
+from moecluster.training.run_paths import run_paths, with_absolute_paths
 from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 
 if TYPE_CHECKING:
@@ -42,18 +47,28 @@ if TYPE_CHECKING:
 POLL_S = 0.3
 PATIENCE_S = 60.0  # at least, for a router that does not answer
 CURVE = "loss.png"
+LAST = "its last checkpoint"
+
+
+class Training(Protocol):
+    """Training runs in a cluster's first router, as TrainingRun asks for them."""
+
+    def start(self, settings: Mapping[str, Any], start: str) -> None: ...
+    def progress(self, since: int) -> RunProgress: ...
+    def stop(self) -> None: ...
+    def reload(self, checkpoint: str) -> None: ...
 
 
 def train(target: str, settings: Sequence[str], console: Console) -> None:
     """Trains to train.steps, in the running cluster or in one of its own."""
-    config = read_target(target, settings)
+    config = with_absolute_paths(read_target(target, settings))
     check_places(config)
     data = read_data(config, run_tokenizer(config))  # fails on bad data before anything is started
     for line in data.left_out:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     start = str(prepare_start(config).resolve())
     with _cluster(config, start, console) as up:
-        last = run(config, start, join(up.name, up.ray_address, up.local_ray), console)
+        last = run_in(join(up.name, up.ray_address, up.local_ray), config, start, credentials_of(up), console)
         leave()
         if last is not None:
             cluster_file.save(replace(up, model=last))
@@ -62,45 +77,75 @@ def train(target: str, settings: Sequence[str], console: Console) -> None:
         console.print(f'next: moecluster generate {last} "PROMPT"', highlight=False)
 
 
-def run(config: Config, start: str, cluster: "Cluster", console: Console) -> str | None:
-    """Shows a run until it ends, and returns its last checkpoint, which the routers then serve.
+def train_at(choice: ClusterChoice, target: str, settings: Sequence[str], console: Console) -> None:
+    """Trains to train.steps in the cluster at an address: its first router reads the text and writes the checkpoints,
+    under paths of its node that the cluster was given."""
+    config = read_target(target, settings)
+    run_paths(config)  # fails on a relative path
+    cluster = RemoteCluster(choice)
 
-    If its router's process is lost, the run restarts from its last checkpoint, at most train.max_restarts times.
-    Raises the error that ended the run, if it failed.
-    """
-    History.open(config.train.output_dir)  # fails on an invalid history file before anything is trained
-    last: str | None = None
-    try:
-        with _bar(console) as bar:
-            task = bar.add_task("training", total=config.train.steps, figures="")
-            for event in _all_events(config, start, cluster):
-                if isinstance(event, StepDone):
-                    bar.update(task, completed=event.step, figures=_figures(event))
-                elif isinstance(event, CheckpointWritten):
-                    last = str(Path(event.path).resolve())
-                elif isinstance(event, BeganAgain):
-                    last = event.checkpoint
-                if (line := _line(event)) is not None:
-                    bar.console.print(line, highlight=False)
-    except BaseException:
-        with suppress(Unavailable, DeadlineExceeded):  # the router is lost, and the run with it
-            cluster.stop_training()
-        raise
+    def first() -> str:
+        states = {state.router: state.address for state in cluster.status().router_states}
+        if not states.get(ROUTER):
+            raise Unavailable(f"the first router of {choice} has no address now; it may be starting again")
+        return states[ROUTER]
+
+    training = TrainingRun(find_first=first, find_all=cluster.router_addresses, credentials=cluster.credentials)
+    last = run(config, "", training, console)
+    console.print(f"trained; its checkpoints are in {config.train.output_dir} of the first router's node")
     if last is not None:
-        cluster.reload_routers(last)
+        console.print(f'next: moecluster generate --address {choice.address} "PROMPT"', highlight=False)
+
+
+def run_in(
+    cluster: "Cluster", config: Config, start: str, credentials: ClusterCredentials | None, console: Console
+) -> str | None:
+    """Like run, in a cluster whose Ray this process has joined, and draws the loss curve. config: with absolute
+    paths."""
+    History.open(config.train.output_dir)  # fails on an invalid history file before anything is trained
+    for path in run_paths(config, start):
+        cluster.give_directory(path)
+    last = run(config, start, cluster.training(credentials), console)
     _draw(History.open(config.train.output_dir), Path(config.train.output_dir) / CURVE, console)
     return last
 
 
-def _all_events(config: Config, start: str, cluster: "Cluster") -> Iterator[Event]:
+def run(config: Config, start: str, training: Training, console: Console) -> str | None:
+    """Shows a run until it ends, and returns its last checkpoint, which the routers then serve.
+
+    start: the checkpoint to begin from; empty: the router chooses. If its router's process is lost, the run restarts
+    from its last checkpoint, at most train.max_restarts times. Raises the error that ended the run, if it failed.
+    """
+    last: str | None = None
+    try:
+        with _bar(console) as bar:
+            task = bar.add_task("training", total=config.train.steps, figures="")
+            for event in _all_events(config, start, training):
+                if isinstance(event, StepDone):
+                    bar.update(task, completed=event.step, figures=_figures(event))
+                elif isinstance(event, CheckpointWritten):
+                    last = event.path
+                elif isinstance(event, BeganAgain):
+                    last = event.checkpoint or last
+                if (line := _line(event)) is not None:
+                    bar.console.print(line, highlight=False)
+    except BaseException:
+        with suppress(Unavailable, DeadlineExceeded):  # the router is lost, and the run with it
+            training.stop()
+        raise
+    if last is not None:
+        training.reload(last)
+    return last
+
+
+def _all_events(config: Config, start: str, training: Training) -> Iterator[Event]:
     """Yields the events of the run, and of its restarts from the last checkpoint when its router is lost."""
-    output_dir = str(Path(config.train.output_dir).resolve())  # the router may have another working directory
-    sent = read_config(override(config.to_tables(), {"train.output_dir": output_dir}))
+    chosen_here = bool(start)
     for restart in count(1):
         try:
             with suppress(Unavailable, DeadlineExceeded):  # then its next incarnation reports that it has no run
-                cluster.train(sent, start)
-            yield from _events(cluster, max(PATIENCE_S, config.cluster.start_timeout_s))
+                training.start(config.to_tables(), start)
+            yield from _events(training, max(PATIENCE_S, config.cluster.start_timeout_s))
             return
         except RunGone as gone:
             if config.train.durability == "none":
@@ -110,7 +155,10 @@ def _all_events(config: Config, start: str, cluster: "Cluster") -> Iterator[Even
                     f"{gone}, more often than train.max_restarts = {config.train.max_restarts}; "
                     "with train.resume=true it goes on from its last checkpoint"
                 ) from gone
-            start = _last_checkpoint(config) or start
+            if chosen_here:
+                start = _last_checkpoint(config) or start
+            else:
+                config = replace(config, train=replace(config.train, resume=True))
         yield BeganAgain(checkpoint=start, restart=restart, max_restarts=config.train.max_restarts)
 
 
@@ -141,13 +189,13 @@ def _cluster(config: Config, start: str, console: Console) -> Iterator[UpCluster
         take_down(up)
 
 
-def _events(cluster: "Cluster", patience_s: float) -> Iterator[Event]:
+def _events(training: Training, patience_s: float) -> Iterator[Event]:
     """Yields the run's events as they come, until it ends. Raises the error that ended it."""
     seen = 0
     silent_since_s: float | None = None
     while True:
         try:
-            progress = cluster.training_progress(seen)
+            progress = training.progress(seen)
             silent_since_s = None
         except (Unavailable, DeadlineExceeded):
             # Ray restarts a lost router, and its new incarnation reports that the run is gone.
@@ -157,7 +205,7 @@ def _events(cluster: "Cluster", patience_s: float) -> Iterator[Event]:
             time.sleep(POLL_S)
             continue
         seen += len(progress.events)
-        yield from progress.events
+        yield from map(decode_event, progress.events)
         if progress.ended:
             if progress.error is not None:
                 raise progress.error
@@ -198,7 +246,7 @@ def _line(event: Event) -> str | None:
             return f"step {event.step}: attempt {event.attempt + 1} failed and is run again: {event.reason}"
         case BeganAgain():
             how_often = f"{event.restart} of at most {event.max_restarts} times"
-            return f"the router was lost, and the run begins again from {event.checkpoint} ({how_often})"
+            return f"the router was lost, and the run begins again from {event.checkpoint or LAST} ({how_often})"
         case WentBack():
             return f"step {event.from_step}: back to step {event.step} in {event.seconds:.1f} s: {event.reason}"
         case _:

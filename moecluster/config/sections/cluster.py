@@ -55,6 +55,11 @@ class ClusterConfig(Section):
         minimum=0,
         maximum=65535,
     )
+    directories: tuple[str, ...] = setting(
+        (),
+        "Directories that requests may name, with all below them: weights to update to, and text, models and outputs "
+        "of training runs that other hosts ask for (`--address`). Beside those that `up`, `update` and `train` give.",
+    )
     max_expert_series: int = setting(
         1024,
         "Series of one per-expert metric that a process exports. With more experts it exports those with the "

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from moecluster.generation import GenerationChunk, GenerationRequest
+from moecluster.rpc.router.training_messages import RunProgress, StartRequest
 from moecluster.types import RouterStatus
 
 
@@ -23,3 +24,19 @@ class RouterHandler(Protocol):
 
     def status(self) -> RouterStatus:
         """Returns the router's status."""
+
+    def reload(self, model_dir: str) -> None:
+        """Loads trunk and tokenizer from another directory, whose experts the controller has. Raises UserError."""
+
+
+class TrainingHandler(Protocol):
+    """Hosts at most one training run."""
+
+    def start(self, request: StartRequest) -> None:
+        """Begins a run. Does nothing if the run of this id has begun. Raises UserError, also if another is going on."""
+
+    def progress(self, run_id: str, since: int) -> RunProgress:
+        """Returns the run's events from number `since` on. Raises StateLost if this process has no such run."""
+
+    def stop(self, run_id: str) -> None:
+        """Ends the run after its current event. Does nothing if this process has no such run."""

@@ -9,15 +9,16 @@ import grpc
 import torch
 
 from moecluster.addresses import ListenAddress
-from moecluster.errors import MoeClusterError, RequestFailed
+from moecluster.errors import MoeClusterError, RequestFailed, UserError
 from moecluster.proto import router_pb2, router_pb2_grpc
 from moecluster.rpc import tensors
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.fields import checked_amount, checked_name
-from moecluster.rpc.router.interface import RouterHandler
+from moecluster.rpc.fields import checked_amount, checked_name, checked_path
+from moecluster.rpc.router.interface import RouterHandler, TrainingHandler
 from moecluster.rpc.router.messages import decode_generation_request, encode_chunk, encode_router_status
+from moecluster.rpc.router.training_messages import decode_start, encode_progress
 from moecluster.rpc.server import LOOPBACK, MAX_CALLS, RunningServer, start_server
-from moecluster.rpc.status_codes import abort_with
+from moecluster.rpc.status_codes import abort_with, answer
 
 logger = logging.getLogger(__name__)
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
@@ -26,8 +27,10 @@ SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Translates messages into calls of the handler, and its errors into status codes."""
 
-    def __init__(self, handler: RouterHandler) -> None:
+    def __init__(self, handler: RouterHandler, training: TrainingHandler | None = None) -> None:
+        """training: None if this router trains nothing."""
         self._handler = handler
+        self._training_or_none = training
 
     def Generate(
         self, request: router_pb2.GenerateRequest, context: grpc.ServicerContext
@@ -70,17 +73,57 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def Status(self, request: router_pb2.RouterStatusRequest, context: grpc.ServicerContext) -> router_pb2.RouterStatus:
         return encode_router_status(self._handler.status())
 
+    def Reload(self, request: router_pb2.ReloadRequest, context: grpc.ServicerContext) -> router_pb2.ReloadReply:
+        def reload() -> router_pb2.ReloadReply:
+            self._handler.reload(checked_path(request.checkpoint, "checkpoint"))
+            return router_pb2.ReloadReply()
+
+        return answer(context, reload)
+
+    def StartTraining(
+        self, request: router_pb2.StartTrainingRequest, context: grpc.ServicerContext
+    ) -> router_pb2.StartTrainingReply:
+        def start() -> router_pb2.StartTrainingReply:
+            self._training.start(decode_start(request))
+            return router_pb2.StartTrainingReply()
+
+        return answer(context, start)
+
+    def FollowTraining(
+        self, request: router_pb2.FollowTrainingRequest, context: grpc.ServicerContext
+    ) -> router_pb2.TrainingProgress:
+        def follow() -> router_pb2.TrainingProgress:
+            return encode_progress(self._training.progress(checked_name(request.run_id, "run_id"), request.since))
+
+        return answer(context, follow)
+
+    def StopTraining(
+        self, request: router_pb2.StopTrainingRequest, context: grpc.ServicerContext
+    ) -> router_pb2.StopTrainingReply:
+        def stop() -> router_pb2.StopTrainingReply:
+            self._training.stop(checked_name(request.run_id, "run_id"))
+            return router_pb2.StopTrainingReply()
+
+        return answer(context, stop)
+
+    @property
+    def _training(self) -> TrainingHandler:
+        if self._training_or_none is None:
+            raise UserError("this router trains nothing")
+        return self._training_or_none
+
 
 def serve_router(
     handler: RouterHandler,
+    training: TrainingHandler | None = None,
     *,
     credentials: ClusterCredentials | None,
     listen: ListenAddress = LOOPBACK,
     max_calls: int = MAX_CALLS,
 ) -> RunningServer:
-    """Serves a router. credentials as in start_server.
+    """Serves a router, and training in its process if there is any. credentials as in start_server.
 
     Raises ResourceError if it cannot listen.
     """
-    add_servicer = partial(router_pb2_grpc.add_RouterServiceServicer_to_server, RouterServicer(handler))
+    add_servicer = partial(router_pb2_grpc.add_RouterServiceServicer_to_server, RouterServicer(handler, training))
     return start_server(SERVICE, add_servicer, listen=listen, credentials=credentials, max_calls=max_calls)

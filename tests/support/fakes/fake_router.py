@@ -98,6 +98,7 @@ class FakeRouter:
         self.requests: list[GenerationRequest] = []
         self.running: dict[str, threading.Event] = {}
         self.controller = ""
+        self.reloaded = ""  # the directory of the last request to reload
         self.server = serve_router(self, listen=ListenAddress(port=port), credentials=self._credentials)
         self.address = self.server.address
 
@@ -174,6 +175,9 @@ class FakeRouter:
             router=self.name, model="words", placement=PlacementNumber(1, 1), running=len(self.running), rss_bytes=1,
             max_tokens=MAX_TOKENS, controller=self.controller,
         )  # fmt: skip
+
+    def reload(self, model_dir: str) -> None:
+        self.reloaded = model_dir
 
     def kill(self) -> None:
         """Stops the server at once, as a crash does."""

@@ -4,21 +4,31 @@ process is lost."""
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from actors.driver import Cluster
-from actors.training_host import Progress, RunGone, TrainingHost
+from actors.training_host import TrainingHost
 from moecluster.cli.commands.train import run
 from moecluster.config import Config
+from moecluster.config.load import override
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.errors import CheckpointError, DeadlineExceeded, StateLost, Unavailable, UserError
+from moecluster.errors import (
+    CheckpointError,
+    ConfigError,
+    DeadlineExceeded,
+    MoeClusterError,
+    NotGiven,
+    StateLost,
+    Unavailable,
+    UserError,
+)
 from moecluster.metrics import Metrics
 from moecluster.rpc.controller.in_process import FixedPlacement
-from moecluster.training.events import StepDone
+from moecluster.rpc.router.training_messages import RunGone, RunProgress, StartRequest
+from moecluster.training.events import Event, StepDone, decode_event
 from moecluster.training.history import History
 from moecluster.training.setup import prepare_start
 from moecluster.types import Placement, Replica
@@ -59,6 +69,8 @@ class Training:
 
     def __init__(self, config: Config, cluster: ExpertCluster, start: Path) -> None:
         self.config, self.cluster, self.start = config, cluster, start
+        self.not_given: tuple[str, ...] = ()
+        self.served = ""  # by the cluster; empty: where the run starts
 
     def host(self, placements: Watched, metrics: Metrics | None = None) -> TrainingHost:
         pool = ExpertPool(
@@ -67,8 +79,18 @@ class Training:
             control=lambda address: control_of(self.cluster.services[address.actor]),
         )
         return TrainingHost(
-            RemoteExperts(pool), placements, announce=lambda path: None, metrics=metrics or Metrics(model="m")
+            RemoteExperts(pool),
+            placements,
+            announce=lambda path: None,
+            is_given=lambda path: path not in self.not_given,
+            served=lambda: self.served or str(self.start),
+            metrics=metrics or Metrics(model="m"),
         )
+
+    def request(self, run_id: str = "first", *, start: str | None = None, **train: Any) -> StartRequest:
+        """A run of the settings, from `start` (empty: the host chooses)."""
+        settings = override(self.config.to_tables(), {f"train.{key}": value for key, value in train.items()})
+        return StartRequest(run_id=run_id, settings=settings, start=str(self.start) if start is None else start)
 
 
 @pytest.fixture
@@ -79,18 +101,23 @@ def training(tmp_path: Path) -> Iterator[Training]:
         yield Training(config, cluster, start)
 
 
-def ended(host: TrainingHost) -> Progress:
-    wait_until(lambda: host.progress(0).ended, "the end of the run")
-    return host.progress(0)
+def ended(host: TrainingHost, run_id: str = "first") -> RunProgress:
+    wait_until(lambda: host.progress(run_id, 0).ended, "the end of the run")
+    return host.progress(run_id, 0)
+
+
+def events_of(progress: RunProgress) -> list[Event]:
+    return [decode_event(line) for line in progress.events]
 
 
 def test_the_placement_is_held_before_it_is_read_until_all_is_handed_over(training: Training) -> None:
     placements = Watched(training.cluster.placement)
     host = training.host(placements)
-    host.start(training.config, training.start)
+    host.start(training.request())
     progress = ended(host)
     assert progress.error is None
-    assert [event.step for event in progress.events if isinstance(event, StepDone)] == [1, 2, 3, 4]
+    assert [event.step for event in events_of(progress) if isinstance(event, StepDone)] == [1, 2, 3, 4]
+    assert host.progress("first", len(progress.events)).events == ()
     assert placements.calls[0] == "hold" and placements.calls[-1] == "release"
     assert set(placements.calls[1:-1]) == {"look"}
 
@@ -98,7 +125,7 @@ def test_the_placement_is_held_before_it_is_read_until_all_is_handed_over(traini
 def test_experts_that_stand_nowhere_are_wanted_before_training_begins(training: Training) -> None:
     placements = Watched(training.cluster.placement, cold=training.cluster.placement.replicas[:1])
     host = training.host(placements)
-    host.start(training.config, training.start)
+    host.start(training.request())
     assert ended(host).error is None
     assert placements.calls.count("want") == 1
 
@@ -106,10 +133,13 @@ def test_experts_that_stand_nowhere_are_wanted_before_training_begins(training: 
 def test_a_run_that_is_stopped_releases_the_placement(training: Training) -> None:
     placements = Watched(training.cluster.placement)
     host = training.host(placements)
-    host.start(training.config, training.start)
+    host.start(training.request())
     with pytest.raises(UserError, match="under way"):
-        host.start(training.config, training.start)
-    host.stop()
+        host.start(training.request("second"))
+    host.start(training.request())  # its answer was lost: it has begun
+    host.stop("second")
+    assert not host.progress("first", 0).ended
+    host.stop("first")
     assert ended(host).error is None
     assert placements.calls.count("hold") == placements.calls.count("release") == 1
 
@@ -117,17 +147,17 @@ def test_a_run_that_is_stopped_releases_the_placement(training: Training) -> Non
 def test_a_run_that_fails_releases_the_placement(training: Training, tmp_path: Path) -> None:
     placements = Watched(training.cluster.placement)
     host = training.host(placements)
-    host.start(training.config, tmp_path / "nothing")
+    host.start(training.request(start=str(tmp_path / "nothing")))
     assert isinstance(ended(host).error, CheckpointError)
     assert placements.calls[0] == "hold" and placements.calls[-1] == "release"
-    host.start(training.config, training.start)
-    assert ended(host).error is None
+    host.start(training.request("second"))
+    assert ended(host, "second").error is None
 
 
 def test_without_a_hold_nothing_is_trained(training: Training) -> None:
     placements = Watched(training.cluster.placement, refuses=True)
     host = training.host(placements)
-    host.start(training.config, training.start)
+    host.start(training.request())
     progress = ended(host)
     assert isinstance(progress.error, DeadlineExceeded) and progress.events == ()
     assert placements.calls == ["hold"]
@@ -136,7 +166,48 @@ def test_without_a_hold_nothing_is_trained(training: Training) -> None:
 def test_progress_of_a_run_that_another_incarnation_began_is_no_success(training: Training) -> None:
     host = training.host(Watched(training.cluster.placement))
     with pytest.raises(RunGone, match="its training run is gone"):
-        host.progress(0)
+        host.progress("first", 0)
+    host.start(training.request())
+    assert ended(host).error is None
+    with pytest.raises(RunGone):
+        host.progress("another", 0)
+
+
+def test_a_run_that_chooses_its_start_goes_on_from_its_last_checkpoint(training: Training) -> None:
+    host = training.host(Watched(training.cluster.placement))
+    host.start(training.request(start="", steps=2))
+    assert ended(host).error is None, "from the fresh model, which the cluster serves"
+    host.start(training.request("second", start=""))
+    assert "set train.resume = true" in str(ended(host, "second").error)
+    host.start(training.request("third", start="", resume=True))
+    steps = [event.step for event in events_of(ended(host, "third")) if isinstance(event, StepDone)]
+    assert steps == [3, 4]
+
+
+def test_a_run_of_another_model_than_the_cluster_serves_is_refused(training: Training) -> None:
+    training.served = "/models/other"
+    placements = Watched(training.cluster.placement)
+    host = training.host(placements)
+    host.start(training.request(start=""))
+    progress = ended(host)
+    assert isinstance(progress.error, UserError) and "the cluster serves /models/other" in str(progress.error)
+    assert progress.events == () and placements.calls == []
+
+
+def test_a_run_reads_and_writes_only_what_the_cluster_was_given(training: Training, tmp_path: Path) -> None:
+    host = training.host(Watched(training.cluster.placement))
+    for name in ("data", "output_dir", "tokenizer"):
+        training.not_given = (path := str(tmp_path / "not" / "given"),)
+        with pytest.raises(NotGiven, match=f"{path}: the cluster was not given this directory"):
+            host.start(training.request(**{name: path}))
+        with pytest.raises(ConfigError, match=rf"train\.{name}: got here, expected an absolute path"):
+            host.start(training.request(**{name: "here"}))
+    with pytest.raises(ConfigError, match="start: got here"):
+        host.start(training.request(start="here"))
+    with pytest.raises(ConfigError, match="did you mean steps"):
+        host.start(training.request(stepz=3))
+    host.start(training.request(data="stdlib", start=str(tmp_path / "nothing")))
+    assert isinstance(ended(host).error, MoeClusterError)
 
 
 class EndsAtStep(Metrics):
@@ -162,37 +233,39 @@ class LosesRouters:
         self._training, self._after_steps = training, after_steps
         self.begun_from: list[str] = []
         self.loaded = ""
+        self._run_id = ""
         self._begin_incarnation()
 
     def _begin_incarnation(self) -> None:
         self._is_mortal = bool(self._after_steps)
         steps = self._after_steps.pop(0) if self._is_mortal else None
         self.host = self._training.host(
-            Watched(self._training.cluster.placement), EndsAtStep(steps, lambda: self.host.stop())
+            Watched(self._training.cluster.placement), EndsAtStep(steps, lambda: self.host.stop(self._run_id))
         )
 
-    def train(self, config: Config, start: str) -> None:
+    def start(self, settings: Mapping[str, Any], start: str) -> None:
         self.begun_from.append(Path(start).name)
-        self.host.start(config, Path(start))
+        self._run_id = f"run-{len(self.begun_from)}"
+        self.host.start(StartRequest(run_id=self._run_id, settings=settings, start=start))
 
-    def training_progress(self, since: int) -> Progress:
+    def progress(self, since: int) -> RunProgress:
         if not self._is_mortal or not self.begun_from:
-            return self.host.progress(since)
-        assert ended(self.host).error is None
+            return self.host.progress(self._run_id, since)
+        assert ended(self.host, self._run_id).error is None
         self._begin_incarnation()
         raise Unavailable("the router is gone")  # its report is lost with it
 
-    def stop_training(self) -> None:
-        self.host.stop()
+    def stop(self) -> None:
+        self.host.stop(self._run_id)
 
-    def reload_routers(self, model_dir: str) -> None:
-        self.loaded = Path(model_dir).name
+    def reload(self, checkpoint: str) -> None:
+        self.loaded = Path(checkpoint).name
 
 
 def run_command(training: Training, cluster: LosesRouters) -> tuple[str | None, str]:
     console = Console(width=300)
     with console.capture() as output:
-        last = run(training.config, str(training.start), cast(Cluster, cluster), console)
+        last = run(training.config, str(training.start), cluster, console)
     return last, output.get()
 
 
