@@ -114,7 +114,13 @@ def test_ray_down_leaves_nothing_running(hosts: RayOnHosts, serving: ServingJob)
 def _wait_for_step(hosts: RayOnHosts, step: int) -> None:
     """Waits for the checkpoint of a step."""
     line = f"step {step}: checkpoint"
-    wait_for(lambda: line in hosts.log_of(TRAINING), line, timeout_s=400.0, every_s=0.2)
+
+    def written() -> bool:
+        log = hosts.log_of(TRAINING)
+        assert "\nmoecluster: " not in log, log  # an error
+        return line in log
+
+    wait_for(written, line, timeout_s=400.0, every_s=0.2)
 
 
 def _undisturbed(config: Config) -> dict[int, float]:
