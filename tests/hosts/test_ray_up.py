@@ -49,6 +49,8 @@ def serving(hosts: RayOnHosts, tmp_path_factory: pytest.TempPathFactory) -> Serv
 def test_every_host_serves_what_only_the_head_has(hosts: RayOnHosts, serving: ServingJob) -> None:
     assert hosts.nodes() == set(ADDRESSES.values())
     assert [name for name, host in hosts.lab.hosts.items() if (host.home / "tiny").exists()] == ["head"]
+    status = json.loads(hosts.lab.ssh("head", "moecluster status --json"))
+    assert status["actors"]["router"]["address"].startswith(f"{ADDRESSES['head']}:"), "training is where `up` ran"
     with serving.clients(2) as clients:
         wait_for(lambda: serving.experts().keys() == hosts.nodes(), "all hosts hold experts", timeout_s=60.0)
     assert clients.texts

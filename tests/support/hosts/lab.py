@@ -95,8 +95,7 @@ class HostLab:
             else:
                 host.run("tc", "qdisc", "del", "dev", "eth0", "root")
         for relay in self._relays:
-            relay.kill()
-            relay.wait()
+            self.control.end(relay)
         self._relays.clear()
 
     def kill(self, host: str) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 COMMANDS = ("setpriv", "unshare", "nsenter", "ip")
 ENTER_OPTIONS = ("--net", "--pid", "--mount", "--uts", "--ipc")
 READY = "ready"
@@ -127,6 +129,14 @@ class Namespace:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    @staticmethod
+    def end(started: "subprocess.Popen[str]") -> None:
+        """Kills a command that was started inside, and what it has started."""
+        for process in psutil.Process(started.pid).children(recursive=True):
+            process.kill()
+        started.kill()
+        started.wait()
 
     def processes(self) -> Sequence[str]:
         """Returns the command lines of all processes inside but the first, its child, and this look."""

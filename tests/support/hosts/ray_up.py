@@ -43,7 +43,8 @@ class RayOnHosts:
         wait_for(self._answers, "the job server is reached", timeout_s=COMMAND_TIMEOUT_S)
 
     def down(self) -> None:
-        """ray down."""
+        """ray down. The connection of the job server is closed before."""
+        self.lab.control.end(self._dashboard)
         self.lab.control.run("ray", "down", "--yes", FILE, timeout_s=COMMAND_TIMEOUT_S)
 
     def moecluster(self, *words: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
