@@ -18,10 +18,12 @@ from moecluster.cli.commands import serve as serving
 from moecluster.cli.common.model_target import read_target
 from moecluster.cli.common.model_weights import model_to_serve, trained_model, weights_in
 from moecluster.errors import CheckpointError, ConfigError
+from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.models.checkpoint.training_progress import TrainingState, write_training_state
 from moecluster.training.setup import fixed_settings
 
 RUN = "runs/demo-{}/checkpoints/step-{:08d}"
+SERVED = serving.Served(name="demo", cluster="moecluster", model="/m", seeds=ClusterAddresses(), rediscover=None)
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +129,7 @@ def test_random_weights_that_are_asked_for_are_written_and_told(monkeypatch, cap
     monkeypatch.setattr(serving, "_listen", lambda config: None)
     monkeypatch.setattr(serving.ServedCluster, "bring_up", note)
     monkeypatch.setattr(serving, "_run", lambda *given: None)
+    monkeypatch.setattr(serving, "_recorded", lambda name, cluster: SERVED)
     serving.serve("demo", (), serving.GatewayOptions(), (), Console(), random_weights=True)
     assert [command[len(serving.SELF) :] for command in commands] == [
         ("up", "demo", "--set", 'serve.model_name="demo"', "--random-weights")
