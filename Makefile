@@ -19,8 +19,8 @@ BENCHMARKS := layer planner held_out live_balance recovery loading serving
 DURATION ?= 600
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test system-deps check lint sizes types imports stale-protos stale-pages links licenses bench protos \
-	docs models-page dist sbom soak clean
+.PHONY: help demo test test-hosts system-deps check lint sizes types imports stale-protos stale-pages links licenses \
+	bench protos docs models-page dist sbom soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,10 @@ test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, clus
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 $(RAY_LAYERS) || failed=1; \
 	exit $$failed
 
-system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
+test-hosts: $(VENV)/.dev  ## ray up on three hosts (network namespaces with sshd), jobs, lost hosts; as root, after system-deps
+	$(BIN)/python -m pytest --durations=10 tests/hosts
+
+system-deps:  ## Debian packages for tests that need more than Python: prometheus, sshd; starts no service
 	@tools/install_system_deps.sh
 
 check: lint sizes types imports stale-protos stale-pages links licenses  ## style, sizes, types, import layers, generated files, links, licences
@@ -66,6 +69,11 @@ licenses: $(VENV)/.dev  ## licences of all packages that users get, against the 
 
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+dist: $(VENV)/.created  ## dist/: what a node of a Ray cluster installs (clusters/*.yaml): wheel, pinned versions, a script
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	cp constraints.txt clusters/node_setup.sh dist
 
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py

@@ -89,23 +89,25 @@ class Cluster:
                 given.give(directory)
             ports = metrics_ports(config)
             tables = config.to_tables()
-            handles = {
-                name: spawn(ExpertActor, "expert", config, name, tables, credentials, name, ports[name])
-                for name in names
-            }
-            handles[CONTROLLER] = spawn(
-                ControllerActor, "controller", config, CONTROLLER,
-                tables, credentials, model_dir, replicas, layer_experts, ports[CONTROLLER],
-            )  # fmt: skip
-            if has_other_nodes(config):
-                node = ray.get_runtime_context().get_node_id()
+            handles: dict[str, ActorHandle[Any]] = {}
+            node = ray.get_runtime_context().get_node_id() if has_other_nodes(config) else ""
+            if node:
                 handles[SOURCE] = spawn(
                     CheckpointSource, "source", config, SOURCE, tables, credentials, model_dir, node=node
                 )
             for name in router_names(config):
+                # A training run writes its checkpoints where the first router is, and reads them where `up` runs. It
+                # is started before the expert actors, so that there still is room for it.
+                near = node if name == ROUTER else ""
                 handles[name] = spawn(
-                    RouterActor, "router", config, name, tables, credentials, name, model_dir, ports[name]
+                    RouterActor, "router", config, name, tables, credentials, name, model_dir, ports[name], near=near
                 )
+            for name in names:
+                handles[name] = spawn(ExpertActor, "expert", config, name, tables, credentials, name, ports[name])
+            handles[CONTROLLER] = spawn(
+                ControllerActor, "controller", config, CONTROLLER,
+                tables, credentials, model_dir, replicas, layer_experts, ports[CONTROLLER],
+            )  # fmt: skip
             deadline_s = time.monotonic() + config.cluster.start_timeout_s
             endpoints = self._wait_ready(handles, config.cluster.start_timeout_s)
             prove_reach(handles, endpoints, credentials)

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.names import options
 from moecluster.config import Config
@@ -20,14 +21,21 @@ def spawn(
     *arguments: Any,
     avoid_nodes: Collection[str] = (),
     node: str = "",
+    near: str = "",
 ) -> "ActorHandle[Any]":
     """Starts a detached actor in the cluster's namespace, or finds it. It stays pending until Ray has room for it.
 
     role: expert, router, controller or source. Ray restarts all of them without limit; they rebuild their state.
-    avoid_nodes: ids of Ray nodes to exclude; node: id of the only node allowed.
+    Expert actors are spread over the nodes, so that the loss of one costs least.
+    avoid_nodes: ids of Ray nodes to exclude; node: id of the only node allowed; near: of the one to be preferred to
+    all others, unless it can never have room.
     """
     selector = node or (f"!in({','.join(avoid_nodes)})" if avoid_nodes else "")
     placed: dict[str, Any] = {"label_selector": {NODE_LABEL: selector}} if selector else {}
+    if near:
+        placed["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=near, soft=True)
+    elif role == "expert":
+        placed["scheduling_strategy"] = "SPREAD"
     actor_class: Any = ray.remote(shell)
     handle: ActorHandle[Any] = actor_class.options(
         name=name,

@@ -3,9 +3,13 @@
 set -euo pipefail
 
 # A command that tests call -> the Debian package that brings it.
-declare -A package_of=([prometheus]=prometheus [promtool]=prometheus)
-# Packages whose services must never run: the tests start servers of their own.
-services=(prometheus)
+declare -A package_of=(
+    [prometheus]=prometheus [promtool]=prometheus
+    [sshd]=openssh-server [ssh]=openssh-client [rsync]=rsync [ip]=iproute2 # hosts of `ray up`: make test-hosts
+)
+# Packages -> their services, which must never run: the tests start servers of their own.
+declare -A service_of=([prometheus]=prometheus [openssh-server]=ssh [rsync]=rsync)
+PATH=$PATH:/usr/sbin:/sbin
 policy=/usr/sbin/policy-rc.d # asked by packages that are about to start a service; 101 forbids it
 
 fail() {
@@ -34,8 +38,8 @@ fi
 
 if [[ -e $policy ]]; then
     verdict=0
-    "${as_root[@]}" "$policy" "${services[0]}" start >/dev/null 2>&1 || verdict=$?
-    ((verdict == 101)) || fail "$policy lets packages start services: let it forbid ${services[*]}, or install by hand: ${packages[*]}"
+    "${as_root[@]}" "$policy" prometheus start >/dev/null 2>&1 || verdict=$?
+    ((verdict == 101)) || fail "$policy lets packages start services: let it forbid ${service_of[*]}, or install by hand: ${packages[*]}"
 else
     trap '"${as_root[@]}" rm -f "$policy"' EXIT
     printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
@@ -45,10 +49,10 @@ fi
 apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120)
 "${apt[@]}" update || fail "apt-get update failed"
 "${apt[@]}" install --no-install-recommends "${packages[@]}" >/dev/null || fail "apt-get cannot install: ${packages[*]}"
-for service in "${services[@]}"; do
+for package in "${packages[@]}"; do
     # Nor at the next boot. A service of an earlier installation is left as it was.
-    if [[ -n ${wanted[$service]:-} ]]; then
-        "${as_root[@]}" update-rc.d "$service" disable
+    if [[ -n ${service_of[$package]:-} ]]; then
+        "${as_root[@]}" update-rc.d "${service_of[$package]}" disable
     fi
 done
 echo "system packages: installed ${packages[*]}"

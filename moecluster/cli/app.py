@@ -12,7 +12,14 @@ import typer
 
 from actors.signals import end_by_signals, signal_of
 from moecluster import __version__
-from moecluster.cli import exit_codes, http_commands, operation_commands, planning_commands, security_commands
+from moecluster.cli import (
+    exit_codes,
+    http_commands,
+    job_commands,
+    operation_commands,
+    planning_commands,
+    security_commands,
+)
 from moecluster.cli.common import completion
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.extras import need
@@ -277,7 +284,7 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-for commands in (operation_commands, planning_commands, http_commands, security_commands):
+for commands in (operation_commands, planning_commands, http_commands, job_commands, security_commands):
     commands.add_to(app)
 
 

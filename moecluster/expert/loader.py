@@ -64,10 +64,11 @@ class ExpertLoader:
         """Returns the bytes loaded. Raises what ExpertService.load raises."""
         is_trained = request.optimizer is not None
         version = request.weight_version or self._hosted.weight_version
-        source = self._source(request.checkpoint, version, here=is_trained)
+        source = self._source(request.checkpoint, version)
+        files = source.checkpoint.files
         hosted = set(self._hosted.ids(version))
         if request.optimizer is not None:
-            step = read_step(request.checkpoint)
+            step = read_step(files.metadata)
             with self._state_lock:
                 self._training.begin(request.optimizer, request.training_term, step)
             hosted = {expert for expert in hosted if self._training.holds(expert)}  # reload served-only ones
@@ -83,7 +84,7 @@ class ExpertLoader:
                 self.run = self._proofs.add(arrived.module, width, dtype)
             if self._on_trial(version):
                 self._check_finite(arrived.expert, arrived.module, version, request)
-            state = read_optimizer_state(request.checkpoint, arrived.expert) if is_trained else None
+            state = read_optimizer_state(files, arrived.expert) if is_trained else None
             with self._state_lock:
                 admitted.check(arrived.expert)
                 if arrived.expert in admitted.dropped:
@@ -138,12 +139,9 @@ class ExpertLoader:
                 "answers NaN or infinity"
             )
 
-    def _source(self, checkpoint: str, version: int, *, here: bool) -> ExpertSource:
-        """Opens the directory once per version, since it may be overwritten between versions.
-
-        here: the directory must be on this node, since training reads more than weights from it.
-        """
-        elsewhere = None if here else self._open_elsewhere
+    def _source(self, checkpoint: str, version: int) -> ExpertSource:
+        """Opens the directory once per version, since it may be overwritten between versions."""
+        elsewhere = self._open_elsewhere
         if elsewhere is None and not os.path.isdir(checkpoint):  # False for any string, unlike Path.is_dir
             raise CheckpointError(f"{checkpoint}: no such directory on the node of {self._actor}")
         wanted = (checkpoint, version)

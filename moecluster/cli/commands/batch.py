@@ -16,6 +16,7 @@ from actors.places import check_file
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.event_loop import run_until_signalled
 from moecluster.cli.common.extras import need
+from moecluster.cli.common.ray_job import kept_path
 from moecluster.cli.common.tables import make_table, show_table
 from moecluster.errors import DataError, MoeClusterError
 from moecluster.http_client.batch.journal import Journal, Output, is_complete, journal_path
@@ -47,6 +48,7 @@ def batch(source: Path, out: Path, choice: BatchChoice, console: Console) -> Non
     """Sends every line of source that is not done yet, and writes out when all are done."""
     if choice.cluster:
         need("serve", "moecluster batch --cluster")
+    out = kept_path(out)
     if not os.path.isfile(out):  # an existing file is only read
         check_file("OUT", out)
     api_key = "" if choice.cluster else read_api_key(choice.api_key_env)

@@ -8,6 +8,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "uvloop", "httptools"),
     "plots": ("matplotlib",),
     "certs": ("cryptography",),
+    "jobs": ("aiohttp", "pathspec"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from actors import cluster_file
 from actors.places import check_folder
+from moecluster.cli.common.ray_job import RayJob, current_job, kept_path
 from moecluster.config import Config, load_config, read_config
 from moecluster.config.load import override, parse_override, preset_names
 from moecluster.errors import ConfigError
@@ -16,9 +17,10 @@ from moecluster.errors import ConfigError
 def read_target(target: str, settings: Sequence[str]) -> Config:
     """Returns the configuration of a target; settings are overrides such as train.steps=100. Raises ConfigError.
 
-    Always sets serve.model_name: the model's name for HTTP clients, and the label `model` of all metrics.
+    Always sets serve.model_name: the model's name for HTTP clients, and the label `model` of all metrics. Inside a Ray
+    job, cluster.address is by default the job's Ray, and a relative train.output_dir lies below the home directory.
     """
-    config = _read_target(target, dict(parse_override(text) for text in settings))
+    config = in_job(_read_target(target, dict(parse_override(text) for text in settings)), current_job())
     if config.serve.model_name:
         return config
     return replace(config, serve=replace(config.serve, model_name=model_name(target)))
@@ -32,6 +34,15 @@ def _read_target(target: str, overrides: Mapping[str, Any]) -> Config:
             f'"{target}": no such model directory, TOML file or preset; the presets are {", ".join(preset_names())}'
         )
     return load_config(target, overrides)
+
+
+def in_job(config: Config, job: RayJob | None) -> Config:
+    """Returns the configuration with the defaults of a Ray job; unchanged outside of jobs."""
+    if job is None:
+        return config
+    cluster = replace(config.cluster, address=config.cluster.address or job.ray_address)
+    output_dir = str(kept_path(config.train.output_dir, job))
+    return replace(config, cluster=cluster, train=replace(config.train, output_dir=output_dir))
 
 
 def model_name(target: str) -> str:

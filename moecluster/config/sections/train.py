@@ -24,7 +24,10 @@ class TrainConfig(Section):
         minimum=0,
         maximum=1,
     )
-    output_dir: str = setting("runs/moecluster", "Directory of checkpoints and plots.")
+    output_dir: str = setting(
+        "runs/moecluster",
+        "Directory of checkpoints and plots. In a Ray job a relative path lies below the home directory.",
+    )
     steps: int = setting(300, "Optimizer steps.", minimum=1)
     batch_size: int = setting(16, "Sequences per step, over all micro-batches.", minimum=1)
     micro_batches: int = setting(1, "Micro-batches per step. Must divide batch_size.", minimum=1)

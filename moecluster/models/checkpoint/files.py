@@ -17,14 +17,20 @@ WEIGHTS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 METADATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(\.json|\.jsonl|\.txt|\.jinja|\.model|\.tiktoken|\.spm)")
 
 
+TRAINING_FOLDER = "training"  # in a checkpoint: the files that only training needs
+
+
 class CheckpointFiles(Protocol):
     """Reads weights by file name and offset. All other files are in a local directory. Thread-safe."""
 
     path: Path  # as the user named it, for errors
-    metadata: Path  # a local directory with config.json, the index of the shards, the tokenizer files
+    metadata: Path  # a local directory with config.json, the index of the shards, the tokenizer files, training/*.json
 
     def weights(self) -> Mapping[str, int]:
         """Returns the names of the safetensors files, with their sizes in bytes."""
+
+    def optimizer_files(self) -> Mapping[str, int]:
+        """Returns the names of the safetensors files in training/, with that folder, and their sizes in bytes."""
 
     def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
         """Fills `out` with the file's bytes from offset `begin`. Raises CheckpointError if the file is too short.
@@ -44,15 +50,23 @@ class FolderFiles:
         self._first_seen: dict[str, tuple[int, ...]] = {}  # file name -> its identity
 
     def weights(self) -> Mapping[str, int]:
-        try:
-            found = [file for file in self.path.iterdir() if WEIGHTS_NAME.fullmatch(file.name) and file.is_file()]
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+        return self._sizes("")
+
+    def optimizer_files(self) -> Mapping[str, int]:
+        folder = f"{TRAINING_FOLDER}/"
+        return self._sizes(folder) if os.path.isdir(self.path / folder) else {}
+
+    def _sizes(self, folder: str) -> Mapping[str, int]:
+        """folder: within the directory, with a slash behind it; empty: the directory."""
         sizes = {}
-        for file in found:
-            status = file.stat()
-            self._first_seen.setdefault(file.name, _identity(status))
-            sizes[file.name] = status.st_size
+        try:
+            for file in (self.path / folder).iterdir():
+                if WEIGHTS_NAME.fullmatch(file.name) and file.is_file():
+                    status = file.stat()
+                    self._first_seen.setdefault(f"{folder}{file.name}", _identity(status))
+                    sizes[f"{folder}{file.name}"] = status.st_size
+        except OSError as error:
+            raise CheckpointError(f"{self.path / folder} cannot be read: {error.strerror}") from error
         return sizes
 
     def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:

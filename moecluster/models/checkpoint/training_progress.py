@@ -10,9 +10,11 @@ from typing import Any
 from moecluster.config.retired import current_names
 from moecluster.errors import CheckpointError
 from moecluster.models.checkpoint.checksums import json_crc
+from moecluster.models.checkpoint.files import TRAINING_FOLDER
 
-FOLDER = "training"  # in a checkpoint: the files that only training needs
+FOLDER = TRAINING_FOLDER
 STATE_FILE = "state.json"
+TRAINING_STATE = f"{FOLDER}/{STATE_FILE}"  # below a checkpoint
 CHECKSUM = "crc32"  # of all other fields
 
 

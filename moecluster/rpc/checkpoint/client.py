@@ -6,6 +6,7 @@ that is removed after its last use. Weights are never written: each range goes s
 """
 
 import random
+import re
 import threading
 import time
 import zlib
@@ -18,7 +19,8 @@ from typing import TypeVar
 import grpc
 
 from moecluster.errors import CheckpointError, DeadlineExceeded, Exhausted, InvalidMessage, StaleRequest, Unavailable
-from moecluster.models.checkpoint.files import CONFIG_NAME, METADATA_NAME, WEIGHTS_NAME, Seen
+from moecluster.models.checkpoint.files import CONFIG_NAME, METADATA_NAME, TRAINING_FOLDER, WEIGHTS_NAME, Seen
+from moecluster.models.checkpoint.training_progress import TRAINING_STATE
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
 from moecluster.rpc.checkpoint.locked_folder import HeldFolder
@@ -35,6 +37,7 @@ PAUSE_S = 0.5  # before another attempt
 BUSY_TIMEOUT_S = 120.0  # how long to retry a busy source
 MAX_FILES = 10_000
 MAX_ALL_METADATA_BYTES = 256 * 2**20
+OPTIMIZER_NAME = re.compile(rf"{TRAINING_FOLDER}/{WEIGHTS_NAME.pattern}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +70,23 @@ class RemoteFiles:
         self._closed = threading.Event()
         sizes = _checked_sizes(self._again(_Connection.files))
         self._weights = {name: size for name, size in sizes.items() if WEIGHTS_NAME.fullmatch(name)}
+        self._optimizer_files = {name: size for name, size in sizes.items() if OPTIMIZER_NAME.fullmatch(name)}
         if CONFIG_NAME not in sizes:
             raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
         self._folder = HeldFolder()
         self.metadata = self._folder.path
         for name, size in sizes.items():
-            if name not in self._weights:
+            if name not in self._weights and name not in self._optimizer_files:
                 content = bytearray(size)
                 self.read_into(name, 0, memoryview(content))
+                (self.metadata / name).parent.mkdir(exist_ok=True)
                 (self.metadata / name).write_bytes(content)
 
     def weights(self) -> Mapping[str, int]:
         return self._weights
+
+    def optimizer_files(self) -> Mapping[str, int]:
+        return self._optimizer_files
 
     def read_into(self, name: str, begin: int, out: memoryview, seen: Seen | None = None) -> None:
         for at in range(0, len(out), RANGE_BYTES):
@@ -190,10 +198,11 @@ def _checked_sizes(reply: checkpoint_pb2.CheckpointFilesReply) -> dict[str, int]
     if len(reply.files) > MAX_FILES:
         raise InvalidMessage("files", f"{len(reply.files)}, at most {MAX_FILES}")
     sizes = {file.name: file.size_bytes for file in reply.files}
+    tensors = {name for name in sizes if WEIGHTS_NAME.fullmatch(name) or OPTIMIZER_NAME.fullmatch(name)}
     for name in sizes:
-        if not (METADATA_NAME.fullmatch(name) or WEIGHTS_NAME.fullmatch(name)):
+        if not (name in tensors or METADATA_NAME.fullmatch(name) or name == TRAINING_STATE):
             raise InvalidMessage("files", f"{name[:80]!r} is no name of a model's file")
-    metadata = [size for name, size in sizes.items() if not WEIGHTS_NAME.fullmatch(name)]
+    metadata = [size for name, size in sizes.items() if name not in tensors]
     if max(metadata, default=0) > MAX_METADATA_BYTES or sum(metadata) > MAX_ALL_METADATA_BYTES:
         raise InvalidMessage("files", f"{sum(metadata)} bytes beside the weights, at most {MAX_ALL_METADATA_BYTES}")
     return sizes

@@ -1,8 +1,9 @@
 """Serves checkpoint directories of this host to nodes that do not see them.
 
 Trust: a client that knows a directory's unguessable id may read its files, and nothing else. The files are those that
-existed when the directory was announced, by their bare names: weights, configuration, tokenizer. Symbolic links among
-them are followed, since download caches use them: whoever announces a directory is responsible for them.
+existed when the directory was announced, by their names: weights, configuration, tokenizer, and what a training run has
+written in training/. Symbolic links among them are followed, since download caches use them: whoever announces a
+directory is responsible for them.
 """
 
 import os
@@ -19,6 +20,7 @@ import grpc
 from moecluster.addresses import ListenAddress
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError, StaleRequest
 from moecluster.models.checkpoint.files import METADATA_NAME, LocalFiles
+from moecluster.models.checkpoint.training_progress import TRAINING_STATE
 from moecluster.proto import checkpoint_pb2, checkpoint_pb2_grpc
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.server import LOOPBACK, RunningServer, start_server
@@ -52,10 +54,10 @@ class Announcements:
         """Announces a directory with its current files. name: how others refer to it. Raises CheckpointError if it
         holds no model."""
         files = LocalFiles(directory)
-        sizes = dict(files.weights())
-        for file in files.path.iterdir():
+        sizes = {**files.weights(), **files.optimizer_files()}
+        for file in (*files.path.iterdir(), files.path / TRAINING_STATE):
             if METADATA_NAME.fullmatch(file.name) and file.is_file() and file.stat().st_size <= MAX_METADATA_BYTES:
-                sizes[file.name] = file.stat().st_size
+                sizes[str(file.relative_to(files.path))] = file.stat().st_size
         announced = Announced(id=secrets.token_urlsafe(ID_BYTES), directory=files.path, sizes=sizes)
         with self._lock:
             self._by_name.pop(name, None)

@@ -1,6 +1,7 @@
 """Reads a checkpoint of another host over loopback, under a path that does not exist locally."""
 
 import gc
+import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from moecluster.errors import (
 from moecluster.expert.service import ExpertService
 from moecluster.models.checkpoint.files import LocalFiles, Seen
 from moecluster.models.checkpoint.reader import SINGLE_FILE_NAME, Checkpoint
+from moecluster.models.checkpoint.training_progress import TrainingState, write_training_state
 from moecluster.models.experts.source import ExpertSource
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
@@ -38,6 +40,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.requests import LoadRequest
 from moecluster.rpc.server import RunningServer, open_channel
 from moecluster.rpc.status_codes import from_rpc_error
+from moecluster.training.tensor_file import write_tensors
 from moecluster.types import ExpertId, OptimizerSettings
 from tests.support.clusters.given import any_directory
 from tests.support.models.families import make_model, save
@@ -135,12 +138,38 @@ def test_an_expert_actor_loads_what_its_node_does_not_see(small: Path) -> None:
                 near.load(LoadRequest(term=1, experts=(expert,), checkpoint=str(small)))
                 exported = [[t.value for t in s.export(experts=[expert], with_optimizer=False)] for s in (far, near)]
                 assert all(torch.equal(a, b) for a, b in zip(*exported, strict=True))
-            with pytest.raises(CheckpointError, match="no such directory on the node of far"):
-                far.load(
-                    LoadRequest(
-                        term=1, experts=(expert,), checkpoint=NAME, optimizer=OptimizerSettings(), training_term=1
-                    )
-                )
+
+
+def test_an_expert_actor_trains_on_from_what_its_node_does_not_see(small: Path, tmp_path: Path) -> None:
+    expert = ExpertId(layer=1, index=2)
+    directory = Path(shutil.copytree(small, tmp_path / "trained"))
+    parameters = ExpertSource(small).load(expert).state_dict()
+    moments = {
+        f"{expert.index}/{state}/{name}": torch.full_like(value, 0.25)
+        for name, value in parameters.items()
+        for state in ("exp_avg", "exp_avg_sq")
+    }
+    steps = {f"{expert.index}/step/{name}": torch.tensor(7.0) for name in parameters}
+    (directory / "training").mkdir()
+    write_tensors(directory / "training" / "optimizer-layer-001.safetensors", moments | steps)
+    write_training_state(directory, TrainingState(step=7, data_position=28, term=1, settings={}))
+    (directory / "training" / SECRET).write_text("not for others")
+    settings = {"optimizer": OptimizerSettings(), "training_term": 1, "term": 1, "experts": (expert,)}
+    with announced(directory) as (_, source):
+        files = RemoteFiles(NAME, lambda: source)
+        assert sorted(files.optimizer_files()) == ["training/optimizer-layer-001.safetensors"]
+        assert not files.weights().keys() & files.optimizer_files().keys()
+        far = ExpertService(is_given=any_directory, name="far", open_elsewhere=lambda _: Checkpoint.of(files))
+        near = ExpertService(is_given=any_directory, name="near")
+        with closing(files), closing(far), closing(near):
+            far.load(LoadRequest(checkpoint=NAME, **settings))
+            near.load(LoadRequest(checkpoint=str(directory), **settings))
+            exported = [
+                {tensor.name: tensor.value for tensor in service.export(experts=[expert], with_optimizer=True)}
+                for service in (far, near)
+            ]
+    assert exported[0].keys() == exported[1].keys() and len(exported[0]) == 4 * len(parameters)
+    assert all(torch.equal(value, exported[1][name]) for name, value in exported[0].items())
 
 
 @pytest.mark.parametrize(

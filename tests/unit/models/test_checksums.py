@@ -70,7 +70,7 @@ def read_everything(directory: Path) -> None:
     for layer in source.layers:
         for index in range(layer.num_experts):
             source.load(ExpertId(layer=layer.layer, index=index))
-            read_optimizer_state(directory, ExpertId(layer=layer.layer, index=index))
+            read_optimizer_state(FolderFiles(directory), ExpertId(layer=layer.layer, index=index))
     load_trunk(directory, no_experts)
     read_trunk_optimizer_state(directory)
 

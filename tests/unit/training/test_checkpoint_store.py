@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from moecluster.errors import CheckpointError
+from moecluster.models.checkpoint.files import FolderFiles
 from moecluster.models.checkpoint.training_progress import (
     TrainingState,
     read_step,
@@ -93,19 +94,19 @@ def test_a_torn_training_state_is_named(tmp_path, content):
 
 def test_optimizer_state_by_expert(tmp_path):
     expert = ExpertId(layer=2, index=1)
-    assert read_optimizer_state(tmp_path, expert) is None
+    assert read_optimizer_state(FolderFiles(tmp_path), expert) is None
     (tmp_path / "training").mkdir()
     tensors = {"1/step/w": torch.tensor(3.0), "1/exp_avg/w": torch.ones(2), "10/exp_avg/w": torch.zeros(2)}
     path = tmp_path / "training" / "optimizer-layer-002.safetensors"
     write_tensors(path, tensors)
-    state = read_optimizer_state(tmp_path, expert)
+    state = read_optimizer_state(FolderFiles(tmp_path), expert)
     assert state is not None and {name: value.tolist() for name, value in state.items()} == {
         "step/w": 3.0,
         "exp_avg/w": [1.0, 1.0],
     }
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="torn"):
-        read_optimizer_state(tmp_path, expert)
+        read_optimizer_state(FolderFiles(tmp_path), expert)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
