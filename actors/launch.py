@@ -29,7 +29,7 @@ from actors.signals import undisturbed
 from moecluster.config import Config
 from moecluster.config.sections import ClusterConfig
 from moecluster.errors import MoeClusterError, ResourceError
-from moecluster.rpc.credentials import ClusterCredentials, read_secret, secret_path, write_secret
+from moecluster.rpc.credentials import ClusterCredentials, given_credentials, read_secret, secret_path, write_secret
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
@@ -182,7 +182,7 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
     local = start.local_ray and start_local_ray(start.local_ray, config.cluster.start_timeout_s)
     address = local.address if local is not None else start.ray_address
     os.environ.update({**patience(config.cluster.start_timeout_s), **os.environ})
-    credentials = ClusterCredentials.make()
+    credentials = given_credentials() or ClusterCredentials.make()
     write_secret(secret_path(start.name), credentials)
     cluster = join(start.name, address, local)
     cluster.start(config, start.model, on_loading, credentials=credentials)
