@@ -20,7 +20,7 @@ DURATION ?= 600
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test system-deps check lint sizes types imports stale-protos stale-pages links bench protos docs \
-	models-page soak clean
+	manifests dockerfile models-page soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, clus
 system-deps:  ## Debian packages for tests that need more than Python: prometheus; starts no service
 	@tools/install_system_deps.sh
 
-check: lint sizes types imports stale-protos stale-pages links  ## style, sizes, types, import layers, generated code and pages, links
+check: lint sizes types imports stale-protos stale-pages links manifests dockerfile  ## style, sizes, types, import layers, generated code and pages, links, manifests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -60,6 +60,13 @@ stale-pages: $(VENV)/.dev
 
 links: $(VENV)/.dev
 	$(BIN)/python tools/check_links.py
+
+# MOECLUSTER_CRDS=FOLDER names the CRDs of KubeRay and the Prometheus operator, which are not of this repository.
+manifests: $(VENV)/.dev
+	$(BIN)/python -m tools.validate_manifests
+
+dockerfile: $(VENV)/.dev
+	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
