@@ -18,7 +18,7 @@ from typing import Any
 from actors.local_ray import LocalRay
 from actors.places import probe_folder
 from moecluster.errors import ResourceError
-from moecluster.rpc.credentials import private_folder, secret_path, state_folder
+from moecluster.rpc.credentials import ClusterCredentials, private_folder, read_secret, secret_path, state_folder
 
 LOCK_PATIENCE_S = 1.0  # longer than is_starting holds it
 LOCK_POLL_S = 0.05
@@ -34,12 +34,17 @@ class UpCluster:
     router_addresses: tuple[str, ...]  # when this was recorded; a restarted router listens elsewhere
     controller_address: str
     secret_file: str = ""  # path of the secret; empty: the cluster has none
+    tls_dir: str = ""  # absolute, as security.tls_dir; empty: plain text
     local_ray: LocalRay | None  # None: the Ray cluster is external, and not stopped with this one
 
     @property
     def router_address(self) -> str:
         """Address of the first router."""
         return self.router_addresses[0]
+
+    def read_credentials(self) -> ClusterCredentials:
+        """Reads the secret from its file, which must be named. Raises ConfigError."""
+        return read_secret(self.secret_file, cluster=self.name, tls_dir=self.tls_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

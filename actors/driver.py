@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policy.registry import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.exposure import refuse_plain_text
 from moecluster.training.checkpoint_store import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class Cluster:
         """Starts the actors and loads the experts; returns when all of them serve.
 
         on_loading: called repeatedly with the bytes loaded so far. credentials: required by all its servers.
-        Raises UserError if the model, placement, resources or ports do not fit; then everything started is stopped.
+        Raises UserError if the model, placement, resources or ports do not fit, or if others could listen in; then
+        everything started is stopped.
         """
         if self.exists():
             raise ResourceError(
@@ -83,6 +86,9 @@ class Cluster:
         policy_named(config.controller.policy)
         check_resources(config, ray.available_resources())
         check_ports(config)
+        refuse_plain_text([config.cluster.host], config.security)
+        tls_dir = config.security.tls_dir and os.path.abspath(config.security.tls_dir)
+        credentials = replace(credentials, cluster=self.name, tls_dir=tls_dir)
         given = GivenDirectories(self.name)
         given.forget_all()  # left over from a cluster of this name that was not taken down
         try:

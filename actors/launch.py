@@ -29,7 +29,8 @@ from actors.signals import undisturbed
 from moecluster.config import Config
 from moecluster.config.sections import ClusterConfig
 from moecluster.errors import MoeClusterError, ResourceError
-from moecluster.rpc.credentials import ClusterCredentials, given_credentials, read_secret, secret_path, write_secret
+from moecluster.rpc.credentials import ClusterCredentials, secret_path, secret_to_start_with, write_secret
+from moecluster.rpc.tls.material import TlsFiles, read_material
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
@@ -47,6 +48,8 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
     name = config.cluster.name
     _refuse_second(name)
     cluster_file.check()
+    if config.security.tls_dir:
+        read_material(TlsFiles.in_folder(config.security.tls_dir))  # raises ConfigError, before anything is started
     _refuse_wrong_model(model_dir)
     with cluster_file.start_lock(name) as ours:
         if not ours:
@@ -80,7 +83,7 @@ def credentials_of(up: UpCluster) -> ClusterCredentials | None:
         finally:
             leave()
         write_secret(Path(up.secret_file), found)
-    return read_secret(up.secret_file)
+    return up.read_credentials()
 
 
 def give_directory(up: UpCluster, directory: str) -> None:
@@ -182,7 +185,8 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
     local = start.local_ray and start_local_ray(start.local_ray, config.cluster.start_timeout_s)
     address = local.address if local is not None else start.ray_address
     os.environ.update({**patience(config.cluster.start_timeout_s), **os.environ})
-    credentials = given_credentials() or ClusterCredentials.make()
+    tls_dir = os.path.abspath(config.security.tls_dir) if config.security.tls_dir else ""
+    credentials = secret_to_start_with(cluster=start.name, tls_dir=tls_dir)
     write_secret(secret_path(start.name), credentials)
     cluster = join(start.name, address, local)
     cluster.start(config, start.model, on_loading, credentials=credentials)
@@ -193,6 +197,7 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
         router_addresses=cluster.router_addresses(),
         controller_address=cluster.controller_address(),
         secret_file=str(secret_path(start.name)),
+        tls_dir=tls_dir,
         local_ray=local,
     )
     leave()

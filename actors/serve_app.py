@@ -31,7 +31,7 @@ from moecluster.gateway.metrics import GatewayMetrics
 from moecluster.gateway.middleware import GatewayMiddleware
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import ModelSource, keys_for, open_models
-from moecluster.rpc.credentials import ClusterCredentials, given_credentials
+from moecluster.rpc.credentials import secret_to_start_with
 from moecluster.training.latest_weights import is_untrained, latest_weights
 
 RETRY_PAUSE_S = 5.0  # until the cluster is tried again while nodes are missing
@@ -129,7 +129,7 @@ def find_cluster(name: str) -> ClusterAddresses:
 def _start(cluster: Cluster, config: Config, model_dir: str) -> None:
     """Starts the cluster; nodes may still be missing, and are waited for within cluster.start_timeout_s."""
     deadline_s = time.monotonic() + config.cluster.start_timeout_s
-    credentials = given_credentials() or ClusterCredentials.make()
+    credentials = secret_to_start_with(cluster=cluster.name)  # the driver adds the certificates
     while True:
         try:
             cluster.start(config, model_dir, credentials=credentials)

@@ -5,6 +5,7 @@ MoeClusterError
 │   ├── ConfigError                      a wrong key, type or value in a configuration
 │   ├── CheckpointError                  a model directory that is missing, truncated or of another shape
 │   ├── NotGiven                         a directory that the cluster was not given: PERMISSION_DENIED
+│   ├── MissingScope                     a valid token that does not allow the call: PERMISSION_DENIED
 │   ├── UnsupportedModelError            a model family that cannot be attached
 │   ├── DataError                        training text that is empty, binary or too short
 │   ├── TraceError                       a trace of loads that is missing, truncated or of another shape
@@ -16,7 +17,7 @@ MoeClusterError
 ├── NotHosted                            the replica is not on this actor, or on none; carries the placement's number
 ├── StaleRequest                         a request of an older term, step or attempt, or for weights that are gone
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
-│   ├── Unauthenticated                  the peer requires another secret than was sent: UNAUTHENTICATED
+│   ├── Unauthenticated                  the peer requires another secret or token than was sent: UNAUTHENTICATED
 │   └── ClusterEnded                     the whole cluster is gone, and does not come back by itself
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
@@ -46,6 +47,10 @@ class CheckpointError(UserError):
 
 class NotGiven(UserError):
     """A request is for a directory that the cluster was not given. The message names it."""
+
+
+class MissingScope(UserError):
+    """A token is valid, and lacks the scope that the call requires. The message names both."""
 
 
 class UnsupportedModelError(UserError):
@@ -113,8 +118,8 @@ class Unavailable(MoeClusterError):
 
 
 class Unauthenticated(Unavailable):
-    """The peer requires another secret than was sent: either the secret is wrong, or another cluster has taken the port
-    of a peer that is gone."""
+    """The peer requires another secret or token than was sent: it is wrong or has expired, or another cluster has taken
+    the port of a peer that is gone."""
 
 
 class DeadlineExceeded(MoeClusterError):

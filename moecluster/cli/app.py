@@ -12,7 +12,7 @@ import typer
 
 from actors.signals import end_by_signals, signal_of
 from moecluster import __version__
-from moecluster.cli import exit_codes, http_commands, operation_commands, planning_commands
+from moecluster.cli import exit_codes, http_commands, operation_commands, planning_commands, security_commands
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.extras import need
 from moecluster.cli.common.options import Json, Name
@@ -196,7 +196,7 @@ def params(target: Target, settings: Settings = None) -> None:
     run(target, settings or (), make_console())
 
 
-for commands in (operation_commands, planning_commands, http_commands):
+for commands in (operation_commands, planning_commands, http_commands, security_commands):
     commands.add_to(app)
 
 

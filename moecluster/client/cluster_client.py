@@ -1,8 +1,10 @@
 """What the blocking and the asyncio client share: routers, connections, replies to Cancel."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
@@ -11,7 +13,7 @@ import grpc
 import grpc.aio
 
 from moecluster.client.failover import Route, Routers
-from moecluster.errors import MoeClusterError, Unavailable
+from moecluster.errors import ConfigError, MoeClusterError, Unavailable
 from moecluster.rpc.credentials import ClusterCredentials, given_credentials, read_secret
 from moecluster.rpc.status_codes import from_rpc_error
 
@@ -33,18 +35,24 @@ class ClusterClient(ABC, Generic[ChannelT, DiscoverT]):
         discover: DiscoverT | None = None,
         credentials: ClusterCredentials | None = None,
         secret_file: str | Path | None = None,
+        tls_dir: str | Path | None = None,
     ) -> None:
         """addresses: host:port of a router, or of several of one cluster.
 
         timeout_s: deadline of a whole request. patience_s: how long a request waits for a router when all are lost or
         full. discover: returns the routers' current addresses, called when all known routers failed.
-        credentials: the cluster secret; or secret_file: the file to read it from. By default the file that
-        $MOECLUSTER_SECRET_FILE names, if any.
+        credentials: the cluster secret, or a token; or secret_file: the file to read it from. By default the file that
+        $MOECLUSTER_SECRET_FILE names, if any. tls_dir: folder of certificates (ca.crt, tls.crt, tls.key) for a cluster
+        with security.tls_dir; by default that of the credentials, or the one that $MOECLUSTER_TLS_DIR names.
 
-        Raises ConfigError for a file that cannot be read or holds no secret.
+        Raises ConfigError for a file that cannot be read or holds no secret, and for certificates that cannot be used.
         """
         if credentials is None:
             credentials = read_secret(secret_file) if secret_file else given_credentials()
+        if tls_dir is not None:
+            if credentials is None:
+                raise ConfigError("tls_dir: expected credentials or secret_file with it, for the cluster asks for both")
+            credentials = replace(credentials, tls_dir=os.path.abspath(tls_dir))
         self._routers = Routers([addresses] if isinstance(addresses, str) else addresses)
         self._timeout_s = timeout_s
         self._patience_s = patience_s

@@ -16,6 +16,7 @@ from moecluster.errors import (
     Exhausted,
     ExpertsLost,
     InvalidMessage,
+    MissingScope,
     MoeClusterError,
     RequestFailed,
     UserError,
@@ -108,6 +109,8 @@ def api_error_of(error: MoeClusterError, model: str, *, prompt_param: str = "pro
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, MissingScope):  # of the gateway's own token
+        return unavailable(f"{model} cannot be reached: this gateway's token lacks the scope infer")
     if isinstance(error, InvalidMessage | UserError):
         return _wrong_request(error, prompt_param)
     if isinstance(error, RequestFailed | BatchBroken):

@@ -9,9 +9,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moecluster.errors import ResourceError
-from moecluster.rpc.authentication import AuthenticatedAsyncChannel, AuthenticatedChannel, RequireSecret
+from moecluster.rpc.channels import AuthenticatedAsyncChannel, AuthenticatedChannel
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.fields import MAX_MESSAGE_BYTES
+from moecluster.rpc.tls.material import NAME, FollowedMaterial, TlsFiles, TlsMaterial
+from moecluster.rpc.tls.mutual import RotatingAsyncChannel, RotatingChannel, channel_credentials, server_credentials
 
 KEEPALIVE_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0
@@ -38,6 +40,10 @@ CHANNEL_OPTIONS = [
     # GOAWAY may never end, despite its deadline.
     ("grpc.enable_retries", 0),
 ]
+TLS_CHANNEL_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.ssl_target_name_override", NAME),  # what counts is the cluster's CA; addresses may change
+]
 SERVER_OPTIONS = [
     *_COMMON_OPTIONS,
     ("grpc.so_reuseport", 0),  # binding a port in use fails instead of sharing its calls
@@ -46,15 +52,34 @@ SERVER_OPTIONS = [
 
 
 def open_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.Channel:
-    """Opens a channel to host:port with the project's limits and keepalive. credentials: sent with every call."""
-    channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return channel if credentials is None else AuthenticatedChannel(channel, credentials)
+    """Opens a channel to host:port with the project's limits and keepalive. credentials: sent with every call; with a
+    tls_dir, over mutual TLS. Raises ConfigError for certificates that cannot be used."""
+    if credentials is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if not credentials.tls_dir:
+        return AuthenticatedChannel(grpc.insecure_channel(address, options=CHANNEL_OPTIONS), credentials)
+
+    def connect(material: TlsMaterial) -> grpc.Channel:
+        return grpc.secure_channel(address, channel_credentials(material), options=TLS_CHANNEL_OPTIONS)
+
+    return AuthenticatedChannel(RotatingChannel(_followed(credentials), connect), credentials)
 
 
 def open_async_channel(address: str, credentials: ClusterCredentials | None = None) -> grpc.aio.Channel:
     """Opens an asyncio channel on the running event loop; otherwise like open_channel."""
-    channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return channel if credentials is None else AuthenticatedAsyncChannel(channel, credentials)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if not credentials.tls_dir:
+        return AuthenticatedAsyncChannel(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS), credentials)
+
+    def connect(material: TlsMaterial) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, channel_credentials(material), options=TLS_CHANNEL_OPTIONS)
+
+    return AuthenticatedAsyncChannel(RotatingAsyncChannel(_followed(credentials), connect), credentials)
+
+
+def _followed(credentials: ClusterCredentials) -> FollowedMaterial:
+    return FollowedMaterial(TlsFiles.in_folder(credentials.tls_dir))
 
 
 class RunningServer:
@@ -83,10 +108,15 @@ def start_server(
     """Starts a server of one service plus health and reflection; port 0 takes a free one.
 
     name: the service's full name. add_servicer: registers the servicer. credentials: required by every method of every
-    service except health; None, in tests only: calls need no secret. Raises ResourceError if the port is in use.
+    service except health, or tokens made from them; with a tls_dir, over mutual TLS only. None, in tests only: calls
+    need no secret. Raises ResourceError if the port is in use, ConfigError for certificates that cannot be used.
     """
+    # Imports jwt, which takes a quarter of a second: clients do without.
+    from moecluster.rpc.authentication import RequireCredentials
+
+    tls = server_credentials(_followed(credentials)) if credentials is not None and credentials.tls_dir else None
     pool = ThreadPoolExecutor(max_workers=max_calls, thread_name_prefix="rpc")
-    interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireSecret(credentials)]
+    interceptors: list[grpc.ServerInterceptor] = [] if credentials is None else [RequireCredentials(credentials)]
     server = grpc.server(pool, interceptors=interceptors, options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_calls)
     add_servicer(server)
     servicer = health.HealthServicer()
@@ -96,7 +126,7 @@ def start_server(
     reflection.enable_server_reflection([name, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     target = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(target)
+        bound = server.add_insecure_port(target) if tls is None else server.add_secure_port(target, tls)
     except RuntimeError as exc:
         raise ResourceError(
             f"cannot listen on {target}: the port is in use or the address is not of this host"

@@ -15,6 +15,7 @@ from moecluster.errors import (
     Exhausted,
     ExpertsLost,
     InvalidMessage,
+    MissingScope,
     MoeClusterError,
     NotGiven,
     NotHosted,
@@ -32,7 +33,22 @@ RETRY_AFTER = "retry-after-s"  # metadata of RESOURCE_EXHAUSTED: seconds until a
 FAULT = "fault"  # metadata of INTERNAL: what failed: the request, its batch, or experts
 FIELD = "invalid-field"  # metadata of INVALID_ARGUMENT: the wrong field; the detail begins with it
 CONTEXT_LENGTH = "context-length"  # the only FAULT of INVALID_ARGUMENT
+SCOPE = "scope"  # the only FAULT of PERMISSION_DENIED
 LATE = "Deadline Exceeded"  # gRPC's own detail when a call times out
+# Words of gRPC's own detail when a connection is not made -> what they mean.
+_TLS_FAILURES = (
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "its certificate is not of the CA in the folder of certificates here, or has expired",
+    ),
+    ("WRONG_VERSION_NUMBER", "it speaks plain text, and TLS was asked for (tls_dir, $MOECLUSTER_TLS_DIR)"),
+    (
+        "Socket closed",
+        "it ends new connections: does it require TLS (security.tls_dir), and certificates of its own CA? Clients take "
+        "them as tls_dir=, or $MOECLUSTER_TLS_DIR",
+    ),
+)
+NOT_CONNECTED = "failed to connect"
 AnswerT = TypeVar("AnswerT")
 
 _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
@@ -41,6 +57,7 @@ _FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 _STATUS: tuple[tuple[type[MoeClusterError], grpc.StatusCode], ...] = (
     (InvalidMessage, grpc.StatusCode.INVALID_ARGUMENT),
     (NotGiven, grpc.StatusCode.PERMISSION_DENIED),
+    (MissingScope, grpc.StatusCode.PERMISSION_DENIED),
     (UserError, grpc.StatusCode.FAILED_PRECONDITION),
     (Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotHosted, grpc.StatusCode.NOT_FOUND),
@@ -85,6 +102,8 @@ def _metadata_of(error: MoeClusterError) -> tuple[tuple[str, str], ...]:
     found = [(FAULT, fault) for kind, fault in _FAULTS if isinstance(error, kind)]
     if isinstance(error, ContextLengthExceeded):
         found.append((FAULT, CONTEXT_LENGTH))
+    if isinstance(error, MissingScope):
+        found.append((FAULT, SCOPE))
     if isinstance(error, Exhausted) and error.retry_after_s is not None:
         found.append((RETRY_AFTER, f"{error.retry_after_s:.3f}"))
     if isinstance(error, InvalidMessage) and _FIELD_NAME.fullmatch(error.field):
@@ -112,6 +131,11 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
         return _invalid_message(error, detail)
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated(f"{peer}: {detail}")
+    if code == grpc.StatusCode.PERMISSION_DENIED and SCOPE in _metadata(error, FAULT):
+        return MissingScope(f"{peer}: {detail}")
+    if code == grpc.StatusCode.UNAVAILABLE and detail.startswith(NOT_CONNECTED):
+        meant = next((f"{meaning}; " for word, meaning in _TLS_FAILURES if word in detail), "")
+        return Unavailable(f"{peer}: {meant}{detail}")
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)

@@ -16,17 +16,15 @@ from moecluster.client import AsyncClient, Client, ClusterCredentials
 from moecluster.errors import ConfigError, Unauthenticated, Unavailable
 from moecluster.proto import expert_pb2, expert_pb2_grpc
 from moecluster.rpc.authentication import MAX_ANONYMOUS_CALLS
-from moecluster.rpc.checkpoint.server import Announcements, serve_checkpoints
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.controller.server import serve_controller
 from moecluster.rpc.controller.subscription import ControllerClient
 from moecluster.rpc.credentials import SECRET_FILE_VARIABLE, write_secret
-from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.health import HealthWatch
-from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer, open_async_channel, open_channel
 from moecluster.types import Placement
 from tests.support.clusters.every_method import OURS, Metadata, Method, code_of, guarded_methods, health_methods
+from tests.support.clusters.guarded_servers import guarded_servers
 from tests.support.fakes.fake_controller import FakeController
 from tests.support.fakes.fake_router import FakeRouter
 
@@ -47,29 +45,10 @@ WITHOUT: dict[str, Metadata] = {
 }
 
 
-class Untouched:
-    """A handler that no call may reach."""
-
-    lease_s = 1.0
-    incarnation = "incarnation"
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"{name} was called without the secret")
-
-
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[dict[str, RunningServer]]:
-    """A server of each kind, with a handler that must not be called."""
-    nothing: Any = Untouched()
-    servers = {
-        "expert": serve_expert(nothing, credentials=CREDENTIALS),
-        "router": serve_router(nothing, credentials=CREDENTIALS),
-        "controller": serve_controller(nothing, credentials=CREDENTIALS),
-        "checkpoint": serve_checkpoints(Announcements(), credentials=CREDENTIALS),
-    }
-    yield servers
-    for server in servers.values():
-        server.stop(0.0)
+    with guarded_servers(CREDENTIALS) as servers:
+        yield servers
 
 
 @pytest.mark.parametrize("attempt", WITHOUT)

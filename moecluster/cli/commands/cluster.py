@@ -22,7 +22,7 @@ from moecluster.cli.common.progress import loading_bar
 from moecluster.cli.common.tables import make_table, show_table
 from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
 from moecluster.rpc.controller.client import ControllerCalls
-from moecluster.rpc.credentials import ClusterCredentials, read_secret
+from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.types import ActorPhase, ActorState, ControllerStatus, RouterState
 
 STATUS_S = 3.5  # longest time of `status`, not counting the start of its process
@@ -127,7 +127,7 @@ def _asked_ray(poll: RayPoll, timeout_s: float) -> tuple[dict[str, Endpoints | N
 def _noted_credentials(cluster: UpCluster) -> ClusterCredentials | None:
     """Returns the credentials from the cluster's file only: other sources may hang. None if it is not readable."""
     try:
-        return read_secret(cluster.secret_file) if cluster.secret_file else None
+        return cluster.read_credentials() if cluster.secret_file else None
     except MoeClusterError:
         return None
 

@@ -34,7 +34,6 @@ from moecluster.config.load import override, parse_override
 from moecluster.errors import ClusterEnded, ConfigError, Unavailable
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import GatewayServer, ModelSource, check_names, keys_for
-from moecluster.rpc.credentials import read_secret
 
 SELF = (sys.executable, "-c", "from moecluster.cli.app import main; main()")
 POLL_S = 20.0  # for Ray to find the actors
@@ -263,5 +262,5 @@ def ask_ray(cluster: str) -> ClusterAddresses:
     return ClusterAddresses(
         routers=tuple(address for name, address in addresses.items() if is_router(name) and address),
         controller=addresses.get(CONTROLLER, ""),
-        credentials=read_secret(noted.secret_file) if noted is not None and noted.secret_file else None,
+        credentials=noted.read_credentials() if noted is not None and noted.secret_file else None,
     )

@@ -7,6 +7,7 @@ from moecluster.errors import ConfigError
 EXTRAS = {
     "serve": ("fastapi", "uvicorn", "uvloop", "httptools"),
     "plots": ("matplotlib",),
+    "certs": ("cryptography",),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from actors import launch
 from moecluster.config import read_config
+from moecluster.errors import ConfigError
 from moecluster.rpc.credentials import SECRET_FILE_VARIABLE, ClusterCredentials, read_secret, write_secret
 
 
@@ -45,9 +46,18 @@ def test_a_given_secret_is_taken(cluster: RecordingCluster, monkeypatch: pytest.
     given = ClusterCredentials.make()
     write_secret(tmp_path / "given" / "secret", given)
     monkeypatch.setenv(SECRET_FILE_VARIABLE, str(tmp_path / "given" / "secret"))
-    assert read_secret(bring_up()) == cluster.credentials == given
+    assert read_secret(bring_up()).secret == given.secret
+    assert cluster.credentials is not None and cluster.credentials.secret == given.secret
+
+
+def test_a_token_starts_no_cluster(cluster: RecordingCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_secret(tmp_path / "given" / "token", ClusterCredentials(token="a.b.c"))
+    monkeypatch.setenv(SECRET_FILE_VARIABLE, str(tmp_path / "given" / "token"))
+    with pytest.raises(ConfigError, match="holds a token, and a cluster starts with a secret"):
+        bring_up()
 
 
 def test_else_a_new_one_is_made(cluster: RecordingCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SECRET_FILE_VARIABLE, raising=False)
-    assert read_secret(bring_up()) == cluster.credentials
+    secret = read_secret(bring_up()).secret
+    assert cluster.credentials is not None and cluster.credentials.secret == secret

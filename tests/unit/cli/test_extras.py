@@ -66,6 +66,7 @@ COMMANDS = {
         for line in ("up nowhere", "train nowhere", "generate nowhere x", "serve nowhere", "params nowhere")
     },
     "demo --set train.steps=x": "train.steps: got",
+    "token --scope infer": "the cluster secret cannot be read",
     "gateway --model a=second": "no cluster second is up",
     "batch nowhere.jsonl out.jsonl": "nowhere.jsonl",
     "batch in.jsonl out.jsonl --cluster second": "no cluster second is up",

@@ -1,4 +1,4 @@
-"""The cluster secret in memory and in its file: only its owner can read it, and nothing prints it."""
+"""The cluster secret or a token, in memory and in its file: only its owner can read it, and nothing prints it."""
 
 import os
 import stat
@@ -27,10 +27,27 @@ def test_nothing_shows_the_secret() -> None:
     with pytest.raises(ConfigError) as caught:
         ClusterCredentials(secret="short but mine")
     assert "short but mine" not in str(caught.value)
+    token = ClusterCredentials(token="header.claims.signature")
+    assert "claims" not in f"{token} {token!r}" and token.metadata == (
+        ("authorization", "Bearer header.claims.signature"),
+    )
+    for wrong in ({"token": "no token, but mine"}, {}, {"secret": "k" * 43, "token": "a.b.c"}):
+        with pytest.raises(ConfigError) as caught:
+            ClusterCredentials(**wrong)
+        assert "mine" not in str(caught.value) and "k" * 43 not in str(caught.value)
+
+
+def test_a_token_is_read_from_a_file_like_the_secret(tmp_path: Path) -> None:
+    file = tmp_path / "ci.token"
+    file.write_text("header.claims.signature\n")
+    file.chmod(0o600)
+    assert read_secret(file) == ClusterCredentials(token="header.claims.signature")
+    write_secret(tmp_path / "own" / "again", read_secret(file))
+    assert read_secret(tmp_path / "own" / "again") == read_secret(file)
 
 
 def test_the_file_is_its_owners_alone_whatever_the_umask() -> None:
-    credentials = ClusterCredentials.make()
+    credentials = ClusterCredentials.make(cluster="one")
     before = os.umask(0)
     try:
         write_secret(secret_path("one"), credentials)
@@ -39,7 +56,7 @@ def test_the_file_is_its_owners_alone_whatever_the_umask() -> None:
     assert stat.S_IMODE(secret_path("one").stat().st_mode) == 0o600
     assert stat.S_IMODE(secret_path("one").parent.stat().st_mode) == 0o700
     assert local_credentials("one") == credentials
-    newer = ClusterCredentials.make()
+    newer = ClusterCredentials.make(cluster="one")
     write_secret(secret_path("one"), newer)
     assert local_credentials("one") == newer
 
@@ -78,6 +95,8 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
         ("k" * 43 + "\nand more", 0o600, "holds no cluster secret"),
         ("k" * 5000, 0o600, "holds no cluster secret"),
         ("ü" * 43, 0o600, "holds no cluster secret"),
+        ("two.parts", 0o600, "holds no cluster secret .*, and no token"),
+        (f"a.b.{'c' * 2048}", 0o600, "holds no cluster secret"),
         ("k" * 43, 0o644, "everybody may read this secret; .* chmod 600"),
     ],
 )
@@ -101,7 +120,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_commands_find_it_through_what_up_noted_and_down_removes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    credentials = ClusterCredentials.make()
+    credentials = ClusterCredentials.make(cluster="one")
     up = UpCluster(
         name="one", ray_address="127.0.0.1:1", model="/m", router_addresses=("127.0.0.1:2",),
         controller_address="127.0.0.1:3", secret_file=str(secret_path("one")), local_ray=None,
@@ -126,5 +145,5 @@ def test_commands_find_it_through_what_up_noted_and_down_removes_it(monkeypatch:
 
 def test_reading_it_imports_little() -> None:
     """Because every command reads it at its start."""
-    code = "import sys, moecluster.rpc.credentials; print(sorted({'torch', 'grpc', 'ray'} & set(sys.modules)))"
+    code = "import sys, moecluster.rpc.credentials; print(sorted({'torch', 'grpc', 'ray', 'jwt'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

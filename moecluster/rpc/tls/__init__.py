@@ -1,0 +1,1 @@
+"""TLS: the certificates of a process, gRPC over mutual TLS, and HTTPS servers."""
