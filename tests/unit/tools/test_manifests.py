@@ -122,7 +122,10 @@ def test_ray_serve_accepts_the_configuration_and_the_application_its_arguments()
 
 def test_paths_in_settings_are_mounted_in_every_ray_pod() -> None:
     for overlay in ALL:
-        wanted = {c.security.api_keys_file.rpartition("/")[0] for c in configs(rendered(overlay)).values()} - {""}
+        settings = [config.security for config in configs(rendered(overlay)).values()]
+        assert all(security.tls_dir for security in settings)
+        wanted = {security.tls_dir for security in settings}
+        wanted |= {security.api_keys_file.rpartition("/")[0] for security in settings} - {""}
         for resource in (r for r in rendered(overlay) if r["kind"].startswith("Ray")):
             for pod in pods_of(resource):
                 if pod.labels["app.kubernetes.io/component"].startswith("ray-"):
@@ -205,7 +208,7 @@ WRONG: list[tuple[str, str, Callable[[Any], object], str]] = [
     (
         "a volume that is not there", "base",
         lambda r: ray_container(r)["volumeMounts"].append({"name": "cache", "mountPath": "/cache"}),
-        r"RayCluster moecluster: spec\..*\.volumeMounts\.6\.name: there is no volume cache",
+        r"RayCluster moecluster: spec\..*\.volumeMounts\.7\.name: there is no volume cache",
     ),
     (
         "a port that pods do not have", "overlays/serve",
