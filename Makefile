@@ -20,7 +20,7 @@ DURATION ?= 600
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-hosts system-deps check lint sizes types imports stale-protos stale-pages links licenses \
-	bench protos docs models-page dist sbom soak clean
+	manifests dockerfile bench protos docs models-page dist sbom soak clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ test-hosts: $(VENV)/.dev  ## ray up on three hosts (network namespaces with sshd
 system-deps:  ## Debian packages for tests that need more than Python: prometheus, sshd; starts no service
 	@tools/install_system_deps.sh
 
-check: lint sizes types imports stale-protos stale-pages links licenses  ## style, sizes, types, import layers, generated files, links, licences
+check: lint sizes types imports stale-protos stale-pages links licenses manifests dockerfile  ## style, sizes, types, import layers, generated files, links, licences, manifests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -67,13 +67,15 @@ links: $(VENV)/.dev
 licenses: $(VENV)/.dev  ## licences of all packages that users get, against the list in pyproject.toml
 	@$(BIN)/python -m tools.licenses > /dev/null
 
+# MOECLUSTER_CRDS=FOLDER names the CRDs of KubeRay and the Prometheus operator, which are not of this repository.
+manifests: $(VENV)/.dev
+	$(BIN)/python -m tools.validate_manifests
+
+dockerfile: $(VENV)/.dev
+	$(BIN)/hadolint Dockerfile
+
 bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
-
-dist: $(VENV)/.created  ## dist/: what a node of a Ray cluster installs (clusters/*.yaml): wheel, pinned versions, a script
-	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
-	cp constraints.txt clusters/node_setup.sh dist
 
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
@@ -84,10 +86,11 @@ docs: $(VENV)/.dev  ## write docs/configuration.md and docs/metrics.md out of th
 models-page: $(VENV)/.dev  ## try every family of the installed transformers, and write docs/models.md; minutes
 	$(BIN)/python -m tools.generate_models_page
 
-dist: $(VENV)/.dev  ## wheel and sdist, built and checked, in dist/
+dist: $(VENV)/.dev  ## wheel and sdist, built and checked, and what else a node of clusters/*.yaml installs with, in dist/
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+	cp constraints.txt clusters/node_setup.sh dist
 
 sbom: $(VENV)/.dev  ## bill of materials (CycloneDX) of what users get, in dist/
 	@mkdir -p dist

@@ -44,6 +44,7 @@ class ControllerActor:
         metrics_port: int,
     ) -> None:
         config = read_config(tables)
+        self._tables = tables
         self._credentials = credentials
         metrics = make_metrics(config)
         listen = listen_address(config)
@@ -85,6 +86,10 @@ class ControllerActor:
     def credentials(self) -> ClusterCredentials:
         """Returns the cluster's secret, for a command on a host without its file. Ray has authenticated the caller."""
         return self._credentials
+
+    def settings(self) -> Mapping[str, Any]:
+        """Returns the settings that the cluster was started with, as tables."""
+        return self._tables
 
     def wait_started(self, timeout_s: float) -> None:
         """Returns once the first placement is published. Raises the error that kept the experts from being loaded."""

@@ -29,7 +29,7 @@ from actors.signals import undisturbed
 from moecluster.config import Config
 from moecluster.config.sections import ClusterConfig
 from moecluster.errors import MoeClusterError, ResourceError
-from moecluster.rpc.credentials import ClusterCredentials, secret_path, write_secret
+from moecluster.rpc.credentials import ClusterCredentials, secret_path, secret_to_start_with, write_secret
 from moecluster.rpc.tls.material import TlsFiles, read_material
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
     address = local.address if local is not None else start.ray_address
     os.environ.update({**patience(config.cluster.start_timeout_s), **os.environ})
     tls_dir = os.path.abspath(config.security.tls_dir) if config.security.tls_dir else ""
-    credentials = ClusterCredentials.make(cluster=start.name, tls_dir=tls_dir)
+    credentials = secret_to_start_with(cluster=start.name, tls_dir=tls_dir)
     write_secret(secret_path(start.name), credentials)
     cluster = join(start.name, address, local)
     cluster.start(config, start.model, on_loading, credentials=credentials)

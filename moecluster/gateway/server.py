@@ -110,21 +110,26 @@ class GatewayServer:
         self._server.should_exit = True
 
     async def _make_models(self, stack: AsyncExitStack) -> Sequence[ServedModel]:
-        models = []
-        for source in self._sources:
-            model = ServedModel(
-                source.name,
-                source.seeds,
-                self.gateway.settings,
-                self.metrics,
-                cluster=source.cluster,
-                alias=source.alias,
-                rediscover=source.rediscover,
-            )
-            stack.push_async_callback(model.discovery.close)
-            await model.discovery.start()
-            models.append(model)
-        return models
+        return await open_models(self.gateway, self._sources, stack)
+
+
+async def open_models(gateway: Gateway, sources: Sequence[ModelSource], stack: AsyncExitStack) -> Sequence[ServedModel]:
+    """Starts looking for the sources' routers, in the running event loop, and returns the models. stack: ends it."""
+    models = []
+    for source in sources:
+        model = ServedModel(
+            source.name,
+            source.seeds,
+            gateway.settings,
+            gateway.metrics,
+            cluster=source.cluster,
+            alias=source.alias,
+            rediscover=source.rediscover,
+        )
+        stack.push_async_callback(model.discovery.close)
+        await model.discovery.start()
+        models.append(model)
+    return models
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -112,6 +112,18 @@ def given_credentials(*, cluster: str = CLUSTER) -> ClusterCredentials | None:
     return read_secret(path, cluster=cluster) if path else None
 
 
+def secret_to_start_with(*, cluster: str, tls_dir: str = "") -> ClusterCredentials:
+    """Returns the secret for a cluster that is about to start: the one in the file that $MOECLUSTER_SECRET_FILE names,
+    so that whoever has it can use the cluster, else a new one. Raises ConfigError for a token."""
+    path = os.environ.get(SECRET_FILE_VARIABLE)
+    if not path:
+        return ClusterCredentials.make(cluster=cluster, tls_dir=tls_dir)
+    given = read_secret(path, cluster=cluster, tls_dir=tls_dir)
+    if not given.secret:
+        raise ConfigError(f"{SECRET_FILE_VARIABLE}: {path} holds a token, and a cluster starts with a secret")
+    return given
+
+
 def _recorded_tls_dir(cluster: str) -> str | None:
     """The folder of certificates in what `moecluster up` recorded of a cluster; None if nothing is to be found."""
     try:

@@ -12,6 +12,7 @@ from moecluster.config import Config
 from moecluster.errors import CheckpointError, ConfigError, ResourceError
 from moecluster.models.checkpoint.training_progress import TrainingState, read_training_state
 from moecluster.training.checkpoint_store import CHECKPOINTS, CheckpointStore
+from moecluster.training.latest_weights import is_untrained, latest_weights
 
 RANDOM_WEIGHTS = "--random-weights"
 
@@ -47,8 +48,8 @@ def trained_model(config: Config, target: str, command: str) -> str:
 
     Raises CheckpointError if nothing is trained yet, suggesting commands instead. command: the one being run.
     """
-    latest = _latest(config)
-    if latest is None or _is_untrained(config):
+    latest = latest_weights(config)
+    if latest is None or is_untrained(config):
         raise CheckpointError(f"{target} has no weights: {_what_instead(config, target, command)}")
     return latest
 
@@ -66,14 +67,14 @@ def model_to_serve(config: Config, target: str, command: str, *, random_weights:
 
 def refuse_trained(config: Config) -> None:
     """Raises ConfigError if --random-weights would ignore existing trained weights."""
-    latest = _latest(config)
-    if latest is not None and not _is_untrained(config):
+    latest = latest_weights(config)
+    if latest is not None and not is_untrained(config):
         raise ConfigError(f"{RANDOM_WEIGHTS}: {latest} has weights; leave the option out, or set train.output_dir")
 
 
 def refuse_another_model(cluster: UpCluster, config: Config, target: str) -> None:
     """Raises ResourceError if the running cluster serves anything but the target's weights."""
-    latest = _latest(config)  # may be untrained, if `up` had --random-weights
+    latest = latest_weights(config)  # may be untrained, if `up` had --random-weights
     if cluster.model == latest:
         return
     wanted = latest or f"{target}, of which nothing is trained in {config.train.output_dir}"
@@ -81,21 +82,6 @@ def refuse_another_model(cluster: UpCluster, config: Config, target: str) -> Non
         f"the cluster {cluster.name} is up and serves {cluster.model}, not {wanted}; "
         "take it down first (moecluster down), or choose another name: --set cluster.name=NAME"
     )
-
-
-def _latest(config: Config) -> str | None:
-    if config.model.path:
-        return str(Path(config.model.path).resolve())
-    latest = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS).latest()
-    return str(latest.resolve()) if latest is not None else None
-
-
-def _is_untrained(config: Config) -> bool:
-    """Returns whether there is at most a fresh model, written by --random-weights or at the start of a run."""
-    if config.model.path:
-        return False
-    steps = CheckpointStore(Path(config.train.output_dir) / CHECKPOINTS).steps()
-    return not steps or steps[-1] == 0
 
 
 def _what_instead(config: Config, target: str, command: str) -> str:
