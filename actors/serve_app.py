@@ -11,7 +11,6 @@ What guards connections is Serve's proxy, not ours: it has no deadlines for slow
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,14 +29,13 @@ from moecluster.gateway.app import Gateway, build_app
 from moecluster.gateway.metrics import GatewayMetrics
 from moecluster.gateway.middleware import GatewayMiddleware
 from moecluster.gateway.router_discovery import ClusterAddresses
-from moecluster.gateway.server import ModelSource, keys_for, open_models
+from moecluster.gateway.server import ModelSource, keys_of, open_models
 from moecluster.rpc.credentials import secret_to_start_with
 from moecluster.training.latest_weights import is_untrained, latest_weights
 
 RETRY_PAUSE_S = 5.0  # until the cluster is tried again while nodes are missing
 HEALTH_PERIOD_S = 2.0  # between looks whether the cluster is still there
 OTHER_REQUESTS = 64  # beside generations: /health, /metrics, /v1/models
-ALL_ADDRESSES = "0.0.0.0"
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +95,11 @@ class HttpGateway:
     """The gateway's app; it finds the cluster through Ray, which also tells it the cluster's secret."""
 
     def __init__(self, tables: Mapping[str, Any], cluster: DeploymentHandle[Any]) -> None:
-        """cluster: only so that Serve deploys both. Raises ConfigError if there are no API keys."""
+        """cluster: only so that Serve deploys both. Raises ConfigError for API keys that cannot be used."""
         config = read_config(tables)
         disable_created_metrics()
-        # Serve's proxies are reached from other machines, whatever serve.host says.
-        keys = keys_for(replace(config.serve, host=ALL_ADDRESSES), config.security)
-        self._gateway = Gateway(config.serve, keys, GatewayMetrics())
+        # Serve's proxies, not this process, are what clients reach; TLS ends in front of them.
+        self._gateway = Gateway(config.serve, config.security, keys_of(config.security), GatewayMetrics())
         name = config.cluster.name
         self._source = ModelSource(
             name=config.serve.model_name or name,

@@ -202,7 +202,7 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
             max_model_len=model.discovery.max_tokens,
         )
 
-    refused = {status: _ERRORS[status] for status in (401, 403, 429)}
+    refused: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403, 429)}
 
     @app.get("/v1/models", responses=refused)
     async def models(request: Request) -> ModelList:

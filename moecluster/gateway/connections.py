@@ -74,7 +74,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._message_bytes = self._body_bytes = 0
         super().on_message_begin()
-        self.scope[OWN_USER] = self.is_own_user  # type: ignore[typeddict-unknown-key]
+        self.scope[OWN_USER] = self.is_own_user  # type: ignore[literal-required]  # a key of our own
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Drops trailers: nothing reads them."""

@@ -149,6 +149,11 @@ def keys_for(settings: ServeConfig, security: SecurityConfig) -> ApiKeys:
             "the network unencrypted: give serve.tls_certificate_file and serve.tls_key_file, or set "
             "security.allow_plaintext = true if the network, or a proxy in front, encrypts already"
         )
+    return keys_of(security)
+
+
+def keys_of(security: SecurityConfig) -> ApiKeys:
+    """Returns the API keys of the settings; none if they name no file. Raises ConfigError."""
     return read_api_keys(security.api_keys_file) if security.api_keys_file else ApiKeys()
 
 

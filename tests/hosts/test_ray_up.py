@@ -76,7 +76,7 @@ def test_nothing_is_lost_with_a_host_killed_and_another_cut_off(
     lab = hosts.lab
     work = lab.control.home / "work"
     work.mkdir()
-    settings = {"steps": STEPS, "checkpoint_every_steps": EVERY_STEPS, "participant_timeout_s": 2.0}
+    settings: dict[str, Any] = {"steps": STEPS, "checkpoint_every_steps": EVERY_STEPS, "participant_timeout_s": 2.0}
     config = make_config(write_text(work), tmp_path, **settings)
     (work / "run.toml").write_text(_toml(config))
     run = ("--set", "train.data=sentences.txt", "--set", "train.output_dir=runs/disturbed")

@@ -91,7 +91,8 @@ def test_servers_share_a_range_of_ports_until_none_is_left() -> None:
     servers = []
     try:
         servers = [serve_controller(controller, credentials=None, listen=listen) for _ in range(2)]
-        taken = [split_host_port(server.address)[1] for server in (*servers, metrics)]
+        addresses = [*(server.address for server in servers), metrics.address]
+        taken = [split_host_port(address)[1] for address in addresses]
         assert listen.ports is not None and sorted(taken) == sorted(listen.ports.shuffled())
         exhausted = rf"cannot listen on 127\.0\.0\.4: no port of cluster\.port_range = {listen.ports} is free there"
         with pytest.raises(ResourceError, match=exhausted):

@@ -7,7 +7,7 @@ one is opened when the files have changed: new calls go there, and running ones 
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import grpc
 import grpc.aio
@@ -31,7 +31,9 @@ def server_credentials(followed: FollowedMaterial) -> grpc.ServerCredentials:
         used = material
         return _configuration(material)
 
-    return grpc.dynamic_ssl_server_credentials(_configuration(used), newest, require_client_authentication=True)
+    # The stubs do not know that the callback may answer None: nothing new.
+    fetch = cast(Callable[[], grpc.ServerCertificateConfiguration], newest)
+    return grpc.dynamic_ssl_server_credentials(_configuration(used), fetch, require_client_authentication=True)
 
 
 def channel_credentials(material: TlsMaterial) -> grpc.ChannelCredentials:

@@ -154,7 +154,7 @@ def test_an_expert_actor_trains_on_from_what_its_node_does_not_see(small: Path, 
     write_tensors(directory / "training" / "optimizer-layer-001.safetensors", moments | steps)
     write_training_state(directory, TrainingState(step=7, data_position=28, term=1, settings={}))
     (directory / "training" / SECRET).write_text("not for others")
-    settings = {"optimizer": OptimizerSettings(), "training_term": 1, "term": 1, "experts": (expert,)}
+    settings: dict[str, Any] = {"optimizer": OptimizerSettings(), "training_term": 1, "term": 1, "experts": (expert,)}
     with announced(directory) as (_, source):
         files = RemoteFiles(NAME, lambda: source)
         assert sorted(files.optimizer_files()) == ["training/optimizer-layer-001.safetensors"]

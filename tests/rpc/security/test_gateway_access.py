@@ -124,7 +124,7 @@ def shown_certificate(address: str) -> bytes:
 
 def test_it_speaks_tls_and_takes_new_certificates_while_streams_run(sources, tmp_path: Path) -> None:
     folder = write_certificates(tmp_path, OURS)
-    files = {"tls_certificate_file": str(folder / "tls.crt"), "tls_key_file": str(folder / "tls.key")}
+    files: dict[str, Any] = {"tls_certificate_file": str(folder / "tls.crt"), "tls_key_file": str(folder / "tls.key")}
     context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
     context.check_hostname = False
     with (

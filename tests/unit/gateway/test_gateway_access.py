@@ -47,8 +47,8 @@ def test_a_key_opens_all_models_and_a_token_those_of_its_cluster() -> None:
     by_key = asked.generating("Bearer sk-one", no)
     assert by_key.clusters is None and by_key.party.startswith("key ") and "sk-" not in by_key.party
     by_token = asked.generating(bearer(ONE, Scope.INFER), no)
-    assert by_token.clusters == {"one"} and by_token.party == "token ci"
-    assert asked.generating(f"Bearer {TWO.secret}", no).clusters == {"two"}
+    assert by_token.clusters == frozenset({"one"}) and by_token.party == "token ci"
+    assert asked.generating(f"Bearer {TWO.secret}", no).clusters == frozenset({"two"})
     assert TWO.secret not in asked.generating(f"Bearer {TWO.secret}", no).party
 
 
@@ -77,7 +77,7 @@ def test_without_keys_the_own_user_needs_none_and_others_do(authorization: str |
     assert asked.generating(authorization, yes).clusters is None
     assert refused(asked.generating, authorization, no).status in (401, 403)
     assert access(allow_without_keys=True).generating(authorization, no).clusters is None
-    assert asked.generating(bearer(ONE, Scope.INFER), no).clusters == {"one"}
+    assert asked.generating(bearer(ONE, Scope.INFER), no).clusters == frozenset({"one"})
 
 
 def test_metrics_are_for_readers_alone() -> None:
@@ -97,10 +97,10 @@ def test_a_gateway_that_has_a_token_only_believes_no_tokens() -> None:
 def test_a_cluster_that_was_brought_up_anew_has_new_tokens() -> None:
     found = {"one": ONE}
     asked = access(credentials=found)
-    assert asked.generating(bearer(ONE, Scope.INFER), no).clusters == {"one"}
+    assert asked.generating(bearer(ONE, Scope.INFER), no).clusters == frozenset({"one"})
     newer = ClusterCredentials(secret="9" * 43, cluster="one")
     found["one"] = newer
-    assert asked.generating(bearer(newer, Scope.INFER), no).clusters == {"one"}
+    assert asked.generating(bearer(newer, Scope.INFER), no).clusters == frozenset({"one"})
     assert refused(asked.generating, bearer(ONE, Scope.INFER), no).status == 401
 
 

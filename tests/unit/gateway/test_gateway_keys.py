@@ -1,6 +1,7 @@
 """API keys: read from a file, and when a gateway may listen to other machines."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,5 +64,6 @@ def test_beyond_the_loopback_tls_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["tls_certificate_file", "tls_key_file"])
 def test_a_certificate_needs_its_key(given: str) -> None:
+    files: dict[str, Any] = {given: "x"}
     with pytest.raises(ConfigError, match="expected both certificate and key, or neither"):
-        ServeConfig(**{given: "x"})
+        ServeConfig(**files)
