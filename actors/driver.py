@@ -80,8 +80,7 @@ class Cluster:
         controller_settings(config, model_dir, replicas, layer_experts)  # fail here rather than in the actor
         policy_named(config.controller.policy)
         check(config)
-        tls_dir = config.security.tls_dir and os.path.abspath(config.security.tls_dir)
-        credentials = replace(credentials, cluster=self.name, tls_dir=tls_dir)
+        credentials = replace(credentials, cluster=self.name, tls_dir=config.security.tls_folder)
         given = GivenDirectories(self.name)
         given.forget_all()  # left over from a cluster of this name that was not taken down
         try:

@@ -48,8 +48,8 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
     name = config.cluster.name
     _refuse_second(name)
     cluster_file.check()
-    if config.security.tls_dir:
-        read_material(TlsFiles.in_folder(config.security.tls_dir))  # raises ConfigError, before anything is started
+    if config.security.tls_folder:
+        read_material(TlsFiles.in_folder(config.security.tls_folder))  # raises ConfigError, before anything is started
     _refuse_wrong_model(model_dir)
     with cluster_file.start_lock(name) as ours:
         if not ours:
@@ -185,8 +185,7 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
     local = start.local_ray and start_local_ray(start.local_ray, config.cluster.start_timeout_s)
     address = local.address if local is not None else start.ray_address
     os.environ.update({**patience(config.cluster.start_timeout_s), **os.environ})
-    tls_dir = os.path.abspath(config.security.tls_dir) if config.security.tls_dir else ""
-    credentials = secret_to_start_with(cluster=start.name, tls_dir=tls_dir)
+    credentials = secret_to_start_with(cluster=start.name, tls_dir=config.security.tls_folder)
     write_secret(secret_path(start.name), credentials)
     cluster = join(start.name, address, local)
     cluster.start(config, start.model, on_loading, credentials=credentials)
@@ -197,7 +196,7 @@ def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpClus
         router_addresses=cluster.router_addresses(),
         controller_address=cluster.controller_address(),
         secret_file=str(secret_path(start.name)),
-        tls_dir=tls_dir,
+        tls_dir=credentials.tls_dir,
         local_ray=local,
     )
     leave()

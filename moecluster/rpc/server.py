@@ -37,7 +37,8 @@ CHANNEL_OPTIONS = [
     # A shared subchannel would keep the reconnect backoff of a peer that has restarted since.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # also the time that one attempt may take on a busy host
+    # The time that one attempt may take: on a busy host, or with TLS over a network with a delay of 200 ms and losses.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
     # Callers retry themselves. With gRPC's own retries (1.85.1), a streamed call that begins while the peer sends

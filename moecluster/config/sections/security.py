@@ -1,5 +1,6 @@
 """Settings of the section [security]."""
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,8 +19,8 @@ class SecurityConfig(Section):
     tls_dir: str = setting(
         "",
         "Folder with `ca.crt`, `tls.crt` and `tls.key` (PEM; `moecluster certs` makes them), at the same path on every "
-        "node. With it, every gRPC port speaks mutual TLS only. Read again when it changes. Empty: plain text, on the "
-        "loopback only.",
+        "node; `~` is the home directory of the user who starts the cluster. With it, every gRPC port speaks mutual "
+        "TLS only. Read again when it changes. Empty: plain text, on the loopback only.",
     )
     allow_plaintext: bool = setting(
         False, "Let servers listen beyond the loopback without TLS, on a network that encrypts already."
@@ -33,3 +34,8 @@ class SecurityConfig(Section):
         "the user who runs the gateway needs none.",
     )
     allow_without_keys: bool = setting(False, "Let everybody who reaches the gateway use it without API key or token.")
+
+    @property
+    def tls_folder(self) -> str:
+        """tls_dir as an absolute path; empty if there is none."""
+        return os.path.abspath(os.path.expanduser(self.tls_dir)) if self.tls_dir else ""

@@ -29,6 +29,7 @@ class RayOnHosts:
         control.environment |= {"PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"}
         subprocess.run(["make", "--no-print-directory", "dist"], cwd=ROOT, check=True, capture_output=True)
         shutil.copytree(ROOT / "dist", control.home / "dist")
+        self.moecluster("certs", "tls")
         token = control.home / ".ray" / "auth_token"
         token.parent.mkdir()
         token.touch(mode=0o600)

@@ -24,9 +24,10 @@ JOB = "serving"
 CLUSTER = (
     *("--set", "cluster.port_range=20000-20999", "--set", "cluster.num_expert_actors=3"),
     *("--set", "cluster.cpus_per_expert_actor=0.25", "--set", "cluster.cpus_per_router=0.25"),
+    *("--set", "security.tls_dir=~/moecluster/tls"),
 )
 SERVING = (
-    *("--host", "0.0.0.0", "--set", "security.allow_without_keys=true"),
+    *("--host", "0.0.0.0", "--set", "security.allow_without_keys=true", "--set", "security.allow_plaintext=true"),
     *("--set", "controller.num_redundant_experts=4"),
 )
 
