@@ -14,9 +14,12 @@ from moecluster.controller.reconciler import ReconcilerSettings
 from moecluster.controller.settings import ControllerSettings
 from moecluster.errors import ConfigError
 from moecluster.placement.scaling import RouterSizeSettings, SizeSettings
+from moecluster.rpc.controller.subscription import MAX_BACKOFF_S
 from moecluster.types import Replica
 
-GRACE_LEASES = 3  # leases without a sign of a router, after which an update goes on without it
+# An update goes on without a router of which nothing was heard for so many leases, and the longest pause between two
+# of its attempts to find a controller.
+GRACE_LEASES = 3
 
 
 def controller_settings(
@@ -61,7 +64,7 @@ def controller_settings(
         update=UpdateSettings(
             prepare_timeout_s=controller.operation_timeout_s,
             old_requests_timeout_s=controller.update_timeout_s,
-            router_grace_s=GRACE_LEASES * controller.lease_s,
+            router_grace_s=GRACE_LEASES * controller.lease_s + MAX_BACKOFF_S,
         ),
         routers=RouterSizingSettings(
             min_routers=config.serve.min_routers or 1,

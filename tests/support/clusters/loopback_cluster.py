@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Self
 
+from actors.controller_config import GRACE_LEASES
 from moecluster.controller.controller import Controller
 from moecluster.controller.operations.routers import RouterSupervisor
 from moecluster.controller.operations.weight_rollout import UpdateSettings
@@ -19,7 +20,7 @@ from moecluster.placement.initial import contiguous_placement
 from moecluster.router.engine.engine import EngineLimits
 from moecluster.router.router import Router
 from moecluster.rpc.controller.server import serve_controller
-from moecluster.rpc.controller.subscription import ControllerClient
+from moecluster.rpc.controller.subscription import MAX_BACKOFF_S, ControllerClient
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.rpc.expert.server import serve_expert
@@ -28,6 +29,8 @@ from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer
 from moecluster.types import ActorAddress, RouterState
 from tests.support.clusters.given import any_directory
+
+LEASE_S = 0.6
 
 
 class LoopbackCluster:
@@ -91,10 +94,10 @@ class LoopbackCluster:
             "replicas": contiguous_placement(layer_experts, self.names),
             "layer_experts": layer_experts,
             "checkpoint": self._directory,
-            "lease_s": 0.6,
+            "lease_s": LEASE_S,
             "health_period_s": 0.5,
             "start_timeout_s": 1.0,
-            "update": UpdateSettings(router_grace_s=4.0),
+            "update": UpdateSettings(router_grace_s=GRACE_LEASES * LEASE_S + MAX_BACKOFF_S),
         }
         controller = Controller(
             ControllerSettings(**(settings | self._controller_settings)),

@@ -4,11 +4,13 @@ import re
 
 import pytest
 
-from actors.controller_config import router_limits
+from actors.controller_config import controller_settings, router_limits
 from actors.names import CONTROLLER, expert_names, is_router, metrics_port, metrics_ports, most_routers, router_names
 from moecluster.config import Config, read_config
 from moecluster.errors import ConfigError
+from moecluster.placement.initial import initial_placement
 from moecluster.placement.policy.interface import USUAL_BURST
+from moecluster.rpc.controller.subscription import MAX_BACKOFF_S
 
 
 def config(**cluster: int) -> Config:
@@ -60,3 +62,11 @@ def test_limits_that_exclude_the_number_at_the_start_are_refused() -> None:
 
 def test_plans_on_paper_borrow_as_much_as_a_cluster_does_by_default() -> None:
     assert read_config({}).controller.move_burst == USUAL_BURST
+
+
+@pytest.mark.parametrize("lease_s", [0.1, 10.0])
+def test_an_update_waits_longer_for_a_router_than_that_pauses_before_it_looks_for_a_controller(lease_s: float) -> None:
+    settings = read_config({"cluster": {"num_expert_actors": 2}, "controller": {"lease_s": lease_s}})
+    replicas = initial_placement("contiguous", {0: 4}, expert_names(settings))
+    update = controller_settings(settings, "/model", replicas, {0: 4}).update
+    assert update.router_grace_s >= MAX_BACKOFF_S + lease_s
