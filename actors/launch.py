@@ -50,6 +50,7 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
     cluster_file.check()
     if config.security.tls_folder:
         read_material(TlsFiles.in_folder(config.security.tls_folder))  # raises ConfigError, before anything is started
+    credentials = secret_to_start_with(cluster=name, tls_dir=config.security.tls_folder)  # raises ConfigError
     _refuse_wrong_model(model_dir)
     with cluster_file.start_lock(name) as ours:
         if not ours:
@@ -61,7 +62,7 @@ def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None
         start = _plan(config, model_dir)
         cluster_file.save(start)
         try:
-            up = _start(config, start, on_loading)
+            up = _start(config, start, credentials, on_loading)
             cluster_file.save(up)
         except BaseException:
             with undisturbed(), suppress(MoeClusterError):  # on failure the file stays, for moecluster down
@@ -181,11 +182,10 @@ def _plan(config: Config, model_dir: str) -> Start:
     )
 
 
-def _start(config: Config, start: Start, on_loading: OnLoading | None) -> UpCluster:
+def _start(config: Config, start: Start, credentials: ClusterCredentials, on_loading: OnLoading | None) -> UpCluster:
     local = start.local_ray and start_local_ray(start.local_ray, config.cluster.start_timeout_s)
     address = local.address if local is not None else start.ray_address
     os.environ.update({**patience(config.cluster.start_timeout_s), **os.environ})
-    credentials = secret_to_start_with(cluster=start.name, tls_dir=config.security.tls_folder)
     write_secret(secret_path(start.name), credentials)
     cluster = join(start.name, address, local)
     cluster.start(config, start.model, on_loading, credentials=credentials)

@@ -22,6 +22,10 @@ _REQUIRED: Mapping[str, Mapping[str, Scope | None]] = {
         "Cancel": Scope.INFER,
         "Moe": Scope.INFER,
         "Status": Scope.READ,
+        "StartTraining": Scope.TRAIN,
+        "FollowTraining": Scope.TRAIN,
+        "StopTraining": Scope.TRAIN,
+        "Reload": Scope.TRAIN,
     },
     "moecluster.v1.ControllerService": {
         "Status": Scope.READ,
@@ -33,6 +37,7 @@ _REQUIRED: Mapping[str, Mapping[str, Scope | None]] = {
         "Drain": Scope.OPERATE,
         "Place": Scope.OPERATE,
         "Update": Scope.OPERATE,
+        "Shutdown": Scope.OPERATE,
         "WatchPlacement": SECRET_ALONE,
         "ReportFailure": SECRET_ALONE,
         "ReportLoad": SECRET_ALONE,

@@ -14,7 +14,7 @@ from tests.support.clusters.every_method import OURS, methods_of
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.fuzz.run import Target, run_many
-from tests.support.fuzz.services import service_targets
+from tests.support.fuzz.services import MAX_ACTORS, service_targets
 
 SERVICES = ("RouterService", "CheckpointService", "ExpertService", "ControllerService")
 COUNT = 300
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def cluster(checkpoint: str) -> Iterator[LoopbackCluster]:
-    with LoopbackCluster(checkpoint) as running:
+    with LoopbackCluster(checkpoint, max_actors=MAX_ACTORS) as running:
         yield running
 
 

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["moecluster"], enable_loader_override=F
     from tests.support.fuzz.decoders import decoders
     from tests.support.fuzz.files import files
     from tests.support.fuzz.run import MAX_INPUT_BYTES, Target, run_one, watched
-    from tests.support.fuzz.services import service_targets
+    from tests.support.fuzz.services import MAX_ACTORS, service_targets
 
 RSS_LIMIT_MB = 4096  # libFuzzer ends with an error above it: what grows does so here
 
@@ -32,7 +32,7 @@ def all_targets(folder: Path, *, services: bool) -> Iterator[Mapping[str, Target
         found = dict(stack.enter_context(decoders())) | dict(stack.enter_context(files(folder)))
         if services:
             checkpoint = save_tiny_model(folder / "model")
-            cluster = stack.enter_context(LoopbackCluster(checkpoint))
+            cluster = stack.enter_context(LoopbackCluster(checkpoint, max_actors=MAX_ACTORS))
             found |= stack.enter_context(service_targets(cluster, checkpoint))
         yield found
 
@@ -44,7 +44,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         all_targets(Path(folder), services="Service/" in name) as targets,
-        watched() as died,
+        watched() as watch,
     ):
         os.chdir(folder)  # libFuzzer writes there what it found
         target = targets[name]
@@ -52,7 +52,7 @@ def main() -> None:
         # One input's time is limited by run_one, with the same timer as libFuzzer's.
         atheris.Setup(
             [sys.argv[0], *options, "-timeout=0", "-print_final_stats=1"],
-            lambda data: run_one(target, data, died),
+            lambda data: run_one(target, data, watch),
         )
         atheris.Fuzz()  # ends the process
 

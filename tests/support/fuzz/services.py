@@ -29,6 +29,7 @@ from tests.support.fuzz.messages import message_of
 from tests.support.fuzz.run import Target
 
 SERVICES = (checkpoint_pb2, controller_pb2, expert_pb2, router_pb2)
+MAX_ACTORS = 8  # of the cluster, which a request may scale
 MAX_REPLIES = 3  # read of a stream; then the client leaves
 MAX_REQUESTS = 4  # on one stream
 UNEXPLAINED = "the router cannot compute this request"  # for an exception that nobody expected

@@ -101,7 +101,7 @@ NEEDS = {
 }
 # Imported only after a check of what they need.
 MODULES = {
-    "serve": r"moecluster\.gateway(\..+)?|moecluster\.cli\.(commands\.serve|common\.local_gateway)",
+    "serve": r"actors\.serve_app|moecluster\.gateway(\..+)?|moecluster\.cli\.(commands\.serve|common\.local_gateway)",
     "certs": r"moecluster\.cli\.(commands\.certs|common\.certificates)",
     "plots": r"moecluster\.http_client\.bench\.plot|moecluster\.training\.plots\..+|moecluster\.cli\.common\.plots",
     "jobs": r"moecluster\.cli\.(commands\.jobs|common\.working_dir)",

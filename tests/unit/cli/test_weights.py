@@ -158,7 +158,7 @@ def test_status_serve_and_up_tell_path_step_and_time(monkeypatch, capsys) -> Non
     monkeypatch.setattr(serving, "GatewayServer", object)
 
     class Server:
-        keys, address = False, "127.0.0.1:1"
+        wanted, url = "", "http://127.0.0.1:1"
 
         def run(self, sources: object) -> None:
             pass

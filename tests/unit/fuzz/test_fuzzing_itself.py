@@ -1,7 +1,9 @@
 """What fuzzing finds: errors, dead threads, inputs without end, and memory that is not given back."""
 
+import mmap
 import random
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -36,6 +38,21 @@ def die(data: bytes) -> None:
     thread.join()
 
 
+def test_what_other_threads_compute_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CPU_LIMIT_S", 0.2)
+
+    def work() -> None:
+        while time.thread_time() < 0.5:
+            pass
+
+    def wait_for_work(data: bytes) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    run_many(wait_for_work, 1)
+
+
 def test_what_is_refused_is_no_finding() -> None:
     run_many(refuse, 20)
 
@@ -61,9 +78,15 @@ def test_what_may_not_happen_is_named_with_its_input(
 
 def test_memory_that_grows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "MAX_GROWTH_BYTES", 16 * 2**20)
-    kept: list[bytearray] = []
+    kept: list[mmap.mmap] = []
+
+    def keep(data: bytes) -> None:
+        pages = mmap.mmap(-1, 2**20)  # new ones: the heap may have some to give again
+        pages.write(b"x" * 2**20)
+        kept.append(pages)
+
     with pytest.raises(Found, match="bytes behind"):
-        run_many(lambda data: kept.append(bytearray(b"x" * 2**20)), 40)
+        run_many(keep, 40)
 
 
 def test_inputs_are_the_same_for_a_seed() -> None:

@@ -5,7 +5,8 @@ import pytest
 from moecluster.rpc.scopes import Scope, required_scope, required_scopes
 from tests.support.clusters.every_method import guarded_methods
 
-CHANGING = ("Scale", "Drain", "Place", "Update")
+CHANGING = ("Scale", "Drain", "Place", "Update", "Shutdown")
+TRAINING = ("StartTraining", "StopTraining", "FollowTraining", "Reload")
 
 
 def test_the_table_has_every_method_and_no_other() -> None:
@@ -20,6 +21,8 @@ def test_only_a_clusters_own_parts_call_the_experts_and_the_checkpoint() -> None
             assert scope is None, path
         if path.rpartition("/")[2] in CHANGING:
             assert scope is Scope.OPERATE, path
+        if path.rpartition("/")[2] in TRAINING:
+            assert scope is Scope.TRAIN, path
 
 
 @pytest.mark.parametrize("path", ["/moecluster.v1.RouterService/Nothing", "/no.such.Service/Generate", "", "Generate"])
