@@ -24,6 +24,8 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray uses 127.0.0.1, not this host's network address, where its actors would not speak plain text.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # By default Ray's workers give way to all else, and starve beside it.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["OMP_NUM_THREADS"] = "1"
