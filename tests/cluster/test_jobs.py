@@ -77,7 +77,8 @@ def test_a_job_is_stopped_as_by_ctrl_c(head: Namespace) -> None:
     (head.home / "out").mkdir()
     submitted = run(head, "submit", "--no-wait", "--working-dir", str(folder), "batch", "in.jsonl", "out/answers.jsonl")
     job = submitted.stdout.strip()
-    log = head.start("ray", "job", "logs", "--address", JOB_SERVER, "--follow", job, RAY_AUTH_MODE="token")
+    follow = ("ray", "job", "logs", "--address", JOB_SERVER, "--follow", job)
+    log = head.start(*follow, RAY_AUTH_MODE="token", PYTHONUNBUFFERED="1")
     assert log.stdout is not None
     assert any("takes no requests" in text for text in log.stdout)
     stopped = run(head, "stop", job)
