@@ -41,13 +41,15 @@ class ServedApp:
 @pytest.fixture(scope="module")
 def app(ray_session: object, directory: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedApp]:
     folder = tmp_path_factory.mktemp("serve")
-    (folder / "keys").write_text(KEY)
+    keys = folder / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(KEY)
     name = f"test-{uuid.uuid4().hex[:8]}"
     settings: dict[str, dict[str, object]] = {
         "cluster": {"name": name, "num_expert_actors": 2},
         "model": {"path": directory},
         "serve": {"model_name": "tiny"},
-        "security": {"api_keys_file": str(folder / "keys")},
+        "security": {"api_keys_file": str(keys)},
     }
     arguments = Arguments(target=str(_toml(folder / "settings.toml", settings)))
     port = _free_port()
