@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS_VENV := .tools/protos
+SBOM_VENV := .tools/sbom
 # Without compiling: torch and transformers have thousands of modules, of which few are ever imported. Those that are
 # must then keep their bytecode, or every process compiles them anew, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,7 +29,7 @@ help:  ## this list
 demo: $(VENV)/.runtime  ## train a small model on a local cluster, generate from it, kill an expert meanwhile
 	$(BIN)/moecluster demo
 
-test: $(VENV)/.dev  ## every test that needs no special machine: unit, rpc, cluster, faults, browser, gpu
+test: $(VENV)/.dev $(SBOM_VENV)/.installed  ## every test that needs no special machine: unit, rpc, cluster, faults, browser, gpu
 	@failed=0; \
 	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal --durations=10 $(PLAIN_LAYERS) || failed=1; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10 $(RAY_LAYERS) || failed=1; \
@@ -92,7 +93,7 @@ dist: $(VENV)/.dev  ## wheel and sdist, built and checked, and what else a node 
 	$(BIN)/twine check --strict dist/*
 	cp constraints.txt clusters/node_setup.sh dist
 
-sbom: $(VENV)/.dev  ## bill of materials (CycloneDX) of what users get, in dist/
+sbom: $(VENV)/.dev $(SBOM_VENV)/.installed  ## bill of materials (CycloneDX) of what users get, in dist/
 	@mkdir -p dist
 	$(BIN)/python -m tools.sbom dist/moecluster.cdx.json
 
@@ -127,10 +128,15 @@ $(VENV)/.fuzz: $(VENV)/.dev
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[fuzz]'
 	@touch $@
 
-# Only what the extra `protos` names: the project's own dependencies are newer than what the oldest generator takes.
-PROTOS_EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["protos"])
+# Only what one extra names: the project's own dependencies are newer than what the oldest generator of protos takes.
+PACKAGES_OF = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])
 
 $(PROTOS_VENV)/.installed: pyproject.toml
 	$(call create_venv,$(PROTOS_VENV))
-	$(PROTOS_VENV)/bin/python $(PIP_INSTALL) $$($(PROTOS_VENV)/bin/python -c '$(PROTOS_EXTRA)')
+	$(PROTOS_VENV)/bin/python $(PIP_INSTALL) $$($(PROTOS_VENV)/bin/python -c '$(call PACKAGES_OF,protos)')
+	@touch $@
+
+$(SBOM_VENV)/.installed: pyproject.toml constraints.txt
+	$(call create_venv,$(SBOM_VENV))
+	$(SBOM_VENV)/bin/python $(PIP_INSTALL) -c constraints.txt $$($(SBOM_VENV)/bin/python -c '$(call PACKAGES_OF,sbom)')
 	@touch $@

@@ -1,6 +1,7 @@
 """Writes a software bill of materials (CycloneDX, JSON) of what users get: moecluster and all that it needs.
 
-python -m tools.sbom FILE: of this environment, without the developers' tools in it.
+python -m tools.sbom FILE: of this environment, without the developers' tools in it. CycloneDX's own tools are in an
+environment of their own (`make sbom`).
 """
 
 import json
@@ -9,15 +10,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from packaging.utils import canonicalize_name
 
 from moecluster import __version__
 from tools.runtime_packages import PACKAGE, runtime_packages
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = SchemaVersion.V1_6
+TOOLS = ROOT / ".tools" / "sbom" / "bin" / "python"
+SCHEMA = "1.6"
+VALIDATE = """
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+
+wrong = JsonStrictValidator(SchemaVersion.from_version(sys.argv[1])).validate_str(sys.stdin.read())
+sys.exit(wrong and f"no valid bill of materials: {wrong}")
+"""
 
 
 def main() -> int:
@@ -25,19 +33,20 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python -m tools.sbom FILE", file=sys.stderr)
         return 2
+    if not TOOLS.exists():
+        print(f"{TOOLS} is missing: make sbom makes it", file=sys.stderr)
+        return 2
     found = subprocess.run(
         [
-            *(sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", str(ROOT / "pyproject.toml")),
-            *("--mc-type", "library", "--output-reproducible", "--no-validate", "--spec-version", SCHEMA.to_version()),
+            *(str(TOOLS), "-m", "cyclonedx_py", "environment", "--pyproject", str(ROOT / "pyproject.toml")),
+            *("--mc-type", "library", "--output-reproducible", "--no-validate", "--spec-version", SCHEMA),
             *("--output-file", "-", sys.executable),
         ],
         check=True, stdout=subprocess.PIPE,
     )  # fmt: skip
     bill = pruned(json.loads(found.stdout))
     text = json.dumps(bill, indent=2, sort_keys=True) + "\n"
-    wrong = JsonStrictValidator(SCHEMA).validate_str(text)
-    if wrong is not None:
-        print(f"no valid bill of materials: {wrong}", file=sys.stderr)
+    if subprocess.run([str(TOOLS), "-c", VALIDATE, SCHEMA], input=text, text=True).returncode:
         return 1
     Path(sys.argv[1]).write_text(text)
     print(f"{sys.argv[1]}: {PACKAGE} {__version__} and {len(bill['components'])} packages that it needs")

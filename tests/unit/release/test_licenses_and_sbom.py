@@ -1,5 +1,6 @@
 """What users get: the packages that moecluster needs, their licences, and the bill of materials of a release."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from moecluster import __version__
 from tools.licenses import PYPROJECT, licenses, refused
 from tools.runtime_packages import runtime_packages
+from tools.sbom import TOOLS
 
 ROOT = PYPROJECT.parent
 ALLOWED = tomllib.loads(PYPROJECT.read_text())["tool"]["moecluster"]["licenses"]["allowed"]
@@ -78,6 +80,12 @@ def test_a_licence_is_read_as_it_is_written_and_judged(
     assert refused(found, ALLOWED) == ({} if allowed else found)
 
 
+def test_nothing_slows_the_import_of_ray() -> None:
+    """Where rfc3987-syntax is installed, jsonschema compiles its grammar when Ray is imported, for seconds."""
+    assert importlib.util.find_spec("rfc3987_syntax") is None
+
+
+@pytest.mark.skipif(not TOOLS.exists(), reason="make sbom installs CycloneDX's tools")
 def test_the_bill_of_materials_names_what_users_get_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "moecluster.cdx.json"
     done = subprocess.run(
