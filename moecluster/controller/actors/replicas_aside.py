@@ -52,9 +52,11 @@ class ReplicasAside:
                 shown = replace(before.shown, reports=before.shown.reports + 1)
                 self._entries[actor, expert] = replace(before, shown=shown)
                 return
+        again = before is not None
         reason = f"expert {expert} of {actor} answers NaN or infinity"
         operation = self._log.begin(OperationKind.RESTORE, reason=reason, arguments=(actor, str(expert)))
-        shown = ReplicaAside(actor=actor, expert=expert, state=RELOADING, problem=reason, reports=1)
+        state = SICK if again else RELOADING  # at once: a monitor may look at any moment
+        shown = ReplicaAside(actor=actor, expert=expert, state=state, problem=reason, reports=1)
         entry = _Entry(
             incarnation=incarnation,
             weight_version=self._cluster_state.versions.weight_version,
@@ -63,8 +65,8 @@ class ReplicasAside:
         )
         with self._lock:
             self._entries[actor, expert] = entry
-        logger.error("%s; it is set aside%s", reason, "" if before is not None else ", and reloaded")
-        if before is not None:
+        logger.error("%s; it is set aside%s", reason, "" if again else ", and reloaded")
+        if again:
             why = f"even after a reload from {self._cluster_state.versions.checkpoint}"
             self._give_up(actor, [expert], f"{reason}, {why}")
         self._publish()
@@ -79,7 +81,9 @@ class ReplicasAside:
             return frozenset(e for (of, e), entry in self._entries.items() if of == actor and _reloads(entry))
 
     def reloaded(self, actor: str, experts: Collection[ExpertId], loaded_bytes: int) -> None:
-        """The experts were reloaded: routers may use them again."""
+        """The experts were reloaded: routers may use them again, unless they were given up meanwhile."""
+        with self._lock:
+            experts = [e for e in experts if (actor, e) in self._entries and _reloads(self._entries[actor, e])]
         self._change(actor, experts, state=RELOADED, problem="", placement=NOT_YET)
         number = self._publish()
         with self._lock:

@@ -119,7 +119,7 @@ def test_a_start_that_was_killed_at_any_moment_is_said_and_ended_by_down(broken:
 def test_the_next_start_ends_what_is_left_of_one_that_was_killed(
     broken: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(config: Config, start: Start, on_loading: object) -> UpCluster:
+    def refuse(config: Config, start: Start, *_: object) -> UpCluster:
         assert broken.local_ray is not None and not is_running(broken.local_ray)
         assert start.local_ray is not None and start.local_ray.mark != broken.local_ray.mark
         raise ResourceError("no room")
