@@ -77,7 +77,8 @@ def test_what_nobody_reaches_is_no_success_and_what_is_reached_works_from_elsewh
 
     first, last = free_ports()
     up = home.run(
-        "up", model, *sizes, *("--set", "cluster.host=0.0.0.0"), *("--set", f"cluster.port_range={first}-{last}"),
+        "up", model, *sizes, *("--set", "cluster.host=0.0.0.0"), *("--set", "security.allow_plaintext=true"),
+        *("--set", f"cluster.port_range={first}-{last}"),
         *("--set", f"cluster.controller_port={last}"), *("--set", f'cluster.directories=["{tmp_path}"]'),
     )  # fmt: skip
     assert up.returncode == 0, up.stderr
