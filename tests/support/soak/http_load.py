@@ -86,13 +86,15 @@ class HttpClients:
             await asyncio.gather(*(self._one_after_another(client) for _ in range(self._number)))
 
     async def _one_after_another(self, client: httpx.AsyncClient) -> None:
-        while not self._over.is_set():
+        while True:  # at least one request each, however soon __exit__ comes
             sampled = next(self._turn) % 4 == 3
             self.texts.append(
                 await stream_request(
                     client, self._model, next(self._prompts), new_tokens=self._new_tokens, sampled=sampled
                 )
             )
+            if self._over.is_set():
+                return
 
 
 async def stream_request(
