@@ -1,4 +1,5 @@
-"""Says which relative links and anchors of the committed Markdown lead nowhere. Run by `make check`.
+"""Says which relative links and anchors of the committed Markdown lead nowhere, and which headings of a page repeat
+the text under them, as a merge leaves them. Run by `make check`.
 
 A link leads to a committed file or folder, an anchor to a heading, as GitHub names it, or to an HTML id. What has a
 scheme (https:) is not looked at.
@@ -21,6 +22,7 @@ LINKS = {"link_open": "href", "image": "src"}
 HTML = {"html_block", "html_inline"}
 HTML_LINK = re.compile(r"""\b(?:href|src|srcset)\s*=\s*["']([^"']*)["']""")
 HTML_ID = re.compile(r"""\b(?:id|name)\s*=\s*["']([^"']*)["']""")
+SECTION = re.compile(r"^(?=#+ )", re.MULTILINE)
 NOT_IN_ANCHORS = re.compile(r"[^\w\- ]")
 
 
@@ -57,6 +59,14 @@ def _why_broken(path: str, target: str, pages: Mapping[str, Page], known: frozen
     return ""
 
 
+def repeated_sections(path: str, text: str) -> list[str]:
+    """ "path: what is there twice": sections of the same heading and the same text."""
+    sections = [section.strip() for section in SECTION.split(text)]
+    return [
+        f"{path}: twice: {section.splitlines()[0]}" for section in sorted(set(sections)) if sections.count(section) > 1
+    ]
+
+
 def read_page(text: str) -> Page:
     """The links and anchors of a Markdown text."""
     blocks = MarkdownIt("commonmark").enable("table").parse(text)
@@ -90,10 +100,12 @@ def _unused(anchor: str, used: list[str]) -> str:
 def main() -> int:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = frozenset(file for file in listed.split("\0") if (ROOT / file).is_file())
-    pages = {file: read_page((ROOT / file).read_text(encoding="utf-8")) for file in files if file.endswith(".md")}
-    for line in (broken := sorted(broken_links(pages, files))):
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in files if file.endswith(".md")}
+    wrong = broken_links({file: read_page(text) for file, text in texts.items()}, files)
+    wrong += [line for file, text in texts.items() for line in repeated_sections(file, text)]
+    for line in sorted(wrong):
         print(line, file=sys.stderr)
-    return 1 if broken else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Links between pages are resolved as GitHub resolves them."""
 
-from tools.check_links import broken_links, read_page
+from tools.check_links import broken_links, read_page, repeated_sections
 
 FILES = frozenset({"README.md", "docs/a.md", "docs/figure.svg", "src/code.py"})
 
@@ -57,3 +57,9 @@ def test_links_are_relative_to_their_page_or_to_the_root() -> None:
     links = "[a](../README.md) [b](figure.svg) [c](/docs/figure.svg) [d](docs/figure.svg) [e](../../x.md)"
     found = broken_links({"docs/a.md": read_page(links)}, FILES)
     assert [line.split(": ")[1] for line in found] == ["docs/figure.svg", "../../x.md"]
+
+
+def test_a_section_that_stands_twice_is_named() -> None:
+    page = "# Page\n\n## One\n\ntext\n\n## Two\n\nother\n\n## One\n\ntext\n"
+    assert repeated_sections("README.md", page) == ["README.md: twice: ## One"]
+    assert repeated_sections("README.md", page.replace("text", "more", 1)) == []
