@@ -70,8 +70,14 @@ class RayOnHosts:
         return log
 
     def wait_for_nodes(self, number: int, timeout_s: float = UP_TIMEOUT_S) -> None:
-        """Waits until Ray has so many living nodes."""
-        wait_for(lambda: len(self.nodes()) == number, f"there are {number} nodes", timeout_s=timeout_s, every_s=2.0)
+        """Waits until Ray has so many living nodes. If it does not, fails the test with the autoscaler's log."""
+        what = f"there are {number} nodes"
+        try:
+            wait_for(lambda: len(self.nodes()) == number, what, timeout_s=timeout_s, every_s=2.0)
+        except AssertionError as exc:
+            logs = "/tmp/ray/session_latest/logs/monitor.log /tmp/ray/session_latest/logs/monitor.out"
+            tail = self.lab.hosts["head"].run("bash", "-c", f"tail -n 200 {logs}", check=False).stdout
+            raise AssertionError(f"{exc}\n{tail}") from exc
 
     def nodes(self) -> set[str]:
         """Returns the addresses of the nodes that Ray counts as alive."""

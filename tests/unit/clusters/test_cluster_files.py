@@ -99,3 +99,19 @@ def test_the_setup_script_says_what_a_node_lacks(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "lacks a wheel or constraints.txt; make dist writes both" in done.stderr, done.stderr
+
+
+def test_a_failed_start_on_a_worker_is_tried_again(tmp_path: Path) -> None:
+    """Ray's autoscaler tries no worker again whose commands have failed; a node that is missing it starts again."""
+    ray = tmp_path / "ray"
+    ray.write_text("#!/bin/sh\nexit 1\n")
+    ray.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SSH_CONNECTION": "192.0.2.1 1 192.0.2.11 22"}
+
+    def run(key: str) -> "subprocess.CompletedProcess[str]":
+        command = start_command(read("onprem"), key)
+        return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+
+    assert run("worker_start_ray_commands").returncode == 0
+    assert "Ray did not start on" in run("worker_start_ray_commands").stdout
+    assert run("head_start_ray_commands").returncode != 0, "ray up says so"
