@@ -97,8 +97,8 @@ sbom: $(VENV)/.dev $(SBOM_VENV)/.installed  ## bill of materials (CycloneDX) of 
 	@mkdir -p dist
 	$(BIN)/python -m tools.sbom dist/moecluster.cdx.json
 
-soak: $(VENV)/.fuzz  ## long runs, each of DURATION seconds: 600 unless given
-	MOECLUSTER_SOAK_DURATION_S=$(DURATION) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak
+soak: $(VENV)/.fuzz  ## long runs, each of DURATION seconds (600 unless given), and those of test-hosts
+	MOECLUSTER_SOAK_DURATION_S=$(DURATION) $(BIN)/python -m pytest --timeout=0 --durations=10 tests/soak tests/hosts
 
 clean:  ## remove environments, caches and what a build left
 	rm -rf $(VENV) .tools .peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,6 +16,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("moecluster", "torch", "transformers", "ray", "grpcio", "protobuf", "numpy")
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 MIN_RUNS = 5  # fewer give no meaningful spread
 
 
@@ -105,21 +106,24 @@ def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns CPU model, cores usable by this process, memory and operating system, but nothing that names the host."""
+    """Returns CPU model and instruction sets, cores usable by this process, memory and operating system, but nothing
+    that names the host."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": _cpu_model(),
+        "cpu": _of_cpu("model name") or platform.machine(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _of_cpu("flags").split()],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "system": platform.system(),
     }
 
 
-def _cpu_model() -> str:
+def _of_cpu(field: str) -> str:
+    """Returns a field of the first CPU; empty where the kernel does not tell."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
+        if line.startswith(field):
             return line.split(":", 1)[1].strip()
-    return platform.machine()
+    return ""
 
 
 def _rounded(value: float) -> float:

@@ -1,5 +1,5 @@
 """Three hosts, of which only addresses, user and key are known: `ray up`, jobs from outside, a bad network, lost hosts,
-`ray down`. The tests build on each other, in this order."""
+`ray down`. The tests build on each other, in this order; the last writes what all have measured."""
 
 import json
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from moecluster.training.history import History
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.setup import prepare_start, read_data, run_tokenizer
 from tests.support.clusters.expert_cluster import ExpertCluster
+from tests.support.hosts.figures import HostFigures
 from tests.support.hosts.lab import ADDRESSES, HostLab, why_not
 from tests.support.hosts.ray_up import RayOnHosts, wait_for
 from tests.support.hosts.serving_job import CLUSTER, JOB, ServingJob, serve_on
@@ -35,18 +36,25 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostLab]:
 
 
 @pytest.fixture(scope="module")
-def hosts(lab: HostLab) -> RayOnHosts:
+def figures() -> HostFigures:
+    return HostFigures()
+
+
+@pytest.fixture(scope="module")
+def hosts(lab: HostLab, figures: HostFigures) -> RayOnHosts:
     hosts = RayOnHosts(lab)
-    hosts.up()
+    with figures.timed("ray up until all nodes and the job server are there"):
+        hosts.up()
     return hosts
 
 
 @pytest.fixture(scope="module")
-def serving(hosts: RayOnHosts, tmp_path_factory: pytest.TempPathFactory) -> ServingJob:
-    return serve_on(hosts, tmp_path_factory.mktemp("model"))
+def serving(hosts: RayOnHosts, figures: HostFigures, tmp_path_factory: pytest.TempPathFactory) -> ServingJob:
+    with figures.timed("serving job until the model is served"):
+        return serve_on(hosts, tmp_path_factory.mktemp("model"))
 
 
-def test_every_host_serves_what_only_the_head_has(hosts: RayOnHosts, serving: ServingJob) -> None:
+def test_every_host_serves_what_only_the_head_has(hosts: RayOnHosts, serving: ServingJob, figures: HostFigures) -> None:
     assert hosts.nodes() == set(ADDRESSES.values())
     assert [name for name, host in hosts.lab.hosts.items() if (host.home / "tiny").exists()] == ["head"]
     status = json.loads(hosts.lab.ssh("head", "moecluster status --json"))
@@ -55,9 +63,12 @@ def test_every_host_serves_what_only_the_head_has(hosts: RayOnHosts, serving: Se
         wait_for(lambda: serving.experts().keys() == hosts.nodes(), "all hosts hold experts", timeout_s=60.0)
     assert clients.texts
     serving.check(clients.texts)
+    figures.add_requests("good network", clients.texts)
 
 
-def test_on_a_bad_network_no_request_fails_and_nothing_is_wrong(hosts: RayOnHosts, serving: ServingJob) -> None:
+def test_on_a_bad_network_no_request_fails_and_nothing_is_wrong(
+    hosts: RayOnHosts, serving: ServingJob, figures: HostFigures
+) -> None:
     hosts.lab.slow_down(delay_ms=DELAY_MS, loss_percent=LOSS_PERCENT)
     try:
         with serving.clients(4) as clients:
@@ -66,11 +77,12 @@ def test_on_a_bad_network_no_request_fails_and_nothing_is_wrong(hosts: RayOnHost
         hosts.lab.speed_up()
     assert len(clients.texts) >= 4
     serving.check(clients.texts)
+    figures.add_requests(f"{DELAY_MS} ms and {LOSS_PERCENT:g} % loss", clients.texts)
     assert hosts.nodes() == set(ADDRESSES.values()), "a host was taken for lost"
 
 
 def test_nothing_is_lost_with_a_host_killed_and_another_cut_off(
-    hosts: RayOnHosts, serving: ServingJob, tmp_path: Path
+    hosts: RayOnHosts, serving: ServingJob, figures: HostFigures, tmp_path: Path
 ) -> None:
     """A training and a serving job, from outside; a host is killed, and one is cut off in the middle and comes back."""
     lab = hosts.lab
@@ -93,24 +105,32 @@ def test_nothing_is_lost_with_a_host_killed_and_another_cut_off(
         assert hosts.nodes() == {ADDRESSES["head"]}
         lab.reconnect("w1")
         wait_for(lambda: hosts.jobs()[TRAINING]["status"] != "RUNNING", "the run ends", timeout_s=400.0)
-        hosts.wait_for_nodes(2)
+        with figures.timed("a host that was cut off is a node again, after the end of the run"):
+            hosts.wait_for_nodes(2)
     assert hosts.jobs()[TRAINING]["status"] == "SUCCEEDED", hosts.log_of(TRAINING)
     serving.check(clients.texts)
     found = History.open(lab.hosts["head"].home / "runs" / "disturbed").steps
     assert {step: done.total_loss for step, done in found.items()} == _undisturbed(config)  # bit for bit
     assert "back to step" in hosts.log_of(TRAINING), "no state was lost"
+    figures.add_requests("a host killed, another cut off", clients.texts)
+    figures.add("a host killed, another cut off: training steps", STEPS, "steps")
+    figures.add("a host killed, another cut off: losses that differ from the undisturbed run's", 0, "steps", target=0)
 
 
-def test_ray_down_leaves_nothing_running(hosts: RayOnHosts, serving: ServingJob) -> None:
+def test_ray_down_leaves_nothing_running(hosts: RayOnHosts, serving: ServingJob, figures: HostFigures) -> None:
     assert "has ended: stopped" in hosts.moecluster("stop", JOB).stdout
     assert "cluster moecluster is down" in hosts.log_of(JOB)
-    hosts.down()
+    with figures.timed("ray down: the command"):
+        hosts.down()
 
     def left() -> list[str]:
         lines = [line for host in hosts.lab.hosts.values() for line in host.processes()]
         return [line for line in lines if not line.startswith(("sshd", "/usr/sbin/sshd"))]
 
-    wait_for(lambda: not left(), "the hosts run nothing but sshd", timeout_s=150.0)
+    with figures.timed("after ray down, until the hosts run nothing but sshd"):
+        wait_for(lambda: not left(), "the hosts run nothing but sshd", timeout_s=150.0)
+    if sum("failed or wrong" in row.name for row in figures.rows) == 3:  # the tests before have passed
+        figures.write()
 
 
 def _wait_for_step(hosts: RayOnHosts, step: int) -> None:

@@ -32,7 +32,7 @@ def test_report_file_has_exactly_the_agreed_form(tmp_path):
     ]
     assert written["raw"] == {"spread": {"speed": {"min": 1.0, "median": 2.0, "max": 3.0}}, "measured": [1, 2]}
     assert written["versions"]["torch"] == torch.__version__
-    assert set(written["machine"]) == {"cpu", "cores", "memory_gib", "system"}
+    assert set(written["machine"]) == {"cpu", "instruction_sets", "cores", "memory_gib", "system"}
 
 
 def test_time_runs_gives_seconds_per_call():
