@@ -1,7 +1,8 @@
 """Router scaling over a supervisor in this process: started routers serve when the test says so."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from moecluster.controller.context import new_context
 from moecluster.controller.operations.routers import RouterSizing, RouterSizingSettings
 from moecluster.controller.state.weight_versions import WeightVersions
-from moecluster.errors import ResourceError, Unavailable
+from moecluster.errors import MoeClusterError, ResourceError, Unavailable
 from moecluster.metrics import Metrics
 from moecluster.placement.scaling import RouterSizeSettings
 from moecluster.rpc.controller.latest_placement import PlacementBoard
@@ -28,6 +29,9 @@ class Routers:
         self.there: dict[str, str] = dict.fromkeys(names, "/first")  # router -> checkpoint that it was started with
         self.ended: list[str] = []
         self.refusal: Exception | None = None
+        self.silence: MoeClusterError | None = None  # raised instead of an answer about the cluster
+        self.draining: dict[str, float] = {}  # node -> in how many seconds it is removed
+        self.nodes: dict[str, str] = {}  # router -> its node
         self.replace_controller()
         for name in names:
             self.tell(name)
@@ -42,7 +46,20 @@ class Routers:
         self.context.state.begin(term=1, generation=0, versions=versions, actors=(), replicas=())
 
     def existing_routers(self) -> tuple[str, ...]:
+        self._answer()
         return tuple(self.there)
+
+    def draining_nodes(self) -> dict[str, float]:
+        self._answer()
+        return self.draining
+
+    def routers_on(self, nodes: Collection[str]) -> frozenset[str]:
+        self._answer()
+        return frozenset(router for router in self.there if self.nodes.get(router) in nodes)
+
+    def _answer(self) -> None:
+        if self.silence is not None:
+            raise self.silence
 
     def create_router(self, router: str, checkpoint: str) -> None:
         if self.refusal is not None:
@@ -272,6 +289,108 @@ def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
         sizing.request(wanted)
 
 
+@pytest.mark.parametrize("answer", [(), Unavailable("Ray is away")])
+def test_without_an_answer_or_with_an_empty_one_nothing_is_forgotten_started_or_ended(
+    make, answer, monkeypatch
+) -> None:
+    routers = Routers("router", "router-1")
+    routers.tell("router-1", running=1)
+    sizing = make(routers)
+    operation = sizing.request(1)
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    if isinstance(answer, Unavailable):
+        routers.silence = answer
+    else:
+        monkeypatch.setattr(routers, "existing_routers", lambda: answer)
+    routers.tell("router-1")
+    assert stays(lambda: leaving(sizing) == ["router-1"])
+    routers.now_s += 2 * IDLE_S
+    assert stays(lambda: list(routers.there) == ["router", "router-1"] and not routers.phase(operation).ended)
+    routers.silence = None
+    monkeypatch.undo()
+    time.sleep(0.05)
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    assert list(routers.there) == ["router"]
+
+
+def test_a_router_on_a_node_that_is_removed_leaves_once_another_one_serves(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.nodes = {"router": "head", "router-1": "spot"}
+    sizing = make(routers, max_routers=2)
+    routers.draining = {"spot": 30.0}
+    wait_until(lambda: "router-2" in routers.there, "one more than wanted, and than the limit, for the change")
+    operation = routers.log.newest(1)[0]
+    assert operation.reason == "Ray is about to remove the node of router-1" and operation.arguments == ("2",)
+    wait_until(lambda: "router-1 stays until another one serves" in routers.detail(operation))
+    assert stays(lambda: leaving(sizing) == [])
+    routers.tell("router-2")
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    time.sleep(0.05)
+    routers.now_s += IDLE_S
+    wait_until(lambda: routers.phase(operation) is OperationPhase.DONE)
+    assert list(routers.there) == ["router", "router-2"]
+    assert stays(lambda: len(routers.log.newest()) == 1), "once"
+
+
+def test_the_first_router_leaves_a_removed_node_too_and_two_are_replaced_one_by_one(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.nodes = dict.fromkeys(routers.there, "spot")
+    sizing = make(routers, max_routers=2)
+    routers.draining = {"spot": 30.0}
+    wait_until(lambda: "router-2" in routers.there)
+    assert stays(lambda: len(routers.there) == 3)
+    routers.tell("router-2")
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    wait_until(lambda: "router-3" in routers.there)
+    routers.tell("router-3")
+    wait_until(lambda: leaving(sizing) == ["router", "router-1"])
+    time.sleep(0.05)
+    routers.now_s += IDLE_S
+    wait_until(lambda: list(routers.there) == ["router-2", "router-3"])
+
+
+def test_a_router_that_trains_stays_on_its_node_while_it_trains(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.nodes = {"router": "spot"}
+    state = RouterState(router="router", address="127.0.0.1:5000")
+    routers.leases.renew("router", PlacementNumber(1, 1), state=state, hold=True)
+    sizing = make(routers)
+    routers.draining = {"spot": 30.0}
+    wait_until(lambda: "router-2" in routers.there)
+    routers.tell("router-2")
+    assert stays(lambda: leaving(sizing) == [])
+    routers.tell("router")
+    wait_until(lambda: leaving(sizing) == ["router"])
+
+
+def test_a_router_that_cannot_be_replaced_stays_and_is_not_tried_again(make) -> None:
+    routers = Routers("router")
+    routers.nodes = {"router": "spot"}
+    sizing = make(routers)
+    routers.draining = {"spot": math.inf}
+    wait_until(lambda: "router-1" in routers.there)
+    operation = routers.log.newest(1)[0]
+    routers.now_s += 61.0
+    wait_until(lambda: routers.phase(operation) is OperationPhase.FAILED)
+    assert list(routers.there) == ["router"] and leaving(sizing) == []
+    assert stays(lambda: len(routers.log.newest()) == 1)
+
+
+def test_one_that_leaves_is_not_taken_back_to_a_node_that_is_removed(make) -> None:
+    routers = Routers("router", "router-1")
+    routers.nodes = {"router-1": "spot"}
+    routers.tell("router-1", running=1)
+    sizing = make(routers)
+    sizing.request(1)
+    wait_until(lambda: leaving(sizing) == ["router-1"])
+    routers.draining = {"spot": 30.0}
+    time.sleep(0.05)
+    sizing.request(2)
+    wait_until(lambda: "router-2" in routers.there)
+    assert leaving(sizing) == ["router-1"]
+
+
 SIZE = RouterSizeSettings(
     min_routers=1, max_routers=3, target_requests=4.0, upscale_delay_s=5.0, downscale_delay_s=50.0
 )
@@ -341,3 +460,20 @@ def test_no_decision_takes_the_place_of_an_order_that_waits(make, monkeypatch) -
     wait_until(lambda: "router-1" in routers.there)
     routers.tell("router-1")
     wait_until(lambda: routers.phase(ordered[0]) is OperationPhase.DONE)
+
+
+@pytest.mark.parametrize("silent", [["router-1"], ["router", "router-1"]])
+def test_routers_that_do_not_report_are_not_idle(make, silent) -> None:
+    routers = Routers("router", "router-1")
+    for name in silent:
+        routers.leases.drop(name)
+    make(routers, size=SIZE)
+    routers.now_s += LEASE_S
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    assert stays(lambda: not routers.log.newest())
+    for name in silent:
+        routers.tell(name)
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    wait_until(lambda: bool(routers.log.newest()))
