@@ -19,12 +19,13 @@ def test_an_error_of_ray_is_no_answer(error: Exception) -> None:
     def ask() -> Any:
         raise error
 
-    with pytest.raises(Unavailable, match="Ray does not say which actors there are: .*no route$"):
+    with pytest.raises(Unavailable, match=r"Ray does not say which actors there are: .*no route$"):
         FreshAnswers(ask, "which actors there are", max_age_s=WAIT_S).get()
 
 
 def test_an_answer_that_comes_late_is_used_by_nobody_and_asked_for_again() -> None:
-    answers, go_on = [], threading.Event()
+    answers: list[int] = []
+    go_on = threading.Event()
 
     def ask() -> int:
         answers.append(len(answers))
@@ -34,7 +35,7 @@ def test_an_answer_that_comes_late_is_used_by_nobody_and_asked_for_again() -> No
 
     question = FreshAnswers(ask, "which actors there are", max_age_s=0.2)
     for _ in range(2):
-        with pytest.raises(Unavailable, match="within 0.2 s"):
+        with pytest.raises(Unavailable, match=r"within 0\.2 s"):
             question.get()
     assert len(answers) == 1, "one question at a time"
     go_on.set()
