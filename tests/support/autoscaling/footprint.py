@@ -1,0 +1,44 @@
+"""What a process holds: memory, descriptors, shared memory."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK_BYTES = 512  # the unit of st_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """One process at one moment."""
+
+    pss_bytes: int  # proportional set size: shared pages count in part
+    descriptors: int
+    shared_bytes: int  # in its memfds, whoever made them
+
+
+def footprint(pid: int) -> Footprint:
+    """Reads a process's footprint. Raises OSError if it is gone."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    names = os.listdir(f"/proc/{pid}/fd")
+    memfds: dict[int, int] = {}
+    for name in names:
+        with suppress(OSError):  # closed meanwhile
+            path = f"/proc/{pid}/fd/{name}"
+            if os.readlink(path).startswith("/memfd:"):
+                found = os.stat(path)
+                memfds[found.st_ino] = found.st_blocks * BLOCK_BYTES
+    return Footprint(
+        pss_bytes=int(fields["Pss"].split()[0]) * 1024, descriptors=len(names), shared_bytes=sum(memfds.values())
+    )
+
+
+def footprints(pids: Mapping[str, int]) -> dict[str, Footprint]:
+    """Returns the footprint of every process, by name."""
+    return {name: footprint(pid) for name, pid in pids.items()}
+
+
+def shared_folder_bytes() -> int:
+    """Returns the bytes of all files in /dev/shm."""
+    return sum(path.lstat().st_blocks * BLOCK_BYTES for path in Path("/dev/shm").rglob("*"))
