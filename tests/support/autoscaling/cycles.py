@@ -53,7 +53,7 @@ NEW_TOKENS = 40
 NUM_PROMPTS = 6
 CANDIDATES = [f"{word} {number}" for number in range(20) for word in ("The tower", "import os", "class Cat")]
 CLIENTS = 6
-PAUSE_S = 0.7  # of the one client that asks all the time
+FEW_TOKENS, PAUSE_S = 8, 1.0  # of the one client that asks all the time: far below what two expert actors can do
 GRACE_S = 60.0  # of a node that is preempted or gets SIGTERM
 LARGE_TEXTS = 10  # under load on the large cluster, before its node goes
 SETTLE_S = 2.0
@@ -150,8 +150,10 @@ def run(folder: Path, kinds: Sequence[str]) -> None:
     model_dir = save_decided_model(folder / "model", num_experts=TINY.num_experts)
     register_native_family()
     whole = AutoModelForCausalLM.from_pretrained(model_dir)
-    greedy = clear_texts(whole, load_tokenizer(model_dir), CANDIDATES, NEW_TOKENS, NUM_PROMPTS)
+    tokenizer = load_tokenizer(model_dir)
+    greedy = clear_texts(whole, tokenizer, CANDIDATES, NEW_TOKENS, NUM_PROMPTS)
     prompts = list(greedy)
+    short = clear_texts(whole, tokenizer, prompts, FEW_TOKENS, NUM_PROMPTS)
     cycles: list[Cycle] = []
     with ExitStack() as stack:
         stack.enter_context(
@@ -159,18 +161,26 @@ def run(folder: Path, kinds: Sequence[str]) -> None:
         )
         head = ray.get_runtime_context().get_node_id()
         running = stack.enter_context(served(model_dir, folder, head))
-        load = Load(url=URL, model=MODEL, prompts=prompts, clients=1, new_tokens=NEW_TOKENS)
-        sampled = {text.prompt: text.text for text in asyncio.run(ask_once(load))}
-        always = HttpClients(URL, MODEL, prompts, number=1, new_tokens=NEW_TOKENS, pause_s=PAUSE_S)
+        sampled, sampled_short = (_sampled(prompts, tokens) for tokens in (NEW_TOKENS, FEW_TOKENS))
+        always = HttpClients(URL, MODEL, prompts, number=1, new_tokens=FEW_TOKENS, pause_s=PAUSE_S)
         several = Cycles(running, prompts)
         with always:
             for kind in kinds:
                 cycles.append(several.run(kind))
                 print(json.dumps(dataclasses.asdict(cycles[-1])), flush=True)
-        texts = [*always.texts, *several.texts]
-        assert_all_right(texts, greedy, sampled, NEW_TOKENS)
-    found = {"cycles": [dataclasses.asdict(cycle) for cycle in cycles], "texts": len(texts)}
+        assert_all_right(several.texts, greedy, sampled, NEW_TOKENS)
+        assert_all_right(always.texts, short, sampled_short, FEW_TOKENS)
+    texts = len(several.texts) + len(always.texts)
+    found = {"cycles": [dataclasses.asdict(cycle) for cycle in cycles], "texts": texts}
     (folder / "cycles.json").write_text(json.dumps(found))
+
+
+def _sampled(prompts: Sequence[str], new_tokens: int) -> dict[str, str]:
+    """Returns the sampled output of every prompt while nothing changes."""
+    load = Load(url=URL, model=MODEL, prompts=prompts, clients=1, new_tokens=new_tokens)
+    texts = asyncio.run(ask_once(load))
+    assert not any(text.failure for text in texts), texts
+    return {text.prompt: text.text for text in texts}
 
 
 if __name__ == "__main__":
