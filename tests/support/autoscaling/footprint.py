@@ -13,7 +13,8 @@ BLOCK_BYTES = 512  # the unit of st_blocks
 class Footprint:
     """One process at one moment."""
 
-    pss_bytes: int  # proportional set size: shared pages count in part
+    pss_bytes: int  # proportional set size: pages that others map too, as of a library, count in part
+    own_bytes: int  # the part of it that is no file's
     descriptors: int
     shared_bytes: int  # in its memfds, whoever made them
 
@@ -29,8 +30,12 @@ def footprint(pid: int) -> Footprint:
             if os.readlink(path).startswith("/memfd:"):
                 found = os.stat(path)
                 memfds[found.st_ino] = found.st_blocks * BLOCK_BYTES
+    pss_bytes, file_bytes = (int(fields[name].split()[0]) * 1024 for name in ("Pss", "Pss_File"))
     return Footprint(
-        pss_bytes=int(fields["Pss"].split()[0]) * 1024, descriptors=len(names), shared_bytes=sum(memfds.values())
+        pss_bytes=pss_bytes,
+        own_bytes=pss_bytes - file_bytes,
+        descriptors=len(names),
+        shared_bytes=sum(memfds.values()),
     )
 
 
@@ -40,5 +45,6 @@ def footprints(pids: Mapping[str, int]) -> dict[str, Footprint]:
 
 
 def shared_folder_bytes() -> int:
-    """Returns the bytes of all files in /dev/shm."""
-    return sum(path.lstat().st_blocks * BLOCK_BYTES for path in Path("/dev/shm").rglob("*"))
+    """Returns the bytes in use of /dev/shm, files without a name among them, such as Ray's object stores."""
+    found = os.statvfs("/dev/shm")
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
