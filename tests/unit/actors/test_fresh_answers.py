@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RaySystemError
 
+from actors import supervisor as supervisor_module
 from actors.fresh_answers import FreshAnswers
 from actors.names import CONTROLLER, HEAD_RESOURCE, metrics_port, options
 from actors.supervisor import RaySupervisor
@@ -61,6 +62,20 @@ def test_a_list_without_the_controller_that_asks_is_not_complete(monkeypatch: py
             look()
     found[:] = [CONTROLLER, "expert-0", "router", "checkpoint-source"]
     assert supervisor.known() == ("expert-0",) and supervisor.existing_routers() == ("router",)
+
+
+def test_a_request_that_ray_does_not_take_is_no_bug_and_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RaySystemError("the control store is away")
+
+    monkeypatch.setattr(supervisor_module, "spawn", refuse)
+    supervisor = object.__new__(RaySupervisor)
+    monkeypatch.setattr(supervisor, "_config", read_config({}), raising=False)
+    monkeypatch.setattr(supervisor, "_credentials", None, raising=False)
+    with pytest.raises(Unavailable, match=r"Ray does not take the request for expert-9: .*away$"):
+        supervisor.create("expert-9")
+    with pytest.raises(Unavailable, match="Ray does not take the request for router-9"):
+        supervisor.create_router("router-9", "/model")
 
 
 def test_the_controller_alone_is_bound_to_ray_s_head() -> None:
