@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TooLate
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from actors.ray_calls import last_line
@@ -34,6 +35,8 @@ class FreshAnswers(Generic[AnswerT]):
         self._max_age_s = max_age_s
         self._lock = threading.Lock()
         self._last: _Asked[AnswerT] | None = None
+        self._to_ask: SimpleQueue[Future[AnswerT]] = SimpleQueue()
+        threading.Thread(target=self._run, name=f"ask {what}", daemon=True).start()
 
     def get(self) -> AnswerT:
         """Returns the answer. Raises Unavailable if there is none in time, or if Ray or the question raises."""
@@ -41,7 +44,7 @@ class FreshAnswers(Generic[AnswerT]):
             asked = self._last
             if asked is None or asked.answer.done():
                 asked = self._last = _Asked(at_s=time.monotonic(), answer=Future())
-                threading.Thread(target=self._run, args=(asked.answer,), name="ask-ray", daemon=True).start()
+                self._to_ask.put(asked.answer)
         try:
             return asked.answer.result(max(asked.at_s + self._max_age_s - time.monotonic(), 0.0))
         except TooLate as exc:
@@ -51,8 +54,11 @@ class FreshAnswers(Generic[AnswerT]):
         except Exception as exc:  # Ray raises many kinds while its control store is away
             raise Unavailable(f"Ray does not say {self._what}: {last_line(exc)}") from exc
 
-    def _run(self, answer: "Future[AnswerT]") -> None:
-        try:
-            answer.set_result(self._ask())
-        except BaseException as exc:
-            answer.set_exception(exc)
+    def _run(self) -> None:
+        """Asks in one thread for good: Ray keeps state for each thread that calls it."""
+        while True:
+            answer = self._to_ask.get()
+            try:
+                answer.set_result(self._ask())
+            except BaseException as exc:
+                answer.set_exception(exc)

@@ -239,6 +239,7 @@ class RouterSizing:
     def _evade(self, staying: Collection[str]) -> None:
         """Queues an operation that replaces the routers on nodes that are about to be removed, if none is under way."""
         evading = self._evading.intersection(staying)
+        self._evaded_in_vain &= evading
         if not evading or evading == self._evaded_in_vain or self._change is not None:
             return
         if not self._log.queued({OperationKind.SCALE_ROUTERS}):
