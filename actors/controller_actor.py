@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import ray
+
 from actors.checkpoint_actor import announce, checkpoint_opener
 from actors.controller_config import controller_settings, load_source
 from actors.given_directories import GivenDirectories
@@ -104,6 +106,8 @@ class ControllerActor:
         except MoeClusterError as exc:
             logger.error("the controller cannot start: %s", exc)
             self._failure = exc
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                _leave()  # a running cluster waits for it: Ray starts it again
         self._started.set()
 
 

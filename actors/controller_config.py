@@ -20,6 +20,8 @@ from moecluster.types import Replica
 # An update goes on without a router of which nothing was heard for so many leases, and the longest pause between two
 # of its attempts to find a controller.
 GRACE_LEASES = 3
+REPORT_AGE_PERIODS = 5  # health checks: an actor that has not answered one for so long says nothing about its load
+STRAY_LEASES = 2  # a controller that has been replaced has found out by then
 
 
 def controller_settings(
@@ -54,6 +56,8 @@ def controller_settings(
             operation_timeout_s=controller.operation_timeout_s,
             scale_to_zero_after_s=controller.scale_to_zero_after_s,
             size=size,
+            report_age_s=REPORT_AGE_PERIODS * controller.health_period_s,
+            stray_s=STRAY_LEASES * controller.lease_s,
         ),
         applier=ApplierSettings(
             dtype=config.model.dtype,

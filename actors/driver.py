@@ -36,6 +36,7 @@ from actors.spawn import spawn
 from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, ResourceError, Unavailable
 from moecluster.models.experts.source import ExpertSource
+from moecluster.placement.departures import number_of
 from moecluster.placement.initial import initial_placement
 from moecluster.placement.policy.registry import policy_named
 from moecluster.rpc.credentials import ClusterCredentials
@@ -138,7 +139,8 @@ class Cluster:
 
     def router_address(self) -> str:
         """Returns host:port of the first router, for moecluster.client.Client. Raises Unavailable."""
-        return self._endpoints_of(ROUTER).address
+        routers = sorted(filter(is_router, self.actors()), key=number_of)
+        return self._endpoints_of(routers[0] if routers else ROUTER).address  # it may have left its node to another one
 
     def router_addresses(self) -> tuple[str, ...]:
         """Returns host:port of every router that answers now. Raises Unavailable if none does."""

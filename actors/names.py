@@ -14,6 +14,10 @@ EXPERT_PREFIX = "expert-"
 ORDERED_GROWTH = 4  # default limit of scaling by command: a typo must not start hundreds of processes
 SOURCE = "checkpoint-source"  # serves the checkpoint of `up` to other nodes, if there are any
 
+# Ray gives this resource to its head. The controller runs there: no autoscaler takes the head away.
+HEAD_RESOURCE = "node:__internal_head__"
+HEAD_PART = 0.001
+
 OnLoading = Callable[[int, int], None]  # called with the bytes of experts loaded, and the total
 
 
@@ -66,6 +70,7 @@ class Endpoints:
     metrics_address: str  # /metrics, host:port
     server_id: str = ""  # of its RunningServer
     node: str = ""  # the address of its node, as Ray knows it
+    node_id: str = ""  # its node, by Ray's id
     nice: int = field(default_factory=lambda: os.nice(0))  # niceness of the process that creates this record
 
 
@@ -78,15 +83,17 @@ def metrics_ports(config: Config) -> dict[str, int]:
 
 def metrics_port(config: Config, actor: str) -> int:
     """Returns the port of one actor's /metrics. Actors that join later get the next ports: first all routers up to
-    most_routers, then expert actors."""
+    most_routers, then expert actors. One that replaces a leaving one beyond the limit has any (0)."""
     ports = metrics_ports(config)
     if actor in ports or not config.cluster.metrics_port:
         return ports.get(actor, 0)
     cluster, next_port = config.cluster, max(ports.values()) + 1
     if is_router(actor):
-        return next_port + int(actor.removeprefix(f"{ROUTER}-")) - cluster.num_routers
+        number = int(actor.removeprefix(f"{ROUTER}-"))
+        return next_port + number - cluster.num_routers if number < most_routers(config) else 0
     next_port += most_routers(config) - cluster.num_routers
-    return next_port + int(actor.removeprefix(EXPERT_PREFIX)) - cluster.num_expert_actors
+    number = int(actor.removeprefix(EXPERT_PREFIX))
+    return next_port + number - cluster.num_expert_actors if number < most_expert_actors(config) else 0
 
 
 def fixed_ports(config: Config) -> frozenset[int]:
@@ -122,6 +129,7 @@ def process_environment(threads: int) -> dict[str, str]:
 def options(config: Config, role: str) -> dict[str, Any]:
     """Returns Ray's resources and environment for an actor of a role: expert, router, controller or source."""
     cluster = config.cluster
+    resources = {HEAD_RESOURCE: HEAD_PART} if role == "controller" else {}
     cpus, gpus, threads = {
         "expert": (cluster.cpus_per_expert_actor, cluster.gpus_per_expert_actor, config.experts.threads),
         "router": (cluster.cpus_per_router, cluster.gpus_per_router, config.router.threads),
@@ -131,5 +139,6 @@ def options(config: Config, role: str) -> dict[str, Any]:
     return {
         "num_cpus": cpus,
         "num_gpus": gpus,
+        "resources": resources,
         "runtime_env": {"env_vars": process_environment(threads)},
     }

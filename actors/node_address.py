@@ -58,6 +58,7 @@ def own_endpoints(actor: str, server: RunningServer, metrics_address: str = "") 
         metrics_address=metrics_address,
         server_id=server.id,
         node=ray.util.get_node_ip_address(),
+        node_id=ray.get_runtime_context().get_node_id(),
     )
 
 

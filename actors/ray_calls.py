@@ -18,11 +18,13 @@ POLL_S = 0.1
 
 
 def find_actor(name: str, namespace: str) -> "ActorHandle[Any]":
-    """Returns the handle of a named actor. Raises Unavailable if there is none."""
+    """Returns the handle of a named actor. Raises Unavailable if there is none, or if Ray does not answer."""
     try:
         return ray.get_actor(name, namespace=namespace)
     except ValueError as exc:
         raise Unavailable(f"there is no actor {name} in the namespace {namespace}") from exc
+    except (RayError, RuntimeError) as exc:
+        raise Unavailable(f"Ray does not say where {name} is: {last_line(exc)}") from exc
 
 
 def named_actors(namespace: str) -> list[str]:

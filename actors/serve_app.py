@@ -21,7 +21,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from actors.driver import CALL_TIMEOUT_S, Cluster
-from actors.names import CONTROLLER, ROUTER
+from actors.names import CONTROLLER
 from actors.ray_calls import call, find_actor
 from moecluster.config import Config, load_config, read_config
 from moecluster.errors import CheckpointError, ConfigError, ResourceError, Unavailable
@@ -77,7 +77,7 @@ class ServedCluster:
         config = read_config(tables)
         self._cluster = Cluster(config.cluster.name)
         actors = self._cluster.actors()
-        if ROUTER in actors:  # it is started last
+        if CONTROLLER in actors:  # it is started last
             _refuse_other_settings(self._cluster, config)
             return
         if actors:  # a start was broken off

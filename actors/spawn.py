@@ -1,6 +1,7 @@
 """Starts the named, detached actors of a cluster."""
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 import ray
@@ -36,15 +37,24 @@ def spawn(
         placed["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=near, soft=True)
     elif role == "expert":
         placed["scheduling_strategy"] = "SPREAD"
-    actor_class: Any = ray.remote(shell)
-    handle: ActorHandle[Any] = actor_class.options(
-        name=name,
-        namespace=config.cluster.name,
-        lifetime="detached",
-        get_if_exists=True,
-        max_restarts=-1,
-        max_concurrency=4,
-        **placed,
-        **options(config, role),
-    ).remote(*arguments)
+    handle: ActorHandle[Any] = (
+        _actor_class(shell)
+        .options(
+            name=name,
+            namespace=config.cluster.name,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_concurrency=4,
+            **placed,
+            **options(config, role),
+        )
+        .remote(*arguments)
+    )
     return handle
+
+
+@cache
+def _actor_class(shell: type) -> Any:
+    """Returns Ray's class for a shell, once: Ray keeps each that it makes."""
+    return ray.remote(shell)

@@ -81,7 +81,6 @@ class Controller:
         clock: seconds, for leases and durations."""
         self.lease_s = settings.lease_s
         self._settings = settings
-        self._supervisor = supervisor
         self._metrics = metrics
         self._clock = clock
         self._process = process
@@ -140,7 +139,7 @@ class Controller:
 
         An actor that does not come up is retried in the background. Raises UserError if an actor refuses its experts
         for a reason that the user can fix, ResourceError if no actor came up within the timeout; a successor raises
-        neither, since it has a running cluster to manage.
+        neither, since it has a running cluster to manage. Raises Unavailable if the supervisor does not answer in time.
         """
         succeeds, awaited = self._take_over()
         self._actor_manager.start(self._cluster_state.actors, awaited=awaited)
@@ -312,7 +311,8 @@ class Controller:
     def _take_over(self) -> tuple[bool, set[str]]:
         """Takes a higher term than every actor has seen, and the newest snapshot that they keep. Returns whether there
         is one (not in a new cluster), and the actors that the first placement waits for."""
-        candidates = tuple(dict.fromkeys((*self._supervisor.known(), *self._settings.actors)))
+        known = self._actor_manager.existing(self._settings.start_timeout_s)
+        candidates = tuple(dict.fromkeys((*known, *self._settings.actors)))
         seen = self._actor_manager.read(candidates)
         found = initial_state(seen, first=self._settings.first_snapshot, checkpoint=self._settings.checkpoint)
         snapshot = found.snapshot
@@ -326,9 +326,11 @@ class Controller:
             replicas=snapshot.replicas,
             cold=snapshot.cold,
         )
-        known = set(self._supervisor.known())
+        known = self._actor_manager.existing(self._settings.start_timeout_s)
         self._sizing.add(actor for actor in snapshot.actors if known and actor not in known)
-        for actor in sorted(known - set(snapshot.actors)):
-            self._cluster_state.add_actor(actor)  # created by an operation that continues now
+        resizing = any(o.kind.waits_for_actors and not o.phase.ended for o in snapshot.operations)
+        if resizing or not found.succeeds:  # otherwise they are strays
+            for actor in sorted(set(known) - set(snapshot.actors)):
+                self._cluster_state.add_actor(actor)  # created by an operation that continues now
         answered = {status.actor for status in seen} if found.succeeds else set(self._cluster_state.actors)
         return found.succeeds, answered & set(self._cluster_state.actors)

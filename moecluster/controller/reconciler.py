@@ -10,9 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moecluster.controller.actors.interfaces import ActorSupervisor
+from moecluster.controller.actors.strays import Strays
 from moecluster.controller.context import ControllerContext
 from moecluster.controller.operations.executor import OperationExecutor, experts_of
 from moecluster.controller.operations.expert_actors import Sizing
+from moecluster.controller.operations.node_drains import NodeDrains
 from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, PeriodicThread
 from moecluster.controller.operations.weight_rollout import WeightUpdates
 from moecluster.controller.rebalance.apply import Interrupted, PlacementApplier
@@ -20,7 +22,7 @@ from moecluster.controller.rebalance.decide import LayerReplicas, Planner
 from moecluster.controller.rebalance.measure import BalanceMeter
 from moecluster.controller.rebalance.observe import Seen, with_budget
 from moecluster.controller.rebalance.recovery import Recovery
-from moecluster.errors import Exhausted, MoeClusterError, Unavailable, UserError
+from moecluster.errors import MoeClusterError, Unavailable, UserError
 from moecluster.placement.initial import all_experts
 from moecluster.placement.scaling import SizeObservation, SizeSettings, SizeState, decide_size
 from moecluster.types import ExpertId, Operation, OperationKind, OperationPhase, Replica
@@ -41,6 +43,8 @@ class ReconcilerSettings:
     quiet_s: float = 0.0  # no decisions for so long after the start: routers that hold the placement must report first
     operation_timeout_s: float = 600.0
     scale_to_zero_after_s: float = 0.0  # 0: never
+    report_age_s: float = 5.0  # of an actor: beyond that nothing is known of its load
+    stray_s: float = 20.0  # an actor that does not belong to the cluster is ended after so long
     size: SizeSettings | None = None  # None: only requested operations change the size
 
 
@@ -70,14 +74,16 @@ class Reconciler:
         self._applier = applier
         self._sizing = sizing
         self._updates = updates
-        self._supervisor = supervisor
         self._started_s = self._clock()
         self._size_state = SizeState()
         self._first_tried_s: dict[str, float] = {}  # operation id -> time, until the operation ends
-        self._drained_last: dict[str, frozenset[str]] = {}  # node -> actors up and not leaving at its last drain
         self._activated_s: dict[ExpertId, float] = {}  # when experts were activated
         self._balance = BalanceMeter(context, planner)
-        self._executor = OperationExecutor(context, planner=planner, applier=applier, sizing=sizing)
+        self._drains = NodeDrains(context, supervisor=supervisor)
+        self._strays = Strays(context, supervisor=supervisor, after_s=settings.stray_s)
+        self._executor = OperationExecutor(
+            context, planner=planner, applier=applier, sizing=sizing, removed_nodes=self._drains.nodes
+        )
         self._thread = PeriodicThread(
             "reconciler",
             self._run_once,
@@ -115,9 +121,10 @@ class Reconciler:
         if held:
             return
         self._updates.check()
-        self._drain_leaving_nodes()
+        self._drains.enqueue()
         if not self._carry_out_all():
             return
+        self._strays.end()
         self._balance.measure_gains()
         if self._clock() - self._started_s >= self._settings.quiet_s:
             self._resize()
@@ -170,7 +177,8 @@ class Reconciler:
             self._executor.take_back(operation)
             self._log.update(operation.id, phase=OperationPhase.FAILED, detail=str(exc))
         else:
-            self._finish(operation.id)
+            is_drain = operation.kind is OperationKind.DRAIN  # its detail is what could not be moved in time
+            self._finish(operation.id, self._log.get(operation.id).detail if is_drain else "")
             if operation.kind is OperationKind.ACTIVATE:
                 self._activated_s |= dict.fromkeys(experts_of(operation), self._clock())
         self._first_tried_s.pop(operation.id)
@@ -196,8 +204,8 @@ class Reconciler:
         else:
             self._finish(operation_id)
 
-    def _finish(self, operation_id: str) -> None:
-        self._log.update(operation_id, phase=OperationPhase.DONE, detail="")
+    def _finish(self, operation_id: str, detail: str = "") -> None:
+        self._log.update(operation_id, phase=OperationPhase.DONE, detail=detail)
         self._balance.ended(operation_id)
 
     # -- required changes --
@@ -227,37 +235,21 @@ class Reconciler:
             operation = self._log.begin(OperationKind.HOLD, reason="a training run needs one replica of every expert")
             self._apply(operation.id, target, urgent=True)
 
-    def _drain_leaving_nodes(self) -> None:
-        """Queues a drain of each node that Ray is about to remove."""
-        going = self._supervisor.draining_nodes()
-        staying = {
-            actor: u for actor, u in self._cluster_state.up().items() if actor not in self._cluster_state.leaving
-        }
-        waiting = {operation.arguments for operation in self._log.under_way() if operation.kind is OperationKind.DRAIN}
-        for node in sorted({u.address.node for u in staying.values()} & going):
-            # A failed drain would fail again with the same actors.
-            if (node,) in waiting or self._drained_last.get(node) == frozenset(staying):
-                continue
-            try:
-                self._log.enqueue(OperationKind.DRAIN, reason="Ray is about to remove the node", arguments=(node,))
-            except Exhausted as exc:
-                logger.warning("node %s is not drained yet: %s", node, exc)
-                return
-            self._drained_last[node] = frozenset(staying)
-
     # -- decisions --
 
     def _resize(self) -> None:
         settings = self._settings.size
         if settings is None or any(operation.kind.waits_for_actors for operation in self._log.under_way()):
             return
-        pressure = self._reports.pressure()
+        staying, now_s = self._sizing.staying(), self._clock()
+        pressure = self._reports.pressure(staying, now_s=now_s, max_age_s=self._settings.report_age_s)
         seen = SizeObservation(
-            now_s=self._clock(),
-            actors=len(self._sizing.staying()),
+            now_s=now_s,
+            actors=len(staying),
             busy_share=pressure.busy_share,
             queue_s=pressure.queue_s,
             needed=self._sizing.needed,
+            silent=pressure.silent,
         )
         wanted, why, self._size_state = decide_size(seen, self._size_state, settings)
         if wanted != seen.actors:

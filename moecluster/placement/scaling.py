@@ -95,6 +95,7 @@ class RouterObservation:
     routers: int  # serving or starting
     running: int  # requests, over all routers
     waiting: int  # requests not started yet, over all routers
+    silent: int = 0  # routers that have not reported lately: what they do is unknown, so none is ended
 
 
 def decide_routers(
@@ -103,7 +104,8 @@ def decide_routers(
     """Returns (number of routers, reason, new state). The number equals seen.routers if nothing is to be done.
 
     The desired number brings each router's requests to the target, and is at least one more than now if too many wait.
-    Scaling down requires that the remaining routers stay a tenth below the target, and that hardly any request waits.
+    Scaling down requires that all have reported, that the remaining routers stay a tenth below the target, and that
+    hardly any request waits.
     """
     lowest, highest = settings.min_routers, settings.max_routers
     within = min(max(seen.routers, lowest), highest)
@@ -117,7 +119,7 @@ def decide_routers(
         lowest=lowest,
         highest=highest,
         queues=waiting > settings.target_waiting,
-        calm=waiting <= settings.target_waiting / 2,
+        calm=waiting <= settings.target_waiting / 2 and not seen.silent,
     )
     wanted, seconds, state = act_on(
         wish, state, upscale_delay_s=settings.upscale_delay_s, downscale_delay_s=settings.downscale_delay_s
@@ -153,13 +155,15 @@ class SizeObservation:
     busy_share: float  # mean over the actors, 0 to 1
     queue_s: float  # mean wait of a message; 0 without messages
     needed: int = 1  # the fewest actors whose slots hold every expert
+    silent: int = 0  # actors that have not reported lately: they are not idle, so none is ended
 
 
 def decide_size(seen: SizeObservation, state: SizeState, settings: SizeSettings) -> tuple[int, str, SizeState]:
     """Returns (number of actors, reason, new state). The number equals seen.actors if nothing is to be done.
 
     The desired number brings utilization to its target, and is at least one more than now if messages wait too long.
-    Scaling down requires that utilization stays a tenth below its target afterwards, and that nothing waits.
+    Scaling down requires that all have reported, that utilization stays a tenth below its target afterwards, and that
+    nothing waits.
     """
     lowest = max(settings.min_actors, seen.needed)
     within = min(max(seen.actors, lowest), settings.max_actors)
@@ -172,7 +176,7 @@ def decide_size(seen: SizeObservation, state: SizeState, settings: SizeSettings)
         lowest=lowest,
         highest=settings.max_actors,
         queues=seen.queue_s > settings.target_queue_s,
-        calm=seen.queue_s <= settings.target_queue_s / 2,
+        calm=seen.queue_s <= settings.target_queue_s / 2 and not seen.silent,
     )
     wanted, seconds, state = act_on(
         wish, state, upscale_delay_s=settings.upscale_delay_s, downscale_delay_s=settings.downscale_delay_s

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors import cluster_file
 from actors.cluster_file import UpCluster
 from actors.launch import bring_up, credentials_of, join, leave, take_down
-from actors.names import ROUTER
 from moecluster.cli.common.cluster_choice import ClusterChoice, RemoteCluster
 from moecluster.cli.common.extras import is_installed
 from moecluster.cli.common.lookup import found
@@ -22,6 +21,7 @@ from moecluster.cli.common.model_target import check_places, read_target
 from moecluster.cli.common.progress import loading_bar
 from moecluster.config import Config
 from moecluster.errors import DeadlineExceeded, ResourceError, StateLost, Unavailable
+from moecluster.placement.departures import number_of
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router.training_messages import RunGone, RunProgress
 from moecluster.rpc.router.training_run import TrainingRun
@@ -86,9 +86,10 @@ def train_at(choice: ClusterChoice, target: str, settings: Sequence[str], consol
 
     def first() -> str:
         states = {state.router: state.address for state in cluster.status().router_states}
-        if not states.get(ROUTER):
+        router = min(states, key=number_of, default="")  # the one called "router", unless its node had to go
+        if not states.get(router):
             raise Unavailable(f"the first router of {choice} has no address now; it may be starting again")
-        return states[ROUTER]
+        return states[router]
 
     training = TrainingRun(find_first=first, find_all=cluster.router_addresses, credentials=cluster.credentials)
     last = run(config, "", training, console)

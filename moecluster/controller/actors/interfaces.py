@@ -1,6 +1,6 @@
 """Interfaces of the actor monitors: to what starts and watches expert actors, and to the rest of the controller."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,10 @@ from moecluster.types import ActorAddress, ExpertActorStatus, ExpertId, WeightVe
 
 
 class ActorSupervisor(Protocol):
-    """Starts expert actors, and restarts them when they die."""
+    """Starts expert actors, and restarts them when they die.
+
+    What it says of the cluster is complete and of now, or it raises Unavailable: no answer is not an empty one.
+    """
 
     def address_of(self, actor: str, timeout_s: float) -> ActorAddress | None:
         """Returns the actor's current address, waiting while it restarts. None after the timeout."""
@@ -19,16 +22,20 @@ class ActorSupervisor(Protocol):
         """Ends a hung process, so that a new one replaces it. Never raises."""
 
     def known(self) -> tuple[str, ...]:
-        """The expert actors that exist or are being started."""
+        """The expert actors that exist or are being started. Raises Unavailable."""
 
     def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
-        """Requests a new actor, which starts once the cluster has room for it. Does nothing if it exists."""
+        """Requests a new actor, which starts once the cluster has room for it. Does nothing if it exists. Raises
+        Unavailable."""
 
     def remove(self, actor: str) -> None:
-        """Ends an actor for good. Does nothing if it is gone."""
+        """Ends an actor for good. Does nothing if it is gone. Never raises: the request may be lost."""
 
-    def draining_nodes(self) -> frozenset[str]:
-        """Nodes that are about to be removed."""
+    def draining_nodes(self) -> Mapping[str, float]:
+        """Nodes that are about to be removed, and in how many seconds (inf: unknown). Raises Unavailable."""
+
+    def shared_nodes(self) -> frozenset[str]:
+        """Nodes that hold the controller or a router. Raises Unavailable."""
 
 
 class IncarnationWatch(Protocol):

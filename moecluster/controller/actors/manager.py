@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from moecluster.controller.actors.replicas_aside import ReplicasAside
 from moecluster.controller.context import ControllerContext
 from moecluster.controller.load.direct import DirectLoadSource
 from moecluster.controller.state.handover import READ_TIMEOUT_S, KeptSnapshot, read_actors
-from moecluster.errors import MoeClusterError, StaleRequest, UserError
+from moecluster.errors import MoeClusterError, StaleRequest, Unavailable, UserError
 from moecluster.rpc.expert.interface import Connect
 from moecluster.types import (
     ActorAddress,
@@ -26,6 +27,8 @@ from moecluster.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,18 @@ class ActorManager:
         self._all_tried = threading.Event()
         self._restores: dict[str, str] = {}  # lost actor -> operation id
         self._signals.changed.listen(self._look_all)
+
+    def existing(self, timeout_s: float) -> tuple[str, ...]:
+        """Returns the expert actors that exist or are being started, once the supervisor answers. Raises Unavailable
+        after the timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._supervisor.known()
+            except Unavailable:
+                if time.monotonic() >= deadline_s:
+                    raise
+                time.sleep(ASK_AGAIN_S)
 
     def read(self, actors: Sequence[str]) -> list[ExpertActorStatus]:
         """Returns the status of every actor that answers, sorted by placement number. Call before any request."""

@@ -1,6 +1,7 @@
 """The expert actors' last status reports: their work, the bytes of an expert, and what they could not load."""
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moecluster.errors import MoeClusterError
@@ -14,11 +15,21 @@ class _Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Interval:
+    """What an actor did between two of its reports."""
+
+    busy_share: float
+    queue_wait_s: float
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pressure:
-    """Utilization of the actors."""
+    """Utilization of the actors that have reported lately."""
 
     busy_share: float  # mean over the actors, 0 to 1
     queue_s: float  # mean wait of a message in the queue; 0 without messages
+    silent: int  # actors that have not reported lately, about which nothing is known
 
 
 class ActorReports:
@@ -27,7 +38,8 @@ class ActorReports:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last: dict[str, _Report] = {}
-        self._before: dict[str, _Report] = {}  # at the last call of `pressure`
+        self._before: dict[str, _Report] = {}  # that `pressure` compares the next one with
+        self._intervals: dict[str, _Interval] = {}  # the last one of each actor
         self._expert_bytes = 1.0
         self._not_prepared: dict[str, tuple[int, MoeClusterError]] = {}  # actor -> (weight version, why not)
 
@@ -44,6 +56,7 @@ class ActorReports:
         with self._lock:
             self._last.pop(actor, None)
             self._before.pop(actor, None)
+            self._intervals.pop(actor, None)
 
     def preparing_failed(self, actor: str, version: int, error: MoeClusterError) -> None:
         """The actor could not load a weight version that is being prepared."""
@@ -74,23 +87,35 @@ class ActorReports:
         with self._lock:
             return {actor: report.status.work for actor, report in self._last.items()}
 
-    def pressure(self) -> Pressure:
-        """Returns the utilization since the last call, over the actors that have reported since then."""
+    def pressure(self, actors: Collection[str], *, now_s: float, max_age_s: float) -> Pressure:
+        """Returns the utilization of these actors between their last two reports. Silence is no report: an actor whose
+        last one is older than max_age_s, or the only one of its incarnation, counts as silent, not as idle."""
         with self._lock:
-            before, last = self._before, dict(self._last)
-            self._before = last
-        shares, waited_s, batches = [], 0.0, 0
-        for actor, report in last.items():
-            earlier = before.get(actor)
-            if earlier is None or earlier.status.incarnation != report.status.incarnation:
-                continue
-            seconds = report.now_s - earlier.now_s
-            if seconds <= 0:
-                continue
-            then, now = earlier.status.work, report.status.work
-            shares.append(min((now.busy_s - then.busy_s) / seconds, 1.0))
-            waited_s += now.queue_wait_s - then.queue_wait_s
-            batches += now.batches - then.batches
+            for actor, report in self._last.items():
+                self._compare(actor, report)
+            found = [
+                self._intervals[actor]
+                for actor in actors
+                if actor in self._intervals and now_s - self._last[actor].now_s <= max_age_s
+            ]
+        batches = sum(interval.batches for interval in found)
         return Pressure(
-            busy_share=sum(shares) / len(shares) if shares else 0.0, queue_s=waited_s / batches if batches else 0.0
+            busy_share=sum(interval.busy_share for interval in found) / len(found) if found else 0.0,
+            queue_s=sum(interval.queue_wait_s for interval in found) / batches if batches else 0.0,
+            silent=len(actors) - len(found),
+        )
+
+    def _compare(self, actor: str, report: _Report) -> None:
+        before = self._before.get(actor)
+        if before is not None and report.now_s <= before.now_s:
+            return  # nothing new: the last interval still holds
+        self._before[actor] = report
+        self._intervals.pop(actor, None)
+        if before is None or before.status.incarnation != report.status.incarnation:
+            return
+        then, now = before.status.work, report.status.work
+        self._intervals[actor] = _Interval(
+            busy_share=min((now.busy_s - then.busy_s) / (report.now_s - before.now_s), 1.0),
+            queue_wait_s=now.queue_wait_s - then.queue_wait_s,
+            batches=now.batches - then.batches,
         )

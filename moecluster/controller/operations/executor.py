@@ -3,10 +3,11 @@
 from collections.abc import Callable, Collection, Mapping
 
 from moecluster.controller.context import ControllerContext
-from moecluster.controller.operations.expert_actors import Sizing, number_of
+from moecluster.controller.operations.expert_actors import Sizing
 from moecluster.controller.rebalance.apply import PlacementApplier
 from moecluster.controller.rebalance.decide import Planner
 from moecluster.errors import ResourceError
+from moecluster.placement.departures import number_of
 from moecluster.placement.expert_ids import parse_expert
 from moecluster.types import ExpertId, Operation, OperationKind, Replica
 
@@ -15,13 +16,21 @@ class OperationExecutor:
     """Used by one thread at a time. Every operation may be repeated: what is done already is left alone."""
 
     def __init__(
-        self, context: ControllerContext, *, planner: Planner, applier: PlacementApplier, sizing: Sizing
+        self,
+        context: ControllerContext,
+        *,
+        planner: Planner,
+        applier: PlacementApplier,
+        sizing: Sizing,
+        removed_nodes: Callable[[], frozenset[str]],
     ) -> None:
+        """removed_nodes: returns the nodes that are about to be removed."""
         self._cluster_state = context.state
         self._log = context.operations
         self._planner = planner
         self._applier = applier
         self._sizing = sizing
+        self._removed_nodes = removed_nodes
         self._steps: Mapping[OperationKind, Callable[[Operation], None]] = {
             OperationKind.SCALE: self._scale,
             OperationKind.DRAIN: self._drain,
@@ -46,13 +55,13 @@ class OperationExecutor:
             self._sizing.give_up_missing()
 
     def _scale(self, operation: Operation) -> None:
-        """Scales to a number of actors: starts and fills new ones, or empties and removes those of the highest
-        numbers."""
+        """Scales to a number of actors: starts and fills new ones, or empties and removes some, node by node."""
         wanted = int(operation.arguments[0])
         self._sizing.check_size(wanted, OperationKind.SCALE)
         staying = self._sizing.staying()
         if wanted < len(staying):
-            self._cluster_state.set_leaving({*self._cluster_state.leaving, *staying[wanted:]})
+            chosen = self._sizing.choose_leaving(len(staying) - wanted)
+            self._cluster_state.set_leaving({*self._cluster_state.leaving, *chosen})
         elif wanted > len(staying):
             self._sizing.add(self._sizing.new_names(wanted - len(staying)))
         if not self._cluster_state.leaving:
@@ -61,17 +70,31 @@ class OperationExecutor:
         self._empty_leaving(operation.id)
 
     def _drain(self, operation: Operation) -> None:
-        """Empties and removes the actors of a node, or one actor; first starts others elsewhere if slots are short."""
-        target = operation.arguments[0]
-        up = self._cluster_state.up()
-        leaving = [a for a in self._cluster_state.actors if a == target or (a in up and up[a].address.node == target)]
+        """Empties and removes the actors of a node, or one actor; first starts others elsewhere if slots are short.
+
+        Actors on other nodes that are about to be removed leave, too: they could take over nothing for long."""
+        target, up = operation.arguments[0], self._cluster_state.up()
+        nodes = self._removed_nodes() | {target}
+        drained = [a for a in self._cluster_state.actors if a == target or (a in up and up[a].address.node in nodes)]
+        # An actor that was lost with its node since an earlier attempt is on no node any longer, and still leaves.
+        leaving = {*self._cluster_state.leaving, *drained}
         if not leaving:
             return  # done before
-        self._cluster_state.set_leaving({*self._cluster_state.leaving, *leaving})
+        self._cluster_state.set_leaving(leaving)
         missing = self._sizing.needed - len(self._sizing.staying())
         if missing > 0:
-            self._sizing.add(self._sizing.new_names(missing), avoid_nodes=[target])
+            self._sizing.add(self._sizing.new_names(missing), avoid_nodes=nodes)
         self._empty_leaving(operation.id)
+        self._log.update(operation.id, detail=self._not_moved(operation, leaving))
+
+    def _not_moved(self, operation: Operation, leaving: Collection[str]) -> str:
+        """Returns what a drain could not move before its node was gone; empty if nothing."""
+        lost = sorted(
+            o.reason
+            for o in self._log.newest()
+            if o.kind is OperationKind.RESTORE and o.created_s >= operation.created_s and {*o.arguments} & {*leaving}
+        )
+        return f"not moved in time: {'; '.join(lost)}" if lost else ""
 
     def _place(self, operation: Operation) -> None:
         """Puts an expert on exactly these actors, with equal shares; none: it is cold until a token needs it."""

@@ -1,12 +1,15 @@
 """Changes the number of expert actors: requests actors, and removes empty ones. Each step may be repeated."""
 
-import re
+import logging
 from collections.abc import Collection, Iterable
 
 from moecluster.controller.actors.interfaces import ActorSupervisor
 from moecluster.controller.actors.manager import ActorManager
 from moecluster.controller.context import ControllerContext
-from moecluster.errors import ResourceError, Unavailable
+from moecluster.errors import MoeClusterError, ResourceError, Unavailable
+from moecluster.placement.departures import choose_leaving, number_of
+
+logger = logging.getLogger(__name__)
 
 
 class Sizing:
@@ -46,6 +49,24 @@ class Sizing:
             sorted((a for a in self._cluster_state.actors if a not in self._cluster_state.leaving), key=number_of)
         )
 
+    def choose_leaving(self, count: int) -> tuple[str, ...]:
+        """Returns the staying actors that leave if the cluster shrinks by `count`: those that never came up, then those
+        whose departure frees whole nodes."""
+        staying, up = self.staying(), self._cluster_state.up()
+        absent = [a for a in reversed(staying) if a not in up and not self._cluster_state.assigned(a)][:count]
+        try:
+            shared_nodes = self._supervisor.shared_nodes()
+        except MoeClusterError as exc:
+            logger.info("actors leave by number, not by node: %s", exc)
+            shared_nodes = frozenset()
+        others = choose_leaving(
+            [a for a in staying if a not in absent],
+            count - len(absent),
+            nodes={a: up[a].address.node for a in staying if a in up},
+            shared_nodes=shared_nodes,
+        )
+        return (*absent, *others)
+
     def add(self, actors: Iterable[str], *, avoid_nodes: Collection[str] = ()) -> None:
         """Requests actors, and starts monitoring them."""
         for actor in actors:
@@ -77,9 +98,3 @@ class Sizing:
             self._monitors.let_go(actor)
             self._cluster_state.remove_actor(actor)
             self._supervisor.remove(actor)
-
-
-def number_of(actor: str) -> tuple[int, str]:
-    """Sorts actors by the number in their names."""
-    digits = re.search(r"(\d+)$", actor)
-    return (int(digits.group()) if digits else 0, actor)

@@ -30,6 +30,7 @@ class PeriodicThread:
         self._period_s = period_s
         self._without_result = without_result
         self._on_bug = on_bug
+        self._warned = ""  # of which error; the same one is not logged again
         self._closed = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -61,8 +62,11 @@ class PeriodicThread:
                 return
             try:
                 self._do_round()
+                self._warned = ""
             except MoeClusterError as exc:
-                logger.warning("%s: %s", self._without_result, exc)
+                if str(exc) != self._warned:
+                    logger.warning("%s: %s", self._without_result, exc)
+                self._warned = str(exc)
             except Exception:
                 logger.exception("%s", self._without_result)  # a bug, which must not prevent later rounds
                 self._on_bug()

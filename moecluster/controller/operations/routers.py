@@ -4,37 +4,50 @@ The state of a leaving router shows that it leaves, so that gateways send it no 
 arrive all the same, and is ended when it has none left, or after a timeout: its requests then continue at another
 router, as when a router is lost. A successor finds the routers in the supervisor's list, and finds which ones leave,
 since those of the highest numbers do. The first router, where training runs, stays.
+
+Routers on nodes that Ray is about to remove leave, whatever their numbers, as soon as others serve in their place: for
+that one router more than wanted is started. One that trains stays as long as its node.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moecluster.controller.context import ControllerContext
-from moecluster.controller.operations.expert_actors import number_of
 from moecluster.controller.operations.periodic_thread import FAILED_INSIDE, PeriodicThread
 from moecluster.errors import MoeClusterError, ResourceError
+from moecluster.placement.departures import number_of
 from moecluster.placement.scaling import RouterObservation, RouterSizeSettings, SizeState, decide_routers
 from moecluster.types import Operation, OperationKind, OperationPhase, RouterState
 
 logger = logging.getLogger(__name__)
 
 ORDERED = "requested"  # reason of a user's request, which no automatic decision replaces
+EVADED = "Ray is about to remove the node of "  # begins the reason of an operation that only replaces routers
 STEP_S = 0.2  # between checks while routers start or leave
 
 
 class RouterSupervisor(Protocol):
-    """Starts routers, and restarts them when they die."""
+    """Starts routers, and restarts them when they die.
+
+    What it says of the cluster is complete and of now, or it raises Unavailable: no answer is not an empty one.
+    """
 
     def existing_routers(self) -> tuple[str, ...]:
-        """The routers that exist or are being started."""
+        """The routers that exist or are being started. Raises Unavailable."""
 
     def create_router(self, router: str, checkpoint: str) -> None:
-        """Requests a router that serves the trunk of a checkpoint. Does nothing if it exists."""
+        """Requests a router that serves the trunk of a checkpoint. Does nothing if it exists. Raises Unavailable."""
 
     def remove_router(self, router: str) -> None:
-        """Ends a router for good. Does nothing if it is gone."""
+        """Ends a router for good. Does nothing if it is gone. Never raises: the request may be lost."""
+
+    def draining_nodes(self) -> Mapping[str, float]:
+        """Nodes that are about to be removed, and in how many seconds (inf: unknown). Raises Unavailable."""
+
+    def routers_on(self, nodes: Collection[str]) -> frozenset[str]:
+        """The routers whose processes run on these nodes. Raises Unavailable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +101,8 @@ class RouterSizing:
         self._size_state = SizeState()
         self._change: _Change | None = None
         self._leaving: dict[str, _Leaving] = {}  # replaced, never mutated, as other threads read it
+        self._evading: frozenset[str] = frozenset()  # routers on nodes that are about to be removed
+        self._evaded_in_vain: frozenset[str] = frozenset()  # those that could not be replaced
         self._thread = PeriodicThread(
             "router-sizing",
             self._run_once,
@@ -128,9 +143,14 @@ class RouterSizing:
 
     def _run_once(self) -> None:
         """One round: the newest operation replaces the current one, which then goes a step further."""
-        known = sorted(self._supervisor.existing_routers(), key=number_of)
+        known = sorted(self._supervisor.existing_routers(), key=number_of)  # without an answer the round ends here
+        if not known and self._leases.current():
+            return  # they report, so they are there
         self._leaving = {name: since for name, since in self._leaving.items() if name in known}
-        self._decide([name for name in known if name not in self._leaving])
+        self._evading = self._on_removed_nodes() & {*known}
+        staying = [name for name in known if name not in self._leaving]
+        self._decide(staying)
+        self._evade(staying)
         for operation in self._log.queued({OperationKind.SCALE_ROUTERS}):
             self._end(OperationPhase.FAILED, f"superseded by {operation.id}")
             self._change = _Change(operation=operation, since_s=self._clock())
@@ -150,11 +170,16 @@ class RouterSizing:
             return  # a user's request comes first
         states = self._leases.states()
         heard = [states[name] for name in staying if name in states]
+        if not heard:
+            return  # silence is no report of idle routers
+        # While routers are replaced, one is there twice.
+        routers = min(len(staying), self._change.wanted) if self._change and self._evading else len(staying)
         seen = RouterObservation(
             now_s=now_s,
-            routers=len(staying),
+            routers=routers,
             running=sum(state.running for state in heard),
             waiting=sum(state.waiting for state in heard),
+            silent=len(staying) - len(heard),
         )
         wanted, why, self._size_state = decide_routers(seen, self._size_state, size)
         if wanted != seen.routers:
@@ -165,7 +190,7 @@ class RouterSizing:
         coming: list[str] = []
         try:
             coming = [name for name in self._aim(change, known) if not self._serves(name)]
-            waits = [f"{name} does not serve yet" for name in coming] + self._let_leave()
+            waits = [f"{name} does not serve yet" for name in coming] + self._not_replaced() + self._let_leave()
         except MoeClusterError as exc:
             waits = [str(exc)]
         if (coming or not self._leaving) and waits and self._clock() - change.since_s > self._settings.start_timeout_s:
@@ -178,19 +203,53 @@ class RouterSizing:
 
     def _aim(self, change: _Change, known: list[str]) -> list[str]:
         """Takes back leaving routers, requests new ones, or lets some leave, as needed; returns those that stay."""
-        staying = [name for name in known if name not in self._leaving]
-        missing = change.wanted - len(staying)
-        if missing > 0:
-            back = sorted(self._leaving, key=number_of)[:missing]
-            self._leaving = {name: since for name, since in self._leaving.items() if name not in back}
-            new = _new_names(known, missing - len(back))
-            for name in new:
-                change.asked.add(name)
-                self._supervisor.create_router(name, self._cluster_state.versions.checkpoint)
-            return [*staying, *back, *new]
-        leaving = staying[max(change.wanted, 1) :]
+        here = [name for name in known if name not in self._leaving]
+        staying = [name for name in here if name not in self._evading]
+        evading = [name for name in here if name in self._evading]
+        missing = max(change.wanted - len(staying), 0)
+        back = [name for name in sorted(self._leaving, key=number_of) if name not in self._evading][:missing]
+        self._leaving = {name: since for name, since in self._leaving.items() if name not in back}
+        most = change.wanted + (1 if evading else 0)
+        new = _new_names(known, max(min(missing - len(back), most - len(here) - len(back)), 0))
+        for name in new:
+            change.asked.add(name)
+            self._supervisor.create_router(name, self._cluster_state.versions.checkpoint)
+        wanted = max(change.wanted, 1)
+        leaving = [*staying[wanted:], *self._replaced(evading, staying, wanted)]
         self._leaving = {**self._leaving, **{name: _Leaving(since_s=self._clock()) for name in leaving}}
-        return staying[: max(change.wanted, 1)]
+        return [*staying[:wanted], *back, *new]
+
+    def _replaced(self, evading: list[str], staying: list[str], wanted: int) -> list[str]:
+        """Returns the routers on nodes that are about to be removed that others can do without; the first ones last."""
+        serving = sum(self._serves(name) for name in staying)
+        if not serving:
+            return []
+        holding = self._leases.holding()
+        return [name for name in evading[max(wanted - serving, 0) :] if name not in holding]
+
+    def _on_removed_nodes(self) -> frozenset[str]:
+        """Returns the routers on nodes that are about to be removed. Without an answer, those known so far."""
+        try:
+            nodes = self._supervisor.draining_nodes()
+            return self._supervisor.routers_on(nodes) if nodes else frozenset()
+        except MoeClusterError as exc:
+            logger.info("which routers are on nodes that are about to be removed is not known: %s", exc)
+            return self._evading
+
+    def _evade(self, staying: Collection[str]) -> None:
+        """Queues an operation that replaces the routers on nodes that are about to be removed, if none is under way."""
+        evading = self._evading.intersection(staying)
+        self._evaded_in_vain &= evading
+        if not evading or evading == self._evaded_in_vain or self._change is not None:
+            return
+        if not self._log.queued({OperationKind.SCALE_ROUTERS}):
+            reason = EVADED + ", ".join(sorted(evading, key=number_of))
+            self._log.enqueue(OperationKind.SCALE_ROUTERS, reason=reason, arguments=(str(len(staying)),))
+
+    def _not_replaced(self) -> list[str]:
+        """Returns why routers on nodes that are about to be removed still stay."""
+        left = sorted(self._evading - self._leaving.keys(), key=number_of)
+        return [f"{name} stays until another one serves in its place, or while it trains" for name in left]
 
     def _let_leave(self) -> list[str]:
         """Ends the leaving routers that are idle or past drain_timeout_s; returns why each is still waited for."""
@@ -211,7 +270,7 @@ class RouterSizing:
     def _is_idle(self, state: RouterState | None, leaving: _Leaving) -> bool:
         if state is None:  # its process is gone, or it has not found this controller yet
             return self._clock() - leaving.since_s >= self._settings.lease_s
-        return not (state.running or state.waiting)
+        return not (state.running or state.waiting or state.router in self._leases.holding())
 
     def _serves(self, router: str) -> bool:
         state = self._leases.states().get(router)
@@ -221,6 +280,7 @@ class RouterSizing:
         """Removes the routers that were requested and never came up, and fails the operation."""
         for name in change.asked.intersection(coming):
             self._supervisor.remove_router(name)
+        self._evaded_in_vain = self._evading - self._leaving.keys()
         self._fail(f"{why}, after {self._settings.start_timeout_s:g} s; is the Ray cluster short of CPUs or memory?")
 
     def _fail(self, detail: str) -> None:

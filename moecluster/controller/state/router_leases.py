@@ -95,7 +95,11 @@ class Leases:
 
     def any_hold(self) -> bool:
         """Whether a router with a lease holds the placement."""
-        return any(lease.hold for lease in self.current().values())
+        return bool(self.holding())
+
+    def holding(self) -> frozenset[str]:
+        """Returns the routers with a lease that hold the placement."""
+        return frozenset(router for router, lease in self.current().items() if lease.hold)
 
     def wait_applied(self, number: PlacementNumber, timeout_s: float) -> bool:
         """Waits until every router with a lease has applied this placement or a newer one. Returns False after the

@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 
@@ -38,6 +38,12 @@ class FakeFleet:
 
     def existing_routers(self) -> tuple[str, ...]:
         return ("router", *self._clients)
+
+    def draining_nodes(self) -> dict[str, float]:
+        return {}
+
+    def routers_on(self, nodes: Collection[str]) -> frozenset[str]:
+        return frozenset()
 
     def create_router(self, router: str, checkpoint: str) -> None:
         with self._lock:

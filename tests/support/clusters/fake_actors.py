@@ -1,5 +1,6 @@
 """Expert actors in this process, as a controller sees them; tests can kill, hang and restart them."""
 
+import math
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Self, cast
 
 from moecluster.config.sections import ModelConfig
 from moecluster.controller.actors.interfaces import IncarnationWatch
-from moecluster.errors import DeadlineExceeded, Unavailable
+from moecluster.errors import DeadlineExceeded, MoeClusterError, Unavailable
 from moecluster.expert.service import ExpertService
 from moecluster.models.native.build import build_model
 from moecluster.models.tokenizer.byte_level import build_byte_tokenizer
@@ -36,7 +37,11 @@ class FakeActors:
         self.services: dict[str, ExpertService | None] = {name: self._start(name) for name in names}
         self.hanging: set[str] = set()
         self.restarted: list[str] = []
-        self.draining: set[str] = set()  # nodes; each actor is on a node of its own, node-of-NAME
+        self.nodes: dict[str, str] = {}  # actor -> its node; other actors are on nodes of their own, node-of-NAME
+        self.draining: set[str] = set()  # nodes
+        self.shared: set[str] = set()  # nodes with other processes
+        self.silence: MoeClusterError | None = None  # raised instead of an answer about the cluster
+        self.shown: tuple[str, ...] | None = None  # the answer, instead of the actors that there are
         self.loads: list[tuple[str, str]] = []  # (actor, checkpoint) of every load
         self._watches: list[tuple[str, Callable[[], None]]] = []
         self._changed = threading.Condition()
@@ -47,7 +52,8 @@ class FakeActors:
             service = self.services.get(actor)
         if service is None:
             return None
-        return ActorAddress(actor=actor, address="", incarnation=service.incarnation, node=f"node-of-{actor}")
+        node = self.nodes.get(actor, f"node-of-{actor}")
+        return ActorAddress(actor=actor, address="", incarnation=service.incarnation, node=node)
 
     def restart(self, actor: str) -> None:
         self.restarted.append(actor)
@@ -56,7 +62,8 @@ class FakeActors:
         self.revive(actor)
 
     def known(self) -> tuple[str, ...]:
-        return tuple(self.services)
+        self._answer()
+        return tuple(self.services) if self.shown is None else self.shown
 
     def create(self, actor: str, *, avoid_nodes: Collection[str] = ()) -> None:
         if actor not in self.services:
@@ -67,8 +74,13 @@ class FakeActors:
             self.kill(actor)
         self.services.pop(actor, None)
 
-    def draining_nodes(self) -> frozenset[str]:
-        return frozenset(self.draining)
+    def draining_nodes(self) -> dict[str, float]:
+        self._answer()
+        return dict.fromkeys(self.draining, math.inf)
+
+    def shared_nodes(self) -> frozenset[str]:
+        self._answer()
+        return frozenset(self.shared)
 
     def connect(self, address: ActorAddress) -> ControlConnection:
         return cast(ControlConnection, _Connection(self, address))
@@ -100,6 +112,10 @@ class FakeActors:
         with self._changed:
             self.services[actor] = self._start(actor)
             self._changed.notify_all()
+
+    def _answer(self) -> None:
+        if self.silence is not None:
+            raise self.silence
 
     def _start(self, actor: str) -> ExpertService:
         return ExpertService(

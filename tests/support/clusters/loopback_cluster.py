@@ -1,5 +1,6 @@
 """A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
 
+import math
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Self
@@ -61,6 +62,7 @@ class LoopbackCluster:
         self._batch_invariant, self._device = batch_invariant, device
         self._open_elsewhere, self._is_given_to, self._announce = open_elsewhere, is_given_to, announce
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
+        self.shared: set[str] = set()  # nodes with other processes
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
         self.servers: dict[str, RunningServer] = {}
@@ -154,8 +156,11 @@ class LoopbackCluster:
         if actor in self.services:
             self.kill(actor)
 
-    def draining_nodes(self) -> frozenset[str]:
-        return frozenset(self.draining)
+    def draining_nodes(self) -> dict[str, float]:
+        return dict.fromkeys(self.draining, math.inf)
+
+    def shared_nodes(self) -> frozenset[str]:
+        return frozenset(self.shared)
 
     def __enter__(self) -> Self:
         return self

@@ -73,7 +73,8 @@ def once(namespace: Namespace, load: Load) -> dict[str, str]:
     return {text.prompt: text.text for text in clients.texts}
 
 
-async def _once(load: Load) -> list[StreamedRequest]:
+async def ask_once(load: Load) -> list[StreamedRequest]:
+    """Returns one sampled request for each prompt."""
     async with httpx.AsyncClient(base_url=load.url, timeout=REQUEST_TIMEOUT_S) as client:
         return [
             await stream_request(client, load.model, prompt, new_tokens=load.new_tokens, sampled=True)
@@ -91,7 +92,7 @@ def _main(mode: str, url: str, model: str, clients: str, new_tokens: str, prompt
     )
     print(READY, flush=True)
     if mode == "once":
-        texts = asyncio.run(_once(load))
+        texts = asyncio.run(ask_once(load))
     else:
         running = HttpClients(load.url, load.model, load.prompts, number=load.clients, new_tokens=load.new_tokens)
         with running:

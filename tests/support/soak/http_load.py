@@ -61,13 +61,15 @@ class StreamedRequest:
 class HttpClients:
     """Clients that stream one request after another, from __enter__ to __exit__, in a thread with an event loop."""
 
-    def __init__(self, url: str, model: str, prompts: Sequence[str], *, number: int, new_tokens: int) -> None:
-        """Every fourth request samples with a seed; the others are greedy."""
+    def __init__(
+        self, url: str, model: str, prompts: Sequence[str], *, number: int, new_tokens: int, pause_s: float = 0.0
+    ) -> None:
+        """Every fourth request samples with a seed; the others are greedy. pause_s: of a client between two."""
         self.texts: list[StreamedRequest] = []
         self._url, self._model = url, model
         self._prompts = itertools.cycle(prompts)
         self._turn = itertools.count()
-        self._number, self._new_tokens = number, new_tokens
+        self._number, self._new_tokens, self._pause_s = number, new_tokens, pause_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
@@ -95,6 +97,7 @@ class HttpClients:
             )
             if self._over.is_set():
                 return
+            await asyncio.sleep(self._pause_s)
 
 
 async def stream_request(

@@ -1,116 +1,25 @@
 """Router scaling over a supervisor in this process: started routers serve when the test says so."""
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from moecluster.controller.context import new_context
-from moecluster.controller.operations.routers import RouterSizing, RouterSizingSettings
-from moecluster.controller.state.weight_versions import WeightVersions
 from moecluster.errors import ResourceError, Unavailable
-from moecluster.metrics import Metrics
 from moecluster.placement.scaling import RouterSizeSettings
-from moecluster.rpc.controller.latest_placement import PlacementBoard
-from moecluster.types import Operation, OperationKind, OperationPhase, PlacementNumber, RouterState, WeightVersion
+from moecluster.types import Operation, OperationKind, OperationPhase, PlacementNumber
+from tests.support.fakes.fake_routers import IDLE_S, LEASE_S, FakeRouters, Make, leaving, router_sizings, stays
 from tests.support.waiting import wait_until
-
-LEASE_S = 10.0
-IDLE_S = 3.0
-
-
-class Routers:
-    """A RouterSupervisor, and everything else that a RouterSizing uses."""
-
-    def __init__(self, *names: str) -> None:
-        self.now_s = 100.0
-        self.there: dict[str, str] = dict.fromkeys(names, "/first")  # router -> checkpoint that it was started with
-        self.ended: list[str] = []
-        self.refusal: Exception | None = None
-        self.replace_controller()
-        for name in names:
-            self.tell(name)
-
-    def replace_controller(self) -> None:
-        """Replaces the controller by one that has received no reports yet and serves /newest."""
-        self.context = new_context(
-            {0: 2}, lease_s=1e6, board=PlacementBoard(), metrics=Metrics(model="tiny"), clock=lambda: self.now_s
-        )
-        self.leases, self.log = self.context.leases, self.context.operations
-        versions = WeightVersions.only(WeightVersion(version=1, checkpoint="/newest"))
-        self.context.state.begin(term=1, generation=0, versions=versions, actors=(), replicas=())
-
-    def existing_routers(self) -> tuple[str, ...]:
-        return tuple(self.there)
-
-    def create_router(self, router: str, checkpoint: str) -> None:
-        if self.refusal is not None:
-            raise self.refusal
-        self.there.setdefault(router, checkpoint)
-
-    def remove_router(self, router: str) -> None:
-        if self.there.pop(router, None) is not None:
-            self.ended.append(router)
-
-    def tell(self, router: str, running: int = 0, waiting: int = 0) -> None:
-        """Reports that a router serves, with these numbers of requests."""
-        state = RouterState(router=router, address="127.0.0.1:5000", running=running, waiting=waiting)
-        self.leases.renew(router, PlacementNumber(1, 1), state=state)
-
-    def phase(self, operation: Operation) -> OperationPhase:
-        return self.log.get(operation.id).phase
-
-    def detail(self, operation: Operation) -> str:
-        return self.log.get(operation.id).detail
-
-
-Make = Callable[..., RouterSizing]
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes a RouterSizing over some routers, and closes it after the test."""
-    made: list[RouterSizing] = []
-
-    def start(routers: Routers, **settings: Any) -> RouterSizing:
-        sizing = RouterSizing(
-            routers.context,
-            RouterSizingSettings(
-                period_s=0.01,
-                lease_s=LEASE_S,
-                start_timeout_s=60.0,
-                drain_timeout_s=300.0,
-                idle_s=IDLE_S,
-                **{"max_routers": 4, **settings},
-            ),
-            supervisor=routers,
-        )
-        sizing.start()
-        made.append(sizing)
-        return sizing
-
-    yield start
-    for sizing in made:
-        sizing.close()
-
-
-def stays(condition: Callable[[], bool]) -> bool:
-    """Whether a condition stays true over many checks."""
-    until_s = time.monotonic() + 0.15
-    while time.monotonic() < until_s:
-        if not condition():
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def leaving(sizing: RouterSizing) -> list[str]:
-    return [state.router for state in sizing.states() if state.leaving]
+    with router_sizings() as start:
+        yield start
 
 
 def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits_until_they_serve(make) -> None:
-    routers = Routers("router", "router-2")
+    routers = FakeRouters("router", "router-2")
     sizing = make(routers)
     operation = sizing.request(4, operation_id="grow")
     wait_until(lambda: len(routers.there) == 4)
@@ -126,7 +35,7 @@ def test_an_order_for_more_starts_the_lowest_names_with_what_is_served_and_waits
 
 
 def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_request(make) -> None:
-    routers = Routers("router", "router-1", "router-2")
+    routers = FakeRouters("router", "router-1", "router-2")
     routers.tell("router-2", running=2)
     routers.tell("router-1", waiting=1)
     sizing = make(routers)
@@ -150,7 +59,7 @@ def test_the_routers_of_the_highest_numbers_leave_and_end_when_they_have_no_requ
 
 
 def test_a_request_that_still_comes_is_waited_for_too(make) -> None:
-    routers = Routers("router", "router-1")
+    routers = FakeRouters("router", "router-1")
     sizing = make(routers)
     sizing.request(1)
     wait_until(lambda: leaving(sizing) == ["router-1"])
@@ -165,7 +74,7 @@ def test_a_request_that_still_comes_is_waited_for_too(make) -> None:
 
 
 def test_a_router_whose_requests_do_not_end_is_ended_after_the_timeout(make) -> None:
-    routers = Routers("router", "router-1")
+    routers = FakeRouters("router", "router-1")
     routers.tell("router-1", running=1)
     sizing = make(routers)
     operation = sizing.request(1)
@@ -178,7 +87,7 @@ def test_a_router_whose_requests_do_not_end_is_ended_after_the_timeout(make) -> 
 
 
 def test_one_that_leaves_is_taken_back_instead_of_starting_another(make) -> None:
-    routers = Routers("router", "router-1", "router-2")
+    routers = FakeRouters("router", "router-1", "router-2")
     for name in routers.there:
         routers.tell(name, running=1)
     sizing = make(routers)
@@ -196,7 +105,7 @@ def test_one_that_leaves_is_taken_back_instead_of_starting_another(make) -> None
 
 
 def test_a_successor_goes_on_and_ends_nobody_before_it_has_heard_of_them(make) -> None:
-    routers = Routers("router", "router-1", "router-2")
+    routers = FakeRouters("router", "router-1", "router-2")
     sizing = make(routers)
     routers.tell("router-2", running=1)
     operation = sizing.request(2)
@@ -223,7 +132,7 @@ def test_a_successor_goes_on_and_ends_nobody_before_it_has_heard_of_them(make) -
 
 
 def test_one_that_leaves_and_is_not_heard_of_is_gone(make) -> None:
-    routers = Routers("router", "router-1")
+    routers = FakeRouters("router", "router-1")
     routers.leases.drop("router-1")
     sizing = make(routers)
     operation = sizing.request(1)
@@ -237,7 +146,7 @@ def test_one_that_leaves_and_is_not_heard_of_is_gone(make) -> None:
 
 
 def test_routers_that_never_come_are_given_up_and_others_are_left_alone(make) -> None:
-    routers = Routers("router", "router-1")
+    routers = FakeRouters("router", "router-1")
     routers.leases.drop("router-1")  # Ray restarts it
     sizing = make(routers)
     operation = sizing.request(3)
@@ -250,7 +159,7 @@ def test_routers_that_never_come_are_given_up_and_others_are_left_alone(make) ->
 
 @pytest.mark.parametrize("refusal", [Unavailable("Ray is away"), RuntimeError("a bug")])
 def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, refusal) -> None:
-    routers = Routers("router")
+    routers = FakeRouters("router")
     routers.refusal = refusal
     sizing = make(routers)
     operation = sizing.request(2)
@@ -267,7 +176,7 @@ def test_an_error_ends_the_order_at_last_and_later_ones_are_carried_out(make, re
 
 @pytest.mark.parametrize("wanted", [0, 5, -1])
 def test_orders_beyond_the_limits_are_refused(make, wanted) -> None:
-    sizing = make(Routers("router"))
+    sizing = make(FakeRouters("router"))
     with pytest.raises(ResourceError, match=rf"{wanted} routers are beyond the limits, which are 1 to 4 \(serve"):
         sizing.request(wanted)
 
@@ -278,7 +187,7 @@ SIZE = RouterSizeSettings(
 
 
 def test_requests_bring_routers_and_their_end_ends_them_with_the_reason_in_the_log(make) -> None:
-    routers = Routers("router")
+    routers = FakeRouters("router")
     routers.tell("router", running=4, waiting=8)
     routers.tell("a test's own", running=99)  # it has a lease but is not a router of the cluster
     make(routers, size=SIZE)
@@ -303,7 +212,7 @@ def test_requests_bring_routers_and_their_end_ends_them_with_the_reason_in_the_l
 
 
 def test_under_new_load_those_that_leave_by_decision_are_taken_back_and_by_order_not(make) -> None:
-    routers = Routers("router", "router-1")
+    routers = FakeRouters("router", "router-1")
     routers.tell("router-1", running=1)
     sizing = make(routers, size=SIZE)
     routers.now_s += LEASE_S
@@ -323,7 +232,7 @@ def test_under_new_load_those_that_leave_by_decision_are_taken_back_and_by_order
 
 
 def test_no_decision_takes_the_place_of_an_order_that_waits(make, monkeypatch) -> None:
-    routers = Routers("router")
+    routers = FakeRouters("router")
     routers.tell("router", running=4, waiting=8)
     sizing = make(routers, size=SIZE)
     routers.now_s += LEASE_S
@@ -341,3 +250,20 @@ def test_no_decision_takes_the_place_of_an_order_that_waits(make, monkeypatch) -
     wait_until(lambda: "router-1" in routers.there)
     routers.tell("router-1")
     wait_until(lambda: routers.phase(ordered[0]) is OperationPhase.DONE)
+
+
+@pytest.mark.parametrize("silent", [["router-1"], ["router", "router-1"]])
+def test_routers_that_do_not_report_are_not_idle(make, silent) -> None:
+    routers = FakeRouters("router", "router-1")
+    for name in silent:
+        routers.leases.drop(name)
+    make(routers, size=SIZE)
+    routers.now_s += LEASE_S
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    assert stays(lambda: not routers.log.newest())
+    for name in silent:
+        routers.tell(name)
+    time.sleep(0.05)
+    routers.now_s += 50.0
+    wait_until(lambda: bool(routers.log.newest()))

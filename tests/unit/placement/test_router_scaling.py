@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -109,3 +110,10 @@ def test_a_number_that_was_chosen_is_kept_under_the_same_texts(texts: int, waiti
     left = 0 if wanted > routers else math.ceil(waiting * wanted / routers)
     again, _, _ = decide(*(seen(t, texts, routers=wanted, waiting=left) for t in (2000.0, 3000.0)), state=state)
     assert (again - wanted) * (wanted - routers) >= 0, f"{routers} -> {wanted} -> {again}"
+
+
+def test_while_a_router_is_silent_none_is_ended_and_more_may_still_come() -> None:
+    idle = [replace(seen(float(t), 0, routers=4), silent=1) for t in range(0, 601, 50)]
+    assert decide(*idle)[0] == 4
+    busy = [replace(seen(float(t), 33), silent=1) for t in range(0, 11, 2)]
+    assert decide(*busy)[0] == 5

@@ -70,3 +70,10 @@ def test_a_size_that_was_chosen_is_kept_under_the_same_work(busy: float, queue_s
     after = seen(2000.0, actors=wanted, busy=busy * actors / wanted, queue_s=0.0 if wanted > actors else queue_s)
     again, _, _ = decisions([after, dataclasses.replace(after, now_s=5000.0)], state)
     assert (again - wanted) * (wanted - actors) >= 0, f"{actors} -> {wanted} -> {again}"
+
+
+def test_while_an_actor_is_silent_none_is_ended_and_more_may_still_come() -> None:
+    idle = [dataclasses.replace(seen(float(t), busy=0.0), silent=1) for t in range(0, 1801, 60)]
+    assert last_decision(idle)[0] == 4
+    busy = [dataclasses.replace(seen(float(t), busy=0.95), silent=1) for t in range(0, 35, 5)]
+    assert last_decision(busy)[0] == 6
