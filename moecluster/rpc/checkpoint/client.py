@@ -23,6 +23,7 @@ from moecluster.models.checkpoint.files import CONFIG_NAME, METADATA_NAME, TRAIN
 from moecluster.models.checkpoint.training_progress import TRAINING_STATE
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
+from moecluster.rpc.channels import is_connected_within
 from moecluster.rpc.checkpoint.locked_folder import HeldFolder
 from moecluster.rpc.checkpoint.server import MAX_METADATA_BYTES
 from moecluster.rpc.credentials import ClusterCredentials
@@ -143,11 +144,9 @@ class _Connection:
         self._source = source
         self._channel = open_channel(source.address, credentials)
         self._stub = CheckpointServiceStub(self._channel)
-        try:
-            grpc.channel_ready_future(self._channel).result(CONNECT_TIMEOUT_S)
-        except grpc.FutureTimeoutError as exc:
+        if not is_connected_within(self._channel, CONNECT_TIMEOUT_S):
             self._channel.close()
-            raise Unavailable(f"{source.address}: no connection within {CONNECT_TIMEOUT_S:g} s") from exc
+            raise Unavailable(f"{source.address}: no connection within {CONNECT_TIMEOUT_S:g} s")
 
     def close(self) -> None:
         self._channel.close()
