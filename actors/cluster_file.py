@@ -19,6 +19,7 @@ from actors.local_ray import LocalRay
 from actors.places import probe_folder
 from moecluster.errors import ResourceError
 from moecluster.rpc.credentials import ClusterCredentials, private_folder, read_secret, secret_path, state_folder
+from moecluster.whole_file import write_whole
 
 LOCK_PATIENCE_S = 1.0  # longer than is_starting holds it
 LOCK_POLL_S = 0.05
@@ -72,10 +73,8 @@ def save(noted: UpCluster | Start) -> None:
     """Writes the file atomically, readable by the user alone. Raises ResourceError."""
     fields = dataclasses.asdict(noted) | ({"starting": True} if isinstance(noted, Start) else {})
     try:
-        aside = _folder() / f"{noted.name}.json.new"
-        aside.touch(mode=0o600)
-        aside.write_text(json.dumps(fields, indent=1))
-        aside.rename(_file(noted.name))
+        private_folder(state_folder())
+        write_whole(_file(noted.name), json.dumps(fields, indent=1).encode(), mode=0o600)
     except OSError as exc:
         raise _refused(state_folder(), exc) from exc
 

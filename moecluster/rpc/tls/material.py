@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moecluster.errors import ConfigError
+from moecluster.rpc.shortage import is_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ class FollowedMaterial:
             self._material, version = _read_whole(self._files)
             logger.info("%s was read again after a change", self._files.certificate)
         except ConfigError as exc:
+            if is_shortage(exc.__cause__):
+                logger.warning("the certificate read before stays in use for now: %s", exc)
+                return  # not seen: they are looked at again
             if version != self._seen:  # once for each state of the files
                 logger.warning("the certificate read before stays in use: %s", exc)
         self._seen = version
@@ -105,8 +109,8 @@ def read_material(files: TlsFiles) -> TlsMaterial:
 
 
 def server_context(material: TlsMaterial) -> ssl.SSLContext:
-    """Returns a context for servers; with a CA it requires certificates of clients. Raises ConfigError if the key does
-    not fit the certificate."""
+    """Returns a context for servers; with a CA it requires certificates of clients. Raises ssl.SSLError if the key does
+    not fit the certificate, ConfigError if no file can be opened."""
     return _with_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), material)
 
 
@@ -187,8 +191,13 @@ def _proven(material: TlsMaterial, files: TlsFiles) -> TlsMaterial:
 
 
 def _with_chain(context: ssl.SSLContext, material: TlsMaterial) -> ssl.SSLContext:
-    with _as_file(material.certificate + b"\n" + material.key) as path:
-        context.load_cert_chain(path, password=str)  # an empty one, since it would ask at the terminal otherwise
+    try:
+        with _as_file(material.certificate + b"\n" + material.key) as path:
+            context.load_cert_chain(path, password=str)  # an empty one, since it would ask at the terminal otherwise
+    except ssl.SSLError:
+        raise
+    except OSError as exc:
+        raise ConfigError(f"certificates cannot be loaded ({exc.strerror})") from exc
     if material.ca and context.verify_mode is not ssl.CERT_REQUIRED:
         context.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
         context.verify_mode = ssl.CERT_REQUIRED
