@@ -33,5 +33,5 @@ def draw_domain_map(shares: DomainMap, path: str | Path) -> None:
         axes.set_yticks(range(len(shares.domains)), labels=list(shares.domains))
     figure.colorbar(image, ax=list(panels), label="share of the domain's tokens")
     figure.suptitle("Which experts serve which domain (percent of the domain's assignments in the layer)", fontsize=11)
-    with writing_whole(path) as aside:
+    with writing_whole(Path(path)) as aside:
         figure.savefig(aside)

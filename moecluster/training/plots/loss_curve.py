@@ -53,5 +53,5 @@ def draw_loss_curve(history: History, path: str | Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     (below[-1] if below else axes).set_xlabel("step")
-    with writing_whole(path) as aside:
+    with writing_whole(Path(path)) as aside:
         figure.savefig(aside)

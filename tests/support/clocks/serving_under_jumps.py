@@ -77,12 +77,13 @@ class Served:
 
     def jump(self, to_s: int, found: Findings) -> None:
         """Sets the clock in the middle of requests and of an operation, and uses the cluster for several leases."""
-        at_router, at_gateway = self.client.generate(PROMPT, max_new_tokens=NEW_TOKENS), self.streamed()
-        begun = next(iter(at_router)).text, next(at_gateway)
+        at_router = (chunk.text for chunk in self.client.generate(PROMPT, max_new_tokens=NEW_TOKENS))
+        at_gateway = self.streamed()
+        begun = next(at_router), next(at_gateway)
         begun_s = time.monotonic()
         asked = self.calls.scale(3 if len(self.cluster.services) == 2 else 2)
         set_clock(to_s)
-        found.texts.extend((begun[0] + at_router.text(), begun[1] + "".join(at_gateway)))
+        found.texts.extend((begun[0] + "".join(at_router), begun[1] + "".join(at_gateway)))
         ended = done(self.cluster, asked)
         assert ended.ended_s is not None
         found.took_s.append(ended.ended_s - ended.created_s)

@@ -64,7 +64,7 @@ def main() -> None:
     """Serves until its standard input ends."""
     model, tls_dir = sys.argv[1:]
     secret = ClusterCredentials(secret=SECRET, tls_dir=tls_dir)
-    files = {"tls_certificate_file": f"{tls_dir}/tls.crt", "tls_key_file": f"{tls_dir}/tls.key"}
+    files: dict[str, Any] = {"tls_certificate_file": f"{tls_dir}/tls.crt", "tls_key_file": f"{tls_dir}/tls.key"}
     with ExitStack() as running:
         cluster = running.enter_context(changing_clusters(model))(2, policy="static")
         checkpoints = serve_checkpoints(Announcements(), credentials=None)
