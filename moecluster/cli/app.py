@@ -310,7 +310,8 @@ def main() -> None:
     except OSError as exc:
         if exc.errno not in _REFUSALS:
             raise  # a bug: show the traceback
-        _complain(_lost_output() or (f"{exc.strerror}: {exc.filename}" if exc.filename else str(exc.strerror)))
+        lost = _lost_output()
+        _complain(f"{exc.strerror}: {exc.filename}" if exc.filename else lost or _unwritten(exc))
         sys.exit(FAILED)
 
 
@@ -324,7 +325,11 @@ def _lost_output() -> str:
         os.dup2(nowhere, sys.stdout.fileno())  # so that Python does not fail as well when it flushes at its end
         os.close(nowhere)
         # A reader that has gone has seen enough.
-        return "" if isinstance(exc, BrokenPipeError) else f"standard output cannot be written: {exc.strerror}"
+        return "" if isinstance(exc, BrokenPipeError) else _unwritten(exc)
+
+
+def _unwritten(error: OSError) -> str:
+    return f"the output cannot be written: {error.strerror}"
 
 
 def _complain(text: str) -> None:
