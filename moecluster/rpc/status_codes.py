@@ -134,6 +134,7 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     if code == grpc.StatusCode.PERMISSION_DENIED and SCOPE in _metadata(error, FAULT):
         return MissingScope(f"{peer}: {detail}")
     if code == grpc.StatusCode.UNAVAILABLE and detail.startswith(NOT_CONNECTED):
+        detail = "".join(filter(str.isprintable, detail.partition("\n")[0]))  # gRPC 1.85 adds memory that it never set
         meant = next((f"{meaning}; " for word, meaning in _TLS_FAILURES if word in detail), "")
         return Unavailable(f"{peer}: {meant}{detail}")
     for kind, status in _STATUS:

@@ -50,9 +50,7 @@ class Child:
 def every_server(model: str, tls_dir: Path) -> Iterator[Child]:
     """Context: the process runs."""
     command = [sys.executable, "-m", "tests.support.exhaustion.every_server", model, str(tls_dir)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             yield Child(process=process, addresses=json.loads(process.stdout.readline()))

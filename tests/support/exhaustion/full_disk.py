@@ -79,7 +79,10 @@ def training_checkpoint(folder: Path) -> None:
     store = CheckpointStore(folder / "run")
 
     def write(step: int) -> object:
-        return store.write(step, lambda at: write_tensors(at / "x.safetensors", {"x": torch.ones(50_000)}))
+        def fill(at: Path) -> None:
+            write_tensors(at / "x.safetensors", {"x": torch.ones(50_000)})
+
+        return store.write(step, fill)
 
     write(1)
     before = contents(folder)
@@ -238,7 +241,7 @@ def traces(folder: Path) -> None:
 
 def weight_update(folder: Path) -> None:
     from moecluster.models.update.compose import compose
-    from moecluster.placement.expert_ids import ExpertId
+    from moecluster.types import ExpertId
     from tests.support.models.families import make_model, save
 
     with tempfile.TemporaryDirectory() as elsewhere:
