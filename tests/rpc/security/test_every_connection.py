@@ -1,5 +1,5 @@
-"""Ports x attempts, below the calls: bytes that are no TLS, no HTTP or nothing at all, and certificates that are not the
-cluster's. No port answers, and each serves a right call afterwards."""
+"""Ports x attempts, below the calls: bytes that are no TLS, no HTTP or nothing at all, and certificates that are not
+the cluster's. No port answers, and each serves a right call afterwards."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

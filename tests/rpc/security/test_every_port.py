@@ -97,6 +97,7 @@ def test_without_the_right_certificate_no_grpc_port_talks(ports: Ports, service:
     methods = [guarded_methods()[0], Method(path="/grpc.health.v1.Health/Check", requests_streamed=False)]
     assert ports.grpc(service, SECRET.secret, methods, tls_dir=None) == unavailable, "plain text"
     assert ports.grpc(service, SECRET.secret, methods, tls_dir=ports.foreign_tls_dir) == unavailable, "another CA's"
+    assert ports.tls_dir is not None
     ca, foreign = (ports.tls_dir / "ca.crt").read_bytes(), ports.foreign_tls_dir
     pair = [(foreign / name).read_bytes() for name in ("tls.key", "tls.crt")]
     for shown in (grpc.ssl_channel_credentials(ca), grpc.ssl_channel_credentials(ca, *pair)):

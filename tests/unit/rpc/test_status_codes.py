@@ -108,5 +108,5 @@ def test_what_else_is_told_beside_a_status_comes_over() -> None:
 
 def test_what_grpc_adds_to_a_detail_that_it_did_not_write_is_left_out() -> None:
     detail = "failed to connect to all addresses; last error: INTERNAL: socket: Too many open files\n\0\x84\x7f\0"
-    back = from_rpc_error(Failed(grpc.StatusCode.UNAVAILABLE, detail), "expert-0")
+    back = from_rpc_error(Failed(grpc.StatusCode.UNAVAILABLE, detail, None), "expert-0")
     assert str(back) == f"expert-0: {detail.partition(chr(10))[0]}"
