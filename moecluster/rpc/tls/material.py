@@ -114,6 +114,13 @@ def server_context(material: TlsMaterial) -> ssl.SSLContext:
     return _with_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), material)
 
 
+def client_context(material: TlsMaterial) -> ssl.SSLContext:
+    """Returns a context for clients, which show the certificate too. Raises what server_context does."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
+    return _with_chain(context, material)
+
+
 def _read_whole(files: TlsFiles) -> tuple[TlsMaterial, Version]:
     """Returns what the files held at one moment, and their version then."""
     for _ in range(READ_ATTEMPTS):
@@ -173,11 +180,10 @@ def _proven(material: TlsMaterial, files: TlsFiles) -> TlsMaterial:
     except ssl.SSLError as exc:
         why = "is not the key of" if exc.reason == "KEY_VALUES_MISMATCH" else "is no private key in PEM for"
         raise ConfigError(f"{files.key}: {why} the certificate {files.certificate}") from exc
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if files.ca is not None:
-        client.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
-        client = _with_chain(client, material)
+        client = client_context(material)
     else:  # then only its dates are judged
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         client.load_verify_locations(cadata=_first_certificate(material.certificate))
