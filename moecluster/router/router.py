@@ -170,6 +170,7 @@ class Router:
             ready_weight_version=weights.ready,
             failed_weight_version=weights.failed,
             problem=weights.problem,
+            inline_lanes=tuple(f"{actor}: {why}" for actor, why in self.experts.pool.shortages().items()),
         )
 
     def close(self) -> None:
