@@ -19,6 +19,7 @@ from actors.local_ray import LocalRay
 from actors.places import probe_folder
 from moecluster.errors import ResourceError
 from moecluster.rpc.credentials import ClusterCredentials, private_folder, read_secret, secret_path, state_folder
+from moecluster.whole_file import write_whole
 
 LOCK_PATIENCE_S = 1.0  # longer than is_starting holds it
 LOCK_POLL_S = 0.05
@@ -55,7 +56,7 @@ class Start:
     ray_address: str  # of an external Ray; empty: a local one is started
     model: str
     pid: int  # of the command
-    pid_started_s: float  # when that process started, since its pid may be reused
+    pid_start_ticks: int  # of that process, as start_ticks returns: its pid may be reused
     local_ray: LocalRay | None
 
 
@@ -72,10 +73,8 @@ def save(noted: UpCluster | Start) -> None:
     """Writes the file atomically, readable by the user alone. Raises ResourceError."""
     fields = dataclasses.asdict(noted) | ({"starting": True} if isinstance(noted, Start) else {})
     try:
-        aside = _folder() / f"{noted.name}.json.new"
-        aside.touch(mode=0o600)
-        aside.write_text(json.dumps(fields, indent=1))
-        aside.rename(_file(noted.name))
+        private_folder(state_folder())
+        write_whole(_file(noted.name), json.dumps(fields, indent=1).encode(), mode=0o600)
     except OSError as exc:
         raise _refused(state_folder(), exc) from exc
 
@@ -163,11 +162,18 @@ def _read(name: str) -> UpCluster | Start | None:
         fields = json.loads(file.read_text())
         local = fields.pop("local_ray")
         fields["local_ray"] = LocalRay(**local) if local else None
-        return Start(**fields) if fields.pop("starting", False) else _up_cluster(fields)
+        return _start(fields) if fields.pop("starting", False) else _up_cluster(fields)
     except FileNotFoundError:
         return None  # it was taken down just now
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
         raise ResourceError(f"{file} cannot be read ({exc}); remove it if no cluster {name} is up") from exc
+
+
+def _start(fields: dict[str, Any]) -> Start:
+    # Older files have a start time that depends on the clock. No process has 0: it is taken for one that has ended.
+    if fields.pop("pid_started_s", None) is not None:
+        fields["pid_start_ticks"] = 0
+    return Start(**fields)
 
 
 def _up_cluster(fields: dict[str, Any]) -> UpCluster:

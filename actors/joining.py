@@ -13,6 +13,7 @@ from actors.ray_calls import first_line
 from actors.signals import signals_later
 from moecluster.addresses import is_loopback, split_host_port
 from moecluster.errors import ClusterNotFound, ResourceError
+from moecluster.rpc.channels import is_connected_within
 
 CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 10.0
@@ -46,13 +47,11 @@ def _refuse_what_is_no_ray(address: str) -> None:
     if os.environ.get("RAY_USE_TLS", "0") == "1":
         return
     with grpc.insecure_channel(address) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
-        except grpc.FutureTimeoutError as exc:
+        if not is_connected_within(channel, ANSWER_TIMEOUT_S):
             raise ResourceError(
                 f"what listens at {address} does not answer as a Ray does within {ANSWER_TIMEOUT_S:g} s: it is "
                 "stopped or overloaded, or no Ray"
-            ) from exc
+            )
 
 
 def _why_not_joined(error: BaseException) -> str:

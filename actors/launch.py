@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from actors import cluster_file
 from actors.cluster_file import Start, UpCluster
 from actors.local_ray import (
@@ -25,6 +23,7 @@ from actors.local_ray import (
     stop_local_ray,
 )
 from actors.names import OnLoading
+from actors.process_start import start_ticks
 from actors.signals import undisturbed
 from moecluster.config import Config
 from moecluster.config.sections import ClusterConfig
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 END_START_TIMEOUT_S = 30.0  # a start that is signaled cleans up first
 POLL_S = 0.1
-CLOCK_SLACK_S = 5.0  # a process's start time is derived from the clock, which may have been set since
 
 
 def bring_up(config: Config, model_dir: str, on_loading: OnLoading | None = None) -> UpCluster:
@@ -171,13 +169,15 @@ def _typed(command: str, name: str) -> str:
 
 
 def _plan(config: Config, model_dir: str) -> Start:
-    process = psutil.Process()
+    pid = os.getpid()
+    started = start_ticks(pid)
+    assert started is not None, "this process is there"
     return Start(
         name=config.cluster.name,
         ray_address=config.cluster.address,
         model=model_dir,
-        pid=process.pid,
-        pid_started_s=process.create_time(),
+        pid=pid,
+        pid_start_ticks=started,
         local_ray=None if config.cluster.address else plan_local_ray(config.security.ray_auth),
     )
 
@@ -219,10 +219,13 @@ def _end(name: str, ray_address: str, local: LocalRay | None) -> None:
 
 
 def _signal_starter(start: Start, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        process = psutil.Process(start.pid)
-        if abs(process.create_time() - start.pid_started_s) < CLOCK_SLACK_S:
-            process.send_signal(number)
+    with suppress(ProcessLookupError, PermissionError):
+        process = os.pidfd_open(start.pid)  # so that the signal reaches the process that is looked at
+        try:
+            if start_ticks(start.pid) == start.pid_start_ticks:
+                signal.pidfd_send_signal(process, number)
+        finally:
+            os.close(process)
 
 
 def _refuse_wrong_model(model_dir: str) -> None:

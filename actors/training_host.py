@@ -7,13 +7,13 @@ from pathlib import Path
 
 from moecluster.config import Config, read_config
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.errors import MoeClusterError, UserError
+from moecluster.errors import MoeClusterError, ResourceError, UserError
 from moecluster.metrics import Metrics
 from moecluster.models.given_directories import IsGiven, check_given
 from moecluster.rpc.controller.interface import PlacementHold
 from moecluster.rpc.router.training_messages import RunGone, RunProgress, StartRequest
 from moecluster.training.checkpoint_store import CHECKPOINTS
-from moecluster.training.events import encode_event
+from moecluster.training.events import Event, encode_event
 from moecluster.training.history import History
 from moecluster.training.loop import TrainingLoop
 from moecluster.training.run_paths import run_paths
@@ -110,6 +110,14 @@ class TrainingHost:
             f"the cluster serves {served}, which is not of this run ({start}); take it down first, or train in another"
         )
 
+    def _record(self, history: History, event: Event, config: Config) -> None:
+        try:
+            history.add(event)
+        except ResourceError as exc:
+            if config.train.checkpoint_errors == "stop":
+                raise
+            logger.warning("%s", exc)
+
     def _train(self, config: Config, start: Path) -> None:
         # Recorded here, not where it is shown: the history covers every checkpoint, however this process ends.
         history = History.open(config.train.output_dir)
@@ -125,7 +133,7 @@ class TrainingHost:
         )
         try:
             for event in loop.run():
-                history.add(event)
+                self._record(history, event, config)
                 self._events.append(encode_event(event))
                 if self._stop.is_set():
                     break

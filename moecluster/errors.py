@@ -18,6 +18,7 @@ MoeClusterError
 ├── StaleRequest                         a request of an older term, step or attempt, or for weights that are gone
 ├── Unavailable                          the peer is gone or the stream broke; another replica may serve
 │   ├── Unauthenticated                  the peer requires another secret or token than was sent: UNAUTHENTICATED
+│   ├── TlsMismatch                      one side speaks TLS and the other does not, or their certificates do not fit
 │   └── ClusterEnded                     the whole cluster is gone, and does not come back by itself
 ├── DeadlineExceeded                     no answer within the deadline
 ├── AttemptAborted                       a training attempt cannot go on and must be run again
@@ -120,6 +121,11 @@ class Unavailable(MoeClusterError):
 class Unauthenticated(Unavailable):
     """The peer requires another secret or token than was sent: it is wrong or has expired, or another cluster has taken
     the port of a peer that is gone."""
+
+
+class TlsMismatch(Unavailable):
+    """No connection comes about: one side speaks TLS and the other plain text, or one does not take the other's
+    certificate. The message says which, and what would be right."""
 
 
 class DeadlineExceeded(MoeClusterError):

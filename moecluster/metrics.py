@@ -98,6 +98,8 @@ class Metrics:
         self._dispatch_bytes = self._counter(
             "dispatch_bytes", "Tensor bytes exchanged with expert actors", "transport", "direction"
         )
+        self._lanes = _Lanes(self._common)
+        self.registry.register(self._lanes)
         self._dispatch_retries = self._counter("dispatch_retries", "Messages to expert actors sent again", "reason")
 
         self._nonfinite = self._counter(
@@ -223,6 +225,11 @@ class Metrics:
         names = (str(expert.layer), str(expert.index), actor) if known else ("other", "other", "other")
         self._nonfinite.labels(*self._common, *names).inc()
 
+    def watch_lanes(self, lanes: Callable[[], Mapping[str, tuple[str, bool]]]) -> None:
+        """Shows, for each expert actor, the lane that rows take to it, and whether it is only for want of memory to
+        share; called when /metrics is read."""
+        self._lanes.watch(lanes)
+
     # -- placement --
 
     def set_generation(self, generation: int) -> None:
@@ -335,6 +342,31 @@ class _ExpertSeries(Collector):
                 for quantile, value in zip(QUANTILES, np.quantile(values_E, QUANTILES), strict=True):
                     quantiles.add_metric((*self._common, str(layer), str(quantile)), float(value))
             yield quantiles
+
+
+class _Lanes(Collector):
+    """The lane to each expert actor."""
+
+    def __init__(self, common: tuple[str, str]) -> None:
+        self._common = common
+        self._lanes: Callable[[], Mapping[str, tuple[str, bool]]] = dict
+
+    def watch(self, lanes: Callable[[], Mapping[str, tuple[str, bool]]]) -> None:
+        self._lanes = lanes
+
+    def describe(self) -> list[Metric]:
+        """Returns nothing, as _ExpertSeries does."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "moecluster_transport",
+            "1 for the lane that rows take to an expert actor; its shortage is memory if a better one lacks it",
+            labels=(*COMMON_LABELS, "actor", "lane", "shortage"),
+        )
+        for actor, (lane, short) in sorted(self._lanes().items()):
+            family.add_metric((*self._common, actor, lane, "memory" if short else ""), 1.0)
+        yield family
 
 
 class _WindowMean:

@@ -5,6 +5,7 @@ the environment when imported, is not imported before that is set.
 """
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -296,6 +297,9 @@ def main() -> None:
     except SystemExit as exc:
         if name := signal_of(exc.code):
             print(f"moecluster: ended by {name}", file=sys.stderr)
+        if not exc.code and (why := _lost_output()):
+            _complain(why)
+            sys.exit(FAILED)
         raise
     except UserError as exc:
         _complain(str(exc))
@@ -306,8 +310,26 @@ def main() -> None:
     except OSError as exc:
         if exc.errno not in _REFUSALS:
             raise  # a bug: show the traceback
-        _complain(f"{exc.strerror}: {exc.filename}" if exc.filename else str(exc.strerror))
+        lost = _lost_output()
+        _complain(f"{exc.strerror}: {exc.filename}" if exc.filename else lost or _unwritten(exc))
         sys.exit(FAILED)
+
+
+def _lost_output() -> str:
+    """Returns why standard output cannot take what was printed, as on a full disk; empty if it can."""
+    try:
+        sys.stdout.flush()
+        return ""
+    except OSError as exc:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # so that Python does not fail as well when it flushes at its end
+        os.close(nowhere)
+        # A reader that has gone has seen enough.
+        return "" if isinstance(exc, BrokenPipeError) else _unwritten(exc)
+
+
+def _unwritten(error: OSError) -> str:
+    return f"the output cannot be written: {error.strerror}"
 
 
 def _complain(text: str) -> None:

@@ -1,5 +1,6 @@
 """A router's connections to the expert actors of the current placement."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -11,7 +12,10 @@ from moecluster.rpc.expert.interface import ControlConnection, ExpertControl, Ex
 from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber
 
 LEFT_S = 120.0  # how long a transport to an actor outside the placement stays open; a broken one closes itself
+LANE_RETRY_S = 30.0  # how long rows travel inline for want of memory to share, before it is tried again
 SUSPECT_S = 1.0  # how long an actor that did not answer is avoided
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertPool:
@@ -23,11 +27,15 @@ class ExpertPool:
         *,
         connect: Callable[[ActorAddress], ExpertTransport],
         control: Callable[[ActorAddress], ControlConnection],
+        lane_retry_s: float = LANE_RETRY_S,
     ) -> None:
         """connect and control raise a MoeClusterError if the actor does not answer."""
         self._placements = placements
         self._connect = connect
         self._control = control
+        self._lane_retry_s = lane_retry_s
+        self._retry_s: dict[str, float] = {}  # actors whose rows travel inline for now: when to try again
+        self._replaced: list[tuple[float, ExpertTransport]] = []  # since when; requests may still use them
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
         self._open: dict[str, tuple[ActorAddress, ExpertTransport]] = {}
@@ -84,7 +92,7 @@ class ExpertPool:
         """Returns the transport to an actor, connecting if necessary. Raises what connecting raises."""
         found = self._open.get(address.actor)
         if found is not None and found[0] == address:
-            return found[1]
+            return found[1] if not found[1].shortage else self._better(address, found[1])
         with self._lock:
             opening = self._opening.setdefault(address.actor, threading.Lock())
         with opening:
@@ -100,7 +108,43 @@ class ExpertPool:
                 self._suspect(address, exc)
                 raise
             self._open[address.actor] = (address, transport)
+            if transport.shortage:
+                logger.warning("rows for %s travel inline: %s", address.actor, transport.shortage)
+                self._retry_s[address.actor] = time.monotonic() + self._lane_retry_s
             return transport
+
+    def shortages(self) -> dict[str, str]:
+        """Returns the actors whose rows travel inline for want of memory to share, and why."""
+        with self._lock:
+            return {actor: found.shortage for actor, (_, found) in sorted(self._open.items()) if found.shortage}
+
+    def lanes(self) -> dict[str, tuple[str, bool]]:
+        """Returns, for each actor with an open transport, its name, and whether a better one lacks memory."""
+        with self._lock:
+            return {actor: (found.name, bool(found.shortage)) for actor, (_, found) in self._open.items()}
+
+    def _better(self, address: ActorAddress, before: ExpertTransport) -> ExpertTransport:
+        """Tries for shared memory again, once in a while; returns the transport to use. The one before stays open for
+        the requests that use it."""
+        now_s = time.monotonic()
+        with self._lock:
+            if now_s < self._retry_s.get(address.actor, 0.0) or self._open.get(address.actor) != (address, before):
+                return before
+            self._retry_s[address.actor] = now_s + self._lane_retry_s  # other threads go on meanwhile
+        try:
+            tried = self._connect(address)
+        except MoeClusterError:
+            return before
+        with self._lock:
+            is_better = not tried.shortage and self._open.get(address.actor) == (address, before)
+            if is_better:
+                self._open[address.actor] = (address, tried)
+                self._replaced.append((now_s, before))
+        if not is_better:
+            tried.close()
+            return before
+        logger.info("rows for %s travel through shared memory again", address.actor)
+        return tried
 
     def _close_left(self, placement: Placement) -> None:
         """Closes transports to actors that left the placement, once no request of an older placement can still use
@@ -111,6 +155,8 @@ class ExpertPool:
             self._left_s = {actor: self._left_s.get(actor, now_s) for actor in without_place}
             over = [actor for actor, since_s in self._left_s.items() if now_s - since_s >= LEFT_S]
             transports = [self._open.pop(actor)[1] for actor in over]
+            transports += [replaced for since_s, replaced in self._replaced if now_s - since_s >= LEFT_S]
+            self._replaced = [entry for entry in self._replaced if now_s - entry[0] < LEFT_S]
         for transport in transports:
             transport.close()
 
@@ -167,8 +213,9 @@ class ExpertPool:
         """Closes all connections."""
         with self._lock:
             transports, self._open = self._open, {}
+            replaced, self._replaced = self._replaced, []
             controls, self._controls = self._controls, {}
-        for _, transport in transports.values():
+        for _, transport in (*transports.values(), *replaced):
             transport.close()
         for _, control in controls.values():
             control.close()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import psutil
 import torch
 from torch import nn
 
@@ -18,7 +17,7 @@ from moecluster.expert.store import ExpertStore
 from moecluster.expert.training import ExpertTraining
 from moecluster.expert.worker import ExpertComputing
 from moecluster.growing import MAX_NUMBER
-from moecluster.memory import return_freed_memory
+from moecluster.memory import ResidentMemory, return_freed_memory
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint.reader import OpenCheckpoint
 from moecluster.models.given_directories import IsGiven, check_given
@@ -64,6 +63,7 @@ class ExpertService:
         self._is_given = is_given
         self.incarnation = secrets.token_hex(8)
         self._hosted = ExpertStore()
+        self._memory = ResidentMemory()
         self._queue = ComputeQueue(max_queue_bytes)
         self._training = ExpertTraining(name, activation_budget_bytes)
         # Held while a batch is computed and while parameters or training state change. Taken before self._fence.
@@ -283,7 +283,7 @@ class ExpertService:
                 training_term=training.term if training is not None else 0,
                 committed=training.committed if training is not None else None,
                 prepared=training.prepared if training is not None else None,
-                rss_bytes=psutil.Process().memory_info().rss,
+                rss_bytes=self._memory.size_bytes(),
                 checkpoint=self._checkpoint,
                 snapshot=self._snapshot if with_snapshot else b"",
                 work=replace(self._computing.work, queue_rows=self._queue.rows),

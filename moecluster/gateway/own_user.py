@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moecluster.addresses import is_loopback
+from moecluster.gateway.api_errors import ApiError
+from moecluster.rpc.shortage import is_shortage
 
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")  # whom users of other namespaces appear as
@@ -21,7 +23,7 @@ Address = tuple[str, int]
 
 def is_own_user(client: Address | None, server: Address | None) -> bool:
     """Returns whether a connection from client to server, both numeric addresses, was opened by this process's user on
-    this host. False if that cannot be told."""
+    this host. False if that cannot be told. Raises ApiError 503 if it cannot be told now."""
     if client is None or server is None:
         return False
     try:
@@ -29,7 +31,11 @@ def is_own_user(client: Address | None, server: Address | None) -> bool:
             return False
         ends = {(near, far) for near, far in zip(_forms(client), _forms(server), strict=True)}
         return any(user == os.geteuid() for user in _users(ends))
-    except (OSError, ValueError):
+    except OSError as exc:
+        if is_shortage(exc):
+            raise ApiError(503, f"the gateway cannot open files now ({exc.strerror}); try again later") from exc
+        return False
+    except ValueError:
         return False
 
 

@@ -21,7 +21,7 @@ class WatchRequest(_message.Message):
     def __init__(self, router: _Optional[str] = ..., applied_term: _Optional[int] = ..., applied_generation: _Optional[int] = ..., hold: bool = ..., state: _Optional[_Union[RouterState, _Mapping]] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving", "ready_weight_version", "failed_weight_version", "problem", "process")
+    __slots__ = ("router", "address", "running", "waiting", "weight_version", "oldest_weight_version", "leaving", "ready_weight_version", "failed_weight_version", "problem", "process", "inline_lanes")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class RouterState(_message.Message):
     FAILED_WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    INLINE_LANES_FIELD_NUMBER: _ClassVar[int]
     router: str
     address: str
     running: int
@@ -44,7 +45,8 @@ class RouterState(_message.Message):
     failed_weight_version: int
     problem: str
     process: Process
-    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ..., ready_weight_version: _Optional[int] = ..., failed_weight_version: _Optional[int] = ..., problem: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
+    inline_lanes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, router: _Optional[str] = ..., address: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., weight_version: _Optional[int] = ..., oldest_weight_version: _Optional[int] = ..., leaving: bool = ..., ready_weight_version: _Optional[int] = ..., failed_weight_version: _Optional[int] = ..., problem: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ..., inline_lanes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("pid", "node", "metrics_address", "nice")

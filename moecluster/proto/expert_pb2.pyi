@@ -68,14 +68,16 @@ class Hello(_message.Message):
     def __init__(self, router: _Optional[str] = ..., segment: _Optional[_Union[_tensor_pb2.SegmentOffer, _Mapping]] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("incarnation", "nonce", "segment")
+    __slots__ = ("incarnation", "nonce", "segment", "shortage")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    SHORTAGE_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     nonce: bytes
     segment: _tensor_pb2.SegmentOffer
-    def __init__(self, incarnation: _Optional[str] = ..., nonce: _Optional[bytes] = ..., segment: _Optional[_Union[_tensor_pb2.SegmentOffer, _Mapping]] = ...) -> None: ...
+    shortage: str
+    def __init__(self, incarnation: _Optional[str] = ..., nonce: _Optional[bytes] = ..., segment: _Optional[_Union[_tensor_pb2.SegmentOffer, _Mapping]] = ..., shortage: _Optional[str] = ...) -> None: ...
 
 class StepTag(_message.Message):
     __slots__ = ("term", "step", "attempt")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +15,7 @@ from moecluster.dispatch.trunk_backend import TrunkBackend
 from moecluster.errors import CheckpointError, InvalidMessage, MoeClusterError
 from moecluster.generation import GenerationChunk, GenerationRequest
 from moecluster.hf.interface import moe_layers
+from moecluster.memory import ResidentMemory
 from moecluster.metrics import Metrics
 from moecluster.models.checkpoint.reader import OpenCheckpoint, open_checkpoint
 from moecluster.models.given_directories import IsGiven, check_given
@@ -73,6 +73,7 @@ class Router:
         self._dtype, self._device = dtype, device
         self._open_elsewhere = open_elsewhere
         self._lock = threading.Lock()
+        self._memory = ResidentMemory()
         self._engines: list[Engine] = []  # of all trunks in memory
         self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
         if metrics is not None:
@@ -153,7 +154,7 @@ class Router:
             running=running,
             waiting=waiting,
             max_tokens=served.engine.max_tokens,
-            rss_bytes=psutil.Process().memory_info().rss,
+            rss_bytes=self._memory.size_bytes(),
             controller=self._controller(),
         )
 
@@ -169,6 +170,7 @@ class Router:
             ready_weight_version=weights.ready,
             failed_weight_version=weights.failed,
             problem=weights.problem,
+            inline_lanes=tuple(f"{actor}: {why}" for actor, why in self.experts.pool.shortages().items()),
         )
 
     def close(self) -> None:

@@ -1,11 +1,23 @@
-"""Channels that send a cluster's secret or token with every call."""
+"""Channels that send a cluster's secret or token with every call, and the wait for a channel's connection."""
 
+import threading
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from moecluster.rpc.credentials import ClusterCredentials
+
+
+def is_connected_within(channel: grpc.Channel, timeout_s: float) -> bool:
+    """Waits for a channel's connection; returns False if none comes about in time."""
+    connected = threading.Event()
+    ready = grpc.channel_ready_future(channel)  # its own wait follows the wall clock, which may be set meanwhile
+    ready.add_done_callback(lambda _: connected.set())
+    try:
+        return connected.wait(timeout_s)
+    finally:
+        ready.cancel()
 
 
 class _WithCredentials:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from moecluster.errors import ConfigError, ResourceError
+from moecluster.whole_file import write_whole
 
 if TYPE_CHECKING:
     from moecluster.rpc.tls.material import FollowedMaterial
@@ -150,10 +151,7 @@ def write_secret(path: Path, credentials: ClusterCredentials) -> None:
     """Writes the secret to a file that only its owner can read from its creation on. Raises ResourceError."""
     try:
         private_folder(path.parent)
-        path.unlink(missing_ok=True)  # left by a cluster that ended without `moecluster down`
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(credentials.bearer)
+        write_whole(path, credentials.bearer.encode(), mode=0o600)
     except OSError as exc:
         raise ResourceError(f"{path}: the cluster's secret cannot be written ({exc.strerror})") from exc
 

@@ -8,6 +8,7 @@ import logging
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,7 @@ from moecluster.metrics import Metrics
 from moecluster.rpc.authentication import BearerCheck
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.scopes import Scope
+from moecluster.rpc.shortage import is_shortage
 from moecluster.rpc.tls.https import HttpsCertificate
 from moecluster.rpc.tls.material import TlsFiles
 
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ListenAddress()
 TIMEOUT_S = 10.0  # for a handshake, a request's headers, and a client that does not read
+ACCEPT_RETRY_S = 0.1
 MAX_CONNECTIONS = 32  # each holds a thread
 WANTED = (
     "send the header Authorization: Bearer CREDENTIAL with a token of the cluster (moecluster token --scope read), or "
@@ -134,6 +137,15 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # of both families
         self.setup_environ()
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accepts a connection. Without a free descriptor it stays in the queue, and waiting for one must not spin."""
+        try:
+            return super().get_request()
+        except OSError as exc:
+            if is_shortage(exc):
+                time.sleep(ACCEPT_RETRY_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Makes room for a new connection, then handles it in its own thread."""

@@ -22,11 +22,13 @@ from moecluster.errors import (
     RequestFailed,
     StaleRequest,
     StateLost,
+    TlsMismatch,
     Unauthenticated,
     Unavailable,
     UserError,
 )
 from moecluster.proto import expert_pb2
+from moecluster.rpc.tls.mismatch import IS_PLAIN, OF_ANOTHER_CA
 from moecluster.types import PlacementNumber
 
 RETRY_AFTER = "retry-after-s"  # metadata of RESOURCE_EXHAUSTED: seconds until a retry is likely to succeed
@@ -36,17 +38,11 @@ CONTEXT_LENGTH = "context-length"  # the only FAULT of INVALID_ARGUMENT
 SCOPE = "scope"  # the only FAULT of PERMISSION_DENIED
 LATE = "Deadline Exceeded"  # gRPC's own detail when a call times out
 # Words of gRPC's own detail when a connection is not made -> what they mean.
-_TLS_FAILURES = (
-    (
-        "CERTIFICATE_VERIFY_FAILED",
-        "its certificate is not of the CA in the folder of certificates here, or has expired",
-    ),
-    ("WRONG_VERSION_NUMBER", "it speaks plain text, and TLS was asked for (tls_dir, $MOECLUSTER_TLS_DIR)"),
-    (
-        "Socket closed",
-        "it ends new connections: does it require TLS (security.tls_dir), and certificates of its own CA? Clients take "
-        "them as tls_dir=, or $MOECLUSTER_TLS_DIR",
-    ),
+_TLS_FAILURES = (("CERTIFICATE_VERIFY_FAILED", OF_ANOTHER_CA), ("WRONG_VERSION_NUMBER", IS_PLAIN))
+_ENDED = "Socket closed"  # by a server that is being restarted, or speaks TLS and was sent plain text: see mismatch_at
+_MAY_WANT_TLS = (
+    "it ends new connections: does it require TLS (security.tls_dir), and certificates of its own CA? Clients take "
+    "them as tls_dir=, or $MOECLUSTER_TLS_DIR"
 )
 NOT_CONNECTED = "failed to connect"
 AnswerT = TypeVar("AnswerT")
@@ -134,8 +130,11 @@ def from_rpc_error(error: grpc.RpcError, peer: str = "peer") -> MoeClusterError:
     if code == grpc.StatusCode.PERMISSION_DENIED and SCOPE in _metadata(error, FAULT):
         return MissingScope(f"{peer}: {detail}")
     if code == grpc.StatusCode.UNAVAILABLE and detail.startswith(NOT_CONNECTED):
-        meant = next((f"{meaning}; " for word, meaning in _TLS_FAILURES if word in detail), "")
-        return Unavailable(f"{peer}: {meant}{detail}")
+        detail = "".join(filter(str.isprintable, detail.partition("\n")[0]))  # gRPC 1.85 adds memory that it never set
+        for word, meaning in _TLS_FAILURES:
+            if word in detail:
+                return TlsMismatch(f"{peer}: {meaning}; {detail}")
+        return Unavailable(f"{peer}: {f'{_MAY_WANT_TLS}; ' if _ENDED in detail else ''}{detail}")
     for kind, status in _STATUS:
         if code == status and kind is not UserError:
             return kind(detail)

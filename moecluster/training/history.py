@@ -1,9 +1,10 @@
 """The metrics of a run in a JSON Lines file, so that its loss curve survives restarts."""
 
+import os
 from pathlib import Path
 from typing import Self
 
-from moecluster.errors import DataError
+from moecluster.errors import DataError, ResourceError
 from moecluster.training.events import Evaluated, Event, Started, StepDone, decode_event, encode_event
 
 FILE_NAME = "history.jsonl"
@@ -17,17 +18,18 @@ class History:
         self.started: Started | None = None
         self.steps: dict[int, StepDone] = {}
         self.evaluations: dict[int, Evaluated] = {}
+        self._unwritten = b""  # what found no room; the next line comes with it
 
     @classmethod
     def open(cls, output_dir: str | Path) -> Self:
         """Reads the file of an earlier part of the run, and drops an incomplete last line. Raises DataError."""
         history = cls(Path(output_dir) / FILE_NAME)
         if history.path.is_file():
-            text = history.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                history.path.write_text(whole, encoding="utf-8")
-            for number, line in enumerate(whole.splitlines(), start=1):
+            content = history.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                os.truncate(history.path, len(whole))
+            for number, line in enumerate(whole.decode().splitlines(), start=1):
                 try:
                     history._take(decode_event(line))
                 except ValueError as error:
@@ -35,13 +37,35 @@ class History:
         return history
 
     def add(self, event: Event) -> None:
-        """Records Started, StepDone and Evaluated events in memory and in the file; ignores other events."""
+        """Records Started, StepDone and Evaluated events in memory and in the file; ignores other events.
+
+        Raises ResourceError if the file cannot be written. It keeps its whole lines, and the next event brings what is
+        missing.
+        """
         if not isinstance(event, (Started, StepDone, Evaluated)):
             return
         self._take(event)
+        self._unwritten += f"{encode_event(event)}\n".encode()
+        try:
+            self._append()
+        except OSError as exc:
+            raise ResourceError(
+                f"{self.path}: the run's figures cannot be written ({exc.strerror}); free some space, or choose "
+                "another train.output_dir"
+            ) from exc
+        self._unwritten = b""
+
+    def _append(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(encode_event(event) + "\n")
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = 0
+                while written < len(self._unwritten):
+                    written += file.write(self._unwritten[written:])
+            except OSError:
+                file.truncate(end)
+                raise
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Started):

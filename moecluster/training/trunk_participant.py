@@ -3,10 +3,10 @@
 import secrets
 from collections.abc import Sequence
 
-import psutil
 import torch
 from torch import nn
 
+from moecluster.memory import ResidentMemory
 from moecluster.models.checkpoint.training_progress import TrainingState
 from moecluster.models.trunk import trunk_parameters
 from moecluster.optim.step_state import StepState
@@ -33,6 +33,7 @@ class TrunkParticipant:
         self.name = f"trunk-{rank}"
         self.incarnation = secrets.token_hex(8)
         self._rank = rank
+        self._memory = ResidentMemory()
         self._parameters = dict(trunk_parameters(model))
         self._sent: list[MessageKey] = []  # in the running attempt
         self._tag: StepTag | None = None
@@ -91,5 +92,5 @@ class TrunkParticipant:
             training_term=self._state.term,
             committed=self._state.committed,
             prepared=self._state.prepared,
-            rss_bytes=psutil.Process().memory_info().rss,
+            rss_bytes=self._memory.size_bytes(),
         )

@@ -299,6 +299,7 @@ class RouterState(RouterReport):
     failed_weight_version: int = 0  # the version whose trunk could not be loaded; 0: none
     problem: str = ""  # why it could not
     process: ProcessInfo = ProcessInfo()
+    inline_lanes: tuple[str, ...] = ()  # "ACTOR: why": rows that travel inline for want of memory to share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import pytest
 
 from actors.local_ray import MARK
 from tests.conftest import processes_of_this_session
+from tests.support.clusters.documented_ports import documented_ports, open_sockets, unexplained
 from tests.support.clusters.every_method import guarded_methods, health_methods
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.second_user import PAGES, SECRETS, listening, try_everything
@@ -170,6 +171,16 @@ def test_status_and_outputs_of_what_is_up(live: None, run: Run, model: str, stat
     assert too_long.returncode == 2 and "exceed the model's 256" in too_long.stderr
     other = run("generate", save_tiny_model(tmp_path / "other"), "x")
     assert other.returncode == 2 and "is up and serves" in other.stderr
+
+
+def test_only_documented_ports_are_open_and_none_beyond_the_loopback(live: None, state_home: Path) -> None:
+    noted = json.loads((state_home / "moecluster" / "moecluster.json").read_text())
+    processes = [p for p in processes_of_this_session() if p.environ().get(MARK) == noted["local_ray"]["mark"]]
+    found = list(open_sockets(processes))
+    assert unexplained(found, documented_ports()) == []
+    assert {"gcs_server", "raylet", "ray::ExpertActor", "ray::RouterActor", "ray::ControllerActor"} <= {
+        each.process for each in found
+    }
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

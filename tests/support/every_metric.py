@@ -20,6 +20,7 @@ def set_all(metrics: Metrics, *, layers: int, experts: int) -> None:
     metrics.set_queue_rows("expert-0", 4)
     metrics.set_actor_speeds({"expert-0": 1.0})
     metrics.count_dispatch(transport="shm", seconds=0.01, sent_bytes=10, received_bytes=20)
+    metrics.watch_lanes(lambda: {"expert-0": ("shm", False), "expert-1": ("inline", True)})
     metrics.count_retry("not_hosted")
     metrics.count_nonfinite_reply(ExpertId(layer=1, index=2), "expert-0")
     metrics.set_generation(7)

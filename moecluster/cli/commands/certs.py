@@ -3,6 +3,8 @@
 import os
 import shlex
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.console import Console
 from moecluster.cli.common.certificates import Authority
 from moecluster.errors import ConfigError, ResourceError
 from moecluster.rpc.tls.material import TlsFiles, read_material
+from moecluster.whole_file import writing_whole
 
 
 def certs(folder: Path, ca_folder: Path | None, days: int, renew: bool, console: Console) -> None:
@@ -23,9 +26,7 @@ def certs(folder: Path, ca_folder: Path | None, days: int, renew: bool, console:
     authority = _authority(ca_folder)
     certificate, key = authority.certify(days=days)
     ca, _ = authority.pem
-    # A process that reads in between finds a key that does not fit, and stays with what it has.
-    for path, content in zip(files.paths, (certificate, key, ca), strict=True):
-        _write(path, content)
+    _write(dict(zip(files.paths, (certificate, key, ca), strict=True)))
     until = time.strftime("%Y-%m-%d", time.gmtime(read_material(files).expires_s))
     for line in (
         f"{folder}: ca.crt, tls.crt and tls.key, good until {until}",
@@ -53,8 +54,7 @@ def _authority(folder: Path) -> Authority:
     certificate, key = folder / "ca.crt", folder / "ca.key"
     if not key.exists():
         authority = Authority.make()
-        for path, content in zip((certificate, key), authority.pem, strict=True):
-            _write(path, content)
+        _write(dict(zip((certificate, key), authority.pem, strict=True)))
         return authority
     try:
         return Authority.read(certificate.read_bytes(), key.read_bytes())
@@ -64,15 +64,14 @@ def _authority(folder: Path) -> Authority:
         raise ConfigError(f"{folder}: {exc}") from exc
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner reads, in a folder that only its owner enters, in place of an older one."""
-    aside = path.with_name(f"{path.name}.new")
+def _write(contents: Mapping[Path, bytes]) -> None:
+    """Writes files that only their owner reads, in folders that only their owner enters, in place of older ones: all,
+    or none if one cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside.unlink(missing_ok=True)
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-        aside.rename(path)
+        with ExitStack() as writing:
+            for path, content in contents.items():
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                writing.enter_context(writing_whole(path, mode=0o600)).write_bytes(content)
+            # A process that reads in between finds a key that does not fit, and stays with what it has.
     except OSError as exc:
-        raise ResourceError(f"{path}: cannot be written ({exc.strerror})") from exc
+        raise ResourceError(f"{exc.filename}: cannot be written ({exc.strerror})") from exc

@@ -92,7 +92,7 @@ def jobs(address: str | None, as_json: bool, console: Console) -> None:
             job.id,
             job.status.lower(),
             shown_time(job.submitted_s) if job.submitted_s else "",
-            f"{(job.ended_s or time.time()) - job.submitted_s:.0f} s" if job.submitted_s else "",
+            f"{max((job.ended_s or time.time()) - job.submitted_s, 0.0):.0f} s" if job.submitted_s else "",
             "" if job.exit_code is None else str(_shell_code(job.exit_code)),
             job.entrypoint,
         )

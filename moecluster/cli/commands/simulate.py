@@ -14,7 +14,7 @@ from actors.places import check_file
 from moecluster.cli.common.formatting import shown_part
 from moecluster.cli.common.output_files import check_writable, write_report
 from moecluster.cli.common.tables import make_table, show_table
-from moecluster.errors import ConfigError
+from moecluster.errors import ConfigError, TraceError
 from moecluster.placement.layout import Fleet
 from moecluster.placement.policy.registry import policy_named
 from moecluster.simulation.costs import BENCH_EXPERT_BYTES, Costs, calibrated
@@ -139,9 +139,13 @@ def _write_trace(path: Path, loads: SyntheticLoads, fleet: Fleet) -> None:
             for actor, (slots, node) in enumerate(zip(fleet.slots_A, fleet.node_A, strict=True))
         ),
     )
-    with TraceWriter(path, header) as writer:
-        for load in loads:
-            writer.add(TraceWindow(time_s=load.time_s, counts_LE=load.counts_LE))
+    try:
+        with TraceWriter(path, header) as writer:
+            for load in loads:
+                writer.add(TraceWindow(time_s=load.time_s, counts_LE=load.counts_LE))
+    except TraceError:
+        path.unlink(missing_ok=True)  # a part of a day would pass for a day
+        raise
 
 
 def _check(choice: SimulationChoice) -> None:

@@ -54,6 +54,10 @@ def status(choice: ClusterChoice, as_json: bool, timeout_s: float, console: Cons
     seen = view.seen
     for line in _summary(seen) if seen is not None else ():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for router in seen.router_states if seen is not None else ():
+        for lane in router.inline_lanes:
+            line = f"rows of {router.router} travel inline to {lane}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for replica in seen.replicas_aside if seen is not None else ():
         line = f"expert {replica.expert} of {replica.actor} is {replica.state}: {replica.problem or 'NaN or infinity'}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from moecluster.addresses import split_host_port
 from moecluster.config.sections import ClusterConfig
-from moecluster.errors import ConfigError, MoeClusterError
+from moecluster.errors import ConfigError, MoeClusterError, TlsMismatch, Unauthenticated, Unavailable
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.credentials import SECRET_FILE_VARIABLE, ClusterCredentials, given_credentials, read_secret
+from moecluster.rpc.tls.mismatch import mismatch_at
 from moecluster.types import ControllerStatus
 
 
@@ -59,9 +60,14 @@ class RemoteCluster:
         return ControllerCalls(self.address, credentials=self.credentials)
 
     def status(self) -> ControllerStatus:
-        """Returns the cluster as its controller sees it. Raises a MoeClusterError."""
+        """Returns the cluster as its controller sees it. Raises a MoeClusterError; TlsMismatch if that is why it never
+        answered."""
         with self.calls() as controller:
-            seen = controller.status()
+            try:
+                seen = controller.status()
+            except Unavailable as exc:
+                known = self._routers or isinstance(exc, Unauthenticated | TlsMismatch)
+                raise exc if known else mismatch_at(self.address, self.credentials) or exc from exc
         self._routers = routers_in(seen)
         return seen
 

@@ -13,10 +13,11 @@ from actors.launch import credentials_of, join, leave
 from moecluster.cli.common.cluster_choice import ClusterChoice, RemoteCluster, routers_in
 from moecluster.cli.common.console import make_console
 from moecluster.cli.common.lookup import found
-from moecluster.errors import DeadlineExceeded, MoeClusterError, Unauthenticated, Unavailable
+from moecluster.errors import DeadlineExceeded, MoeClusterError, TlsMismatch, Unauthenticated, Unavailable
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.router.client import RouterCalls
+from moecluster.rpc.tls.mismatch import mismatch_at
 
 if TYPE_CHECKING:
     from actors.driver import Cluster
@@ -37,8 +38,8 @@ class _Whereabouts(Protocol):
     def answered(self, calls: ControllerCalls) -> None:
         """Is told that the controller has answered."""
 
-    def is_final(self, error: Unavailable) -> bool:
-        """Whether waiting does not help."""
+    def final(self, error: Unavailable) -> Unavailable | None:
+        """Returns the error to end with if waiting does not help, else None."""
 
     def find(self) -> str:
         """Returns where the controller is now. Raises Unavailable or DeadlineExceeded while nobody knows."""
@@ -81,8 +82,10 @@ class LiveController:
                 self._where.answered(self._calls)
                 return answer
             except Unavailable as exc:
-                if time.monotonic() > deadline_s or self._where.is_final(exc):
+                if time.monotonic() > deadline_s:
                     raise
+                if (final := self._where.final(exc)) is not None:
+                    raise final from exc
                 self._try_elsewhere()
 
     def _try_elsewhere(self) -> None:
@@ -121,9 +124,8 @@ class _Recorded:
         if noted is not None:
             cluster_file.save(replace(noted, controller_address=calls.address))
 
-    def is_final(self, error: Unavailable) -> bool:
+    def final(self, error: Unavailable) -> None:
         """No error is: another cluster may have taken the port of the controller."""
-        return False
 
     def find(self) -> str:
         if self._joined is None:
@@ -150,8 +152,12 @@ class _AtAddress:
             with suppress(MoeClusterError):
                 self._routers = routers_in(calls.status())
 
-    def is_final(self, error: Unavailable) -> bool:
-        return isinstance(error, Unauthenticated) and not self._routers
+    def final(self, error: Unavailable) -> Unavailable | None:
+        if self._routers:  # it has answered: something else has its port now
+            return None
+        if isinstance(error, Unauthenticated | TlsMismatch):
+            return error
+        return mismatch_at(self.address, self.credentials)
 
     def find(self) -> str:
         for router in self._routers:

@@ -10,6 +10,7 @@ from rich.console import Console
 from actors.places import check_file
 from moecluster.cli.common.extras import need
 from moecluster.errors import ConfigError
+from moecluster.whole_file import write_whole
 
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 
@@ -29,5 +30,5 @@ def write_report(path: Path | None, report: Mapping[str, Any], console: Console)
     """Writes a report as JSON and prints its path; does nothing without a path."""
     if path is None:
         return
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, f"{json.dumps(report, indent=1, allow_nan=False)}\n".encode())
     console.print(f"every figure: {path}", highlight=False)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from moecluster.simulation.replay import ReplayedWindow
 from moecluster.simulation.scaling_law import MeasuredSize, fit_power_law
 from moecluster.simulation.scenario import SimulatedWindow
+from moecluster.whole_file import writing_whole
 
 DOTS_PER_INCH = 120
 LINE_STYLES = ("-", "--", ":", "-.")  # so that policies with equal curves stay visible
@@ -40,7 +41,8 @@ def draw_replay(replays: Mapping[str, Sequence[ReplayedWindow]], path: Path) -> 
     panels[2].set_xlabel(f"{unit} since the first plan")
     panels[2].set_xlim(times[0], times[-1])
     figure.suptitle("What each policy would have done: every window scored on the placement decided before it")
-    figure.savefig(path)
+    with writing_whole(path) as aside:
+        figure.savefig(aside)
 
 
 def draw_simulation(windows: Sequence[SimulatedWindow], sizes: Sequence[MeasuredSize], title: str, path: Path) -> None:
@@ -61,7 +63,8 @@ def draw_simulation(windows: Sequence[SimulatedWindow], sizes: Sequence[Measured
     else:
         _controller(panels[2, 1], windows, unit)
     figure.suptitle(title)
-    figure.savefig(path)
+    with writing_whole(path) as aside:
+        figure.savefig(aside)
 
 
 def _throughput(axes: Axes, times: Sequence[float], windows: Sequence[SimulatedWindow]) -> None:

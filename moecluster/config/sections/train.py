@@ -62,7 +62,7 @@ class TrainConfig(Section):
     )
     checkpoint_errors: str = setting(
         "stop",
-        "When a checkpoint cannot be written, for example because the disk is full: stop the run, or continue.",
+        "When a checkpoint or the history of a run cannot be written, as on a full disk: stop the run, or continue.",
         choices=("stop", "continue"),
     )
     resume: bool = setting(False, "Resume from the last checkpoint in output_dir if there is one.")

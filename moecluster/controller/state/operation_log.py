@@ -25,15 +25,18 @@ class OperationLog:
         *,
         on_change: Callable[[], None] = lambda: None,
         unix_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_change is called after every change, without any lock held."""
+        """on_change is called after every change, without any lock held. unix_clock: dates operations; clock: measures
+        them."""
         self._metrics = metrics
         self._on_change = on_change
         self._unix_clock = unix_clock
+        self._clock = clock
         self._lock = threading.Lock()
         self._operations: dict[str, Operation] = {}
         self._reached: dict[str, set[OperationPhase]] = {}  # operation id -> phases that the metrics have counted
-        self._dated_elsewhere: set[str] = set()  # ids of operations that another host's clock may have dated
+        self._began_s: dict[str, float] = {}  # by the clock; not of operations that a predecessor has dated
 
     def take_over(self, operations: tuple[Operation, ...]) -> None:
         """Takes over a predecessor's operations: queues resumable ones again, and fails the others that have not ended.
@@ -44,7 +47,6 @@ class OperationLog:
         with self._lock:
             for operation in operations:
                 self._reached[operation.id] = _reached_by(operation.phase)
-                self._dated_elsewhere.add(operation.id)
                 if not operation.phase.ended and operation.kind.resumable:
                     operation = dataclasses.replace(operation, phase=OperationPhase.QUEUED, detail="restarted")
                 elif not operation.phase.ended:
@@ -97,9 +99,8 @@ class OperationLog:
             self._operations[operation_id] = operation
         if operation.phase is not before.phase:
             self._count(operation)
-            if operation.phase is OperationPhase.DONE and operation_id not in self._dated_elsewhere:
-                assert operation.ended_s is not None, "set above"
-                self._metrics.observe_operation(operation.kind, seconds=operation.ended_s - operation.created_s)
+            if operation.phase is OperationPhase.DONE and operation_id in self._began_s:
+                self._metrics.observe_operation(operation.kind, seconds=self._clock() - self._began_s[operation_id])
         self._on_change()
         return operation
 
@@ -171,18 +172,23 @@ class OperationLog:
             **figures,
         )
         self._operations[operation.id] = operation
+        self._began_s[operation.id] = self._clock()
         ended = [o for o in self._operations.values() if o.phase.ended]
         reshares = [o.id for o in ended if o.kind is OperationKind.RESHARE]
         others = [o.id for o in ended if o.kind is not OperationKind.RESHARE]
         for old in (*reshares[:-MAX_KEPT_RESHARES], *others[:-MAX_KEPT]):
             del self._operations[old]
             self._reached.pop(old, None)
-            self._dated_elsewhere.discard(old)
+            self._began_s.pop(old, None)
         return operation
 
     def _end_of(self, operation: Operation) -> float:
-        """Returns the time of now, and not one before the operation's begin: clocks are set, and hosts' differ."""
-        return max(self._unix_clock(), operation.created_s)
+        """Returns the Unix time of now, by the clock that dated the operation's begin, even if it was set since. For
+        one that a predecessor has dated: not before its begin, since hosts' clocks differ."""
+        began_s = self._began_s.get(operation.id)
+        if began_s is None:
+            return max(self._unix_clock(), operation.created_s)
+        return operation.created_s + self._clock() - began_s
 
     def _added(self, operation: Operation) -> None:
         """Without the lock."""

@@ -61,6 +61,9 @@ class _Notes:
             if self._waiting:
                 ended, self._waiting = self._waiting, []
                 # Shielded: a cancelled worker must not abort the write, which others wait for.
-                await asyncio.shield(asyncio.to_thread(self._journal.append, ended))
+                writing = asyncio.ensure_future(asyncio.to_thread(self._journal.append, ended))
+                # Its error is not lost if nobody waits any more: the journal raises it again at the next write.
+                writing.add_done_callback(lambda done: done.exception())
+                await asyncio.shield(writing)
                 for _, output in ended:
                     self._on_done(output)

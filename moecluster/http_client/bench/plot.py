@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from moecluster.http_client.bench.request import Measured
 from moecluster.http_client.bench.summary import Slo, in_flight_over_time, rate_over_time
+from moecluster.whole_file import writing_whole
 
 DOTS_PER_INCH = 120
 NUM_BINS = 60
@@ -28,7 +29,8 @@ def draw_load(measured: Sequence[Measured], slo: Slo, title: str, path: Path) ->
     _throughput(panels[1, 0], measured, duration_s)
     _in_flight(panels[1, 1], measured, duration_s)
     figure.suptitle(title)
-    figure.savefig(path)
+    with writing_whole(path) as aside:
+        figure.savefig(aside)
 
 
 def _distribution(

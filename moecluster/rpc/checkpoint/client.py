@@ -18,11 +18,20 @@ from typing import TypeVar
 
 import grpc
 
-from moecluster.errors import CheckpointError, DeadlineExceeded, Exhausted, InvalidMessage, StaleRequest, Unavailable
+from moecluster.errors import (
+    CheckpointError,
+    DeadlineExceeded,
+    Exhausted,
+    InvalidMessage,
+    ResourceError,
+    StaleRequest,
+    Unavailable,
+)
 from moecluster.models.checkpoint.files import CONFIG_NAME, METADATA_NAME, TRAINING_FOLDER, WEIGHTS_NAME, Seen
 from moecluster.models.checkpoint.training_progress import TRAINING_STATE
 from moecluster.proto import checkpoint_pb2
 from moecluster.proto.checkpoint_pb2_grpc import CheckpointServiceStub
+from moecluster.rpc.channels import is_connected_within
 from moecluster.rpc.checkpoint.locked_folder import HeldFolder
 from moecluster.rpc.checkpoint.server import MAX_METADATA_BYTES
 from moecluster.rpc.credentials import ClusterCredentials
@@ -60,7 +69,8 @@ class RemoteFiles:
     def __init__(self, path: str | Path, locate: Locate, *, credentials: ClusterCredentials | None = None) -> None:
         """Fetches all files except the weights. path: the directory's name at the user.
 
-        Raises CheckpointError if it holds no model, Unavailable or DeadlineExceeded if it cannot be reached.
+        Raises CheckpointError if it holds no model, Unavailable or DeadlineExceeded if it cannot be reached,
+        ResourceError if the files cannot be written here.
         """
         self.path = Path(path)
         self._locate = locate
@@ -75,12 +85,15 @@ class RemoteFiles:
             raise CheckpointError(f"{self.path} has no {CONFIG_NAME}: give the directory that save_pretrained wrote")
         self._folder = HeldFolder()
         self.metadata = self._folder.path
-        for name, size in sizes.items():
-            if name not in self._weights and name not in self._optimizer_files:
-                content = bytearray(size)
-                self.read_into(name, 0, memoryview(content))
-                (self.metadata / name).parent.mkdir(exist_ok=True)
-                (self.metadata / name).write_bytes(content)
+        try:
+            for name, size in sizes.items():
+                if name not in self._weights and name not in self._optimizer_files:
+                    content = bytearray(size)
+                    self.read_into(name, 0, memoryview(content))
+                    self._folder.write(name, content)
+        except ResourceError:
+            self.close()
+            raise
 
     def weights(self) -> Mapping[str, int]:
         return self._weights
@@ -143,11 +156,9 @@ class _Connection:
         self._source = source
         self._channel = open_channel(source.address, credentials)
         self._stub = CheckpointServiceStub(self._channel)
-        try:
-            grpc.channel_ready_future(self._channel).result(CONNECT_TIMEOUT_S)
-        except grpc.FutureTimeoutError as exc:
+        if not is_connected_within(self._channel, CONNECT_TIMEOUT_S):
             self._channel.close()
-            raise Unavailable(f"{source.address}: no connection within {CONNECT_TIMEOUT_S:g} s") from exc
+            raise Unavailable(f"{source.address}: no connection within {CONNECT_TIMEOUT_S:g} s")
 
     def close(self) -> None:
         self._channel.close()

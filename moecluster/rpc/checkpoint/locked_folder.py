@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from moecluster.errors import ResourceError
+
 PREFIX = "moecluster-files-"
 LOCK_NAME = ".held"
 NEW_S = 60.0  # a younger folder may not be locked yet
@@ -17,11 +19,30 @@ class HeldFolder:
     """Removed by `remove` or with its last reference; after a kill, by the next HeldFolder on this host."""
 
     def __init__(self) -> None:
-        _remove_left(Path(tempfile.gettempdir()))
-        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
-        self.path = Path(self._folder.name)
-        self._lock = (self.path / LOCK_NAME).open("wb")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Raises ResourceError if it cannot be made."""
+        try:
+            _remove_left(Path(tempfile.gettempdir()))
+            self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+            self.path = Path(self._folder.name)
+            self._lock = (self.path / LOCK_NAME).open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise ResourceError(
+                f"{exc.filename or tempfile.gettempdir()}: a folder for the files of a checkpoint cannot be made "
+                f"({exc.strerror}); free some space there, or set TMPDIR to another folder"
+            ) from exc
+
+    def write(self, name: str, content: bytes | bytearray) -> None:
+        """Writes a file. Raises ResourceError."""
+        path = self.path / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        except OSError as exc:
+            raise ResourceError(
+                f"{path}: {len(content)} bytes of a checkpoint's files cannot be written ({exc.strerror}); free some "
+                "space there, or set TMPDIR to another folder"
+            ) from exc
 
     def remove(self) -> None:
         """Removes the folder. Idempotent."""

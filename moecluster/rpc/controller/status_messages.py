@@ -132,6 +132,7 @@ def encode_router_state(state: RouterState) -> controller_pb2.RouterState:
         failed_weight_version=state.failed_weight_version,
         problem=state.problem[:MAX_REASON_LENGTH],
         process=_encode_process(state.process),
+        inline_lanes=[lane[:MAX_REASON_LENGTH] for lane in state.inline_lanes],
     )
 
 
@@ -149,4 +150,5 @@ def decode_router_state(message: controller_pb2.RouterState) -> RouterState:
         failed_weight_version=message.failed_weight_version,
         problem=message.problem[:MAX_REASON_LENGTH],
         process=_decode_process(message.process, "state.process"),
+        inline_lanes=tuple(lane[:MAX_REASON_LENGTH] for lane in message.inline_lanes),
     )

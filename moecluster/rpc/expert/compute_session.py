@@ -13,7 +13,7 @@ from moecluster.rpc import tensors
 from moecluster.rpc.expert import messages
 from moecluster.rpc.expert.interface import ComputeHandler
 from moecluster.rpc.same_host.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
-from moecluster.rpc.same_host.segment import PeerSegment, Segment, SegmentUnavailable
+from moecluster.rpc.same_host.segment import PeerSegment, Segment, SegmentShortage, SegmentUnavailable
 from moecluster.rpc.status_codes import abort_with, reply_code_of
 from moecluster.types import ComputeBatch, ComputeResult
 
@@ -69,8 +69,9 @@ class ComputeSession:
         try:
             self._peer = PeerSegment(offer.pid, offer.fd, offer.size_bytes)
             self._segment = Segment(offer.size_bytes)
-        except SegmentUnavailable:
+        except SegmentUnavailable as exc:
             self._peer = None
+            reply.shortage = str(exc) if isinstance(exc, SegmentShortage) else ""
             return reply  # without a nonce: rows travel inline
         self._open_mailboxes(offer.pid)
         reply.nonce = self._peer.nonce

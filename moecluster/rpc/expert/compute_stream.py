@@ -18,10 +18,12 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert import messages
 from moecluster.rpc.same_host.mailbox import Mailbox, MailboxUnavailable, PeerMailbox
 from moecluster.rpc.same_host.reply_reader import Answer, ReplyReaders
-from moecluster.rpc.same_host.segment import PeerSegment, Segment, SegmentUnavailable
+from moecluster.rpc.same_host.segment import PeerSegment, Segment, SegmentShortage, SegmentUnavailable
 from moecluster.rpc.server import open_channel
 from moecluster.rpc.status_codes import error_of_reply, from_rpc_error
 from moecluster.types import ActorAddress, ComputeBatch, ComputeResult
+
+MAX_REASON = 200  # characters that an actor may say of its shortage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class GrpcExpertTransport:
         """
         self.actor = address.actor
         self.name = "inline"
+        self.shortage = ""
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
@@ -88,13 +91,13 @@ class GrpcExpertTransport:
             self.close()
             raise StaleRequest(f"{self.actor} is incarnation {self.incarnation}, not {address.incarnation}")
 
-    @staticmethod
-    def _make_segment(size_bytes: int) -> Segment | None:
+    def _make_segment(self, size_bytes: int) -> Segment | None:
         if not size_bytes:
             return None
         try:
             return Segment(size_bytes)
-        except SegmentUnavailable:
+        except SegmentUnavailable as exc:
+            self.shortage = f"the router: {exc}" if isinstance(exc, SegmentShortage) else ""
             return None
 
     @staticmethod
@@ -112,6 +115,7 @@ class GrpcExpertTransport:
         """Uses shared memory for requests if the actor has read our segment's nonce; otherwise inline bytes."""
         self.incarnation = reply.incarnation
         if self._segment is None or reply.nonce != self._segment.nonce:
+            self.shortage = self.shortage or (f"the actor: {reply.shortage[:MAX_REASON]}" if reply.shortage else "")
             return
         self._use_segment = True
         self.name = "shm"

@@ -11,6 +11,7 @@ from moecluster.errors import InvalidMessage, Unavailable
 from moecluster.proto import expert_pb2
 from moecluster.proto.expert_pb2_grpc import ExpertServiceStub
 from moecluster.rpc import tensors
+from moecluster.rpc.channels import is_connected_within
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.interface import ExportedTensor, Pace
 from moecluster.rpc.fields import decode_expert, encode_expert
@@ -133,11 +134,10 @@ class GrpcPeerExports:
         )
         try:
             if not self._is_connected:
-                grpc.channel_ready_future(self._channel).result(min(CONNECT_TIMEOUT_S, timeout_s))
-                self._is_connected = True
+                self._is_connected = is_connected_within(self._channel, min(CONNECT_TIMEOUT_S, timeout_s))
+            if not self._is_connected:
+                raise Unavailable(f"{self._peer.actor}: no connection within {CONNECT_TIMEOUT_S:g} s")
             call = self._stub.Export(request, timeout=timeout_s)
-        except grpc.FutureTimeoutError as exc:
-            raise Unavailable(f"{self._peer.actor}: no connection within {CONNECT_TIMEOUT_S:g} s") from exc
         except ValueError as exc:  # the channel was closed
             raise Unavailable(f"{self._peer.actor}: {exc}") from exc
         try:

@@ -12,6 +12,7 @@ class InProcessTransport:
     """Passes batches directly to an expert service of this process."""
 
     name = "in-process"
+    shortage = ""
 
     def __init__(self, handler: ComputeHandler) -> None:
         self._handler = handler

@@ -38,6 +38,7 @@ class ExpertTransport(Protocol):
 
     name: str  # inline | shm | in-process: the `transport` label of the metrics
     incarnation: str  # of the actor, learned when the transport was opened
+    shortage: str  # why rows travel inline for now, for want of memory to share; empty: they need not, or never will
 
     def submit(self, batch: ComputeBatch) -> "Future[ComputeResult]":
         """Sends a batch. The future holds the result or a MoeClusterError; it ends by the batch's deadline."""

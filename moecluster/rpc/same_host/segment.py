@@ -22,6 +22,7 @@ import torch
 from moecluster.errors import InvalidMessage
 from moecluster.proto import tensor_pb2
 from moecluster.rpc.same_host.peer_descriptor import ForeignDescriptor, is_memory, opened_at_peer
+from moecluster.rpc.shortage import is_shortage
 
 NAME = "moecluster-rows"
 NONCE_BYTES = 32
@@ -33,6 +34,10 @@ REQUIRED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 class SegmentUnavailable(Exception):
     """The segment cannot be created or opened here; rows travel inline instead."""
+
+
+class SegmentShortage(SegmentUnavailable):
+    """There is no memory, or no descriptor, for a segment of our own now. Later there may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,26 +61,32 @@ def _rows_at(memory: mmap.mmap, offset: int, dtype: torch.dtype, shape: tuple[in
     return torch.frombuffer(memory, dtype=dtype, count=size, offset=offset + ALIGNMENT_BYTES).view(shape)
 
 
+def _unavailable(error: OSError, size_bytes: int) -> SegmentUnavailable:
+    if is_shortage(error) or error.errno in (errno.ENOSPC, errno.EFBIG):
+        return SegmentShortage(f"{size_bytes} bytes of memory to share cannot be had ({error.strerror})")
+    return SegmentUnavailable(str(error))
+
+
 class Segment:
     """Our own segment: we write, the peer reads. Thread-safe."""
 
     def __init__(self, size_bytes: int) -> None:
         """Allocates all memory now, so that a full machine fails here and not with a SIGBUS later.
 
-        Raises SegmentUnavailable.
+        Raises SegmentUnavailable, SegmentShortage.
         """
         self.size_bytes = _aligned(size_bytes)
         try:
             self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as exc:
-            raise SegmentUnavailable(str(exc)) from exc
+            raise _unavailable(exc, self.size_bytes) from exc
         try:
             os.posix_fallocate(self.fd, 0, self.size_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, REQUIRED_SEALS | fcntl.F_SEAL_SEAL)
             memory = mmap.mmap(self.fd, self.size_bytes)
         except OSError as exc:
             os.close(self.fd)
-            raise SegmentUnavailable(str(exc)) from exc
+            raise _unavailable(exc, self.size_bytes) from exc
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         memory[:NONCE_BYTES] = self.nonce
         self._map: mmap.mmap | None = memory  # None once closed

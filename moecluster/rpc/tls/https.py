@@ -1,9 +1,13 @@
 """TLS of HTTP servers, whose clients show no certificate: new connections get the newest certificate on disk."""
 
+import logging
 import ssl
 import threading
 
+from moecluster.errors import ConfigError
 from moecluster.rpc.tls.material import FollowedMaterial, TlsFiles, server_context
+
+logger = logging.getLogger(__name__)
 
 
 class HttpsCertificate:
@@ -21,7 +25,10 @@ class HttpsCertificate:
         material = self._followed.current()
         with self._lock:
             if material is not self._material:
-                self._material, self._context = material, server_context(material)
+                try:
+                    self._material, self._context = material, server_context(material)
+                except ConfigError as exc:
+                    logger.warning("the certificate read before stays in use for now: %s", exc)
             return self._context
 
     def lasting_context(self) -> ssl.SSLContext:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moecluster.errors import ConfigError
+from moecluster.rpc.shortage import is_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ class FollowedMaterial:
             self._material, version = _read_whole(self._files)
             logger.info("%s was read again after a change", self._files.certificate)
         except ConfigError as exc:
+            if is_shortage(exc.__cause__):
+                logger.warning("the certificate read before stays in use for now: %s", exc)
+                return  # not seen: they are looked at again
             if version != self._seen:  # once for each state of the files
                 logger.warning("the certificate read before stays in use: %s", exc)
         self._seen = version
@@ -105,9 +109,16 @@ def read_material(files: TlsFiles) -> TlsMaterial:
 
 
 def server_context(material: TlsMaterial) -> ssl.SSLContext:
-    """Returns a context for servers; with a CA it requires certificates of clients. Raises ConfigError if the key does
-    not fit the certificate."""
+    """Returns a context for servers; with a CA it requires certificates of clients. Raises ssl.SSLError if the key does
+    not fit the certificate, ConfigError if no file can be opened."""
     return _with_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), material)
+
+
+def client_context(material: TlsMaterial) -> ssl.SSLContext:
+    """Returns a context for clients, which show the certificate too. Raises what server_context does."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
+    return _with_chain(context, material)
 
 
 def _read_whole(files: TlsFiles) -> tuple[TlsMaterial, Version]:
@@ -169,11 +180,10 @@ def _proven(material: TlsMaterial, files: TlsFiles) -> TlsMaterial:
     except ssl.SSLError as exc:
         why = "is not the key of" if exc.reason == "KEY_VALUES_MISMATCH" else "is no private key in PEM for"
         raise ConfigError(f"{files.key}: {why} the certificate {files.certificate}") from exc
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if files.ca is not None:
-        client.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
-        client = _with_chain(client, material)
+        client = client_context(material)
     else:  # then only its dates are judged
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname = False
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         client.load_verify_locations(cadata=_first_certificate(material.certificate))
@@ -187,8 +197,13 @@ def _proven(material: TlsMaterial, files: TlsFiles) -> TlsMaterial:
 
 
 def _with_chain(context: ssl.SSLContext, material: TlsMaterial) -> ssl.SSLContext:
-    with _as_file(material.certificate + b"\n" + material.key) as path:
-        context.load_cert_chain(path, password=str)  # an empty one, since it would ask at the terminal otherwise
+    try:
+        with _as_file(material.certificate + b"\n" + material.key) as path:
+            context.load_cert_chain(path, password=str)  # an empty one, since it would ask at the terminal otherwise
+    except ssl.SSLError:
+        raise
+    except OSError as exc:
+        raise ConfigError(f"certificates cannot be loaded ({exc.strerror})") from exc
     if material.ca and context.verify_mode is not ssl.CERT_REQUIRED:
         context.load_verify_locations(cadata=material.ca.decode("ascii", errors="ignore"))
         context.verify_mode = ssl.CERT_REQUIRED

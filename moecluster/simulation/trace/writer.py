@@ -15,7 +15,7 @@ from moecluster.simulation.trace.reader import read_header, read_window, refuse
 
 
 class TraceWriter:
-    """Writes a trace line by line, flushing each: a crash of the process tears the last line at most.
+    """Writes a trace line by line, each at once: a crash of the process tears the last line at most.
 
     Appends to an existing file if it is a trace with the same header; a torn last line is cut off. Raises TraceError
     for any other file.
@@ -28,17 +28,21 @@ class TraceWriter:
         self._shift_s = 0.0
         whole = self._go_on() if self._path.is_file() and self._path.stat().st_size else 0
         try:
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)
+            self._file.truncate(whole)
         except OSError as error:
             raise TraceError(f"{path}: cannot be written: {error.strerror}") from error
-        self._file.truncate(whole)
+        self._whole = whole  # bytes of complete lines
         if not whole:
             fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header)}
             self._write(fields)
 
     def add(self, window: TraceWindow) -> None:
-        """Appends a window. One that is dated before the last, by a clock that was set or another controller's, is
-        moved behind that one, and later ones as much."""
+        """Appends a window. Raises TraceError if it cannot be written; the file keeps its whole lines.
+
+        One that is dated before the last, by a clock that was set or another controller's, is moved behind that one,
+        and later ones as much.
+        """
         if window.time_s + self._shift_s <= self._time_s:
             self._shift_s = self._time_s + self._header.window_s - window.time_s
         self._time_s = window.time_s + self._shift_s
@@ -50,9 +54,13 @@ class TraceWriter:
         self._write(fields)
 
     def close(self) -> None:
-        """Syncs all lines to disk and closes the file."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Syncs all lines to disk and closes the file. Raises TraceError."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise TraceError(f"{self._path}: cannot be written: {error.strerror}") from error
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -76,5 +84,14 @@ class TraceWriter:
         return whole
 
     def _write(self, fields: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(fields, separators=(",", ":"), allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        content = json.dumps(fields, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(content):
+                written += self._file.write(content[written:])
+        except OSError as error:
+            self._file.truncate(self._whole)
+            raise TraceError(
+                f"{self._path}: cannot be written: {error.strerror}; what was recorded before is whole"
+            ) from error
+        self._whole += len(content)

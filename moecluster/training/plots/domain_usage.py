@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from moecluster.training.domain_usage import DomainMap
+from moecluster.whole_file import writing_whole
 
 DOTS_PER_INCH = 120
 
@@ -32,4 +33,5 @@ def draw_domain_map(shares: DomainMap, path: str | Path) -> None:
         axes.set_yticks(range(len(shares.domains)), labels=list(shares.domains))
     figure.colorbar(image, ax=list(panels), label="share of the domain's tokens")
     figure.suptitle("Which experts serve which domain (percent of the domain's assignments in the layer)", fontsize=11)
-    figure.savefig(path)
+    with writing_whole(Path(path)) as aside:
+        figure.savefig(aside)

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from moecluster.errors import DataError
 from moecluster.training.history import History
+from moecluster.whole_file import writing_whole
 
 SIZE_INCHES = (8.0, 4.8)
 DOTS_PER_INCH = 120
@@ -52,4 +53,5 @@ def draw_loss_curve(history: History, path: str | Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     (below[-1] if below else axes).set_xlabel("step")
-    figure.savefig(path)
+    with writing_whole(Path(path)) as aside:
+        figure.savefig(aside)

@@ -1,5 +1,6 @@
 """Shared memory or inline: chosen by what each side can read of the other, and freed when a stream ends."""
 
+import errno
 import gc
 import os
 import resource
@@ -81,7 +82,33 @@ def test_a_router_without_room_for_a_segment_sends_inline(connect: Connect, modu
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert transport.name == "inline"
+    assert transport.shortage == f"the router: {SEGMENT_BYTES} bytes of memory to share cannot be had (File too large)"
     check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
+
+
+def test_an_actor_without_room_for_a_segment_answers_inline_and_says_why(
+    connect: Connect, modules: dict[int, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_create, created = os.memfd_create, []
+
+    def create(name: str, flags: int) -> int:
+        created.append(name)
+        if len(created) == 2:  # the router's is the first
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return really_create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", create)
+    transport = connect("shm")
+    assert transport.name == "inline" and len(created) == 2
+    why = "memory to share cannot be had (Cannot allocate memory)"
+    assert transport.shortage == f"the actor: {SEGMENT_BYTES} bytes of {why}"
+    check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
+
+
+def test_a_router_on_another_host_lacks_nothing(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Segment, "offer", offer_of(pid=2**31 - 1, fd=5))
+    assert (connect("shm").name, connect("shm").shortage) == ("inline", "")
+    assert connect("inline").shortage == ""
 
 
 def test_replies_travel_inline_when_only_the_router_has_a_segment(

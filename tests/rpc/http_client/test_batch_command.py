@@ -25,6 +25,7 @@ from moecluster.http_client.batch.lines import BatchInput
 from moecluster.http_client.batch.run import run_batch
 from moecluster.http_client.batch.send import Retries
 from moecluster.http_client.connection import open_gateway
+from tests.support.batch_requests import check_whole, text_of, write_requests
 from tests.support.clusters.fake_actors import save_tiny_model
 from tests.support.clusters.loopback_cluster import LoopbackCluster
 from tests.support.fakes.fake_openai import FakeOpenAI, Trouble, answer_to, serving
@@ -33,30 +34,6 @@ from tests.support.waiting import WAIT_S, wait_until
 COMMAND = (sys.executable, "-c", "from moecluster.cli.app import main; main()", "batch")
 
 Ask = Callable[..., list[dict[str, Any]]]
-
-
-def write_requests(path: Path, prompts: Sequence[str]) -> Path:
-    with path.open("w") as file:
-        for number, prompt in enumerate(prompts):
-            chat = number % 3 == 2
-            body = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-            url = "/v1/chat/completions" if chat else "/v1/completions"
-            request = {"custom_id": f"id of {prompt}", "method": "POST", "url": url, "body": {"model": "m", **body}}
-            file.write(json.dumps(request) + "\n")
-    return path
-
-
-def text_of(output: dict[str, Any]) -> str:
-    (choice,) = output["response"]["body"]["choices"]
-    return str(choice["text"] if "text" in choice else choice["message"]["content"])
-
-
-def check_whole(out: Path, prompts: Sequence[str]) -> None:
-    """Checks that every request has its own response, once, in the order of the requests."""
-    outputs = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [output["custom_id"] for output in outputs] == [f"id of {prompt}" for prompt in prompts]
-    assert [text_of(output) for output in outputs] == [answer_to(prompt) for prompt in prompts]
-    assert len({output["id"] for output in outputs}) == len(prompts)
 
 
 @pytest.fixture

@@ -1,45 +1,26 @@
 """Ports x attempts: with the wrong credential, or none, or without the right certificate, every port of every service
 refuses with the documented status (docs/security.md), and with the right one it answers."""
 
-import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import grpc
 import httpx
 import pytest
 
 from moecluster.cli.common.certificates import Authority
-from moecluster.config.sections import SecurityConfig
-from moecluster.gateway.router_discovery import ClusterAddresses
-from moecluster.gateway.server import ModelSource
-from moecluster.metrics import Metrics
 from moecluster.rpc.credentials import ClusterCredentials
-from moecluster.rpc.metrics_server import MetricsServer
 from moecluster.rpc.scopes import Scope, required_scope
-from moecluster.rpc.server import open_channel
 from moecluster.rpc.tls.material import NAME
 from moecluster.rpc.tokens import make_token
 from tests.support.certificates import write_certificates
 from tests.support.clusters.every_method import Method, code_of, guarded_methods
-from tests.support.clusters.guarded_servers import guarded_servers
-from tests.support.clusters.running_gateway import running_gateway
-from tests.support.fakes.fake_router import FakeRouter
-from tests.support.waiting import WAIT_S
+from tests.support.clusters.every_port import GRPC, HTTP, Ports, every_port
 
 SECRET = ClusterCredentials(secret="k" * 43, cluster="ours")
 ANOTHER = ClusterCredentials(secret="w" * 43, cluster="ours")
 SAME_SECRET = ClusterCredentials(secret="k" * 43, cluster="another")
-GRPC = ("router", "controller", "expert", "checkpoint")
-HTTP = {
-    "metrics": (Scope.READ, "/metrics"),
-    "gateway": (Scope.INFER, "/v1/models"),
-    "gateway's metrics": (Scope.READ, "/metrics"),
-}
 OURS, THEIRS = Authority.make(), Authority.make()
 
 
@@ -82,53 +63,13 @@ RIGHT = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ports:
-    """One of each service, all with TLS."""
-
-    addresses: dict[str, str]  # service -> host:port
-    tls_dir: Path
-    foreign_tls_dir: Path  # of another CA
-
-    def grpc(self, service: str, bearer: str, methods: list[Method], *, tls_dir: Path | None) -> set[grpc.StatusCode]:
-        """The statuses of calls of these methods. tls_dir: the client's; None: plain text."""
-        with self.channel(service, tls_dir) as channel:
-            metadata = (("authorization", f"Bearer {bearer}"),) if bearer else ()
-            connects = tls_dir == self.tls_dir
-            return {code_of(channel, method, metadata, connects=connects)[0] for method in methods}
-
-    def channel(self, service: str, tls_dir: Path | None) -> Any:
-        credentials = replace(SECRET, tls_dir=str(tls_dir)) if tls_dir is not None else None
-        channel: Any = open_channel(self.addresses[service], credentials)
-        return channel._channel if credentials is not None else channel  # without the secret that it would add
-
-    def http(self, service: str, path: str, bearer: str, *, scheme: str = "https", certificate: bool = False) -> int:
-        """The status of GET; certificate: with a client certificate of another CA."""
-        context = ssl.create_default_context(cafile=str(self.tls_dir / "ca.crt"))
-        if certificate:
-            context.load_cert_chain(self.foreign_tls_dir / "tls.crt", self.foreign_tls_dir / "tls.key")
-        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-        url = f"{scheme}://{self.addresses[service]}{path}"
-        with httpx.Client(verify=context, timeout=WAIT_S) as client:
-            return client.get(url, headers=headers, extensions={"sni_hostname": NAME}).status_code
-
-
 @pytest.fixture(scope="module")
 def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
+    """All with TLS."""
     folder = write_certificates(tmp_path_factory.mktemp("tls"), OURS)
     foreign = write_certificates(tmp_path_factory.mktemp("foreign"), THEIRS)
-    secret = replace(SECRET, tls_dir=str(folder))
-    with ExitStack() as running:
-        addresses = {name: server.address for name, server in running.enter_context(guarded_servers(secret)).items()}
-        metrics = running.enter_context(closing(MetricsServer(Metrics(model="m"), credentials=secret)))
-        router = running.enter_context(FakeRouter(credentials=secret))
-        seeds = ClusterAddresses(routers=(router.address,), credentials=secret)
-        source = ModelSource(name="model", cluster=secret.cluster, seeds=seeds)
-        files = {"tls_certificate_file": str(folder / "tls.crt"), "tls_key_file": str(folder / "tls.key")}
-        gateway = running.enter_context(running_gateway(source, keys=["sk-team"], security=SecurityConfig(), **files))
-        addresses["metrics"] = f"127.0.0.1:{metrics.port}"
-        addresses["gateway"] = addresses["gateway's metrics"] = gateway.server.address
-        yield Ports(addresses=addresses, tls_dir=folder, foreign_tls_dir=foreign)
+    with every_port(replace(SECRET, tls_dir=str(folder)), foreign_tls_dir=foreign) as running:
+        yield running
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
@@ -156,6 +97,7 @@ def test_without_the_right_certificate_no_grpc_port_talks(ports: Ports, service:
     methods = [guarded_methods()[0], Method(path="/grpc.health.v1.Health/Check", requests_streamed=False)]
     assert ports.grpc(service, SECRET.secret, methods, tls_dir=None) == unavailable, "plain text"
     assert ports.grpc(service, SECRET.secret, methods, tls_dir=ports.foreign_tls_dir) == unavailable, "another CA's"
+    assert ports.tls_dir is not None
     ca, foreign = (ports.tls_dir / "ca.crt").read_bytes(), ports.foreign_tls_dir
     pair = [(foreign / name).read_bytes() for name in ("tls.key", "tls.crt")]
     for shown in (grpc.ssl_channel_credentials(ca), grpc.ssl_channel_credentials(ca, *pair)):

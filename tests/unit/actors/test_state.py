@@ -25,7 +25,7 @@ UP = UpCluster(
 )
 
 PLANNED = replace(RAY, address="")
-START = Start(name="one", ray_address="", model="/models/tiny", pid=4711, pid_started_s=1.5, local_ray=PLANNED)
+START = Start(name="one", ray_address="", model="/models/tiny", pid=4711, pid_start_ticks=15, local_ray=PLANNED)
 HOLD_LOCK = (
     "from actors.cluster_file import start_lock\nwith start_lock('one') as ours: print(ours, flush=True); input()"
 )
@@ -70,6 +70,15 @@ def test_a_start_is_not_up_until_it_is_noted_as_up() -> None:
     assert cluster_file.load("one") is None and cluster_file.load_start("one") == START
     cluster_file.save(UP)
     assert cluster_file.load("one") == UP and cluster_file.load_start("one") is None
+
+
+def test_a_start_that_an_older_version_noted_is_taken_for_one_that_has_ended() -> None:
+    cluster_file.save(START)
+    file = state_folder() / "one.json"
+    fields = json.loads(file.read_text())
+    del fields["pid_start_ticks"]
+    file.write_text(json.dumps({**fields, "pid_started_s": 1.5}))
+    assert cluster_file.load_start("one") == replace(START, pid_start_ticks=0)
 
 
 def test_a_lock_is_held_by_one_process_and_released_however_it_ends() -> None:

@@ -151,7 +151,14 @@ def test_a_successor_whose_clock_is_behind_ends_nothing_before_it_began(metrics)
     assert log.get("rebalance").ended_s == ahead_s
     assert log.update("scale", phase=OperationPhase.DONE).ended_s == ahead_s
     assert "operation_seconds_count" not in metrics.render(), "two clocks measure no duration"
-    own = log.begin(OperationKind.REBALANCE, reason="hot")
-    now_s = 900.0  # the clock is set
-    assert log.update(own.id, phase=OperationPhase.DONE).ended_s == 1000.0
-    assert 'operation_seconds_count{cluster="",kind="rebalance",model="tiny"} 1.0' in metrics.render()
+
+
+@pytest.mark.parametrize("set_to_s", [1000.0 - 7200.0, 1000.0 + 7200.0])
+def test_setting_the_clock_changes_no_duration(metrics, set_to_s: float) -> None:
+    unix_s, now_s = 1000.0, 5.0
+    log = OperationLog(metrics, unix_clock=lambda: unix_s, clock=lambda: now_s)
+    operation = log.begin(OperationKind.REBALANCE, reason="hot")
+    unix_s, now_s = set_to_s, 7.5
+    done = log.update(operation.id, phase=OperationPhase.DONE)
+    assert (done.created_s, done.ended_s) == (1000.0, 1002.5)
+    assert 'operation_seconds_sum{cluster="",kind="rebalance",model="tiny"} 2.5' in metrics.render()

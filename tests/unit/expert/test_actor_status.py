@@ -8,6 +8,7 @@ from moecluster.errors import DeadlineExceeded, InvalidMessage
 from moecluster.expert.service import ExpertService
 from moecluster.rpc.expert.interface import MAX_SNAPSHOT_BYTES
 from moecluster.rpc.expert.requests import PlacementNotice
+from tests.support.exhaustion.descriptors import no_descriptors
 from tests.support.expert.small_actor import (
     TIMEOUT_S,
     Occupied,
@@ -53,3 +54,10 @@ def test_work_is_counted(service: ExpertService) -> None:
     assert (work.computed_rows, work.batches, work.queue_rows) == (3 + 5 + 2, 4, 0)
     assert 3 * 0.1 <= work.queue_wait_s < 30.0
     assert 0.1 <= work.busy_s < 30.0
+
+
+def test_without_a_free_descriptor_the_memory_is_what_it_was(service: ExpertService) -> None:
+    before = service.status().rss_bytes
+    assert before > 10_000_000
+    with no_descriptors():
+        assert service.status().rss_bytes == before

@@ -14,6 +14,7 @@ from moecluster.gateway.rates import MAX_CLIENTS, RequestRates
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.scopes import Scope
 from moecluster.rpc.tokens import make_token
+from tests.support.exhaustion.descriptors import no_descriptors
 
 ONE = ClusterCredentials(secret="1" * 43, cluster="one")
 TWO = ClusterCredentials(secret="2" * 43, cluster="two")
@@ -148,3 +149,8 @@ def test_no_limit_counts_nothing_and_no_crowd_fills_the_memory() -> None:
 )
 def test_a_connection_that_is_not_found_is_nobodys(client, server) -> None:
     assert not is_own_user(client, server)
+
+
+def test_without_a_free_descriptor_the_own_user_is_asked_to_come_again() -> None:
+    with no_descriptors():
+        assert refused(is_own_user, ("127.0.0.1", 1), ("127.0.0.1", 2)).status == 503

@@ -104,3 +104,9 @@ def test_what_else_is_told_beside_a_status_comes_over() -> None:
     full = over_the_wire(Exhausted("full", retry_after_s=1.5))
     assert isinstance(full, Exhausted) and full.retry_after_s == 1.5
     assert type(over_the_wire(BatchBroken("it broke"))) is BatchBroken
+
+
+def test_what_grpc_adds_to_a_detail_that_it_did_not_write_is_left_out() -> None:
+    detail = "failed to connect to all addresses; last error: INTERNAL: socket: Too many open files\n\0\x84\x7f\0"
+    back = from_rpc_error(Failed(grpc.StatusCode.UNAVAILABLE, detail, None), "expert-0")
+    assert str(back) == f"expert-0: {detail.partition(chr(10))[0]}"
