@@ -16,8 +16,8 @@ DURATION_S = float(os.environ.get("MOECLUSTER_SOAK_DURATION_S", "60"))
 ALL = 20
 CYCLE_S = 40.0  # about, the mean of PATTERN
 PATTERN = ("idle", "idle", "drained", "idle", "terminated")  # how the node goes, over and over
-# Caches fill in a long cycle, which is none of the twenty, and in the first WARM_UP of these. Then the medians of the next
-# WINDOW cycles and of the last WINDOW are compared.
+# Caches fill in a long cycle, which is none of the twenty, and in the first WARM_UP of these. Then the medians of the
+# next WINDOW cycles and of the last WINDOW are compared.
 WARM_UP = WINDOW = 5
 FLAT = 0.01  # of the earlier median
 HELD = {
