@@ -18,9 +18,10 @@ from moecluster.cli.common.formatting import operations_table, to_json
 from moecluster.cli.common.lookup import found
 from moecluster.cli.common.model_weights import weights_in
 from moecluster.cli.common.tables import make_table, show_table
-from moecluster.errors import DeadlineExceeded, MoeClusterError, Unauthenticated, Unavailable
+from moecluster.errors import DeadlineExceeded, MoeClusterError, TlsMismatch, Unauthenticated, Unavailable
 from moecluster.rpc.controller.client import ControllerCalls
 from moecluster.rpc.credentials import ClusterCredentials
+from moecluster.rpc.tls.mismatch import mismatch_at
 from moecluster.types import ActorPhase, ActorState, ControllerStatus, ProcessInfo, RouterState
 
 STATUS_S = 3.5  # longest time of `status`, not counting the start of its process
@@ -78,7 +79,9 @@ def _view_at(choice: ClusterChoice, deadline_s: float) -> View:
     cluster = RemoteCluster(choice)
     seen = _ask_controller(cluster.address, cluster.credentials, deadline_s - LAST_WORDS_S - time.monotonic())
     if seen is None:
-        raise Unavailable(f"no controller answers at {cluster.address}")
+        left_s = max(deadline_s - time.monotonic(), LAST_WORDS_S)
+        silent = Unavailable(f"no controller answers at {cluster.address}")
+        raise mismatch_at(cluster.address, cluster.credentials, timeout_s=left_s) or silent
     endpoints = endpoints_in(seen, cluster.address)
     return View(
         name=seen.cluster or cluster.address,
@@ -191,7 +194,7 @@ def _ask_controller(
         with ControllerCalls(address, timeout_s=timeout_s, credentials=credentials) as calls:
             return calls.status()
     except (Unavailable, DeadlineExceeded) as exc:
-        if isinstance(exc, Unauthenticated) and not silent_if_wrong:
+        if isinstance(exc, Unauthenticated | TlsMismatch) and not silent_if_wrong:
             raise
         return None
 

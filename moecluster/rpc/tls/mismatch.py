@@ -10,7 +10,6 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.tls.material import NAME, client_context
 
 TIMEOUT_S = 3.0
-ATTEMPTS = 2  # that must agree, if a server's end would look alike
 
 WANTS_TLS = "it requires TLS, and plain text was sent: give the folder of certificates (tls_dir=, $MOECLUSTER_TLS_DIR)"
 IS_PLAIN = "it speaks plain text, and TLS was asked for (tls_dir, $MOECLUSTER_TLS_DIR)"
@@ -21,9 +20,14 @@ REFUSES_OURS = (
 )
 
 
-def mismatch_at(address: str, credentials: ClusterCredentials | None) -> TlsMismatch | None:
+def mismatch_at(
+    address: str, credentials: ClusterCredentials | None, *, timeout_s: float = TIMEOUT_S
+) -> TlsMismatch | None:
     """Connects to host:port as a client with these credentials would; returns what does not fit, None if nothing is
-    found: then it may be away for now. Raises ConfigError for certificates that cannot be used."""
+    found: then it may be away for now.
+
+    timeout_s: of each step. Raises ConfigError for certificates that cannot be used.
+    """
     with_tls = credentials is not None and bool(credentials.tls_dir)
     if credentials is not None and with_tls:
         context = client_context(credentials.certificates.current())
@@ -31,14 +35,16 @@ def mismatch_at(address: str, credentials: ClusterCredentials | None) -> TlsMism
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    found = {_found(address, context, with_tls=with_tls) for _ in range(ATTEMPTS)}
-    why = found.pop()
-    return TlsMismatch(f"{address}: {why}") if why and not found else None
+    why = _found(address, context, with_tls=with_tls, timeout_s=timeout_s)
+    # A server that ended just then would not be found the same way twice.
+    if why and _found(address, context, with_tls=with_tls, timeout_s=timeout_s) == why:
+        return TlsMismatch(f"{address}: {why}")
+    return None
 
 
-def _found(address: str, context: ssl.SSLContext, *, with_tls: bool) -> str:
+def _found(address: str, context: ssl.SSLContext, *, with_tls: bool, timeout_s: float) -> str:
     try:
-        with socket.create_connection(split_host_port(address), timeout=TIMEOUT_S) as plain:
+        with socket.create_connection(split_host_port(address), timeout=timeout_s) as plain:
             return _after_handshake(plain, context) if with_tls else _of_plain_text(plain, context)
     except (OSError, ValueError):
         return ""

@@ -127,6 +127,17 @@ def test_status_shows_every_process_without_asking_ray(
     assert plain["name"] == "far" and plain["actors"]["expert-1"]["pid"] == 7002
 
 
+def test_status_says_why_rows_travel_inline(
+    run: Run, controller: NamedController, server: RunningServer, router: FakeRouter, secret: str
+) -> None:
+    lane = "expert-1: the actor: 64 bytes of memory to share cannot be had (Cannot allocate memory)"
+    controller.states["router"] = replace(controller.states["router"], inline_lanes=(lane,))
+    where = ("--address", server.address, "--secret-file", secret)
+    assert f"rows of router travel inline to {lane}" in run("status", *where).out.splitlines()
+    plain = json.loads(run("status", "--json", *where).out)
+    assert plain["controller"]["router_states"][0]["inline_lanes"] == [lane]
+
+
 def test_generate_finds_the_routers(run: Run, server: RunningServer, router: FakeRouter, secret: str) -> None:
     where = ("--address", server.address, "--secret-file", secret)
     done = run("generate", "def main(", *where, "--max-new-tokens", "5", "--set", "serve.temperature=0.5")

@@ -7,8 +7,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moecluster.addresses import ListenAddress
+from moecluster.cli.commands.status import STATUS_S, status
 from moecluster.cli.common import live_controller
 from moecluster.cli.common.certificates import Authority
 from moecluster.cli.common.cluster_choice import ClusterChoice, RemoteCluster
@@ -80,6 +82,8 @@ def test_a_command_at_an_address_ends_at_once_and_says_what_does_not_fit(
         assert address in str(caught.value) and "\n" not in str(caught.value)
         with pytest.raises(TlsMismatch, match=MISMATCHES[ours, theirs]):
             RemoteCluster(there).status()
+        with pytest.raises(TlsMismatch, match=MISMATCHES[ours, theirs]):
+            status(there, as_json=True, timeout_s=STATUS_S, console=Console())
 
 
 @pytest.mark.parametrize("tls", ["", "ours"])

@@ -6,6 +6,7 @@ numbers of requests. Ends with an error if a request failed, an output was wrong
 
 KIND of a cycle: how its node goes.
 idle: the load ends, the controller empties the node, the autoscaler takes it.
+long: the same after many more requests, which fill what processes keep of them; to begin with.
 drained: under load, Ray is told that the node is preempted, with a deadline; experts and a router leave it.
 terminated: under load, the node's first process gets SIGTERM and a grace period, as a pod does; experts leave it.
 """
@@ -48,14 +49,13 @@ from tests.support.soak.generation_load import save_decided_model
 from tests.support.soak.http_load import HttpClients, StreamedRequest, assert_all_right, clear_texts
 
 PREEMPTION: int = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
-KINDS = ("idle", "drained", "terminated")
 NEW_TOKENS = 40
 NUM_PROMPTS = 6
 CANDIDATES = [f"{word} {number}" for number in range(20) for word in ("The tower", "import os", "class Cat")]
 CLIENTS = 6
 FEW_TOKENS, PAUSE_S = 8, 1.0  # of the one client that asks all the time: far below what two expert actors can do
 GRACE_S = 60.0  # of a node that is preempted or gets SIGTERM
-LARGE_TEXTS = 10  # under load on the large cluster, before its node goes
+LARGE_TEXTS, MANY_TEXTS = 10, 1500  # under load on the large cluster, before its node goes
 SETTLE_S = 2.0
 
 
@@ -87,9 +87,8 @@ class Cycles:
         with clients:
             running.wait(running.is_large, "the cluster is large")
             cycle.large_s = time.monotonic() - began_s
-            texts = len(clients.texts)
-            running.wait(lambda: len(clients.texts) >= texts + LARGE_TEXTS, "requests end on the large cluster")
-            if kind != "idle":
+            self._wait_texts(clients, MANY_TEXTS if kind == "long" else LARGE_TEXTS)
+            if kind in ("drained", "terminated"):
                 cycle.late = self._remove_node(kind)
                 cycle.empty_s = time.monotonic() - began_s
         self.texts += clients.texts
@@ -98,6 +97,12 @@ class Cycles:
         time.sleep(SETTLE_S)
         cycle.held, cycle.shared_folder_bytes = self._held(), shared_folder_bytes()
         return cycle
+
+    def _wait_texts(self, clients: HttpClients, number: int) -> None:
+        """Waits for so many more requests, some at a time: their rate is the machine's."""
+        begun = len(clients.texts)
+        for more in range(LARGE_TEXTS, number + 1, LARGE_TEXTS):
+            self._running.wait(lambda n=begun + more: len(clients.texts) >= n, "requests end on the large cluster")
 
     def _remove_node(self, kind: str) -> list[str]:
         """Announces the end of the worker node, and waits until nothing is left on it; returns what was late."""
