@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 from moecluster.gateway.metrics import GatewayMetrics
-from moecluster.metrics import COMMON_LABELS, Metrics
+from moecluster.metrics import Metrics
+from moecluster.metrics.declare import COMMON_LABELS
 from tests.support.every_metric import set_all, set_all_of_a_gateway
 from tools.markdown import table
 
@@ -28,7 +29,7 @@ PROCESSES = {
     GATEWAY: "gateway",
 }
 UNITS = ("seconds", "bytes")
-LAYERS, EXPERTS, MAX_EXPERT_SERIES = 1, 2, 1  # so that experts are left out, and quantiles are shown
+LAYERS, EXPERTS, MAX_EXPERT_SERIES = 1, 3, 2  # so that experts are left out, and quantiles are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class _Recorder:
     def __init__(self, metrics: object, registry: CollectorRegistry) -> None:
         self._metrics = metrics
         self.registry = registry
+        self._from_start = {name for name, samples in self._samples().items() if samples}
         self.setters: dict[str, set[str]] = {}  # metric -> methods; none: it is set from the start
 
     def __getattr__(self, method: str) -> Callable[..., None]:
@@ -125,7 +127,7 @@ class _Recorder:
             before = self._samples()
             getattr(self._metrics, method)(*arguments, **options)
             for name, samples in self._samples().items():
-                if samples != before.get(name):
+                if samples != before.get(name) and name not in self._from_start:
                     self.setters.setdefault(name, set()).add(method)
 
         return call

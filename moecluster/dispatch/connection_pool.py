@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from moecluster.dispatch.replica_choice import LayerTable, layer_table
 from moecluster.errors import MoeClusterError, UserError
+from moecluster.metrics.dispatch import LaneUse
 from moecluster.rpc.controller.interface import ControllerLink
 from moecluster.rpc.expert.interface import ControlConnection, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber
@@ -113,6 +114,11 @@ class ExpertPool:
             transports = [self._open.pop(actor)[1] for actor in over]
         for transport in transports:
             transport.close()
+
+    def lanes(self) -> list[LaneUse]:
+        """Returns the lane of every open connection."""
+        found = sorted(self._open.copy().items())
+        return [LaneUse(actor=actor, lane=t.name, reason=t.reason) for actor, (_, t) in found]
 
     def drop(self, address: ActorAddress, transport: ExpertTransport | None, reason: MoeClusterError) -> None:
         """Closes the transport to an actor that did not answer, and reports the actor to the controller."""

@@ -92,6 +92,8 @@ class ExpertService:
             placement=lambda: self._placement,
             metrics=metrics,
         )
+        if metrics is not None:
+            metrics.watch_replicas(name, self._hosted.by_layer)
 
     @property
     def store(self) -> ExpertStore:

@@ -6,7 +6,8 @@ that belongs to no model (a wrong path, at a gateway of several models).
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from moecluster.metrics import COMMON_LABELS, TOKEN_BUCKETS_S
+from moecluster.metrics.buckets import TOKEN_BUCKETS_S
+from moecluster.metrics.declare import COMMON_LABELS
 
 
 class GatewayMetrics:
