@@ -33,8 +33,8 @@ class Case:
 HEALTHY = {
     "placement_generation": "7x120",
     "lost_experts": "0x120",
-    'expert_actors{phase="serving"}': "4x120",
-    'expert_actors{phase="loading"}': "0x120",
+    'expert_actors{state="serving"}': "4x120",
+    'expert_actors{state="loading"}': "0x120",
     "degraded": "0x120",
     "placement_held": "0x120",
     'layer_balancedness{layer="0"}': "0.95x120",
@@ -63,7 +63,7 @@ CASES: Mapping[str, Case] = {
         summary="No actor of c serves 3 experts. Requests for them wait, then fail.",
     ),
     "MoeClusterActorLost": Case(
-        series={'expert_actors{phase="serving"}': "4 3x60", 'expert_actors{phase="restarting"}': "0 1x60"},
+        series={'expert_actors{state="serving"}': "4 3x60", 'expert_actors{state="restarting"}': "0 1x60"},
         quiet="2m", fires="4m",
         summary="1 expert actors of c do not serve. moecluster status says which.",
     ),
