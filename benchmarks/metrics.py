@@ -30,6 +30,7 @@ from moecluster.metrics import Metrics
 from moecluster.router.engine.engine import EngineLimits
 from moecluster.router.router import Router
 from moecluster.rpc.metrics_server import MetricsServer
+from moecluster.rpc.tensors import expect_read_only_views
 from tests.support.clusters.expert_cluster import ExpertCluster
 from tests.support.clusters.given import any_directory
 from tests.support.every_metric import (
@@ -186,6 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_created_metrics()
     silence_batch_log()
+    expect_read_only_views()
     rows = list(page_rows())
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
