@@ -94,6 +94,7 @@ class ExpertService:
         )
         if metrics is not None:
             metrics.watch_replicas(name, self._hosted.by_layer)
+            metrics.watch_queue(name, lambda: self._queue.rows)
 
     @property
     def store(self) -> ExpertStore:

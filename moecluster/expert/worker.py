@@ -122,7 +122,6 @@ class ExpertComputing:
         self._count(taken, waited_s=waited_s, pairs=pairs, runs=runs, busy_s=busy_s)
         if self._metrics is not None:
             self._metrics.count_computed(self._actor, pairs=pairs, runs=runs, busy_s=busy_s)
-            self._metrics.set_queue_rows(self._actor, self._queue.rows)
             for waiting, outcome in zip(fresh, outcomes, strict=True):
                 batch = waiting.batch
                 if isinstance(outcome, ComputeResult) and batch.phase is not Phase.BACKWARD and batch.experts:

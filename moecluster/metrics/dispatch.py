@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prometheus_client.metrics_core import Metric
 
 from moecluster.metrics.buckets import DISPATCH_BUCKETS_S
-from moecluster.metrics.declare import Declarations, MetricGroup
+from moecluster.metrics.declare import Declarations, MetricGroup, children
 from moecluster.types import ExpertId
 
 MAX_NONFINITE_SERIES = 256
@@ -26,20 +26,30 @@ class DispatchMetrics(MetricGroup):
 
     def __init__(self, declare: Declarations) -> None:
         super().__init__(declare)
-        self._dispatch = declare.histogram(
-            "dispatch_seconds",
-            "From sending a message to an expert actor to its reply",
-            DISPATCH_BUCKETS_S,
-            "transport",
+        self._dispatch = children(
+            declare.histogram(
+                "dispatch_seconds",
+                "From sending a message to an expert actor to its reply",
+                DISPATCH_BUCKETS_S,
+                "transport",
+            ),
+            declare.common,
         )
-        self._dispatch_bytes = declare.counter(
-            "dispatch_bytes", "Tensor bytes exchanged with expert actors", "transport", "direction"
+        self._dispatch_bytes = children(
+            declare.counter("dispatch_bytes", "Tensor bytes exchanged with expert actors", "transport", "direction"),
+            declare.common,
         )
-        self._peer_messages = declare.counter(
-            "dispatch_actor_messages", "Messages to an expert actor that got a reply", "actor"
+        self._peer_messages = children(
+            declare.counter("dispatch_actor_messages", "Messages to an expert actor that got a reply", "actor"),
+            declare.common,
         )
-        self._peer_seconds = declare.counter(
-            "dispatch_actor_seconds", "Sum of the times from sending a message to an expert actor to its reply", "actor"
+        self._peer_seconds = children(
+            declare.counter(
+                "dispatch_actor_seconds",
+                "Sum of the times from sending a message to an expert actor to its reply",
+                "actor",
+            ),
+            declare.common,
         )
         self._dispatch_retries = declare.counter(
             "dispatch_retries", "Messages to expert actors sent again, by why", "reason"
@@ -55,11 +65,11 @@ class DispatchMetrics(MetricGroup):
         self, *, actor: str, transport: str, seconds: float, sent_bytes: int, received_bytes: int
     ) -> None:
         """Adds one message to an expert actor that got a reply."""
-        self._dispatch.labels(*self._common, transport).observe(seconds)
-        self._dispatch_bytes.labels(*self._common, transport, "sent").inc(sent_bytes)
-        self._dispatch_bytes.labels(*self._common, transport, "received").inc(received_bytes)
-        self._peer_messages.labels(*self._common, actor).inc()
-        self._peer_seconds.labels(*self._common, actor).inc(seconds)
+        self._dispatch(transport).observe(seconds)
+        self._dispatch_bytes(transport, "sent").inc(sent_bytes)
+        self._dispatch_bytes(transport, "received").inc(received_bytes)
+        self._peer_messages(actor).inc()
+        self._peer_seconds(actor).inc(seconds)
 
     def count_retry(self, reason: str) -> None:
         """Adds a message that is sent again. reason: a short fixed word, for example not_hosted, unavailable."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from prometheus_client.metrics_core import Metric
 
-from moecluster.metrics.declare import Declarations, Kind, LayerGauge, MetricGroup, Row
+from moecluster.metrics.declare import Declarations, Kind, LayerGauge, MetricGroup, Row, children
 from moecluster.metrics.shown_experts import ShownExperts
 from moecluster.metrics.windows import WindowStats
 
@@ -62,11 +62,14 @@ class ExpertMetrics(MetricGroup):
             "dead_experts",
             "Experts that no token was routed to for a load window (controller.window_s); absent without load",
         )
-        self._router_entropy = declare.gauge(
-            "router_entropy",
-            "Entropy in nats of a token's top-k routing weights, scaled to sum to 1 (at most ln k); mean over the last "
-            f"{ENTROPY_WINDOW_S:.0f} to {2 * ENTROPY_WINDOW_S:.0f} s in which there were tokens; absent for top-1",
-            "layer",
+        self._router_entropy = children(
+            declare.gauge(
+                "router_entropy",
+                "Entropy in nats of a token's top-k routing weights, scaled to sum to 1 (at most ln k); mean over the last "
+                f"{ENTROPY_WINDOW_S:.0f} to {2 * ENTROPY_WINDOW_S:.0f} s in which there were tokens; absent for top-1",
+                "layer",
+            ),
+            declare.common,
         )
         self._entropies: dict[int, WindowStats] = {}
         self._dropped = declare.counter(
@@ -87,7 +90,7 @@ class ExpertMetrics(MetricGroup):
         """Adds tokens. total: the sum of the entropies of their routing weights, in nats. tokens: at least 1."""
         window = self._entropies.setdefault(layer, WindowStats(ENTROPY_WINDOW_S, self._declare.clock))
         window.add(total, tokens)
-        self._router_entropy.labels(*self._common, layer).set(window.mean)
+        self._router_entropy(layer).set(window.mean)
 
     # -- expert actors --
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from moecluster.metrics.buckets import REQUEST_BUCKETS_S, TOKEN_BUCKETS_S
-from moecluster.metrics.declare import Declarations, MetricGroup
+from moecluster.metrics.declare import Declarations, MetricGroup, children
 
 
 class RequestMetrics(MetricGroup):
@@ -18,12 +18,18 @@ class RequestMetrics(MetricGroup):
         self._prompt_tokens = declare.counter(
             "prompt_tokens", "Tokens of prompts, by whether the cache held them", "cached"
         )
-        self._generated_tokens = declare.counter("generated_tokens", "Tokens generated for requests")
-        self._first_token = declare.histogram(
-            "time_to_first_token_seconds", "Time from a request's arrival to its first token", TOKEN_BUCKETS_S
+        self._generated_tokens = children(
+            declare.counter("generated_tokens", "Tokens generated for requests"), declare.common
         )
-        self._inter_token = declare.histogram(
-            "inter_token_seconds", "Time between consecutive tokens of a request", TOKEN_BUCKETS_S
+        self._first_token = children(
+            declare.histogram(
+                "time_to_first_token_seconds", "Time from a request's arrival to its first token", TOKEN_BUCKETS_S
+            ),
+            declare.common,
+        )
+        self._inter_token = children(
+            declare.histogram("inter_token_seconds", "Time between consecutive tokens of a request", TOKEN_BUCKETS_S),
+            declare.common,
         )
         self._running_requests = declare.gauge("router_running_requests", "Requests that the router is generating")
         self._waiting_requests = declare.gauge("router_waiting_requests", "Requests waiting in the router")
@@ -48,13 +54,13 @@ class RequestMetrics(MetricGroup):
 
     def observe_first_token(self, seconds: float) -> None:
         """Adds a request's first token. seconds: since the request's arrival."""
-        self._generated_tokens.labels(*self._common).inc()
-        self._first_token.labels(*self._common).observe(seconds)
+        self._generated_tokens().inc()
+        self._first_token().observe(seconds)
 
     def observe_next_token(self, seconds: float) -> None:
         """Adds another token. seconds: since the token before."""
-        self._generated_tokens.labels(*self._common).inc()
-        self._inter_token.labels(*self._common).observe(seconds)
+        self._generated_tokens().inc()
+        self._inter_token().observe(seconds)
 
     def watch_requests(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         """Shows a router's running and waiting requests; both functions are called when /metrics is read."""

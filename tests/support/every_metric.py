@@ -92,7 +92,7 @@ def set_all_of_an_expert_actor(
         metrics.count_replica_tokens(layer, some, [e + 1 for e in some])
     metrics.watch_replicas(actor, lambda: dict.fromkeys(range(layers), some))
     metrics.count_computed(actor, pairs=10, runs=2, busy_s=0.5)
-    metrics.set_queue_rows(actor, 4)
+    metrics.watch_queue(actor, lambda: 4)
 
 
 def set_all_of_training(metrics: Metrics) -> None:
