@@ -44,7 +44,7 @@ NAMES = tuple(f"expert-{i}" for i in range(ACTORS))
 SCRAPES = 20
 MAX_PAGE_S, MAX_PAGE_MB, MIN_RATIO, MAX_SHARE = 0.05, 1.0, 0.99, 0.01
 MODEL_LAYERS = 2
-CONCURRENCY, NEW_TOKENS = 16, 64
+CONCURRENCY, NEW_TOKENS = 16, 32
 
 SetUp = Callable[[Metrics], None]
 PAGES: dict[str, SetUp] = {
