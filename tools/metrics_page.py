@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 from moecluster.gateway.metrics import GatewayMetrics
-from moecluster.metrics import COMMON_LABELS, Metrics
+from moecluster.metrics import Metrics
+from moecluster.metrics.declare import COMMON_LABELS
 from tests.support.every_metric import set_all, set_all_of_a_gateway
 from tools.markdown import table
 
@@ -28,7 +29,7 @@ PROCESSES = {
     GATEWAY: "gateway",
 }
 UNITS = ("seconds", "bytes")
-LAYERS, EXPERTS, MAX_EXPERT_SERIES = 1, 2, 1  # so that experts are left out, and quantiles are shown
+LAYERS, EXPERTS, MAX_EXPERT_SERIES = 1, 3, 2  # so that experts are left out, and quantiles are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,15 @@ def metrics_page() -> str:
             "Every actor exports its metrics for Prometheus at `/metrics`. `moecluster status` shows the ports, and",
             "[`cluster.metrics_port`](configuration.md#cluster) sets them. The gateway exports its metrics at",
             "`/metrics` of its HTTP port. Both take a token with the scope `read`, or the cluster's secret",
-            "([security](security.md#credentials)). [prometheus.yml](../clusters/prometheus.yml) is an example for a",
-            "server.",
+            "([security](security.md#credentials)). The controller lists all processes at `/sd`, so that a server with",
+            "[prometheus.yml](../clusters/prometheus.yml) follows a cluster that grows and shrinks;",
+            "[prometheus-rules.yml](../clusters/prometheus-rules.yml) has alerts.",
             "",
             "Every series has the labels `model`, the name that the model is served under (`serve.model_name`), and",
-            "`cluster`, the name of the cluster (`cluster.name`). A series appears with its first value. A histogram",
-            "has the series `_bucket` (with the label `le`), `_sum` and `_count`.",
+            "`cluster`, the name of the cluster (`cluster.name`). Prometheus adds `process`, the name of the process,",
+            "and `role`. A label means the same everywhere: `layer` and `expert` are those of the model, `actor` names",
+            "an expert actor, `kind` is an operation's. A series appears with its first value. A histogram has the",
+            "series `_bucket` (with the label `le`), `_sum` and `_count`.",
             "",
             "## Actors",
             "",
@@ -118,6 +122,7 @@ class _Recorder:
     def __init__(self, metrics: object, registry: CollectorRegistry) -> None:
         self._metrics = metrics
         self.registry = registry
+        self._from_start = {name for name, samples in self._samples().items() if samples}
         self.setters: dict[str, set[str]] = {}  # metric -> methods; none: it is set from the start
 
     def __getattr__(self, method: str) -> Callable[..., None]:
@@ -125,7 +130,7 @@ class _Recorder:
             before = self._samples()
             getattr(self._metrics, method)(*arguments, **options)
             for name, samples in self._samples().items():
-                if samples != before.get(name):
+                if samples != before.get(name) and name not in self._from_start:
                     self.setters.setdefault(name, set()).add(method)
 
         return call

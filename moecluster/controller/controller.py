@@ -10,10 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from moecluster.controller.actors.interfaces import ActorSupervisor, Watch
 from moecluster.controller.actors.manager import ActorManager
 from moecluster.controller.context import new_context
+from moecluster.controller.figures import cluster_figures
 from moecluster.controller.load.direct import DirectLoadSource, LoadSource
 from moecluster.controller.operations.expert_actors import Sizing
 from moecluster.controller.operations.requests import OperationRequests
@@ -133,6 +135,7 @@ class Controller:
         self._routers: RouterSizing | None = None
         if routers is not None:
             self._routers = RouterSizing(context, settings.routers, supervisor=routers)
+        metrics.watch_cluster(partial(cluster_figures, context, self._planner, self.status))
 
     def start(self, timeout_s: float) -> None:
         """Reads what the actors hold, loads what is missing, and publishes the first placement.

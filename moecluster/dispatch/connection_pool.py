@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from moecluster.dispatch.replica_choice import LayerTable, layer_table
 from moecluster.errors import MoeClusterError, UserError
+from moecluster.metrics.dispatch import LaneUse
 from moecluster.rpc.controller.interface import ControllerLink
 from moecluster.rpc.expert.interface import ControlConnection, ExpertControl, ExpertTransport
 from moecluster.types import ActorAddress, ExpertId, Placement, PlacementNumber
@@ -118,11 +119,6 @@ class ExpertPool:
         with self._lock:
             return {actor: found.shortage for actor, (_, found) in sorted(self._open.items()) if found.shortage}
 
-    def lanes(self) -> dict[str, tuple[str, bool]]:
-        """Returns, for each actor with an open transport, its name, and whether a better one lacks memory."""
-        with self._lock:
-            return {actor: (found.name, bool(found.shortage)) for actor, (_, found) in self._open.items()}
-
     def _better(self, address: ActorAddress, before: ExpertTransport) -> ExpertTransport:
         """Tries for shared memory again, once in a while; returns the transport to use. The one before stays open for
         the requests that use it."""
@@ -159,6 +155,11 @@ class ExpertPool:
             self._replaced = [entry for entry in self._replaced if now_s - entry[0] < LEFT_S]
         for transport in transports:
             transport.close()
+
+    def lanes(self) -> list[LaneUse]:
+        """Returns the lane of every open connection."""
+        found = sorted(self._open.copy().items())
+        return [LaneUse(actor=actor, lane=t.name, reason=t.reason) for actor, (_, t) in found]
 
     def drop(self, address: ActorAddress, transport: ExpertTransport | None, reason: MoeClusterError) -> None:
         """Closes the transport to an actor that did not answer, and reports the actor to the controller."""

@@ -192,6 +192,7 @@ class Exchange:
             raise DeadlineExceeded(f"{message.address.actor} did not answer in {waited_s:.3g} s") from exc
         if self._metrics is not None and message.transport is not None:
             self._metrics.count_dispatch(
+                actor=message.address.actor,
                 transport=message.transport.name,
                 seconds=time.monotonic() - message.sent_s,
                 sent_bytes=_size_bytes(message.batch.x_ND, message.batch.grad_ND),

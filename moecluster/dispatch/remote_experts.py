@@ -52,8 +52,6 @@ class RemoteExperts:
         self._timeout_s = timeout_s
         self._batch_invariant = batch_invariant
         self._metrics = metrics
-        if metrics is not None:
-            metrics.watch_lanes(pool.lanes)
         self._exchange = Exchange(pool, timeout_s=timeout_s, metrics=metrics)
         self._nonfinite = NonFiniteReplies(self._exchange, metrics)
         # Without a leaf that requires grad, a frozen trunk records no graph and experts get no gradient.

@@ -92,6 +92,9 @@ class ExpertService:
             placement=lambda: self._placement,
             metrics=metrics,
         )
+        if metrics is not None:
+            metrics.watch_replicas(name, self._hosted.by_layer)
+            metrics.watch_queue(name, lambda: self._queue.rows)
 
     @property
     def store(self) -> ExpertStore:

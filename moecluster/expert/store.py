@@ -47,6 +47,13 @@ class ExpertStore:
         with self._lock:
             check_ahead(version, max((*self._hosted, *self._in_use, self._served)), "weight_version")
 
+    def by_layer(self) -> dict[int, frozenset[int]]:
+        """Layer -> indices of its loaded experts, in any version."""
+        found: dict[int, frozenset[int]] = {}
+        for (_, layer), experts in list(self._layers.items()):
+            found[layer] = found.get(layer, frozenset()) | experts.keys()
+        return found
+
     def layer(
         self, layer: int, experts: Sequence[int], placement: PlacementNumber, version: int = 0
     ) -> dict[int, nn.Module]:

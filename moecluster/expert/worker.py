@@ -122,7 +122,10 @@ class ExpertComputing:
         self._count(taken, waited_s=waited_s, pairs=pairs, runs=runs, busy_s=busy_s)
         if self._metrics is not None:
             self._metrics.count_computed(self._actor, pairs=pairs, runs=runs, busy_s=busy_s)
-            self._metrics.set_queue_rows(self._actor, self._queue.rows)
+            for waiting, outcome in zip(fresh, outcomes, strict=True):
+                batch = waiting.batch
+                if isinstance(outcome, ComputeResult) and batch.phase is not Phase.BACKWARD and batch.experts:
+                    self._metrics.count_replica_tokens(batch.layer, batch.experts, batch.pair_counts)
 
     def _count(
         self, taken: Sequence[Waiting], *, waited_s: float, pairs: int = 0, runs: int = 0, busy_s: float = 0.0

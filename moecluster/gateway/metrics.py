@@ -6,7 +6,8 @@ that belongs to no model (a wrong path, at a gateway of several models).
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from moecluster.metrics import COMMON_LABELS, TOKEN_BUCKETS_S
+from moecluster.metrics.buckets import TOKEN_BUCKETS_S
+from moecluster.metrics.declare import COMMON_LABELS
 
 
 class GatewayMetrics:
@@ -16,8 +17,8 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self._clusters: dict[str, str] = {}  # model -> its cluster
         self._requests = Counter(
-            "moecluster_gateway_requests", "HTTP requests by route and status; 499: the client left first",
-            (*COMMON_LABELS, "route", "status"), registry=self.registry,
+            "moecluster_gateway_requests", "HTTP requests by route and HTTP status; 499: the client left first",
+            (*COMMON_LABELS, "route", "code"), registry=self.registry,
         )  # fmt: skip
         self._in_flight = Gauge(
             "moecluster_gateway_requests_in_flight", "HTTP requests being answered, for all models together",

@@ -78,6 +78,11 @@ class Router:
         self._models = ModelVersions(path, experts, load=self._load, close=self._close, on_change=on_change)
         if metrics is not None:
             metrics.watch_requests(running=lambda: self._count_requests()[0], waiting=lambda: self._count_requests()[1])
+            metrics.watch_attention_cache(
+                used=lambda: sum(engine.cached_tokens for engine in self._all_engines()),
+                room=lambda: sum(engine.max_cached_tokens for engine in self._all_engines()),
+            )
+            metrics.watch_lanes(name, experts.pool.lanes)
 
     @property
     def models(self) -> ModelVersions[ServedModel]:

@@ -334,6 +334,11 @@ class ControllerStatus:
     cluster: str = ""  # its name
     process: ProcessInfo = ProcessInfo()  # of the controller
 
+    @property
+    def is_degraded(self) -> bool:
+        """Whether requests may wait or fail: an expert actor does not serve, or experts are lost."""
+        return bool(self.lost_experts) or any(actor.phase is not ActorPhase.SERVING for actor in self.actors)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanPreview:

@@ -23,7 +23,7 @@ from moecluster.models.config import read_model_config
 from moecluster.rpc.controller.client import controller_status
 from moecluster.types import ActorPhase
 from tests.support.clusters.ray_cluster import CREDENTIALS
-from tests.support.clusters.scraped_metrics import metrics_of
+from tests.support.clusters.scraped_metrics import metrics_of, scrape
 from tests.support.waiting import WAIT_S, wait_until
 
 PROMPT = "def add(a, b):"
@@ -85,6 +85,15 @@ def test_every_actor_serves_its_metrics(cluster) -> None:
     assert f'moecluster_dispatch_seconds_count{{{of},{model},transport="shm"}}' in shown["router"]
     assert f'moecluster_router_entropy{{{of},layer="0",{model}}}' in shown["router"]
     assert f'moecluster_actor_tokens_total{{actor="expert-1",{of},{model}}}' in shown["expert-1"]
+    assert f'moecluster_replica_tokens_total{{actor="expert-1",{of},' in shown["expert-1"]
+    assert f"moecluster_degraded{{{of},{model}}} 0.0" in shown["controller"]
+    assert f'ray="{ray.__version__}"' in shown["router"] and "_created{" not in "".join(shown.values())
+
+
+def test_the_controller_lists_every_process_for_prometheus(cluster) -> None:
+    pages = {name: endpoints.metrics_address for name, endpoints in cluster.endpoints().items()}
+    found = scrape(pages["controller"], CREDENTIALS, path="/sd").json()
+    assert {group["labels"]["process"]: group["targets"] for group in found} == {n: [at] for n, at in pages.items()}
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])

@@ -62,8 +62,8 @@ class ClusterConfig(Section):
     )
     max_expert_series: int = setting(
         1024,
-        "Series of one per-expert metric that a process exports. With more experts it exports those with the "
-        "highest values, and quantiles over all. 0: quantiles only.",
+        "Series of one per-expert metric that a process exports. With more experts it exports the 64 hottest and the "
+        "64 coldest, and quantiles over all. 0: quantiles only.",
         minimum=0,
     )
     start_timeout_s: float = setting(

@@ -1,12 +1,18 @@
-"""A load source that queries a Prometheus server, which scrapes the /metrics of routers and expert actors.
+"""A load source that queries a Prometheus server, which scrapes the /metrics of the expert actors.
+
+It reads what the actors computed for each of their replicas, not what the routers' gates chose: every router counts
+every expert, so that 8 routers of 58 layers with 256 experts would have 118,784 series. Every actor counts its own
+replicas only: together they have one series for each replica, however many routers there are.
 
 Counters are read per scraped process, where a restart shows as falling counters, and not summed over processes. A
 reading is dated by the newest scrape, so what was counted between two scrapes is spread over the time between them.
+What a replica computed between the last scrape and its removal is not counted; it is drained by then.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,19 +20,19 @@ import numpy.typing as npt
 from moecluster.controller.load.direct import SourceReading
 from moecluster.controller.load.prometheus_client import PrometheusServer, Sample, quoted
 from moecluster.errors import ConfigError, InvalidMessage, Unavailable
-from moecluster.metrics import COMMON_LABELS, QUANTILE_LABEL
+from moecluster.metrics.declare import COMMON_LABELS
 from moecluster.placement.load.window import CounterReading
 from moecluster.types import ActorWork
 
 STARTED = "moecluster_start_time_seconds"
-EXPERT_TOKENS = "moecluster_expert_tokens_total"
-EXPERT_QUANTILES = "moecluster_expert_tokens_quantile"  # exported only by a process that omits experts
+REPLICA_TOKENS = "moecluster_replica_tokens_total"
+HIDDEN_REPLICAS = "moecluster_hidden_replicas"
 ACTOR_TOKENS = "moecluster_actor_tokens_total"
 ACTOR_RUNS = "moecluster_actor_expert_runs_total"
 ACTOR_BUSY = "moecluster_actor_busy_seconds_total"
-COUNTERS = (STARTED, EXPERT_TOKENS, EXPERT_QUANTILES, ACTOR_TOKENS, ACTOR_RUNS, ACTOR_BUSY)
+COUNTERS = (STARTED, REPLICA_TOKENS, HIDDEN_REPLICAS, ACTOR_TOKENS, ACTOR_RUNS, ACTOR_BUSY)
 # Labels that tell the series of one process apart; the other labels (instance, job, ...) identify the process.
-OWN_LABELS = frozenset({"__name__", *COMMON_LABELS, "layer", "expert", QUANTILE_LABEL, "actor"})
+OWN_LABELS = frozenset({"__name__", *COMMON_LABELS, "layer", "expert", "actor"})
 MAX_COUNT = 2**53  # a float64 represents every integer up to here
 
 TIMEOUT_S = 5.0
@@ -56,18 +62,19 @@ class PrometheusLoadSource:
         self._layer_experts = dict(layer_experts)
         self._max_age_s = max_age_s
         self._last: tuple[Mapping[Process, float], SourceReading] | None = None  # scrape times, and their reading
+        self._tokens: dict[Process, _Tokens] = {}
 
     def read(self, now_s: float) -> SourceReading:
         """Returns the counters of the last scrapes; the same object again until the next scrape.
 
         Raises Unavailable if the server is unreachable, or has no or no recent series of the cluster; DeadlineExceeded;
-        ConfigError if a router omits experts; InvalidMessage for series that do not fit the model.
+        ConfigError if an actor omits replicas; InvalidMessage for series that do not fit the model.
         """
         scrapes = self._server.query(f"timestamp({STARTED}{{cluster={quoted(self._cluster)}}})")
         if not scrapes:
             raise Unavailable(
                 f"Prometheus at {self._server.address} has no series of cluster {self._cluster!r}: "
-                "it should scrape the /metrics of every router and expert actor"
+                "it should scrape the /metrics of every expert actor"
             )
         asked_s = scrapes[0].time_s
         scraped_s = {_process(scrape): _count(scrape) for scrape in scrapes}
@@ -95,37 +102,51 @@ class PrometheusLoadSource:
         for name, found in series.items():
             for process in found.keys() - series[STARTED].keys():
                 raise InvalidMessage("", f"{_name(process)} shows {name} without {STARTED}")
-        for process in series[EXPERT_QUANTILES]:
-            raise self._incomplete(process)
+        for process, hidden in series[HIDDEN_REPLICAS].items():
+            if any(_count(sample) for sample in hidden):
+                raise self._incomplete(process, shown=len(series[REPLICA_TOKENS][process]), hidden=hidden)
+        self._tokens = {
+            process: self._counted(process, samples, started_s=_count(series[STARTED][process][0]))
+            for process, samples in series[REPLICA_TOKENS].items()
+        }
         return SourceReading(
             counters=CounterReading(
-                now_s=dated_s,
-                tokens={_name(process): self._tokens(process, s) for process, s in series[EXPERT_TOKENS].items()},
+                now_s=dated_s, tokens={_name(process): counted.layers for process, counted in self._tokens.items()}
             ),
             work=_work(series),
         )
 
-    def _incomplete(self, process: Process) -> ConfigError:
-        experts = sum(self._layer_experts.values())
+    def _incomplete(self, process: Process, *, shown: int, hidden: Iterable[Sample]) -> ConfigError:
+        replicas = shown + sum(int(_count(sample)) for sample in hidden)
         return ConfigError(
-            f"{_name(process)} does not show all {experts} experts to Prometheus: set cluster.max_expert_series to at "
-            f'least {experts}, or controller.load_source = "direct"'
+            f"{_name(process)} does not show all of its {replicas} replicas to Prometheus: set "
+            f'cluster.max_expert_series to at least {replicas}, or controller.load_source = "direct"'
         )
 
-    def _tokens(self, process: Process, samples: Iterable[Sample]) -> dict[int, npt.NDArray[np.int64]]:
-        """Returns layer -> assignments per expert, int64 [E], that one router counted."""
+    def _counted(self, process: Process, samples: Iterable[Sample], *, started_s: float) -> "_Tokens":
+        """Returns what one incarnation of an actor computed. It shows only replicas that it holds now: for the others
+        the last values stand, so that no counter falls."""
+        before = self._tokens.get(process)
         layers: dict[int, npt.NDArray[np.int64]] = {}
+        if before is not None and before.started_s == started_s:
+            layers = {layer: tokens_E.copy() for layer, tokens_E in before.layers.items()}
         for sample in samples:
             layer, expert = _index(sample, "layer"), _index(sample, "expert")
             experts = self._layer_experts.get(layer, 0)
             if expert >= experts:
-                raise InvalidMessage(EXPERT_TOKENS, f"expert {layer}/{expert}, which the model does not have")
+                raise InvalidMessage(REPLICA_TOKENS, f"expert {layer}/{expert}, which the model does not have")
             if layer not in layers:
-                layers[layer] = np.full(experts, -1, dtype=np.int64)
+                layers[layer] = np.zeros(experts, dtype=np.int64)
             layers[layer][expert] = int(_count(sample))
-        if any((tokens_E < 0).any() for tokens_E in layers.values()):
-            raise self._incomplete(process)
-        return layers
+        return _Tokens(started_s=started_s, layers=layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """What one incarnation of an actor computed since its start."""
+
+    started_s: float
+    layers: Mapping[int, npt.NDArray[np.int64]]  # layer -> by expert
 
 
 def _work(series: Mapping[str, Series]) -> dict[str, ActorWork]:

@@ -34,6 +34,7 @@ class Planner:
         self._policy: Policy[Any] = policy_named(policy)
         self._state = self._policy.first_state()
         self._clock = context.clock
+        self.decided_s: float | None = None  # when the policy last looked at the load; None: not yet
         self._looking = threading.Lock()  # held while the observer is used
 
     def read(self) -> None:
@@ -54,6 +55,7 @@ class Planner:
     def decide(self, seen: Seen) -> Change:
         """Returns what the cluster's policy decides. Raises UserError if there are fewer slots than experts."""
         decision, self._state = self._policy.decide(seen.observation, self._state)
+        self.decided_s = self._clock()
         return _change(seen, decision)
 
     def fill(self) -> Change:

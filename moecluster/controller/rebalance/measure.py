@@ -1,9 +1,13 @@
 """Measures balancedness, for the metrics and for the gain of operations."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 from moecluster.controller.context import ControllerContext
 from moecluster.controller.rebalance.decide import Planner
+from moecluster.placement.layout import Floats
+from moecluster.placement.load.skew import load_entropy, overload_factor
 from moecluster.placement.names import balancedness_L, mean_balancedness
 
 
@@ -40,8 +44,16 @@ class BalanceMeter:
             self._log.update(operation, balancedness_measured=measured)
 
     def show(self) -> None:
-        """Sets the metrics of the actors' speeds and of each layer's balancedness."""
-        if not self._planner.observer.load_LE.any() or not self._cluster_state.up():
+        """Sets the metrics of the actors' speeds, and of each layer's balancedness and skew; removes those of layers
+        without load."""
+        layer_experts = sorted(self._cluster_state.layer_experts.items())
+        loads = dict(zip(layer_experts, self._planner.observer.load_LE, strict=True))
+        self._show_skew({layer: load_E[:experts] for (layer, experts), load_E in loads.items()})
+        if not self._planner.observer.load_LE.any():
+            for layer, _ in layer_experts:
+                self._metrics.set_layer_balancedness(layer, None)
+            return
+        if not self._cluster_state.up():
             return
         seen = self._planner.seen()
         self._metrics.set_actor_speeds(
@@ -50,3 +62,19 @@ class BalanceMeter:
         layers = balancedness_L(seen.observation.layout, seen.observation.load_LE, seen.observation.fleet)
         for layer, balancedness in zip(seen.names.layers, layers.tolist(), strict=True):
             self._metrics.set_layer_balancedness(layer, None if math.isnan(balancedness) else balancedness)
+
+    def _show_skew(self, loads: Mapping[int, Floats]) -> None:
+        """loads: layer -> by expert."""
+        observer = self._planner.observer
+        idle = self._planner.idle_experts(observer.settings.window_s)
+        dead = Counter(expert.layer for expert in idle)
+        is_counted = observer.covered_s >= observer.settings.window_s
+        self._metrics.set_expert_loads(loads)
+        for layer, load_E in loads.items():
+            has_tokens = is_counted and dead[layer] < len(load_E)  # else nobody sends any, and no expert is to blame
+            self._metrics.set_layer_skew(
+                layer,
+                entropy=load_entropy(load_E),
+                overload=overload_factor(load_E),
+                dead=dead[layer] if has_tokens else None,
+            )

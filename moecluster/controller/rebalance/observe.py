@@ -71,6 +71,11 @@ class Observer:
         return self._window.load_LE
 
     @property
+    def read_s(self) -> float | None:
+        """Time of the counters that were last read; None: none were yet."""
+        return None if self._last is None else self._last.counters.now_s
+
+    @property
     def covered_s(self) -> float:
         """How long the window has observed the load."""
         return self._window.covered_s

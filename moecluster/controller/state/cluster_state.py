@@ -313,8 +313,5 @@ class ClusterState:
         placement = self._state.placement(self.layer_experts)
         self._board.publish(placement)
         self._metrics.set_generation(placement.generation)
-        counts = dict.fromkeys(all_experts(self.layer_experts), 0)
-        for replica in placement.replicas:
-            counts[replica.expert] += 1
-        self._metrics.set_replicas(counts)
+        self._metrics.set_replicas(self.layer_experts, placement.replicas)
         self._on_change()

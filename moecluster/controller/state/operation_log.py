@@ -101,6 +101,8 @@ class OperationLog:
             self._count(operation)
             if operation.phase is OperationPhase.DONE and operation_id in self._began_s:
                 self._metrics.observe_operation(operation.kind, seconds=self._clock() - self._began_s[operation_id])
+        if operation.balancedness_measured != before.balancedness_measured:
+            self._show_gain(operation)
         self._on_change()
         return operation
 
@@ -114,7 +116,7 @@ class OperationLog:
                 added_replicas=before.added_replicas + added,
                 removed_replicas=before.removed_replicas + removed,
             )
-        self._metrics.count_moved_bytes(loaded_bytes)
+        self._metrics.count_moved_bytes(before.kind, loaded_bytes)
 
     def get(self, operation_id: str) -> Operation:
         """Returns an operation. Raises ResourceError for an unknown id."""
@@ -193,7 +195,18 @@ class OperationLog:
     def _added(self, operation: Operation) -> None:
         """Without the lock."""
         self._count(operation)
+        self._show_gain(operation)
         self._on_change()
+
+    def _show_gain(self, operation: Operation) -> None:
+        before = operation.balancedness_before
+        if before is not None:
+            predicted, measured = operation.balancedness_predicted, operation.balancedness_measured
+            self._metrics.set_operation_gain(
+                operation.kind,
+                predicted=None if predicted is None else predicted - before,
+                measured=None if measured is None else measured - before,
+            )
 
     def _count(self, operation: Operation) -> None:
         """Counts a phase that the operation reaches for the first time. Without the lock."""

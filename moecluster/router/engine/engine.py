@@ -113,6 +113,17 @@ class Engine:
         """Sequences in the queue."""
         return len(self._waiting)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the running sequences, prompts included."""
+        with self._lock:
+            return sum(len(sequence.prompt_ids) + len(sequence.generated_ids) for sequence in self._running.values())
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens of all running sequences that there is room for."""
+        return self._limits.max_cached_tokens
+
     def begin(
         self,
         request: GenerationRequest,

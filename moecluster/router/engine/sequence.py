@@ -60,7 +60,7 @@ class TokenSequence:
         self._lock = threading.Lock()
         self._over = False
         self._reason = ""  # finish reason, if the replayed tokens complete the sequence
-        self._last_s = time.monotonic()
+        self._arrived_s = self._last_s = time.monotonic()
         self._on_leave: Callable[[], object] = lambda: None
         self._on_over: Callable[[], object] = lambda: None
         for token in request.generated_ids:
@@ -198,6 +198,12 @@ class TokenSequence:
             self._over = True
         if self._metrics is not None:
             self._metrics.count_request(status)
+            self._metrics.observe_request(
+                status,
+                seconds=time.monotonic() - self._arrived_s,
+                prompt_tokens=len(self.prompt_ids),
+                cached_tokens=self._cached_tokens or 0,
+            )
         self._chunks.put(last)  # then the reader may look at the metrics
         self._on_over()
 

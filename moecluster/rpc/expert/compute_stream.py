@@ -55,6 +55,7 @@ class GrpcExpertTransport:
         self.actor = address.actor
         self.name = "inline"
         self.shortage = ""
+        self.reason = "no_memory" if shared_memory_bytes else "disabled"  # of this process; until the handshake
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
@@ -114,14 +115,19 @@ class GrpcExpertTransport:
     def _agree(self, reply: expert_pb2.HelloReply) -> None:
         """Uses shared memory for requests if the actor has read our segment's nonce; otherwise inline bytes."""
         self.incarnation = reply.incarnation
-        if self._segment is None or reply.nonce != self._segment.nonce:
-            self.shortage = self.shortage or (f"the actor: {reply.shortage[:MAX_REASON]}" if reply.shortage else "")
+        if self._segment is None:
+            return
+        if reply.nonce != self._segment.nonce:
+            self.shortage = f"the actor: {reply.shortage[:MAX_REASON]}" if reply.shortage else ""
+            # Without a shortage the actor cannot read our memory: another host, container or user.
+            self.reason = "no_memory" if reply.shortage else "not_shared"
             return
         self._use_segment = True
-        self.name = "shm"
+        self.name, self.reason = "shm", "replies_inline"
         try:
             self._peer = PeerSegment(reply.segment.pid, reply.segment.fd, reply.segment.size_bytes)
             self._nonce = self._peer.nonce
+            self.reason = "best"
             if self._peer.mailbox_fd:
                 self._peer_mailbox = PeerMailbox(reply.segment.pid, self._peer.mailbox_fd)
         except (SegmentUnavailable, MailboxUnavailable):

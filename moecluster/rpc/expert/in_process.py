@@ -11,7 +11,7 @@ from moecluster.types import ComputeBatch, ComputeResult, ExpertId
 class InProcessTransport:
     """Passes batches directly to an expert service of this process."""
 
-    name = "in-process"
+    name, reason = "in-process", "best"
     shortage = ""
 
     def __init__(self, handler: ComputeHandler) -> None:

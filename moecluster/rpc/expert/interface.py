@@ -36,7 +36,8 @@ class ComputeHandler(Protocol):
 class ExpertTransport(Protocol):
     """A connection to one expert actor for batches."""
 
-    name: str  # inline | shm | in-process: the `transport` label of the metrics
+    name: str  # inline | shm | in-process: the `transport` and `lane` labels of the metrics
+    reason: str  # why the lane is not a better one, in a word; best: there is none
     incarnation: str  # of the actor, learned when the transport was opened
     shortage: str  # why rows travel inline for now, for want of memory to share; empty: they need not, or never will
 

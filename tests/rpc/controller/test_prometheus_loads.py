@@ -1,9 +1,8 @@
 """Loads from a real Prometheus that scrapes real endpoints lead to the same decisions as direct reports."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from moecluster.placement.policy.registry import policy_named
 from moecluster.rpc.metrics_server import MetricsServer
 from moecluster.simulation.layouts import contiguous_layout
 from moecluster.types import ActorWork, ExpertId, LoadSnapshot
-from tests.support.clusters.prometheus_server import SCRAPED, RunningPrometheus, check_config
+from tests.support.clusters.prometheus_server import SCRAPED, RunningPrometheus
 from tests.support.known import known
 
 CLUSTER = "cluster"
@@ -33,23 +32,30 @@ BATCH_ROWS = 4000
 PERIOD_S = 100.0
 LOAD_TOLERANCE = 0.02
 WAIT_S = 60.0
-EXAMPLE = Path(__file__).parents[3] / "clusters" / "prometheus.yml"
-EXAMPLE_TOKEN = "/etc/prometheus/moecluster.token"
 
 
 class Process:
-    """The metrics endpoint of a router or an expert actor, on its own port."""
+    """The metrics endpoint of an expert actor, which holds every expert, on its own port."""
 
     def __init__(self, *, cluster: str = CLUSTER, port: int = 0, max_expert_series: int = 1000) -> None:
         self.metrics = Metrics(model="served", cluster=cluster, max_expert_series=max_expert_series)
+        self.hosted: dict[int, Collection[int]] = {layer: range(experts) for layer, experts in LAYER_EXPERTS.items()}
+        self.metrics.watch_replicas("expert", lambda: self.hosted)
         self.server = MetricsServer(self.metrics, credentials=SCRAPED, listen=ListenAddress(port=port))
         self.address, self.port = self.server.address, self.server.port
 
+    def compute(self, layer: int, tokens_E: Ints | Sequence[int]) -> None:
+        """Counts tokens of the experts that it holds."""
+        held = sorted(self.hosted[layer])
+        self.metrics.count_replica_tokens(layer, held, [int(tokens_E[e]) for e in held])
+
     @property
     def shown_tokens(self) -> int:
-        """All assignments on the page."""
+        """All computed tokens on the page."""
         lines = self.metrics.render().splitlines()
-        return int(sum(float(line.split()[-1]) for line in lines if line.startswith("moecluster_expert_tokens_total{")))
+        return int(
+            sum(float(line.split()[-1]) for line in lines if line.startswith("moecluster_replica_tokens_total{"))
+        )
 
 
 Start = Callable[..., Process]
@@ -74,27 +80,36 @@ class Cluster:
 
     def __init__(self, start: Start) -> None:
         self.direct = DirectLoadSource(LAYER_EXPERTS)
-        self.routers = {"router-0": start(), "router-1": start()}
-        self.actors = {name: start() for name in ACTORS}
         self._start = start
+        self.actors = {name: self._start_actor(name) for name in ACTORS}
         self._work = dict.fromkeys(ACTORS, ActorWork())
         self._rng = np.random.default_rng(7)
 
     @property
     def addresses(self) -> list[str]:
-        return [process.address for process in (*self.routers.values(), *self.actors.values())]
+        return [process.address for process in self.actors.values()]
 
-    def restart_router(self, name: str) -> None:
-        """Restarts a router at the same address: its counters begin at 0 again."""
-        self.routers[name].server.close()
-        self.routers[name] = self._start(port=self.routers[name].port)
+    def restart_actor(self, name: str) -> None:
+        """Restarts an actor at the same address: its counters begin at 0 again."""
+        self.actors[name].server.close()
+        self.actors[name] = self._start_actor(name, port=self.actors[name].port)
+        self._work[name] = ActorWork()
+
+    def _start_actor(self, name: str, port: int = 0) -> Process:
+        """Each holds a third of the experts of each layer."""
+        process = self._start(port=port)
+        process.hosted = {
+            layer: range(list(ACTORS).index(name), experts, len(ACTORS)) for layer, experts in LAYER_EXPERTS.items()
+        }
+        return process
 
     def pass_period(self, period: int) -> None:
         """Adds the tokens and the work of one period."""
-        for name, router in self.routers.items():
+        for name in ("router-0", "router-1"):
             counts = zipf_counts(3000 + 1000 * period, hottest=2 - period // 3, rng=self._rng)
             for layer, counts_E in counts.items():
-                router.metrics.count_assignments(layer, counts_E)
+                for actor in self.actors.values():
+                    actor.compute(layer, counts_E)
             self.direct.add(name, LoadSnapshot(tokens=by_expert(counts)))
         for name, busy_s in ACTORS.items():
             before = self._work[name]
@@ -108,7 +123,7 @@ class Cluster:
 
     def is_told_by(self, reading: SourceReading) -> bool:
         """Whether a reading includes everything that the pages show now."""
-        tokens = sum(router.shown_tokens for router in self.routers.values())
+        tokens = sum(actor.shown_tokens for actor in self.actors.values())
         rows = {name: work.computed_rows for name, work in self._work.items()}
         return total(reading) == tokens and {n: w.computed_rows for n, w in reading.work.items()} == rows
 
@@ -223,7 +238,7 @@ def test_both_sources_lead_to_the_same_decisions(
     one, other = Planner(make_window()), Planner(make_window())
     for period in range(8):
         if period == 4:
-            cluster.restart_router("router-1")
+            cluster.restart_actor("expert-1")
         cluster.pass_period(period)
         now_s = PERIOD_S * (period + 1)
         direct = one.decide(cluster.direct.read(now_s))
@@ -238,13 +253,13 @@ def test_both_sources_lead_to_the_same_decisions(
 
 
 def test_nothing_is_read_twice_between_two_scrapes(prometheus: RunningPrometheus, start: Start) -> None:
-    router = start()
-    router.metrics.count_assignments(1, [1] * 8)
-    prometheus.scrape(router.address)
+    actor = start()
+    actor.compute(1, [1] * 8)
+    prometheus.scrape(actor.address)
     source = source_of(prometheus)
     first = read_until(source, lambda reading: total(reading) == 8, now_s=50.0)
     assert 49.0 < first.counters.now_s <= 50.0
-    router.metrics.count_assignments(1, [1] * 8)
+    actor.compute(1, [1] * 8)
     second = read_until(source, lambda reading: reading is not first, now_s=60.0)
     assert second.counters.now_s > first.counters.now_s
     read_until(source, lambda reading: total(reading) == 16)
@@ -259,31 +274,50 @@ def test_a_cluster_without_series_is_named(prometheus: RunningPrometheus, start:
 
 def test_any_name_of_a_cluster_is_only_a_name(prometheus: RunningPrometheus, start: Start) -> None:
     names = ('a"b', "back\\slash", "two\nlines", 'x"} or up{job!="', "größe 🐘", "{}=~.*", "\x01\t", "plain")
-    routers = [start(cluster=name) for name in names]
-    for i, router in enumerate(routers):
-        router.metrics.count_assignments(1, [i + 1] * 8)
-    prometheus.scrape(*(router.address for router in routers))
-    for i, (name, router) in enumerate(zip(names, routers, strict=True)):
+    actors = [start(cluster=name) for name in names]
+    for i, actor in enumerate(actors):
+        actor.compute(1, [i + 1] * 8)
+    prometheus.scrape(*(actor.address for actor in actors))
+    for i, (name, actor) in enumerate(zip(names, actors, strict=True)):
         reading = read_until(source_of(prometheus, cluster=name), lambda reading: total(reading) > 0)
         assert {r: t[1].tolist() for r, t in reading.counters.tokens.items()} == {
-            f"instance={router.address},job=moecluster": [i + 1] * 8
+            f"instance={actor.address},job=moecluster": [i + 1] * 8
         }
 
 
-def test_a_router_that_leaves_out_experts_is_not_planned_by(prometheus: RunningPrometheus, start: Start) -> None:
-    router = start(max_expert_series=10)
-    router.metrics.count_assignments(1, np.arange(8))
-    prometheus.scrape(router.address)
+def test_an_actor_that_leaves_out_replicas_is_not_planned_by(prometheus: RunningPrometheus, start: Start) -> None:
+    actor = start(max_expert_series=10)
+    actor.hosted = {1: range(8)}
+    actor.compute(1, np.arange(8))
+    prometheus.scrape(actor.address)
     source = source_of(prometheus)
     read_until(source, lambda reading: total(reading) == 28)  # 8 of 10: all are shown
-    router.metrics.count_assignments(3, np.arange(6))
+    actor.hosted = {1: range(8), 3: range(6)}
     error_until(source, ConfigError, "set cluster.max_expert_series to at least 14, or controller.load_source")
 
 
-def test_a_router_that_ends_is_gone_from_the_next_readings(prometheus: RunningPrometheus, start: Start) -> None:
+def test_what_a_replica_computed_still_counts_when_it_has_moved(prometheus: RunningPrometheus, start: Start) -> None:
+    """Or the counters of its former actor would fall, as if that had been restarted."""
+    before, after = start(), start()
+    before.hosted, after.hosted = {1: range(8)}, {1: ()}
+    before.compute(1, [5] * 8)
+    prometheus.scrape(before.address, after.address)
+    source = source_of(prometheus)
+    read_until(source, lambda reading: total(reading) == 40)
+    before.hosted, after.hosted = {1: range(1, 8)}, {1: (0,)}
+    after.compute(1, [3] * 8)
+    moved = read_until(source, lambda reading: total(reading) == 43)
+    counted = [layers[1] for layers in moved.counters.tokens.values()]
+    assert np.sum(counted, axis=0).tolist() == [8, 5, 5, 5, 5, 5, 5, 5]
+    before.hosted = {1: range(8)}
+    before.compute(1, [1] * 8)
+    read_until(source, lambda reading: total(reading) == 51)
+
+
+def test_an_actor_that_ends_is_gone_from_the_next_readings(prometheus: RunningPrometheus, start: Start) -> None:
     stays, ends = start(), start()
-    for router in (stays, ends):
-        router.metrics.count_assignments(1, [1] * 8)
+    for actor in (stays, ends):
+        actor.compute(1, [1] * 8)
     prometheus.scrape(stays.address, ends.address)
     source = source_of(prometheus)
     read_until(source, lambda reading: len(reading.counters.tokens) == 2)
@@ -309,11 +343,3 @@ def test_of_an_actor_that_was_started_anew_elsewhere_the_new_incarnation_counts(
     new.server.close()
     back = read_until(source, lambda reading: reading.work["expert-0"] != found).work["expert-0"]
     assert (back.computed_rows, back.busy_s) == (100, 5.0)
-
-
-def test_the_example_configuration_is_one(promtool: None, tmp_path: Path) -> None:
-    example = EXAMPLE.read_text()
-    assert EXAMPLE_TOKEN in example
-    (tmp_path / "token").write_text("a.b.c")
-    (tmp_path / "prometheus.yml").write_text(example.replace(EXAMPLE_TOKEN, str(tmp_path / "token")))
-    check_config(tmp_path / "prometheus.yml")

@@ -178,7 +178,10 @@ def cluster(scraped: object, *counters: object) -> Answer:
 
 
 def tokens(expert: str, value: float, layer: str = "0") -> dict[str, object]:
-    return series("moecluster_expert_tokens_total", value, layer=layer, expert=expert)
+    return series("moecluster_replica_tokens_total", value, layer=layer, expert=expert, actor="a")
+
+
+HIDDEN = series("moecluster_hidden_replicas", 3, actor="a")
 
 
 def test_series_of_the_model_are_a_reading(serve: Serve) -> None:
@@ -193,7 +196,7 @@ def test_series_of_the_model_are_a_reading(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("counters", "error", "message"),
     [
-        ([STARTED, tokens("0", 5)], ConfigError, "does not show all 2 experts.*max_expert_series to at least 2"),
+        ([STARTED, tokens("0", 5), HIDDEN], ConfigError, "all of its 4 replicas.*max_expert_series to at least 4"),
         ([STARTED, tokens("0", 5), tokens("2", 5)], InvalidMessage, "expert 0/2, which the model does not have"),
         ([STARTED, tokens("0", 5, layer="3")], InvalidMessage, "expert 3/0, which"),
         ([STARTED, tokens("0", 5, layer="-1")], InvalidMessage, "layer '-1', expected a number"),

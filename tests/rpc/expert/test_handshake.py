@@ -58,7 +58,7 @@ def test_a_router_whose_process_cannot_be_seen_sends_inline(
     """Like a router on another host or in another PID namespace: its pid does not exist here."""
     monkeypatch.setattr(Segment, "offer", offer_of(pid=2**31 - 1, fd=5))
     transport = connect("shm")
-    assert transport.name == "inline"
+    assert (transport.name, transport.reason) == ("inline", "not_shared")
     check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
 
 
@@ -69,7 +69,7 @@ def test_a_router_whose_number_names_another_process_sends_inline(
     someone_else = Segment(SEGMENT_BYTES)
     monkeypatch.setattr(Segment, "offer", offer_of(pid=os.getpid(), fd=someone_else.fd))
     transport = connect("shm")
-    assert transport.name == "inline"
+    assert (transport.name, transport.reason) == ("inline", "not_shared")
     check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
     someone_else.close()
 
@@ -81,7 +81,7 @@ def test_a_router_without_room_for_a_segment_sends_inline(connect: Connect, modu
         transport = connect("shm")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert transport.name == "inline"
+    assert (transport.name, transport.reason) == ("inline", "no_memory")
     assert transport.shortage == f"the router: {SEGMENT_BYTES} bytes of memory to share cannot be had (File too large)"
     check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
 
@@ -124,7 +124,7 @@ def test_replies_travel_inline_when_only_the_router_has_a_segment(
 
     monkeypatch.setattr(Segment, "offer", offer)
     transport = connect("shm")
-    assert transport.name == "shm" and offers == []
+    assert (transport.name, transport.reason) == ("shm", "replies_inline") and offers == []
     for _ in range(2):
         check_rows(modules, batch_of(5), result_of(transport, batch_of(5)))
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.remote_experts import RemoteExperts
-from moecluster.metrics import Metrics
 from moecluster.rpc.expert.compute_stream import GrpcExpertTransport
 from moecluster.types import ActorAddress
 from tests.support.clusters.expert_cluster import SHARED_MEMORY_BYTES, ExpertCluster
@@ -39,16 +38,14 @@ def cluster(checkpoint: Path) -> Iterator[ExpertCluster]:
 
 
 @contextmanager
-def routing(
-    cluster: ExpertCluster, *, lane_retry_s: float, metrics: Metrics | None = None
-) -> Iterator[tuple[ExpertPool, RemoteExperts]]:
+def routing(cluster: ExpertCluster, *, lane_retry_s: float) -> Iterator[tuple[ExpertPool, RemoteExperts]]:
     """Context: a router's connections to the actors, none of which is open yet."""
 
     def connect(address: ActorAddress) -> GrpcExpertTransport:
         return GrpcExpertTransport(address, router="test", shared_memory_bytes=SHARED_MEMORY_BYTES)
 
     pool = ExpertPool(cluster.placements, connect=connect, control=cluster.control, lane_retry_s=lane_retry_s)
-    remote = RemoteExperts(pool, timeout_s=20.0, metrics=metrics)
+    remote = RemoteExperts(pool, timeout_s=20.0)
     try:
         yield pool, remote
     finally:
@@ -56,19 +53,18 @@ def routing(
 
 
 def test_the_lane_is_changed_when_there_is_memory_again(cluster: ExpertCluster, modules: dict[int, nn.Module]) -> None:
-    metrics = Metrics(model="m")
-    with routing(cluster, lane_retry_s=0.0, metrics=metrics) as (pool, remote):
+    with routing(cluster, lane_retry_s=0.0) as (pool, remote):
         with no_memory_to_share():
             for seed in range(3):
                 check_served(remote, modules, seed)
             short = pool.shortages()
             assert list(short) == ["expert-0", "expert-1"]
             assert all("bytes of memory to share cannot be had (File too large)" in why for why in short.values())
-            assert 'actor="expert-0",cluster="",lane="inline",model="m",shortage="memory"} 1.0' in metrics.render()
+            assert {(lane.lane, lane.reason) for lane in pool.lanes()} == {("inline", "no_memory")}
         for seed in range(3):
             check_served(remote, modules, seed)
         assert pool.shortages() == {}
-        assert 'actor="expert-0",cluster="",lane="shm",model="m",shortage=""} 1.0' in metrics.render()
+        assert {(lane.lane, lane.reason) for lane in pool.lanes()} == {("shm", "best")}
 
 
 def test_it_is_not_tried_at_every_message(cluster: ExpertCluster, modules: dict[int, nn.Module]) -> None:
@@ -87,7 +83,7 @@ def test_a_lack_of_descriptors_costs_no_open_lane(cluster: ExpertCluster, module
         with no_descriptors():
             for seed in range(3):
                 check_served(remote, modules, seed)
-        assert pool.lanes() == {"expert-0": ("shm", False), "expert-1": ("shm", False)}
+        assert [(lane.actor, lane.lane) for lane in pool.lanes()] == [("expert-0", "shm"), ("expert-1", "shm")]
 
 
 def test_a_full_dev_shm_does_not_matter(checkpoint: Path) -> None:

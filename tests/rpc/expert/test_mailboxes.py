@@ -97,7 +97,7 @@ def test_who_has_no_mailbox_uses_the_stream(
 
     monkeypatch.setattr(end, name, unavailable)
     transport = connect("shm")
-    assert transport.name == "shm"
+    assert (transport.name, transport.reason) == ("shm", "best")
     check_some(modules, transport)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moecluster.dispatch.routing_entropy import routing_entropy
-from moecluster.metrics import ENTROPY_WINDOW_S, Metrics
+from moecluster.metrics import Metrics
+from moecluster.metrics.experts import ENTROPY_WINDOW_S
 
 
 def test_entropy_is_that_of_the_scaled_weights_of_each_token() -> None:

@@ -45,7 +45,9 @@ def test_a_metric_says_who_exports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert by["moecluster_start_time_seconds"] == ("expert actor", "router", "controller")
     assert by["moecluster_actor_tokens_total"] == ("expert actor",)
     assert by["moecluster_train_loss"] == ("training",)
-    assert by["moecluster_expert_replicas"] == by["moecluster_expert_replicas_quantile"] == ("controller",)
+    assert by["moecluster_expert_replicas"] == by["moecluster_lost_experts"] == ("controller",)
+    assert by["moecluster_expert_tokens_quantile"] == ("router",)
+    assert by["moecluster_process_cpu_seconds_total"] == by["moecluster_start_time_seconds"]
     assert by["moecluster_time_to_first_token_seconds"] == ("router",)
     assert found["moecluster_dispatch_bytes_total"].labels == ("transport", "direction")
     assert found["moecluster_operation_seconds"].unit == "seconds" and found["moecluster_operation_seconds"].buckets
