@@ -61,6 +61,7 @@ stale-protos: $(PROTOS_VENV)/.installed
 
 stale-pages: $(VENV)/.dev
 	$(BIN)/python -m tools.generate_reference_pages --check
+	$(BIN)/python -m tools.generate_prometheus_rule --check
 
 links: $(VENV)/.dev
 	$(BIN)/python tools/check_links.py
@@ -81,8 +82,9 @@ bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to be
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
 
-docs: $(VENV)/.dev  ## write docs/configuration.md and docs/metrics.md out of the code
+docs: $(VENV)/.dev  ## write docs/configuration.md, docs/metrics.md and the rules for the Prometheus operator
 	$(BIN)/python -m tools.generate_reference_pages
+	$(BIN)/python -m tools.generate_prometheus_rule
 
 models-page: $(VENV)/.dev  ## try every family of the installed transformers, and write docs/models.md; minutes
 	$(BIN)/python -m tools.generate_models_page

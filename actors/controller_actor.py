@@ -23,6 +23,7 @@ from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.expert.client import GrpcExpertControl
 from moecluster.rpc.health import HealthWatch
 from moecluster.rpc.reach import Peer, Unreached, unreached
+from moecluster.rpc.scrape_targets import scrape_targets
 from moecluster.types import ActorAddress, Replica
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class ControllerActor:
         self._credentials = credentials
         metrics = make_metrics(config)
         listen = listen_address(config)
-        self._process = own_process(serve_metrics(metrics, config, credentials, listen, metrics_port).address)
+        metrics_server = serve_metrics(metrics, config, credentials, listen, metrics_port)
+        self._process = own_process(metrics_server.address)
         self._start_timeout_s = config.cluster.start_timeout_s
         supervisor = RaySupervisor(config, credentials)
         self._controller = Controller(
@@ -66,6 +68,7 @@ class ControllerActor:
             end=supervisor.end_cluster,
             process=self._process,
         )
+        metrics_server.list_targets(lambda: scrape_targets(self._controller.status()))
         self._server = serve_controller(
             self._controller,
             credentials=credentials,

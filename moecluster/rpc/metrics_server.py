@@ -1,4 +1,5 @@
-"""Serves a process' /metrics over HTTP, to whoever has the cluster's secret or a token with the scope read.
+"""Serves a process' /metrics over HTTP, to whoever has the cluster's secret or a token with the scope read. The
+controller's also lists all processes of the cluster at /sd, for Prometheus' service discovery.
 
 The exposition is prometheus_client's own. Around it: the check, TLS, and limits that a slow or greedy client runs into.
 """
@@ -21,12 +22,14 @@ from moecluster.metrics import Metrics
 from moecluster.rpc.authentication import BearerCheck
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.scopes import Scope
+from moecluster.rpc.scrape_targets import ScrapeTarget, service_discovery
 from moecluster.rpc.tls.https import HttpsCertificate
 from moecluster.rpc.tls.material import TlsFiles
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ListenAddress()
+SERVICE_DISCOVERY = "/sd"
 TIMEOUT_S = 10.0  # for a handshake, a request's headers, and a client that does not read
 MAX_CONNECTIONS = 32  # each holds a thread
 WANTED = (
@@ -37,7 +40,7 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class MetricsServer:
-    """A started server of /metrics. address is host:port, as others reach it."""
+    """A started server of /metrics, and of /sd once there is a list. address is host:port, as others reach it."""
 
     def __init__(
         self,
@@ -52,7 +55,8 @@ class MetricsServer:
 
         Raises ResourceError if it cannot listen, ConfigError for certificates that cannot be used.
         """
-        app = _reported(make_wsgi_app(metrics.registry))
+        self._targets: Callable[[], tuple[ScrapeTarget, ...]] | None = None
+        app = _reported(self._routed(make_wsgi_app(metrics.registry)))
         certificate = None
         if credentials is not None:
             if not is_open:
@@ -60,15 +64,35 @@ class MetricsServer:
             if credentials.tls_dir:
                 of_all = TlsFiles.in_folder(credentials.tls_dir)
                 certificate = HttpsCertificate(TlsFiles(certificate=of_all.certificate, key=of_all.key))
+        self._scheme = "http" if certificate is None else "https"
         self._server = listen.bind(lambda port: _Server((listen.host, port), app, certificate))
         self.port: int = self._server.server_port
         self.address = listen.advertised(self.port)
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
+    def list_targets(self, targets: Callable[[], tuple[ScrapeTarget, ...]]) -> None:
+        """Serves a list of what Prometheus should scrape at /sd; the function is called at every request."""
+        self._targets = targets
+
     def close(self) -> None:
         """Stops serving. Idempotent."""
         self._server.shutdown()
         self._server.server_close()
+
+    def _routed(self, metrics: App) -> App:
+        """Wraps an app of /metrics, which serves every other path, too."""
+
+        def routed(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if environ.get("PATH_INFO") != SERVICE_DISCOVERY:
+                return metrics(environ, start_response)
+            if self._targets is None:
+                start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+                return [b"this process knows no others; the controller's /sd lists all\n"]
+            content = service_discovery(self._targets(), scheme=self._scheme)
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [content]
+
+        return routed
 
 
 def _guarded(app: App, check: BearerCheck) -> App:
@@ -76,7 +100,7 @@ def _guarded(app: App, check: BearerCheck) -> App:
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
-            check.caller(environ.get("HTTP_AUTHORIZATION", "")).require(Scope.READ, "/metrics")
+            check.caller(environ.get("HTTP_AUTHORIZATION", "")).require(Scope.READ, environ.get("PATH_INFO", ""))
         except (Unauthenticated, MissingScope) as exc:
             is_known = isinstance(exc, MissingScope)
             challenge = [] if is_known else [("WWW-Authenticate", "Bearer")]

@@ -1,6 +1,7 @@
 """A whole cluster over real gRPC in one process: experts, controller and router, without Ray."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from moecluster.rpc.expert.server import serve_expert
 from moecluster.rpc.health import HealthWatch
 from moecluster.rpc.router.server import serve_router
 from moecluster.rpc.server import RunningServer
-from moecluster.types import ActorAddress, RouterState
+from moecluster.types import ActorAddress, ProcessInfo, RouterState
 from tests.support.clusters.given import any_directory
 
 LEASE_S = 0.6
@@ -63,6 +64,7 @@ class LoopbackCluster:
         self.draining: set[str] = set()  # nodes; each actor is on a node of its own
         self.names = tuple(f"expert-{i}" for i in range(num_actors))
         self.services: dict[str, ExpertService] = {}
+        self._processes: dict[str, ProcessInfo] = {}
         self.servers: dict[str, RunningServer] = {}
         for name in self.names:
             self.revive(name)
@@ -85,7 +87,17 @@ class LoopbackCluster:
             open_elsewhere=self._open_elsewhere,
             is_given=self._is_given_to(name),
             told=told,
+            metrics=(metrics := self.new_metrics()),
+            process=self.show(name, metrics),
         )
+
+    def new_metrics(self) -> Metrics:
+        """Returns the metrics of a process."""
+        return Metrics(model="tiny")
+
+    def show(self, process: str, metrics: Metrics) -> ProcessInfo:
+        """Called with the metrics of every process that starts. Returns where they are shown: nowhere."""
+        return ProcessInfo()
 
     def start_controller(self) -> tuple[Controller, RunningServer]:
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(self._directory).layers}
@@ -99,13 +111,15 @@ class LoopbackCluster:
             "start_timeout_s": 1.0,
             "update": UpdateSettings(router_grace_s=GRACE_LEASES * LEASE_S + MAX_BACKOFF_S),
         }
+        metrics = self.new_metrics()
         controller = Controller(
             ControllerSettings(**(settings | self._controller_settings)),
             is_given=self._is_given_to("controller"),
             supervisor=self,
             connect=_control,
             watch=_watch,
-            metrics=Metrics(model="tiny"),
+            metrics=metrics,
+            process=self.show("controller", metrics),
             routers=self._router_supervisor,
             announce=self._announce,
             open_elsewhere=self._open_elsewhere,
@@ -124,11 +138,14 @@ class LoopbackCluster:
         self.services.pop(actor).close()
 
     def revive(self, actor: str) -> None:
+        metrics = self.new_metrics()
+        self._processes[actor] = self.show(actor, metrics)
         self.services[actor] = ExpertService(
             is_given=self._is_given_to(actor),
             name=actor,
             batch_invariant=self._batch_invariant,
             open_elsewhere=self._open_elsewhere,
+            metrics=metrics,
         )
         self.servers[actor] = serve_expert(self.services[actor], credentials=None)
 
@@ -137,7 +154,13 @@ class LoopbackCluster:
         if server is None:
             return None
         incarnation = self.services[actor].incarnation
-        return ActorAddress(actor=actor, address=server.address, incarnation=incarnation, node=f"node-of-{actor}")
+        return ActorAddress(
+            actor=actor,
+            address=server.address,
+            incarnation=incarnation,
+            node=f"node-of-{actor}",
+            process=self._processes[actor],
+        )
 
     def restart(self, actor: str) -> None:
         self.kill(actor)
@@ -183,11 +206,13 @@ class LoopbackRouter:
         open_elsewhere: OpenCheckpoint | None,
         is_given: IsGiven,
         told: Callable[[], RouterState | None],
+        metrics: Metrics,
+        process: ProcessInfo,
     ) -> None:
         """controller: returns its current address. told: see LoopbackCluster.add_router."""
         self._own_state = lambda: RouterState(router=name)
         self.placements = ControllerClient(router=name, resolve=controller, state=lambda: told() or self._own_state())
-        self.metrics = Metrics(model="tiny")
+        self.metrics = metrics
         pool = ExpertPool(self.placements, connect=partial(_connect, router=name), control=_control)
         self.remote = RemoteExperts(pool, timeout_s=20.0, batch_invariant=batch_invariant, metrics=self.metrics)
         self.router = Router(
@@ -201,7 +226,7 @@ class LoopbackRouter:
             on_change=self.placements.renew,
             open_elsewhere=open_elsewhere,
         )
-        self._own_state = self.router.state
+        self._own_state = lambda: replace(self.router.state(), process=process)
         self.server = serve_router(self.router, credentials=None)
 
     def close(self) -> None:

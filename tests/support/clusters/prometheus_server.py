@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,16 +62,29 @@ def promtool() -> None:
 
 
 @pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[RunningPrometheus]:
+def prometheus(prometheus_folder: Path) -> Iterator[RunningPrometheus]:
     """A ready server on a free loopback port, without targets; stopped after the test."""
+    _write_targets(prometheus_folder, ())
+    with prometheus_of(prometheus_folder, _config(prometheus_folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def prometheus_folder(tmp_path: Path) -> Path:
+    """A folder for a server, with certificates (tls), and a token to read what has the credentials SCRAPED (token)."""
     _skip_without("prometheus")
     folder = tmp_path / "prometheus"
     folder.mkdir()
-    _write_targets(folder, ())
     write_certificates(folder / "tls", Authority.make())
     token = make_token(SCRAPED, scopes=[Scope.READ], subject="prometheus", lifetime_s=3600)
     (folder / "token").write_text(token)
-    (folder / "prometheus.yml").write_text(json.dumps(_config(folder)))  # JSON is YAML
+    return folder
+
+
+@contextmanager
+def prometheus_of(folder: Path, config: Mapping[str, object]) -> Iterator[RunningPrometheus]:
+    """Runs a server on a free loopback port with a configuration; yields when it is ready."""
+    (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [

@@ -136,7 +136,7 @@ def test_bytes_that_a_failed_operation_has_moved_are_counted(log, metrics) -> No
     operation = log.begin(OperationKind.REBALANCE, reason="hot")
     log.count_moved(operation.id, loaded_bytes=100, added=1, removed=0)
     log.update(operation.id, phase=OperationPhase.FAILED)
-    assert 'moved_bytes_total{cluster="",model="tiny"} 100.0' in metrics.render()
+    assert 'moved_bytes_total{cluster="",kind="rebalance",model="tiny"} 100.0' in metrics.render()
     assert "operation_seconds_count" not in metrics.render()
 
 

@@ -19,6 +19,7 @@ from actors.names import CONTROLLER, ROUTER, expert_names, metrics_port, router_
 from actors.serve_app import Arguments
 from moecluster import __version__
 from moecluster.config import Config, read_config
+from tools.generate_prometheus_rule import RESOURCE, prometheus_rule
 from tools.manifests.kustomize import Resource, containers_in, twin
 from tools.manifests.resources import pods_of, walk
 from tools.manifests.schemas import Schemas, is_custom
@@ -307,8 +308,15 @@ def test_alerts_are_about_metrics_that_there_are() -> None:
     known = set(re.findall(r"`(moecluster_\w+)`", (ROOT / "docs" / "metrics.md").read_text()))
     groups = of("PrometheusRule", rendered("overlays/serve"))["spec"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    named = {name for rule in rules for name in re.findall(r"moecluster_\w+", rule["expr"])}
-    assert rules and named <= known
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    named = {name for rule in rules for name in re.findall(r"[\w:]*moecluster_[\w:]+", rule["expr"])} - recorded
+    assert recorded and {name.removesuffix("_bucket") for name in named} <= known
+
+
+def test_the_operators_rules_are_those_of_a_prometheus_without_it() -> None:
+    ours = yaml.safe_load((ROOT / "clusters" / "prometheus-rules.yml").read_text())
+    assert of("PrometheusRule", rendered("overlays/serve"))["spec"] == ours
+    assert RESOURCE.read_text() == prometheus_rule(), "stale: make docs"
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH (make system-deps)")
