@@ -8,23 +8,23 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tools.grafana.cluster_board import cluster_board
 from tools.grafana.experts_board import experts_board
 from tools.grafana.training_board import training_board
 
 FOLDER = Path(__file__).resolve().parent.parent / "k8s" / "components" / "monitoring" / "boards"
-BOARDS: Mapping[str, Callable[[], Any]] = {
+BOARDS: Mapping[str, Callable[[], Dashboard]] = {
     "cluster.json": cluster_board,
     "experts.json": experts_board,
     "training.json": training_board,
 }
 
 
-def content(make: Callable[[], Any]) -> str:
+def content(make: Callable[[], Dashboard]) -> str:
     """Returns a board's JSON."""
     return json.dumps(make(), cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 

@@ -1,21 +1,18 @@
 """What all boards have: the choice of a data source, model and cluster, links to each other, and rows of panels."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from grafana_foundation_sdk.builders.dashboard import (
-    Dashboard,
-    DashboardLink,
-    DatasourceVariable,
-    QueryVariable,
-    Row,
-)
+from grafana_foundation_sdk.builders.dashboard import Dashboard as DashboardBuilder
+from grafana_foundation_sdk.builders.dashboard import DashboardLink, DatasourceVariable, QueryVariable, Row
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models.dashboard import (
+    Dashboard,
     DashboardCursorSync,
     DashboardLinkType,
     Panel,
+    RowPanel,
     VariableRefresh,
     VariableSort,
 )
@@ -35,10 +32,12 @@ class Section:
     collapsed: bool = False
 
 
-def board(uid: str, title: str, what: str, sections: Sequence[Section], choices: Sequence[QueryVariable] = ()) -> Any:
+def board(
+    uid: str, title: str, what: str, sections: Sequence[Section], choices: Sequence[QueryVariable] = ()
+) -> Dashboard:
     """Returns a board. choices: more variables, after those that all boards have."""
     made = (
-        Dashboard(f"moecluster / {title}")
+        DashboardBuilder(f"moecluster / {title}")
         .uid(f"moecluster-{uid}")
         .description(what)
         .tags([TAG])
@@ -69,7 +68,18 @@ def board(uid: str, title: str, what: str, sections: Sequence[Section], choices:
         if not section.collapsed:
             for panel in section.panels:
                 made = made.with_panel(panel)
-    return made.build()
+    built = made.build()
+    _number(built.panels or ())
+    return built
+
+
+def _number(panels: Iterable[Panel | RowPanel]) -> None:
+    """Gives each panel an id: Grafana's links to one panel name it."""
+    numbers = itertools.count(1)
+    for panel in panels:
+        panel.id_val = next(numbers)
+        for inner in panel.panels if isinstance(panel, RowPanel) else ():
+            inner.id_val = next(numbers)
 
 
 def choice(name: str, values: str, label: str) -> QueryVariable:

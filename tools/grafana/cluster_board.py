@@ -1,6 +1,6 @@
 """The board of a cluster: requests, expert actors, what the controller does, processes."""
 
-from typing import Any
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tools.grafana.board import Section, board
 from tools.grafana.panels import GOOD_IS_ZERO, NOTE_IF_ONE, bars, buckets, lines, number, quantiles, query, rows
@@ -9,7 +9,7 @@ BALANCE_STEPS = ((0.0, "red"), (0.7, "orange"), (0.9, "green"))
 FAILED_SHARE_STEPS = ((0.0, "green"), (0.001, "orange"), (0.01, "red"))
 
 
-def cluster_board() -> Any:
+def cluster_board() -> Dashboard:
     """Is anything ill, is the load even, what does a request cost, what did the controller do about it?"""
     return board(
         "cluster",
@@ -116,6 +116,10 @@ def _gateway() -> Section:
             ),
             lines("First token at the gateway", *quantiles("moecluster_gateway_time_to_first_token_seconds"), unit="s"),
             lines("Between tokens at the gateway", *quantiles("moecluster_gateway_inter_token_seconds"), unit="s"),
+            lines(
+                "Tokens a second at the gateway",
+                query("sum(rate(moecluster_gateway_generated_tokens_total{SEEN}[RATE]))", "tokens"),
+            ),
             lines(
                 "Failovers",
                 query("sum(increase(moecluster_gateway_failovers_total{SEEN}[RATE]))", "requests"),

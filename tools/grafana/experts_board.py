@@ -1,6 +1,6 @@
 """The board of the experts: which are hot or dead, is the load even, who holds what."""
 
-from typing import Any
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tools.grafana.board import Section, board, choice
 from tools.grafana.panels import bars, lines, matrix, query, rows
@@ -9,7 +9,7 @@ TOKENS = "sum by (layer, expert) (rate(moecluster_expert_tokens_total{SEEN}[RATE
 OF_LAYER = 'moecluster_expert_tokens_total{SEEN, layer="$layer"}'
 
 
-def experts_board() -> Any:
+def experts_board() -> Dashboard:
     """Which experts are hot or dead, is the load even, and which replica stands where with which share?"""
     return board(
         "experts",

@@ -1,6 +1,6 @@
 """The board of a training run."""
 
-from typing import Any
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tools.grafana.board import Section, board
 from tools.grafana.panels import buckets, lines, number, quantiles, query
@@ -8,7 +8,7 @@ from tools.grafana.panels import buckets, lines, number, quantiles, query
 STEPS = "rate(moecluster_train_step_seconds_count{SEEN}[RATE])"
 
 
-def training_board() -> Any:
+def training_board() -> Dashboard:
     """Does the loss fall, what does a step cost, were steps run again, does the router collapse?"""
     return board(
         "training",
