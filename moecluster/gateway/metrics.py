@@ -17,8 +17,8 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self._clusters: dict[str, str] = {}  # model -> its cluster
         self._requests = Counter(
-            "moecluster_gateway_requests", "HTTP requests by route and status; 499: the client left first",
-            (*COMMON_LABELS, "route", "status"), registry=self.registry,
+            "moecluster_gateway_requests", "HTTP requests by route and HTTP status; 499: the client left first",
+            (*COMMON_LABELS, "route", "code"), registry=self.registry,
         )  # fmt: skip
         self._in_flight = Gauge(
             "moecluster_gateway_requests_in_flight", "HTTP requests being answered, for all models together",

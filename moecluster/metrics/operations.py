@@ -20,7 +20,7 @@ class ClusterFigures:
     cold_experts: int
     replicas_aside: int  # that returned NaN or infinity
     routers: int
-    actors: Mapping[str, int]  # phase -> expert actors, all phases
+    actors: Mapping[str, int]  # state (an ActorPhase) -> expert actors, all states
     operation_age_s: Mapping[str, float]  # kind -> age of the oldest operation that has not ended
     plan_age_s: float | None  # None: nothing was planned yet
     load_age_s: float | None  # None: no load was read yet
@@ -95,8 +95,8 @@ class OperationMetrics(MetricGroup):
         for name, doc, value in plain:
             if value is not None:
                 yield self._declare.family("gauge", name, doc, (), [((), float(value))])
-        actors: list[Row] = [((phase,), count) for phase, count in seen.actors.items()]
-        yield self._declare.family("gauge", "expert_actors", "Expert actors by phase", ("phase",), actors)
+        actors: list[Row] = [((state,), count) for state, count in seen.actors.items()]
+        yield self._declare.family("gauge", "expert_actors", "Expert actors by state", ("state",), actors)
         ages: list[Row] = [((kind,), age_s) for kind, age_s in seen.operation_age_s.items()]
         yield self._declare.family(
             "gauge",

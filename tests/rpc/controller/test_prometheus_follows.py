@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 
 CLUSTERS = Path(__file__).parents[3] / "clusters"
 TOKEN, TARGETS = "/etc/prometheus/moecluster.token", "http://127.0.0.1:9101/sd"
-EVERY = "200ms"
+EVERY = "1s"
 
 
 def shipped(folder: Path, sd_address: str, *, tls: bool) -> dict[str, Any]:
@@ -58,38 +58,58 @@ def cluster(checkpoint: str, prometheus_folder: Path, request: pytest.FixtureReq
         yield cluster
 
 
-@pytest.mark.parametrize("cluster", [False, True], ids=["http", "https"], indirect=True)
-def test_it_follows_a_cluster_that_grows_shrinks_and_loses_an_actor(
-    cluster: ScrapedCluster, prometheus_folder: Path
-) -> None:
-    tls = bool(cluster.credentials.tls_dir)
-    config = shipped(prometheus_folder, cluster.sd_address, tls=tls)
+class Watched:
+    """What a Prometheus knows of a cluster."""
+
+    def __init__(self, address: str) -> None:
+        self.server = PrometheusServer(address, timeout_s=5.0)
+
+    def scraped(self, role: str) -> set[str]:
+        """Names of the processes of a role whose last scrape succeeded."""
+        return {sample.labels["process"] for sample in self.server.query(f'up{{role="{role}"}} == 1')}
+
+    def has(self, actors: int) -> bool:
+        """Whether so many expert actors are scraped, and no other is expected any more."""
+        return len(self.scraped("expert")) == len(self.server.query('up{role="expert"}')) == actors
+
+    def firing(self) -> set[str]:
+        """Names of the alerts that fire."""
+        return {sample.labels["alertname"] for sample in self.server.query('ALERTS{alertstate="firing"}')}
+
+
+@pytest.fixture
+def watched(cluster: ScrapedCluster, prometheus_folder: Path) -> Iterator[Watched]:
+    config = shipped(prometheus_folder, cluster.sd_address, tls=bool(cluster.credentials.tls_dir))
     with prometheus_of(prometheus_folder, config) as running:
         check_config(prometheus_folder / "prometheus.yml")
-        server = PrometheusServer(running.address, timeout_s=5.0)
+        yield Watched(running.address)
 
-        def scraped(role: str) -> set[str]:
-            return {sample.labels["process"] for sample in server.query(f'up{{role="{role}"}} == 1')}
 
-        def firing() -> set[str]:
-            return {sample.labels["alertname"] for sample in server.query('ALERTS{alertstate="firing"}')}
+@pytest.mark.parametrize("cluster", [False], ids=["http"], indirect=True)
+def test_it_follows_a_cluster_that_grows_shrinks_and_loses_an_actor(cluster: ScrapedCluster, watched: Watched) -> None:
+    wait_until(lambda: watched.scraped("expert") == {f"expert-{i}" for i in range(4)}, "four actors")
+    for role in ("router", "controller"):
+        wait_until(partial(_is_scraped, watched, role), role)
+    for size in (6, 3):
+        cluster.controller.scale(size)
+        wait_until(partial(watched.has, size), f"{size} actors")
+    shown = watched.server.query("moecluster_build_info")
+    assert {(s.labels["model"], s.labels["cluster"]) for s in shown} == {("tiny", CLUSTER)}
+    assert len({s.labels["process"] for s in shown}) == 5
 
-        def has(size: int) -> bool:
-            """Whether so many actors are scraped, and no other is expected any more."""
-            return len(scraped("expert")) == len(server.query('up{role="expert"}')) == size
+    wait_until(lambda: not watched.firing(), "that nothing is wrong")
+    lost = min(watched.scraped("expert"))
+    cluster.kill(lost)
+    wait_until(lambda: watched.firing() >= {"MoeClusterActorLost", "MoeClusterDegraded"}, "the alerts")
+    cluster.revive(lost)
+    wait_until(lambda: lost in watched.scraped("expert") and not watched.firing(), "that the actor is back")
 
-        wait_until(lambda: scraped("expert") == {f"expert-{i}" for i in range(4)}, "four actors")
-        wait_until(lambda: scraped("router") == {"router"} and scraped("controller") == {"controller"}, "the others")
-        for size in (6, 3):
-            cluster.controller.scale(size)
-            wait_until(partial(has, size), f"{size} actors")
-        shown = server.query("moecluster_build_info")
-        assert {(s.labels["model"], s.labels["cluster"]) for s in shown} == {("tiny", CLUSTER)}
-        assert len({s.labels["process"] for s in shown}) == 5
 
-        wait_until(lambda: not firing(), "that nothing is wrong")
-        lost = sorted(scraped("expert"))[0]
-        cluster.kill(lost)
-        wait_until(lambda: {"MoeClusterActorLost", "MoeClusterDegraded"} <= firing(), "the alerts")
-        cluster.revive(lost)
-        wait_until(lambda: lost in scraped("expert") and not firing(), "that the actor is back")
+@pytest.mark.parametrize("cluster", [True], ids=["https"], indirect=True)
+def test_it_follows_a_cluster_with_certificates(cluster: ScrapedCluster, watched: Watched) -> None:
+    wait_until(lambda: watched.has(4) and _is_scraped(watched, "controller"), "all processes")
+    assert cluster.credentials.tls_dir
+
+
+def _is_scraped(watched: Watched, role: str) -> bool:
+    return watched.scraped(role) == {role}

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from moecluster.placement.policy.registry import policy_named
 from moecluster.rpc.metrics_server import MetricsServer
 from moecluster.simulation.layouts import contiguous_layout
 from moecluster.types import ActorWork, ExpertId, LoadSnapshot
-from tests.support.clusters.prometheus_server import SCRAPED, RunningPrometheus, check_config
+from tests.support.clusters.prometheus_server import SCRAPED, RunningPrometheus
 from tests.support.known import known
 
 CLUSTER = "cluster"
@@ -33,8 +32,6 @@ BATCH_ROWS = 4000
 PERIOD_S = 100.0
 LOAD_TOLERANCE = 0.02
 WAIT_S = 60.0
-EXAMPLE = Path(__file__).parents[3] / "clusters" / "prometheus.yml"
-EXAMPLE_TOKEN = "/etc/prometheus/moecluster.token"
 
 
 class Process:
@@ -346,11 +343,3 @@ def test_of_an_actor_that_was_started_anew_elsewhere_the_new_incarnation_counts(
     new.server.close()
     back = read_until(source, lambda reading: reading.work["expert-0"] != found).work["expert-0"]
     assert (back.computed_rows, back.busy_s) == (100, 5.0)
-
-
-def test_the_example_configuration_is_one(promtool: None, tmp_path: Path) -> None:
-    example = EXAMPLE.read_text()
-    assert EXAMPLE_TOKEN in example
-    (tmp_path / "token").write_text("a.b.c")
-    (tmp_path / "prometheus.yml").write_text(example.replace(EXAMPLE_TOKEN, str(tmp_path / "token")))
-    check_config(tmp_path / "prometheus.yml")

@@ -219,7 +219,8 @@ def test_models_are_listed_and_found(gateway, client) -> None:
     }
     shown = httpx.get(f"{gateway.url}/metrics").text
     of = 'cluster="cluster",model="model"'  # as the series of the cluster's actors have it
-    assert f'moecluster_gateway_requests_total{{{of},route="/v1/completions",status="404"}}' in shown
+    counted = 'cluster="cluster",code="404",model="model",route="/v1/completions"'
+    assert f"moecluster_gateway_requests_total{{{counted}}}" in shown
     assert f"moecluster_gateway_time_to_first_token_seconds_count{{{of}}}" in shown
     series = [line for line in shown.splitlines() if not line.startswith("#")]
     assert all(label in line for line in series for label in of.split(","))
@@ -288,8 +289,8 @@ def test_several_models_behind_one_gateway() -> None:
             with pytest.raises(openai.NotFoundError):
                 client.completions.create(model="cluster", prompt="x")
             shown = httpx.get(f"{gateway.url}/metrics").text
-        counted = 'moecluster_gateway_requests_total{cluster="%s",model="%s",route="/v1/completions",status="%d"} 1.0'
-        assert counted % ("of two", "two", 200) in shown and counted % ("", "", 404) in shown
+        counted = 'moecluster_gateway_requests_total{cluster="%s",code="%d",model="%s",route="/v1/completions"} 1.0'
+        assert counted % ("of two", 200, "two") in shown and counted % ("", 404, "") in shown
 
 
 def test_requests_of_a_real_cluster(tmp_path: Path) -> None:

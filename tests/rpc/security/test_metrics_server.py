@@ -19,6 +19,7 @@ from moecluster.metrics import Metrics
 from moecluster.rpc.credentials import ClusterCredentials
 from moecluster.rpc.metrics_server import MAX_CONNECTIONS, MetricsServer
 from moecluster.rpc.scopes import Scope
+from moecluster.rpc.scrape_targets import ScrapeTarget
 from moecluster.rpc.tokens import make_token
 from tests.support.certificates import write_certificates
 from tests.support.clusters.prometheus_server import SCRAPED, RunningPrometheus
@@ -69,12 +70,25 @@ def test_everybody_else_is_told_what_would_be_right(address: str, given, status:
         assert given.bearer not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/", "/favicon.ico", "/metrics?name[]=x", "/../metrics", "//metrics"])
+@pytest.mark.parametrize("path", ["/", "/favicon.ico", "/metrics?name[]=x", "/../metrics", "//metrics", "/sd"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
 def test_no_path_and_no_method_goes_round_the_check(address: str, method: str, path: str) -> None:
     with closing(http.client.HTTPConnection(address, timeout=WAIT_S)) as connection:
         connection.request(method, path)
         assert connection.getresponse().status == 401
+
+
+def test_the_controllers_list_takes_the_same_token_and_others_have_none(address: str) -> None:
+    token = {"Authorization": f"Bearer {token_of(Scope.READ).bearer}"}
+    with closing(serve(SECRET)) as server:
+        server.list_targets(lambda: (ScrapeTarget(address="h:1", process="expert-0", role="expert"),))
+        url = f"http://127.0.0.1:{server.port}/sd"
+        found = httpx.get(url, headers=token)
+        assert found.headers["Content-Type"] == "application/json"
+        labels = {"__scheme__": "http", "process": "expert-0", "role": "expert"}
+        assert found.json() == [{"targets": ["h:1"], "labels": labels}]
+        assert httpx.get(url).status_code == 401
+    assert httpx.get(f"http://{address}/sd", headers=token).status_code == 404
 
 
 def test_open_metrics_are_everybodys() -> None:

@@ -1,5 +1,6 @@
 """Expert services in this process behind any transport: a cluster for unit and rpc tests, without Ray."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -8,6 +9,7 @@ from moecluster.dispatch.connection_pool import ExpertPool
 from moecluster.dispatch.remote_experts import RemoteExperts
 from moecluster.errors import Unavailable
 from moecluster.expert.service import ExpertService
+from moecluster.metrics import Metrics
 from moecluster.models.experts.source import ExpertSource
 from moecluster.placement.initial import contiguous_placement
 from moecluster.rpc.controller.in_process import FixedPlacement
@@ -40,7 +42,9 @@ class ExpertCluster:
         activation_budget_bytes: int = 64 * 2**20,
         timeout_s: float = 20.0,
         dtype: str = "",
+        metrics_of: Callable[[str], Metrics | None] = lambda process: None,
     ) -> None:
+        """metrics_of: an actor's name, or "router" -> its metrics; None: it has none."""
         self.directory = directory
         self._transport = transport
         layer_experts = {layer.layer: layer.num_experts for layer in ExpertSource(directory).layers}
@@ -52,6 +56,7 @@ class ExpertCluster:
                 name=name,
                 batch_invariant=batch_invariant,
                 activation_budget_bytes=activation_budget_bytes,
+                metrics=metrics_of(name),
             )
             for name in names
         }
@@ -83,7 +88,9 @@ class ExpertCluster:
             service.set_placement(PlacementNotice(term=1, generation=1))
         self.placements = FixedPlacement(self.placement)
         self.pool = ExpertPool(self.placements, connect=self.connect, control=self.control)
-        self.remote = RemoteExperts(self.pool, timeout_s=timeout_s, batch_invariant=batch_invariant)
+        self.remote = RemoteExperts(
+            self.pool, timeout_s=timeout_s, batch_invariant=batch_invariant, metrics=metrics_of("router")
+        )
 
     def connect(self, address: ActorAddress) -> ExpertTransport:
         """Opens the transport to an actor."""
