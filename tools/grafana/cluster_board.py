@@ -54,7 +54,7 @@ def _at_a_glance() -> Section:
             ),
             number("First token, p95", quantiles("moecluster_time_to_first_token_seconds")[1], unit="s"),
             number("Between tokens, p95", quantiles("moecluster_inter_token_seconds")[1], unit="s"),
-            number("Expert actors serving", query('sum(moecluster_expert_actors{SEEN, phase="serving"})')),
+            number("Expert actors serving", query('sum(moecluster_expert_actors{SEEN, state="serving"})')),
             number("Routers", query("max(moecluster_routers{SEEN})")),
         ],
     )
@@ -108,8 +108,8 @@ def _gateway() -> Section:
             lines(
                 "HTTP requests",
                 query(
-                    "sum by (route, status) (rate(moecluster_gateway_requests_total{SEEN}[RATE]))",
-                    "{{route}} {{status}}",
+                    "sum by (route, code) (rate(moecluster_gateway_requests_total{SEEN}[RATE]))",
+                    "{{route}} {{code}}",
                 ),
                 unit="reqps",
                 stacked=True,
@@ -162,7 +162,7 @@ def _actors() -> Section:
                 query("sum by (actor) (moecluster_actor_speed{SEEN})", "{{actor}}"),
                 what="1 is typical.",
             ),
-            lines("By phase", query("sum by (phase) (moecluster_expert_actors{SEEN})", "{{phase}}"), stacked=True),
+            lines("By state", query("sum by (state) (moecluster_expert_actors{SEEN})", "{{state}}"), stacked=True),
         ],
     )
 

@@ -14,6 +14,8 @@ from moecluster.controller.load.prometheus_client import PrometheusServer
 from moecluster.controller.rebalance.apply import ApplierSettings
 from moecluster.controller.rebalance.observe import ObserverSettings
 from moecluster.controller.reconciler import ReconcilerSettings
+from moecluster.dispatch.load_counts import LoadReporter
+from moecluster.gateway.metrics import GatewayMetrics
 from moecluster.gateway.router_discovery import ClusterAddresses
 from moecluster.gateway.server import ModelSource
 from moecluster.metrics import Metrics
@@ -25,12 +27,14 @@ from tests.support.clusters.expert_cluster import ExpertCluster
 from tests.support.clusters.prometheus_server import SCRAPE_INTERVAL_S, SCRAPED, RunningPrometheus
 from tests.support.clusters.running_gateway import running_gateway
 from tests.support.clusters.scraped_cluster import CLUSTER, ScrapedCluster
-from tests.support.every_metric import set_all
+from tests.support.every_metric import set_all, set_all_of_a_gateway
 from tests.support.training.training_runs import make_config, write_text
 
 MODEL = "tiny"
-# A cluster in which nothing fails has none of these.
+# A cluster in which nothing fails, and nothing is under way, has none of these.
 OF_TROUBLE = {
+    "moecluster_operation_age_seconds",
+    "moecluster_operation_gain",
     "moecluster_dispatch_retries_total",
     "moecluster_nonfinite_replies_total",
     "moecluster_dropped_assignments_total",
@@ -38,7 +42,7 @@ OF_TROUBLE = {
     "moecluster_train_step_replays_total",
 }
 MAX_ROUNDS = 60  # of requests and scrapes; counters need two scrapes
-TROUBLED = "troubled"  # the cluster of the page with every metric
+TROUBLED = ("model", "cluster")  # model and cluster of the pages with every metric
 
 
 @pytest.fixture
@@ -66,9 +70,13 @@ def train(folder: Path, metrics: Metrics) -> None:
 
 
 def test_every_panel_has_data(cluster: ScrapedCluster, prometheus: RunningPrometheus, tmp_path: Path) -> None:
-    of_training, of_trouble = (Metrics(model=MODEL, cluster=name) for name in (CLUSTER, TROUBLED))
+    of_training, of_trouble = Metrics(model=MODEL, cluster=CLUSTER), Metrics(model=TROUBLED[0], cluster=TROUBLED[1])
+    of_troubled_gateway = GatewayMetrics()
     set_all(of_trouble, layers=2, experts=4)
+    set_all_of_a_gateway(of_troubled_gateway)
+    of_trouble.registry.register(of_troubled_gateway.registry)
     pages = [MetricsServer(metrics, credentials=SCRAPED) for metrics in (of_training, of_trouble)]
+    reporter = LoadReporter(cluster.remote.loads, cluster.placements.report_load, window_s=0.1)
     source = ModelSource(
         name=MODEL, cluster=CLUSTER, alias=CLUSTER, seeds=ClusterAddresses(routers=(cluster.router_server.address,))
     )
@@ -90,10 +98,11 @@ def test_every_panel_has_data(cluster: ScrapedCluster, prometheus: RunningPromet
                 break
             time.sleep(SCRAPE_INTERVAL_S)
         assert not waiting, "\n" + "\n".join(f"{query.board}, {query.panel}: {filled(query)}" for query in waiting)
+    reporter.close()
     for page in pages:
         page.close()
 
 
 def filled(query: PanelQuery) -> str:
-    cluster = TROUBLED if query.metrics & OF_TROUBLE else CLUSTER
-    return query.filled({"model": MODEL, "cluster": cluster, "layer": "0", "__rate_interval": "5s"})
+    model, cluster = TROUBLED if query.metrics & OF_TROUBLE else (MODEL, CLUSTER)
+    return query.filled({"model": model, "cluster": cluster, "layer": "0", "__rate_interval": "5s"})
