@@ -1,6 +1,6 @@
 """Writes the Grafana boards to k8s/components/monitoring/boards, or with --check says whether they are stale.
 
-Run by `make boards` and `make check`.
+Run by `make docs` and `make check`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> int:
         return 0
     if stale := [path.name for path, text in written.items() if not path.is_file() or path.read_text() != text]:
         print(
-            f"stale: {', '.join(stale)} in {FOLDER.name}; run `make boards` and commit what it writes", file=sys.stderr
+            f"stale: {', '.join(stale)} in {FOLDER.name}; run `make docs` and commit what it writes", file=sys.stderr
         )
         return 1
     return 0

@@ -36,7 +36,7 @@ def metric_of(series: str, metrics: dict[str, ShownMetric]) -> ShownMetric:
 
 @pytest.mark.parametrize("name", BOARDS)
 def test_a_board_is_fresh(name: str) -> None:
-    assert (FOLDER / name).read_text() == content(BOARDS[name]), "make boards"
+    assert (FOLDER / name).read_text() == content(BOARDS[name]), "make docs"
 
 
 @pytest.mark.parametrize("query", panel_queries(), ids=lambda query: f"{query.board}: {query.panel}")
