@@ -62,6 +62,7 @@ stale-protos: $(PROTOS_VENV)/.installed
 stale-pages: $(VENV)/.dev
 	$(BIN)/python -m tools.generate_reference_pages --check
 	$(BIN)/python -m tools.generate_prometheus_rule --check
+	$(BIN)/python -m tools.generate_boards --check
 
 links: $(VENV)/.dev
 	$(BIN)/python tools/check_links.py
@@ -82,9 +83,10 @@ bench: $(VENV)/.dev  ## the benchmarks that end within minutes; results go to be
 protos: $(PROTOS_VENV)/.installed  ## generate moecluster/proto from protos/
 	$(PROTOS_VENV)/bin/python tools/generate_protos.py
 
-docs: $(VENV)/.dev  ## write docs/configuration.md, docs/metrics.md and the rules for the Prometheus operator
+docs: $(VENV)/.dev  ## write what is made of the code: pages of settings and metrics, rules for the Prometheus operator, Grafana boards
 	$(BIN)/python -m tools.generate_reference_pages
 	$(BIN)/python -m tools.generate_prometheus_rule
+	$(BIN)/python -m tools.generate_boards
 
 models-page: $(VENV)/.dev  ## try every family of the installed transformers, and write docs/models.md; minutes
 	$(BIN)/python -m tools.generate_models_page

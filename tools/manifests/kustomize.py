@@ -107,14 +107,16 @@ def _merges(generator: Mapping[str, Any]) -> bool:
 
 def _generate(folder: Path, wanted: Mapping[str, Any], resources: list[Resource]) -> None:
     for generator in wanted.get("configMapGenerator", ()):
-        _only(generator, {"name", "behavior", "files"}, folder)
+        _only(generator, {"name", "behavior", "files", "options"}, folder)
         if generator.get("behavior", "create") not in ("create", "merge"):
             raise RenderError(f"{folder}: configMapGenerator: behavior {generator['behavior']} is not known here")
         data = {Path(file).name: (folder / file).read_text(encoding="utf-8") for file in generator["files"]}
         if _merges(generator):
             _find(resources, "ConfigMap", generator["name"], folder)["data"].update(data)
         else:
-            metadata = {"name": generator["name"]}
+            options = generator.get("options", {})
+            _only(options, {"labels"}, folder)
+            metadata = {"name": generator["name"], **options}
             config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
             _add(resources, config_map, folder)
 

@@ -1,0 +1,1 @@
+"""The Grafana boards, made by code (grafana-foundation-sdk)."""
