@@ -22,7 +22,9 @@ def writing_whole(path: Path, *, mode: int | None = None) -> Iterator[Path]:
             return
     aside = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
-        _create(aside, mode if mode is not None else _usual_mode(path))
+        _create(aside, 0o666 if mode is None else mode)
+        if mode is None and path.exists():
+            aside.chmod(stat.S_IMODE(path.stat().st_mode))
         try:
             yield aside
             _sync(aside)
@@ -45,10 +47,6 @@ def write_whole(path: Path, content: bytes, *, mode: int | None = None) -> None:
 def _create(path: Path, mode: int) -> None:
     path.unlink(missing_ok=True)  # left by a process that was killed
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
-
-
-def _usual_mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The metrics of a run in a JSON Lines file, so that its loss curve survives restarts."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -64,7 +65,8 @@ class History:
                 while written < len(self._unwritten):
                     written += file.write(self._unwritten[written:])
             except OSError:
-                file.truncate(end)
+                with suppress(OSError):  # no file, such as a pipe
+                    file.truncate(end)
                 raise
 
     def _take(self, event: Event) -> None:

@@ -11,12 +11,12 @@ from moecluster.whole_file import write_whole, writing_whole
 def test_a_file_is_replaced_in_one_step_and_keeps_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("before")
-    path.chmod(0o640)
+    path.chmod(0o662)  # with bits that the umask takes from new files
     with writing_whole(path) as aside:
         assert aside.suffix == ".json" and aside.parent == tmp_path, "its ending may say how it is written"
         aside.write_text("after")
         assert path.read_text() == "before"
-    assert path.read_text() == "after" and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.read_text() == "after" and stat.S_IMODE(path.stat().st_mode) == 0o662
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
 
 

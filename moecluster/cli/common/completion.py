@@ -40,7 +40,7 @@ def clusters(incomplete: str) -> list[str]:
     from moecluster.rpc.credentials import state_folder
 
     try:
-        return sorted(file.stem for file in state_folder().glob("*.json") if file.stem.startswith(incomplete))
+        return sorted(file.stem for file in state_folder().glob("[!.]*.json") if file.stem.startswith(incomplete))
     except (OSError, MoeClusterError):
         return []
 

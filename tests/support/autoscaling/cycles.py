@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,9 @@ class Cycles:
 
     def _wait_texts(self, clients: HttpClients, number: int) -> None:
         """Waits for so many more requests, some at a time: their rate is the machine's."""
-        begun = len(clients.texts)
-        for more in range(LARGE_TEXTS, number + 1, LARGE_TEXTS):
-            self._running.wait(lambda n=begun + more: len(clients.texts) >= n, "requests end on the large cluster")
+        for _ in range(0, number, LARGE_TEXTS):
+            enough = partial(_more_than, clients, len(clients.texts) + LARGE_TEXTS - 1)
+            self._running.wait(enough, "requests end on the large cluster")
 
     def _remove_node(self, kind: str) -> list[str]:
         """Announces the end of the worker node, and waits until nothing is left on it; returns what was late."""
@@ -148,6 +149,10 @@ class Cycles:
         self._first_pids = self._first_pids or pids
         assert pids == self._first_pids, (pids, self._first_pids)
         return footprints(pids)
+
+
+def _more_than(clients: HttpClients, number: int) -> bool:
+    return len(clients.texts) > number
 
 
 def run(folder: Path, kinds: Sequence[str]) -> None:

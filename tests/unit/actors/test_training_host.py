@@ -299,3 +299,22 @@ def test_a_run_without_durability_ends_with_its_router(training: Training, tmp_p
     with pytest.raises(StateLost, match=r"under train\.durability = checkpoint it would begin again"):
         run_command(training, cluster)
     assert len(cluster.begun_from) == 1
+
+
+@pytest.mark.parametrize("wanted", ["stop", "continue"])
+def test_a_run_whose_history_finds_no_room_stops_or_goes_on_as_configured(training: Training, wanted: str) -> None:
+    folder = Path(training.config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "history.jsonl").symlink_to("/dev/full")
+    host = training.host(Watched(training.cluster.placement))
+    host.start(training.request(checkpoint_errors=wanted))
+    progress = ended(host)
+    steps = [event.step for event in events_of(progress) if isinstance(event, StepDone)]
+    if wanted == "continue":
+        assert progress.error is None and steps == [1, 2, 3, 4]
+    else:
+        assert steps == []
+        assert str(progress.error) == (
+            f"{folder}/history.jsonl: the run's figures cannot be written (No space left on device); free some space, "
+            "or choose another train.output_dir"
+        )
