@@ -39,9 +39,7 @@ def main() -> int:
             path.write_text(text)
         return 0
     if stale := [path.name for path, text in written.items() if not path.is_file() or path.read_text() != text]:
-        print(
-            f"stale: {', '.join(stale)} in {FOLDER.name}; run `make docs` and commit what it writes", file=sys.stderr
-        )
+        print(f"stale: {', '.join(stale)} in {FOLDER.name}; run `make docs` and commit what it writes", file=sys.stderr)
         return 1
     return 0
 
