@@ -56,7 +56,7 @@ CANDIDATES = [f"{word} {number}" for number in range(20) for word in ("The tower
 CLIENTS = 6
 FEW_TOKENS, PAUSE_S = 8, 1.0  # of the one client that asks all the time: far below what two expert actors can do
 GRACE_S = 60.0  # of a node that is preempted or gets SIGTERM
-LARGE_TEXTS, MANY_TEXTS = 10, 1500  # under load on the large cluster, before its node goes
+LARGE_TEXTS, MANY_TEXTS = 10, 500  # under load on the large cluster, before its node goes
 SETTLE_S = 2.0
 
 

@@ -58,8 +58,7 @@ def test_an_actor_that_has_not_reported_lately_is_silent_and_not_idle() -> None:
         reports.pressure(now_s)
     reports.report("expert-0", 9.0, 9.0)
     found = reports.pressure(9.0)
-    assert found.silent == 1
-    assert found.busy_share == pytest.approx(1.0)
+    assert found.silent == 1 and found.busy_share == pytest.approx(1.0)
     assert reports.pressure(20.0) == Pressure(busy_share=0.0, queue_s=0.0, silent=2)
 
 
@@ -73,8 +72,7 @@ def test_a_new_incarnation_is_silent_until_its_second_report() -> None:
     assert reports.pressure(4.0).silent == 1
     reports.report("expert-0", 5.0, 0.5, incarnation="b")
     found = reports.pressure(5.0)
-    assert (found.queue_s, found.silent) == (0.0, 0)
-    assert found.busy_share == pytest.approx(0.75)
+    assert found.silent == 0 and found.busy_share == pytest.approx(0.75)
 
 
 def test_an_actor_that_was_forgotten_is_silent() -> None:
