@@ -66,7 +66,8 @@ class ExpertMetrics(MetricGroup):
             declare.gauge(
                 "router_entropy",
                 "Entropy in nats of a token's top-k routing weights, scaled to sum to 1 (at most ln k); mean over the "
-                f"last {ENTROPY_WINDOW_S:.0f} to {2 * ENTROPY_WINDOW_S:.0f} s in which there were tokens; absent for top-1",
+                f"last {ENTROPY_WINDOW_S:.0f} to {2 * ENTROPY_WINDOW_S:.0f} s in which there were tokens; absent for "
+                "top-1",
                 "layer",
             ),
             declare.common,
