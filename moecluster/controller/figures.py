@@ -1,6 +1,5 @@
 """The state of the cluster as the controller's metrics show it."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -14,17 +13,14 @@ LEAVE_PLACEMENT = frozenset({OperationKind.UPDATE, OperationKind.SCALE_ROUTERS})
 
 
 def cluster_figures(
-    context: ControllerContext,
-    planner: Planner,
-    status: Callable[[], ControllerStatus],
-    unix_clock: Callable[[], float] = time.time,
+    context: ControllerContext, planner: Planner, status: Callable[[], ControllerStatus]
 ) -> ClusterFigures:
-    """Returns the figures of now. unix_clock: the one that dates operations."""
-    seen, now_s, unix_s = status(), context.clock(), unix_clock()
+    """Returns the figures of now."""
+    seen, now_s = status(), context.clock()
     phases = Counter(actor.phase for actor in seen.actors)
     ages: dict[str, float] = {}
     for operation in seen.operations:
-        ages[operation.kind] = max(ages.get(operation.kind, 0.0), unix_s - operation.created_s)
+        ages[operation.kind] = max(ages.get(operation.kind, 0.0), context.operations.age_s(operation))
     return ClusterFigures(
         degraded=seen.is_degraded,
         rebalancing=any(o.phase in CHANGING and o.kind not in LEAVE_PLACEMENT for o in seen.operations),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WHY = {
+    "actors/supervisor.py": "when Ray removes a node, which it says as a date",
     "moecluster/cli/commands/jobs.py": "how long a job has run that another host dated",
     "moecluster/cli/commands/token.py": "says when a token expires",
     "moecluster/cli/common/certificates.py": "the dates of a certificate",
@@ -15,7 +16,7 @@ WHY = {
     "moecluster/gateway/format_response.py": "the field created of OpenAI's answers",
     "moecluster/gateway/served_model.py": "the field created of OpenAI's models",
     "moecluster/http_client/batch/send.py": "Retry-After may be a date",
-    "moecluster/metrics.py": "the start time of a process, by which Prometheus finds restarts",
+    "moecluster/metrics/process.py": "the start time of a process, by which Prometheus finds restarts",
     "moecluster/rpc/checkpoint/locked_folder.py": "the age of another process' folder, whose lock decides",
     "moecluster/rpc/tls/material.py": "warns of certificates that expire soon",
     "moecluster/rpc/tokens.py": "the dates of a token",

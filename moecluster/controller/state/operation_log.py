@@ -184,6 +184,10 @@ class OperationLog:
             self._began_s.pop(old, None)
         return operation
 
+    def age_s(self, operation: Operation) -> float:
+        """Returns the seconds since the operation's begin."""
+        return self._end_of(operation) - operation.created_s
+
     def _end_of(self, operation: Operation) -> float:
         """Returns the Unix time of now, by the clock that dated the operation's begin, even if it was set since. For
         one that a predecessor has dated: not before its begin, since hosts' clocks differ."""

@@ -67,7 +67,8 @@ class Member:
     def backward(self, tag: StepTag, micro_batch: int) -> None:
         """Gradients of this step at the present weights."""
         generator = torch.Generator().manual_seed(100 * tag.step + 10 * micro_batch + NAMES.index(self.name))
-        target = torch.randn(self.weight.shape, generator=generator)
+        # A test before may still be loading a model, which sets torch's default dtype for the whole process.
+        target = torch.randn(self.weight.shape, generator=generator, dtype=torch.float32)
         grads = {"m": {"w": self.weight.detach() - target}}
         self._answer("accumulate", lambda: self.state.accumulate(tag, message(micro_batch), grads))
 
@@ -152,7 +153,9 @@ class Job:
         self.attempt = 0
         self.replays = 0
         generator = torch.Generator().manual_seed(7)
-        self.checkpoint: dict[str, Saved] = {name: (torch.randn(3, 2, generator=generator), {}, 0) for name in NAMES}
+        self.checkpoint: dict[str, Saved] = {
+            name: (torch.randn(3, 2, generator=generator, dtype=torch.float32), {}, 0) for name in NAMES
+        }
         self.tags: list[StepTag] = []
         self._go_back()
 

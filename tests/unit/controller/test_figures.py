@@ -8,8 +8,10 @@ import pytest
 from moecluster.controller.context import ControllerContext
 from moecluster.controller.figures import cluster_figures
 from moecluster.controller.rebalance.decide import Planner
+from moecluster.controller.state.operation_log import OperationLog
 from moecluster.gateway.health import health_of
 from moecluster.gateway.served_model import ServedModel
+from moecluster.metrics import Metrics
 from moecluster.metrics.operations import ClusterFigures
 from moecluster.types import ActorPhase, ActorState, ControllerStatus, Operation, OperationKind, OperationPhase
 
@@ -27,9 +29,10 @@ def status_of(*phases: ActorPhase, **others: Any) -> ControllerStatus:
 def figures_of(
     status: ControllerStatus, *, decided_s: float | None = None, read_s: float | None = None
 ) -> ClusterFigures:
-    context = cast(ControllerContext, SimpleNamespace(clock=lambda: NOW_S))
+    operations = OperationLog(Metrics(model="m"), unix_clock=lambda: UNIX_S)
+    context = cast(ControllerContext, SimpleNamespace(clock=lambda: NOW_S, operations=operations))
     planner = cast(Planner, SimpleNamespace(decided_s=decided_s, observer=SimpleNamespace(read_s=read_s)))
-    return cluster_figures(context, planner, lambda: status, unix_clock=lambda: UNIX_S)
+    return cluster_figures(context, planner, lambda: status)
 
 
 def health_status(status: ControllerStatus) -> str:
