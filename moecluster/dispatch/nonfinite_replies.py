@@ -162,9 +162,10 @@ class _Search:
         """Whether the replica returns finite values for moderate rows: then only these rows overflow."""
         x_ND = probe_rows(self._asked.x_TD.shape[1], self._asked.x_TD.dtype)
         ids_N1 = torch.full((len(x_ND), 1), expert)
+        ones_N1 = torch.ones(len(x_ND), 1, dtype=torch.float32)
         kept, self.found = self.found, {}
         try:
-            return not self._ask({expert: actor}, x_ND, ids_N1, torch.ones(len(x_ND), 1), np.arange(len(x_ND)))
+            return not self._ask({expert: actor}, x_ND, ids_N1, ones_N1, np.arange(len(x_ND)))
         finally:
             self.found = kept
 
@@ -235,7 +236,7 @@ def _replaced_rows(
         row = rows_P[pair]
         before = sums.get(row)
         if before is None:
-            before = torch.zeros(y_ND.shape[1])
+            before = torch.zeros(y_ND.shape[1], dtype=torch.float32)
         y_D = found.get(slots[pair])
         sums[row] = before if y_D is None else before + part.pair_weights_P[pair] * y_D.float()
     for row, y_D in sums.items():

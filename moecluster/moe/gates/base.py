@@ -161,11 +161,11 @@ class Gate(nn.Module):
 
     def uniform(self, shape: torch.Size, stream: int) -> torch.Tensor:
         """Returns float32 noise from [0, 1), drawn on the CPU so that it is the same on every device."""
-        return torch.rand(shape, generator=self._generator(stream)).to(self.weight.device)
+        return torch.rand(shape, generator=self._generator(stream), dtype=torch.float32).to(self.weight.device)
 
     def normal(self, shape: torch.Size, stream: int) -> torch.Tensor:
         """Returns float32 noise from N(0, 1), drawn on the CPU so that it is the same on every device."""
-        return torch.randn(shape, generator=self._generator(stream)).to(self.weight.device)
+        return torch.randn(shape, generator=self._generator(stream), dtype=torch.float32).to(self.weight.device)
 
     def _generator(self, stream: int) -> torch.Generator | None:
         """Each use of noise within a forward call has its own stream, so that none repeats another."""

@@ -171,3 +171,17 @@ def test_wrong_gates_and_options(name: str, arguments: dict[str, object], parts:
 def test_top_k_out_of_range(top_k: int) -> None:
     with pytest.raises(ConfigError, match="top_k"):
         make_gate("mixtral", hidden_size=HIDDEN, num_experts=NUM_EXPERTS, top_k=top_k)
+
+
+def test_noise_is_the_same_while_a_model_is_being_loaded() -> None:
+    """Loading one sets torch's default dtype for the whole process, for a moment."""
+    gate, shape = gate_of("sparsely-gated"), torch.Size((5, NUM_EXPERTS))
+    gate.begin_micro_batch(seed=1, step=2, micro_batch=0, layer=0)
+    before = [draw(shape, stream=1) for draw in (gate.uniform, gate.normal)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        meanwhile = [draw(shape, stream=1) for draw in (gate.uniform, gate.normal)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(noise.dtype is torch.float32 for noise in meanwhile)
+    torch.testing.assert_close(meanwhile, before, rtol=0, atol=0)
