@@ -45,7 +45,14 @@ class Commands:
 
 def parts(of: str) -> list[psutil.Process]:
     """Processes of local Rays whose command lines contain a word."""
-    return [p for p, line in processes_of_this_session().items() if of in line and MARK in p.environ()]
+    return [p for p, line in processes_of_this_session().items() if of in line and _is_of_local_ray(p)]
+
+
+def _is_of_local_ray(process: psutil.Process) -> bool:
+    try:
+        return MARK in process.environ()
+    except psutil.NoSuchProcess:
+        return False  # it has ended since it was listed
 
 
 @pytest.fixture(scope="module")
