@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.local_ray import MARK
-from tests.conftest import processes_of_this_session
 from tests.support.clusters.documented_ports import documented_ports, open_sockets, unexplained
 from tests.support.clusters.every_method import guarded_methods, health_methods
 from tests.support.clusters.fake_actors import save_tiny_model
+from tests.support.clusters.local_rays import local_rays, processes_of
 from tests.support.clusters.second_user import PAGES, SECRETS, listening, try_everything
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
@@ -48,11 +47,6 @@ def run(state_home: Path) -> Run:
         )
 
     return run_command
-
-
-def local_rays() -> set[str]:
-    """Marks of the local Rays started by these tests that still have a process."""
-    return {process.environ()[MARK] for process in processes_of_this_session() if MARK in process.environ()}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +169,7 @@ def test_status_and_outputs_of_what_is_up(live: None, run: Run, model: str, stat
 
 def test_only_documented_ports_are_open_and_none_beyond_the_loopback(live: None, state_home: Path) -> None:
     noted = json.loads((state_home / "moecluster" / "moecluster.json").read_text())
-    processes = [p for p in processes_of_this_session() if p.environ().get(MARK) == noted["local_ray"]["mark"]]
+    processes = processes_of(noted["local_ray"]["mark"])
     found = list(open_sockets(processes))
     assert unexplained(found, documented_ports()) == []
     assert {"gcs_server", "raylet", "ray::ExpertActor", "ray::RouterActor", "ray::ControllerActor"} <= {
@@ -189,7 +183,7 @@ def test_another_user_of_the_host_is_refused_everything(live: None, run: Run, st
     shown = json.loads(run("status", "--json", "--timeout-s", "60").stdout)
     up = state_home / "moecluster" / "moecluster.json"
     noted = json.loads(up.read_text())
-    processes = [p for p in processes_of_this_session() if p.environ().get(MARK) == noted["local_ray"]["mark"]]
+    processes = processes_of(noted["local_ray"]["mark"])
     ports = listening(processes)
     assert {address for address, _ in ports.values()} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, ports
     folder = Path(noted["local_ray"]["folder"])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.local_ray import MARK
 from moecluster.addresses import split_host_port
 from tests.conftest import processes_of_this_session
+from tests.support.clusters.local_rays import local_rays
 
 COMMAND = [sys.executable, "-c", "from moecluster.cli.app import main; main()"]
 TIMEOUT_S = 180.0
@@ -36,11 +36,6 @@ class OneHost:
         return subprocess.run(
             [*COMMAND, *arguments], env=self._environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
-
-
-def marks() -> set[str]:
-    """Of the local Rays of these tests that still have a process."""
-    return {process.environ()[MARK] for process in processes_of_this_session() if MARK in process.environ()}
 
 
 def free_ports() -> tuple[int, int]:
@@ -72,7 +67,7 @@ def test_what_nobody_reaches_is_no_success_and_what_is_reached_works_from_elsewh
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     assert f"router on node 127.0.0.1 does not reach expert-0 at {HOST}:" in refused.stderr
     assert "on node 127.0.0.1: Connection refused" in refused.stderr
-    assert "MOECLUSTER_ADVERTISED_HOST" in refused.stderr and marks() == set()
+    assert "MOECLUSTER_ADVERTISED_HOST" in refused.stderr and local_rays() == set()
     assert home.run("status").returncode == 3
 
     first, last = free_ports()
@@ -111,6 +106,6 @@ def test_what_nobody_reaches_is_no_success_and_what_is_reached_works_from_elsewh
     down = away.run("down", *where)
     assert (down.returncode, down.stdout) == (0, f"the cluster at {HOST}:{last} is down\n"), down.stderr
     assert away.run("status", *where).returncode == 1
-    left = [line for process in processes_of_this_session() if "ray::" in (line := " ".join(process.cmdline()))]
+    left = [line for line in processes_of_this_session().values() if "ray::" in line]
     assert not [line for line in left if "Actor" in line], left
-    assert home.run("down").returncode == 0 and marks() == set()
+    assert home.run("down").returncode == 0 and local_rays() == set()

@@ -14,8 +14,9 @@ import openai
 import psutil
 import pytest
 
-from tests.cluster.test_cli import COMMAND, ROOT, local_rays
+from tests.cluster.test_cli import COMMAND, ROOT
 from tests.conftest import processes_of_this_session
+from tests.support.clusters.local_rays import local_rays
 from tests.support.clusters.ray_cluster import wait_for_result
 from tests.support.soak.generation_load import save_decided_model
 

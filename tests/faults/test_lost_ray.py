@@ -6,13 +6,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from actors.local_ray import MARK
-from tests.cluster.test_cli import COMMAND, ROOT, local_rays
-from tests.conftest import processes_of_this_session
+from tests.cluster.test_cli import COMMAND, ROOT
 from tests.support.clusters.fake_actors import save_tiny_model
+from tests.support.clusters.local_rays import local_rays, parts
 from tests.support.clusters.ray_cluster import wait_for_result
 
 LONG_S = 400.0  # a start on a busy machine
@@ -41,18 +39,6 @@ class Commands:
         with self.begin(*arguments) as process:
             out, err = process.communicate(timeout=LONG_S)
         return process.returncode, out, err
-
-
-def parts(of: str) -> list[psutil.Process]:
-    """Processes of local Rays whose command lines contain a word."""
-    return [p for p, line in processes_of_this_session().items() if of in line and _is_of_local_ray(p)]
-
-
-def _is_of_local_ray(process: psutil.Process) -> bool:
-    try:
-        return MARK in process.environ()
-    except psutil.NoSuchProcess:
-        return False  # it has ended since it was listed
 
 
 @pytest.fixture(scope="module")
