@@ -317,6 +317,8 @@ def main() -> None:
 
 def _lost_output() -> str:
     """Returns why standard output cannot take what was printed, as on a full disk; empty if it can."""
+    if sys.stdout is None:  # closed by whoever started the command: nothing was to be seen
+        return ""
     try:
         sys.stdout.flush()
         return ""
